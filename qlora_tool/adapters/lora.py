@@ -1,0 +1,61 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685), with the rank-stabilised scale (Kalajdzievski 2023, arXiv 2312.03732)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from qlora_tool.adapters.method import Adapter, AdapterSettings
+
+if TYPE_CHECKING:
+    from qlora_tool.model.layers import FrozenLinear
+
+
+class LoraAdapter(Adapter):
+    """y = x·W₀ᵀ + s·(x·Aᵀ)·Bᵀ, A (r, in), B (out, r)."""
+
+    method = "lora"
+
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, settings: AdapterSettings):
+        super().__init__()
+        self.settings = settings
+        self.lora_A = nn.Parameter(lora_A)  # (r, in)
+        self.lora_B = nn.Parameter(lora_B)  # (out, r)
+        self.lora_B_bias = nn.Parameter(lora_B.new_zeros(lora_B.shape[0])) if settings.bias else None  # (out,)
+        self.dropout = nn.Dropout(settings.dropout) if settings.dropout else None
+
+    @classmethod
+    def start(
+        cls, linear: FrozenLinear, settings: AdapterSettings, dtype: torch.dtype, generator: torch.Generator
+    ) -> LoraAdapter:
+        """B = 0. A is Kaiming-uniform(√5), so uniform within ±1/√in; `gaussian`: normal of deviation 1/r, as in PEFT."""
+        device = linear.weight.device
+        lora_A = torch.empty(settings.r, linear.in_features)
+        if settings.init == "gaussian":
+            nn.init.normal_(lora_A, std=1 / settings.r, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5), generator=generator)
+        lora_B = torch.zeros(linear.out_features, settings.r, dtype=dtype, device=device)
+        return cls(lora_A.to(device, dtype), lora_B, settings)
+
+    def forward(self, x: Tensor, linear: FrozenLinear) -> Tensor:
+        # The branch comes first: it is all that backward needs, so recomputation ends before the base product.
+        branch = self.branch(x if self.dropout is None else self.dropout(x))
+        y = linear.product(x) + branch
+        return y if linear.bias is None else y + linear.bias.to(y.dtype)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """s·(x·Aᵀ)·Bᵀ: (…, in) → (…, out)."""
+        z = nn.functional.linear(x, self.lora_A.to(x.dtype))  # (…, r)
+        bias = None if self.lora_B_bias is None else self.lora_B_bias.to(x.dtype)
+        return nn.functional.linear(z, self.lora_B.to(x.dtype), bias) * self.settings.scaling
+
+    def delta(self, weight: Tensor) -> Tensor:
+        return self.lora_B.float() @ self.lora_A.float() * self.settings.scaling
+
+    def peft_tensors(self) -> dict[str, nn.Parameter]:
+        tensors = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+        return tensors if self.lora_B_bias is None else tensors | {"lora_B.bias": self.lora_B_bias}

@@ -1,0 +1,83 @@
+"""Which linear modules take an adapter, and with which rank and alpha."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from qlora_tool.adapters.method import AdapterSettings
+from qlora_tool.errors import UserError, did_you_mean
+from qlora_tool.model.layers import FrozenLinear
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qlora_tool.config import AdapterConfig
+
+ALL_LINEAR = "all-linear"
+
+
+def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, FrozenLinear]:
+    """The modules that take an adapter, by name, in the model's order.
+
+    `target_modules` and `exclude_modules` are read as PEFT reads them: a list holds whole names or their last parts, a
+    string is a regular expression that the whole name must match; `all-linear` is every linear module but the output
+    embeddings.
+
+    Raises:
+        UserError: a name or expression that matches no linear module.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
+    output = model.get_output_embeddings()
+    wanted, excluded = config.target_modules, config.exclude_modules
+    if wanted == ALL_LINEAR:
+        chosen = [name for name, module in linears.items() if module is not output]
+    else:
+        chosen = [name for name in linears if matches(name, wanted)]
+        _refuse_unmatched("adapter.target_modules", wanted, linears)
+    if excluded:
+        _refuse_unmatched("adapter.exclude_modules", excluded, linears)
+        chosen = [name for name in chosen if not matches(name, excluded)]
+    if not chosen:
+        raise UserError("adapter.exclude_modules: leaves no module of adapter.target_modules to train; exclude fewer")
+    return {name: linears[name] for name in chosen}
+
+
+def matches(name: str, wanted: str | Sequence[str]) -> bool:
+    """Whether a module's name is meant by a list of names (or last parts) or by a regular expression."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == part or name.endswith(f".{part}") for part in wanted)
+
+
+def _refuse_unmatched(key: str, wanted: str | Sequence[str], linears: Mapping[str, object]) -> None:
+    last_parts = sorted({name.rpartition(".")[2] for name in linears})
+    faults = []
+    for part in [wanted] if isinstance(wanted, str) else wanted:
+        if not any(matches(name, wanted if isinstance(wanted, str) else [part]) for name in linears):
+            faults.append(
+                f"{key}: {part!r} matches no linear module of this model{did_you_mean(part, last_parts)}; it has "
+                f"{', '.join(last_parts)}"
+            )
+    if faults:
+        raise UserError(faults)
+
+
+def settings_for(name: str, config: AdapterConfig) -> AdapterSettings:
+    """A layer's settings, `rank_pattern` and `alpha_pattern` applied as PEFT applies them: the first key that the name
+    ends with (as a regular expression) wins."""
+    return AdapterSettings(
+        r=from_pattern(name, config.rank_pattern, config.r),
+        alpha=from_pattern(name, config.alpha_pattern, config.lora_alpha),
+        dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        init=config.init_lora_weights,
+    )
+
+
+def from_pattern(name: str, pattern: Mapping[str, float], default: float) -> float:
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default

@@ -1,0 +1,249 @@
+"""The command line: `main` is the program `qlora-tool`.
+
+Each command is a module of its own beside this one, imported when it is called; `COMMANDS` says which there are. Every
+failure ends up in `ToolGroup.main`, which turns it into lines that begin with `error:` and an exit code: 2 where the
+user's input is at fault, 1 where the machine is, 130 and 143 after SIGINT and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import inspect
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any, NamedTuple
+
+import click
+
+from qlora_tool import __version__
+from qlora_tool.errors import ToolError, did_you_mean
+
+
+class Entry(NamedTuple):
+    """One command, as the list of commands shows it, without importing it."""
+
+    section: str
+    target: str
+    help: str
+
+
+MAIN, USE, AROUND = "Main commands", "Use a model", "Around them"
+COMMANDS = {
+    "train": Entry(MAIN, "qlora_tool.cli.train:train", "Train an adapter on a quantized model."),
+    "export-merged": Entry(MAIN, "qlora_tool.cli.export_merged:export_merged", "Merge an adapter into its base."),
+    "generate": Entry(USE, "qlora_tool.cli.generate:generate", "Answer prompts with a run or a model."),
+    "evaluate": Entry(USE, "qlora_tool.cli.evaluate:evaluate", "Loss and exact match of a run or a model on a file."),
+    "recipes": Entry(AROUND, "qlora_tool.cli.recipes:recipes", "Show and copy the configurations that come with it."),
+    "doctor": Entry(AROUND, "qlora_tool.cli.doctor:doctor", "What this machine has: versions, devices, dtypes, disk."),
+}
+
+EXAMPLES = """
+qlora-tool recipes                            # what is ready to run
+qlora-tool train demo --output-dir runs/demo  # train an adapter on a small model
+qlora-tool export-merged runs/demo --output-dir merged/demo
+qlora-tool train my.yaml --set training.max_steps=20 --set model.quantization=int8
+"""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Not an Exception, so that only what cleans up sees it on its way out."""
+
+
+def _debug_option() -> click.Option:
+    # Taken before and after the command's name; `ToolGroup.main` looks for it, as parsing itself can fail.
+    return click.Option(["--debug"], is_flag=True, expose_value=False, help="Show tracebacks.")
+
+
+def _write_examples(formatter: click.HelpFormatter, examples: str | None) -> None:
+    """The end of a help text: examples, one a line, not wrapped."""
+    if examples:
+        with formatter.section("Examples"):
+            for line in inspect.cleandoc(examples).splitlines():
+                formatter.write(f"{'':>{formatter.current_indent}}{line}\n" if line else "\n")
+
+
+class ToolCommand(click.Command):
+    """A command whose help ends with worked examples, and which takes `--debug`.
+
+        @click.command(cls=ToolCommand, examples="qlora-tool doctor", groups={"Sampling": ("temperature", "top_p")})
+
+    Args:
+        examples: shell lines, shown as they are.
+        groups: titles of option groups and the parameter names that go under each; the rest go under Options.
+    """
+
+    def __init__(
+        self, *args: Any, examples: str | None = None, groups: Mapping[str, Sequence[str]] | None = None, **kwargs: Any
+    ):
+        super().__init__(*args, **kwargs)
+        self.examples = examples
+        self.groups = dict(groups or {})
+        self.params.append(_debug_option())
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        titles = {name: title for title, parameters in self.groups.items() for name in parameters}
+        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in [*self.groups, "Options"]}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                sections[titles.get(parameter.name or "", "Options")].append(record)
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        _write_examples(formatter, self.examples)
+
+
+class ExampleGroup(click.Group):
+    """A group of commands whose help ends with worked examples, and which knows a misspelt command."""
+
+    command_class = ToolCommand
+
+    def __init__(self, *args: Any, examples: str | None = None, **settings: Any):
+        super().__init__(*args, **settings)
+        self.examples = examples
+        self.params.append(_debug_option())
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        name, valid = args[0], self.list_commands(ctx)
+        if name not in valid and not name.startswith("-"):
+            close = did_you_mean(name, valid) or f"; commands are {', '.join(valid)}"
+            raise click.UsageError(f"no command '{name}'{close}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        _write_examples(formatter, self.examples)
+
+
+class ToolGroup(ExampleGroup):
+    """The program: commands are imported when called, listed by section, and their failures are reported here."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*COMMANDS, *(name for name in self.commands if name not in COMMANDS)]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in COMMANDS and name not in self.commands:
+            module, _, attribute = COMMANDS[name].target.partition(":")
+            self.commands[name] = getattr(importlib.import_module(module), attribute)
+        return self.commands.get(name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, COMMANDS))
+        for section in dict.fromkeys(entry.section for entry in COMMANDS.values()):
+            rows = [(name.ljust(width), entry.help) for name, entry in COMMANDS.items() if entry.section == section]
+            with formatter.section(section):
+                formatter.write_dl(rows)
+
+    def invoke(self, ctx: click.Context) -> None:
+        super().invoke(ctx)  # what a command returns is not an exit code; `ctx.exit(code)` is
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **settings: Any) -> Any:
+        """Run a command line and exit.
+
+        Args:
+            args: the words after the program's name; None: the process's own.
+        """
+        args = list(sys.argv[1:] if args is None else args)
+        settings["standalone_mode"] = False
+        try:
+            with _sigterm_raises():
+                code = super().main(args, prog_name or "qlora-tool", **settings)
+        except (Exception, KeyboardInterrupt, Terminated) as error:
+            if "--debug" in args:
+                traceback.print_exc()
+            lines, code = describe_failure(error, args)
+            for line in lines:
+                click.echo(line, err=True)
+        sys.exit(code or 0)
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises `Terminated`, once: files are cleaned up on the way out, and a second one ends the process."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Terminated
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def describe_failure(error: BaseException, args: Sequence[str] = ()) -> tuple[list[str], int]:
+    """The lines to print for what ended a command, and the exit code."""
+    if isinstance(error, click.Abort):  # click's wrapping of the two below; an EOFError is a file cut short
+        error = error.__cause__ or KeyboardInterrupt()
+    if isinstance(error, KeyboardInterrupt):
+        return ["interrupted"], 130
+    if isinstance(error, Terminated):
+        return ["terminated"], 143
+    if isinstance(error, ToolError):
+        return [f"error: {line}" for line in error.lines], error.exit_code
+    if isinstance(error, click.ClickException):
+        return [f"error: {line}" for line in _usage_lines(error)], 2
+    if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as `| head` does
+        return [], 1
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" for {error.filename}" if error.filename else ""
+        return [f"error: no space left on the disk{where}; free some, or choose another folder"], 1
+    if isinstance(error, MemoryError):
+        return ["error: out of memory; take smaller batches or a smaller data.max_length"], 1
+    message = " ".join(str(error).split())
+    hint = "" if "--debug" in args else " (run again with --debug for the traceback)"
+    return [f"error: {type(error).__name__}{': ' if message else ''}{message}{hint}"], 1
+
+
+def _usage_lines(error: click.ClickException) -> list[str]:
+    """What click found wrong with a command line: what was found, the closest valid name, where to look."""
+    context = getattr(error, "ctx", None)
+    if isinstance(error, click.exceptions.NoSuchOption):
+        parameters = context.command.get_params(context) if context else []
+        options = [parameter for parameter in parameters if isinstance(parameter, click.Option)]
+        known = [name for option in options for name in [*option.opts, *option.secondary_opts]]
+        message = f"no option '{error.option_name}'{did_you_mean(error.option_name, known)}"
+    elif isinstance(error, click.BadParameter) and error.param and not isinstance(error, click.MissingParameter):
+        close = ""
+        if isinstance(error.param.type, click.Choice):
+            given = error.message.split("'")
+            close = did_you_mean(given[1], map(str, error.param.type.choices)) if len(given) > 1 else ""
+        message = f"{error.param.get_error_hint(context)}: {error.message.rstrip('.')}{close}"
+    else:
+        message = error.format_message().rstrip(".")
+        message = f"{message[:1].lower()}{message[1:]}"
+    if context is None:
+        return [message]
+    return [f"{message} (in '{context.command_path}'; see '{context.command_path} --help')"]
+
+
+@click.group(
+    "qlora-tool",
+    cls=ToolGroup,
+    examples=EXAMPLES,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="qlora-tool")
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """Fine-tune a language model on a frozen 4-bit or int8 base with LoRA, and export the result exactly.
+
+    Results go to stdout, logs and progress to stderr. Exit codes: 0 done, 2 the input is at fault, 1 the machine is.
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help(), err=True)
+        ctx.exit(2)

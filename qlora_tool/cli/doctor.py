@@ -1,0 +1,118 @@
+"""`qlora-tool doctor`: what this machine has, and what `auto` settings would make of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qlora_tool import __version__
+from qlora_tool.cli import ToolCommand
+
+REQUIRED = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors")
+OPTIONAL = ("peft", "triton", "gguf")
+
+
+@click.command(
+    cls=ToolCommand,
+    examples="""
+    qlora-tool doctor
+    qlora-tool doctor > machine.txt   # to go with a question or a bug report
+    """,
+)
+def doctor() -> None:
+    """Show versions, devices, the compute dtype that `auto` chooses, kernels and disk.
+
+    Nothing is downloaded and no network is needed. Exit code 1 where something that every run needs is missing.
+    """
+    from qlora_tool.errors import MachineError
+
+    versions = {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
+    own = {"qlora-tool": __version__, "python": platform.python_version()}
+    _show("Versions", [(name, version or "not installed") for name, version in (own | versions).items()])
+    if missing := [name for name in REQUIRED if versions[name] is None]:
+        raise MachineError(f"{name} is not installed; every run needs it: pip install {name}" for name in missing)
+    _show("Devices", _devices())
+    _show("Compute dtype that auto chooses", _compute_dtypes())
+    kernels, fault = _kernels(versions["triton"])
+    _show("Kernels", kernels)
+    _show("Disk", [("cache", _free_disk())])
+    if fault:
+        raise MachineError(fault)
+
+
+def _show(title: str, rows: Any) -> None:
+    click.echo(title)
+    for name, value in rows:
+        click.echo(f"  {name:<14}{value}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> Iterator[tuple[str, str]]:
+    import torch
+
+    memory = ""
+    if hasattr(os, "sysconf"):
+        memory = f", {_gigabytes(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))} of memory"
+    capability = torch.backends.cpu.get_cpu_capability()
+    yield "cpu", f"{platform.machine()} {capability}, {torch.get_num_threads()} threads{memory}"
+    if not torch.cuda.is_available():
+        yield "cuda", "none" if torch.version.cuda else "none (this torch is built without CUDA)"
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        memory = f"{_gigabytes(total)} of memory, {_gigabytes(free)} free"
+        yield f"cuda:{index}", f"{card.name}, compute capability {card.major}.{card.minor}, {memory}"
+
+
+def _compute_dtypes() -> Iterator[tuple[str, str]]:
+    import torch
+
+    from qlora_tool.ops.precision import choose_compute_dtype, measure_products
+
+    speeds = ", ".join(f"{name} {gflops:.1f}" for name, gflops in measure_products().items())
+    yield "cpu", f"{_dtype_name(choose_compute_dtype(torch.device('cpu')))} (products in GFLOP/s: {speeds})"
+    for index in range(torch.cuda.device_count()):
+        yield f"cuda:{index}", _dtype_name(choose_compute_dtype(torch.device("cuda", index)))
+
+
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _kernels(triton: str | None) -> tuple[list[tuple[str, str]], str | None]:
+    """What there is of bitsandbytes' native library and Triton; and a fault, where bitsandbytes has no library here."""
+    from bitsandbytes.cextension import lib
+
+    library = getattr(getattr(lib, "_lib", None), "_name", None)
+    rows = [
+        ("bitsandbytes", Path(library).name if library else "no native library was loaded"),
+        ("triton", "available" if triton else "not installed (needed on CUDA only)"),
+    ]
+    fault = "bitsandbytes loaded no native library; install it for this machine: pip install -U bitsandbytes"
+    return rows, None if library else fault
+
+
+def _free_disk() -> str:
+    from qlora_tool.files import cache_folder
+
+    folder = existing = cache_folder().absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return f"{folder}, {_gigabytes(shutil.disk_usage(existing).free)} free"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

@@ -1,0 +1,32 @@
+"""Faulty rows, gathered so that one run of the tool shows several of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from qlora_tool.errors import UserError
+
+FAULTS_SHOWN = 5
+
+
+class RowFault(Exception):
+    """What is wrong with one row, without its place: whoever reads the rows adds that."""
+
+
+@dataclass
+class RowFaults:
+    """The faulty rows of one pass over the data, each a line `FILE, line N: what is wrong`."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, where: str, message: object) -> None:
+        self.lines.append(f"{where}: {message}")
+
+    def raise_any(self) -> None:
+        """Raise the first few together as a `UserError` that says how many more there are."""
+        if not self.lines:
+            return
+        shown = self.lines[:FAULTS_SHOWN]
+        if more := len(self.lines) - len(shown):
+            shown.append(f"and {more} more faulty row{'s' if more > 1 else ''}")
+        raise UserError(shown)

@@ -1,0 +1,96 @@
+"""Prompts to generate from: out of a data file, or out of texts typed on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_tool.data.chat import install_chat_template, render, token_ids
+from qlora_tool.data.faults import RowFault, RowFaults
+from qlora_tool.data.formats import Conversation, find_format, read_conversations
+from qlora_tool.data.sources import read_rows
+from qlora_tool.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked.
+
+    Attributes:
+        input_ids: the conversation before the answer, with the generation prompt; not truncated.
+        answer: what the data says (the last assistant turn's content), None where it says nothing.
+        where: the row it comes from.
+        text: the question as a person would write it: the last turn before the answer.
+    """
+
+    input_ids: list[int]
+    answer: str | None
+    where: str
+    text: str
+
+
+def read_prompts(source: str, data_format: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The prompt of every row: the conversation up to its last assistant turn, which is the answer; all of it where
+    another turn is the last.
+
+    Args:
+        source: a file, a folder or a hub id. In a .txt file each line that is not blank is a prompt.
+        data_format: one of `formats.FORMATS`, or `auto`; columns with answers may be missing.
+        tokenizer: see `chat.install_chat_template`.
+
+    Raises:
+        UserError: the source is missing or broken, or the template refuses a row.
+    """
+    rows = read_rows(source)
+    if Path(source).suffix.lower() == ".txt":
+        lines = enumerate(rows[0].fields["text"].split("\n"), start=1)
+        texts = [(line.rstrip("\r"), f"{source}, line {number}") for number, line in lines if line.strip()]
+        return prompts_from_texts(texts, tokenizer)
+    form = find_format(rows, data_format, need_answers=False)
+    conversations = read_conversations(rows, form, need_answers=False)
+    if form == "text":
+        return prompts_from_texts(((turns.messages[-1]["content"], turns.where) for turns in conversations), tokenizer)
+    install_chat_template(tokenizer)
+    prompts, faults = [], RowFaults()
+    for conversation in conversations:
+        try:
+            prompts.append(_prompt(conversation, tokenizer))
+        except RowFault as fault:
+            faults.add(conversation.where, fault)
+    faults.raise_any()
+    return prompts
+
+
+def prompts_from_texts(texts: Iterable[str | tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """Each text as a user turn; where the tokenizer has no chat template, as the beginning of a text to go on with.
+
+    Args:
+        texts: texts, or pairs of a text and where it comes from (else `--prompt`).
+    """
+    prompts = []
+    for item in texts:
+        text, where = (item, "--prompt") if isinstance(item, str) else item
+        if tokenizer.chat_template:
+            try:
+                prompts.append(_prompt(Conversation([{"role": "user", "content": text}], where), tokenizer))
+            except RowFault as fault:
+                raise UserError(f"{where}: {fault}") from fault
+        else:
+            ids = token_ids(tokenizer, text, add_special_tokens=True)
+            prompts.append(Prompt(ids, None, where, text))
+    return prompts
+
+
+def _prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    messages, answer = conversation.messages, None
+    if messages and messages[-1]["role"] == "assistant":
+        messages, answer = messages[:-1], messages[-1]["content"]
+    if not messages:
+        raise RowFault("nothing stands before the answer; a prompt needs a user turn at least")
+    text = render(tokenizer, messages, tools=conversation.tools, add_generation_prompt=True)
+    return Prompt(token_ids(tokenizer, text), answer or None, conversation.where, messages[-1]["content"])

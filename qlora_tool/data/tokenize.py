@@ -1,0 +1,237 @@
+"""From a data source to token ids and labels."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from qlora_tool.data.chat import (
+    IGNORED,
+    install_chat_template,
+    render_conversation,
+    token_ids,
+    tokenize_rendered,
+)
+from qlora_tool.data.faults import RowFault, RowFaults
+from qlora_tool.data.formats import Conversation, find_format, read_conversations, read_documents
+from qlora_tool.data.report import DataReport
+from qlora_tool.data.sources import Row, hashes, read_rows
+from qlora_tool.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qlora_tool.config import DataConfig
+
+__all__ = ["DataReport", "Dataset", "Example", "build_dataset", "build_evaluation_sets"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence to train on.
+
+    Attributes:
+        input_ids: at most max_length token ids.
+        labels: as many; the id itself where the token is trained, else -100. Not shifted: the model does that, so the
+            first label never counts.
+        where: the row it comes from.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    where: str
+
+    @property
+    def trained_tokens(self) -> int:
+        """The labels that count in the loss."""
+        return len(self.labels) - 1 - self.labels[1:].count(IGNORED)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The examples of one source, in its order, and the report on how they came about."""
+
+    examples: list[Example]
+    report: DataReport
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every example, as `batches.plan_epoch` takes them."""
+        return [len(example.input_ids) for example in self.examples]
+
+
+def build_dataset(
+    source: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, key: str = "data.train"
+) -> Dataset:
+    """Read, format and tokenize a data source.
+
+    Args:
+        source: a file, a folder or a hub id.
+        data: `format`, `train_on`, `max_length` and `chat_template` are read from it.
+        tokenizer: for conversations it leaves with the chat template that was used as its own (see
+            `chat.install_chat_template`), so that saving it keeps that too.
+        key: what errors call the source. Text in `data.train` contradicts a `train_on: completion` that somebody set.
+
+    Raises:
+        UserError: the source is missing or broken, rows do not have the format, the template refuses them, or nothing
+            is left to learn from.
+        MachineError: the hub cannot be reached.
+    """
+    rows = read_rows(source)
+    form = find_format(rows, data.format)
+    as_text = form == "text"
+    # Evaluation files may be text beside a training set of conversations, so only the training set can contradict.
+    if as_text and key == "data.train" and data.train_on == "completion" and "train_on" in data.model_fields_set:
+        raise UserError(
+            f"data.train_on: completion cannot go with data.train {source}, which is text and so has no answers: it is "
+            "trained whole; leave data.train_on out, or set it to all"
+        )
+    report = DataReport(
+        source=source,
+        format=form,
+        template=None if as_text else install_chat_template(tokenizer, data.chat_template),
+        train_on="all" if as_text else data.train_on,
+        max_length=data.max_length,
+        rows=len(rows),
+        files=hashes(source, rows),
+    )
+    if as_text:
+        examples = _text_examples(rows, tokenizer, report)
+    else:
+        examples = _conversation_examples(read_conversations(rows, form), tokenizer, report)
+    _count_tokens(report, examples)
+    if not report.trained_tokens:
+        raise UserError(f"{key}: nothing to learn from: {'; '.join(report.lines())}")
+    return Dataset(examples, report)
+
+
+def build_evaluation_sets(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, train: Dataset
+) -> tuple[Dataset, dict[str, Dataset]]:
+    """The evaluation sets that `data.eval` asks for, by name, and what is left to train on.
+
+    A source by itself is named `eval`, as is a fraction split off the training set. Which examples a fraction takes
+    depends on their tokens alone, not on their order or `data.shuffle`: equal examples never part, so none that is
+    evaluated is trained on as well.
+
+    Returns:
+        The training set, smaller where a fraction was split off it, and the evaluation sets.
+    """
+    if data.eval is None:
+        return train, {}
+    if isinstance(data.eval, dict):
+        sets = {
+            name: build_dataset(source, data, tokenizer, key=f"data.eval.{name}") for name, source in data.eval.items()
+        }
+        return train, sets
+    if isinstance(data.eval, str):
+        return train, {"eval": build_dataset(data.eval, data, tokenizer, key="data.eval")}
+    rest, evaluation = _split(train, float(data.eval))
+    return rest, {"eval": evaluation}
+
+
+def _split(train: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
+    digests = [hashlib.sha256(array("q", example.input_ids).tobytes()).digest() for example in train.examples]
+    wanted = max(1, round(fraction * len(digests)))
+    last = sorted(digests)[wanted - 1]
+    chosen = [example for example, digest in zip(train.examples, digests, strict=True) if digest <= last]
+    rest = [example for example, digest in zip(train.examples, digests, strict=True) if digest > last]
+    if not rest:
+        raise UserError(
+            f"data.eval: a fraction of {fraction} takes all of the {len(digests)} examples of {train.report.source}; "
+            "give a smaller one, or a file"
+        )
+    source = f"{train.report.source} ({fraction:g} of it)"
+    evaluation = replace(
+        train.report,
+        source=source,
+        rows=len(chosen),
+        kept=len(chosen),
+        dropped_no_answer=0,
+        dropped_truncated=0,
+        truncated=0,
+        ends_added=0,
+    )
+    remaining = replace(train.report, split_off=len(chosen))
+    _count_tokens(evaluation, chosen)
+    _count_tokens(remaining, rest)
+    return Dataset(rest, remaining), Dataset(chosen, evaluation)
+
+
+def _count_tokens(report: DataReport, examples: list[Example]) -> None:
+    report.examples = len(examples)
+    report.tokens = sum(len(example.input_ids) for example in examples)
+    report.trained_tokens = sum(example.trained_tokens for example in examples)
+    report.longest = max((len(example.input_ids) for example in examples), default=0)
+
+
+def _conversation_examples(
+    conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase, report: DataReport
+) -> list[Example]:
+    examples, faults = [], RowFaults()
+    every_answer = report.train_on == "completion"
+    for conversation in conversations:
+        if not conversation.has_answer:
+            report.dropped_no_answer += 1
+            continue
+        try:
+            rendered = render_conversation(tokenizer, conversation, every_answer=every_answer)
+        except RowFault as fault:
+            faults.add(conversation.where, fault)
+            continue
+        ids, labels = tokenize_rendered(tokenizer, rendered, report.max_length)
+        if not every_answer:
+            labels = list(ids)
+        example = Example(ids[: report.max_length], labels[: report.max_length], conversation.where)
+        if example.trained_tokens < 1:
+            report.dropped_truncated += 1
+            continue
+        report.ends_added += rendered.ends_added
+        report.truncated += len(ids) > report.max_length
+        examples.append(example)
+    faults.raise_any()
+    report.kept = len(examples)
+    return examples
+
+
+def _text_examples(rows: list[Row], tokenizer: PreTrainedTokenizerBase, report: DataReport) -> list[Example]:
+    """Every document whole, an end-of-text token after it, cut into examples of max_length: nothing is thrown away."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{report.source}: text needs an end-of-text token after each document, and the tokenizer has none "
+            "(eos_token); set one in the model's tokenizer_config.json"
+        )
+    examples = []
+    for row, text in zip(rows, read_documents(rows), strict=True):
+        if not text.strip():
+            report.dropped_no_answer += 1
+            continue
+        ids = _document_ids(tokenizer, text)
+        for begin, end in _cuts(len(ids), report.max_length):
+            where = row.where if end - begin == len(ids) else f"{row.where}, tokens {begin + 1}-{end}"
+            examples.append(Example(ids[begin:end], ids[begin:end], where))
+        report.kept += 1
+    return examples
+
+
+def _document_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The document's ids: with the beginning-of-text token where the tokenizer puts one, once, and one end-of-text."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids = token_ids(tokenizer, text, add_special_tokens=True)
+    if bos is not None and ids[:2] == [bos, bos]:  # the text has its own
+        ids = ids[1:]
+    if ids[-1:] != [eos]:  # some tokenizers write it by themselves
+        ids = [*ids, eos]
+    return ids
+
+
+def _cuts(length: int, max_length: int) -> list[tuple[int, int]]:
+    """Begin and end of the pieces of a document. A lone last token, which by itself would train nothing, takes the one
+    before it along."""
+    ends = [*range(max_length, length, max_length), length]
+    if len(ends) > 1 and length - ends[-2] == 1 and max_length > 2:
+        ends[-2] -= 1
+    return list(zip([0, *ends], ends, strict=False))

@@ -1,0 +1,169 @@
+"""A causal language model as training, evaluation and export see it: hidden states, logits, the sum of the loss."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from qlora_tool.model.layers import FrozenWeight
+from qlora_tool.model.load import Quantization
+from qlora_tool.ops.loss import LogitsTransform, linear_cross_entropy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qlora_tool.data.batches import Batch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class CausalLM:
+    """A transformers model on a frozen base.
+
+    Attributes:
+        module: the transformers model, its linear modules replaced by `FrozenLinear`.
+        folder: where its checkpoint lies.
+        quantization: how the base is kept.
+        compute_dtype: what products run in.
+        chunked_loss: whether the loss is taken from the hidden states in chunks, or from whole logits.
+    """
+
+    module: PreTrainedModel
+    folder: Path
+    quantization: Quantization
+    compute_dtype: torch.dtype
+    chunked_loss: bool = True
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def config(self):
+        return self.module.config
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """The last hidden states, (rows, length, hidden), normalized as the output projection takes them."""
+        body = self.module.base_model
+        return body(**self._inputs(batch), use_cache=False)[0]
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Whole logits, (rows, length, vocabulary), by the model's own forward pass."""
+        return self.module(**self._inputs(batch), use_cache=False).logits
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        inputs = {"input_ids": batch.input_ids}
+        if batch.attention_mask is not None:
+            inputs["attention_mask"] = batch.attention_mask
+        if batch.position_ids is not None:
+            inputs["position_ids"] = batch.position_ids
+        return inputs
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """hidden (…, hidden) → logits (…, vocabulary), with what the family does to them."""
+        return logits_transform(self.config)(self.module.get_output_embeddings()(hidden))
+
+    def loss_sum(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+        """The sum of the cross-entropy over the batch's trained tokens, fp32.
+
+        The logits of a token predict the next one: labels are shifted here, and rows without a label are dropped
+        before the output projection.
+        """
+        labels = batch.labels[:, 1:]
+        trained = labels != -100
+        if self.chunked_loss:
+            hidden = self.hidden_states(batch)[:, :-1][trained]  # (trained tokens, hidden)
+            return linear_cross_entropy(hidden, labels[trained], self.project, label_smoothing=label_smoothing)
+        logits = self.logits(batch)[:, :-1][trained].float()
+        return nn.functional.cross_entropy(logits, labels[trained], reduction="sum", label_smoothing=label_smoothing)
+
+    def choose_loss(self) -> None:
+        """Take the loss in chunks if that gives this family's logits, from whole logits otherwise.
+
+        What a family does between its last hidden state and its logits is not declared anywhere; six tokens through
+        both ways tell.
+        """
+        self.chunked_loss = False
+        if self.module.get_output_embeddings() is None or self._head_is_trained():
+            return
+        ids = torch.arange(1, 7, device=self.device).unsqueeze(0) % self.config.get_text_config().vocab_size
+        training = self.module.training
+        self.module.eval()
+        with torch.no_grad():
+            expected = self.module(input_ids=ids, use_cache=False).logits
+            found = self.project(self.module.base_model(input_ids=ids, use_cache=False)[0])
+        self.module.train(training)
+        # Both run the same operations on the same numbers; a family that adds one differs in the first digits.
+        self.chunked_loss = torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+        if not self.chunked_loss:
+            logger.warning("%s changes its logits in a way of its own: whole logits are kept for the loss, which takes "
+                           "more memory", self.config.model_type)  # fmt: skip
+
+    def keeps_packed_apart(self) -> bool:
+        """Whether examples packed into one row, their positions beginning anew, give what each gives alone.
+
+        Not every family reads position ids, or builds its mask from them; eight tokens in two examples tell.
+        """
+        parameters = inspect.signature(self.module.base_model.forward).parameters
+        if "position_ids" not in parameters:
+            return False
+        ids = torch.arange(1, 9, device=self.device).unsqueeze(0) % self.config.get_text_config().vocab_size
+        positions = torch.arange(4, device=self.device).repeat(1, 2)
+        training = self.module.training
+        self.module.eval()
+        with torch.no_grad():
+            body = self.module.base_model
+            packed = body(input_ids=ids, position_ids=positions, use_cache=False)[0][:, 4:]
+            alone = body(input_ids=ids[:, 4:], use_cache=False)[0]
+        self.module.train(training)
+        return torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max()))
+
+    def _head_is_trained(self) -> bool:
+        head = self.module.get_output_embeddings()
+        return any(parameter.requires_grad for parameter in head.parameters())
+
+    def checkpoint_layers(self, enabled: bool) -> None:
+        """Recompute each decoder layer in backward instead of keeping its activations."""
+        if enabled:
+            self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            self.module.gradient_checkpointing_disable()
+
+    def unquantized_bytes(self) -> dict[str, int]:
+        """Bytes of every module tensor that is kept unquantized, largest first; tied ones once."""
+        found: dict[str, int] = {}
+        seen: set[int] = set()
+        quantized = {id(tensor) for module in self.module.modules() if isinstance(module, FrozenWeight)
+                     for tensor in module.buffers(recurse=False)}  # fmt: skip
+        for name, tensor in [*self.module.named_parameters(), *self.module.named_buffers()]:
+            if id(tensor) in quantized or id(tensor) in seen or tensor.requires_grad:
+                continue
+            seen.add(id(tensor))
+            found[name.removesuffix(".plain")] = tensor.nbytes
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def quantized_bytes(self) -> int:
+        """Bytes of all quantized weights, scales included."""
+        return sum(
+            tensor.nbytes
+            for module in self.module.modules() if isinstance(module, FrozenWeight) and module.quantized
+            for tensor in module.buffers(recurse=False)
+        )  # fmt: skip
+
+
+def logits_transform(config) -> LogitsTransform:
+    """What the family does to its logits, read from its configuration (gemma's cap, cohere's and granite's scales)."""
+    config = config.get_text_config()
+    scale = 1.0
+    if (value := getattr(config, "logit_scale", None)) is not None:
+        scale *= value
+    if value := getattr(config, "logits_scaling", None):
+        scale /= value
+    return LogitsTransform(scale, getattr(config, "final_logit_softcapping", None))

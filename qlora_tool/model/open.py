@@ -1,0 +1,95 @@
+"""From the `model` section of a configuration to a model and its tokenizer."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from qlora_tool.errors import MachineError, UserError
+from qlora_tool.model.causal_lm import CausalLM
+from qlora_tool.model.kept_base import kept_base, keep_base
+from qlora_tool.model.load import Quantization, load_base
+from qlora_tool.model.source import read_model_config, resolve
+from qlora_tool.ops.precision import COMPUTE_DTYPES, choose_compute_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qlora_tool.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`, `cuda` or `cpu` as a device.
+
+    Raises:
+        MachineError: cuda is asked for and not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise MachineError("model.device: cuda, but PyTorch sees no CUDA device here; `qlora-tool doctor` shows what it sees")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` or a dtype's name as a dtype."""
+    return choose_compute_dtype(device) if name == "auto" else COMPUTE_DTYPES[name]
+
+
+def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        UserError: the folder has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder}: its tokenizer cannot be read: {reason}; download the model again") from error
+
+
+def open_model(config: ModelConfig) -> CausalLM:
+    """Read the model that the configuration names, quantized as it says.
+
+    Raises:
+        UserError, MachineError: see `resolve`, `read_model_config` and `load_base`.
+    """
+    device = choose_device(config.device)
+    compute_dtype = choose_dtype(config.compute_dtype, device)
+    folder = resolve(config.name_or_path, config.revision)
+    model_config = read_model_config(folder, config.trust_remote_code)
+    quantization = Quantization(config.quantization, config.double_quant)
+    kept = kept_base(folder, quantization) if config.keep_quantized else None
+    if kept is not None:
+        logger.info("quantized base kept from an earlier run: %s", kept.folder)
+    module = load_base(folder, model_config, quantization, device, compute_dtype,
+                       trust_remote_code=config.trust_remote_code, checkpoint=kept)  # fmt: skip
+    if config.keep_quantized and kept is None:
+        logger.info("quantized base kept for the next run: %s", keep_base(module, folder, quantization))
+    return CausalLM(module, folder, quantization, compute_dtype)
+
+
+def check_length(model_config, max_length: int) -> None:
+    """Refuse rows longer than the model's positions, unless RoPE scaling stretches them.
+
+    Raises:
+        UserError: naming both lengths.
+    """
+    text = model_config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    scaled = any(
+        parameters.get("rope_type", "default") != "default"
+        for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    )
+    if limit and max_length > limit and not scaled:
+        raise UserError(
+            f"data.max_length: {max_length}, but the model's max_position_embeddings is {limit}; set data.max_length to "
+            f"{limit} or less, or configure RoPE scaling in the model's config.json"
+        )

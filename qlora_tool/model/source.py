@@ -1,0 +1,85 @@
+"""Where a model comes from: `demo`, a local folder, or the model hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from qlora_tool.errors import MachineError, UserError, did_you_mean
+
+_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "tokenizer*", "LICENSE*"]
+
+
+def resolve(name_or_path: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The local folder of a model, fetched first where it has to be.
+
+    Args:
+        name_or_path: `demo`, a folder, or a hub id such as `HuggingFaceTB/SmolLM2-135M-Instruct`.
+        revision: a hub branch, tag or commit.
+        weights: fetch the weights too, not just the configuration and the tokenizer.
+
+    Raises:
+        UserError: no such folder, no such model on the hub, or a folder that holds no model.
+        MachineError: the hub is out of reach and the model is not in its cache.
+    """
+    if name_or_path == "demo":
+        from qlora_tool.model.demo import demo_model_folder
+
+        return demo_model_folder()
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UserError(f"{path}: no config.json in it, so it is no model folder (an adapter needs `--model BASE`)")
+        return path
+    if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(
+            f"model {name_or_path}: no such folder{did_you_mean(path.name, siblings)}; expected a model folder, a hub "
+            "id (owner/name), or demo"
+        )
+    return _from_hub(name_or_path, revision, [*_FILES, "*.safetensors"] if weights else _FILES)
+
+
+def _from_hub(name: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"model {name}: the hub has no such model, or it is private (log in with `hf auth login`); "
+            "a folder would have to be written with its path, such as ./NAME"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise MachineError(
+            f"model {name}: not in the local cache, and the model hub is out of reach; connect, or name a local folder "
+            "(or demo)"
+        ) from error
+
+
+def read_model_config(folder: Path, trust_remote_code: bool = False):
+    """The model's transformers configuration.
+
+    Raises:
+        UserError: it is broken, of an architecture that transformers does not know, or asks for code of its own.
+    """
+    from transformers import AutoConfig
+
+    file = folder / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); download the model again") from error
+    if "auto_map" in raw and not trust_remote_code:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        if raw.get("model_type") not in CONFIG_MAPPING:
+            raise UserError(
+                f"{file}: the model brings its own code; read it, then set model.trust_remote_code: true to run it"
+            )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{file}: architecture {raw.get('model_type')!r} cannot be read: {reason}") from error

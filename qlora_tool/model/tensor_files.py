@@ -1,0 +1,230 @@
+"""safetensors files read and written one tensor at a time.
+
+The library's reader maps a file into memory, where every page touched counts as the process's own; its writer takes
+all tensors of a file at once. Here a tensor is read into its own buffer, and written as soon as it is made: memory
+holds one tensor, whatever the size of the file.
+
+Format: 8 bytes little-endian length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, the data
+(https://github.com/huggingface/safetensors#format).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlora_tool.errors import UserError, did_you_mean
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: its file, dtype, shape and the bytes `start` to `stop` of the file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+class Checkpoint(Mapping[str, TensorEntry]):
+    """The tensors of a model folder by name, from one safetensors file or from shards with an index.
+
+    Raises:
+        UserError: no weights in the folder, only pickles, a missing or truncated shard, a broken header.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files = _checkpoint_files(folder)
+        self._entries: dict[str, TensorEntry] = {}
+        for file in self.files:
+            self._entries.update(read_header(file))
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """One tensor, read from the disk into a buffer of its own, on `device`."""
+        return read_tensor(self._entries[name], device)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self._entries.values())
+
+
+def _checkpoint_files(folder: Path) -> list[Path]:
+    index = folder / INDEX_NAME
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index}: not an index of shards ({error}); download the model again") from error
+        missing = [name for name in names if not (folder / name).exists()]
+        if missing:
+            raise UserError(
+                f"{folder}: {len(missing)} of {len(names)} shards are missing ({', '.join(missing[:3])}); "
+                "download the model again"
+            )
+        return [folder / name for name in names]
+    if (folder / SINGLE_NAME).exists():
+        return [folder / SINGLE_NAME]
+    pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])
+    if pickles:
+        raise UserError(
+            f"{folder}: its weights are pickles ({pickles[0].name}), which can run code when read; convert them once: "
+            f"python -c \"from transformers import AutoModelForCausalLM as M; "
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+        )
+    raise UserError(
+        f"{folder}: no weights found; expected {SINGLE_NAME}, or shards with {INDEX_NAME}; download the model again"
+    )
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """The entries of one safetensors file, checked against the file's size."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise UserError(f"{file}: truncated or no safetensors file ({size} bytes); download it again")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise UserError(f"{file}: its header is not JSON ({error}); download it again") from error
+    entries = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(f"{file}: tensor {name} has dtype {entry['dtype']}, which is not supported")
+        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        entries[name] = TensorEntry(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start, stop)
+    expected = max((entry.stop for entry in entries.values()), default=8 + length)
+    if size < expected:
+        raise UserError(
+            f"{file}: truncated: its header promises {expected} bytes, the file has {size}; download it again"
+        )
+    return entries
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The file's `__metadata__`, empty where it has none."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return header.get("__metadata__", {})
+
+
+def read_tensor(entry: TensorEntry, device: torch.device | str = "cpu") -> Tensor:
+    """One tensor, read into a buffer of its own."""
+    buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+    with entry.file.open("rb", buffering=0) as stream:
+        stream.seek(entry.start)
+        view, done = memoryview(buffer.numpy()), 0
+        while done < entry.nbytes:
+            count = stream.readinto(view[done:])
+            if not count:
+                raise UserError(f"{entry.file}: ended {entry.nbytes - done} bytes early while it was read")
+            done += count
+    return buffer.view(entry.dtype).reshape(entry.shape).to(device)
+
+
+def read_all(file: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Every tensor of one (small) file."""
+    return {name: read_tensor(entry, device) for name, entry in read_header(file).items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that is going to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensors(
+    file: Path, specs: Iterable[TensorSpec], tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
+) -> None:
+    """Write one safetensors file from a stream of tensors, in the order of `specs`.
+
+    The same input gives the same bytes. The caller hands in a temporary path and renames it.
+
+    Raises:
+        ValueError: the stream does not keep to the order, dtypes or shapes announced.
+    """
+    specs = list(specs)
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": _DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset := offset + spec.nbytes],
+        }
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the data begins on 8 bytes
+    expected = iter(specs)
+    with file.open("wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, tensor in tensors:
+            spec = next(expected, None)
+            if spec is None or (name, tensor.dtype, tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
+                raise ValueError(f"announced {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}")
+            stream.write(memoryview(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy()))
+    if next(expected, None) is not None:
+        raise ValueError(f"{file}: the stream of tensors ended early")
+
+
+def shards(specs: Iterable[TensorSpec], max_shard_size: int) -> list[list[TensorSpec]]:
+    """Cut `specs`, in order, into shards of at most `max_shard_size` bytes (a larger tensor gets its own)."""
+    result: list[list[TensorSpec]] = []
+    size = 0
+    for spec in specs:
+        if not result or size + spec.nbytes > max_shard_size:
+            result.append([])
+            size = 0
+        result[-1].append(spec)
+        size += spec.nbytes
+    return result
+
+
+def shard_name(index: int, count: int) -> str:
+    return SINGLE_NAME if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def missing_names(names: Iterable[str], present: Mapping[str, object]) -> str:
+    """`a, b and 3 more` for an error's line, with the closest name that is present."""
+    names = sorted(names)
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return ", ".join(names[:2]) + more + did_you_mean(names[0], present)

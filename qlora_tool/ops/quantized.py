@@ -1,0 +1,289 @@
+"""The one quantized-weight type: nf4, fp4 and int8, two- and three-dimensional.
+
+Codes and scales are bit-identical to bitsandbytes', whose operators do the work on every device; they also have
+shape-only versions, so a `QuantizedTensor` may hold meta and fake tensors. On disk it is bitsandbytes' own form.
+
+A three-dimensional weight (experts, out, in) is quantized expert by expert, each as bitsandbytes would quantize that
+matrix alone: no block straddles two experts, and one expert is dequantized without touching the others.
+
+Sources: QLoRA (Dettmers et al. 2023, arXiv 2305.14314) for nf4 and double quantization; LLM.int8() (Dettmers et al.
+2022, arXiv 2208.07339) for int8 with one scale a row.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+# On a CPU with bf16 instructions bitsandbytes asks for an optional kernel package at import; nothing here needs it.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+import bitsandbytes.functional as bnb  # noqa: E402
+from bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor_to_dict  # noqa: E402
+
+KINDS = ("nf4", "fp4", "int8")
+BLOCK_SIZE = 64  # weights that share one scale (QLoRA, section 3)
+NESTED_BLOCK_SIZE = 256  # scales that share one scale of their own
+INT8_STEP = 7.874015718698502e-3  # 1/127, as bitsandbytes writes it
+_CHUNK = 1 << 20  # weights quantized at a time: the fp32 copies inside the operator stay a few MB (a multiple of 64)
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A frozen weight of `shape` (out, in) or (experts, out, in), stored in 4 or 8 bits.
+
+    Attributes:
+        kind: nf4, fp4 or int8.
+        shape: the shape of the weight it stands for.
+        dtype: the dtype the weight had before.
+        codes: 4-bit: uint8 (n/2,) or (experts, n/2), two weights a byte, the first in the high half.
+            int8: int8, of `shape`.
+        scales: 4-bit: one a block of 64, (blocks,) or (experts, blocks), fp32, or uint8 under double quantization.
+            int8: one a row, fp32, `shape[:-1]`.
+        nested_scales: fp32, one for 256 scales; None without double quantization.
+        nested_offset: fp32, the mean of the scales, () or (experts,); None without double quantization.
+        block_size: weights that share a scale; 0 for int8.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    codes: Tensor
+    scales: Tensor
+    nested_scales: Tensor | None = None
+    nested_offset: Tensor | None = None
+    block_size: int = BLOCK_SIZE
+
+    @property
+    def double_quant(self) -> bool:
+        return self.nested_scales is not None
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors it is made of, by field name."""
+        named = {name: getattr(self, name) for name in ("codes", "scales", "nested_scales", "nested_offset")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> QuantizedTensor:
+        """The same weight with `function` applied to each of its tensors (to another device, say)."""
+        return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
+
+    def expert(self, index: int) -> QuantizedTensor:
+        """One expert's matrix (out, in) of a three-dimensional weight; its tensors are views."""
+        return replace(self.map(lambda tensor: tensor[index]), shape=self.shape[1:])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32, rows: slice | None = None) -> Tensor:
+        """The weight as a plain tensor: code × scale in fp32, rounded once to `dtype`.
+
+        Args:
+            dtype: of the result.
+            rows: only these rows of the (out, in) matrix, (rows, in); all of them by default. Ends must fall on
+                block borders (any row does where `in` is a multiple of the block size).
+
+        Returns:
+            A tensor of `shape`, or of the rows asked for.
+        """
+        if len(self.shape) == 3:
+            if rows is not None:
+                raise ValueError("rows of a three-dimensional weight: choose an expert first")
+            return torch.stack([self.expert(index).dequantize(dtype) for index in range(self.shape[0])])
+        if self.kind == "int8":
+            codes, scales = (self.codes, self.scales) if rows is None else (self.codes[rows], self.scales[rows])
+            return (codes * scales.unsqueeze(-1) * INT8_STEP).to(dtype)
+        return self._dequantize_4bit(dtype, rows)
+
+    def _dequantize_4bit(self, dtype: torch.dtype, rows: slice | None) -> Tensor:
+        codes, scales, shape = self.codes, self._plain_scales(), self.shape
+        if rows is not None:
+            start, stop, _ = rows.indices(shape[0])
+            first, last = start * shape[1], stop * shape[1]
+            if first % self.block_size or (last % self.block_size and stop != shape[0]):
+                raise ValueError(f"rows {start}:{stop} of {shape} do not fall on blocks of {self.block_size}")
+            codes = codes[first // 2 : (last + 1) // 2]
+            scales = scales[first // self.block_size : -(-last // self.block_size)]
+            shape = (stop - start, shape[1])
+        return torch.ops.bitsandbytes.dequantize_4bit.default(codes, scales, self.block_size, self.kind, shape, dtype)
+
+    def _plain_scales(self) -> Tensor:
+        """The scales in fp32, (blocks,)."""
+        if self.nested_scales is None:
+            return self.scales
+        nested_map = _code_map("nested", self.device)
+        scales = torch.ops.bitsandbytes.dequantize_blockwise.default(
+            self.scales, self.nested_scales, nested_map, NESTED_BLOCK_SIZE, torch.float32
+        )
+        return scales.add_(self.nested_offset)
+
+
+def quantize(weight: Tensor, kind: str, double_quant: bool = True) -> QuantizedTensor:
+    """Quantize a weight (out, in) or (experts, out, in) on the device it is on.
+
+    Args:
+        weight: fp32, bf16 or fp16.
+        kind: nf4, fp4 or int8.
+        double_quant: 4-bit only: quantize the scales too.
+
+    Raises:
+        ValueError: a kind, dtype or number of dimensions that is not there, or (int8) values beyond fp16's range,
+            which bitsandbytes rounds through.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"quantization {kind!r}: expected one of {', '.join(KINDS)}")
+    if weight.dim() == 3:
+        return _stack([quantize(matrix, kind, double_quant) for matrix in weight])
+    if weight.dim() != 2:
+        raise ValueError(f"a weight of shape {tuple(weight.shape)}: expected (out, in) or (experts, out, in)")
+    weight = weight.contiguous()
+    return _quantize_int8(weight) if kind == "int8" else _quantize_4bit(weight, kind, double_quant)
+
+
+def _quantize_4bit(weight: Tensor, kind: str, double_quant: bool) -> QuantizedTensor:
+    flat = weight.view(-1)
+    # Whole blocks a chunk: the result is the same, bit for bit, and faster, as the copies stay in the cache.
+    parts = [
+        torch.ops.bitsandbytes.quantize_4bit.default(chunk, BLOCK_SIZE, kind, torch.uint8)
+        for chunk in flat.split(_CHUNK)
+    ]
+    codes = torch.cat([part[0].view(-1) for part in parts])
+    scales = torch.cat([part[1] for part in parts])
+    result = QuantizedTensor(kind, tuple(weight.shape), weight.dtype, codes, scales)
+    if not double_quant:
+        return result
+    offset = scales.mean()
+    nested_map = _code_map("nested", scales.device)
+    quantized, nested = torch.ops.bitsandbytes.quantize_blockwise.default(
+        scales - offset, nested_map, NESTED_BLOCK_SIZE
+    )
+    return replace(result, scales=quantized, nested_scales=nested, nested_offset=offset)
+
+
+def _quantize_int8(weight: Tensor) -> QuantizedTensor:
+    rows = max(1, _CHUNK // weight.shape[1])
+    codes, scales = [], []
+    for chunk in weight.split(rows):
+        half = chunk.to(torch.float16)  # as bitsandbytes' Int8Params does
+        if half.device.type != "meta" and not half.isfinite().all():
+            raise ValueError("int8: the weight has values that are no numbers or lie beyond fp16's range (65504)")
+        row_codes, row_scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(half)
+        codes.append(row_codes)
+        scales.append(row_scales)
+    return QuantizedTensor("int8", tuple(weight.shape), weight.dtype, torch.cat(codes), torch.cat(scales), block_size=0)
+
+
+def _stack(matrices: list[QuantizedTensor]) -> QuantizedTensor:
+    """(out, in) each → one of (experts, out, in)."""
+    first = matrices[0]
+    stacked = {name: torch.stack([matrix.tensors()[name] for matrix in matrices]) for name in first.tensors()}
+    return replace(first, shape=(len(matrices), *first.shape), **stacked)
+
+
+def _code_map(name: str, device: torch.device) -> Tensor:
+    """bitsandbytes' table of values, fp32: `nested` (256 values, for scales), `nf4` or `fp4` (16)."""
+    if torch._guards.active_fake_mode() is not None:  # a kept table would be a real tensor among fake ones
+        return _make_code_map.__wrapped__(name, device)
+    return _make_code_map(name, device)
+
+
+@functools.cache
+def _make_code_map(name: str, device: torch.device) -> Tensor:
+    if name == "nested":
+        return bnb.create_dynamic_map().to(device)
+    return bnb.get_4bit_type(name, device=device)
+
+
+# ---------------------------------------------------------------------------------------------- the form on disk
+
+
+def disk_names(name: str, kind: str, double_quant: bool) -> list[str]:
+    """The names under which the weight `name` is written (bitsandbytes' serialization)."""
+    if kind == "int8":
+        return [name, _row_scale_name(name)]
+    nested = [f"{name}.nested_absmax", f"{name}.nested_quant_map"] if double_quant else []
+    return [name, f"{name}.absmax", f"{name}.quant_map", *nested, f"{name}.quant_state.bitsandbytes__{kind}"]
+
+
+def _row_scale_name(name: str) -> str:
+    return f"{name.removesuffix('.weight')}.SCB"
+
+
+def to_disk(name: str, weight: QuantizedTensor) -> dict[str, Tensor]:
+    """The tensors that stand for the weight `name` in a file, as bitsandbytes writes them.
+
+    A three-dimensional weight, which bitsandbytes has no form for, adds the expert as the first dimension.
+    """
+    if weight.kind == "int8":
+        return {name: weight.codes, _row_scale_name(name): weight.scales}
+    state = {
+        "quant_type": weight.kind,
+        "blocksize": weight.block_size,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "shape": list(weight.shape),
+    }
+    tensors = {
+        name: weight.codes.unsqueeze(-1),
+        f"{name}.absmax": weight.scales,
+        f"{name}.quant_map": _code_map(weight.kind, weight.device).clone(),
+    }
+    if weight.double_quant:
+        state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32"}
+        state["nested_offset"] = weight.nested_offset.tolist()
+        tensors[f"{name}.nested_absmax"] = weight.nested_scales
+        tensors[f"{name}.nested_quant_map"] = _code_map("nested", weight.device).clone()
+    tensors[f"{name}.quant_state.bitsandbytes__{weight.kind}"] = pack_dict_to_tensor(state)
+    return tensors
+
+
+def disk_group(name: str, present: Mapping[str, object]) -> list[str]:
+    """The names, among those `present` in a file, that belong to the quantized weight `name`; empty if it is none."""
+    if f"{name}.absmax" in present:
+        return [name, *(other for other in present if other.startswith(f"{name}."))]
+    scales = _row_scale_name(name)
+    if scales in present:
+        layout = f"{name.removesuffix('.weight')}.weight_format"
+        return [name, scales, *([layout] if layout in present else [])]
+    return []
+
+
+def from_disk(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> QuantizedTensor:
+    """Read what `to_disk`, or bitsandbytes, wrote for the weight `name`.
+
+    Args:
+        tensors: those that `disk_group` names.
+        dtype: what int8 weights count as before quantization (their files do not say).
+
+    Raises:
+        ValueError: a block size, a table of values or a layout that is none of bitsandbytes' defaults.
+    """
+    codes = tensors[name]
+    if (scales_name := _row_scale_name(name)) in tensors:
+        layout = tensors.get(f"{name.removesuffix('.weight')}.weight_format")
+        if layout is not None and int(layout) != 0:
+            raise ValueError(f"{name}: int8 weight format {int(layout)}; only the row format (0) can be read")
+        return QuantizedTensor("int8", tuple(codes.shape), dtype, codes, tensors[scales_name].float(), block_size=0)
+    state_name = next(key for key in tensors if ".quant_state.bitsandbytes__" in key)
+    state = unpack_tensor_to_dict(tensors[state_name].cpu())
+    kind, shape = state["quant_type"], tuple(state["shape"])
+    experts = shape[:-2]
+    if codes.dtype != torch.uint8:  # quant_storage: the same bytes under another dtype
+        codes = codes.contiguous().view(torch.uint8)
+    nested = {}
+    if f"{name}.nested_absmax" in tensors:
+        if state["nested_blocksize"] != NESTED_BLOCK_SIZE:
+            raise ValueError(f"{name}: scales in blocks of {state['nested_blocksize']}; expected {NESTED_BLOCK_SIZE}")
+        offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=codes.device)
+        nested = {"nested_scales": tensors[f"{name}.nested_absmax"], "nested_offset": offset}
+    if not torch.allclose(tensors[f"{name}.quant_map"].float(), _code_map(kind, codes.device), atol=1e-6):
+        raise ValueError(f"{name}: its table of values is not bitsandbytes' {kind}")
+    scales = tensors[f"{name}.absmax"]
+    return QuantizedTensor(
+        kind, shape, getattr(torch, state["dtype"]), codes.reshape(*experts, -1), scales, block_size=state["blocksize"],
+        **nested,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""The training run: one step, the optimizers, the loop around it, checkpoints, evaluation, what is logged."""

@@ -1,0 +1,47 @@
+"""Ctrl-C and SIGTERM end a run after the step at hand, saved; a second Ctrl-C ends it at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and did, its state saved.
+
+    Args:
+        signal_number: what asked.
+        lines: how to go on, for the user.
+    """
+
+    def __init__(self, signal_number: int, lines: list[str]):
+        self.signal_number, self.lines = signal_number, lines
+        super().__init__("\n".join(lines))
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signal_number
+
+
+class StopRequest:
+    """Notes the first SIGINT or SIGTERM while it is active."""
+
+    def __init__(self):
+        self.signal_number: int | None = None
+        self._previous = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal_number is not None:
+            raise KeyboardInterrupt
+        self.signal_number = number
+
+    def __exit__(self, _type: type | None, _value: BaseException | None, _traceback: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

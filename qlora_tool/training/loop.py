@@ -1,0 +1,259 @@
+"""The training run, top to bottom: prepare, step, log, evaluate, save, resume."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qlora_tool.adapters.attach import AdapterSet
+from qlora_tool.adapters.peft_files import save_adapter
+from qlora_tool.config import Config, TrainingConfig
+from qlora_tool.data.batches import Batch, collate, plan_epoch
+from qlora_tool.errors import MachineError, UserError
+from qlora_tool.files import replacing_folder, write_json
+from qlora_tool.model.causal_lm import CausalLM
+from qlora_tool.training.checkpoints import Progress, load_checkpoint, save_checkpoint
+from qlora_tool.training.evaluation import EvaluationResult, evaluate_loss
+from qlora_tool.training.interrupt import Interrupted, StopRequest
+from qlora_tool.training.optimizers import Optimizer
+from qlora_tool.training.prepare import RunData, prepare_data, prepare_model, provenance, resolve_config
+from qlora_tool.training.progress import LiveLine, Metrics, Speed, peak_memory_bytes
+from qlora_tool.training.run_folder import RunFolder, checkpoint_to_resume
+from qlora_tool.training.schedule import learning_rate, warmup_length
+from qlora_tool.training.step import StepResult, StepSettings, train_step
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """A training run and where it stands."""
+
+    config: Config
+    folder: RunFolder
+    data: RunData
+    model: CausalLM
+    adapters: AdapterSet
+    optimizer: Optimizer
+    plan: StepPlan
+    progress: Progress = field(default_factory=Progress)
+    accelerator: Accelerator | None = None
+
+    @property
+    def training(self) -> TrainingConfig:
+        return self.config.training
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Which examples each optimizer step sees.
+
+    Attributes:
+        config: the run's.
+        lengths: tokens of every training example.
+        steps_per_epoch, total_steps: optimizer steps.
+    """
+
+    config: Config
+    lengths: list[int]
+    steps_per_epoch: int
+    total_steps: int
+
+    @classmethod
+    def of(cls, config: Config, lengths: list[int]) -> StepPlan:
+        micro_batches = len(_epoch(config, lengths, 0))
+        steps_per_epoch = math.ceil(micro_batches / config.training.gradient_accumulation_steps)
+        total = config.training.max_steps
+        if total == -1:
+            total = math.ceil(config.training.num_train_epochs * steps_per_epoch)
+        return cls(config, lengths, steps_per_epoch, total)
+
+    def steps(self, done: int) -> Iterator[list[list[list[int]]]]:
+        """The micro-batches (rows of example indices) of every step after the first `done`."""
+        size = self.config.training.gradient_accumulation_steps
+        for epoch in range(done // self.steps_per_epoch, math.ceil(self.total_steps / self.steps_per_epoch)):
+            batches = _epoch(self.config, self.lengths, epoch)
+            for index in range(self.steps_per_epoch):
+                step = epoch * self.steps_per_epoch + index
+                if done <= step < self.total_steps:
+                    yield batches[index * size : (index + 1) * size]
+
+
+def _epoch(config: Config, lengths: list[int], epoch: int) -> list[list[list[int]]]:
+    return plan_epoch(
+        lengths, batch_size=config.training.per_device_train_batch_size, max_length=config.data.max_length,
+        packing=config.data.packing, shuffle=config.data.shuffle, seed=config.training.seed, epoch=epoch,
+    )  # fmt: skip
+
+
+def train(config: Config, *, resume: str = "auto", overwrite: bool = False, dry_run: bool = False) -> Run:
+    """Train what the configuration describes and leave the run's folder behind.
+
+    Args:
+        resume: auto, never, or a checkpoint's path.
+        overwrite: an earlier run in the folder may be replaced.
+        dry_run: stop before the first step; nothing is written.
+
+    Raises:
+        UserError, MachineError: see the contract.
+        Interrupted: a signal asked to stop; a checkpoint was saved.
+    """
+    config = resolve_config(config)
+    folder = RunFolder(Path(config.training.output_dir))
+    checkpoint = checkpoint_to_resume(folder, config, resume, overwrite)
+    data = prepare_data(config)
+    torch.manual_seed(config.training.seed)
+    model, adapters = prepare_model(config)
+    if config.data.packing and not model.keeps_packed_apart():
+        logger.warning("%s cannot keep packed examples apart: rows are padded instead", model.config.model_type)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"packing": False})})
+    optimizer = Optimizer(config.training.optim, adapters.parameters(), config.training.weight_decay)
+    plan = StepPlan.of(config, [len(example.input_ids) for example in data.train.examples])
+    run = Run(config, folder, data, model, adapters, optimizer, plan)
+    logger.info("run: %d steps (%d an epoch) into %s", plan.total_steps, plan.steps_per_epoch, folder.path)
+    if dry_run:
+        return run
+    if checkpoint is not None:
+        run.progress = load_checkpoint(checkpoint, adapters, optimizer)
+        folder.keep_metrics_until(run.progress.step)
+        logger.info("resumed: step %d, from %s", run.progress.step, checkpoint)
+    elif folder.holds_run():
+        folder.clear()
+    folder.write_config(config)
+    _fit(run)
+    _save_adapter(run)
+    return run
+
+
+def _fit(run: Run) -> None:
+    """All steps that are left."""
+    metrics, speed = Metrics(run.folder.metrics_file), Speed()
+    run.accelerator = _start_trackers(run)
+    run.model.module.train()
+    settings = StepSettings(run.training.max_grad_norm, run.training.label_smoothing_factor)
+    total = run.plan.total_steps
+    logged: list[tuple[StepResult, int]] = []
+    with StopRequest() as stop, LiveLine(total, run.progress.step) as line:
+        for micro_batches in run.plan.steps(run.progress.step):
+            batches = [_collate(run, rows).to(run.model.device) for rows in micro_batches]
+            rate = _learning_rate(run)
+            result = train_step(run.model, run.optimizer, batches, settings, rate)
+            run.progress.step += 1
+            step = run.progress.step
+            tokens = sum(batch.tokens for batch in batches)
+            run.progress.tokens += tokens
+            logged.append((result, sum(batch.trained_tokens for batch in batches)))
+            _refuse_no_number(run, result, batches)
+            speed.step_done(tokens)
+            record = None
+            evaluated = _is_due(step, run.training.eval_steps, total) and run.data.evaluations
+            if evaluated or step % run.training.logging_steps == 0 or step == total:
+                record = _record(run, logged, rate, speed.take())
+                logged = []
+            paused = speed.pause()
+            if evaluated:
+                record |= _evaluate(run, line)
+            if record is not None:
+                metrics.write(record)
+                if run.accelerator.trackers:
+                    run.accelerator.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=step)
+            line.step(step, record)
+            if step % run.training.save_steps == 0 or step == total or stop.signal_number:
+                saved = save_checkpoint(run.folder, run.progress, run.adapters, run.optimizer, run.training.save_total_limit)
+                if stop.signal_number and step < total:
+                    raise Interrupted(stop.signal_number, [f"stopped after step {step} of {total}; saved {saved}",
+                                                           "the same command goes on from there"])  # fmt: skip
+            speed.resume(paused)
+    run.accelerator.end_training()
+
+
+def _collate(run: Run, rows: list[list[int]]) -> Batch:
+    examples = [[run.data.train.examples[index] for index in row] for row in rows]
+    return collate(examples, pad_token_id=run.data.pad_token_id, packing=run.config.data.packing)
+
+
+def _learning_rate(run: Run) -> float:
+    training, total = run.training, run.plan.total_steps
+    warmup = warmup_length(training.warmup_steps, total)
+    return learning_rate(run.progress.step, training.learning_rate, training.lr_scheduler_type, warmup, total)
+
+
+def _is_due(step: int, every: int | None, total: int) -> bool:
+    return step == total or (every is not None and step % every == 0)
+
+
+def _record(run: Run, logged: list[tuple[StepResult, int]], rate: float, speed: float | None) -> dict[str, Any]:
+    """What is logged of the steps since the last record: the loss over all their trained tokens."""
+    tokens = sum(count for _, count in logged)
+    return {
+        "step": run.progress.step,
+        "epoch": round(run.progress.step / run.plan.steps_per_epoch, 4),
+        "loss": sum(float(result.loss) * count for result, count in logged) / tokens,
+        "learning_rate": rate,
+        "grad_norm": float(logged[-1][0].grad_norm),
+        "tokens_per_second": None if speed is None else round(speed, 1),
+        "peak_memory_bytes": peak_memory_bytes(run.model.device),
+    }
+
+
+def _evaluate(run: Run, line: LiveLine) -> dict[str, float]:
+    """The loss on every evaluation set, as `eval_loss` or, with several sets, `eval_NAME_loss` too."""
+    results: dict[str, EvaluationResult] = {}
+    for name, dataset in run.data.evaluations.items():
+        results[name] = evaluate_loss(
+            run.model, dataset, run.training.per_device_train_batch_size, run.data.pad_token_id
+        )
+        line.say(f"step {run.progress.step}: {name} loss {results[name].loss:.4f} over {results[name].tokens} tokens")
+    first = next(iter(results.values()))
+    named = {f"eval_{name}_loss": result.loss for name, result in results.items()} if len(results) > 1 else {}
+    return {"eval_loss": first.loss, **named}
+
+
+def _refuse_no_number(run: Run, result: StepResult, batches: list[Batch]) -> None:
+    if math.isfinite(float(result.loss)):
+        return
+    saved = run.folder.checkpoint_folders()
+    rows = [where for batch in batches for where in batch.where]
+    raise MachineError(
+        f"step {run.progress.step}: the loss is {float(result.loss)}, on rows {', '.join(rows[:8])}"
+        f"{' and more' if len(rows) > 8 else ''}; the last good checkpoint is {saved[-1] if saved else 'none yet'}; lower "
+        "training.learning_rate, or set training.max_grad_norm"
+    )
+
+
+def _start_trackers(run: Run) -> Accelerator:
+    """accelerate's view of the run: its process and the trackers of `report_to`."""
+    from accelerate import Accelerator
+
+    names = run.training.report_to
+    accelerator = Accelerator(cpu=run.model.device.type == "cpu", log_with=names or None, project_dir=run.folder.path)
+    if accelerator.num_processes > 1:
+        raise UserError(f"started as {accelerator.num_processes} processes; training runs in one: start it without a launcher")
+    if names:
+        flat = {f"{section}.{key}": value if isinstance(value, (int, float, str, bool)) else str(value)
+                for section, values in run.config.model_dump().items() for key, value in values.items()}  # fmt: skip
+        accelerator.init_trackers("qlora-tool", flat)
+        if len(accelerator.trackers) < len(names):
+            raise UserError(f"training.report_to: {', '.join(names)}: not all of these are installed; `pip install` them")
+    return accelerator
+
+
+def _save_adapter(run: Run) -> None:
+    """The adapter in PEFT's format, with the tokenizer and our provenance beside it."""
+    base = run.config.model.name_or_path
+    with replacing_folder(run.folder.adapter) as temporary:
+        run.data.tokenizer.save_pretrained(temporary)
+        save_adapter(
+            temporary, run.adapters, run.config.adapter, run.model.module,
+            str(run.model.folder) if base == "demo" else base, run.config.model.revision,
+        )  # fmt: skip
+        write_json(temporary / "qlora_tool.json", provenance(run.config, run.model, run.data))

@@ -1,0 +1,124 @@
+"""What is shown and written while training: the live line, and one JSON object a logged step."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_tool.files import disk_errors
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """CUDA: the most that was allocated at once; CPU: the most memory that the process has had resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if os.name == "nt":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Metrics:
+    """Appends to `metrics.jsonl`, a whole line at a time, flushed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(self, record: dict[str, Any]) -> None:
+        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+
+class Speed:
+    """Tokens per second between two logged steps; the run's first step, which warms everything up, is left out."""
+
+    def __init__(self):
+        self._tokens, self._since, self._steps = 0, time.perf_counter(), 0
+
+    def step_done(self, tokens: int) -> None:
+        self._steps += 1
+        if self._steps == 1:
+            self._since = time.perf_counter()
+        else:
+            self._tokens += tokens
+
+    def pause(self) -> float:
+        """Something that is no step begins (an evaluation, a save); give its start to `resume`."""
+        return time.perf_counter()
+
+    def resume(self, paused_at: float) -> None:
+        self._since += time.perf_counter() - paused_at
+
+    def take(self) -> float | None:
+        """The speed since the last call; None when only the first step lies behind."""
+        now = time.perf_counter()
+        speed = self._tokens / (now - self._since) if self._tokens else None
+        self._tokens, self._since = 0, now
+        return speed
+
+
+class LiveLine:
+    """One line on stderr with loss, speed, memory and time left: redrawn in a terminal, printed a logged step without."""
+
+    def __init__(self, total_steps: int, first_step: int):
+        from rich.console import Console
+
+        self.console = Console(stderr=True)
+        self.total, self.first = total_steps, first_step
+        self.started = time.perf_counter()
+        self._progress = self._task = None
+
+    def __enter__(self) -> LiveLine:
+        if self.console.is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
+            self._progress = Progress(*columns, console=self.console)
+            self._task = self._progress.add_task("", total=self.total, completed=self.first, text="")
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def step(self, step: int, record: dict[str, Any] | None) -> None:
+        """Show step `step`; `record` is what was logged, None between logged steps."""
+        if self._progress is not None:
+            text = {} if record is None else {"text": self._text(step, record)}
+            self._progress.update(self._task, completed=step, **text)
+        elif record is not None:
+            print(f"step {step}/{self.total}  {self._text(step, record)}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own that stays."""
+        if self._progress is not None:
+            self._progress.console.print(text, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def _text(self, step: int, record: dict[str, Any]) -> str:
+        parts = [f"loss {record['loss']:.4f}", f"lr {record['learning_rate']:.2e}"]
+        if record.get("tokens_per_second"):
+            parts.append(f"{record['tokens_per_second']:.0f} tokens/s")
+        parts.append(f"{record['peak_memory_bytes'] / 1e9:.2f} GB")
+        done = step - self.first
+        left = (time.perf_counter() - self.started) / max(1, done) * (self.total - step)
+        parts.append(f"{_clock(left)} left")
+        return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,77 @@
+"""One optimizer step, from micro-batches to new weights: the same function trains, measures and predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from qlora_tool.data.batches import Batch
+    from qlora_tool.model.causal_lm import CausalLM
+    from qlora_tool.training.optimizers import Optimizer
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a step needs to know of the configuration.
+
+    Attributes:
+        max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
+        label_smoothing: share of the target spread over the vocabulary.
+    """
+
+    max_grad_norm: float = 1.0
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gives back, as tensors: reading them waits for the device.
+
+    Attributes:
+        loss: mean over the trained tokens of all micro-batches, fp32.
+        grad_norm: of all gradients, before clipping, fp32.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+
+
+def train_step(
+    model: CausalLM,
+    optimizer: Optimizer,
+    micro_batches: Sequence[Batch],
+    settings: StepSettings,
+    learning_rate: float,
+) -> StepResult:
+    """Forward and backward over the micro-batches, then one optimizer step.
+
+    Each trained token of the global batch weighs the same: the loss is the sum over tokens divided by their number, so
+    neither accumulation nor the number of rows changes it.
+
+    Args:
+        micro_batches: on the model's device.
+        learning_rate: of this step.
+    """
+    total = sum(batch.trained_tokens for batch in micro_batches)
+    loss = torch.zeros((), dtype=torch.float32, device=model.device)
+    for batch in micro_batches:
+        part = model.loss_sum(batch, settings.label_smoothing) / total
+        (part * optimizer.loss_scale).backward()
+        loss += part.detach()
+    grad_norm = optimizer.step(learning_rate, settings.max_grad_norm)
+    return StepResult(loss, grad_norm)
+
+
+def clip_gradients(gradients: Sequence[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients in place so that their joint norm is at most `max_norm` (0: leave them); the norm before, fp32."""
+    norm = nn.utils.get_total_norm(gradients).float()
+    if max_norm:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(factor.to(gradient.dtype))
+    return norm

@@ -1,0 +1,275 @@
+"""The command line: help, the form of errors, exit codes, and what is not imported on the way."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from qlora_tool.cli import COMMANDS, ToolCommand, main
+from qlora_tool.config import load_config
+from qlora_tool.errors import MachineError, UserError
+from qlora_tool.recipes import find_recipe
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = [sys.executable, "-c", "from qlora_tool.cli import main; main()"]
+
+
+def invoke(*args: str):
+    return CliRunner().invoke(main, args)
+
+
+def python(code: str, **settings) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **settings,
+    )
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch):
+    """Register `qlora-tool try`, which runs the function given."""
+    commands = dict(main.commands)
+    monkeypatch.setattr(main, "commands", commands)
+
+    def register(function):
+        commands["try"] = click.command("try", cls=ToolCommand, examples="qlora-tool try")(function)
+
+    return register
+
+
+def raising(error: BaseException):
+    def function() -> None:
+        raise error
+
+    return function
+
+
+def test_help_lists_the_commands_by_section():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    places = [result.stdout.index(title) for title in ("Main commands:", "Use a model:", "Around them:", "Examples:")]
+    assert places == sorted(places)
+    for name, entry in COMMANDS.items():
+        assert f"{name} " in result.stdout
+        assert entry.help in result.stdout
+
+
+def test_help_and_light_commands_import_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from click.testing import CliRunner\n"
+        "from qlora_tool.cli import COMMANDS, main\n"
+        "for args in [['--help'], ['recipes'], *([name, '--help'] for name in COMMANDS)]:\n"
+        "    result = CliRunner().invoke(main, args)\n"
+        "    assert result.exit_code == 0, (args, result.output)\n"
+        "    assert args[0] == 'recipes' or 'Examples:\\n  qlora-tool' in result.output, args\n"
+        "    heavy = {'torch', 'transformers', 'datasets', 'bitsandbytes', 'accelerate', 'numpy'}\n"
+        "    print(args, sorted(heavy & set(sys.modules)))\n"
+        "    assert not heavy & set(sys.modules), args\n"
+    )
+    process = python(code)
+    out, err = process.communicate()
+    assert process.returncode == 0, out + err
+
+
+def test_the_configuration_imports_no_torch():
+    process = python("import sys, qlora_tool.config as c; c.load_config('demo'); sys.exit('torch' in sys.modules)")
+    assert process.communicate()[1] == ""
+    assert process.returncode == 0
+
+
+def test_no_command_shows_the_help_and_fails():
+    result = invoke()
+    assert result.exit_code == 2
+    assert "Main commands:" in result.stderr
+    assert result.stdout == ""
+
+
+def test_version():
+    import qlora_tool
+
+    assert invoke("--version").stdout == f"qlora-tool, version {qlora_tool.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["trian"], "error: no command 'trian'; did you mean 'train'? (in 'qlora-tool'; see 'qlora-tool --help')"),
+        (["xyz"], "error: no command 'xyz'; commands are train, export-merged, "),
+        (["--vresion"], "error: no option '--vresion'; did you mean '--version'? (in 'qlora-tool'; see"),
+        (["recipes", "shwo"], "error: no command 'shwo'; did you mean 'show'? (in 'qlora-tool recipes'; see"),
+        (["try", "--dtpye", "x"], "error: no option '--dtpye'; did you mean '--dtype'? (in 'qlora-tool try'; see"),
+        (["try", "F", "--dtype", "bf16"], "error: '--dtype': 'bf16' is not one of 'auto', 'bfloat16'; did you mean 'b"),
+        (["try"], "error: missing argument 'FILE' (in 'qlora-tool try'; see 'qlora-tool try --help')"),
+        (["try", "a", "b"], "error: got unexpected extra argument (b) (in 'qlora-tool try'; see"),
+    ],
+)
+def test_usage_errors_take_the_form_of_all_errors(command, args, line):
+    @click.argument("file")
+    @click.option("--dtype", type=click.Choice(["auto", "bfloat16"]))
+    def function(file: str, dtype: str) -> None: ...
+
+    command(function)
+    result = invoke(*args)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(line)
+    assert result.stderr.count("\n") == 1
+
+
+def test_three_mistakes_in_a_configuration_are_three_error_lines(command, tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_text("training: {lerning_rate: 1, max_steps: many}\nadapter: {r: 0}\n")
+
+    @click.argument("config")
+    def function(config: str) -> None:
+        load_config(config)
+
+    command(function)
+    result = invoke("try", str(path))
+    assert result.exit_code == 2
+    lines = result.stderr.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith(f"error: {path}: ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "lines"),
+    [
+        (UserError(["a.jsonl, line 3: b", "c"]), 2, ["error: a.jsonl, line 3: b", "error: c"]),
+        (MachineError("no network"), 1, ["error: no network"]),
+        (KeyError("x"), 1, ["error: KeyError: 'x' (run again with --debug for the traceback)"]),
+        (RuntimeError("a\n  b"), 1, ["error: RuntimeError: a b (run again with --debug for the traceback)"]),
+        (EOFError("cut short"), 1, ["error: EOFError: cut short (run again with --debug for the traceback)"]),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x/y"),
+            1,
+            ["error: no space left on the disk for /x/y; free some, or choose another folder"],
+        ),
+        (MemoryError(), 1, ["error: out of memory; take smaller batches or a smaller data.max_length"]),
+        (KeyboardInterrupt(), 130, ["interrupted"]),
+    ],
+)
+def test_failures_become_lines_and_exit_codes(command, error, code, lines):
+    command(raising(error))
+    result = invoke("try")
+    assert result.exit_code == code
+    assert [line for line in result.stderr.splitlines() if line] == lines
+
+
+@pytest.mark.parametrize("args", [["--debug", "try"], ["try", "--debug"]])
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(command, args):
+    command(raising(UserError("bad")))
+    result = invoke(*args)
+    assert result.exit_code == 2
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.endswith("error: bad\n")
+
+
+def test_what_a_command_returns_is_no_exit_code(command):
+    command(lambda: 3)
+    assert invoke("try").exit_code == 0
+
+
+def test_a_command_can_exit_with_a_code_of_its_own(command):
+    command(lambda: click.get_current_context().exit(2))
+    assert invoke("try").exit_code == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_clean_up_and_have_their_exit_codes(number, code):
+    process = python(
+        "import signal, click\n"
+        "from qlora_tool.cli import ToolCommand, main\n"
+        "@main.command('wait', cls=ToolCommand)\n"
+        "def wait():\n"
+        "    try:\n"
+        "        print('ready', flush=True)\n"
+        "        signal.pause()\n"
+        "    finally:\n"
+        "        print('cleaned up', flush=True)\n"
+        "main(['wait'])\n"
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    out, err = process.communicate()
+    assert process.returncode == code
+    assert out == "cleaned up\n"
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    process = python("from qlora_tool.cli import main; main(['recipes', 'show', 'demo'])")
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() == 1
+
+
+def test_option_groups_and_examples_stand_in_the_help(command):
+    @click.option("--prompt", help="What to say.")
+    @click.option("--top-p", help="Nucleus.")
+    def function(prompt: str, top_p: float) -> None:
+        """Try it."""
+
+    main.commands["try"] = click.command(cls=ToolCommand, groups={"Sampling": ["top_p"]}, examples="a  b\nc")(function)
+    lines = [line.rstrip() for line in invoke("try", "--help").stdout.splitlines()]
+    sampling, options = lines.index("Sampling:"), lines.index("Options:")
+    assert lines[sampling + 1].split() == ["--top-p", "TEXT", "Nucleus."]
+    assert lines[options + 1].split() == ["--prompt", "TEXT", "What", "to", "say."]
+    assert lines[-3:] == ["Examples:", "  a  b", "  c"]
+
+
+def test_recipes_are_listed_shown_and_copied(tmp_path: Path):
+    listing = invoke("recipes").stdout
+    assert listing == invoke("recipes", "list").stdout
+    assert [line.split()[0] for line in listing.splitlines()][:2] == ["demo", "llama-2-7b-24gb"]
+    text = find_recipe("demo").read_text(encoding="utf-8")
+    assert invoke("recipes", "show", "demo").stdout == text
+
+    target = tmp_path / "my.yaml"
+    assert invoke("recipes", "copy", "demo", str(target)).exit_code == 0
+    assert invoke("recipes", "copy", "demo", str(tmp_path)).exit_code == 0
+    assert target.read_text(encoding="utf-8") == (tmp_path / "demo.yaml").read_text(encoding="utf-8") == text
+
+    target.write_text("mine")
+    result = invoke("recipes", "copy", "demo", str(target))
+    assert (result.exit_code, target.read_text()) == (2, "mine")
+    assert result.stderr.startswith(f"error: {target}: exists already")
+    result = invoke("recipes", "show", "dmeo")
+    assert result.exit_code == 2
+    assert result.stderr.endswith("did you mean 'demo'?\n")
+
+
+def test_doctor_reports_this_machine(monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    from qlora_tool.cli import doctor
+    from qlora_tool.ops.precision import choose_compute_dtype
+
+    result = invoke("doctor")
+    assert result.exit_code == 0, result.stderr
+    rows = {line.split()[0]: line for line in result.stdout.splitlines()}
+    assert torch.__version__ in rows["torch"]
+    assert os.environ["QLORA_TOOL_CACHE"] in rows["cache"]
+    dtype = str(choose_compute_dtype(torch.device("cpu"))).removeprefix("torch.")
+    assert f"  cpu           {dtype} (products in GFLOP/s: " in result.stdout
+    assert torch.backends.cpu.get_cpu_capability() in result.stdout
+
+    monkeypatch.setattr(doctor, "REQUIRED", ("torch", "no-such-package"))
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    assert result.stderr == "error: no-such-package is not installed; every run needs it: pip install no-such-package\n"

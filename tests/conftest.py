@@ -1,0 +1,18 @@
+"""What every test runs under: a cache of its own, and no hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what is cached during the tests in a folder that goes away with them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLORA_TOOL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -1,0 +1,240 @@
+"""Rows out of files: what is read, where it is said to stand, and what a broken file is told."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from qlora_tool.data.sources import hashes, read_rows, source_files
+from qlora_tool.errors import MachineError, UserError
+
+
+def write(folder, name, content):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def faults(source) -> list[str]:
+    with pytest.raises(UserError) as raised:
+        read_rows(source)
+    return raised.value.lines
+
+
+def places(source) -> list[tuple[str, dict]]:
+    return [(row.where.removeprefix(str(source)), row.fields) for row in read_rows(source)]
+
+
+def test_jsonl_rows_are_named_by_line_in_spite_of_bom_blank_lines_and_odd_line_ends(tmp_path):
+    text = '{"text": "a\u2028b"}\r\n\n   \n{"text": "c"}\n'
+    source = write(tmp_path, "rows.jsonl", b"\xef\xbb\xbf" + text.encode())
+    assert places(source) == [(", line 1", {"text": "a\u2028b"}), (", line 4", {"text": "c"})]
+
+
+def test_a_broken_line_of_jsonl_is_named_with_the_reason(tmp_path):
+    lines = ['{"text": "fine"}'] * 20
+    lines[16] = '{"text": fine}'
+    lines[18] = '["text"]'
+    source = write(tmp_path, "rows.jsonl", "\n".join(lines))
+    assert faults(source) == [
+        f"{source}, line 17: not JSON (Expecting value, column 10)",
+        f'{source}, line 19: a list, expected an object such as {{"prompt": "…", "completion": "…"}}',
+    ]
+
+
+def test_of_many_broken_lines_five_are_shown_and_the_rest_counted(tmp_path):
+    source = write(tmp_path, "rows.jsonl", "nonsense\n" * 8)
+    lines = faults(source)
+    assert [line.partition(": ")[0] for line in lines[:5]] == [f"{source}, line {n}" for n in range(1, 6)]
+    assert lines[5:] == ["and 3 more faulty rows"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
+def test_what_is_not_utf8_is_named_by_line(tmp_path, name):
+    source = write(tmp_path, name, b'{"text": "one"}\n{"text": "caf\xe9"}\n')
+    assert faults(source) == [f"{source}, line 2: not UTF-8 (byte 0xe9); save the file as UTF-8"]
+
+
+def test_json_rows_are_named_by_the_line_they_begin_on(tmp_path):
+    rows = [{"text": "a"}, {"text": "b", "more": [1, 2]}, {"text": "c"}]
+    source = write(tmp_path, "rows.json", json.dumps(rows, indent=2))
+    lines = json.dumps(rows, indent=2).split("\n")
+    begins = [number for number, line in enumerate(lines, start=1) if line == "  {"]
+    assert places(source) == [(f", line {begins[i]} (row {i + 1})", rows[i]) for i in range(3)]
+
+
+def test_json_with_a_data_list_and_json_with_a_row_a_line(tmp_path):
+    text = '{"version": {"data": 1}, "note": "]",\n "data": [{"text": "a"},\n\n {"text": "b"}\n], "end": []}'
+    rows = [{"text": "a"}, {"text": "b"}]
+    source = write(tmp_path, "wrapped.json", text)
+    assert places(source) == [(", line 2 (row 1)", rows[0]), (", line 4 (row 2)", rows[1])]
+    source = write(tmp_path, "lines.json", '{"text": "a"}\n{"text": "b"}\n')
+    assert places(source) == [(", line 1", rows[0]), (", line 2", rows[1])]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"text": "a"},\n {"text": }]', ", line 2: not JSON (Expecting value, column 11)"),
+        ('[{"text": "a"},\n 5]', ", line 2 (row 2): a number, expected an object"),
+        ('{"rows": [], "size": 3}', ": an object with the keys rows, size; expected a list of objects"),
+        ('"text"', ": a string; expected a list of objects"),
+        ("[]", ": the file has no rows; expected at least one"),
+        (" \n", ": the file has no rows; expected at least one"),
+    ],
+)
+def test_broken_json(tmp_path, content, message):
+    source = write(tmp_path, "rows.json", content)
+    (line,) = faults(source)
+    assert line.startswith(source + message)
+
+
+def test_csv_rows_are_named_by_the_line_they_begin_on(tmp_path):
+    content = 'instruction,output\nadd,"one\ntwo, three"\n\nsay ""x"",y\n'
+    source = write(tmp_path, "rows.csv", b"\xef\xbb\xbf" + content.encode())
+    assert places(source) == [
+        (", line 2", {"instruction": "add", "output": "one\ntwo, three"}),
+        (", line 5", {"instruction": 'say ""x""', "output": "y"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a,b\n1,2\n1,2,3\n", ", line 3: 3 cells, expected 2 (a, b)"),
+        ("a,b\n1\n", ", line 2: 1 cells, expected 2 (a, b)"),
+        ("a,b,a\n1,2,3\n", ", line 1: the column 'a' stands twice; give each a name of its own"),
+        ('a,b\n1,"2\n3\n', ", line 2: not CSV (unexpected end of data)"),
+        ("a,b\n", ": the file has no rows; expected at least one"),
+        ("", ": the file has no rows; expected at least one"),
+    ],
+)
+def test_broken_csv(tmp_path, content, message):
+    source = write(tmp_path, "rows.csv", content)
+    assert faults(source) == [source + message]
+
+
+def test_a_csv_cell_may_be_long(tmp_path):
+    source = write(tmp_path, "rows.csv", "text\n" + "x" * 300_000 + "\n")
+    assert len(read_rows(source)[0].fields["text"]) == 300_000
+
+
+def test_parquet(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "a"}]}, {"messages": None}]
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert places(path) == [(", row 1", rows[0]), (", row 2", rows[1])]
+    path.write_bytes(path.read_bytes()[:-10])
+    (line,) = faults(str(path))
+    assert line.startswith(f"{path}: not a Parquet file (")
+
+
+def test_a_text_file_is_one_row(tmp_path):
+    source = write(tmp_path, "book.txt", "One line.\n\nAnother.\n")
+    assert places(source) == [("", {"text": "One line.\n\nAnother.\n"})]
+    assert faults(write(tmp_path, "blank.txt", "\n\n")) == [
+        f"{tmp_path / 'blank.txt'}: the file has no rows; expected at least one"
+    ]
+
+
+def test_a_folder_is_all_its_data_files_in_order_of_name(tmp_path):
+    write(tmp_path, "b.jsonl", '{"text": "2"}\n{"text": "3"}')
+    write(tmp_path, "a.txt", "1")
+    write(tmp_path, "c/d.csv", "text\n4\n")
+    write(tmp_path, "notes.md", "no data")
+    write(tmp_path, ".hidden/x.txt", "no")
+    write(tmp_path, ".b.jsonl", "half written")
+    rows = read_rows(str(tmp_path))
+    assert [row.fields["text"] for row in rows] == ["1", "2", "3", "4"]
+    assert rows[2].where == f"{tmp_path / 'b.jsonl'}, line 2"
+    assert [file.name for file in source_files(str(tmp_path))] == ["a.txt", "b.jsonl", "d.csv"]
+
+
+def test_a_folder_without_data_files(tmp_path):
+    write(tmp_path, "notes.md", "no data")
+    (line,) = faults(str(tmp_path))
+    assert line == (
+        f"{tmp_path}: a folder without data files; expected .json, .jsonl, .csv, .parquet or .txt files in it"
+    )
+
+
+def test_a_missing_file_is_answered_with_the_closest_name(tmp_path):
+    write(tmp_path, "train.jsonl", "{}")
+    assert faults(str(tmp_path / "trian.jsonl")) == [
+        f"{tmp_path}/trian.jsonl: no such file or folder; did you mean 'train.jsonl'?"
+    ]
+    assert faults(str(tmp_path / "missing" / "x.jsonl")) == [
+        f"{tmp_path}/missing/x.jsonl: no such file; there is no folder {tmp_path}/missing either"
+    ]
+
+
+def test_a_misspelt_name_here_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "data/train.jsonl", "{}")
+    assert faults("dat") == ["dat: no such file or folder; did you mean 'data'?"]
+    assert faults("data/train") == ["data/train: no such file or folder; did you mean 'train.jsonl'?"]
+
+
+def test_a_file_of_another_kind(tmp_path):
+    (line,) = faults(write(tmp_path, "rows.xlsx", "x"))
+    assert "the unknown ending '.xlsx'; expected .json, .jsonl, .csv, .parquet or .txt" in line
+
+
+def test_hashes_are_those_of_the_files(tmp_path):
+    source = write(tmp_path, "a.txt", "one")
+    assert hashes(str(tmp_path), read_rows(source)) == {source: hashlib.sha256(b"one").hexdigest()}
+
+
+class TestHub:
+    def test_out_of_reach_is_the_machines_fault_in_one_line(self, monkeypatch):
+        import datasets
+        import huggingface_hub
+
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(MachineError) as raised:
+            read_rows("someone/some-data")
+        (line,) = raised.value.lines
+        assert line.startswith("someone/some-data: no such file or folder, and the hub cannot be reached (")
+
+    @pytest.mark.parametrize(
+        ("source", "asked"),
+        [
+            ("someone/some-data", ("someone/some-data", None, "train")),
+            ("someone/some-data:test", ("someone/some-data", None, "test")),
+            ("someone/some-data:main:test", ("someone/some-data", "main", "test")),
+        ],
+    )
+    def test_split_and_configuration(self, monkeypatch, source, asked):
+        import datasets
+
+        calls = []
+
+        def load_dataset(name, configuration, *, split):
+            calls.append((name, configuration, split))
+            return datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        rows = read_rows(source)
+        assert calls == [asked]
+        assert [(row.where, row.fields) for row in rows] == [
+            (f"{source}, row 1", {"text": "a"}),
+            (f"{source}, row 2", {"text": "b"}),
+        ]
+        lines = b'{"text": "a"}\n{"text": "b"}\n'
+        assert hashes(source, rows) == {source: hashlib.sha256(lines).hexdigest()}
+
+    def test_an_unknown_split_is_the_users_fault(self, monkeypatch):
+        import datasets
+
+        def load_dataset(name, configuration, *, split):
+            raise ValueError(f'Unknown split "{split}".\nShould be one of train.')
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        (line,) = faults("someone/some-data:tset")
+        assert line.startswith('someone/some-data:tset: Unknown split "tset". Should be one of train.; name a split as')
