@@ -22,7 +22,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(_existing_parent(path)).free
+            free = shutil.disk_usage(existing_parent(path)).free
             raise MachineError(
                 f"no space left for {path}: {free / 1e9:.2f} GB are free there; free some, or choose another folder"
             ) from error
@@ -31,7 +31,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def _existing_parent(path: Path) -> Path:
+def existing_parent(path: Path) -> Path:
     path = path.absolute()
     while not path.exists():
         path = path.parent

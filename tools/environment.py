@@ -19,11 +19,10 @@ VENV = ROOT / ".venv"
 CONSTRAINTS = ROOT / "tools" / "constraints.txt"
 STAMP = VENV / "installed.sha256"
 EXTRAS = "test,demo"
-# What the tests import; together they stand for an installation that is complete.
-MODULES = (
-    "torch transformers bitsandbytes accelerate datasets safetensors click pydantic yaml rich matplotlib "
-    "gguf peft pytest"
-).split()
+# What is imported from other packages; together they stand for an installation that is complete.
+MODULES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "safetensors", "click", "pydantic")
+MODULES += ("yaml", "rich", "matplotlib", "gguf")
+TEST_MODULES = (*MODULES, "peft", "pytest")
 
 
 class EnvironmentFailure(Exception):
@@ -44,12 +43,13 @@ def venv_python() -> Path:
     return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
-def ready_python(*, use_running: bool = False) -> Path:
+def ready_python(modules: Sequence[str] = MODULES, *, use_running: bool = False) -> Path:
     """The Python that has all that is needed, after making and filling `.venv` where there is no such Python yet.
 
     An activated virtual environment that has every module is used as it is.
 
     Args:
+        modules: what an environment must be able to import to be used as it is.
         use_running: take the running Python, and fail where it lacks something.
 
     Raises:
@@ -57,10 +57,10 @@ def ready_python(*, use_running: bool = False) -> Path:
     """
     if sys.version_info < (3, 10):  # noqa: UP036 -- a checkout may well be tried with an older Python
         raise EnvironmentFailure(f"Python {sys.version.split()[0]} at {sys.executable}; 3.10 or newer is needed")
-    missing = [name for name in MODULES if importlib.util.find_spec(name) is None]
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if use_running and missing:
         raise EnvironmentFailure(
-            f"{sys.executable} lacks {', '.join(missing)}; install '.[{EXTRAS}]' there, or leave --no-env out"
+            f"{sys.executable} lacks {', '.join(missing)}; install '.[{EXTRAS}]' there, or let .venv be made instead"
         )
     activated = sys.prefix != sys.base_prefix and Path(sys.prefix).resolve() != VENV
     if use_running or (activated and not missing):
@@ -88,7 +88,7 @@ def _make() -> None:
 
 
 def _install() -> None:
-    command = [venv_python(), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command = [venv_python(), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-input"]
     command += ["-c", CONSTRAINTS, "-e", f".[{EXTRAS}]"]
     say(f"installing qlora-tool and what it needs at the versions of {CONSTRAINTS.relative_to(ROOT)} (a few minutes)")
     say(shown(command))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from qlora_tool.adapters.dora import DoraAdapter
 from qlora_tool.adapters.lora import LoraAdapter
-from qlora_tool.adapters.method import Adapter, AdapterSettings, generator_for
+from qlora_tool.adapters.method import Adapter, generator_for
 from qlora_tool.adapters.targets import find_targets, settings_for
 from qlora_tool.errors import UserError, did_you_mean
 from qlora_tool.model.layers import FrozenLinear, FrozenWeight
@@ -95,24 +96,19 @@ def attach(model: nn.Module, config: AdapterConfig, compute_dtype: torch.dtype, 
         UserError: names that match nothing.
     """
     dtype = adapter_dtype(compute_dtype)
-    settings = {name: settings_for(name, config) for name in find_targets(model, config)}
-    adapters = attach_layers(model, config.method, settings, dtype, seed)
-    adapters.saved = train_whole(model, config.modules_to_save, dtype)
-    adapters.biases = train_biases(model, config.bias, adapters.layers, dtype)
-    return adapters
-
-
-def attach_layers(
-    model: nn.Module, method: str, settings: dict[str, AdapterSettings], dtype: torch.dtype, seed: int
-) -> AdapterSet:
-    """Put a fresh adapter of `method` on each module named in `settings`."""
     layers = {}
-    for name, layer_settings in settings.items():
-        linear = model.get_submodule(name)
-        linear.adapter = METHODS[method].start(linear, layer_settings, dtype, generator_for(seed, name))
-        linear.adapter.train(model.training)
-        layers[name] = linear.adapter
-    return AdapterSet(layers)
+    for name, linear in find_targets(model, config).items():
+        generator = generator_for(seed, name)
+        layers[name] = METHODS[config.method].start(linear, settings_for(name, config), dtype, generator)
+    put_on(model, layers)
+    return AdapterSet(layers, train_whole(model, config.modules_to_save, dtype),
+                      train_biases(model, config.bias, layers, dtype))  # fmt: skip
+
+
+def put_on(model: nn.Module, layers: Mapping[str, Adapter]) -> None:
+    """Let each linear module compute with its adapter."""
+    for name, layer in layers.items():
+        model.get_submodule(name).adapter = layer.train(model.training)
 
 
 def train_whole(model: nn.Module, names: list[str], dtype: torch.dtype) -> dict[str, nn.Parameter]:

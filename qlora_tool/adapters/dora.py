@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +36,10 @@ class DoraAdapter(LoraAdapter):
         lora = LoraAdapter.start(linear, settings, dtype, generator)
         magnitude = linear.weight.dense(torch.float32).norm(dim=1).to(dtype)
         return cls(lora.lora_A.detach(), lora.lora_B.detach(), magnitude, settings)
+
+    @classmethod
+    def from_peft(cls, tensors: Mapping[str, Tensor], settings: AdapterSettings) -> DoraAdapter:
+        return cls(tensors["lora_A.weight"], tensors["lora_B.weight"], tensors["lora_magnitude_vector"], settings)
 
     def forward(self, x: Tensor, linear: FrozenLinear) -> Tensor:
         factor = (self.magnitude / self.weight_norm(linear.weight, x.dtype)).to(x.dtype)  # (out,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,16 +16,19 @@ if TYPE_CHECKING:
 
 
 class LoraAdapter(Adapter):
-    """y = x·W₀ᵀ + s·(x·Aᵀ)·Bᵀ, A (r, in), B (out, r)."""
+    """y = x·W₀ᵀ + s·(x·Aᵀ)·Bᵀ, A (r, in), B (out, r).
+
+    An adapter that PEFT made with `lora_bias` also adds s·b, b (out,).
+    """
 
     method = "lora"
 
-    def __init__(self, lora_A: Tensor, lora_B: Tensor, settings: AdapterSettings):
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, settings: AdapterSettings, lora_B_bias: Tensor | None = None):
         super().__init__()
         self.settings = settings
         self.lora_A = nn.Parameter(lora_A)  # (r, in)
         self.lora_B = nn.Parameter(lora_B)  # (out, r)
-        self.lora_B_bias = nn.Parameter(lora_B.new_zeros(lora_B.shape[0])) if settings.bias else None  # (out,)
+        self.lora_B_bias = None if lora_B_bias is None else nn.Parameter(lora_B_bias)  # (out,)
         self.dropout = nn.Dropout(settings.dropout) if settings.dropout else None
 
     @classmethod
@@ -41,6 +45,10 @@ class LoraAdapter(Adapter):
         lora_B = torch.zeros(linear.out_features, settings.r, dtype=dtype, device=device)
         return cls(lora_A.to(device, dtype), lora_B, settings)
 
+    @classmethod
+    def from_peft(cls, tensors: Mapping[str, Tensor], settings: AdapterSettings) -> LoraAdapter:
+        return cls(tensors["lora_A.weight"], tensors["lora_B.weight"], settings, tensors.get("lora_B.bias"))
+
     def forward(self, x: Tensor, linear: FrozenLinear) -> Tensor:
         # The branch comes first: it is all that backward needs, so recomputation ends before the base product.
         branch = self.branch(x if self.dropout is None else self.dropout(x))
@@ -55,6 +63,10 @@ class LoraAdapter(Adapter):
 
     def delta(self, weight: Tensor) -> Tensor:
         return self.lora_B.float() @ self.lora_A.float() * self.settings.scaling
+
+    def bias_delta(self) -> Tensor | None:
+        """What merging adds to the linear's bias, fp32, (out,); None where nothing."""
+        return None if self.lora_B_bias is None else self.lora_B_bias.float() * self.settings.scaling
 
     def peft_tensors(self) -> dict[str, nn.Parameter]:
         tensors = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}

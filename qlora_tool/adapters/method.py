@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -25,7 +26,6 @@ class AdapterSettings:
         dropout: on the adapter's input.
         use_rslora: scale by α/√r instead of α/r (arXiv 2312.03732).
         init: `default` or `gaussian`.
-        bias: whether B adds a bias (PEFT's `lora_bias`; read, not offered).
     """
 
     r: int
@@ -33,7 +33,6 @@ class AdapterSettings:
     dropout: float = 0.0
     use_rslora: bool = False
     init: str = "default"
-    bias: bool = False
 
     @property
     def scaling(self) -> float:
@@ -43,7 +42,7 @@ class AdapterSettings:
 class Adapter(nn.Module, ABC):
     """The adapter of one linear module.
 
-    Its parameters are kept in one dtype and cast to the input's for products. Subclasses are made by `start`.
+    Its parameters are kept in one dtype and cast to the input's for products. Subclasses are made by `start` or `from_peft`.
     """
 
     method: ClassVar[str]
@@ -54,6 +53,11 @@ class Adapter(nn.Module, ABC):
         cls, linear: FrozenLinear, settings: AdapterSettings, dtype: torch.dtype, generator: torch.Generator
     ) -> Adapter:
         """A fresh adapter for `linear`, on its device, its start drawn from `generator` (a CPU one)."""
+
+    @classmethod
+    @abstractmethod
+    def from_peft(cls, tensors: Mapping[str, Tensor], settings: AdapterSettings) -> Adapter:
+        """An adapter with these values: what `peft_tensors` gives, read from a file."""
 
     @abstractmethod
     def forward(self, x: Tensor, linear: FrozenLinear) -> Tensor:

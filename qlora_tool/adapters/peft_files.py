@@ -6,6 +6,7 @@ Checked against PEFT 0.21: it loads what is written here, and what it writes is 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qlora_tool.adapters.attach import AdapterSet, attach_layers, train_biases, train_whole
-from qlora_tool.adapters.method import AdapterSettings
+from qlora_tool.adapters.attach import METHODS, AdapterSet, put_on, train_biases, train_whole
+from qlora_tool.adapters.method import Adapter, AdapterSettings
 from qlora_tool.adapters.targets import from_pattern, matches
 from qlora_tool.errors import UserError
 from qlora_tool.files import write_json
@@ -105,6 +106,37 @@ class StoredAdapter:
     def method(self) -> str:
         return "dora" if self.peft.get("use_dora") else "lora"
 
+    def layers(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Adapter]:
+        """The adapters by the name of their linear module. Which modules those are is told by the tensors that are
+        there; `target_modules` is not needed for it."""
+        names = [name.removesuffix(".lora_A.weight") for name in self.tensors if name.endswith(".lora_A.weight")]
+        return {
+            name: METHODS[self.method].from_peft(
+                {suffix: self.tensors[f"{name}.{suffix}"].to(device, dtype) for suffix in self._suffixes(name)},
+                self._settings(name),
+            )
+            for name in names
+        }
+
+    def _suffixes(self, name: str) -> list[str]:
+        return [key[len(name) + 1 :] for key in self.tensors if key.startswith(f"{name}.lora_")]
+
+    def _settings(self, name: str) -> AdapterSettings:
+        return AdapterSettings(
+            r=self.tensors[f"{name}.lora_A.weight"].shape[0],
+            alpha=from_pattern(name, self.peft.get("alpha_pattern") or {}, self.peft["lora_alpha"]),
+            dropout=self.peft.get("lora_dropout", 0.0),
+            use_rslora=bool(self.peft.get("use_rslora")),
+        )
+
+    def whole_tensors(self) -> dict[str, Tensor]:
+        """What it replaces whole, by parameter name: `modules_to_save` and biases."""
+        return {
+            name.replace(".base_layer.bias", ".bias"): tensor
+            for name, tensor in self.tensors.items()
+            if ".lora_" not in name
+        }
+
 
 def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG_NAME).exists()
@@ -128,19 +160,21 @@ def read_adapter(folder: Path) -> StoredAdapter:
         peft = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{config_file}: not JSON ({error})") from error
-    _refuse_unknown_kind(config_file, peft)
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in read_all(weights_file).items()}
+    _refuse_unknown_kind(config_file, peft, tensors)
     provenance_file = folder / "qlora_tool.json"
     provenance = json.loads(provenance_file.read_text(encoding="utf-8")) if provenance_file.exists() else None
     return StoredAdapter(folder, peft, tensors, provenance)
 
 
-def _refuse_unknown_kind(file: Path, peft: dict[str, Any]) -> None:
+def _refuse_unknown_kind(file: Path, peft: dict[str, Any], tensor_names: Iterable[str]) -> None:
     if peft.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type {peft.get('peft_type')!r}; only LORA adapters (with DoRA, rsLoRA) can be read")
     for key in ("target_parameters", "alora_invocation_tokens", "layer_replication", "corda_config", "arrow_config"):
         if peft.get(key):
             raise UserError(f"{file}: {key} is set, which cannot be read here; merge this adapter with PEFT instead")
+    if any(".lora_embedding_" in name for name in tensor_names):
+        raise UserError(f"{file.parent}: LoRA on embeddings cannot be read here; merge this adapter with PEFT instead")
     for key in ("r", "lora_alpha"):
         if key not in peft:
             raise UserError(f"{file}: no key {key!r}; it is no complete PEFT configuration")
@@ -149,45 +183,51 @@ def _refuse_unknown_kind(file: Path, peft: dict[str, Any]) -> None:
 def attach_stored(model: nn.Module, stored: StoredAdapter, dtype: torch.dtype | None = None) -> AdapterSet:
     """Put a stored adapter on a model.
 
-    The layers are those whose tensors are there; `target_modules` is not needed for that.
-
     Args:
         dtype: what the adapter is kept in; what it was stored in by default.
 
     Raises:
         UserError: it does not fit this model.
     """
-    names = [name.removesuffix(".lora_A.weight") for name in stored.tensors if name.endswith(".lora_A.weight")]
-    linears = {name for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
-    if strangers := [name for name in names if name not in linears]:
-        raise UserError(
-            f"{stored.folder}: made for another model: {len(strangers)} of its {len(names)} layers are not linear "
-            f"modules of this one ({strangers[0]})"
-        )
-    if any(".lora_embedding_" in name for name in stored.tensors):
-        raise UserError(f"{stored.folder}: LoRA on embeddings cannot be read here; merge this adapter with PEFT instead")
     dtype = dtype or next(iter(stored.tensors.values())).dtype
-    settings = {name: _stored_settings(name, stored) for name in names}
-    adapters = attach_layers(model, stored.method, settings, dtype, seed=0)
-    adapters.saved = train_whole(model, stored.peft.get("modules_to_save") or [], dtype)
-    adapters.biases = train_biases(model, stored.peft.get("bias") or "none", adapters.layers, dtype)
-    own = adapters.tensors()
-    tensors = dict(stored.tensors)
-    for name in adapters.saved:  # of two that are tied a file may hold one
-        if name not in tensors:
-            twin = next((n for n, p in adapters.saved.items() if p is own[name] and n in tensors), None)
-            if twin is not None:
-                tensors[name] = tensors[twin]
-    adapters.load(tensors, str(stored.folder / WEIGHTS_NAME))
+    layers = stored.layers(dtype, next(model.parameters()).device)
+    shapes = {name: (module.out_features, module.in_features) for name, module in model.named_modules()
+              if isinstance(module, FrozenLinear)}  # fmt: skip
+    refuse_misfit(stored, layers, shapes)
+    put_on(model, layers)
+    adapters = AdapterSet(layers, train_whole(model, stored.peft.get("modules_to_save") or [], dtype),
+                          train_biases(model, stored.peft.get("bias") or "none", layers, dtype))  # fmt: skip
+    whole = stored.whole_tensors()
+    own = adapters.saved | adapters.biases
+    for name in own:  # of two tensors that are tied a file may hold one
+        if name not in whole:
+            twin = next((other for other in own if own[other] is own[name] and other in whole), None)
+            if twin is None:
+                raise UserError(f"{stored.folder}: tensor {name} is missing from {WEIGHTS_NAME}")
+            whole[name] = whole[twin]
+    with torch.no_grad():
+        for name, tensor in whole.items():
+            own[name].copy_(tensor)
     return adapters
 
 
-def _stored_settings(name: str, stored: StoredAdapter) -> AdapterSettings:
-    peft = stored.peft
-    return AdapterSettings(
-        r=stored.tensors[f"{name}.lora_A.weight"].shape[0],
-        alpha=from_pattern(name, peft.get("alpha_pattern") or {}, peft["lora_alpha"]),
-        dropout=peft.get("lora_dropout", 0.0),
-        use_rslora=bool(peft.get("use_rslora")),
-        bias=f"{name}.lora_B.bias" in stored.tensors,
-    )
+def refuse_misfit(
+    stored: StoredAdapter, layers: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    """Refuse an adapter that was made for another model, all its faults in one report.
+
+    Args:
+        layers: the adapter's.
+        shapes: (out, in) of the model's linear modules by name.
+    """
+    faults = []
+    for name in layers:
+        lora_A, lora_B = stored.tensors[f"{name}.lora_A.weight"], stored.tensors[f"{name}.lora_B.weight"]
+        found = (lora_B.shape[0], lora_A.shape[1])
+        if name not in shapes:
+            faults.append(f"{stored.folder}: adapts {name}, which is no linear module of this model")
+        elif found != shapes[name]:
+            faults.append(f"{stored.folder}: adapts {name} as {found}, but it is {shapes[name]} in this model")
+    if faults:
+        more = [f"{stored.folder}: and {len(faults) - 3} more such modules"] if len(faults) > 3 else []
+        raise UserError([*faults[:3], *more, f"{stored.folder}: it was trained on {stored.base}; name that as the base"])

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qlora_tool.data.chat import IGNORED
+from qlora_tool.data.labels import IGNORED
 
 if TYPE_CHECKING:
     import torch

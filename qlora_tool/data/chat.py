@@ -1,4 +1,4 @@
-"""Chat templates, and which of the tokens that they write are answers.
+"""Chat templates, and which parts of what they write are answers.
 
 An answer is all that the template writes for an assistant turn after the generation prompt, up to the next turn or the
 end: the end-of-turn token and what follows it included. It is found by rendering the conversation's beginnings, so that
@@ -25,7 +25,6 @@ from qlora_tool.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label of a token that is not trained, as in transformers and torch's cross_entropy
 MODEL_TEMPLATE, PLAIN_TEMPLATE = "the model's", "plain"
 PLAIN_TEMPLATE_TEXT = """\
 {%- for message in messages -%}
@@ -72,6 +71,32 @@ def _read_template(path: Path) -> str:
         raise UserError(f"data.chat_template: {path}: cannot be read ({error}); expected a Jinja file") from error
 
 
+@dataclass(frozen=True)
+class SpecialTokens:
+    """A tokenizer's special tokens, looked up once: some have thousands, and asking for them takes milliseconds.
+
+    Attributes:
+        texts: how they are written.
+        ids: their ids.
+        anchor: one that text may be put behind without changing its tokens (the end of text); empty if there is none.
+    """
+
+    texts: tuple[str, ...]
+    ids: frozenset[int]
+    anchor: str
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
+        """Those of `tokenizer`: the named ones (bos, eos, …) and all added ones that are marked special."""
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        texts = {*tokenizer.all_special_tokens, *(str(token) for token in added.values() if token.special)}
+        end = added.get(tokenizer.eos_token_id)
+        anchor = tokenizer.eos_token if end is not None and not end.rstrip else ""  # rstrip: it swallows spaces
+        if tokenizer(anchor + "a", add_special_tokens=False)["input_ids"][:1] != [tokenizer.eos_token_id]:
+            anchor = ""
+        return cls(tuple(texts), frozenset(tokenizer.convert_tokens_to_ids(list(texts))), anchor)
+
+
 def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
@@ -116,7 +141,11 @@ class RenderedConversation:
 
 
 def render_conversation(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, *, every_answer: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Conversation,
+    special: SpecialTokens,
+    *,
+    every_answer: bool = True,
 ) -> RenderedConversation:
     """Render a conversation and find its answers.
 
@@ -140,11 +169,10 @@ def render_conversation(
             raise
         answers = []
     rendered = RenderedConversation(text)
-    endings = _special_tokens(tokenizer)
     copied, parts, shift = 0, [], 0
     for begin, end in answers:
         added = ""
-        if not text[begin:end].rstrip().endswith(endings):
+        if not text[begin:end].rstrip().endswith(special.texts):
             added = _end_of_text(tokenizer)
             rendered.ends_added += 1
         parts += [text[copied:end], added]
@@ -189,11 +217,6 @@ def _rewrites(conversation: Conversation, turns: int) -> RowFault | UserError:
     )
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    return tuple({*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)})
-
-
 def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.eos_token is None:
         raise UserError(
@@ -201,71 +224,3 @@ def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> str:
             "so the model would never learn to stop; set eos_token in the model's tokenizer_config.json"
         )
     return tokenizer.eos_token
-
-
-def tokenize_rendered(
-    tokenizer: PreTrainedTokenizerBase, rendered: RenderedConversation, max_length: int
-) -> tuple[list[int], list[int]]:
-    """Token ids and labels of a rendered conversation, not yet truncated. No special token is added to the template's.
-
-    The tokens before an answer are those of the prompt by itself, which is what generation sees. Where tokenizing all
-    at once would give others (`Answer: ` and `yes` fused to ` yes`), the text is cut between prompt and answer and the
-    two are tokenized apart. Labels come from these places alone, never from comparing ids with the padding token's.
-
-    Args:
-        max_length: answers that begin after so many tokens need no label.
-
-    Returns:
-        `input_ids` and `labels` of one length; a label is the id itself where it is an answer's, else -100.
-    """
-    text, cuts = rendered.text, []
-    ids = token_ids(tokenizer, text)
-    spans = []
-    for begin, end in rendered.answers:
-        prompt = _cut_token_ids(tokenizer, text[:begin], cuts)
-        if len(prompt) >= max_length:
-            break
-        if ids[: len(prompt)] != prompt:
-            cuts.append(begin)
-            ids = _cut_token_ids(tokenizer, text, cuts)
-        through_turn = ids if end == len(text) else _cut_token_ids(tokenizer, text[:end], cuts)
-        spans.append((len(prompt), _shared_beginning(ids, through_turn)))
-    labels = [IGNORED] * len(ids)
-    for begin, end in spans:
-        labels[begin:end] = ids[begin:end]
-    return ids, labels
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = False) -> list[int]:
-    """The ids of a text, without a warning where there are more than the model takes."""
-    return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-
-
-def _cut_token_ids(tokenizer: PreTrainedTokenizerBase, text: str, cuts: Sequence[int]) -> list[int]:
-    """The ids of `text`, cut at the positions in `cuts` that lie inside it."""
-    pieces = [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True) if begin < end]
-    ids = token_ids(tokenizer, pieces[0]) if pieces else []
-    for piece in pieces[1:]:
-        ids += _continuation_ids(tokenizer, piece)
-    return ids
-
-
-def _continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of a text that goes on in the middle of another. Some tokenizers put a space before what they take for
-    the beginning of a text; behind a special token, which fuses with nothing, they do not."""
-    anchor = tokenizer.eos_token
-    added = getattr(tokenizer, "added_tokens_decoder", {}).get(tokenizer.eos_token_id)
-    if anchor is not None and added is not None and not added.rstrip:  # rstrip: it swallows the space behind it
-        ids = token_ids(tokenizer, anchor + text)
-        if ids[:1] == [tokenizer.eos_token_id]:
-            return ids[1:]
-    return token_ids(tokenizer, text)
-
-
-def _shared_beginning(ids: list[int], beginning: list[int]) -> int:
-    """How many tokens of `ids` belong to a text that begins with the tokens `beginning`. Where the two part, the last
-    token reaches into what follows; it begins inside, so it belongs."""
-    if ids[: len(beginning)] == beginning:
-        return len(beginning)
-    parted = (index for index, (left, right) in enumerate(zip(ids, beginning, strict=False)) if left != right)
-    return next(parted, len(ids) - 1) + 1

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_tool.data.chat import install_chat_template, render, token_ids
+from qlora_tool.data.chat import install_chat_template, render
 from qlora_tool.data.faults import RowFault, RowFaults
 from qlora_tool.data.formats import Conversation, find_format, read_conversations
+from qlora_tool.data.labels import token_ids
 from qlora_tool.data.sources import read_rows
 from qlora_tool.errors import UserError
 

@@ -8,15 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qlora_tool.data.chat import (
-    IGNORED,
-    install_chat_template,
-    render_conversation,
-    token_ids,
-    tokenize_rendered,
-)
+from qlora_tool.data.chat import SpecialTokens, install_chat_template, render_conversation
 from qlora_tool.data.faults import RowFault, RowFaults
 from qlora_tool.data.formats import Conversation, find_format, read_conversations, read_documents
+from qlora_tool.data.labels import IGNORED, label_answers, token_ids
 from qlora_tool.data.report import DataReport
 from qlora_tool.data.sources import Row, hashes, read_rows
 from qlora_tool.errors import UserError
@@ -173,16 +168,17 @@ def _conversation_examples(
 ) -> list[Example]:
     examples, faults = [], RowFaults()
     every_answer = report.train_on == "completion"
+    special = SpecialTokens.of(tokenizer)
     for conversation in conversations:
         if not conversation.has_answer:
             report.dropped_no_answer += 1
             continue
         try:
-            rendered = render_conversation(tokenizer, conversation, every_answer=every_answer)
+            rendered = render_conversation(tokenizer, conversation, special, every_answer=every_answer)
         except RowFault as fault:
             faults.add(conversation.where, fault)
             continue
-        ids, labels = tokenize_rendered(tokenizer, rendered, report.max_length)
+        ids, labels = label_answers(tokenizer, rendered, special, report.max_length)
         if not every_answer:
             labels = list(ids)
         example = Example(ids[: report.max_length], labels[: report.max_length], conversation.where)

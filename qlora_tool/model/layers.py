@@ -6,6 +6,7 @@ Each takes the place of a transformers module of the same name. A weight is alwa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,7 @@ class FrozenWeight(nn.Module):
     def __init__(self, value: QuantizedTensor | Tensor):
         super().__init__()
         self.shape = torch.Size(value.shape)
+        self._held: Tensor | None = None
         if isinstance(value, QuantizedTensor):
             self._description = value.map(lambda tensor: tensor.new_empty(0, device="meta"))
             for name, tensor in value.tensors().items():
@@ -39,8 +41,6 @@ class FrozenWeight(nn.Module):
         """The quantized tensor, or None where the weight is plain."""
         if self._description is None:
             return None
-        from dataclasses import replace
-
         return replace(self._description, **{name: getattr(self, name) for name in self._description.tensors()})
 
     @property
@@ -57,9 +57,19 @@ class FrozenWeight(nn.Module):
 
     def dense(self, dtype: torch.dtype, expert: int | None = None) -> Tensor:
         """The weight in `dtype`: (out, in), or one expert's."""
+        if self._held is not None and self._held.dtype == dtype:
+            return self._held if expert is None else self._held[expert]
         if (quantized := self.quantized) is not None:
             return (quantized if expert is None else quantized.expert(expert)).dequantize(dtype)
         return (self.plain if expert is None else self.plain[expert]).to(dtype)
+
+
+    def hold(self, dtype: torch.dtype) -> None:
+        """Keep the weight dense in `dtype` until `release`: for many products in a row, as in generation."""
+        self._held = self.dense(dtype)
+
+    def release(self) -> None:
+        self._held = None
 
 
 class FrozenLinear(nn.Module):

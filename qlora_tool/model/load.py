@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,65 +83,95 @@ def find_slots(model: PreTrainedModel) -> dict[str, Slot]:
     return slots
 
 
-def stream_parameters(
-    model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device | str
-) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
-    """The model's tensors by module name, in the checkpoint's natural order, each read when it is asked for.
+class ParameterSource:
+    """A checkpoint's tensors under the model's names, each read and converted when it is asked for.
 
-    A weight that the checkpoint holds quantized by bitsandbytes comes as a `QuantizedTensor`.
+    Args:
+        model: a skeleton.
+        checkpoint: its weights.
+        device: where tensors are read to.
+
+    Attributes:
+        names: of all tensors that the checkpoint gives, in its natural order.
 
     Raises:
-        UserError: tensors are missing or have other shapes than the model's configuration says.
+        UserError: tensors are missing.
     """
-    stored = {name: group for name in checkpoint if (group := disk_group(name, checkpoint))}
-    parts = {part for group in stored.values() for part in group[1:]}
-    plan = plan_load(model, [name for name in checkpoint if name not in parts])
-    if plan.unexpected:
-        logger.warning("%d tensors of the checkpoint have no place in the model: %s", len(plan.unexpected),
-                       missing_names(plan.unexpected, {}))  # fmt: skip
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    _refuse_missing(model, checkpoint, wanted, plan)
 
-    def read_plain(name: str) -> Tensor:
-        value = read(name)
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device | str):
+        self.model, self.checkpoint, self.device = model, checkpoint, device
+        self._stored = {name: group for name in checkpoint if (group := disk_group(name, checkpoint))}
+        parts = {part for group in self._stored.values() for part in group[1:]}
+        plan = plan_load(model, [name for name in checkpoint if name not in parts])
+        if plan.unexpected:
+            logger.warning("%d tensors of the checkpoint have no place in the model: %s", len(plan.unexpected),
+                           missing_names(plan.unexpected, {}))  # fmt: skip
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self._groups = {name: group for group in plan.groups for name in group.targets()}
+        self.names = list(self._groups)
+        self._waiting: dict[str, Tensor] = {}  # read along with another one, not asked for yet
+        _refuse_missing(self, plan.unexpected)
+
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        """One tensor of the model; a `QuantizedTensor` where bitsandbytes quantized it before.
+
+        Raises:
+            UserError: its shape is not what the model's configuration says, or its file is broken.
+        """
+        if name not in self._waiting:
+            group = self._groups[name]
+            reader = self._read_stored if group.converter is None else self._read_plain
+            self._waiting |= group.convert(self.model, reader)
+        value = self._waiting.pop(name)
+        if tuple(value.shape) != self.shapes[name] and not (
+            isinstance(value, QuantizedTensor) and tuple(value.shape) == _transposed(self.shapes[name])
+        ):
+            raise UserError(
+                f"{self.checkpoint.folder}: tensor {name} has shape {tuple(value.shape)}, but config.json makes it "
+                f"{self.shapes[name]}; config and weights are not of the same model"
+            )
+        return value
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype that the checkpoint keeps a tensor of the model in."""
+        return self.checkpoint[self._groups[name].sources[0][1]].dtype
+
+    def stored_bytes(self, name: str) -> int:
+        """The bytes that the checkpoint tensors of one of the model's take."""
+        return sum(self.checkpoint[source].nbytes for _, source in self._groups[name].sources)
+
+    def _read_plain(self, name: str) -> Tensor:
+        value = self._read_stored(name)
         return value.dequantize(value.dtype) if isinstance(value, QuantizedTensor) else value
 
-    def read(name: str) -> Tensor | QuantizedTensor:
-        if name not in stored:
-            return checkpoint.read(name, device)
-        tensors = {part: checkpoint.read(part, device) for part in stored[name]}
+    def _read_stored(self, name: str) -> Tensor | QuantizedTensor:
+        if name not in self._stored:
+            return self.checkpoint.read(name, self.device)
+        tensors = {part: self.checkpoint.read(part, self.device) for part in self._stored[name]}
         try:
             return from_disk(name, tensors)
         except (ValueError, KeyError, StopIteration) as error:
-            raise UserError(f"{checkpoint.folder}: cannot read the quantized weight {name}: {error}") from error
-
-    for group in plan.groups:
-        reader: Callable = read if group.converter is None else read_plain
-        for name, value in group.convert(model, reader).items():
-            if tuple(value.shape) != wanted.get(name) and tuple(value.shape) != wanted[name][::-1]:
-                raise UserError(
-                    f"{checkpoint.folder}: tensor {name} has shape {tuple(value.shape)}, but config.json makes it "
-                    f"{wanted[name]}; config and weights are not of the same model"
-                )
-            yield name, value
+            raise UserError(f"{self.checkpoint.folder}: cannot read the quantized weight {name}: {error}") from error
 
 
-def _refuse_missing(model: PreTrainedModel, checkpoint: Checkpoint, wanted: dict, plan) -> None:
-    found = {group.target for group in plan.groups}
-    for group in plan.groups:
-        if group.converter is not None:  # one checkpoint tensor that becomes several
-            first = group.converter.target_patterns[0]
-            found |= {group.target.replace(first, other) for other in group.converter.target_patterns}
+def _transposed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(…, in, out) → (…, out, in)."""
+    return (*shape[:-2], *shape[-2:][::-1])
+
+
+def _refuse_missing(source: ParameterSource, unexpected: list[str]) -> None:
+    model = source.model
     tied = tied_names(model)
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    found = set(source.names)
     missing = [
-        name for name in wanted
+        name for name in source.shapes
         if name not in found and tied.get(name) not in found and not any(rule.search(name) for rule in ignored)
     ]  # fmt: skip
     if missing:
         raise UserError(
-            f"{checkpoint.folder}: {len(missing)} of the model's {len(wanted)} tensors are missing from its weights: "
-            f"{missing_names(missing, dict.fromkeys(plan.unexpected))}; download the model again"
+            f"{source.checkpoint.folder}: {len(missing)} of the model's {len(source.shapes)} tensors are missing from its "
+            f"weights: {missing_names(missing, dict.fromkeys(unexpected))}; download the model again"
         )
 
 
@@ -207,12 +236,12 @@ def load_base(
     slots = find_slots(model)
     if any(isinstance(module, nn.Module) and is_experts_module(module) for module in model.modules()):
         use_expert_handles(model)
-    names = stream_parameters(model, checkpoint, device)
-    first = next(names)  # the plan is made on the skeleton's own names, before its modules change
+    source = ParameterSource(model, checkpoint, device)  # on the skeleton's own names, before its modules change
     tied = tied_names(model)
     output_name = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
     _replace_linears(model)
-    for name, value in _chain(first, names):
+    for name in source.names:
+        value = source.read(name)
         if name in slots:
             value = quantize_parameter(name, value, slots[name], quantization)
             if isinstance(value, Tensor):
@@ -227,11 +256,6 @@ def load_base(
     model.requires_grad_(False)
     model.eval()
     return model
-
-
-def _chain(first, rest):
-    yield first
-    yield from rest
 
 
 def _kept_dtype(value: Tensor, compute_dtype: torch.dtype) -> torch.dtype:

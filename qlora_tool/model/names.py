@@ -40,6 +40,13 @@ class LoadGroup:
     sources: list[tuple[str, str]] = field(default_factory=list)
     converter: WeightConverter | None = None
 
+    def targets(self) -> list[str]:
+        """All module tensors that the sources become."""
+        if self.converter is None:
+            return [self.target]
+        first, *others = self.converter.target_patterns
+        return [self.target, *(self.target.replace(first, other) for other in others)]
+
     def convert(self, model: PreTrainedModel, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Read the sources and give the module tensors by name."""
         if self.converter is None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import platform
 import time
+from pathlib import Path
 
 import torch
 
 from qlora_tool.files import cache_folder, write_json
 
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MEASURED = ("float32", "bfloat16")  # on a CPU; fp16 is never faster there
 
 
 def choose_compute_dtype(device: torch.device) -> torch.dtype:
@@ -31,21 +33,32 @@ def choose_compute_dtype(device: torch.device) -> torch.dtype:
 def kept_measurement() -> dict[str, float]:
     """`measure_products`, measured once per processor and torch version and kept in the cache folder."""
     path = cache_folder() / "products.json"
-    machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} torch {torch.__version__}"
+    processor = [platform.machine(), torch.backends.cpu.get_cpu_capability(), *_bf16_instructions()]
+    machine = f"{' '.join(processor)} torch {torch.__version__}"
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["machine"] == machine:
-            return kept["gflops"]
-    except (OSError, ValueError, KeyError):
+            return {name: float(kept["gflops"][name]) for name in MEASURED}
+    except (OSError, ValueError, KeyError, TypeError):
         pass  # nothing kept yet, or unreadable: measure
     gflops = measure_products()
     write_json(path, {"machine": machine, "gflops": gflops})
     return gflops
 
 
+def _bf16_instructions() -> list[str]:
+    """Those that Linux lists; PyTorch's own name, such as AVX512, is the same with and without them, and a home folder
+    may be shared by machines of both kinds."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return []
+    return sorted(words & {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "svebf16"})
+
+
 def measure_products() -> dict[str, float]:
     """GFLOP/s of a (128, 512) × (512, 512) product on this CPU in fp32 and bf16: the best of three."""
-    return {name: _measure(COMPUTE_DTYPES[name]) for name in ("float32", "bfloat16")}
+    return {name: _measure(COMPUTE_DTYPES[name]) for name in MEASURED}
 
 
 def _measure(dtype: torch.dtype) -> float:

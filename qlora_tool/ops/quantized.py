@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 # On a CPU with bf16 instructions bitsandbytes asks for an optional kernel package at import; nothing here needs it.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -30,6 +31,7 @@ KINDS = ("nf4", "fp4", "int8")
 BLOCK_SIZE = 64  # weights that share one scale (QLoRA, section 3)
 NESTED_BLOCK_SIZE = 256  # scales that share one scale of their own
 INT8_STEP = 7.874015718698502e-3  # 1/127, as bitsandbytes writes it
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that bitsandbytes' operators know
 _CHUNK = 1 << 20  # weights quantized at a time: the fp32 copies inside the operator stay a few MB (a multiple of 64)
 
 
@@ -91,6 +93,8 @@ class QuantizedTensor:
         Returns:
             A tensor of `shape`, or of the rows asked for.
         """
+        if rows is not None and rows.step not in (None, 1):
+            raise ValueError(f"rows in steps of {rows.step}: expected every row of a range")
         if len(self.shape) == 3:
             if rows is not None:
                 raise ValueError("rows of a three-dimensional weight: choose an expert first")
@@ -104,13 +108,21 @@ class QuantizedTensor:
         codes, scales, shape = self.codes, self._plain_scales(), self.shape
         if rows is not None:
             start, stop, _ = rows.indices(shape[0])
+            stop = max(start, stop)
             first, last = start * shape[1], stop * shape[1]
             if first % self.block_size or (last % self.block_size and stop != shape[0]):
                 raise ValueError(f"rows {start}:{stop} of {shape} do not fall on blocks of {self.block_size}")
             codes = codes[first // 2 : (last + 1) // 2]
             scales = scales[first // self.block_size : -(-last // self.block_size)]
             shape = (stop - start, shape[1])
-        return torch.ops.bitsandbytes.dequantize_4bit.default(codes, scales, self.block_size, self.kind, shape, dtype)
+        # An odd width has bitsandbytes compile an operator on CPU (half a minute); a flat even count of weights does not.
+        count = shape[0] * shape[1]
+        flat = shape if shape[1] % 2 == 0 else (1, count + count % 2)
+        known = dtype if dtype in _DTYPES else torch.float32  # of others bitsandbytes leaves the memory as it was
+        weight = torch.ops.bitsandbytes.dequantize_4bit.default(
+            codes, scales, self.block_size, self.kind, flat, known
+        ).to(dtype)
+        return weight if flat == shape else weight.view(-1)[:count].view(shape)
 
     def _plain_scales(self) -> Tensor:
         """The scales in fp32, (blocks,)."""
@@ -137,6 +149,8 @@ def quantize(weight: Tensor, kind: str, double_quant: bool = True) -> QuantizedT
     """
     if kind not in KINDS:
         raise ValueError(f"quantization {kind!r}: expected one of {', '.join(KINDS)}")
+    if weight.dtype not in _DTYPES:
+        raise ValueError(f"a weight in {str(weight.dtype).removeprefix('torch.')}: expected float32, bfloat16 or float16")
     if weight.dim() == 3:
         return _stack([quantize(matrix, kind, double_quant) for matrix in weight])
     if weight.dim() != 2:
@@ -170,7 +184,7 @@ def _quantize_int8(weight: Tensor) -> QuantizedTensor:
     codes, scales = [], []
     for chunk in weight.split(rows):
         half = chunk.to(torch.float16)  # as bitsandbytes' Int8Params does
-        if half.device.type != "meta" and not half.isfinite().all():
+        if not (half.is_meta or is_fake(half)) and not half.isfinite().all():
             raise ValueError("int8: the weight has values that are no numbers or lie beyond fp16's range (65504)")
         row_codes, row_scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(half)
         codes.append(row_codes)
@@ -187,8 +201,8 @@ def _stack(matrices: list[QuantizedTensor]) -> QuantizedTensor:
 
 def _code_map(name: str, device: torch.device) -> Tensor:
     """bitsandbytes' table of values, fp32: `nested` (256 values, for scales), `nf4` or `fp4` (16)."""
-    if torch._guards.active_fake_mode() is not None:  # a kept table would be a real tensor among fake ones
-        return _make_code_map.__wrapped__(name, device)
+    if torch._guards.active_fake_mode() is not None:  # shapes are all that counts; a kept table would be a real tensor
+        return torch.empty(256 if name == "nested" else 16, device=device)
     return _make_code_map(name, device)
 
 

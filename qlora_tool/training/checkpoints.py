@@ -17,7 +17,7 @@ from qlora_tool.model.tensor_files import TensorSpec, read_all, write_tensors
 if TYPE_CHECKING:
     from qlora_tool.adapters.attach import AdapterSet
     from qlora_tool.training.optimizers import Optimizer
-    from qlora_tool.training.run_folder import RunFolder
+    from qlora_tool.run_folder import RunFolder
 
 
 @dataclass

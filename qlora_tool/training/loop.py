@@ -13,7 +13,7 @@ import torch
 
 from qlora_tool.adapters.attach import AdapterSet
 from qlora_tool.adapters.peft_files import save_adapter
-from qlora_tool.config import Config, TrainingConfig
+from qlora_tool.config import Config, TrainingConfig, with_values
 from qlora_tool.data.batches import Batch, collate, plan_epoch
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files import replacing_folder, write_json
@@ -24,7 +24,8 @@ from qlora_tool.training.interrupt import Interrupted, StopRequest
 from qlora_tool.training.optimizers import Optimizer
 from qlora_tool.training.prepare import RunData, prepare_data, prepare_model, provenance, resolve_config
 from qlora_tool.training.progress import LiveLine, Metrics, Speed, peak_memory_bytes
-from qlora_tool.training.run_folder import RunFolder, checkpoint_to_resume
+from qlora_tool.run_folder import RunFolder
+from qlora_tool.training.resume import checkpoint_to_resume
 from qlora_tool.training.schedule import learning_rate, warmup_length
 from qlora_tool.training.step import StepResult, StepSettings, train_step
 
@@ -111,13 +112,14 @@ def train(config: Config, *, resume: str = "auto", overwrite: bool = False, dry_
     folder = RunFolder(Path(config.training.output_dir))
     checkpoint = checkpoint_to_resume(folder, config, resume, overwrite)
     data = prepare_data(config)
+    config = with_values(config, {"data.train_on": data.train.report.train_on})  # a text found as such is trained whole
     torch.manual_seed(config.training.seed)
     model, adapters = prepare_model(config)
     if config.data.packing and not model.keeps_packed_apart():
         logger.warning("%s cannot keep packed examples apart: rows are padded instead", model.config.model_type)
-        config = config.model_copy(update={"data": config.data.model_copy(update={"packing": False})})
+        config = with_values(config, {"data.packing": False})
     optimizer = Optimizer(config.training.optim, adapters.parameters(), config.training.weight_decay)
-    plan = StepPlan.of(config, [len(example.input_ids) for example in data.train.examples])
+    plan = StepPlan.of(config, data.train.lengths)
     run = Run(config, folder, data, model, adapters, optimizer, plan)
     logger.info("run: %d steps (%d an epoch) into %s", plan.total_steps, plan.steps_per_epoch, folder.path)
     if dry_run:

@@ -1,4 +1,4 @@
-"""Which tokens are answers: against hand-worked text, against transformers' own marks, and for templates of many minds."""
+"""Which tokens are answers: against hand-worked text, against transformers' own marks, for templates of many kinds."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from tokenizers_for_tests import (
     trained_texts,
 )
 
-from qlora_tool.data.chat import install_chat_template, render, render_conversation, token_ids, tokenize_rendered
+from qlora_tool.data import chat
+from qlora_tool.data.chat import SpecialTokens, install_chat_template, render
 from qlora_tool.data.faults import RowFault
 from qlora_tool.data.formats import Conversation
+from qlora_tool.data.labels import label_answers, token_ids
 from qlora_tool.errors import UserError
 
 LONG = 10_000
@@ -32,8 +34,13 @@ def conversation(*contents, system=None, first="user") -> Conversation:
     return Conversation([{"role": "system", "content": system}, *messages] if system else messages, "file, line 1")
 
 
+def render_conversation(tokenizer, given, **options):
+    return chat.render_conversation(tokenizer, given, SpecialTokens.of(tokenizer), **options)
+
+
 def tokenized(tokenizer, given, max_length=LONG):
-    return tokenize_rendered(tokenizer, render_conversation(tokenizer, given), max_length)
+    rendered = render_conversation(tokenizer, given)
+    return label_answers(tokenizer, rendered, SpecialTokens.of(tokenizer), max_length)
 
 
 def answers(tokenizer, given) -> list[str]:
@@ -55,8 +62,7 @@ def test_the_answers_are_those_that_transformers_marks():
     ids, labels = tokenized(tokenizer, given)
     assert ids == expected["input_ids"]
     assert labels == [
-        token if mask else -100
-        for token, mask in zip(expected["input_ids"], expected["assistant_masks"], strict=True)
+        token if mask else -100 for token, mask in zip(expected["input_ids"], expected["assistant_masks"], strict=True)
     ]
 
 
@@ -105,10 +111,31 @@ def test_before_an_answer_stand_the_tokens_that_generation_sees(kind, content):
     assert labels == [-100] * len(seen) + ids[len(seen) :]
     # Nothing is lost or doubled: prompt and answer together are the text.
     written = render(tokenizer, given.messages)
-    unknown = token_ids(tokenizer, "✓")  # metaspace's alphabet has no such character
-    if tokenizer.unk_token_id not in unknown:
-        ends = "" if "end" not in kind else tokenizer.eos_token
+    if tokenizer.unk_token_id not in ids:  # metaspace's alphabet does not have all characters
+        ends = tokenizer.eos_token if "without_end" in kind else ""
         assert tokenizer.decode(ids) == written + ends
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_a_long_conversation_the_answers_are_trained_and_nothing_else(kind):
+    """In spite of cuts (without_end, stripping) and of beginnings that are not tokenized from the start."""
+    tokenizer = KINDS[kind]()
+    install_chat_template(tokenizer)
+    contents = ["hello", "yes", "and?", " no", "boats?", "\n\n12 boats\n", "trips?", "4"]
+    given = conversation(*contents)
+    ids, labels = tokenized(tokenizer, given)
+    expected = []
+    for turn in range(1, len(contents), 2):
+        before = tokenizer.apply_chat_template(given.messages[:turn], tokenize=False, add_generation_prompt=True)
+        through = tokenizer.apply_chat_template(given.messages[: turn + 1], tokenize=False)
+        expected.append(through.removeprefix(before) + (tokenizer.eos_token if "without_end" in kind else ""))
+
+    def text(run):  # not tokenizer.decode, which strips the first space of sentencepiece's kind
+        return "".join(tokenizer.convert_ids_to_tokens(run)).translate({ord("▁"): " ", ord("Ġ"): " ", ord("Ċ"): "\n"})
+
+    runs = [list(run) for trained, run in itertools.groupby(labels, lambda label: label != -100) if trained]
+    assert [text(run) for run in runs] == expected
+    assert text(ids).count("boats") == 2
 
 
 def test_an_answer_that_would_fuse_with_the_prompt_is_cut_from_it():
@@ -208,7 +235,9 @@ class TestInstalledTemplate:
 
     def test_a_missing_file_is_answered_with_the_closest_name(self, tmp_path):
         (tmp_path / "short.jinja").write_text("")
-        with pytest.raises(UserError, match=r"data.chat_template: .*shrot.jinja: no such file; did you mean 'short.jinja'"):
+        with pytest.raises(
+            UserError, match=r"data.chat_template: .*shrot.jinja: no such file; did you mean 'short.jinja'"
+        ):
             install_chat_template(byte_level(), str(tmp_path / "shrot.jinja"))
 
     def test_a_plain_one_where_there_is_none_and_it_is_still_called_so_the_second_time(self):
@@ -225,7 +254,7 @@ class TestInstalledTemplate:
         tokenizer = metaspace()
         install_chat_template(tokenizer)
         ids, _ = tokenized(tokenizer, conversation("hello", "good day"))
-        assert ids[:2] == tokenizer("### User:\nhello")["input_ids"][:2]
+        assert ids[0] == tokenizer("hello")["input_ids"][0] == tokenizer.bos_token_id
         assert ids.count(tokenizer.bos_token_id) == 1
 
 

@@ -60,7 +60,11 @@ ASKED = [("user", "2 + 2?"), ("assistant", "4")]
             "prompt_completion",
             [("system", "s"), *ASKED],
         ),
-        ({"system": "Be brief.", "prompt": "2 + 2?", "completion": "4"}, "prompt_completion", [("system", "Be brief."), *ASKED]),
+        (
+            {"system": "Be brief.", "prompt": "2 + 2?", "completion": "4"},
+            "prompt_completion",
+            [("system", "Be brief."), *ASKED],
+        ),
     ],
 )
 def test_formats_are_told_by_their_columns(fields, form, expected):
@@ -114,7 +118,9 @@ def test_columns_of_no_format_are_listed_with_what_every_format_needs():
     with pytest.raises(UserError) as raised:
         find_format(rows({"instruction": "a", "ouptut": "b"}, {"id": 1}))
     (line,) = raised.value.lines
-    assert line.startswith("file.jsonl, line 1: the columns (instruction, ouptut, id) are those of no format; needed are ")
+    assert line.startswith(
+        "file.jsonl, line 1: the columns (instruction, ouptut, id) are those of no format; needed are "
+    )
     assert all(f"{name}: {form.form}" in line for name, form in FORMATS.items())
     assert line.endswith("; 'ouptut' is not read; did you mean 'output'?")
 
@@ -140,8 +146,8 @@ def test_answers_may_be_missing_where_they_are_not_needed():
     ("fields", "message"),
     [
         ({"messages": "hello"}, "'messages' is a string that is not JSON (Expecting value), expected a list"),
-        ({"messages": {"role": "user"}}, "'messages' is dict {\"role\": \"user\"}, expected a list"),
-        ({"messages": ["hi"]}, "messages[0] is str \"hi\", expected an object such as {role, content} or {from, value}"),
+        ({"messages": {"role": "user"}}, '\'messages\' is dict {"role": "user"}, expected a list'),
+        ({"messages": ["hi"]}, 'messages[0] is str "hi", expected an object such as {role, content} or {from, value}'),
         ({"messages": [{"content": "x"}]}, "messages[0] has no 'role' (found content)"),
         (
             {"messages": [{"role": "user", "contents": "x"}]},

@@ -1,0 +1,1 @@
+"""From a quantized base and its adapter to a model that needs neither this project nor PEFT."""

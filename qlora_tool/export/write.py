@@ -1,0 +1,141 @@
+"""Write a merged model as a folder that plain transformers loads: shards, configuration, tokenizer, model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_tool.artifacts import Artifact
+from qlora_tool.errors import MachineError, UserError
+from qlora_tool.export.merge import MergedModel
+from qlora_tool.export.model_card import model_card
+from qlora_tool.files import existing_parent, replacing_folder, write_json, write_text
+from qlora_tool.model.load import Quantization, build_skeleton
+from qlora_tool.model.source import read_model_config, resolve
+from qlora_tool.model.tensor_files import INDEX_NAME, Checkpoint, TensorSpec, shard_name, shards, write_tensors
+
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+                    "chat_template.jinja", "chat_templates")  # fmt: skip
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export.
+
+    Attributes:
+        base: dequantized or original.
+        dtype: auto (the base's own), bfloat16, float16 or float32.
+        max_shard_size: bytes of a file at most.
+        overwrite: an existing folder may be replaced.
+    """
+
+    base: str = "dequantized"
+    dtype: str = "auto"
+    max_shard_size: int = 5 * 10**9
+    overwrite: bool = False
+
+
+def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> dict[str, Any]:
+    """Merge an adapter into its base and write the result to `output`, whole or not at all.
+
+    Returns:
+        What was written: folder, dtype, files, bytes, seconds.
+
+    Raises:
+        UserError: nothing to merge, an existing folder, an adapter for another base, values beyond the dtype.
+        MachineError: not enough space, known before the first byte.
+    """
+    started = time.perf_counter()
+    if artifact.adapter is None:
+        raise UserError(f"{artifact.name}: a model without an adapter; expected a run's folder or an adapter's")
+    if output.exists() and any(output.iterdir()) and not options.overwrite:
+        raise UserError(f"{output}: exists; give --overwrite to replace it, or another --output-dir")
+    folder = resolve(artifact.model.name_or_path, artifact.model.revision)
+    config = read_model_config(folder, artifact.model.trust_remote_code)
+    raw_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    merged = MergedModel(
+        build_skeleton(config, artifact.model.trust_remote_code), Checkpoint(folder),
+        Quantization(artifact.model.quantization, artifact.model.double_quant), artifact.adapter, options.base,
+        None if options.dtype == "auto" else DTYPES[options.dtype],
+    )  # fmt: skip
+    specs = [spec for group in merged.specs() for spec in group]
+    _refuse_full_disk(output, sum(spec.nbytes for spec in specs))
+    with replacing_folder(output) as temporary:
+        files = _write_shards(merged, specs, temporary, options.max_shard_size)
+        _write_config(raw_config, merged.default_dtype, temporary)
+        _copy_beside(folder, artifact.adapter.folder, temporary)
+        result = {
+            "output_dir": str(output),
+            "dtype": str(merged.default_dtype).removeprefix("torch."),
+            "base": options.base,
+            "files": files,
+            "bytes": sum(spec.nbytes for spec in specs),
+            "seconds": round(time.perf_counter() - started, 2),
+        }
+        write_json(temporary / "qlora_tool.json", _provenance(artifact, options, result))
+        write_text(temporary / "README.md", model_card(artifact, folder, result))
+    return result
+
+
+def _refuse_full_disk(output: Path, needed: int) -> None:
+    free = shutil.disk_usage(existing_parent(output)).free
+    if needed > free:
+        raise MachineError(
+            f"{output}: the model takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there; free some, or choose "
+            "another --output-dir"
+        )
+
+
+def _write_shards(merged: MergedModel, specs: list[TensorSpec], folder: Path, max_shard_size: int) -> list[str]:
+    """Write all tensors in order, one group in memory at a time; the index too where there are several files."""
+    stream = _stream(merged)
+    cut = shards(specs, max_shard_size)
+    names = [shard_name(index, len(cut)) for index in range(len(cut))]
+    for name, shard in zip(names, cut, strict=True):
+        # zip asks the specs first, so that no tensor is taken from the stream that belongs to the next file
+        write_tensors(folder / name, shard, (tensor for _, tensor in zip(shard, stream, strict=False)), {"format": "pt"})
+    if len(cut) > 1:
+        weight_map = {spec.name: name for name, shard in zip(names, cut, strict=True) for spec in shard}
+        total = sum(spec.nbytes for spec in specs)
+        write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    return names
+
+
+def _stream(merged: MergedModel) -> Iterator[tuple[str, Tensor]]:
+    for group in merged.groups:
+        yield from merged.tensors(group).items()
+
+
+def _write_config(raw: dict[str, Any], dtype: torch.dtype, folder: Path) -> None:
+    """The base's config.json with the new dtype and without a word of quantization."""
+    config = {key: value for key, value in raw.items() if key not in ("quantization_config", "torch_dtype", "_name_or_path")}
+    write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+
+
+def _copy_beside(base: Path, adapter: Path, folder: Path) -> None:
+    """Generation settings and code from the base; the tokenizer from the adapter, which it was trained with, else from
+    the base."""
+    tokenizer = adapter if (adapter / "tokenizer_config.json").exists() else base
+    for source, patterns in ((base, ("generation_config.json", "*.py", "LICENSE*")), (tokenizer, _TOKENIZER_FILES)):
+        for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, folder / path.name)
+
+
+def _provenance(artifact: Artifact, options: ExportOptions, result: dict[str, Any]) -> dict[str, Any]:
+    known = artifact.adapter.provenance or {
+        "base": {"name_or_path": artifact.model.name_or_path, "revision": artifact.model.revision},
+        "quantization": artifact.model.quantization,
+        "double_quant": artifact.model.double_quant,
+        "method": artifact.adapter.method,
+    }
+    return known | {"merged": {"base": options.base, "dtype": result["dtype"]}}

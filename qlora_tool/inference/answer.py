@@ -1,0 +1,182 @@
+"""Generate answers to prompts, in batches, each up to its end-of-turn token."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from qlora_tool.errors import UserError
+from qlora_tool.model.layers import FrozenWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qlora_tool.data.prompts import Prompt
+    from qlora_tool.model.causal_lm import CausalLM
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: greedily unless a temperature is given.
+
+    Attributes:
+        max_new_tokens: of an answer at most.
+        temperature: 0 is greedy.
+        top_p, top_k: what sampling is restricted to; 1.0 and 0 restrict nothing.
+        seed: of the sampling.
+        batch_size: prompts at a time.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    batch_size: int = 16
+
+    def arguments(self) -> dict[str, object]:
+        """As `generate` of transformers takes them."""
+        if not self.temperature:
+            # Spelled out, so that a model's own sampling defaults do not linger and warn.
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered.
+
+    Attributes:
+        texts: one a prompt, in their order, special tokens left out.
+        seconds: for all of them.
+        tokens: generated.
+    """
+
+    texts: list[str]
+    seconds: float
+    tokens: int
+
+
+@torch.no_grad()
+def answer(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    done: Callable[[int], None] = lambda count: None,
+) -> Answers:
+    """Answer every prompt.
+
+    Prompts of like length share a batch, padded on the left and masked.
+
+    Args:
+        done: told how many are answered.
+
+    Raises:
+        UserError: a prompt leaves no room for an answer within the model's positions.
+    """
+    ends = end_tokens(model, tokenizer)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for prompt in prompts:
+        if limit and len(prompt.input_ids) >= limit:
+            raise UserError(f"{prompt.where}: {len(prompt.input_ids)} tokens, but the model has {limit} positions; shorten it")
+    torch.manual_seed(sampling.seed)
+    model.module.eval()
+    model.checkpoint_layers(False)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
+    texts, tokens, started = [""] * len(prompts), 0, time.perf_counter()
+    with dense_weights(model):
+        for start in range(0, len(order), sampling.batch_size):
+            chosen = order[start : start + sampling.batch_size]
+            answers = _answer_batch(model, [prompts[index].input_ids for index in chosen], sampling, ends)
+            for index, ids in zip(chosen, answers, strict=True):
+                texts[index] = tokenizer.decode(ids, skip_special_tokens=True)
+                tokens += len(ids)
+            done(start + len(chosen))
+    return Answers(texts, time.perf_counter() - started, tokens)
+
+
+@contextlib.contextmanager
+def dense_weights(model: CausalLM) -> Iterator[None]:
+    """Keep the weights dense meanwhile, where they take at most half of the free memory: each token needs all of them,
+    and a token of a small batch takes less time than dequantizing them."""
+    weights = [module for module in model.module.modules() if isinstance(module, FrozenWeight)]
+    needed = sum(weight.shape.numel() for weight in weights) * model.compute_dtype.itemsize
+    held = weights if 2 * needed <= free_memory(model.device) else []
+    for weight in held:
+        weight.hold(model.compute_dtype)
+    try:
+        yield
+    finally:
+        for weight in held:
+            weight.release()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def _answer_batch(
+    model: CausalLM, prompts: list[list[int]], sampling: Sampling, ends: list[int]
+) -> list[list[int]]:
+    """Token ids of each answer, its end token included."""
+    longest = max(map(len, prompts))
+    pad = ends[0]
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    output = model.module.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=sampling.max_new_tokens, eos_token_id=ends, pad_token_id=pad,
+        use_cache=True, **sampling.arguments(),
+    )  # fmt: skip
+    return [_until_end(row[longest:].tolist(), ends) for row in output]
+
+
+def _until_end(ids: list[int], ends: list[int]) -> list[int]:
+    """Up to the first end token, which counts; what stands behind it is padding."""
+    for position, token in enumerate(ids):
+        if token in ends:
+            return ids[: position + 1]
+    return ids
+
+
+def end_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: what the model's generation settings name, the tokenizer's end token, and what its
+    chat template ends a turn with.
+
+    Raises:
+        UserError: there is none.
+    """
+    named = model.module.generation_config.eos_token_id
+    ends = [] if named is None else [named] if isinstance(named, int) else list(named)
+    ends += [tokenizer.eos_token_id, _template_end(tokenizer)]
+    found = list(dict.fromkeys(token for token in ends if token is not None))
+    if not found:
+        raise UserError(f"{model.folder}: neither generation_config.json nor the tokenizer names a token that ends an answer")
+    return found
+
+
+def _template_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template writes after an answer."""
+    if not tokenizer.chat_template:
+        return None
+    from qlora_tool.data.chat import render
+    from qlora_tool.data.faults import RowFault
+    from qlora_tool.data.labels import token_ids
+
+    try:
+        text = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    except RowFault:
+        return None  # a template that wants other turns; the other sources must do
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    behind = token_ids(tokenizer, text)[-3:]  # an end token may be followed by a line break
+    return next((token for token in reversed(behind) if token in special), None)

@@ -1,0 +1,111 @@
+"""Tiny random transformers models of many families, written to folders as `save_pretrained` writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+# Sizes by the names that most families give them; widths are multiples of 64, so every row begins a new block.
+_PLAIN = {
+    "vocab_size": 131, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+_EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_GPT2 = {
+    "vocab_size": 131, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_ctx": 64, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+
+# What a family needs beside the plain sizes, or instead of them.
+FAMILIES: dict[str, dict] = {
+    "llama": {},
+    "llama-tied": {"tie_word_embeddings": True},
+    "llama-biased": {"attention_bias": True, "mlp_bias": True},
+    # 36 × 36 and 36 × 45 weights: blocks of 64 straddle rows, the last one is short, and one width is odd.
+    "llama-odd": {"hidden_size": 36, "intermediate_size": 45, "head_dim": 18, "num_attention_heads": 2},
+    "mistral": {"sliding_window": 4},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"tie_word_embeddings": True},
+    "gemma": {"tie_word_embeddings": True},
+    "gemma2": {"tie_word_embeddings": True, "query_pre_attn_scalar": 16, "sliding_window": 4,
+               "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0},
+    "gemma3_text": {"tie_word_embeddings": True, "query_pre_attn_scalar": 16, "sliding_window": 4},
+    "cohere": {"tie_word_embeddings": True, "logit_scale": 0.25},
+    "cohere2": {"tie_word_embeddings": True, "logit_scale": 0.25, "sliding_window": 4},
+    "granite": {"tie_word_embeddings": True, "logits_scaling": 8.0, "embedding_multiplier": 12.0,
+                "residual_multiplier": 0.22, "attention_multiplier": 0.1},
+    "phi": {"num_key_value_heads": 4, "partial_rotary_factor": 0.5},
+    "phi3": {},
+    "olmo2": {},
+    "stablelm": {"partial_rotary_factor": 0.25, "use_qkv_bias": True},
+    "glm": {"partial_rotary_factor": 0.5},
+    "glm4": {"partial_rotary_factor": 0.5, "attention_bias": True},
+    "smollm3": {"tie_word_embeddings": True},
+    "starcoder2": {"tie_word_embeddings": True},
+    "gpt_neox": {},
+    "helium": {},
+    "exaone4": {"sliding_window": 4},
+    "ernie4_5": {"tie_word_embeddings": True},
+    "seed_oss": {},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "tie_word_embeddings": True},
+    "opt-projected": {"ffn_dim": 128, "word_embed_proj_dim": 128, "tie_word_embeddings": True,
+                      "do_layer_norm_before": False, "type": "opt"},
+    "gpt2": {"sizes": _GPT2},
+    "gpt_bigcode": {"sizes": _GPT2},
+    "gptj": {"sizes": _GPT2 | {"rotary_dim": 8, "tie_word_embeddings": False}},
+    "gpt_neo": {"sizes": {"vocab_size": 131, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "window_size": 4,
+                          "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64,
+                          "bos_token_id": 1, "eos_token_id": 2}},
+    "codegen": {"sizes": _GPT2 | {"rotary_dim": 8, "tie_word_embeddings": False}},
+    "bloom": {"sizes": {"vocab_size": 131, "hidden_size": 64, "n_layer": 2, "n_head": 4}},
+    "mpt": {"sizes": {"vocab_size": 131, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}},
+    "falcon": {"sizes": {"vocab_size": 131, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+                         "bos_token_id": 1, "eos_token_id": 2}},
+    "falcon-alibi": {"sizes": {"vocab_size": 131, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+                               "alibi": True, "multi_query": False, "bias": True, "parallel_attn": False,
+                               "bos_token_id": 1, "eos_token_id": 2}, "type": "falcon"},
+    "mixtral": _EXPERTS,
+    "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 64},
+    "qwen3_moe": _EXPERTS | {"decoder_sparse_step": 1, "norm_topk_prob": True},
+    "gpt_oss": _EXPERTS | {"sliding_window": 4},
+    "granitemoe": _EXPERTS | {"logits_scaling": 8.0},
+    "olmoe": _EXPERTS,
+    "deepseek_v3": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 2,
+                    "topk_group": 1, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16,
+                    "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
+                    "first_k_dense_replace": 1, "n_shared_experts": 1, "head_dim": 16},
+}  # fmt: skip
+
+
+def tiny_config(family: str, **changes):
+    """The transformers configuration of one of `FAMILIES`."""
+    from transformers import AutoConfig
+
+    values = dict(FAMILIES[family])
+    model_type = values.pop("type", family.partition("-")[0])
+    values = (values.pop("sizes", None) or _PLAIN) | values | changes
+    return AutoConfig.for_model(model_type, **values)
+
+
+def tiny_model(family: str, *, seed: int = 0, **changes):
+    """A random model in fp32 in which no two tensors are alike: norms are not ones, biases not zeros."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() >= 2:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.copy_(parameter + 0.1 * noise)
+    return model
+
+
+def write_tiny(family: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> Path:
+    """Write a tiny model of a family in `dtype` and return its folder."""
+    tiny_model(family, seed=seed, **changes).to(dtype).save_pretrained(folder)
+    return folder
