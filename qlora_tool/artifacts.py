@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_tool.adapters.peft_files import StoredAdapter, is_adapter, read_adapter
 from qlora_tool.config import ModelConfig
-from qlora_tool.errors import UserError
+from qlora_tool.errors import ToolError, UserError
+from qlora_tool.model.source import resolve
 from qlora_tool.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Artifact:
         adapter: to put on it, or None.
         run: the configuration of the run that made the adapter, or None.
         base: what `--compare-base` compares with, or None.
+        base_named: whether the command line named the base.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Artifact:
     adapter: StoredAdapter | None = None
     run: Config | None = None
     base: ModelConfig | None = None
+    base_named: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,20 +64,33 @@ def find_artifact(name: str, options: BaseOptions) -> Artifact:
     if run.holds_run():
         if not run.is_finished():
             raise UserError(
-                f"{path}: this run is not finished; finish it with `qlora-tool train {run.config_file}`, which goes on from "
-                "its last checkpoint"
+                f"{path}: this run is not finished; finish it with `qlora-tool train {run.config_file}`, which goes on "
+                "from its last checkpoint"
             )
         config = run.config()
         base = _override(config.model, options)
-        return Artifact(name, base, read_adapter(run.adapter), config, base)
+        return Artifact(name, base, read_adapter(run.adapter), config, base, options.model is not None)
     if path.is_dir() and is_adapter(path):
         stored = read_adapter(path)
         base = _base_of(stored, options)
-        return Artifact(name, base, stored, None, base)
-    model = ModelConfig(name_or_path=name, quantization=options.quantization or "none",
-                        double_quant=options.double_quant is not False,
-                        device=options.device, compute_dtype=options.compute_dtype)  # fmt: skip
-    return Artifact(name, model, base=_base_of_export(path, options))
+        return Artifact(name, base, stored, None, base, options.model is not None)
+    model = ModelConfig(**({"name_or_path": name, "quantization": "none"} | _own_quantization(name)))
+    return Artifact(name, _override(model, replace(options, model=None)), base=_base_of_export(path, options))
+
+
+def base_folder(artifact: Artifact) -> Path:
+    """The local folder of an artifact's model: of its base, where there is an adapter.
+
+    Raises:
+        UserError, MachineError: it is not to be had; see `model.source.resolve`.
+    """
+    try:
+        return resolve(artifact.model.name_or_path, artifact.model.revision)
+    except ToolError as error:
+        if artifact.adapter is None:
+            raise
+        hint = f"; it is the base of {artifact.name}: say with --model BASE where it is"
+        raise type(error)([line + hint for line in error.lines]) from error
 
 
 def _override(model: ModelConfig, options: BaseOptions) -> ModelConfig:
@@ -88,16 +104,40 @@ def _override(model: ModelConfig, options: BaseOptions) -> ModelConfig:
 def _base_of(stored: StoredAdapter, options: BaseOptions) -> ModelConfig:
     """The base of an adapter outside a run: from its provenance, or from the options where PEFT alone made it."""
     if stored.provenance is not None:
-        return _override(_base_of_provenance(stored.provenance), options)
+        try:
+            return _override(_base_of_provenance(stored.provenance), options)
+        except (KeyError, TypeError) as error:
+            file = stored.folder / "qlora_tool.json"
+            raise UserError(
+                f"{file}: does not name the base and its quantization ({error}); remove it, and give --model and "
+                "--quantization"
+            ) from error
     name = options.model or stored.base
     if not name:
         raise UserError(f"{stored.folder}: does not say which base it was trained on; name it with --model BASE")
-    if options.quantization is None:
+    own = _own_quantization(name)
+    if options.quantization is None and not own:
         raise UserError(
             f"{stored.folder}: PEFT's files do not say how the base was quantized while it was trained; give "
             "--quantization nf4, fp4, int8 or none (with --no-double-quant where the scales were not)"
         )
-    return _override(ModelConfig(name_or_path=name, revision=stored.peft.get("revision")), options)
+    return _override(ModelConfig(name_or_path=name, revision=stored.peft.get("revision"), **own), options)
+
+
+def _own_quantization(name: str) -> dict[str, Any]:
+    """How the weights of a model folder are themselves quantized by bitsandbytes, as keys of `ModelConfig`; empty where
+    they are not, and for what is no folder."""
+    try:
+        config = json.loads((Path(name).expanduser() / "config.json").read_text(encoding="utf-8"))
+        found = config.get("quantization_config") or {}
+    except (OSError, ValueError, AttributeError):
+        return {}  # whoever opens the model says what is wrong with it
+    if found.get("load_in_8bit"):
+        return {"quantization": "int8"}
+    if found.get("load_in_4bit"):
+        double = found.get("bnb_4bit_use_double_quant", False)
+        return {"quantization": found.get("bnb_4bit_quant_type", "fp4"), "double_quant": double}
+    return {}
 
 
 def _base_of_provenance(provenance: dict) -> ModelConfig:
@@ -109,9 +149,10 @@ def _base_of_provenance(provenance: dict) -> ModelConfig:
 
 
 def _base_of_export(path: Path, options: BaseOptions) -> ModelConfig | None:
-    """What an exported model was made from; None for any other model."""
-    file = path / "qlora_tool.json"
-    if not file.exists():
+    """What an exported model was made from, quantized as it was then; None for any other model."""
+    try:
+        provenance = json.loads((path / "qlora_tool.json").read_text(encoding="utf-8"))
+        base = _base_of_provenance(provenance)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    provenance = json.loads(file.read_text(encoding="utf-8"))
-    return _override(_base_of_provenance(provenance), options)
+    return _override(base, replace(options, quantization=None, double_quant=None))

@@ -10,6 +10,7 @@ from pathlib import Path
 from qlora_tool.config import Config, config_to_yaml, load_config
 from qlora_tool.files import disk_errors, write_text
 
+
 @dataclass(frozen=True)
 class RunFolder:
     """The layout of a run's folder."""
@@ -35,6 +36,10 @@ class RunFolder:
     def holds_run(self) -> bool:
         return self.config_file.exists()
 
+    def holds(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is one of this run's."""
+        return checkpoint.resolve().parent == self.checkpoints.resolve()
+
     def config(self) -> Config:
         return load_config(str(self.config_file))
 
@@ -43,7 +48,8 @@ class RunFolder:
 
     def checkpoint_folders(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
-        return sorted(path for path in self.checkpoints.glob("step-*") if (path / "state.json").exists())
+        found = [path for path in self.checkpoints.glob("step-*") if (path / "state.json").exists()]
+        return sorted(found, key=_order)
 
     def is_finished(self) -> bool:
         return (self.adapter / "adapter_config.json").exists()
@@ -60,10 +66,27 @@ class RunFolder:
         for name in ("config.yaml", "metrics.jsonl", "memory.json"):
             (self.path / name).unlink(missing_ok=True)
 
-    def keep_metrics_until(self, step: int) -> None:
-        """Drop the logged steps after `step`, which a resumed run logs again."""
-        if not self.metrics_file.exists():
-            return
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        write_text(self.metrics_file, "".join(f"{line}\n" for line in kept))
+    def rewind(self, step: int) -> None:
+        """Go back to `step`: drop what was logged and saved after it, which a resumed run makes again."""
+        shutil.rmtree(self.adapter, ignore_errors=True)
+        for path in self.checkpoints.glob("step-*"):
+            if _order(path) > _order(self.checkpoint(step)):
+                shutil.rmtree(path)
+        for path in self.checkpoints.glob(".step-*"):  # left behind where the process was killed
+            shutil.rmtree(path)
+        if self.metrics_file.exists():
+            lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
+            write_text(self.metrics_file, "".join(f"{line}\n" for line in lines if _logged_step(line) <= step))
+
+
+def _order(checkpoint: Path) -> tuple[int, str]:
+    """By step: names grow a digit at a million."""
+    return len(checkpoint.name), checkpoint.name
+
+
+def _logged_step(line: str) -> float:
+    """The step of a line of `metrics.jsonl`; infinity for half a line, which a power failure leaves."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

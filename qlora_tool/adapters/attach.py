@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -31,11 +31,13 @@ class AdapterSet:
         layers: the adapters by the name of their linear module.
         saved: whole tensors that are trained (`modules_to_save`), by parameter name.
         biases: biases that are trained, by parameter name; under `bias: lora_only` those of adapted modules.
+        transposed: those of `saved` that the model's own module keeps as (in, out) (transformers' Conv1D).
     """
 
     layers: dict[str, Adapter] = field(default_factory=dict)
     saved: dict[str, nn.Parameter] = field(default_factory=dict)
     biases: dict[str, nn.Parameter] = field(default_factory=dict)
+    transposed: frozenset[str] = frozenset()
 
     def parameters(self) -> list[nn.Parameter]:
         """Every trained parameter once, in a fixed order."""
@@ -43,14 +45,14 @@ class AdapterSet:
         found += [*self.saved.values(), *self.biases.values()]
         return list(dict.fromkeys(found))
 
-    def tensors(self) -> dict[str, nn.Parameter]:
-        """Every trained tensor by the name it has in PEFT's file, without the prefix."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Every trained tensor by the name it has in PEFT's file, without the prefix, in the file's orientation."""
         found = {
             f"{name}.{suffix}": tensor
             for name, layer in self.layers.items()
             for suffix, tensor in layer.peft_tensors().items()
         }
-        found |= self.saved
+        found |= {name: tensor.T if name in self.transposed else tensor for name, tensor in self.saved.items()}
         for name, bias in self.biases.items():
             owner = name.removesuffix(".bias")
             found[f"{owner}.base_layer.bias" if owner in self.layers else name] = bias
@@ -101,8 +103,9 @@ def attach(model: nn.Module, config: AdapterConfig, compute_dtype: torch.dtype, 
         generator = generator_for(seed, name)
         layers[name] = METHODS[config.method].start(linear, settings_for(name, config), dtype, generator)
     put_on(model, layers)
-    return AdapterSet(layers, train_whole(model, config.modules_to_save, dtype),
-                      train_biases(model, config.bias, layers, dtype))  # fmt: skip
+    saved = train_whole(model, config.modules_to_save, dtype)
+    biases = train_biases(model, config.bias, layers, dtype)
+    return AdapterSet(layers, saved, biases, transposed_names(model, saved))
 
 
 def put_on(model: nn.Module, layers: Mapping[str, Adapter]) -> None:
@@ -114,8 +117,11 @@ def put_on(model: nn.Module, layers: Mapping[str, Adapter]) -> None:
 def train_whole(model: nn.Module, names: list[str], dtype: torch.dtype) -> dict[str, nn.Parameter]:
     """Make the tensors of the named modules trained, by parameter name; tied ones stay tied.
 
+    Args:
+        names: of modules, whole or their last parts; all that is inside of them is trained.
+
     Raises:
-        UserError: a name that is no module of the model.
+        UserError: a name that is no module of the model, or a module that cannot be trained whole.
     """
     trained: dict[str, nn.Parameter] = {}
     modules = dict(model.named_modules())
@@ -124,49 +130,77 @@ def train_whole(model: nn.Module, names: list[str], dtype: torch.dtype) -> dict[
         if not chosen:
             last_parts = sorted({name.rpartition(".")[2] for name in modules if name})
             raise UserError(f"adapter.modules_to_save: no module {wanted!r}{did_you_mean(wanted, last_parts)}")
-        for name in chosen:
-            trained |= _train_module(modules[name], name, dtype)
+        found = [parameter for name in chosen for parameter in parameter_names(modules[name], name)]
+        if not found:
+            raise UserError(f"adapter.modules_to_save: {wanted!r} has no weights; leave it out")
+        trained |= {name: train_parameter(model, name, dtype) for name in found if name not in trained}
     for target, source in tied_names(model).items():
-        pair = {target, source}
-        if found := pair & trained.keys():
-            shared = trained[found.pop()]
-            for name in pair:
-                _set_parameter(model, name, shared)
-                trained[name] = shared
+        if source in trained:
+            trained |= tie(model, target, trained[source])
+        elif target in trained:
+            trained |= tie(model, source, trained[target])
     return trained
 
 
-def _train_module(module: nn.Module, name: str, dtype: torch.dtype) -> dict[str, nn.Parameter]:
-    trained = {}
-    if isinstance(module, FrozenLinear):
-        parameter = nn.Parameter(module.weight.dense(dtype).clone())
-        module.weight = FrozenWeight(parameter)
-        trained[f"{name}.weight"] = parameter
-        if module.bias is not None:
-            module.bias = trained[f"{name}.bias"] = nn.Parameter(module.bias.to(dtype, copy=True))
-        return trained
-    for parameter_name, parameter in list(module.named_parameters(recurse=False)):
-        trained[f"{name}.{parameter_name}"] = nn.Parameter(parameter.detach().to(dtype, copy=True))
-        setattr(module, parameter_name, trained[f"{name}.{parameter_name}"])
-    return trained
+def tie(model: nn.Module, name: str, parameter: nn.Parameter) -> dict[str, nn.Parameter]:
+    """Let the parameter `name` be `parameter`, another's; {name: parameter}."""
+    _set_parameter(model, name, parameter)
+    return {name: parameter}
+
+
+def parameter_names(module: nn.Module, prefix: str) -> list[str]:
+    """The parameters of a module and of all inside it, by their names in the checkpoint.
+
+    Raises:
+        UserError: there are frozen weights among them that are no linear module's.
+    """
+    found = []
+    for name, part in module.named_modules(prefix=prefix):
+        if isinstance(part, FrozenLinear):
+            found += [f"{name}.weight"] + ([] if part.bias is None else [f"{name}.bias"])
+        elif not isinstance(part, FrozenWeight):
+            found += [f"{name}.{attribute}" for attribute, _ in part.named_parameters(recurse=False)]
+            if any(isinstance(child, FrozenWeight) for child in part.children()):
+                raise UserError(f"adapter.modules_to_save: {name} holds experts, which cannot be trained whole")
+    return found
+
+
+def train_parameter(model: nn.Module, name: str, dtype: torch.dtype) -> nn.Parameter:
+    """Put a trained copy of one parameter, in `dtype`, in its place."""
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    frozen = getattr(module, attribute)
+    value = frozen.dense(dtype) if isinstance(frozen, FrozenWeight) else frozen.detach()
+    parameter = nn.Parameter(value.to(dtype, copy=True))
+    _set_parameter(model, name, parameter)
+    return parameter
 
 
 def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
-    if isinstance(module, FrozenLinear) and attribute == "weight":
-        module.weight = FrozenWeight(parameter)
-    else:
-        setattr(module, attribute, parameter)
+    linear_weight = isinstance(module, FrozenLinear) and attribute == "weight"
+    setattr(module, attribute, FrozenWeight(parameter) if linear_weight else parameter)
 
 
-def train_biases(model: nn.Module, which: str, layers: dict[str, Adapter], dtype: torch.dtype) -> dict[str, nn.Parameter]:
-    """Make biases trained: none, those of adapted modules (`lora_only`), or all."""
+def transposed_names(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
+    """Those of the parameters that the model's own modules keep as (in, out)."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
+    return frozenset(
+        name for name in names
+        if name.endswith(".weight") and (owner := linears.get(name.removesuffix(".weight"))) and owner.transposed
+    )  # fmt: skip
+
+
+def train_biases(
+    model: nn.Module, which: str, layers: Mapping[str, Adapter], dtype: torch.dtype
+) -> dict[str, nn.Parameter]:
+    """Make biases trained that are not yet: none, those of adapted modules (`lora_only`), or all."""
     trained = {}
     if which == "none":
         return trained
     for name, module in model.named_modules():
         bias = getattr(module, "bias", None)
-        if isinstance(bias, nn.Parameter) and (which == "all" or name in layers):
-            module.bias = trained[f"{name}.bias"] = nn.Parameter(bias.detach().to(dtype, copy=True))
+        if isinstance(bias, nn.Parameter) and not bias.requires_grad and (which == "all" or name in layers):
+            trained[f"{name}.bias"] = train_parameter(model, f"{name}.bias", dtype)
     return trained

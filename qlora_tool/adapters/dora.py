@@ -58,7 +58,8 @@ class DoraAdapter(LoraAdapter):
         lora_A, lora_B = self.lora_A.float(), self.lora_B.float()
         cross = (lora_B * (dense @ lora_A.T.to(dtype)).float()).sum(1)  # ⟨W₀, BA⟩ by row
         square = ((lora_B @ (lora_A @ lora_A.T)) * lora_B).sum(1)  # ‖BA‖² by row
-        return (dense.float().square().sum(1) + 2 * s * cross + s * s * square).sqrt()
+        rows = torch.linalg.vector_norm(dense, dim=1, dtype=torch.float32)  # ‖W₀‖ by row, without its squares
+        return (rows.square() + 2 * s * cross + s * s * square).sqrt()
 
     def delta(self, weight: Tensor) -> Tensor:
         direction = weight + super().delta(weight)

@@ -35,7 +35,7 @@ class LoraAdapter(Adapter):
     def start(
         cls, linear: FrozenLinear, settings: AdapterSettings, dtype: torch.dtype, generator: torch.Generator
     ) -> LoraAdapter:
-        """B = 0. A is Kaiming-uniform(√5), so uniform within ±1/√in; `gaussian`: normal of deviation 1/r, as in PEFT."""
+        """B = 0. A is Kaiming-uniform(√5): uniform within ±1/√in; `gaussian`: normal of deviation 1/r, as in PEFT."""
         device = linear.weight.device
         lora_A = torch.empty(settings.r, linear.in_features)
         if settings.init == "gaussian":

@@ -42,7 +42,7 @@ class AdapterSettings:
 class Adapter(nn.Module, ABC):
     """The adapter of one linear module.
 
-    Its parameters are kept in one dtype and cast to the input's for products. Subclasses are made by `start` or `from_peft`.
+    Its parameters are kept in one dtype and cast to the input's for products. Made by `start` or `from_peft`.
     """
 
     method: ClassVar[str]

@@ -23,7 +23,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, FrozenLin
 
     `target_modules` and `exclude_modules` are read as PEFT reads them: a list holds whole names or their last parts, a
     string is a regular expression that the whole name must match; `all-linear` is every linear module but the output
-    embeddings.
+    embeddings. What `modules_to_save` trains whole takes no adapter.
 
     Raises:
         UserError: a name or expression that matches no linear module.
@@ -39,8 +39,10 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, FrozenLin
     if excluded:
         _refuse_unmatched("adapter.exclude_modules", excluded, linears)
         chosen = [name for name in chosen if not matches(name, excluded)]
+    chosen = [name for name in chosen if not _is_inside(name, config.modules_to_save)]
     if not chosen:
-        raise UserError("adapter.exclude_modules: leaves no module of adapter.target_modules to train; exclude fewer")
+        keys = [key for key in ("exclude_modules", "modules_to_save") if getattr(config, key)]
+        raise UserError(f"adapter.{' and adapter.'.join(keys)}: no module of adapter.target_modules is left to adapt")
     return {name: linears[name] for name in chosen}
 
 
@@ -49,6 +51,12 @@ def matches(name: str, wanted: str | Sequence[str]) -> bool:
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == part or name.endswith(f".{part}") for part in wanted)
+
+
+def _is_inside(name: str, modules: Sequence[str]) -> bool:
+    """Whether a module, or one that it is part of, is named in `modules`."""
+    parts = name.split(".")
+    return any(matches(".".join(parts[:end]), modules) for end in range(1, len(parts) + 1))
 
 
 def _refuse_unmatched(key: str, wanted: str | Sequence[str], linears: Mapping[str, object]) -> None:

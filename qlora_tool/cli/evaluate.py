@@ -7,22 +7,27 @@ import click
 from qlora_tool.cli import ToolCommand
 from qlora_tool.cli.options import base_options, base_options_of, device_options
 
+FORMATS = ("auto", "messages", "sharegpt", "alpaca", "dolly", "prompt_completion", "text")  # config.DATA_FORMATS
+
 
 @click.command(
     cls=ToolCommand,
     examples="""
     qlora-tool evaluate runs/my-model --data data/eval.jsonl
-    qlora-tool evaluate merged/my-model --data new=data/eval.jsonl --data old=data/general.jsonl --generate --json scores.json
+    qlora-tool evaluate merged/my-model --data new=eval.jsonl --data old=general.jsonl --generate --json scores.json
     """,
     groups={"The base": ("model", "quantization", "double_quant", "device", "compute_dtype")},
 )
 @click.argument("run_or_model")
 @click.option("--data", "sources", multiple=True, required=True, metavar="FILE",
               help="What to score; repeatable, as NAME=FILE, for several sets.")  # fmt: skip
-@click.option("--format", "data_format", default="auto", show_default=True, help="How rows are read, as in data.format.")
-@click.option("--max-length", type=click.IntRange(min=2), help="Tokens of a row at most; by default the run's, else 2048.")
+@click.option("--format", "data_format", type=click.Choice(FORMATS), default="auto", show_default=True,
+              help="How rows are read, as in data.format.")  # fmt: skip
+@click.option("--max-length", type=click.IntRange(min=2), metavar="TOKENS",
+              help="Tokens of a row at most; by default the run's, else 2048.")  # fmt: skip
 @click.option("--generate", is_flag=True, help="Also generate answers, greedily, and count the exact matches.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Of an answer at most.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True,
+              help="Of an answer at most.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Rows at a time.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the scores as JSON.")
 @base_options
@@ -40,16 +45,26 @@ def evaluate(run_or_model: str, sources: tuple[str, ...], data_format: str, max_
     log_to_stderr()
     from qlora_tool.artifacts import find_artifact
     from qlora_tool.config import DataConfig
+    from qlora_tool.data.formats import find_format
+    from qlora_tool.data.sources import read_rows
     from qlora_tool.files import write_json
     from qlora_tool.inference.answer import Sampling
     from qlora_tool.inference.open import open_artifact
     from qlora_tool.inference.score import score
+    from qlora_tool.model.open import check_length
 
     named = _named(sources)
     artifact = find_artifact(run_or_model, base_options_of(options))
+    for source in named.values():
+        find_format(read_rows(source), data_format)  # a fault of the data is told before the model is read
     model, tokenizer = open_artifact(artifact)
-    length = max_length or (artifact.run.data.max_length if artifact.run else 2048)
-    data = DataConfig(format=data_format, max_length=length)
+    own = artifact.run.data if artifact.run else DataConfig()
+    if max_length:
+        check_length(model.config, max_length)
+    else:
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        max_length = min(own.max_length, positions or own.max_length)
+    data = DataConfig(format=data_format, max_length=max_length, train_on=own.train_on)
     sampling = Sampling(max_new_tokens=max_new_tokens, batch_size=batch_size) if generate else None
     scores = {
         name: score(model, tokenizer, source, data, sampling=sampling, batch_size=batch_size)
@@ -60,7 +75,9 @@ def evaluate(run_or_model: str, sources: tuple[str, ...], data_format: str, max_
         write_json(Path(json_file), results if len(results) > 1 else next(iter(results.values())))
     for name, result in scores.items():
         matched = "" if result.exact_match is None else f"  exact match {result.exact_match:.1%}"
-        click.echo(f"{name}: loss {result.loss:.4f}  perplexity {result.perplexity:.3f}  tokens {result.tokens}{matched}")
+        click.echo(
+            f"{name}: loss {result.loss:.4f}  perplexity {result.perplexity:.3f}  tokens {result.tokens}{matched}"
+        )
 
 
 def _named(sources: tuple[str, ...]) -> dict[str, str]:

@@ -20,8 +20,8 @@ from qlora_tool.cli.options import base_options, base_options_of
 @click.option("--output-dir", required=True, metavar="DIR", help="Where the model goes; must not exist.")
 @click.option("--base", type=click.Choice(["dequantized", "original"]), default="dequantized", show_default=True,
               help="Merge onto what was trained against, or onto the original 16-bit weights.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto", show_default=True,
-              help="Of the files; auto is the base's own.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto",
+              show_default=True, help="Of the files; auto is the base's own.")  # fmt: skip
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Bytes of one file at most.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
 @click.option("--json", "json_file", metavar="FILE", help="Write what was done as JSON.")
@@ -36,12 +36,13 @@ def export_merged(run_or_adapter: str, output_dir: str, base: str, dtype: str, m
 
     from qlora_tool.cli.logs import log_to_stderr
     from qlora_tool.config import parse_size
+    from qlora_tool.errors import UserError
 
     log_to_stderr()
     try:
         size = parse_size(max_shard_size)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--max-shard-size") from error
+    except UserError as error:
+        raise UserError(f"--max-shard-size: {error}") from error
     from qlora_tool.artifacts import find_artifact
     from qlora_tool.export.write import ExportOptions
     from qlora_tool.export.write import export_merged as export

@@ -17,7 +17,8 @@ from qlora_tool.cli import ToolCommand
     """,
 )
 @click.argument("config")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key; repeatable. The value is YAML.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
+              help="Override one key; repeatable. The value is YAML.")  # fmt: skip
 @click.option("--output-dir", metavar="DIR", help="The run's folder (training.output_dir).")
 @click.option("--resume", default="auto", show_default=True, metavar="auto|never|PATH",
               help="auto: go on with this folder's unfinished run; a PATH: a checkpoint, or a run.")  # fmt: skip

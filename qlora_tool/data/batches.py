@@ -91,13 +91,16 @@ def _next_fit(indices: Sequence[int], lengths: Sequence[int], max_length: int) -
 
 @dataclass(frozen=True)
 class Batch:
-    """The tensors of one forward pass, all (batch, sequence) and int64.
+    """The tensors of one forward pass, int64 and (batch, sequence) where nothing else is said.
 
     Attributes:
         input_ids: padded at the right.
         labels: the id where a token is trained, else -100; not shifted. An example's first token never has one.
         attention_mask: 0 where a row is padded, or None where no row is, and always with packing.
         position_ids: with packing, beginning anew at every example and at the padding; else None.
+        predicting: (trained_tokens,), the places in the flattened batch whose logits predict a trained token: each is
+            one before its label's.
+        targets: (trained_tokens,), the tokens predicted there.
         tokens: input tokens that are not padding.
         trained_tokens: labels that count in the loss.
         where: the rows of data in it, for messages.
@@ -107,6 +110,8 @@ class Batch:
     labels: torch.Tensor
     attention_mask: torch.Tensor | None
     position_ids: torch.Tensor | None
+    predicting: torch.Tensor
+    targets: torch.Tensor
     tokens: int
     trained_tokens: int
     where: list[str]
@@ -123,6 +128,8 @@ class Batch:
             labels=moved(self.labels),
             attention_mask=moved(self.attention_mask),
             position_ids=moved(self.position_ids),
+            predicting=moved(self.predicting),
+            targets=moved(self.targets),
         )
 
 
@@ -150,6 +157,8 @@ def collate(rows: list[list[Example]], *, pad_token_id: int, packing: bool) -> B
         # Padding is a segment of its own: as the last example's next positions it would be attended with it.
         segments = [*(len(example.input_ids) for example in row), padding]
         positions.append([position for length in segments for position in range(length)])
+    flat = [label for row in labels for label in row]  # a row's first label is never counted, so none predicts across rows
+    trained = [place for place, label in enumerate(flat) if label != IGNORED]
     tokens = sum(map(sum, mask))
     padded = tokens < sequence * len(rows)
     return Batch(
@@ -157,8 +166,10 @@ def collate(rows: list[list[Example]], *, pad_token_id: int, packing: bool) -> B
         labels=torch.tensor(labels),
         attention_mask=torch.tensor(mask) if padded and not packing else None,
         position_ids=torch.tensor(positions) if packing else None,
+        predicting=torch.tensor([place - 1 for place in trained], dtype=torch.int64),
+        targets=torch.tensor([flat[place] for place in trained], dtype=torch.int64),
         tokens=tokens,
-        trained_tokens=sum(label != IGNORED for row in labels for label in row),
+        trained_tokens=len(trained),
         where=[example.where for row in rows for example in row],
     )
 

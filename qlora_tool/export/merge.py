@@ -15,7 +15,15 @@ from torch import Tensor
 from qlora_tool.adapters.method import Adapter
 from qlora_tool.adapters.peft_files import StoredAdapter, refuse_misfit
 from qlora_tool.errors import UserError
-from qlora_tool.model.load import ParameterSource, Quantization, Slot, find_slots, quantize_parameter, tied_names
+from qlora_tool.model.load import (
+    ParameterSource,
+    Quantization,
+    Slot,
+    find_slots,
+    is_linear,
+    quantize_parameter,
+    tied_names,
+)
 from qlora_tool.model.names import SaveGroup, plan_save
 from qlora_tool.model.tensor_files import Checkpoint, TensorSpec
 from qlora_tool.ops.quantized import QuantizedTensor
@@ -33,6 +41,9 @@ class MergedModel:
         base: `dequantized`: onto what was trained against; `original`: onto the checkpoint's own weights.
         dtype: of the files; None keeps the base's dtypes.
 
+    Attributes:
+        unties: whether the adapter changes one of two tied tensors alone, so that the files hold both.
+
     Raises:
         UserError: the adapter is not for this base.
     """
@@ -45,57 +56,86 @@ class MergedModel:
     dtype: torch.dtype | None = None
     layers: Mapping[str, Adapter] = field(init=False)
     whole: Mapping[str, Tensor] = field(init=False)
+    unties: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.slots = find_slots(self.skeleton)
-        self.linears = _linear_shapes(self.skeleton)
         self.source = ParameterSource(self.skeleton, self.checkpoint, "cpu")
         self.layers = self.adapter.layers(torch.float32) if self.adapter else {}
         self.whole = self.adapter.whole_tensors() if self.adapter else {}
         if self.adapter:
-            refuse_misfit(self.adapter, self.layers, {name: shape for name, (shape, _) in self.linears.items()})
+            refuse_misfit(self.adapter, self.layers, _linear_shapes(self.skeleton))
+            self._refuse_misfit_whole()
+        self._parameters = {name for name, _ in self.skeleton.named_parameters(remove_duplicate=False)}
         self._biases = _bias_deltas(self.layers, self.source)
-        tied = tied_names(self.skeleton)
-        self.names = [name for name in self.source.names if name not in tied]
-        for target, origin in tied.items():  # a file may hold either of the two
-            if origin not in self.source.names and target in self.source.names:
-                self.names.append(target)
-            if target in self.whole:
-                self.whole.setdefault(origin, self.whole[target])
+        self.names, self._twins = list(self.source.names), {}
+        for target, origin in tied_names(self.skeleton).items():
+            self._tie(target, origin)
         self.default_dtype = self.dtype or _common_dtype(self.source, self.skeleton)
         self.groups: list[SaveGroup] = plan_save(self.skeleton, self.names)
+
+    def _refuse_misfit_whole(self) -> None:
+        faults = []
+        for name, tensor in self.whole.items():
+            expected = self.source.shapes.get(name)
+            if expected is None:
+                faults.append(f"{self.adapter.folder}: replaces {name}, which is no tensor of this model")
+            elif tuple(tensor.shape) != expected:
+                faults.append(
+                    f"{self.adapter.folder}: replaces {name} with one of shape {tuple(tensor.shape)}, but it is "
+                    f"{expected} in this model; the base has to be the one that was trained, added tokens included"
+                )
+        if faults:
+            raise UserError(faults)
+
+    def _tie(self, target: str, origin: str) -> None:
+        """Of two tied tensors a file holds one, either of the two, until an adapter changes one of them alone."""
+        stored = [name for name in (origin, target) if name in self.source.names]
+        replaced = [name for name in (origin, target) if name in self.whole]
+        adapted = any(name.removesuffix(".weight") in self.layers for name in (origin, target))
+        apart = len(replaced) == 2 and not torch.equal(self.whole[origin], self.whole[target])
+        if not (adapted or apart or len(replaced) == 1):
+            return
+        self.unties = True
+        if len(stored) == 1:
+            twin = target if stored == [origin] else origin
+            self.names.append(twin)
+            self._twins[twin] = stored[0]
 
     def specs(self) -> list[list[TensorSpec]]:
         """What every group will write, without reading anything."""
         shapes = self.source.shapes
         result = []
         for group in self.groups:
-            meta = {name: torch.empty(shapes[name], dtype=self._file_dtype(name), device="meta") for name in group.names}
+            dtypes = {name: self._file_dtype(name) for name in group.names}
+            meta = {name: torch.empty(shapes[name], dtype=dtype, device="meta") for name, dtype in dtypes.items()}
             converted = group.convert(self.skeleton, meta)
             result.append([TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in converted.items()])
         return result
 
+    @torch.no_grad()
     def tensors(self, group: SaveGroup) -> dict[str, Tensor]:
         """The checkpoint tensors of one group, merged and rounded."""
         return group.convert(self.skeleton, {name: self._merged(name) for name in group.names})
 
     def _merged(self, name: str) -> Tensor:
         """One tensor of the model in the dtype of the files, in the orientation of the model."""
-        value = self.source.read(name)
-        dtype = self._file_dtype(name)
-        if name in self.whole:
-            return _rounded(name, self.whole[name].float(), dtype)
-        slot = self.slots.get(name)
+        dtype, slot = self._file_dtype(name), self.slots.get(name)
         layer = self.layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if name in self.whole:
+            value = self.whole[name]
+            value = value.transpose(-1, -2) if slot is not None and slot.transposed else value
+        else:
+            value = self.source.read(self._twins.get(name, name))
+            if slot is not None:
+                value = self._as_trained_against(name, value, slot)
+            elif isinstance(value, QuantizedTensor):
+                value = value.dequantize(torch.float32)
         if name in self._biases:
             value = value.float() + self._biases[name]
-        if slot is None and layer is None:
-            return _rounded(name, value, dtype)
-        if slot is not None:
-            value = self._as_trained_against(name, value, slot)
-        value = value.float()  # (out, in) or (experts, out, in)
         if layer is not None:
-            value += layer.delta(value)
+            value = value.float()  # (out, in)
+            value = layer.delta(value).add_(value)
         if slot is not None and slot.transposed:
             value = value.transpose(-1, -2)
         return _rounded(name, value, dtype)
@@ -104,18 +144,20 @@ class MergedModel:
         if self.base == "original":
             if isinstance(value, QuantizedTensor):
                 raise UserError(
-                    f"--base original: {self.checkpoint.folder} is itself quantized; merge onto a 16-bit checkpoint, or "
-                    "leave --base at dequantized"
+                    f"--base original: {self.checkpoint.folder} is itself quantized; merge onto a 16-bit checkpoint, "
+                    "or leave --base at dequantized"
                 )
             return value.transpose(-1, -2).contiguous() if slot.transposed else value
         kept = quantize_parameter(name, value, slot, self.quantization)
         return kept.dequantize(torch.float32) if isinstance(kept, QuantizedTensor) else kept
 
     def _file_dtype(self, name: str) -> torch.dtype:
-        stored = self.source.stored_dtype(name)
         if name in self.slots or name in self.whole:
             return self.default_dtype
-        return stored if self.dtype is None or not stored.is_floating_point else self.dtype
+        stored = self.source.stored_dtype(self._twins.get(name, name))
+        if not stored.is_floating_point:  # quantized codes of a parameter, or a buffer of whole numbers
+            return self.default_dtype if name in self._parameters else stored
+        return self.dtype or stored
 
 
 def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -133,19 +175,17 @@ def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     return rounded
 
 
-def _linear_shapes(skeleton: torch.nn.Module) -> dict[str, tuple[tuple[int, int], bool]]:
-    """((out, in), transposed) of every linear module by name."""
-    from transformers.pytorch_utils import Conv1D
-
+def _linear_shapes(skeleton: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear module by name."""
     shapes = {}
     for name, module in skeleton.named_modules():
-        if isinstance(module, (torch.nn.Linear, Conv1D)):
-            transposed = isinstance(module, Conv1D)
+        if is_linear(module):
             shape = tuple(module.weight.shape)
-            shapes[name] = (shape[::-1] if transposed else shape, transposed)
+            shapes[name] = shape if isinstance(module, torch.nn.Linear) else shape[::-1]  # a Conv1D is (in, out)
     return shapes
 
 
+@torch.no_grad()
 def _bias_deltas(layers: Mapping[str, Adapter], source: ParameterSource) -> dict[str, Tensor]:
     """What adapters add to biases (PEFT's lora_bias), by parameter name."""
     deltas = {}

@@ -17,12 +17,21 @@ _LOAD = """```python
 from transformers import pipeline
 
 generate = pipeline("text-generation", model="{folder}")
-print(generate([{{"role": "user", "content": "Hello"}}], max_new_tokens=64)[0]["generated_text"][-1]["content"])
+print({call})
 ```"""
+_CHAT = 'generate([{"role": "user", "content": "Hello"}], max_new_tokens=64)[0]["generated_text"][-1]["content"]'
+_TEXT = 'generate("Once upon a time", max_new_tokens=64)[0]["generated_text"]'
 
 
-def model_card(artifact: Artifact, base_folder: Path, result: dict[str, Any]) -> str:
-    """The card in Markdown, with the header that model hubs read."""
+def model_card(artifact: Artifact, base_folder: Path, result: dict[str, Any], *, chat: bool) -> str:
+    """The card in Markdown, with the header that model hubs read.
+
+    Args:
+        artifact: what was merged.
+        base_folder: its base's.
+        result: what `export_merged` returns.
+        chat: whether the tokenizer has a chat template.
+    """
     base = artifact.model.name_or_path
     header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if "/" in base and not Path(base).exists():
@@ -33,26 +42,31 @@ def model_card(artifact: Artifact, base_folder: Path, result: dict[str, Any]) ->
     sections = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {Path(result['output_dir']).name}",
-        f"`{base}`, fine-tuned on a {_quantization(artifact)} base and merged by qlora-tool {__version__}.",
-        _LOAD.format(folder=result["output_dir"]),
+        f"`{base}`, fine-tuned with its weights {_quantization(artifact)} and merged by qlora-tool {__version__}.",
+        _LOAD.format(folder=result["output_dir"], call=_CHAT if chat else _TEXT),
         "## How it was made",
         _table(_facts(artifact, result)),
     ]
     if licence is None:
-        sections.append("The base states no licence in its files; see where it comes from before passing this model on.")
+        sections.append("The base states no licence in its files: see where it comes from before you pass this on.")
     return "\n\n".join(sections) + "\n"
 
 
 def _quantization(artifact: Artifact) -> str:
     kind = artifact.model.quantization
     if kind == "none":
-        return "16-bit"
-    return f"{kind} (double quantization)" if kind != "int8" and artifact.model.double_quant else kind
+        return "unquantized"
+    double = ", its scales too" if kind != "int8" and artifact.model.double_quant else ""
+    return f"quantized to {kind}{double},"
 
 
 def _licence(folder: Path) -> str | None:
+    """What the header of the base's card says, else its config.json."""
     card = folder / "README.md"
-    if card.exists() and (found := re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE)):
+    text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
+    header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    found = re.search(r"^license:[ \t]*[\"']?([^\s\"']+)", header[1], re.MULTILINE) if header else None
+    if found:
         return found[1]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return config.get("license")

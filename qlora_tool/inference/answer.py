@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -72,7 +74,8 @@ def answer(
 ) -> Answers:
     """Answer every prompt.
 
-    Prompts of like length share a batch, padded on the left and masked.
+    Prompts of like length share a batch, padded on the left and masked. An answer ends at its end token, after
+    `max_new_tokens`, or where the model's positions end.
 
     Args:
         done: told how many are answered.
@@ -82,23 +85,43 @@ def answer(
     """
     ends = end_tokens(model, tokenizer)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for prompt in prompts:
-        if limit and len(prompt.input_ids) >= limit:
-            raise UserError(f"{prompt.where}: {len(prompt.input_ids)} tokens, but the model has {limit} positions; shorten it")
+    faults = [
+        f"{prompt.where}: {len(prompt.input_ids)} tokens, but the model has {limit} positions; shorten it"
+        for prompt in prompts
+        if limit and len(prompt.input_ids) >= limit
+    ]
+    if faults:
+        raise UserError(faults)
     torch.manual_seed(sampling.seed)
     model.module.eval()
     model.checkpoint_layers(False)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
-    texts, tokens, started = [""] * len(prompts), 0, time.perf_counter()
+    texts, tokens, started, answered = [""] * len(prompts), 0, time.perf_counter(), 0
     with dense_weights(model):
-        for start in range(0, len(order), sampling.batch_size):
-            chosen = order[start : start + sampling.batch_size]
-            answers = _answer_batch(model, [prompts[index].input_ids for index in chosen], sampling, ends)
+        for chosen, room in _batches([len(prompt.input_ids) for prompt in prompts], sampling, limit):
+            answers = _answer_batch(model, [prompts[index].input_ids for index in chosen], sampling, ends, room)
             for index, ids in zip(chosen, answers, strict=True):
                 texts[index] = tokenizer.decode(ids, skip_special_tokens=True)
                 tokens += len(ids)
-            done(start + len(chosen))
+            answered += len(chosen)
+            done(answered)
     return Answers(texts, time.perf_counter() - started, tokens)
+
+
+def _batches(lengths: Sequence[int], sampling: Sampling, limit: int | None) -> Iterator[tuple[list[int], int]]:
+    """Indices of prompts of like length, and the tokens there is room for after each of them.
+
+    Prompts that the model's positions leave less room than asked for share a batch only with their equals, so that
+    none is cut short by a longer one.
+    """
+
+    def room(index: int) -> int:
+        return min(sampling.max_new_tokens, limit - lengths[index]) if limit else sampling.max_new_tokens
+
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for tokens, equals in itertools.groupby(order, key=room):
+        indices = list(equals)
+        for start in range(0, len(indices), sampling.batch_size):
+            yield indices[start : start + sampling.batch_size], tokens
 
 
 @contextlib.contextmanager
@@ -108,9 +131,9 @@ def dense_weights(model: CausalLM) -> Iterator[None]:
     weights = [module for module in model.module.modules() if isinstance(module, FrozenWeight)]
     needed = sum(weight.shape.numel() for weight in weights) * model.compute_dtype.itemsize
     held = weights if 2 * needed <= free_memory(model.device) else []
-    for weight in held:
-        weight.hold(model.compute_dtype)
     try:
+        for weight in held:
+            weight.hold(model.compute_dtype)
         yield
     finally:
         for weight in held:
@@ -127,7 +150,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _answer_batch(
-    model: CausalLM, prompts: list[list[int]], sampling: Sampling, ends: list[int]
+    model: CausalLM, prompts: list[list[int]], sampling: Sampling, ends: list[int], max_new_tokens: int
 ) -> list[list[int]]:
     """Token ids of each answer, its end token included."""
     longest = max(map(len, prompts))
@@ -135,7 +158,7 @@ def _answer_batch(
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     output = model.module.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=sampling.max_new_tokens, eos_token_id=ends, pad_token_id=pad,
+        input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad,
         use_cache=True, **sampling.arguments(),
     )  # fmt: skip
     return [_until_end(row[longest:].tolist(), ends) for row in output]
@@ -156,27 +179,41 @@ def end_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]
     Raises:
         UserError: there is none.
     """
-    named = model.module.generation_config.eos_token_id
-    ends = [] if named is None else [named] if isinstance(named, int) else list(named)
+    ends: list[int | None] = []
+    in_config = getattr(model.config.get_text_config(), "eos_token_id", None)
+    for named in (_generation_settings(model).get("eos_token_id"), in_config):
+        ends += named if isinstance(named, list) else [named]
     ends += [tokenizer.eos_token_id, _template_end(tokenizer)]
     found = list(dict.fromkeys(token for token in ends if token is not None))
     if not found:
-        raise UserError(f"{model.folder}: neither generation_config.json nor the tokenizer names a token that ends an answer")
+        raise UserError(
+            f"{model.folder}: neither generation_config.json nor the tokenizer names a token that ends an answer; set "
+            "eos_token in tokenizer_config.json"
+        )
     return found
 
 
+def _generation_settings(model: CausalLM) -> dict[str, object]:
+    file = model.folder / "generation_config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); download the model again") from error
+
+
 def _template_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template writes after an answer."""
+    """The first special token that the chat template writes after an answer."""
     if not tokenizer.chat_template:
         return None
     from qlora_tool.data.chat import render
     from qlora_tool.data.faults import RowFault
     from qlora_tool.data.labels import token_ids
 
+    content = "the last words"
     try:
-        text = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        text = render(tokenizer, [{"role": "user", "content": "hello"}, {"role": "assistant", "content": content}])
     except RowFault:
         return None  # a template that wants other turns; the other sources must do
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    behind = token_ids(tokenizer, text)[-3:]  # an end token may be followed by a line break
-    return next((token for token in reversed(behind) if token in special), None)
+    _, found, behind = text.rpartition(content)
+    return next((token for token in token_ids(tokenizer, behind) if token in special), None) if found else None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_tool.adapters.peft_files import StoredAdapter, attach_stored
+from qlora_tool.artifacts import base_folder
 from qlora_tool.model.open import open_model, open_tokenizer
 
 if TYPE_CHECKING:
@@ -36,5 +37,10 @@ def tokenizer_folder(model_folder: Path, adapter: StoredAdapter | None) -> Path:
 
 
 def open_artifact(artifact: Artifact) -> tuple[CausalLM, PreTrainedTokenizerBase]:
-    """The model that an artifact stands for."""
+    """The model that an artifact stands for.
+
+    Raises:
+        UserError, MachineError: see `base_folder` and `open_model`.
+    """
+    base_folder(artifact)  # before anything else: here it is known whose base is missing
     return open_for_inference(artifact.model, artifact.adapter)

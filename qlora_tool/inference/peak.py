@@ -1,4 +1,4 @@
-"""The most memory that a stretch of work has had: the allocator's count on CUDA, the process's resident size on a CPU."""
+"""The most memory that some work has had: on CUDA the allocator's count, on a CPU the process's resident size."""
 
 from __future__ import annotations
 

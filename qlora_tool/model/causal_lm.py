@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora_tool.errors import UserError
 from qlora_tool.model.layers import FrozenWeight
 from qlora_tool.model.load import Quantization
 from qlora_tool.ops.loss import LogitsTransform, linear_cross_entropy
@@ -73,16 +79,13 @@ class CausalLM:
     def loss_sum(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
         """The sum of the cross-entropy over the batch's trained tokens, fp32.
 
-        The logits of a token predict the next one: labels are shifted here, and rows without a label are dropped
-        before the output projection.
+        Rows without a label are dropped before the output projection.
         """
-        labels = batch.labels[:, 1:]
-        trained = labels != -100
         if self.chunked_loss:
-            hidden = self.hidden_states(batch)[:, :-1][trained]  # (trained tokens, hidden)
-            return linear_cross_entropy(hidden, labels[trained], self.project, label_smoothing=label_smoothing)
-        logits = self.logits(batch)[:, :-1][trained].float()
-        return nn.functional.cross_entropy(logits, labels[trained], reduction="sum", label_smoothing=label_smoothing)
+            hidden = self.hidden_states(batch).flatten(0, 1)[batch.predicting]  # (trained tokens, hidden)
+            return linear_cross_entropy(hidden, batch.targets, self.project, label_smoothing=label_smoothing)
+        logits = self.logits(batch).flatten(0, 1)[batch.predicting].float()
+        return nn.functional.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=label_smoothing)
 
     def choose_loss(self) -> None:
         """Take the loss in chunks if that gives this family's logits, from whole logits otherwise.
@@ -91,17 +94,20 @@ class CausalLM:
         both ways tell.
         """
         self.chunked_loss = False
-        if self.module.get_output_embeddings() is None or self._head_is_trained():
+        head = self.module.get_output_embeddings()
+        if head is None or self._head_is_trained():
             return
         ids = torch.arange(1, 7, device=self.device).unsqueeze(0) % self.config.get_text_config().vocab_size
         training = self.module.training
         self.module.eval()
         with torch.no_grad():
-            expected = self.module(input_ids=ids, use_cache=False).logits
-            found = self.project(self.module.base_model(input_ids=ids, use_cache=False)[0])
+            expected = self.module(input_ids=ids, use_cache=False).logits.float()
+            hidden = self.module.base_model(input_ids=ids, use_cache=False)[0]  # llama4's is the whole model: logits
+            found = self.project(hidden).float() if hidden.shape[-1] == head.in_features else None
         self.module.train(training)
         # Both run the same operations on the same numbers; a family that adds one differs in the first digits.
-        self.chunked_loss = torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+        tolerance = 1e-2 * float(expected.abs().max())
+        self.chunked_loss = found is not None and torch.allclose(found, expected, rtol=1e-2, atol=tolerance)
         if not self.chunked_loss:
             logger.warning("%s changes its logits in a way of its own: whole logits are kept for the loss, which takes "
                            "more memory", self.config.model_type)  # fmt: skip
@@ -129,12 +135,43 @@ class CausalLM:
         head = self.module.get_output_embeddings()
         return any(parameter.requires_grad for parameter in head.parameters())
 
-    def checkpoint_layers(self, enabled: bool) -> None:
-        """Recompute each decoder layer in backward instead of keeping its activations."""
-        if enabled:
-            self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        else:
-            self.module.gradient_checkpointing_disable()
+    def checkpoint_layers(
+        self, enabled: bool, around_recomputation: Callable[[], AbstractContextManager] = nullcontext
+    ) -> None:
+        """Recompute each decoder layer in backward instead of keeping its activations.
+
+        Args:
+            around_recomputation: a context that is open while a layer is computed again.
+
+        Raises:
+            UserError: the model's code has no layers that can be recomputed.
+        """
+        layers = [module for module in self.module.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if enabled and not layers:
+            raise UserError(
+                f"{self.config.model_type} has no layers that can be recomputed; set training.gradient_checkpointing: false"
+            )
+        recompute = partial(
+            checkpoint,
+            use_reentrant=False,
+            preserve_rng_state=self._draws_random_numbers(),
+            context_fn=lambda: (nullcontext(), around_recomputation()),
+        )
+        for layer in layers:
+            layer.gradient_checkpointing = enabled
+            layer._gradient_checkpointing_func = recompute
+
+    def _draws_random_numbers(self) -> bool:
+        """Whether training drops anything, so that recomputation must draw the same numbers again."""
+        settings = self.config.get_text_config().to_dict()
+        return any(isinstance(module, nn.Dropout) and module.p for module in self.module.modules()) or any(
+            value for name, value in settings.items() if "dropout" in name or name.endswith("pdrop")
+        )
+
+    def checkpointed_layers(self) -> list[nn.Module]:
+        """The layers that are recomputed in backward."""
+        return [module for module in self.module.modules()
+                if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing]  # fmt: skip
 
     def unquantized_bytes(self) -> dict[str, int]:
         """Bytes of every module tensor that is kept unquantized, largest first; tied ones once."""
@@ -162,7 +199,7 @@ def logits_transform(config) -> LogitsTransform:
     """What the family does to its logits, read from its configuration (gemma's cap, cohere's and granite's scales)."""
     config = config.get_text_config()
     scale = 1.0
-    if (value := getattr(config, "logit_scale", None)) is not None:
+    if isinstance(value := getattr(config, "logit_scale", None), (int, float)):  # mpt's may be text, and is not used
         scale *= value
     if value := getattr(config, "logits_scaling", None):
         scale /= value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qlora_tool.model.layers import FrozenWeight
@@ -31,7 +32,7 @@ def experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_
     k = top_k_index.shape[-1]
     experts, order = torch.sort(top_k_index.reshape(-1), stable=True)  # (tokens·k,): grouped by expert
     tokens = order // k
-    counts = torch.bincount(experts, minlength=module.num_experts).tolist()
+    counts = _tokens_per_expert(experts, module.num_experts)
     outputs = [
         _expert(module, rows, index)
         for index, rows in enumerate(hidden[tokens].split(counts[: module.num_experts]))
@@ -40,6 +41,14 @@ def experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_
     weighted = torch.cat(outputs) * top_k_weights.reshape(-1)[order].unsqueeze(-1)  # (tokens·k, hidden)
     result = torch.zeros_like(hidden)
     return result.index_add(0, tokens, weighted.to(hidden.dtype))
+
+
+def _tokens_per_expert(experts: Tensor, count: int) -> list[int]:
+    """How many of `experts` (tokens·k,) name each expert; an even share each where the tensor has no data to tell."""
+    if is_fake(experts):
+        share, more = divmod(experts.shape[0], count)
+        return [share + (index < more) for index in range(count)]
+    return torch.bincount(experts, minlength=count).tolist()
 
 
 def _expert(module: nn.Module, x: Tensor, index: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qlora_tool.files import cache_folder, replacing_folder
 from qlora_tool.model.layers import FrozenLinear, FrozenWeight
+from qlora_tool.model.load import tied_names
 from qlora_tool.model.tensor_files import SINGLE_NAME, Checkpoint, TensorSpec, write_tensors
 from qlora_tool.ops.quantized import to_disk
 
@@ -35,20 +36,21 @@ def base_identity(folder: Path) -> str:
     return hashlib.sha256(json.dumps([str(folder.resolve()), seen]).encode()).hexdigest()
 
 
-def _folder(folder: Path, quantization: Quantization) -> Path:
-    double = "-double" if quantization.double_quant and quantization.kind != "int8" else ""
-    return cache_folder() / "bases" / f"{base_identity(folder)[:24]}-{quantization.kind}{double}-{FORMAT}"
+def _folder(folder: Path, quantization: Quantization, compute_dtype: torch.dtype) -> Path:
+    double = "-double" if quantization.double_quant and quantization.kind in ("nf4", "fp4") else ""
+    dtype = str(compute_dtype).removeprefix("torch.")  # what is small is kept in it
+    return cache_folder() / "bases" / f"{base_identity(folder)[:24]}-{quantization.kind}{double}-{dtype}-{FORMAT}"
 
 
-def kept_base(folder: Path, quantization: Quantization) -> Checkpoint | None:
-    """The kept form of a model folder, or None where there is none."""
-    kept = _folder(folder, quantization)
+def kept_base(folder: Path, quantization: Quantization, compute_dtype: torch.dtype) -> Checkpoint | None:
+    """The kept form of a model folder as it was read for these products, or None where there is none."""
+    kept = _folder(folder, quantization, compute_dtype)
     return Checkpoint(kept) if (kept / SINGLE_NAME).exists() else None
 
 
-def keep_base(model: PreTrainedModel, folder: Path, quantization: Quantization) -> Path:
+def keep_base(model: PreTrainedModel, folder: Path, quantization: Quantization, compute_dtype: torch.dtype) -> Path:
     """Write the quantized form of `model`, read from `folder`, and return where."""
-    kept = _folder(folder, quantization)
+    kept = _folder(folder, quantization, compute_dtype)
     tensors = list(_module_tensors(model))
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
     with replacing_folder(kept) as temporary:
@@ -57,9 +59,12 @@ def keep_base(model: PreTrainedModel, folder: Path, quantization: Quantization) 
 
 
 def _module_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the model by its module name; quantized ones in bitsandbytes' form."""
+    """Every tensor of the model by its module name, tied ones once; quantized ones in bitsandbytes' form."""
     handles = {name: module for name, module in model.named_modules() if isinstance(module, FrozenWeight)}
+    tied = tied_names(model)
     for name, handle in handles.items():
+        if name in tied:
+            continue
         value = handle.quantized
         owner = model.get_submodule(name.rpartition(".")[0])
         if value is not None:
@@ -69,5 +74,5 @@ def _module_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             yield name, handle.plain.transpose(-1, -2).contiguous() if transposed else handle.plain
     persistent = model.state_dict(keep_vars=True)
     for name, tensor in persistent.items():
-        if name.rpartition(".")[0] not in handles and isinstance(tensor, torch.Tensor):
+        if name not in tied and name.rpartition(".")[0] not in handles and isinstance(tensor, torch.Tensor):
             yield name, tensor.detach()

@@ -12,8 +12,8 @@ def file_hashes(folder: Path) -> dict[str, str]:
     """The SHA-256 of config.json and of every weights file, by file name."""
     kept_file = cache_folder() / "hashes.json"
     try:
-        kept = json.loads(kept_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        kept = dict(json.loads(kept_file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         kept = {}  # nothing kept yet, or unreadable
     hashes, changed = {}, False
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):

@@ -63,6 +63,10 @@ class FrozenWeight(nn.Module):
             return (quantized if expert is None else quantized.expert(expert)).dequantize(dtype)
         return (self.plain if expert is None else self.plain[expert]).to(dtype)
 
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """W (out, in) · x (…, in, n) → (…, out, n): some families multiply by a weight themselves (mamba's dt_proj)."""
+        return frozen_linear(x.transpose(-1, -2), self).transpose(-1, -2)
+
 
     def hold(self, dtype: torch.dtype) -> None:
         """Keep the weight dense in `dtype` until `release`: for many products in a row, as in generation."""

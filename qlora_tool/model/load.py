@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from qlora_tool.errors import UserError
 from qlora_tool.model.experts import expert_weight_names, is_experts_module, set_expert_weight, use_expert_handles
 from qlora_tool.model.layers import FrozenLinear, FrozenWeight
-from qlora_tool.model.names import plan_load
+from qlora_tool.model.names import LoadGroup, plan_load
 from qlora_tool.model.tensor_files import Checkpoint, missing_names
 from qlora_tool.ops.quantized import QuantizedTensor, disk_group, from_disk, quantize
 
@@ -47,40 +49,79 @@ class Slot:
     transposed: bool
 
 
-def build_skeleton(config, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model with its parameters on meta and its computed buffers (rotary frequencies, say) real."""
+def build_skeleton(config, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model with its parameters on meta and its computed buffers (rotary frequencies, say) real.
+
+    Args:
+        config: its transformers configuration; what it says of quantization is taken out of it.
+        trust_remote_code: whether code from the model's folder may run.
+        dtype: of buffers that take the model's (gemma's embedding scale); None: as the configuration says.
+
+    Raises:
+        UserError: no causal language model, or weights that are quantized by another library than bitsandbytes.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    if hasattr(config, "quantization_config"):
+    if stored := getattr(config, "quantization_config", None):
+        _refuse_other_quantizers(config.model_type, stored)
         del config.quantization_config  # the weights are read by us, whatever they are stored as
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except ValueError as error:
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, dtype=dtype or config.dtype
+            )
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"model type {config.model_type!r} is no causal language model: {str(error).splitlines()[0]}"
+            f"config.json, model type {config.model_type!r}: no causal language model can be made of it: {reason}"
         ) from error
+    if getattr(model.config, "is_decoder", True) is False and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise UserError(
+            f"model type {config.model_type!r} is no causal language model: its tokens attend to those after them; "
+            "choose a model that generates text"
+        )
     return model
+
+
+def _refuse_other_quantizers(model_type: str, stored) -> None:
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    method = getattr(method, "value", method) or "bitsandbytes"  # older files do not say
+    if not str(method).startswith("bitsandbytes"):
+        raise UserError(
+            f"the {model_type} model's weights are quantized by {method}, which is not read; expected unquantized "
+            "weights or bitsandbytes' (nf4, fp4, int8): name the model that this one was made from"
+        )
 
 
 def find_slots(model: PreTrainedModel) -> dict[str, Slot]:
     """The weights to quantize, by the name of their parameter: those of all linear modules and experts, except the
     output embeddings and what the model wants kept in fp32."""
-    from transformers.pytorch_utils import Conv1D
-
     output = model.get_output_embeddings()
-    kept = [re.compile(rf"(^|\.){re.escape(name)}(\.|$)") for name in model._keep_in_fp32_modules or ()]
     slots = {}
     for name, module in model.named_modules():
-        if module is output or any(pattern.search(name) for pattern in kept):
+        if module is output:
             continue
-        if isinstance(module, (nn.Linear, Conv1D)):
-            slots[f"{name}.weight"] = Slot(name, "weight", isinstance(module, Conv1D))
+        if is_linear(module):
+            slots[f"{name}.weight"] = Slot(name, "weight", not isinstance(module, nn.Linear))
         elif is_experts_module(module):
             for attribute in expert_weight_names(module):
                 slots[f"{name}.{attribute}"] = Slot(name, attribute, module.is_transposed)
-    return slots
+    names = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    kept = [re.compile(rf"(^|\.){re.escape(name)}(\.|$)") for name in names]
+    return {name: slot for name, slot in slots.items() if not any(pattern.search(name) for pattern in kept)}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a plain linear one: x·Wᵀ + b.
+
+    Some classes that derive from nn.Linear compute something else with it (llama4's and phimoe's routers, for two):
+    they stay as they are.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
 
 
 class ParameterSource:
@@ -119,9 +160,7 @@ class ParameterSource:
             UserError: its shape is not what the model's configuration says, or its file is broken.
         """
         if name not in self._waiting:
-            group = self._groups[name]
-            reader = self._read_stored if group.converter is None else self._read_plain
-            self._waiting |= group.convert(self.model, reader)
+            self._waiting |= self._convert(self._groups[name])
         value = self._waiting.pop(name)
         if tuple(value.shape) != self.shapes[name] and not (
             isinstance(value, QuantizedTensor) and tuple(value.shape) == _transposed(self.shapes[name])
@@ -139,6 +178,18 @@ class ParameterSource:
     def stored_bytes(self, name: str) -> int:
         """The bytes that the checkpoint tensors of one of the model's take."""
         return sum(self.checkpoint[source].nbytes for _, source in self._groups[name].sources)
+
+    def _convert(self, group: LoadGroup) -> dict[str, Tensor | QuantizedTensor]:
+        if group.converter is None:
+            return group.convert(self.model, self._read_stored)
+        try:
+            return group.convert(self.model, self._read_plain)
+        except (RuntimeError, ValueError, IndexError) as error:
+            names = [name for _, name in group.sources]
+            raise UserError(
+                f"{self.checkpoint.folder}: its tensors {missing_names(names, {})} do not make up {group.target} "
+                f"({str(error).splitlines()[0]}); some are missing, or config and weights are not of the same model"
+            ) from error
 
     def _read_plain(self, name: str) -> Tensor:
         value = self._read_stored(name)
@@ -162,6 +213,7 @@ def _transposed(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _refuse_missing(source: ParameterSource, unexpected: list[str]) -> None:
     model = source.model
     tied = tied_names(model)
+    tied |= {name: target for target, name in tied.items()}  # a checkpoint may hold either of the two
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     found = set(source.names)
     missing = [
@@ -170,8 +222,8 @@ def _refuse_missing(source: ParameterSource, unexpected: list[str]) -> None:
     ]  # fmt: skip
     if missing:
         raise UserError(
-            f"{source.checkpoint.folder}: {len(missing)} of the model's {len(source.shapes)} tensors are missing from its "
-            f"weights: {missing_names(missing, dict.fromkeys(unexpected))}; download the model again"
+            f"{source.checkpoint.folder}: {len(missing)} of the model's {len(source.shapes)} tensors are missing from "
+            f"its weights: {missing_names(missing, dict.fromkeys(unexpected))}; download the model again"
         )
 
 
@@ -217,11 +269,12 @@ def load_base(
     *,
     trust_remote_code: bool = False,
     checkpoint: Checkpoint | None = None,
+    open_source: Callable[[PreTrainedModel, torch.device], ParameterSource] | None = None,
 ) -> PreTrainedModel:
     """Read a model folder into a frozen model on `device`, its linear weights quantized as they are read.
 
     What stays unquantized keeps its 16-bit dtype where it is large (embeddings) and takes `compute_dtype` where it is
-    small (norms, biases).
+    small (norms, biases), or fp32 where the family insists on it.
 
     Args:
         folder: the model's.
@@ -230,15 +283,20 @@ def load_base(
         device: where everything lives.
         compute_dtype: what products run in.
         checkpoint: the weights, where they are not the folder's own (a quantized base that was kept).
+        open_source: what gives the tensors of a skeleton where no file does (a prediction has shapes alone).
+
+    Raises:
+        UserError: the configuration, the weights, or both together cannot be read as a causal language model.
     """
-    checkpoint = checkpoint or Checkpoint(folder)
-    model = build_skeleton(config, trust_remote_code)
+    model = build_skeleton(config, trust_remote_code, compute_dtype)
     slots = find_slots(model)
     if any(isinstance(module, nn.Module) and is_experts_module(module) for module in model.modules()):
         use_expert_handles(model)
-    source = ParameterSource(model, checkpoint, device)  # on the skeleton's own names, before its modules change
-    tied = tied_names(model)
-    output_name = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
+    # The source plans on the skeleton's own names, before its modules change.
+    if open_source is not None:
+        source = open_source(model, device)
+    else:
+        source = ParameterSource(model, checkpoint or Checkpoint(folder), device)
     _replace_linears(model)
     for name in source.names:
         value = source.read(name)
@@ -248,10 +306,12 @@ def load_base(
                 value = value.to(_kept_dtype(value, compute_dtype))
             _place(model, name, FrozenWeight(value))
         elif isinstance(model.get_submodule(name.rpartition(".")[0]), FrozenLinear) and name.endswith(".weight"):
-            _place(model, name, FrozenWeight(value.to(_kept_dtype(value, compute_dtype))))
+            if isinstance(value, Tensor):
+                value = value.to(_kept_dtype(value, compute_dtype))
+            _place(model, name, FrozenWeight(value))
         else:
             _place_plain(model, name, value, compute_dtype)
-    _tie(model, tied, output_name)
+    _tie(model, compute_dtype)
     _place_buffers(model, device)
     model.requires_grad_(False)
     model.eval()
@@ -267,15 +327,12 @@ def _kept_dtype(value: Tensor, compute_dtype: torch.dtype) -> torch.dtype:
 
 def _replace_linears(model: PreTrainedModel) -> None:
     """Put a `FrozenLinear` without a weight in the place of every linear module."""
-    from transformers.pytorch_utils import Conv1D
-
     for name, module in list(model.named_modules()):
-        if isinstance(module, (nn.Linear, Conv1D)):
-            out_features, in_features = module.weight.shape
-            if isinstance(module, Conv1D):
-                in_features, out_features = module.weight.shape
+        if is_linear(module):
+            transposed = not isinstance(module, nn.Linear)  # Conv1D
+            out_features, in_features = module.weight.shape[::-1] if transposed else module.weight.shape
             bias = module.bias if module.bias is None else nn.Parameter(module.bias, requires_grad=False)
-            model.set_submodule(name, FrozenLinear(in_features, out_features, bias, isinstance(module, Conv1D)))
+            model.set_submodule(name, FrozenLinear(in_features, out_features, bias, transposed))
 
 
 def _place(model: nn.Module, name: str, weight: FrozenWeight) -> None:
@@ -291,6 +348,8 @@ def _place_plain(model: nn.Module, name: str, value: Tensor, compute_dtype: torc
     """A parameter or persistent buffer that is neither a linear weight nor experts."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
+    if value.is_floating_point() and any(re.search(rule, name) for rule in model._keep_in_fp32_modules_strict or ()):
+        value, compute_dtype = value.float(), torch.float32
     if attribute in module._buffers:
         module._buffers[attribute] = value
         return
@@ -304,19 +363,43 @@ def _place_plain(model: nn.Module, name: str, value: Tensor, compute_dtype: torc
     setattr(module, attribute, nn.Parameter(value, requires_grad=False))
 
 
-def _tie(model: PreTrainedModel, tied: dict[str, str], output_name: str | None) -> None:
-    """Give tied modules the one parameter they share."""
-    for target, source in tied.items():
-        owner, _, attribute = target.rpartition(".")
-        module = model.get_submodule(owner)
-        shared = model.get_parameter(source) if not source.startswith(f"{output_name}.") else None
-        if shared is None or (attribute in module._parameters and not module._parameters[attribute].is_meta):
+def _tie(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
+    """Give tied modules the one parameter they share.
+
+    A checkpoint may hold it under either name, or under both; where the two differ the configuration is wrong, and they
+    stay apart, as transformers leaves them.
+    """
+    for target, source in tied_names(model).items():
+        found = _placed(model, target)
+        if _placed(model, source) is None and isinstance(found, Tensor):
+            _place_plain(model, source, found, compute_dtype)
+        shared = _placed(model, source)
+        if shared is None:  # on meta, where nothing looks read
+            shared = model.get_parameter(source)
+        if isinstance(found, Tensor) and isinstance(shared, Tensor) and _differ(found, shared):
+            logger.warning("config.json ties %s to %s, but the checkpoint has both, and they differ: they stay apart",
+                           target, source)  # fmt: skip
+            model.all_tied_weights_keys.pop(target)
             continue
-        if isinstance(module, FrozenLinear) and attribute == "weight":
-            if module.weight is None:
-                module.weight = FrozenWeight(shared)
-        elif not isinstance(getattr(module, attribute), FrozenWeight):
-            setattr(module, attribute, shared)
+        module = model.get_submodule(target.rpartition(".")[0])
+        if isinstance(module, FrozenLinear) and isinstance(shared, Tensor) and target.endswith(".weight"):
+            shared = FrozenWeight(shared)
+        setattr(module, target.rpartition(".")[2], shared)
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    if one.is_meta or is_fake(one):
+        return False  # shapes are all there is
+    return not torch.equal(one.to(other.dtype), other)
+
+
+def _placed(model: nn.Module, name: str) -> nn.Parameter | FrozenWeight | None:
+    """What was read for a parameter: itself (a linear module's too, where it is plain), a quantized weight, or None."""
+    owner, _, attribute = name.rpartition(".")
+    value = getattr(model.get_submodule(owner), attribute)
+    if isinstance(value, FrozenWeight):
+        return value if value.quantized else value.plain
+    return None if value is None or value.is_meta else value
 
 
 def _place_buffers(model: nn.Module, device: torch.device) -> None:

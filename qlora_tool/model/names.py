@@ -91,9 +91,10 @@ def plan_load(model: PreTrainedModel, names: Collection[str]) -> LoadPlan:
         group = groups.setdefault(target, LoadGroup(target, converter=by_pattern.get(pattern)))
         group.sources.append((pattern or name, name))
     model._weight_conversions = [rule for rule in rules if rule.was_used()]
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    # Rotary frequencies were buffers of every layer once (Llama 2); they are computed.
+    ignored = [r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())]
     return LoadPlan(
-        list(groups.values()), [name for name in unexpected if not any(rule.search(name) for rule in ignored)]
+        list(groups.values()), [name for name in unexpected if not any(re.search(rule, name) for rule in ignored)]
     )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.model.causal_lm import CausalLM
-from qlora_tool.model.kept_base import kept_base, keep_base
+from qlora_tool.model.kept_base import keep_base, kept_base
 from qlora_tool.model.load import Quantization, load_base
 from qlora_tool.model.source import read_model_config, resolve
 from qlora_tool.ops.precision import COMPUTE_DTYPES, choose_compute_dtype
@@ -30,7 +30,9 @@ def choose_device(name: str) -> torch.device:
         MachineError: cuda is asked for and not there.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise MachineError("model.device: cuda, but PyTorch sees no CUDA device here; `qlora-tool doctor` shows what it sees")
+        raise MachineError(
+            "model.device: cuda, but PyTorch sees no CUDA device here; `qlora-tool doctor` shows what it sees"
+        )
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
@@ -65,13 +67,14 @@ def open_model(config: ModelConfig) -> CausalLM:
     folder = resolve(config.name_or_path, config.revision)
     model_config = read_model_config(folder, config.trust_remote_code)
     quantization = Quantization(config.quantization, config.double_quant)
-    kept = kept_base(folder, quantization) if config.keep_quantized else None
+    kept = kept_base(folder, quantization, compute_dtype) if config.keep_quantized else None
     if kept is not None:
         logger.info("quantized base kept from an earlier run: %s", kept.folder)
     module = load_base(folder, model_config, quantization, device, compute_dtype,
                        trust_remote_code=config.trust_remote_code, checkpoint=kept)  # fmt: skip
     if config.keep_quantized and kept is None:
-        logger.info("quantized base kept for the next run: %s", keep_base(module, folder, quantization))
+        kept_folder = keep_base(module, folder, quantization, compute_dtype)
+        logger.info("quantized base kept for the next run: %s", kept_folder)
     return CausalLM(module, folder, quantization, compute_dtype)
 
 
@@ -90,6 +93,6 @@ def check_length(model_config, max_length: int) -> None:
     )
     if limit and max_length > limit and not scaled:
         raise UserError(
-            f"data.max_length: {max_length}, but the model's max_position_embeddings is {limit}; set data.max_length to "
-            f"{limit} or less, or configure RoPE scaling in the model's config.json"
+            f"data.max_length: {max_length}, but the model's max_position_embeddings is {limit}; set data.max_length "
+            f"to {limit} or less, or configure RoPE scaling in the model's config.json"
         )

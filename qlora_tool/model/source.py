@@ -42,7 +42,13 @@ def resolve(name_or_path: str, revision: str | None = None, *, weights: bool = T
 
 def _from_hub(name: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
@@ -51,10 +57,18 @@ def _from_hub(name: str, revision: str | None, patterns: list[str]) -> Path:
             f"model {name}: the hub has no such model, or it is private (log in with `hf auth login`); "
             "a folder would have to be written with its path, such as ./NAME"
         ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(
+            f"model {name}: the hub has no revision {revision!r} of it; set model.revision to a branch, tag or commit"
+        ) from error
+    except HFValidationError as error:
+        raise UserError(
+            f"model {name}: no such folder, and no hub id (owner/name) either: {str(error).splitlines()[0]}"
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise MachineError(
-            f"model {name}: not in the local cache, and the model hub is out of reach; connect, or name a local folder "
-            "(or demo)"
+            f"model {name}: no such folder, not in the hub's local cache, and the model hub is out of reach; connect, "
+            "or name a local folder (or demo)"
         ) from error
 
 
@@ -64,22 +78,31 @@ def read_model_config(folder: Path, trust_remote_code: bool = False):
     Raises:
         UserError: it is broken, of an architecture that transformers does not know, or asks for code of its own.
     """
-    from transformers import AutoConfig
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, __version__
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     file = folder / "config.json"
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: no config.json in it, so it is no model folder") from error
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error}); download the model again") from error
-    if "auto_map" in raw and not trust_remote_code:
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-        if raw.get("model_type") not in CONFIG_MAPPING:
+    model_type = raw.get("model_type") if isinstance(raw, dict) else None
+    if model_type is None:
+        raise UserError(f"{file}: no model_type in it, so it is no model's configuration; download the model again")
+    if model_type not in CONFIG_MAPPING and not trust_remote_code:
+        if "auto_map" in raw:
             raise UserError(
                 f"{file}: the model brings its own code; read it, then set model.trust_remote_code: true to run it"
             )
+        raise UserError(
+            f"{file}: model_type {model_type!r} is none that transformers {__version__} knows"
+            f"{did_you_mean(str(model_type), CONFIG_MAPPING) or '; a newer transformers may know it'}"
+        )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{file}: architecture {raw.get('model_type')!r} cannot be read: {reason}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: no configuration of a {model_type} model: {reason}") from error

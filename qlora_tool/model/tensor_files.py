@@ -27,7 +27,8 @@ SINGLE_NAME = "model.safetensors"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.bool, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -84,7 +85,7 @@ def _checkpoint_files(folder: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index}: not an index of shards ({error}); download the model again") from error
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
@@ -115,23 +116,30 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         if size < 8 or length > size - 8:
             raise UserError(f"{file}: truncated or no safetensors file ({size} bytes); download it again")
         try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
+            header = dict(json.loads(stream.read(length)))
+        except (ValueError, TypeError) as error:
             raise UserError(f"{file}: its header is not JSON ({error}); download it again") from error
-    entries = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _DTYPES:
-            raise UserError(f"{file}: tensor {name} has dtype {entry['dtype']}, which is not supported")
-        start, stop = (8 + length + offset for offset in entry["data_offsets"])
-        entries[name] = TensorEntry(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start, stop)
+    header.pop("__metadata__", None)
+    entries = {name: _read_entry(file, name, entry, 8 + length) for name, entry in header.items()}
     expected = max((entry.stop for entry in entries.values()), default=8 + length)
     if size < expected:
         raise UserError(
             f"{file}: truncated: its header promises {expected} bytes, the file has {size}; download it again"
         )
     return entries
+
+
+def _read_entry(file: Path, name: str, entry: dict, data: int) -> TensorEntry:
+    """What the header says of one tensor; `data` is where the data begin."""
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if dtype not in _DTYPES:
+            raise UserError(f"{file}: tensor {name} has dtype {dtype}, which is not supported")
+        if start < 0 or stop - start != math.prod(shape) * _DTYPES[dtype].itemsize:
+            raise ValueError(f"{stop - start} bytes from {start} for {dtype} {list(shape)}")
+        return TensorEntry(file, _DTYPES[dtype], shape, data + start, data + stop)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: its header is broken at tensor {name} ({error!r}); download it again") from error
 
 
 def read_metadata(file: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ CHUNK_ROWS = 256  # rows of logits at a time: 50 MB of fp32 for a vocabulary of 
 
 @dataclass(frozen=True)
 class LogitsTransform:
-    """What a family does to its logits: `softcap`·tanh(scale·logits/`softcap`), in that order; scale alone without a cap."""
+    """What a family does to its logits: `softcap`·tanh(scale·logits/`softcap`); without a cap, the scale alone."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -61,9 +61,7 @@ def linear_cross_entropy(
 
 
 def _sum(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    return torch.nn.functional.cross_entropy(
-        logits.float(), labels, reduction="sum", label_smoothing=label_smoothing
-    )
+    return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
 
 
 class _ChunkedLoss(torch.autograd.Function):

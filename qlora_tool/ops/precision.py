@@ -57,18 +57,18 @@ def _bf16_instructions() -> list[str]:
 
 
 def measure_products() -> dict[str, float]:
-    """GFLOP/s of a (128, 512) × (512, 512) product on this CPU in fp32 and bf16: the best of three."""
+    """GFLOP/s of a (128, 512) × (512, 512) product on this CPU in fp32 and bf16: the best of twenty."""
     return {name: _measure(COMPUTE_DTYPES[name]) for name in MEASURED}
 
 
 def _measure(dtype: torch.dtype) -> float:
     left, right = torch.ones(128, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-    torch.mm(left[:1], right)  # wakes the threads
     seconds = float("inf")
-    for _ in range(3):
+    for attempt in range(21):  # the best of many: another process may take the cores for a while
         start = time.perf_counter()
         torch.mm(left, right)
-        seconds = min(seconds, time.perf_counter() - start)
-        if seconds > 0.1:  # emulated: once is enough
+        if attempt:  # the first prepares
+            seconds = min(seconds, time.perf_counter() - start)
+        if 0.1 < seconds < float("inf"):  # emulated: once is enough
             break
     return 2 * 128 * 512 * 512 / seconds / 1e9

@@ -115,14 +115,16 @@ class QuantizedTensor:
             codes = codes[first // 2 : (last + 1) // 2]
             scales = scales[first // self.block_size : -(-last // self.block_size)]
             shape = (stop - start, shape[1])
-        # An odd width has bitsandbytes compile an operator on CPU (half a minute); a flat even count of weights does not.
-        count = shape[0] * shape[1]
-        flat = shape if shape[1] % 2 == 0 else (1, count + count % 2)
+        # A row that is no whole number of blocks goes through flat. On CPUs with AVX-512 bitsandbytes 0.50 gives its
+        # weights the scales of other blocks where 16 divides it, and for odd ones it compiles an operator first.
+        count, width = shape[0] * shape[1], shape[1]
+        if width % self.block_size:
+            width = self.block_size if count % self.block_size == 0 else count + count % 2
         known = dtype if dtype in _DTYPES else torch.float32  # of others bitsandbytes leaves the memory as it was
         weight = torch.ops.bitsandbytes.dequantize_4bit.default(
-            codes, scales, self.block_size, self.kind, flat, known
-        ).to(dtype)
-        return weight if flat == shape else weight.view(-1)[:count].view(shape)
+            codes, scales, self.block_size, self.kind, (-(-count // width), width), known
+        )
+        return weight.view(-1)[:count].view(shape).to(dtype)
 
     def _plain_scales(self) -> Tensor:
         """The scales in fp32, (blocks,)."""
@@ -150,7 +152,7 @@ def quantize(weight: Tensor, kind: str, double_quant: bool = True) -> QuantizedT
     if kind not in KINDS:
         raise ValueError(f"quantization {kind!r}: expected one of {', '.join(KINDS)}")
     if weight.dtype not in _DTYPES:
-        raise ValueError(f"a weight in {str(weight.dtype).removeprefix('torch.')}: expected float32, bfloat16 or float16")
+        raise ValueError(f"a weight in {weight.dtype}: expected float32, bfloat16 or float16")
     if weight.dim() == 3:
         return _stack([quantize(matrix, kind, double_quant) for matrix in weight])
     if weight.dim() != 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ from qlora_tool.model.tensor_files import TensorSpec, read_all, write_tensors
 
 if TYPE_CHECKING:
     from qlora_tool.adapters.attach import AdapterSet
-    from qlora_tool.training.optimizers import Optimizer
     from qlora_tool.run_folder import RunFolder
+    from qlora_tool.training.optimizers import Optimizer
 
 
 @dataclass
@@ -27,10 +28,27 @@ class Progress:
     Attributes:
         step: optimizer steps done.
         tokens: input tokens seen, padding not counted.
+        unlogged_loss, unlogged_tokens: the loss summed over the trained tokens of the steps that no record holds yet,
+            and their number.
     """
 
     step: int = 0
     tokens: int = 0
+    unlogged_loss: float = 0.0
+    unlogged_tokens: int = 0
+
+    def step_done(self, tokens: int, trained_tokens: int, loss: float) -> None:
+        """Count a step; `loss` is the mean over its trained tokens."""
+        self.step += 1
+        self.tokens += tokens
+        self.unlogged_loss += loss * trained_tokens
+        self.unlogged_tokens += trained_tokens
+
+    def take_loss(self) -> float:
+        """The mean loss over all trained tokens since the last call."""
+        loss = self.unlogged_loss / self.unlogged_tokens
+        self.unlogged_loss, self.unlogged_tokens = 0.0, 0
+        return loss
 
 
 def save_checkpoint(
@@ -42,7 +60,9 @@ def save_checkpoint(
     with replacing_folder(path) as temporary:
         specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
         write_tensors(temporary / "adapter.safetensors", specs, tensors.items(), {"format": "pt"})
-        torch.save({"optimizer": optimizer.state_dict(), "random": _random_state()}, temporary / "optimizer.pt")
+        # Given a path, torch.save tells a full disk by an error that does not say so.
+        with (temporary / "optimizer.pt").open("wb") as stream:
+            torch.save({"optimizer": optimizer.state_dict(), "random": _random_state()}, stream)
         write_json(temporary / "state.json", asdict(progress))
     for old in folder.checkpoint_folders()[: -limit if limit else 0]:
         shutil.rmtree(old)
@@ -53,16 +73,22 @@ def load_checkpoint(path: Path, adapters: AdapterSet, optimizer: Optimizer) -> P
     """Take up where a checkpoint stopped.
 
     Raises:
-        UserError: it is of another model, adapter or optimizer.
+        UserError: it is broken, or of another model, adapter or optimizer.
     """
-    adapters.load(read_all(path / "adapter.safetensors"), str(path))
-    state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    try:
+        tensors = read_all(path / "adapter.safetensors")
+        state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        progress = Progress(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: this checkpoint is broken ({reason}); resume from an earlier one") from error
+    adapters.load(tensors, str(path))
     try:
         optimizer.load_state_dict(state["optimizer"])
     except (ValueError, KeyError) as error:
-        raise UserError(f"{path}: its optimizer does not fit this run: {error}; start anew with --resume never") from error
+        raise UserError(f"{path}: its optimizer does not fit this run: {error}; start anew with --overwrite") from error
     _set_random_state(state["random"])
-    return Progress(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+    return progress
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after the step at hand, saved; a second Ctrl-C ends it at once."""
+"""Ctrl-C and SIGTERM end a run after the step at hand, saved; a second one ends it at once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class StopRequest:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.signal_number is not None:
-            raise KeyboardInterrupt
+            signal.signal(number, self._previous[number])
+            signal.raise_signal(number)
         self.signal_number = number
 
     def __exit__(self, _type: type | None, _value: BaseException | None, _traceback: TracebackType | None) -> None:

@@ -18,14 +18,14 @@ from qlora_tool.data.batches import Batch, collate, plan_epoch
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files import replacing_folder, write_json
 from qlora_tool.model.causal_lm import CausalLM
+from qlora_tool.run_folder import RunFolder
 from qlora_tool.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from qlora_tool.training.evaluation import EvaluationResult, evaluate_loss
 from qlora_tool.training.interrupt import Interrupted, StopRequest
-from qlora_tool.training.optimizers import Optimizer
+from qlora_tool.training.optimizers import LOSS_SCALE_FLOOR, Optimizer
 from qlora_tool.training.prepare import RunData, prepare_data, prepare_model, provenance, resolve_config
 from qlora_tool.training.progress import LiveLine, Metrics, Speed, peak_memory_bytes
-from qlora_tool.run_folder import RunFolder
-from qlora_tool.training.resume import checkpoint_to_resume
+from qlora_tool.training.resume import checkpoint_to_resume, refuse_another_run
 from qlora_tool.training.schedule import learning_rate, warmup_length
 from qlora_tool.training.step import StepResult, StepSettings, train_step
 
@@ -109,11 +109,11 @@ def train(config: Config, *, resume: str = "auto", overwrite: bool = False, dry_
         Interrupted: a signal asked to stop; a checkpoint was saved.
     """
     config = resolve_config(config)
+    _refuse_missing_trackers(config.training.report_to)
     folder = RunFolder(Path(config.training.output_dir))
     checkpoint = checkpoint_to_resume(folder, config, resume, overwrite)
     data = prepare_data(config)
     config = with_values(config, {"data.train_on": data.train.report.train_on})  # a text found as such is trained whole
-    torch.manual_seed(config.training.seed)
     model, adapters = prepare_model(config)
     if config.data.packing and not model.keeps_packed_apart():
         logger.warning("%s cannot keep packed examples apart: rows are padded instead", model.config.model_type)
@@ -122,60 +122,80 @@ def train(config: Config, *, resume: str = "auto", overwrite: bool = False, dry_
     plan = StepPlan.of(config, data.train.lengths)
     run = Run(config, folder, data, model, adapters, optimizer, plan)
     logger.info("run: %d steps (%d an epoch) into %s", plan.total_steps, plan.steps_per_epoch, folder.path)
+    if checkpoint is not None:
+        refuse_another_run(checkpoint, config)
     if dry_run:
         return run
-    if checkpoint is not None:
-        run.progress = load_checkpoint(checkpoint, adapters, optimizer)
-        folder.keep_metrics_until(run.progress.step)
-        logger.info("resumed: step %d, from %s", run.progress.step, checkpoint)
-    elif folder.holds_run():
-        folder.clear()
+    torch.manual_seed(config.training.seed)  # dropout's alone: what was drawn until here does not matter
+    _take_over(run, checkpoint)
     folder.write_config(config)
     _fit(run)
     _save_adapter(run)
     return run
 
 
+def _take_over(run: Run, checkpoint: Path | None) -> None:
+    """Load the checkpoint, if there is one, and clear the folder of what comes after it."""
+    if checkpoint is not None:
+        run.progress = load_checkpoint(checkpoint, run.adapters, run.optimizer)
+        if run.progress.step > run.plan.total_steps:
+            raise UserError(
+                f"{checkpoint}: {run.progress.step} steps were trained, but this run has {run.plan.total_steps}; give "
+                "more training.max_steps, or resume from an earlier checkpoint"
+            )
+        logger.info("resumed: step %d, from %s", run.progress.step, checkpoint)
+    if checkpoint is not None and run.folder.holds(checkpoint):
+        run.folder.rewind(run.progress.step)
+    elif run.folder.holds_run():
+        run.folder.clear()
+
+
 def _fit(run: Run) -> None:
-    """All steps that are left."""
-    metrics, speed = Metrics(run.folder.metrics_file), Speed()
+    """All steps that are left, with what is written and shown around them."""
     run.accelerator = _start_trackers(run)
+    total = run.plan.total_steps
+    try:
+        with StopRequest() as stop, LiveLine(total, run.progress.step) as line:
+            _take_steps(run, stop, line)
+    finally:
+        run.accelerator.end_training()
+
+
+def _take_steps(run: Run, stop: StopRequest, line: LiveLine) -> None:
+    metrics, speed = Metrics(run.folder.metrics_file), Speed()
     run.model.module.train()
     settings = StepSettings(run.training.max_grad_norm, run.training.label_smoothing_factor)
     total = run.plan.total_steps
-    logged: list[tuple[StepResult, int]] = []
-    with StopRequest() as stop, LiveLine(total, run.progress.step) as line:
-        for micro_batches in run.plan.steps(run.progress.step):
-            batches = [_collate(run, rows).to(run.model.device) for rows in micro_batches]
-            rate = _learning_rate(run)
-            result = train_step(run.model, run.optimizer, batches, settings, rate)
-            run.progress.step += 1
-            step = run.progress.step
-            tokens = sum(batch.tokens for batch in batches)
-            run.progress.tokens += tokens
-            logged.append((result, sum(batch.trained_tokens for batch in batches)))
-            _refuse_no_number(run, result, batches)
-            speed.step_done(tokens)
-            record = None
-            evaluated = _is_due(step, run.training.eval_steps, total) and run.data.evaluations
-            if evaluated or step % run.training.logging_steps == 0 or step == total:
-                record = _record(run, logged, rate, speed.take())
-                logged = []
-            paused = speed.pause()
-            if evaluated:
-                record |= _evaluate(run, line)
-            if record is not None:
-                metrics.write(record)
-                if run.accelerator.trackers:
-                    run.accelerator.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=step)
-            line.step(step, record)
-            if step % run.training.save_steps == 0 or step == total or stop.signal_number:
-                saved = save_checkpoint(run.folder, run.progress, run.adapters, run.optimizer, run.training.save_total_limit)
-                if stop.signal_number and step < total:
-                    raise Interrupted(stop.signal_number, [f"stopped after step {step} of {total}; saved {saved}",
-                                                           "the same command goes on from there"])  # fmt: skip
-            speed.resume(paused)
-    run.accelerator.end_training()
+    for micro_batches in run.plan.steps(run.progress.step):
+        batches = [_collate(run, rows).to(run.model.device) for rows in micro_batches]
+        rate = _learning_rate(run)
+        result = train_step(run.model, run.optimizer, batches, settings, rate)
+        tokens, trained = (sum(getattr(batch, key) for batch in batches) for key in ("tokens", "trained_tokens"))
+        run.progress.step_done(tokens, trained, float(result.loss))
+        _refuse_no_number(run, result, batches)
+        step = run.progress.step
+        speed.step_done(tokens)
+        record = None
+        evaluated = _is_due(step, run.training.eval_steps, total) and run.data.evaluations
+        if evaluated or step % run.training.logging_steps == 0 or step == total:
+            record = _record(run, result, rate, speed.take())
+        paused = speed.pause()
+        if evaluated:
+            record |= _evaluate(run, line)
+        if record is not None:
+            metrics.write(record)
+            if run.accelerator.trackers:
+                run.accelerator.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=step)
+        line.step(step, record)
+        if step % run.training.save_steps == 0 or step == total or stop.signal_number:
+            limit = run.training.save_total_limit
+            saved = save_checkpoint(run.folder, run.progress, run.adapters, run.optimizer, limit)
+            if stop.signal_number and step < total:
+                raise Interrupted(stop.signal_number, [
+                    f"stopped after step {step} of {total}; saved {saved}",
+                    f"`qlora-tool train {run.folder.config_file}` goes on from there",
+                ])  # fmt: skip
+        speed.resume(paused)
 
 
 def _collate(run: Run, rows: list[list[int]]) -> Batch:
@@ -193,15 +213,14 @@ def _is_due(step: int, every: int | None, total: int) -> bool:
     return step == total or (every is not None and step % every == 0)
 
 
-def _record(run: Run, logged: list[tuple[StepResult, int]], rate: float, speed: float | None) -> dict[str, Any]:
+def _record(run: Run, result: StepResult, rate: float, speed: float | None) -> dict[str, Any]:
     """What is logged of the steps since the last record: the loss over all their trained tokens."""
-    tokens = sum(count for _, count in logged)
     return {
         "step": run.progress.step,
         "epoch": round(run.progress.step / run.plan.steps_per_epoch, 4),
-        "loss": sum(float(result.loss) * count for result, count in logged) / tokens,
+        "loss": run.progress.take_loss(),
         "learning_rate": rate,
-        "grad_norm": float(logged[-1][0].grad_norm),
+        "grad_norm": float(result.grad_norm),
         "tokens_per_second": None if speed is None else round(speed, 1),
         "peak_memory_bytes": peak_memory_bytes(run.model.device),
     }
@@ -221,15 +240,30 @@ def _evaluate(run: Run, line: LiveLine) -> dict[str, float]:
 
 
 def _refuse_no_number(run: Run, result: StepResult, batches: list[Batch]) -> None:
-    if math.isfinite(float(result.loss)):
+    """Stop where the loss is no number, or the gradients are none and the optimizer has no scale left to lower."""
+    loss, norm = float(result.loss), float(result.grad_norm)
+    if math.isfinite(loss) and (math.isfinite(norm) or run.optimizer.loss_scale > LOSS_SCALE_FLOOR):
         return
+    found = f"the norm of the gradients is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
     saved = run.folder.checkpoint_folders()
     rows = [where for batch in batches for where in batch.where]
     raise MachineError(
-        f"step {run.progress.step}: the loss is {float(result.loss)}, on rows {', '.join(rows[:8])}"
-        f"{' and more' if len(rows) > 8 else ''}; the last good checkpoint is {saved[-1] if saved else 'none yet'}; lower "
-        "training.learning_rate, or set training.max_grad_norm"
+        f"step {run.progress.step}: {found}, on rows {', '.join(rows[:8])}{' and more' if len(rows) > 8 else ''}; the "
+        f"last good checkpoint is {saved[-1] if saved else 'none yet'}; lower training.learning_rate, or set "
+        "training.max_grad_norm"
     )
+
+
+def _refuse_missing_trackers(names: list[str]) -> None:
+    if not names:
+        return
+    from accelerate.tracking import get_available_trackers
+
+    installed = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    if missing := [name for name in names if name not in installed]:
+        raise UserError(
+            f"training.report_to: {', '.join(missing)}: not installed; `pip install {' '.join(missing)}` or leave out"
+        )
 
 
 def _start_trackers(run: Run) -> Accelerator:
@@ -239,13 +273,13 @@ def _start_trackers(run: Run) -> Accelerator:
     names = run.training.report_to
     accelerator = Accelerator(cpu=run.model.device.type == "cpu", log_with=names or None, project_dir=run.folder.path)
     if accelerator.num_processes > 1:
-        raise UserError(f"started as {accelerator.num_processes} processes; training runs in one: start it without a launcher")
+        raise UserError(
+            f"started as {accelerator.num_processes} processes; training runs in one: start it without a launcher"
+        )
     if names:
         flat = {f"{section}.{key}": value if isinstance(value, (int, float, str, bool)) else str(value)
                 for section, values in run.config.model_dump().items() for key, value in values.items()}  # fmt: skip
         accelerator.init_trackers("qlora-tool", flat)
-        if len(accelerator.trackers) < len(names):
-            raise UserError(f"training.report_to: {', '.join(names)}: not all of these are installed; `pip install` them")
     return accelerator
 
 

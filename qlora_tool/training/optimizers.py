@@ -38,10 +38,13 @@ class Optimizer:
         if eight_bit:
             import bitsandbytes as bnb
 
-            kind = bnb.optim.PagedAdamW8bit if name == "paged_adamw_8bit" else bnb.optim.AdamW8bit
+            paged = name == "paged_adamw_8bit" and stepped[0].is_cuda  # on a CPU there is nothing to page out of
+            kind = bnb.optim.PagedAdamW8bit if paged else bnb.optim.AdamW8bit
             self.inner = kind(stepped, lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay)
         else:
-            self.inner = torch.optim.AdamW(stepped, lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay, foreach=False)
+            self.inner = torch.optim.AdamW(
+                stepped, lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay, foreach=False
+            )
         self.loss_scale = 2.0**16 if any(p.dtype == torch.float16 for p in self.parameters) else 1.0
         self._scaled = self.loss_scale != 1.0
         self._good_steps = 0
@@ -52,7 +55,8 @@ class Optimizer:
         Returns:
             The norm of all gradients before clipping, fp32.
         """
-        used = [(p, m) for p, m in zip(self.parameters, self.masters or self.parameters, strict=True) if p.grad is not None]
+        pairs = zip(self.parameters, self.masters or self.parameters, strict=True)
+        used = [(parameter, master) for parameter, master in pairs if parameter.grad is not None]
         for parameter, master in used:
             if master is not parameter:
                 master.grad, parameter.grad = parameter.grad.float(), None
@@ -102,6 +106,8 @@ class Optimizer:
         """
         if state["name"] != self.name:
             raise ValueError(f"saved by {state['name']}, not by {self.name}")
+        if (state["masters"] is None) != (self.masters is None):
+            raise ValueError("saved for weights of another precision")
         self.inner.load_state_dict(state["inner"])
         if self.masters is not None:
             for master, kept in zip(self.masters, state["masters"], strict=True):

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_tool import __version__
 from qlora_tool.adapters.attach import AdapterSet, attach
-from qlora_tool.adapters.peft_files import attach_stored, read_adapter
+from qlora_tool.adapters.peft_files import StoredAdapter, attach_stored, read_adapter
+from qlora_tool.adapters.targets import find_targets, settings_for
 from qlora_tool.config import Config, with_values
 from qlora_tool.data.tokenize import Dataset, build_dataset, build_evaluation_sets
 from qlora_tool.errors import UserError
@@ -20,6 +21,8 @@ from qlora_tool.ops.quantized import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from qlora_tool.config import AdapterConfig
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +47,42 @@ class RunData:
 def resolve_config(config: Config) -> Config:
     """The configuration with every `auto` decided, so that training it again repeats the run."""
     device = choose_device(config.model.device)
-    values: dict[str, Any] = {"model.compute_dtype": str(choose_dtype(config.model.compute_dtype, device)).split(".")[1]}
+    values: dict[str, Any] = {
+        "model.compute_dtype": str(choose_dtype(config.model.compute_dtype, device)).split(".")[1]
+    }
     if config.training.gradient_checkpointing == "auto":
         values["training.gradient_checkpointing"] = True
+    if config.adapter.init_from:
+        values |= settings_of(read_adapter(Path(config.adapter.init_from)), config.adapter)
     return with_values(config, values)
+
+
+def settings_of(stored: StoredAdapter, config: AdapterConfig) -> dict[str, Any]:
+    """The keys of the configuration that an adapter to start from decides.
+
+    Args:
+        stored: the adapter.
+        config: what was asked for; keys that nobody set are free to follow.
+
+    Raises:
+        UserError: keys that somebody set and that contradict the adapter.
+    """
+    peft = stored.peft
+    decided = {
+        "method": stored.method, "r": peft["r"], "lora_alpha": peft["lora_alpha"],
+        "use_rslora": bool(peft.get("use_rslora")), "bias": peft.get("bias") or "none",
+    }  # fmt: skip
+    faults = [
+        f"adapter.{key}: {getattr(config, key)}, but {stored.folder}, which adapter.init_from names, has {value}; "
+        f"leave adapter.{key} out"
+        for key, value in decided.items() if key in config.model_fields_set and getattr(config, key) != value
+    ]  # fmt: skip
+    if faults:
+        raise UserError(faults)
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        if peft.get(key) and key not in config.model_fields_set:
+            decided[key] = peft[key]
+    return {f"adapter.{key}": value for key, value in decided.items()}
 
 
 def prepare_data(config: Config) -> RunData:
@@ -62,8 +97,8 @@ def prepare_data(config: Config) -> RunData:
     highest = max(max(example.input_ids) for example in train.examples)
     if highest >= vocabulary:
         raise UserError(
-            f"{folder}: its tokenizer gives token {highest}, but the model knows only {vocabulary}; tokenizer and model "
-            "do not belong together"
+            f"{folder}: its tokenizer gives token {highest}, but the model knows only {vocabulary}; tokenizer and "
+            "model do not belong together"
         )
     for dataset in (train, *evaluations.values()):
         for line in dataset.report.lines():
@@ -76,7 +111,8 @@ def prepare_model(config: Config) -> tuple[CausalLM, AdapterSet]:
     model = open_model(config.model)
     if config.adapter.init_from:
         stored = read_adapter(Path(config.adapter.init_from))
-        adapters = attach_stored(model.module, stored, model.compute_dtype)
+        adapters = attach_stored(model.module, stored, model.compute_dtype, config.adapter.lora_dropout)
+        _refuse_other_places(model, adapters, config.adapter, stored)
         logger.info("adapter: starts from %s", stored.folder)
     else:
         adapters = attach(model.module, config.adapter, model.compute_dtype, config.training.seed)
@@ -85,6 +121,25 @@ def prepare_model(config: Config) -> tuple[CausalLM, AdapterSet]:
     for line in describe(model, adapters):
         logger.info(line)
     return model, adapters
+
+
+def _refuse_other_places(model: CausalLM, adapters: AdapterSet, config: AdapterConfig, stored: StoredAdapter) -> None:
+    """Refuse a configuration that names other modules than the adapter to start from is on, or other ranks."""
+    wanted = {name: settings_for(name, config) for name in find_targets(model.module, config)}
+    faults = [
+        f"adapter.target_modules: {name} is {'' if name in wanted else 'not '}among them, but {stored.folder}, which "
+        f"adapter.init_from names, is {'' if name in adapters.layers else 'not '}on it; leave target_modules out"
+        for name in sorted(wanted.keys() ^ adapters.layers.keys())
+    ]
+    for name in wanted.keys() & adapters.layers.keys():
+        found = adapters.layers[name].settings
+        if (found.r, found.alpha) != (wanted[name].r, wanted[name].alpha):
+            faults.append(
+                f"adapter.rank_pattern, adapter.alpha_pattern: {name} would have r {wanted[name].r} and lora_alpha "
+                f"{wanted[name].alpha}, but has {found.r} and {found.alpha} in {stored.folder}; leave the patterns out"
+            )
+    if faults:
+        raise UserError(faults[:3])
 
 
 def describe(model: CausalLM, adapters: AdapterSet) -> list[str]:
@@ -99,8 +154,8 @@ def describe(model: CausalLM, adapters: AdapterSet) -> list[str]:
     return [
         f"model: {model.config.model_type}, {kind} {model.quantized_bytes() / 1e6:.1f} MB; unquantized "
         f"{sum(plain.values()) / 1e6:.1f} MB ({largest}{', ...' if len(plain) > 3 else ''})",
-        f"adapter: {len(adapters.layers)} linear modules, {sum(p.numel() for p in trained) / 1e6:.2f} M trained weights "
-        f"in {dtype}; products in {str(model.compute_dtype).removeprefix('torch.')} on {model.device}",
+        f"adapter: {len(adapters.layers)} linear modules, {sum(p.numel() for p in trained) / 1e6:.2f} M trained "
+        f"weights in {dtype}; products in {str(model.compute_dtype).removeprefix('torch.')} on {model.device}",
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -29,14 +30,16 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class Metrics:
-    """Appends to `metrics.jsonl`, a whole line at a time, flushed."""
+    """Appends to `metrics.jsonl`, a whole line at a time, flushed; what is no number (NaN, infinity) is null."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def write(self, record: dict[str, Any]) -> None:
+        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for key, value in record.items()}  # fmt: skip
         with disk_errors(self.path), self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+            stream.write(json.dumps(finite) + "\n")
 
 
 class Speed:
@@ -68,7 +71,7 @@ class Speed:
 
 
 class LiveLine:
-    """One line on stderr with loss, speed, memory and time left: redrawn in a terminal, printed a logged step without."""
+    """One line on stderr with loss, speed, memory and time left: redrawn in a terminal, else printed a logged step."""
 
     def __init__(self, total_steps: int, first_step: int):
         from rich.console import Console
@@ -82,8 +85,10 @@ class LiveLine:
         if self.console.is_terminal:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
-            self._progress = Progress(*columns, console=self.console)
+            self._progress = Progress(
+                TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"),
+                console=self.console,
+            )  # fmt: skip
             self._task = self._progress.add_task("", total=self.total, completed=self.first, text="")
             self._progress.start()
         return self

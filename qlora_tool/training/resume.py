@@ -12,7 +12,14 @@ from qlora_tool.errors import UserError
 from qlora_tool.run_folder import RunFolder
 
 # What may differ between a run and its resumption without making it another run.
-_FREE_KEYS = {"training": {"output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "max_memory"}}
+_FREE_KEYS = {
+    "model": {"keep_quantized"},
+    "training": {"output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "max_memory"},
+}
+# What a run may decide otherwise than it was asked to, once data and model are read; checked when it has.
+_DECIDED_LATER = {"train_on", "packing"}
+# What may differ where a checkpoint is named: the run may go on for longer.
+_LENGTH = {"max_steps", "num_train_epochs"}
 
 
 def checkpoint_to_resume(folder: RunFolder, config: Config, resume: str, overwrite: bool) -> Path | None:
@@ -20,7 +27,7 @@ def checkpoint_to_resume(folder: RunFolder, config: Config, resume: str, overwri
 
     Args:
         folder: the run's.
-        config: of the run that is asked for, resolved.
+        config: of the run that is asked for, before data and model are read.
         resume: `auto` goes on with an unfinished run of the same configuration; `never` starts anew; a path is a
             checkpoint, or a run whose newest checkpoint is taken.
         overwrite: an earlier run in the folder may be replaced.
@@ -28,18 +35,25 @@ def checkpoint_to_resume(folder: RunFolder, config: Config, resume: str, overwri
     Raises:
         UserError: the folder holds another run, or a finished one; or there is no such checkpoint.
     """
+    if folder.path.exists() and not folder.path.is_dir():
+        raise UserError(f"training.output_dir: {folder.path} is a file; expected a folder")
     if resume not in ("auto", "never"):
-        return _checkpoint_at(Path(resume), config)
+        checkpoint = _checkpoint_at(Path(resume))
+        if folder.holds_run() and not folder.holds(checkpoint) and not overwrite:
+            raise UserError(
+                f"{folder.path}: holds a run, and not the one of --resume {resume}; give another --output-dir, or "
+                "--overwrite to replace it"
+            )
+        _refuse_differences(checkpoint, config, _DECIDED_LATER)
+        return checkpoint
     if not folder.holds_run() or overwrite:
         return None
     if resume == "never":
+        raise UserError(f"{folder.path}: holds a run; give --overwrite to replace it, or another --output-dir")
+    if differences := _differences(folder.config(), config, _DECIDED_LATER):
         raise UserError(
-            f"{folder.path}: holds a run; give --overwrite to replace it, or another --output-dir"
-        )
-    if differences := _differences(folder.config(), config):
-        raise UserError(
-            f"{folder.path}: holds another run ({', '.join(differences[:3])}); give another --output-dir, or --overwrite "
-            "to replace it"
+            f"{folder.path}: holds another run ({', '.join(differences[:3])}); give another --output-dir, or "
+            "--overwrite to replace it"
         )
     if folder.is_finished():
         raise UserError(
@@ -49,24 +63,33 @@ def checkpoint_to_resume(folder: RunFolder, config: Config, resume: str, overwri
     return found[-1] if found else None
 
 
-def _checkpoint_at(path: Path, config: Config) -> Path:
+def refuse_another_run(checkpoint: Path, config: Config) -> None:
+    """Refuse a checkpoint of a run that was configured otherwise than `config`, which is decided to its last key.
+
+    Raises:
+        UserError: naming the keys.
+    """
+    _refuse_differences(checkpoint, config)
+
+
+def _checkpoint_at(path: Path) -> Path:
     if (path / "state.json").exists():
-        checkpoint = path
-    else:
-        found = RunFolder(path).checkpoint_folders()
-        if not found:
-            raise UserError(
-                f"--resume {path}: no checkpoint; expected a folder such as runs/NAME/checkpoints/step-000100"
-            )
-        checkpoint = found[-1]
-    run = RunFolder(checkpoint.parent.parent)
-    differences = _differences(run.config(), config, {"max_steps", "num_train_epochs"}) if run.holds_run() else []
-    if differences:
+        return path
+    found = RunFolder(path).checkpoint_folders()
+    if not found:
+        raise UserError(f"--resume {path}: no checkpoint; expected a folder such as runs/NAME/checkpoints/step-000100")
+    return found[-1]
+
+
+def _refuse_differences(checkpoint: Path, config: Config, also_free: Collection[str] = ()) -> None:
+    run = RunFolder(checkpoint.absolute().parent.parent)
+    if not run.holds_run():  # a checkpoint by itself: what does not fit is found when it is loaded
+        return
+    if differences := _differences(run.config(), config, {*_LENGTH, *also_free}):
         raise UserError(
-            f"--resume {path}: that run was configured otherwise ({', '.join(differences[:3])}); resume with its "
+            f"{checkpoint}: its run was configured otherwise ({', '.join(differences[:3])}); resume with "
             f"{run.config_file}"
         )
-    return checkpoint
 
 
 def _differences(left: Config, right: Config, also_free: Collection[str] = ()) -> list[str]:

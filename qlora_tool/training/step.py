@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from qlora_tool.data.batches import Batch
@@ -47,6 +48,7 @@ def train_step(
     micro_batches: Sequence[Batch],
     settings: StepSettings,
     learning_rate: float,
+    during: Callable[[str], AbstractContextManager] = lambda phase: nullcontext(),
 ) -> StepResult:
     """Forward and backward over the micro-batches, then one optimizer step.
 
@@ -56,20 +58,30 @@ def train_step(
     Args:
         micro_batches: on the model's device.
         learning_rate: of this step.
+        during: called with `forward`, `backward` and `optimizer`; its context is open in that phase.
     """
     total = sum(batch.trained_tokens for batch in micro_batches)
     loss = torch.zeros((), dtype=torch.float32, device=model.device)
     for batch in micro_batches:
-        part = model.loss_sum(batch, settings.label_smoothing) / total
-        (part * optimizer.loss_scale).backward()
+        with during("forward"):
+            part = model.loss_sum(batch, settings.label_smoothing) / total
+            scaled = part * optimizer.loss_scale
+        with during("backward"):
+            scaled.backward()
         loss += part.detach()
-    grad_norm = optimizer.step(learning_rate, settings.max_grad_norm)
+    with during("optimizer"):
+        grad_norm = optimizer.step(learning_rate, settings.max_grad_norm)
     return StepResult(loss, grad_norm)
 
 
 def clip_gradients(gradients: Sequence[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients in place so that their joint norm is at most `max_norm` (0: leave them); the norm before, fp32."""
-    norm = nn.utils.get_total_norm(gradients).float()
+    """Scale gradients in place so that their joint norm is at most `max_norm` (0: leave them).
+
+    Returns:
+        The norm before, summed up in fp32 whatever the gradients are in.
+    """
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     if max_norm:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for gradient in gradients:

@@ -72,18 +72,29 @@ FAMILIES: dict[str, dict] = {
     "gpt_oss": _EXPERTS | {"sliding_window": 4},
     "granitemoe": _EXPERTS | {"logits_scaling": 8.0},
     "olmoe": _EXPERTS,
+    "phimoe": _EXPERTS,
+    "ernie4_5_moe": _EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 1},
     "deepseek_v3": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 2,
                     "topk_group": 1, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16,
                     "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
                     "first_k_dense_replace": 1, "n_shared_experts": 1, "head_dim": 16},
 }  # fmt: skip
 
+# Families that take another way somewhere, for tests of that alone.
+OTHERS: dict[str, dict] = {
+    "modernbert-decoder": {"layer_types": ["full_attention", "sliding_attention"], "local_attention": 4,
+                           "type": "modernbert-decoder", "tie_word_embeddings": True},
+    "llama4_text": _EXPERTS | {"intermediate_size_mlp": 128, "attention_chunk_size": 32},
+    "mamba": {"sizes": {"vocab_size": 131, "hidden_size": 64, "state_size": 16, "num_hidden_layers": 2,
+                        "time_step_rank": 32, "bos_token_id": 1, "eos_token_id": 2}},
+}  # fmt: skip
+
 
 def tiny_config(family: str, **changes):
-    """The transformers configuration of one of `FAMILIES`."""
+    """The transformers configuration of one of the families above."""
     from transformers import AutoConfig
 
-    values = dict(FAMILIES[family])
+    values = dict((FAMILIES | OTHERS)[family])
     model_type = values.pop("type", family.partition("-")[0])
     values = (values.pop("sizes", None) or _PLAIN) | values | changes
     return AutoConfig.for_model(model_type, **values)
@@ -96,13 +107,44 @@ def tiny_model(family: str, *, seed: int = 0, **changes):
     model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() >= 2:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
             else:
                 parameter.copy_(parameter + 0.1 * noise)
     return model
+
+
+def read_tiny(folder: Path, kind: str = "none", double_quant: bool = True, **options):
+    """The model as `load_base` reads it, with products in fp32, on the CPU."""
+    from qlora_tool.model.load import Quantization, load_base
+    from qlora_tool.model.source import read_model_config
+
+    return load_base(folder, read_model_config(folder), Quantization(kind, double_quant), torch.device("cpu"),
+                     torch.float32, **options)  # fmt: skip
+
+
+def read_by_transformers(folder: Path, **options):
+    """The same folder as transformers reads it, in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def tokens(rows: int = 2, length: int = 12, seed: int = 1) -> torch.Tensor:
+    """Random token ids (rows, length) that are none of the special ones."""
+    return torch.randint(3, 131, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model, ids: torch.Tensor, **inputs) -> torch.Tensor:
+    return model(input_ids=ids, use_cache=False, **inputs).logits
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference over the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def write_tiny(family: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> Path:

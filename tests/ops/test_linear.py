@@ -112,7 +112,7 @@ def test_a_checkpointed_region_does_not_recompute_the_product_it_ends_in(nonline
     y = checkpoint(region, x, use_reentrant=False)
     assert (len(first.asked), len(second.asked)) == (1, 1)
     found = torch.autograd.grad(y.sum(), [x, *adapters])
-    # Forward, recomputed once (the second branch needs its output) and backward; the second: forward and backward alone.
+    # Forward, recomputation (the second branch needs its output), backward; the second: forward and backward alone.
     assert (len(first.asked), len(second.asked)) == (3, 2)
     for value, expected in zip(found, plain, strict=True):
         assert torch.equal(value, expected)

@@ -36,9 +36,7 @@ def rewrite(file, **changes) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-@pytest.mark.parametrize(
-    ("bfloat16", "dtype"), [(200.0, torch.bfloat16), (0.2, torch.float32), (50.0, torch.float32)]
-)
+@pytest.mark.parametrize(("bfloat16", "dtype"), [(200.0, torch.bfloat16), (0.2, torch.float32), (50.0, torch.float32)])
 def test_auto_on_a_cpu_is_the_faster_by_the_kept_measurement(kept_file, measured, bfloat16, dtype):
     kept_measurement()
     rewrite(kept_file, gflops={"float32": 50.0, "bfloat16": bfloat16})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import bitsandbytes
 import bitsandbytes.functional as bnb
 import pytest
@@ -24,8 +26,8 @@ FP4 = FP4 + [-value for value in FP4]
 FOUR_BIT = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
 ALL = [*FOUR_BIT, ("int8", False)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Whole blocks; 256 blocks; more; blocks that straddle rows with a short one at the end; odd widths; an odd count.
-SHAPES = [(64, 64), (256, 64), (300, 64), (3, 100), (36, 45), (5, 7)]
+# Whole blocks; 256 blocks; more; blocks that straddle rows, the last one short or not; odd widths; an odd count.
+SHAPES = [(64, 64), (256, 64), (300, 64), (3, 100), (128, 48), (6, 32), (36, 45), (5, 7)]
 
 
 def weight(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -44,7 +46,7 @@ def assert_same(found: QuantizedTensor, expected: QuantizedTensor) -> None:
         assert torch.equal(found.tensors()[name], tensor), name
 
 
-# ------------------------------------------------------------------------------------- against bitsandbytes, bit for bit
+# ---------------------------------------------------------------------------------- against bitsandbytes, bit for bit
 
 
 def assert_quantized_like_bitsandbytes(kind: str, double: bool, value: torch.Tensor) -> None:
@@ -57,7 +59,9 @@ def assert_quantized_like_bitsandbytes(kind: str, double: bool, value: torch.Ten
         assert torch.equal(found.nested_scales, state.state2.absmax)
         assert torch.equal(found.nested_offset, state.offset)
         assert found.scales.dtype == torch.uint8
-    if value.shape[1] % 2 == 0:  # for odd widths bitsandbytes compiles an operator, for half a minute
+    # Rows that are no whole number of blocks: bitsandbytes 0.50 gives wrong values for some on AVX-512, and compiles an
+    # operator for others; below they are held against the definition.
+    if value.shape[1] % 64 == 0:
         assert torch.equal(found.dequantize(value.dtype), bnb.dequantize_4bit(codes, state))
 
 
@@ -95,7 +99,7 @@ def test_a_weight_that_is_a_view_is_quantized_as_it_reads():
     assert_same(quantize(value, "int8"), quantize(value.contiguous(), "int8"))
 
 
-# --------------------------------------------------------------------------------------- against the formats' definition
+# ------------------------------------------------------------------------------------ against the formats' definition
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -113,7 +117,7 @@ def test_dequantizing_is_table_value_times_block_scale(kind, table, shape):
 def test_the_error_is_at_most_half_the_widest_step_of_the_table(kind, table):
     value = weight(300, 64)
     table = sorted(table)
-    step = max(right - left for left, right in zip(table, table[1:], strict=False))
+    step = max(right - left for left, right in itertools.pairwise(table))
     error = (quantize(value, kind, double_quant=False).dequantize() - value).abs()
     largest = value.abs().amax(-1, keepdim=True)  # of a row, which is a block
     assert (error <= step / 2 * largest * (1 + 1e-6)).all()
@@ -129,7 +133,7 @@ def test_the_scales_own_quantization_moves_them_by_at_most_its_step():
     assert double.scales.nbytes + double.nested_scales.nbytes < plain.scales.nbytes / 3.8
 
 
-@pytest.mark.parametrize("columns", [64, 45])
+@pytest.mark.parametrize("columns", [64, 48, 45])
 @pytest.mark.parametrize(("kind", "double"), ALL)
 def test_dequantizing_rounds_once(kind, double, columns):
     """Half precision is fp32's result, rounded."""
@@ -149,15 +153,16 @@ def test_an_odd_width_does_not_start_a_compiler(monkeypatch):
         assert quantize(weight(*shape), "nf4").dequantize().shape == shape
 
 
-# ------------------------------------------------------------------------------------------------------ parts of a weight
+# -------------------------------------------------------------------------------------------------- parts of a weight
 
 
 @pytest.mark.parametrize(("kind", "double"), ALL)
-@pytest.mark.parametrize("columns", [64, 100, 45])
+@pytest.mark.parametrize("columns", [64, 100, 48, 45])
 def test_rows_are_those_of_the_whole(kind, double, columns):
     found = quantize(weight(130, columns), kind, double)
     whole = found.dequantize()
-    for rows in (slice(0, 64), slice(64, 128), slice(64, None), slice(128, 130), slice(None), slice(-66, 300)):
+    for rows in (slice(0, 64), slice(64, 128), slice(64, None), slice(128, 130), slice(None), slice(-66, 300),
+                 slice(64, 64), slice(128, 0)):  # fmt: skip
         assert torch.equal(found.dequantize(rows=rows), whole[rows]), rows
 
 
@@ -198,7 +203,7 @@ def test_the_rows_of_many_experts_are_asked_of_one():
         quantize(weight(3, 20, 64), "nf4").dequantize(rows=slice(0, 2))
 
 
-# --------------------------------------------------------------------------------------------------- tensors without data
+# ----------------------------------------------------------------------------------------------- tensors without data
 
 
 @pytest.mark.parametrize(("kind", "double"), ALL)
@@ -236,7 +241,7 @@ def test_map_moves_every_tensor():
     assert found.map(lambda t: t.to("meta")).device.type == "meta"
 
 
-# ---------------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------------------------- refusals
 
 
 def test_what_cannot_be_quantized_is_named():
@@ -244,7 +249,7 @@ def test_what_cannot_be_quantized_is_named():
         quantize(weight(64, 64), "nf3")
     with pytest.raises(ValueError, match=r"shape \(64,\)"):
         quantize(torch.ones(64), "nf4")
-    with pytest.raises(ValueError, match="a weight in float64"):
+    with pytest.raises(ValueError, match=r"a weight in torch\.float64"):
         quantize(weight(64, 64).double(), "nf4")
 
 
@@ -256,7 +261,7 @@ def test_int8_refuses_what_fp16_does_not_hold(value):
         quantize(broken, "int8")
 
 
-# ------------------------------------------------------------------------------------------------------------ form on disk
+# ------------------------------------------------------------------------------------------------------- form on disk
 
 
 @pytest.mark.parametrize("shape", [(300, 64), (36, 45), (3, 20, 64)])
@@ -274,7 +279,7 @@ def test_the_form_on_disk_is_read_back_bit_for_bit(kind, double, shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kind", "double"), FOUR_BIT)
 def test_bitsandbytes_reads_what_we_write(kind, double, dtype):
-    value = weight(36, 100, dtype=dtype)
+    value = weight(36, 192, dtype=dtype)
     tensors = to_disk("a.weight", quantize(value, kind, double))
     codes = tensors.pop("a.weight")
     state = bnb.QuantState.from_dict({name.removeprefix("a.weight."): t for name, t in tensors.items()}, "cpu")

@@ -1,0 +1,173 @@
+"""How the parts of memory are named, coloured and counted wherever they are shown: table, plot and page."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_tool.memory.breakdown import ACTIVATIONS, CATEGORIES, PHASES, Breakdown, MemoryReport
+
+MB = 10**6
+MIB = 2**20
+GIB = 2**30
+
+COLOURS = {
+    "base_weights": "#0b51a3",
+    "quantization_state": "#77bef9",
+    "other_weights": "#748798",
+    "adapter_weights": "#b1e4aa",
+    "gradients": "#23904d",
+    "optimizer_state": "#f9d537",
+    "boundaries": "#983500",
+    "saved": "#e09a3e",
+    "recomputed": "#e6dac8",
+    "temporaries": "#9a4691",
+    "framework": "#8a8278",
+}
+"""By part. Neighbours in the stack stay far apart for those who confuse red, green or blue hues too."""
+
+_NAMES = {
+    "base_weights": "base weights",
+    "quantization_state": "quantization scales",
+    "other_weights": "other weights",
+    "adapter_weights": "adapter weights",
+    "gradients": "gradients",
+    "optimizer_state": "optimizer state",
+    "activations": "activations",
+    "boundaries": "checkpoint boundaries",
+    "saved": "saved for backward",
+    "recomputed": "recomputed",
+    "temporaries": "temporaries",
+    "framework": "framework",
+}
+_MODULES_NAMED = 8
+_CODES = {"nf4": "4-bit codes", "fp4": "4-bit codes", "int8": "int8 codes"}
+
+
+def part_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """What to call the categories and the kinds of activations, under a run's configuration.
+
+    Args:
+        config: with `model.quantization`, which says what the base weights are kept as; it may be missing.
+    """
+    codes = _CODES.get((config.get("model") or {}).get("quantization"))
+    return _NAMES | ({"base_weights": f"base weights ({codes})"} if codes else {})
+
+
+def binary_size(size: int) -> str:
+    """A size as `3.11 GiB` (2^30 bytes each), below a tenth of that as `12.5 MiB` (2^20 bytes each)."""
+    if not size:
+        return "0"
+    return f"{size / GIB:.2f} GiB" if abs(size) >= GIB / 10 else f"{size / MIB:.1f} MiB"
+
+
+def full_size(size: int) -> str:
+    """A size in both kinds of unit: `3340.8 MB (3.11 GiB)`."""
+    return f"{size / MB:.1f} MB ({binary_size(size)})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of a report.
+
+    Attributes:
+        name: what is counted.
+        sizes: bytes by `predicted` and `measured`; None where it does not apply.
+        part_of: the row is part of the one above it that has an empty `part_of`.
+        strong: a sum.
+        compared: predicted and measured are to be held against one another.
+    """
+
+    name: str
+    sizes: dict[str, int | None]
+    part_of: str = ""
+    strong: bool = False
+    compared: bool = True
+
+
+def report_rows(report: MemoryReport, *, budget: int | None = None, budget_name: str = "") -> list[list[Row]]:
+    """The table of a report in its sections: what the peak is made of, what the device has to give, peaks of phases.
+
+    Args:
+        budget: bytes that the device can give to one process; with it come that limit and what is left of it.
+        budget_name: e.g. the name of the card.
+    """
+    names = part_names(report.config)
+    shown = report.breakdowns
+
+    def row(name: str, read: Callable[[Breakdown], int | None], part_of: str = "", **kind: bool) -> Row:
+        return Row(name, {key: read(breakdown) for key, breakdown in shown.items()}, part_of, **kind)
+
+    parts = []
+    for category in CATEGORIES:
+        parts.append(row(names[category], lambda b, c=category: b.at_peak[c]))
+        if category == "activations":
+            parts += [row(names[kind], lambda b, k=kind: b.activations[k], "activations") for kind in ACTIVATIONS]
+    parts.append(row("peak, allocated at once", lambda b: b.peak_bytes, strong=True))
+
+    device = []
+    if any(b.reserved_bytes is not None or b.context_bytes is not None for b in shown.values()):
+        device.append(row("reserved by the allocator", lambda b: b.reserved_bytes))
+        device.append(row("CUDA context", lambda b: b.context_bytes))
+        device.append(row("needed in all", lambda b: b.needed_bytes, strong=True))
+    if budget is not None:
+        device.append(row(budget_name or "limit", lambda b: budget, compared=False))
+        device.append(row("left", lambda b: budget - b.needed_bytes, strong=True, compared=False))
+
+    phases = [row(f"peak in {phase}", lambda b, p=phase: b.phase_peak_bytes[p]) for phase in PHASES]
+    return [section for section in (parts, device, phases) if section]
+
+
+def both_units(size: int | None) -> tuple[str, str]:
+    """A size in MB and in GiB, without the units; `0` is nothing at all, `0.0` a little, empty: it does not apply."""
+    if not size:
+        return ("", "") if size is None else ("0", "0")
+    return f"{size / MB:.1f}", f"{size / GIB:.2f}"
+
+
+def difference(row: Row) -> tuple[str, str]:
+    """Predicted less measured, in MB and as percent of what was measured; empty where there is nothing to compare."""
+    predicted, measured = row.sizes.get("predicted"), row.sizes.get("measured")
+    if predicted is None or measured is None or not row.compared:
+        return "", ""
+    if predicted == measured:
+        return "0", ""
+    share = f"{100 * (predicted - measured) / measured:+.2f}" if measured else ""
+    return f"{(predicted - measured) / MB:+.1f}", share
+
+
+def fit(breakdown: Breakdown, budget: int | None, budget_name: str) -> tuple[str, str]:
+    """A breakdown in two phrases: its peak, and whether it fits (empty without a budget)."""
+    peak = f"{full_size(breakdown.peak_bytes)} at the peak, in {breakdown.peak_phase}"
+    if budget is None:
+        return peak, ""
+    left = budget - breakdown.needed_bytes
+    verdict = f"fits, {binary_size(left)} left" if left >= 0 else f"does not fit by {binary_size(-left)}"
+    return peak, f"{verdict}: {binary_size(breakdown.needed_bytes)} needed, {limit(budget, budget_name)}"
+
+
+def limit(budget: int, budget_name: str) -> str:
+    """`RTX 4090 has 23.65 GiB`; without a name, `the limit is 23.65 GiB`."""
+    return f"{budget_name} has {binary_size(budget)}" if budget_name else f"the limit is {binary_size(budget)}"
+
+
+def group_modules(sizes: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Bytes by module, the largest first: those that repeat in every layer in one line, small ones summed up.
+
+    Args:
+        sizes: e.g. `model.layers.0.input_layernorm: 8192`; 32 such become `model.layers.*.input_layernorm (32)`.
+    """
+    sums: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for module, size in sizes.items():
+        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module)
+        sums[pattern] += size
+        counts[pattern] += 1
+    order = [(f"{name} ({counts[name]})" if counts[name] > 1 else name, size) for name, size in sums.most_common()]
+    if len(order) <= _MODULES_NAMED + 1:
+        return order
+    rest = order[_MODULES_NAMED:]
+    return [*order[:_MODULES_NAMED], (f"and {len(rest)} more", sum(size for _, size in rest))]

@@ -1,0 +1,47 @@
+"""What a training step takes on this machine: the same made-up run on real tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from qlora_tool.memory.classify import timeline
+from qlora_tool.memory.predict import BatchShape, made_up_run
+from qlora_tool.memory.timeline import Timeline
+from qlora_tool.memory.trace import Tracer
+
+if TYPE_CHECKING:
+    from qlora_tool.config import Config
+
+
+def measure_categories(config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype) -> Timeline:
+    """The memory of a run over time on a CPU, as the tracer sees it on real tensors."""
+    with Tracer() as tracer:
+        made_up_run(config, model_config, shape, compute_dtype, tracer)
+    return timeline(tracer.trace)
+
+
+def measure_peak(config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype) -> int:
+    """The allocator's own count of the same run, no tracer near it: the most bytes that were allocated at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        made_up_run(config, model_config, shape, compute_dtype)
+    total = peak = 0
+    for _, size in sorted(_allocations(profiler)):
+        total += size
+        peak = max(peak, total)
+    return peak
+
+
+def _allocations(profiler: profile) -> Iterator[tuple[int, int]]:
+    """(time, bytes) of every allocation and free."""
+    from torch._C._profiler import _EventType
+
+    waiting = list(profiler.profiler.kineto_results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting.extend(event.children)
+        if event.tag == _EventType.Allocation:
+            yield event.start_time_ns, event.extra_fields.alloc_size

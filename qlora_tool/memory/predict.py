@@ -1,0 +1,165 @@
+"""What a training step will take, from the model's configuration alone: the real step, run on fake tensors.
+
+Fake tensors have shapes, dtypes and storages, but no data. Everything else is what training runs: the loader, the
+adapters, `train_step`, the optimizer. Two steps are run, as the optimizer's state only exists after the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import transformers.masking_utils
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qlora_tool.adapters.attach import attach
+from qlora_tool.data.batches import Batch
+from qlora_tool.memory.classify import name_gradients, name_optimizer, name_weights, timeline
+from qlora_tool.memory.timeline import Timeline
+from qlora_tool.memory.trace import Tracer
+from qlora_tool.model.causal_lm import CausalLM
+from qlora_tool.model.load import Quantization, load_base
+from qlora_tool.training.optimizers import Optimizer
+from qlora_tool.training.step import StepSettings, train_step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qlora_tool.adapters.attach import AdapterSet
+    from qlora_tool.config import Config
+
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The size of a batch.
+
+    Attributes:
+        rows, length: of the padded tensor.
+        trained_tokens: labels that count.
+        padded: whether some rows are shorter.
+        segments: lengths of the examples packed into each row, or None without packing.
+    """
+
+    rows: int
+    length: int
+    trained_tokens: int
+    padded: bool = False
+    segments: tuple[int, ...] | None = None
+
+    @classmethod
+    def full(cls, rows: int, length: int) -> BatchShape:
+        """Full rows, every token with a label: what is assumed where there is no data."""
+        return cls(rows, length, rows * (length - 1))
+
+    def batch(self) -> Batch:
+        """A batch of this shape, of arbitrary tokens."""
+        ids = torch.ones(self.rows, self.length, dtype=torch.int64)
+        positions = None
+        if self.segments is not None:
+            positions = torch.cat([torch.arange(length) for length in self.segments]).expand(self.rows, -1)
+        return Batch(
+            input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids) if self.padded else None,
+            position_ids=positions, predicting=torch.arange(self.trained_tokens),
+            targets=torch.ones(self.trained_tokens, dtype=torch.int64), tokens=self.rows * self.length,
+            trained_tokens=self.trained_tokens, where=[],
+        )  # fmt: skip
+
+
+class RandomSource:
+    """A skeleton's tensors, made up: fake ones where fake tensors are being made."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype):
+        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+        self.names = list(self.shapes)
+        self._device, self._dtype = device, dtype
+        self._integers = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
+
+    def read(self, name: str) -> Tensor:
+        if name in self._integers:
+            return torch.zeros(self.shapes[name], dtype=torch.int64, device=self._device)
+        return torch.empty(self.shapes[name], dtype=self._dtype, device=self._device).normal_(0, 0.02)
+
+
+def made_up_run(
+    config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype, tracer: Tracer | None = None
+) -> None:
+    """Load a made-up model and run training steps on it, watched by an open tracer where one is given."""
+    watch = _Watch(tracer)
+    quantization = Quantization(config.model.quantization, config.model.double_quant)
+    stored = getattr(model_config, "dtype", None) or torch.bfloat16
+    with watch.phase("load", 0):
+        module = load_base(
+            Path(), model_config, quantization, torch.device("cpu"), compute_dtype,
+            open_source=lambda model, device: RandomSource(model, device, stored),
+        )  # fmt: skip
+        model = CausalLM(module, Path(), quantization, compute_dtype)
+        adapters = attach(module, config.adapter, compute_dtype, config.training.seed)
+        optimizer = Optimizer(config.training.optim, adapters.parameters(), config.training.weight_decay)
+    model.chunked_loss = module.get_output_embeddings() is not None
+    model.checkpoint_layers(bool(config.training.gradient_checkpointing), watch.recomputation)
+    module.train()
+    watch.loaded(model, adapters)
+    settings = StepSettings(config.training.max_grad_norm, config.training.label_smoothing_factor)
+    batches = [shape.batch() for _ in range(min(2, config.training.gradient_accumulation_steps))]
+    for step in range(1, STEPS + 1):
+        train_step(model, optimizer, batches, settings, 1e-4, partial(watch.during, optimizer, step))
+
+
+class _Watch:
+    """What a tracer is told during a run; nothing where there is none."""
+
+    def __init__(self, tracer: Tracer | None):
+        self.tracer = tracer
+
+    def phase(self, name: str, step: int) -> AbstractContextManager:
+        return self.tracer.phase(name, step) if self.tracer else nullcontext()
+
+    def recomputation(self) -> AbstractContextManager:
+        return self.tracer.recomputation() if self.tracer else nullcontext()
+
+    def loaded(self, model: CausalLM, adapters: AdapterSet) -> None:
+        if self.tracer:
+            name_weights(self.tracer, model.module, adapters)
+            self.tracer.follow_modules(model.module, model.checkpointed_layers())
+
+    @contextmanager
+    def during(self, optimizer: Optimizer, step: int, phase: str) -> Iterator[None]:
+        with self.phase(phase, step):
+            if self.tracer and phase == "optimizer":
+                name_gradients(self.tracer, optimizer)
+            yield
+            if self.tracer and phase == "optimizer":
+                name_optimizer(self.tracer, optimizer)
+
+
+def predict(config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype) -> Timeline:
+    """The memory of a run over time, on a device with this compute dtype, without weights or data."""
+    with _fake_world(shape), Tracer() as tracer:
+        made_up_run(config, model_config, shape, compute_dtype, tracer)
+    return timeline(tracer.trace)
+
+
+@contextmanager
+def _fake_world(shape: BatchShape) -> Iterator[None]:
+    """Fake tensors, and transformers' masks as they would be on real ones.
+
+    Whether positions begin anew within a row cannot be read off fake tensors, so transformers assumes they do and makes
+    a mask of length × length. Where the rows are not packed it is told that they do not.
+    """
+    original = transformers.masking_utils.find_packed_sequence_indices
+    if shape.segments is None:
+        transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        transformers.masking_utils.find_packed_sequence_indices = original

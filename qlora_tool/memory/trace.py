@@ -1,0 +1,193 @@
+"""Births and deaths of every storage of a training step, seen by the operators that make them.
+
+The same tracer watches fake tensors (a prediction) and real ones (a measurement on a CPU). It notes when each storage
+was born, in which phase and by which operator, and when it died; what it was is decided afterwards (`classify`).
+
+Two things that a dispatch mode itself changes are undone here: autograd then copies a leaf's gradient instead of taking
+it, and adds gradients that meet at a tensor out of place instead of in place.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+# Seen in the profiler of an untraced run: what this node gives is added out of place.
+_SHARES_ITS_GRADIENT = "NativeLayerNormBackward"
+_COPIES = ("aten::clone", "aten::new_empty_strided", "aten::empty_strided")
+
+
+@dataclass
+class Storage:
+    """One storage's life.
+
+    Attributes:
+        nbytes: its size.
+        birth, death: places in the order of all events; death is None while it lives.
+        phase, died_in: load, forward, backward or optimizer.
+        step: the training step it was born in, 0 for what was there before the first.
+        module: whose forward pass it was born in, recomputed ones included.
+        operator: that made it.
+        recomputed: born while a checkpointed region was computed again.
+        category: one of the breakdown's parts, where something named it.
+        holders: tensors' storages that stand for it; it dies with the last.
+    """
+
+    nbytes: int
+    birth: int
+    phase: str
+    step: int
+    module: str
+    operator: str
+    recomputed: bool
+    death: int | None = None
+    died_in: str = ""
+    died_in_step: int = 0
+    category: str = ""
+    holders: int = 1
+
+
+@dataclass
+class Trace:
+    """Everything that was seen.
+
+    Attributes:
+        storages: in order of birth.
+        events: (storage, +1 or -1) in order of time.
+        marks: (event, phase, step) where a phase began.
+    """
+
+    storages: list[Storage] = field(default_factory=list)
+    events: list[tuple[Storage, int]] = field(default_factory=list)
+    marks: list[tuple[int, str, int]] = field(default_factory=list)
+
+
+class Tracer(TorchDispatchMode):
+    """Watches while it is open. `phase` says what is going on; `step` which training step it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.trace = Trace()
+        self._live: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._phase, self._step, self._module, self._recomputing = "load", 0, "", 0
+
+    @contextmanager
+    def phase(self, name: str, step: int | None = None) -> Iterator[None]:
+        """Name what is going on meanwhile."""
+        before = self._phase, self._step
+        self._begin(name, self._step if step is None else step)
+        try:
+            yield
+        finally:
+            self._begin(*before)
+
+    def _begin(self, phase: str, step: int) -> None:
+        self._phase, self._step = phase, step
+        self.trace.marks.append((len(self.trace.events), phase, step))
+
+    @contextmanager
+    def recomputation(self) -> Iterator[None]:
+        """A checkpointed region is computed again meanwhile."""
+        self._recomputing += 1
+        try:
+            yield
+        finally:
+            self._recomputing -= 1
+
+    def follow_modules(self, model: nn.Module, boundaries: Iterable[nn.Module]) -> None:
+        """Note whose forward pass is running.
+
+        Args:
+            boundaries: checkpointed modules: what goes into one is a checkpoint boundary.
+        """
+        kept = set(boundaries)
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(partial(self._enter, name, module in kept))
+            module.register_forward_hook(partial(self._leave, name.rpartition(".")[0]), always_call=True)
+
+    def _enter(self, name: str, is_boundary: bool, _module: nn.Module, args: tuple) -> None:
+        self._module = name
+        if is_boundary and self._phase == "forward" and args and isinstance(args[0], torch.Tensor):
+            storage = self.storage_of(args[0])
+            if storage is not None:
+                storage.category = storage.category or "boundaries"
+
+    def _leave(self, parent: str, _module: nn.Module, _args: tuple, _output: object) -> None:
+        self._module = parent
+
+    def storage_of(self, tensor: torch.Tensor) -> Storage | None:
+        """What is known of a tensor's storage; None for one that was there before."""
+        return self._live.get(tensor.untyped_storage())
+
+    def adopt(self, tensor: torch.Tensor, operator: str = "existing") -> Storage:
+        """Note a tensor that no operator was seen to make (a parameter wrapped before the tracer opened)."""
+        return self._live.get(tensor.untyped_storage()) or self._born(tensor, operator)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        operator = func._schema.name
+        for leaf in tree_leaves(result):
+            if not isinstance(leaf, torch.Tensor) or leaf.device.type == "meta":
+                continue
+            storage = leaf.untyped_storage()
+            if storage in self._live or storage.nbytes() == 0:
+                continue
+            if (source := self._taken_over(operator, args)) is not None:
+                self._hand_over(source, storage)
+            else:
+                self._born(leaf, operator)
+        return result
+
+    def _taken_over(self, operator: str, args: tuple) -> torch.UntypedStorage | None:
+        """The storage that, without a dispatch mode, this result would have been written into."""
+        if self._phase != "backward" or self._recomputing:
+            return None
+        node = torch._C._current_autograd_node()
+        name = "" if node is None else node.name()
+        if operator == "aten::add" and _are_alike(args) and not name.startswith(_SHARES_ITS_GRADIENT):
+            return args[0].untyped_storage()  # gradients that meet at a tensor: the second is added to the first
+        if name.endswith("AccumulateGrad") and operator in _COPIES:
+            return args[0].untyped_storage()  # a leaf's gradient: taken as it is
+        return None
+
+    def _hand_over(self, source: torch.UntypedStorage, storage: torch.UntypedStorage) -> None:
+        """`storage` is `source` as far as memory goes: it lives on when the other dies."""
+        life = self._live.get(source)
+        if life is None:
+            return
+        life.holders += 1
+        self._watch(storage, life)
+
+    def _born(self, tensor: torch.Tensor, operator: str) -> Storage:
+        storage = tensor.untyped_storage()
+        life = Storage(
+            storage.nbytes(), len(self.trace.events), self._phase, self._step, self._module, operator, self._recomputing > 0
+        )
+        self.trace.storages.append(life)
+        self.trace.events.append((life, +1))
+        self._watch(storage, life)
+        return life
+
+    def _watch(self, storage: torch.UntypedStorage, life: Storage) -> None:
+        self._live[storage] = life
+        weakref.finalize(storage, self._died, life)
+
+    def _died(self, life: Storage) -> None:
+        life.holders -= 1
+        if life.holders == 0:
+            life.death, life.died_in, life.died_in_step = len(self.trace.events), self._phase, self._step
+            self.trace.events.append((life, -1))
+
+
+def _are_alike(args: tuple) -> bool:
+    """Whether an addition is one of two gradients of the same tensor."""
+    return len(args) > 1 and isinstance(args[1], torch.Tensor) and args[0].shape == args[1].shape

@@ -1,0 +1,153 @@
+"""The memory breakdown in a terminal."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import replace
+
+import pytest
+from made_timelines import CONFIG, step_report, step_timeline
+from rich.console import Console
+
+from qlora_tool.memory.breakdown import ACTIVATIONS, CATEGORIES, PHASES, Breakdown, MemoryReport
+from qlora_tool.memory.legend import binary_size, full_size, group_modules, part_names
+from qlora_tool.memory.table import bar_cells, render_report
+
+GIB = 2**30
+
+
+def made(**sizes: int) -> Breakdown:
+    """A breakdown on a CPU with these bytes, the peak in the backward pass."""
+    activations = {kind: sizes.get(kind, 0) for kind in ACTIVATIONS}
+    at_peak = {category: sizes.get(category, 0) for category in CATEGORIES}
+    at_peak["activations"] = sum(activations.values())
+    peak = sum(at_peak.values())
+    phases = dict.fromkeys(PHASES, 0) | {"backward": peak}
+    return Breakdown(peak, None, None, at_peak, activations, phases)
+
+
+def printed(report: MemoryReport, *, width: int = 80, encoding: str = "utf-8", **options) -> str:
+    """What goes into a file or a pipe."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="")
+    render_report(report, console=Console(file=stream, width=width, no_color=True), **options)
+    stream.flush()
+    return stream.buffer.getvalue().decode(encoding)
+
+
+def row(text: str, name: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.strip().startswith(name)]
+    return line.strip().removeprefix(name).split()
+
+
+def test_sizes_in_both_units():
+    # 3340.8 MB are 3 340 800 000 / 1 073 741 824 = 3.1114 GiB; 80.4 MB are 80 400 000 / 1 048 576 = 76.68 MiB
+    assert full_size(3_340_800_000) == "3340.8 MB (3.11 GiB)"
+    assert full_size(80_400_000) == "80.4 MB (76.7 MiB)"
+    assert binary_size(0) == "0"
+
+
+def test_a_prediction_beside_a_measurement():
+    predicted = made(base_weights=3_340_800_000, boundaries=500_000_000, saved=100_000_000, temporaries=300_000_000)
+    measured = made(base_weights=3_340_800_000, boundaries=500_000_000, saved=80_000_000, temporaries=310_000_000)
+    text = printed(MemoryReport("cpu", CONFIG, predicted, measured))
+    assert row(text, "base weights (4-bit codes)") == ["3340.8", "3.11", "3340.8", "3.11", "0"]
+    assert row(text, "activations") == ["600.0", "0.56", "580.0", "0.54", "+20.0", "+3.45"]  # 20 / 580
+    assert row(text, "saved for backward") == ["100.0", "0.09", "80.0", "0.07", "+20.0", "+25.00"]
+    assert row(text, "temporaries") == ["300.0", "0.28", "310.0", "0.29", "-10.0", "-3.23"]
+    assert row(text, "gradients") == ["0", "0", "0", "0", "0"]
+    assert row(text, "peak, allocated at once") == ["4240.8", "3.95", "4230.8", "3.94", "+10.0", "+0.24"]
+    assert row(text, "peak in backward")[:2] == ["4240.8", "3.95"]
+    first, second = text.splitlines()[:2]
+    assert first.strip() == "predicted: 4240.8 MB (3.95 GiB) at the peak, in backward"
+    assert second.startswith("measured:  4230.8 MB")
+    assert "reserved" not in text and "CUDA" not in text  # a CPU has neither
+
+
+def test_what_is_needed_of_the_card_and_what_is_left():
+    text = printed(step_report(), budget=24 * GIB, budget_name="RTX 4090")
+    assert row(text, "reserved by the allocator")[:4] == ["6488.6", "6.04", "6282.0", "5.85"]  # 6188 and 5991 MiB
+    assert row(text, "needed in all")[0] == "6908.6"  # and 420.0 of context
+    assert row(text, "RTX 4090") == ["25769.8", "24.00", "25769.8", "24.00"]
+    assert row(text, "left") == ["18861.2", "17.57", "19067.8", "17.76"]
+    assert "fits, 17.57 GiB left: 6.43 GiB needed, RTX 4090 has 24.00 GiB" in text
+
+
+def test_a_plan_that_does_not_fit_says_by_how_much():
+    text = printed(step_report(), budget=4 * GIB)
+    assert "does not fit by 2.43 GiB: 6.43 GiB needed, the limit is 4.00 GiB" in text
+    assert row(text, "left")[0] == "-2613.6"
+    bars = text[text.index("\npredicted  B") :].splitlines()
+    # the bar is 69 cells for 6.43 GiB: 4 GiB end in cell 43, below which the caret stands
+    assert bars[3].index("^") == 11 + 43 - 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_eighty_columns_without_colour_are_enough(encoding):
+    whole = {f"base_model.model.model.layers.{i}.block_sparse_moe.experts.{i}.gate_up_proj": 10**8 for i in range(40)}
+    report = step_report()
+    scale = 30  # a card of the largest kind: sizes of six digits
+    large = Breakdown(
+        *(size * scale for size in (report.predicted.peak_bytes, report.predicted.reserved_bytes, 10**8)),
+        *(
+            {key: size * scale for key, size in table.items()}
+            for table in (report.predicted.at_peak, report.predicted.activations, report.predicted.phase_peak_bytes)
+        ),
+    )
+    for shown in (report, replace(report, predicted=large, measured=large)):
+        text = printed(shown, encoding=encoding, budget=10 * GIB, budget_name="some card", unquantized=whole)
+        assert "\x1b" not in text and "…" not in text and "?" not in text
+        assert max(map(len, text.splitlines())) <= 80
+        assert str(round(shown.predicted.peak_bytes / 1e6, 1)) in text
+
+
+def test_a_terminal_with_colours_gets_coloured_blocks_and_one_without_letters():
+    def bar(**options) -> str:
+        console = Console(file=io.StringIO(), width=80, **options)
+        render_report(MemoryReport("cpu", CONFIG, made(base_weights=100)), console=console)
+        return console.file.getvalue()
+
+    assert "\x1b[38;2;11;81;163m" + "█" * 69 in bar(force_terminal=True, color_system="truecolor")
+    for options in ({"force_terminal": True, "color_system": "standard"}, {"force_terminal": False}):
+        assert "predicted  " + "B" * 69 in bar(**options)
+
+
+def test_cells_of_the_bar_by_hand():
+    # cumulative, of 1000 bytes in 20 cells (50 each): 500 → 10, 520 → 10.4, 620 → 12.4, 720 → 14.4, 820 → 16.4
+    breakdown = replace(
+        made(base_weights=500, quantization_state=20, boundaries=100), reserved_bytes=720, context_bytes=100
+    )
+    assert bar_cells(breakdown, 1000, 20) == {"base_weights": 10, "boundaries": 2, "unused": 2, "context": 2, "free": 4}
+    assert bar_cells(made(), 0, 20) == {"free": 20}
+    cells = bar_cells(step_report().predicted, 7 * GIB, 69)
+    assert sum(cells.values()) == 69
+
+
+def test_modules_that_are_not_quantized_are_named_with_their_bytes():
+    norms = {f"model.layers.{i}.input_layernorm": 8192 for i in range(32)}
+    text = printed(step_report(), unquantized={"lm_head": 262_144_000, "odd[red]name": 1_000_000, **norms})
+    assert row(text, "lm_head") == ["262.1", "0.24"]
+    assert row(text, "model.layers.*.input_layernorm (32)") == ["0.3", "0.00"]  # 32 × 8192 = 262 144
+    assert row(text, "odd[red]name") == ["1.0", "0.00"]
+    assert group_modules({"h.0": 1, "h.1": 2}) == [("h.* (2)", 3)]
+    many = group_modules({f"part{i}x": 100 + i for i in range(20)})
+    assert many[0] == ("part19x", 119) and len(many) == 9
+    assert many[-1] == ("and 12 more", sum(range(100, 112)))
+
+
+def test_the_base_weights_are_called_after_what_they_are_kept_as():
+    assert part_names({"model": {"quantization": "int8"}})["base_weights"] == "base weights (int8 codes)"
+    assert part_names({"model": {"quantization": "none"}})["base_weights"] == "base weights"
+    assert part_names({})["base_weights"] == "base weights"
+
+
+def test_a_report_of_nothing_says_so():
+    assert printed(MemoryReport("cpu", CONFIG)) == "no memory was predicted or measured\n"
+
+
+def test_every_part_that_the_bar_shows_is_in_its_legend():
+    text = printed(MemoryReport("cpu", CONFIG, step_timeline().breakdown()))
+    bar = re.search(r"^predicted  (\S+)$", text, re.MULTILINE)[1]
+    legend = text[text.index("the whole bar") :]
+    assert set(bar) == set(re.findall(r"(?:^|  )(\S) (?=\w)", legend, re.MULTILINE))
+    assert len(set(bar)) >= 7

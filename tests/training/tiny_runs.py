@@ -1,0 +1,59 @@
+"""A whole run in seconds: a tiny llama with a tokenizer, a data file of thirty rows, and a configuration for both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tiny_models import write_tiny
+from tokenizers_for_tests import CHATML, byte_level
+
+from qlora_tool.config import Config, with_values
+
+ROWS = 30
+
+
+def write_model(folder: Path, **changes) -> Path:
+    """A tiny llama (fp32, two layers, 256 positions) and the tokenizer that its vocabulary is of."""
+    tokenizer = byte_level(CHATML)
+    write_tiny("llama", folder, vocab_size=len(tokenizer), **({"max_position_embeddings": 256} | changes))
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_rows(file: Path, rows: int = ROWS, first: int = 0) -> Path:
+    """Questions and answers of different lengths, no two alike."""
+    lines = [
+        {"prompt": f"How many are {index} and {index * 7 % 11}?", "completion": f"{index + index * 7 % 11} " * (1 + index % 4)}
+        for index in range(first, first + rows)
+    ]  # fmt: skip
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    return file
+
+
+def run_config(model: Path, data: Path, output_dir: Path, values: dict[str, Any] | None = None) -> Config:
+    """A run of six steps over rows of four examples, with dropout; `values` by dotted key.
+
+    Computed in fp32, whatever the machine is fast in, so that the same numbers come out of it.
+    """
+    return with_values(Config(), {
+        "model.name_or_path": str(model), "model.compute_dtype": "float32", "model.device": "cpu",
+        "adapter.r": 4, "adapter.lora_dropout": 0.1,
+        "data.train": str(data), "data.max_length": 128, "data.packing": False,
+        "training.output_dir": str(output_dir), "training.max_steps": 6, "training.per_device_train_batch_size": 4,
+        "training.learning_rate": 1e-2, "training.gradient_checkpointing": False,
+    } | (values or {}))  # fmt: skip
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def comparable(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without what differs from run to run: speed and memory."""
+    return {key: value for key, value in record.items() if key not in ("tokens_per_second", "peak_memory_bytes")}
+
+
+def adapter_bytes(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
