@@ -8,20 +8,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from qlora_tool.memory.classify import timeline
 from qlora_tool.memory.predict import BatchShape, made_up_run
-from qlora_tool.memory.timeline import Timeline
-from qlora_tool.memory.trace import Tracer
+from qlora_tool.memory.trace import Trace, Tracer
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
 
 
-def measure_categories(config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype) -> Timeline:
+def measure_categories(config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype) -> Trace:
     """The memory of a run over time on a CPU, as the tracer sees it on real tensors."""
     with Tracer() as tracer:
         made_up_run(config, model_config, shape, compute_dtype, tracer)
-    return timeline(tracer.trace)
+    return tracer.trace
 
 
 def measure_peak(config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype) -> int:

@@ -20,9 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_tool.adapters.attach import attach
 from qlora_tool.data.batches import Batch
-from qlora_tool.memory.classify import name_gradients, name_optimizer, name_weights, timeline
-from qlora_tool.memory.timeline import Timeline
-from qlora_tool.memory.trace import Tracer
+from qlora_tool.memory.classify import name_gradients, name_optimizer, name_weights
+from qlora_tool.memory.trace import Trace, Tracer
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.load import Quantization, load_base
 from qlora_tool.training.optimizers import Optimizer
@@ -86,7 +85,7 @@ class RandomSource:
     def read(self, name: str) -> Tensor:
         if name in self._integers:
             return torch.zeros(self.shapes[name], dtype=torch.int64, device=self._device)
-        return torch.empty(self.shapes[name], dtype=self._dtype, device=self._device).normal_(0, 0.02)
+        return torch.randn(self.shapes[name], dtype=self._dtype, device=self._device)
 
 
 def made_up_run(
@@ -141,11 +140,14 @@ class _Watch:
                 name_optimizer(self.tracer, optimizer)
 
 
-def predict(config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype) -> Timeline:
-    """The memory of a run over time, on a device with this compute dtype, without weights or data."""
+def predict(config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype) -> Trace:
+    """The memory of a run over time, on a device with this compute dtype, without weights or data.
+
+    `classify.timeline` makes bytes by part of it.
+    """
     with _fake_world(shape), Tracer() as tracer:
         made_up_run(config, model_config, shape, compute_dtype, tracer)
-    return timeline(tracer.trace)
+    return tracer.trace
 
 
 @contextmanager

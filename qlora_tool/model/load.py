@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch._subclasses.fake_tensor import is_fake
 
 from qlora_tool.errors import UserError
@@ -68,7 +69,8 @@ def build_skeleton(config, trust_remote_code: bool = False, dtype: torch.dtype |
         _refuse_other_quantizers(config.model_type, stored)
         del config.quantization_config  # the weights are read by us, whatever they are stored as
     try:
-        with init_empty_weights(include_buffers=False):
+        # Outside of any mode: a skeleton weighs nothing, and a prediction must not see transformers fill it first.
+        with _disable_current_modes(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code, dtype=dtype or config.dtype
             )

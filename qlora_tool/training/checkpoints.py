@@ -79,9 +79,9 @@ def load_checkpoint(path: Path, adapters: AdapterSet, optimizer: Optimizer) -> P
         tensors = read_all(path / "adapter.safetensors")
         state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
         progress = Progress(**json.loads((path / "state.json").read_text(encoding="utf-8")))
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: this checkpoint is broken ({reason}); resume from an earlier one") from error
+    except (UserError, OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: this checkpoint is broken, resume from an earlier one: {reason[:200]}") from error
     adapters.load(tensors, str(path))
     try:
         optimizer.load_state_dict(state["optimizer"])

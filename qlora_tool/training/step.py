@@ -80,6 +80,8 @@ def clip_gradients(gradients: Sequence[Tensor], max_norm: float) -> Tensor:
     Returns:
         The norm before, summed up in fp32 whatever the gradients are in.
     """
+    if not gradients:
+        return torch.zeros(())
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     if max_norm:

@@ -73,7 +73,9 @@ def test_no_gradient_of_a_weights_shape_is_ever_made(folder, quantization, check
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
-            given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+            given = {
+                leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+            }
             for leaf in tree_leaves(result):
                 if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.squeeze().shape in self.shapes:
                     if leaf.untyped_storage().data_ptr() not in given:

@@ -142,7 +142,9 @@ def test_nothing_as_large_as_the_weight_is_made_beside_the_weight():
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
-            given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+            given = {
+                leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+            }
             for tensor in tree_leaves(result):
                 new = isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given
                 if new and tensor.is_floating_point() and tensor.numel() >= OUT * IN:

@@ -281,7 +281,10 @@ def test_a_dora_adapter_without_lengths(adapter):
 
 def test_an_adapter_for_another_model_is_refused_in_one_report(base, tmp_path, adapter):
     lines = lines_of(attach_stored, read_tiny(base("gpt2")), read_adapter(adapter))
-    assert lines[0] == f"{adapter}: adapts {Q_PROJ.replace('self_attn.q', 'mlp.up')}, which is no linear module of this model"
+    assert (
+        lines[0]
+        == f"{adapter}: adapts {Q_PROJ.replace('self_attn.q', 'mlp.up')}, which is no linear module of this model"
+    )
     assert lines[-2:] == [f"{adapter}: and 1 more like these",
                           f"{adapter}: it was trained on {base('llama')}; name that as its base"]  # fmt: skip
     assert len(lines) == 5
@@ -292,7 +295,9 @@ def test_an_adapter_for_another_model_is_refused_in_one_report(base, tmp_path, a
 
 
 def test_whole_tensors_that_do_not_fit_are_refused(base, tmp_path):
-    adapter = write_adapter(tmp_path / "a", base("llama"), quantization="none", modules_to_save=["lm_head", "model.norm"])
+    adapter = write_adapter(
+        tmp_path / "a", base("llama"), quantization="none", modules_to_save=["lm_head", "model.norm"]
+    )
     larger = write_tiny("llama", tmp_path / "larger", vocab_size=133)
     lines = lines_of(attach_stored, read_tiny(larger), read_adapter(adapter))
     assert lines[0] == f"{adapter}: replaces lm_head.weight as (131, 64), but it is (133, 64) in this model"

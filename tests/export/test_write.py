@@ -151,6 +151,8 @@ def test_a_trained_mixture_of_experts_exports_as_it_is_live(tmp_path: Path):
         ("llama", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}),
         ("gpt2", {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}),
         ("llama-tied", {"load_in_8bit": True}),
+        # its output layer too
+        ("llama", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": ["none"]}),
     ],
     ids=str,
 )
@@ -198,6 +200,19 @@ def test_an_existing_folder_stays_as_it_is(adapter: Path, tmp_path: Path):
     with pytest.raises(UserError, match=f"{file}: a file, where --output-dir expects a folder"):
         export_merged(artifact_of(adapter), file, ExportOptions(overwrite=True))
     assert file.read_text() == "mine"
+
+
+def test_a_link_goes_on_to_lead_to_the_folder(adapter: Path, tmp_path: Path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "merged").symlink_to(tmp_path / "disk")
+    for dtype in ("float32", "bfloat16"):
+        export_merged(artifact_of(adapter), tmp_path / "merged", ExportOptions(dtype=dtype, overwrite=True))
+        assert (tmp_path / "merged").is_symlink()
+        assert json.loads((tmp_path / "disk" / "config.json").read_text())["dtype"] == dtype
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    export_merged(artifact_of(adapter), Path("."), ExportOptions())
+    assert (tmp_path / "empty" / "config.json").exists()
 
 
 def test_overwrite_replaces_models_alone_and_never_what_is_merged(base: Path, adapter: Path, tmp_path: Path):

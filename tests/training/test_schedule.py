@@ -25,7 +25,9 @@ def test_every_step_has_the_rate_that_transformers_gives(kind, warmup, total):
     assert found == pytest.approx(expected, rel=1e-12, abs=1e-18)
 
 
-@pytest.mark.parametrize(("warmup_steps", "total"), [(0, 40), (0.03, 40), (0.03, 1), (0.5, 7), (0.999, 10), (1, 40), (7.0, 5)])
+@pytest.mark.parametrize(
+    ("warmup_steps", "total"), [(0, 40), (0.03, 40), (0.03, 1), (0.5, 7), (0.999, 10), (1, 40), (7.0, 5)]
+)
 def test_the_length_of_the_warmup_is_that_of_transformers(warmup_steps, total, tmp_path):
     arguments = TrainingArguments(output_dir=str(tmp_path), warmup_steps=warmup_steps, report_to=[])
     assert warmup_length(warmup_steps, total) == arguments.get_warmup_steps(total)

@@ -116,7 +116,10 @@ def test_padding_changes_nothing(folder):
     batch = padded(examples())
     rows, length = batch.input_ids.shape
     expected = loss_and_gradients(model, adapters, [batch])
-    for pad_token_id in (0, 130):  # what it is filled up with does not matter, a token that is trained elsewhere neither
+    for pad_token_id in (
+        0,
+        130,
+    ):  # what it is filled up with does not matter, a token that is trained elsewhere neither
         wide = {"input_ids": pad_token_id, "labels": -100, "attention_mask": 0}
         filled = {
             name: torch.cat([getattr(batch, name), torch.full((rows, 7), value)], dim=1) for name, value in wide.items()

@@ -17,7 +17,7 @@ ROWS = 30
 def write_model(folder: Path, **changes) -> Path:
     """A tiny llama (fp32, two layers, 256 positions) and the tokenizer that its vocabulary is of."""
     tokenizer = byte_level(CHATML)
-    write_tiny("llama", folder, vocab_size=len(tokenizer), **({"max_position_embeddings": 256} | changes))
+    write_tiny("llama", folder, **({"vocab_size": len(tokenizer), "max_position_embeddings": 256} | changes))
     tokenizer.save_pretrained(folder)
     return folder
 

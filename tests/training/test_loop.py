@@ -1,0 +1,369 @@
+"""Whole runs on a tiny llama: what they leave behind, what the numbers mean, and where they stop."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_adapters import write_peft_adapter
+from tiny_models import read_by_transformers
+from tiny_runs import adapter_bytes, comparable, read_metrics, run_config, write_model, write_rows
+from torch import nn
+
+from qlora_tool.config import load_config
+from qlora_tool.errors import MachineError, UserError
+from qlora_tool.training import loop
+from qlora_tool.training.loop import train
+from qlora_tool.training.step import StepResult
+
+FIELDS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes"}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    return write_model(folder / "model"), write_rows(folder / "rows.jsonl")
+
+
+@pytest.fixture
+def config(inputs, tmp_path):
+    """The tiny run into `run`; `values` by dotted key."""
+    return lambda name="run", **values: run_config(
+        *inputs, tmp_path / name, {k.replace("__", "."): v for k, v in values.items()}
+    )
+
+
+def partial_files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.name.startswith(".")]
+
+
+def test_what_a_run_leaves_behind(config, tmp_path):
+    run = train(config(training__save_steps=4, training__warmup_steps=2, training__lr_scheduler_type="linear"))
+    folder = tmp_path / "run"
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "checkpoints", "config.yaml", "metrics.jsonl"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
+    names = {path.name for path in (folder / "adapter").iterdir()}
+    assert names >= {"adapter_config.json", "adapter_model.safetensors", "qlora_tool.json", "tokenizer_config.json"}
+    assert not partial_files(folder)
+
+    metrics = read_metrics(folder)
+    assert [record["step"] for record in metrics] == [1, 2, 3, 4, 5, 6]
+    assert all(record.keys() == FIELDS for record in metrics)
+    assert [record["epoch"] for record in metrics] == [0.125, 0.25, 0.375, 0.5, 0.625, 0.75]  # 30 rows, 4 a step
+    rates = [0.0, 0.005, 0.01, 0.0075, 0.005, 0.0025]
+    assert [record["learning_rate"] for record in metrics] == pytest.approx(rates)
+    assert metrics[0]["tokens_per_second"] is None  # the first step warms up
+    assert all(record["tokens_per_second"] > 0 for record in metrics[1:])
+    assert all(record["grad_norm"] > 0 and record["peak_memory_bytes"] > 1e8 for record in metrics)
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.2
+
+    provenance = json.loads((folder / "adapter" / "qlora_tool.json").read_text())
+    assert (provenance["quantization"], provenance["double_quant"], provenance["block_size"]) == ("nf4", True, 64)
+    resolved = load_config(str(folder / "config.yaml"))
+    assert resolved == run.config
+    assert resolved.training.gradient_checkpointing is False
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert len(saved) == 28
+    assert any(tensor.any() for name, tensor in saved.items() if "lora_B" in name)
+
+
+def test_training_the_resolved_configuration_repeats_the_run(config, tmp_path):
+    train(config(data__packing=True, training__gradient_checkpointing="auto", model__compute_dtype="float32"))
+    first = tmp_path / "run"
+    again = load_config(str(first / "config.yaml"), [f"training.output_dir={tmp_path / 'again'}"])
+    assert again.training.gradient_checkpointing is True
+    torch.manual_seed(12345)  # what was drawn before does not matter
+    train(again)
+    assert adapter_bytes(tmp_path / "again") == adapter_bytes(first)
+    assert [comparable(r) for r in read_metrics(tmp_path / "again")] == [comparable(r) for r in read_metrics(first)]
+    for name in ("adapter_config.json", "qlora_tool.json"):
+        assert (tmp_path / "again" / "adapter" / name).read_bytes() == (first / "adapter" / name).read_bytes()
+    train(config("other", data__packing=True, training__seed=1))
+    assert adapter_bytes(tmp_path / "other") != adapter_bytes(first)
+
+
+def test_the_logged_loss_is_the_mean_over_the_tokens_since_the_last_record(config, tmp_path):
+    run = train(config("each", training__gradient_accumulation_steps=2))
+    train(config("fourth", training__gradient_accumulation_steps=2, training__logging_steps=4))
+    each, fourth = read_metrics(tmp_path / "each"), read_metrics(tmp_path / "fourth")
+    assert [record["step"] for record in fourth] == [4, 6]
+    counts = [
+        sum(run.data.train.examples[index].trained_tokens for rows in batches for row in rows for index in row)
+        for batches in run.plan.steps(0)
+    ]
+    assert len(set(counts)) > 1  # else a mean of means would do
+    for record, steps in zip(fourth, (slice(0, 4), slice(4, 6)), strict=True):
+        total = sum(count * r["loss"] for count, r in zip(counts[steps], each[steps], strict=True))
+        assert record["loss"] == pytest.approx(total / sum(counts[steps]), rel=1e-12)
+        assert record["grad_norm"] == each[record["step"] - 1]["grad_norm"]
+        assert record["learning_rate"] == each[record["step"] - 1]["learning_rate"]
+
+
+def test_the_plan_sees_every_row_once_an_epoch(config):
+    run = train(config(training__max_steps=-1, training__num_train_epochs=1.5, training__gradient_accumulation_steps=3),
+                dry_run=True)  # fmt: skip
+    steps = list(run.plan.steps(0))
+    assert (run.plan.steps_per_epoch, run.plan.total_steps, len(steps)) == (3, 5, 5)  # 8 micro-batches: 3 + 3 + 2
+    assert [len(batches) for batches in steps] == [3, 3, 2, 3, 3]
+    first = [index for batches in steps[:3] for rows in batches for row in rows for index in row]
+    assert sorted(first) == list(range(30))
+    assert first != sorted(first)
+    second = [index for batches in steps[3:] for rows in batches for row in rows for index in row]
+    assert second != first[: len(second)]
+    assert list(run.plan.steps(4)) == steps[4:]
+
+
+def test_a_dry_run_writes_nothing(config, tmp_path):
+    run = train(config(), dry_run=True)
+    assert run.plan.total_steps == 6
+    assert not (tmp_path / "run").exists()
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_several_sets_are_evaluated_by_name(config, tmp_path):
+    sets = {
+        name: str(write_rows(tmp_path / f"{name}.jsonl", 7, first=100 * n)) for n, name in enumerate(("near", "far"))
+    }
+    values = {"model__quantization": "none", "training__eval_steps": 2, "training__logging_steps": 4}
+    run = train(config(data__eval=sets, training__max_steps=5, **values))
+    metrics = read_metrics(tmp_path / "run")
+    assert [record["step"] for record in metrics] == [2, 4, 5]
+    assert all(record.keys() == FIELDS | {"eval_loss", "eval_near_loss", "eval_far_loss"} for record in metrics)
+    assert all(record["eval_loss"] == record["eval_near_loss"] != record["eval_far_loss"] for record in metrics)
+
+    # What was saved, in PEFT, one row at a time: the mean over the tokens of the whole file.
+    reference = peft.PeftModel.from_pretrained(read_by_transformers(Path(run.config.model.name_or_path)),
+                                               tmp_path / "run" / "adapter").eval()  # fmt: skip
+    for name, dataset in run.data.evaluations.items():
+        total, tokens = 0.0, 0
+        for example in dataset.examples:
+            ids, labels = torch.tensor([example.input_ids]), torch.tensor(example.labels)[1:]
+            with torch.no_grad():
+                logits = reference(input_ids=ids).logits[0, :-1]
+            total += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            tokens += int((labels != -100).sum())
+        assert metrics[-1][f"eval_{name}_loss"] == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_evaluation_does_not_change_the_training(config, tmp_path, inputs):
+    train(config("without"))
+    train(config("with", data__eval=str(inputs[1]), training__eval_steps=1))
+    assert adapter_bytes(tmp_path / "with") == adapter_bytes(tmp_path / "without")
+    for one, other in zip(read_metrics(tmp_path / "with"), read_metrics(tmp_path / "without"), strict=True):
+        assert comparable(one) == comparable(other) | {"eval_loss": one["eval_loss"]}
+
+
+def test_without_eval_steps_a_run_is_evaluated_at_its_end(config, tmp_path):
+    run = train(config(data__eval=0.2))
+    metrics = read_metrics(tmp_path / "run")
+    assert ["eval_loss" in record for record in metrics] == [False] * 5 + [True]
+    assert len(run.data.evaluations["eval"].examples) == 6
+    assert len(run.data.train.examples) == 24
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, [6]), (2, [4, 6]), (None, [2, 4, 6])])
+def test_only_the_newest_checkpoints_are_kept(config, tmp_path, limit, kept):
+    train(config(training__save_steps=2, training__save_total_limit=limit))
+    folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [path.name for path in folders] == [f"step-{step:06d}" for step in kept]
+    for path in folders:
+        assert {file.name for file in path.iterdir()} == {"adapter.safetensors", "optimizer.pt", "state.json"}
+
+
+class DiskFullAt:
+    """Lets the kernel refuse what is written to a file of this name, from its `count`-th opening on: it is /dev/full."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, count: int):
+        self.name, self.count = name, count
+        self.open = Path.open
+        monkeypatch.setattr(Path, "open", lambda path, *arguments, **options: self(path, *arguments, **options))
+
+    def __call__(self, path: Path, mode: str = "r", *arguments, **options):
+        if path.name == self.name and mode[0] in "wa":
+            self.count -= 1
+            if self.count <= 0:
+                path.touch()
+                return self.open(Path("/dev/full"), mode, *arguments, **options)
+        return self.open(path, mode, *arguments, **options)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "adapter.safetensors"])
+def test_a_disk_that_fills_up_while_a_checkpoint_is_saved(config, tmp_path, monkeypatch, name):
+    DiskFullAt(monkeypatch, name, 2)
+    with pytest.raises(MachineError) as error:
+        train(config(training__save_steps=2))
+    folder = tmp_path / "run"
+    (line,) = error.value.lines
+    assert line.startswith(f"no space left for {folder / 'checkpoints' / 'step-000004'}: ")
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
+    assert not partial_files(folder)
+    assert not (folder / "adapter").exists()
+    monkeypatch.undo()
+    train(config(training__save_steps=2))  # with space again it goes on
+    train(config("whole", training__save_steps=2))
+    assert adapter_bytes(folder) == adapter_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "metrics.jsonl"])
+def test_a_disk_that_fills_up_while_anything_else_is_written(config, tmp_path, monkeypatch, name):
+    DiskFullAt(monkeypatch, name, 1)
+    with pytest.raises(MachineError) as error:
+        train(config())
+    assert "no space left" in error.value.lines[0]
+    assert not partial_files(tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_folder_that_cannot_be_renamed_leaves_the_earlier_ones(config, tmp_path, monkeypatch):
+    def refuse(source, target, *, replace=loop.replacing_folder.__globals__["os"].replace):
+        if Path(target).name == "step-000004":
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(MachineError, match="no space left"):
+        train(config(training__save_steps=2))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+
+
+# ------------------------------------------------------------------------------------------------- where a run stops
+
+
+def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path, inputs):
+    with pytest.raises(MachineError) as error:
+        train(config(training__learning_rate=1e30, training__warmup_steps=0, training__save_steps=1))
+    assert error.value.exit_code == 1
+    (line,) = error.value.lines
+    assert line.startswith("step 2: the loss is nan, on rows ")
+    assert line.count(f"{inputs[1]}, line ") == 4
+    assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoints' / 'step-000001'};" in line
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1]
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_broken_weight_stops_the_run_at_its_first_step(config, tmp_path, monkeypatch):
+    def prepare(config, *, prepare_model=loop.prepare_model):
+        model, adapters = prepare_model(config)
+        model.module.model.norm.weight.data[3] = float("nan")
+        return model, adapters
+
+    monkeypatch.setattr(loop, "prepare_model", prepare)
+    with pytest.raises(MachineError, match=r"step 1: the loss is nan, .* the last good checkpoint is none yet"):
+        train(config())
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("dtype", "steps"), [("float32", 2), ("float16", 17)])
+def test_gradients_that_are_no_numbers_stop_the_run(config, tmp_path, monkeypatch, dtype, steps):
+    """At once; in fp16 when the loss scale, halved at every such step, has come from 65536 down to 1."""
+
+    def broken(model, optimizer, batches, settings, rate):
+        for parameter in optimizer.parameters:
+            parameter.grad = torch.full_like(parameter, float("inf") if calls else 0.0)
+        calls.append(rate)
+        return StepResult(torch.tensor(1.0), optimizer.step(rate, settings.max_grad_norm))
+
+    calls: list[float] = []
+    monkeypatch.setattr(loop, "train_step", broken)
+    with pytest.raises(MachineError, match=rf"step {steps}: the norm of the gradients is (inf|nan), on rows"):
+        train(config(model__compute_dtype=dtype, training__max_steps=40, training__save_steps=1))
+    metrics = read_metrics(tmp_path / "run")
+    assert len(metrics) == steps - 1
+    assert all(record["grad_norm"] is None for record in metrics[1:])  # JSON has no infinity
+    saved = load_file(tmp_path / "run" / "checkpoints" / f"step-{steps - 1:06d}" / "adapter.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_a_tracker_that_is_not_installed(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    with pytest.raises(UserError) as error:
+        train(config(training__report_to=["tensorboard", "wandb"]))
+    (line,) = error.value.lines
+    assert line.startswith("training.report_to: tensorboard, wandb: not installed; `pip install tensorboard wandb`")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_rows_longer_than_the_models_positions(config, tmp_path, inputs, scaled):
+    model = tmp_path / "model"
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    write_model(model, max_position_embeddings=64, **({"rope_parameters": rope} if scaled else {}))
+    changed = config(model__name_or_path=str(model))
+    if scaled:
+        assert train(changed).progress.step == 6
+        return
+    with pytest.raises(UserError) as error:
+        train(changed)
+    (line,) = error.value.lines
+    assert line.startswith("data.max_length: 128, but the model's max_position_embeddings is 64;")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_is_not_the_models(config, tmp_path):
+    model = tmp_path / "model"
+    write_model(model)
+    smaller = write_model(tmp_path / "smaller", vocab_size=131)
+    for file in model.glob("tokenizer*"):
+        (smaller / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="but the model knows only 131; tokenizer and model do not belong together"):
+        train(config(model__name_or_path=str(smaller)))
+
+
+def test_an_output_folder_that_is_a_file(config, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UserError, match=r"training\.output_dir: .*run is a file"):
+        train(config())
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+# ------------------------------------------------------------------------------------- starting from another adapter
+
+
+@pytest.fixture
+def start(inputs, tmp_path):
+    """An adapter of PEFT's: its own rank, scale and places."""
+    settings = {"r": 6, "lora_alpha": 5, "use_rslora": True, "rank_pattern": {"v_proj": 3}}
+    return write_peft_adapter(tmp_path / "start", inputs[0], target_modules=["q_proj", "v_proj"], **settings)
+
+
+def test_a_run_that_starts_from_an_adapter_goes_on_with_its_kind(inputs, tmp_path, start):
+    values = {"adapter.init_from": str(start), "training.learning_rate": 1e-30, "model.quantization": "none"}
+    config = run_config(*inputs, tmp_path / "run", values)
+    run = train(config.model_copy(update={"adapter": type(config.adapter)(init_from=str(start), lora_dropout=0.2)}))
+    assert (run.config.adapter.r, run.config.adapter.lora_alpha, run.config.adapter.use_rslora) == (6, 5, True)
+    assert {layer.settings.dropout for layer in run.adapters.layers.values()} == {0.2}
+    saved = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_alpha"], saved["use_rslora"]) == (6, 5, True)
+    # Nothing was learnt at that rate: PEFT reads what it wrote, and it works as before.
+    ids = torch.tensor([[5, 17, 99, 3, 42]])
+    logits = [
+        peft.PeftModel.from_pretrained(read_by_transformers(inputs[0]), folder).eval()(input_ids=ids).logits
+        for folder in (start, tmp_path / "run" / "adapter")
+    ]
+    assert float((logits[0] - logits[1]).abs().max()) < 1e-5
+    train(load_config(str(tmp_path / "run" / "config.yaml"), [f"training.output_dir={tmp_path / 'again'}"]))
+    assert adapter_bytes(tmp_path / "again") == adapter_bytes(tmp_path / "run")
+
+
+def test_a_configuration_that_contradicts_the_adapter_to_start_from(inputs, tmp_path, start):
+    values = {"adapter.init_from": str(start), "adapter.method": "dora", "adapter.lora_alpha": 32}
+    with pytest.raises(UserError) as error:
+        train(run_config(*inputs, tmp_path / "run", values))
+    assert [line.partition(",")[0] for line in error.value.lines] == [
+        "adapter.method: dora", "adapter.r: 4", "adapter.lora_alpha: 32"
+    ]  # fmt: skip
+    values = {"adapter.init_from": str(start), "adapter.r": 6, "adapter.target_modules": ["q_proj", "k_proj"]}
+    with pytest.raises(UserError) as error:
+        train(run_config(*inputs, tmp_path / "run", values))
+    assert error.value.lines[0].startswith("adapter.target_modules: model.layers.0.self_attn.k_proj is among them, but")
+    assert not (tmp_path / "run").exists()
