@@ -102,7 +102,9 @@ def test_an_unfinished_run_says_how_to_finish_it(run: Path, tmp_path: Path):
     unfinished = tmp_path / "run"
     shutil.copytree(run, unfinished)
     shutil.rmtree(unfinished / "adapter")
-    with pytest.raises(UserError, match=rf"{unfinished}: this run is not finished; .* train {unfinished}/config\.yaml`"):
+    with pytest.raises(
+        UserError, match=rf"{unfinished}: this run is not finished; .* train {unfinished}/config\.yaml`"
+    ):
         artifact_of(unfinished)
 
 

@@ -36,6 +36,9 @@ class Entry(NamedTuple):
 MAIN, USE, AROUND = "Main commands", "Use a model", "Around them"
 COMMANDS = {
     "train": Entry(MAIN, "qlora_tool.cli.train:train", "Train an adapter on a quantized model."),
+    "profile-memory": Entry(
+        MAIN, "qlora_tool.cli.profile_memory:profile_memory", "Predict where every byte of a run goes, before it."
+    ),
     "export-merged": Entry(MAIN, "qlora_tool.cli.export_merged:export_merged", "Merge an adapter into its base."),
     "generate": Entry(USE, "qlora_tool.cli.generate:generate", "Answer prompts with a run or a model."),
     "evaluate": Entry(USE, "qlora_tool.cli.evaluate:evaluate", "Loss and exact match of a run or a model on a file."),

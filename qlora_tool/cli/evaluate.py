@@ -29,7 +29,7 @@ FORMATS = ("auto", "messages", "sharegpt", "alpaca", "dolly", "prompt_completion
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True,
               help="Of an answer at most.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Rows at a time.")
-@click.option("--json", "json_file", metavar="FILE", help="Write the scores as JSON.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), metavar="FILE", help="Write the scores as JSON.")
 @base_options
 @device_options
 def evaluate(run_or_model: str, sources: tuple[str, ...], data_format: str, max_length: int | None, generate: bool,

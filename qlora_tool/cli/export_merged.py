@@ -24,7 +24,8 @@ from qlora_tool.cli.options import base_options, base_options_of
               show_default=True, help="Of the files; auto is the base's own.")  # fmt: skip
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Bytes of one file at most.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
-@click.option("--json", "json_file", metavar="FILE", help="Write what was done as JSON.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), metavar="FILE",
+              help="Write what was done as JSON.")  # fmt: skip
 @base_options
 def export_merged(run_or_adapter: str, output_dir: str, base: str, dtype: str, max_shard_size: str, overwrite: bool,
                   json_file: str | None, **options):  # fmt: skip

@@ -10,6 +10,8 @@ Format: 8 bytes little-endian length n, n bytes of JSON {name: {dtype, shape, da
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +25,8 @@ from qlora_tool.errors import UserError, did_you_mean
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+
+_TRIM_EVERY = 32 << 20  # bytes read
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -59,6 +63,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         self.folder = folder
         self.files = _checkpoint_files(folder)
         self._entries: dict[str, TensorEntry] = {}
+        self._read_bytes = 0  # since freed memory was last given back
         for file in self.files:
             self._entries.update(read_header(file))
 
@@ -73,11 +78,22 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """One tensor, read from the disk into a buffer of its own, on `device`."""
+        self._read_bytes += self._entries[name].nbytes
+        if self._read_bytes >= _TRIM_EVERY:
+            self._read_bytes = 0
+            give_back_freed_memory()
         return read_tensor(self._entries[name], device)
 
     @property
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self._entries.values())
+
+
+def give_back_freed_memory() -> None:
+    """Let the C library return what was freed to the system. Between the small tensors that stay, glibc keeps the holes
+    of the large ones that were read and went: for a small model, more than the model."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to do
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:

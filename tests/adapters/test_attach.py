@@ -65,7 +65,7 @@ def test_only_what_is_trained_gets_a_gradient(folder, method):
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
 def test_no_gradient_of_a_weights_shape_is_ever_made(folder, quantization, checkpointing):
     class Made(TorchDispatchMode):
-        """Notes operators that allocate a floating-point matrix of the shape of a linear weight, or of its transpose."""
+        """Notes operators that allocate a matrix of the shape of a linear weight, or of its transpose."""
 
         def __init__(self, shapes: set[tuple[int, ...]]):
             super().__init__()
@@ -73,14 +73,15 @@ def test_no_gradient_of_a_weights_shape_is_ever_made(folder, quantization, check
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
-            given = {
-                leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
-            }
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.squeeze().shape in self.shapes:
-                    if leaf.untyped_storage().data_ptr() not in given:
-                        self.operators.add(function.overloadpacket.__name__)
+            given = {tensor.untyped_storage().data_ptr() for tensor in tensors_in((args, kwargs))}
+            for tensor in tensors_in(result):
+                new = tensor.untyped_storage().data_ptr() not in given
+                if new and tensor.is_floating_point() and tensor.squeeze().shape in self.shapes:
+                    self.operators.add(function.overloadpacket.__name__)
             return result
+
+    def tensors_in(tree) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
     model, _ = attached(folder, "llama", quantization, r=3)
     if checkpointing:

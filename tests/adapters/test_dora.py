@@ -142,14 +142,15 @@ def test_nothing_as_large_as_the_weight_is_made_beside_the_weight():
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
-            given = {
-                leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
-            }
-            for tensor in tree_leaves(result):
-                new = isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given
+            given = {tensor.untyped_storage().data_ptr() for tensor in tensors_in((args, kwargs))}
+            for tensor in tensors_in(result):
+                new = tensor.untyped_storage().data_ptr() not in given
                 if new and tensor.is_floating_point() and tensor.numel() >= OUT * IN:
                     self.operators.append(function.overloadpacket.__name__)
             return result
+
+    def tensors_in(tree) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
     linear, layer = frozen_linear(quantization="nf4"), adapter()
     x = noise(3, IN, seed=6).requires_grad_()

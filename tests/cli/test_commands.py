@@ -441,6 +441,8 @@ def test_what_evaluate_refuses(here: Path):
     line = error(here, "evaluate", "run", "--data", "text.txt", "--generate", *CPU)
     assert line == "text.txt: --generate compares answers, and no row has one; leave it out to get the loss"
     assert error(here, "evaluate", "run").startswith("missing option '--data'")
+    line = error(here, "evaluate", "run", "--data", "good.jsonl", "--json", "base")
+    assert line.startswith("'--json': File 'base' is a directory")
 
 
 # ------------------------------------------------------------------------------------------------- the whole way

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_adapters import artifact_of, live_logits, peft_logits, plain_logits, write_adapter, write_peft_adapter
-from tiny_models import write_tiny
+from tiny_models import FAMILIES, write_tiny
 
 from qlora_tool.errors import UserError
 from qlora_tool.export.write import ExportOptions, export_merged
@@ -38,7 +38,7 @@ def assert_export_is_live(adapter: Path, output: Path, **options) -> None:
     export_merged(artifact, output, FP32)
     assert_same_logits(plain_logits(output), live)
     untuned = plain_logits(Path(artifact.model.name_or_path))
-    assert (live - untuned).abs().max() > 0.1  # quantization and adapter change something
+    assert (live - untuned).abs().max() > 0.02 * untuned.abs().max()  # quantization and adapter change something
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,14 @@ def test_every_quantization(base, tmp_path: Path, quantization):
     assert_export_is_live(adapter, tmp_path / "merged")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(base, tmp_path: Path, family: str):
+    """Under the names and shapes of its own checkpoint."""
+    assert_export_is_live(write_adapter(tmp_path / "adapter", base(family)), tmp_path / "merged")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base(family), tmp_path / "merged"))
+    assert {name: t.shape for name, t in after.items()} == {name: t.shape for name, t in before.items()}
+
+
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
@@ -71,13 +79,11 @@ def test_every_quantization(base, tmp_path: Path, quantization):
         ("llama-odd", {"method": "dora"}),
         ("gpt2", {"bias": "lora_only"}),
         ("gpt2", {"method": "dora", "target_modules": ["c_attn", "c_fc"], "modules_to_save": ["h.1.mlp.c_proj"]}),
-        ("mixtral", {}),
         ("qwen3_moe", {"modules_to_save": ["lm_head"]}),
-        ("gpt_oss", {}),
     ],
     ids=str,
 )
-def test_methods_and_families(base, tmp_path: Path, family, settings):
+def test_methods(base, tmp_path: Path, family, settings):
     adapter = write_adapter(tmp_path / "adapter", base(family), **settings)
     assert_export_is_live(adapter, tmp_path / "merged")
 

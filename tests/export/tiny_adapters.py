@@ -36,9 +36,7 @@ def disturb(parameters: Iterable[nn.Parameter], seed: int = 1) -> None:
             parameter.add_(noise * (0.2 * deviation or 0.2))
 
 
-def write_adapter(
-    folder: Path, base: Path, *, quantization: str = "nf4", double_quant: bool = True, **adapter
-) -> Path:
+def write_adapter(folder: Path, base: Path, *, quantization: str = "nf4", double_quant: bool = True, **adapter) -> Path:
     """An adapter as a run leaves it, `qlora_tool.json` included, with random values.
 
     Args:

@@ -181,7 +181,7 @@ def test_only_the_newest_checkpoints_are_kept(config, tmp_path, limit, kept):
 
 
 class DiskFullAt:
-    """Lets the kernel refuse what is written to a file of this name, from its `count`-th opening on: it is /dev/full."""
+    """Lets the kernel refuse what is written to files of a name, from the `count`-th one on: they are /dev/full."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, count: int):
         self.name, self.count = name, count

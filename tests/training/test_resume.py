@@ -261,8 +261,8 @@ def test_faults_of_a_path_to_resume_from(config, tmp_path):
     assert line.startswith(f"--resume {tmp_path / 'nowhere'}: no checkpoint; expected a folder such as runs/NAME/")
     line = line_of(train, config("other", adapter__r=8, **values), resume=str(folder))
     assert line == (
-        f"{folder / 'checkpoints' / 'step-000006'}: its run was configured otherwise (adapter.r: 4 there, 8 here); resume "
-        f"with {folder / 'config.yaml'}"
+        f"{folder / 'checkpoints' / 'step-000006'}: its run was configured otherwise (adapter.r: 4 there, 8 here); "
+        f"resume with {folder / 'config.yaml'}"
     )
     line = line_of(train, config("other", training__max_steps=5, **values), resume=str(folder))
     assert line.startswith(f"{folder / 'checkpoints' / 'step-000006'}: 6 steps were trained, but this run has 5;")
@@ -280,8 +280,8 @@ def test_a_checkpoint_by_itself_that_does_not_fit(config, tmp_path):
     alone = shutil.copytree(tmp_path / "run" / "checkpoints" / "step-000006", tmp_path / "alone" / "a" / "step-000006")
     line = line_of(train, config("other", training__optim="adamw_8bit"), resume=str(alone))
     assert (
-        line
-        == f"{alone}: its optimizer does not fit this run: saved by adamw, not by adamw_8bit; start anew with --overwrite"
+        line == f"{alone}: its optimizer does not fit this run: saved by adamw, not by adamw_8bit; start anew with "
+        "--overwrite"
     )
     with pytest.raises(UserError) as error:
         train(config("other", adapter__target_modules=["q_proj"]), resume=str(alone))
@@ -294,7 +294,8 @@ def test_a_checkpoint_by_itself_that_does_not_fit(config, tmp_path):
     ("name", "damage"),
     [
         ("adapter.safetensors", "truncated"), ("adapter.safetensors", "garbage"), ("optimizer.pt", "truncated"),
-        ("optimizer.pt", "garbage"), ("optimizer.pt", "missing"), ("state.json", "truncated"), ("state.json", "garbage"),
+        ("optimizer.pt", "garbage"), ("optimizer.pt", "missing"), ("state.json", "truncated"),
+        ("state.json", "garbage"),
     ],
 )  # fmt: skip
 def test_a_broken_checkpoint_is_told_as_such(config, tmp_path, stop_in_step, name, damage):

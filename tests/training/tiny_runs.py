@@ -24,10 +24,11 @@ def write_model(folder: Path, **changes) -> Path:
 
 def write_rows(file: Path, rows: int = ROWS, first: int = 0) -> Path:
     """Questions and answers of different lengths, no two alike."""
-    lines = [
-        {"prompt": f"How many are {index} and {index * 7 % 11}?", "completion": f"{index + index * 7 % 11} " * (1 + index % 4)}
-        for index in range(first, first + rows)
-    ]  # fmt: skip
+    lines = []
+    for index in range(first, first + rows):
+        other = index * 7 % 11
+        answer = f"{index + other} " * (1 + index % 4)
+        lines.append({"prompt": f"How many are {index} and {other}?", "completion": answer})
     file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     return file
 

@@ -1,0 +1,87 @@
+"""`qlora-tool profile-memory`."""
+
+from __future__ import annotations
+
+import click
+
+from qlora_tool.cli import ToolCommand
+
+
+@click.command(
+    cls=ToolCommand,
+    examples="""
+    qlora-tool profile-memory llama-2-7b-24gb --device-memory rtx-4090
+    qlora-tool profile-memory my-run.yaml --device cpu --measure --plot memory.html
+    qlora-tool profile-memory my-run.yaml --device-memory 12GB --plan
+    """,
+)
+@click.argument("config")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key; repeatable.")
+@click.option("--device", type=click.Choice(["cuda", "cpu"]),
+              help="What to predict for; by default cuda, unless the configuration says cpu.")  # fmt: skip
+@click.option("--device-memory", metavar="24GB|CARD", help="What must suffice: a size, or a card such as rtx-4090.")
+@click.option("--measure", is_flag=True, help="Also run real steps, with made-up weights, and compare.")
+@click.option("--plan", "plan_too", is_flag=True, help="Show what fits: lengths, batches, checkpointing, quantization.")
+@click.option("--calibrate", "calibrate_first", is_flag=True, help="Measure this card's context and workspaces, and keep them.")
+@click.option("--json", "json_file", metavar="FILE", help="Write the breakdown as JSON.")
+@click.option("--plot", "plot_file", metavar="FILE.png|FILE.html", help="Draw the step's memory over time.")
+def profile_memory(config: str, overrides: tuple[str, ...], device: str | None, device_memory: str | None, measure: bool,
+                   plan_too: bool, calibrate_first: bool, json_file: str | None, plot_file: str | None):  # fmt: skip
+    """Predict where every byte of a run goes, without weights, data or a GPU.
+
+    CONFIG is a YAML file or the name of a recipe. Full batches of `data.max_length` tokens are assumed.
+    """
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from qlora_tool.cli.logs import log_to_stderr
+    from qlora_tool.config import load_config, with_values
+    from qlora_tool.memory.cards import parse_device_memory
+
+    configuration = load_config(config, overrides)
+    if configuration.training.gradient_checkpointing == "auto":
+        configuration = with_values(configuration, {"training.gradient_checkpointing": True})
+    budget = parse_device_memory(device_memory) if device_memory else None
+    if plot_file and Path(plot_file).suffix not in (".png", ".html"):
+        raise click.BadParameter(f"{plot_file}: expected a name that ends in .png or .html", param_hint="--plot")
+    if plan_too and budget is None:
+        raise click.UsageError("--plan needs to know what must suffice: give --device-memory, such as 24GB or rtx-4090")
+    device = device or ("cpu" if configuration.model.device == "cpu" else "cuda")
+    log_to_stderr()
+    from qlora_tool.files import write_json
+    from qlora_tool.memory.profile import profile
+    from qlora_tool.memory.table import render_report
+
+    if calibrate_first:
+        from qlora_tool.memory.calibrate import calibrate
+
+        calibrate()
+    profiled = profile(configuration, device, measure=measure)
+    limits = {"budget": budget.bytes if budget else None, "budget_name": budget.name if budget else ""}
+    console = Console(highlight=False)
+    render_report(profiled.report, **limits, unquantized=profiled.unquantized, console=console)
+    if profiled.allocator_peak is not None:
+        error = profiled.report.predicted.peak_bytes / profiled.allocator_peak - 1
+        console.print(f"the allocator itself, without a tracer: {profiled.allocator_peak / 1e6:.1f} MB at the peak; "
+                      f"predicted {error:+.2%}")  # fmt: skip
+    if json_file:
+        write_json(Path(json_file), profiled.report.to_json())
+    if plot_file:
+        _plot(Path(plot_file), profiled, limits, configuration.model.name_or_path)
+    if plan_too:
+        from qlora_tool.memory.plan import plan, render_plan
+        from qlora_tool.memory.profile import compute_dtype_on, model_config_of
+
+        dtype = compute_dtype_on(configuration, device)
+        render_plan(plan(configuration, model_config_of(configuration), budget.bytes, dtype, device), console)
+
+
+def _plot(path, profiled, limits: dict, title: str) -> None:
+    from qlora_tool.memory.html import write_html
+    from qlora_tool.memory.plot import write_png
+
+    if path.suffix == ".png":
+        write_png(path, profiled.timelines, profiled.report, **limits, title=title)
+    else:
+        write_html(path, profiled.timelines, profiled.report, **limits, unquantized=profiled.unquantized, title=title)
