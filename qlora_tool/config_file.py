@@ -17,7 +17,9 @@ def parse_file(source: str) -> tuple[dict[Any, Any], list[tuple[str, int]]]:
     path = Path(source) if Path(source).is_file() else find_recipe(source)
     if path is None:
         if Path(source).is_dir():
-            raise UserError(f"{source}: expected a configuration file or the name of a recipe, found a folder")
+            inside = Path(source) / "config.yaml"
+            hint = f"; a run's configuration is {inside}" if inside.exists() else ""
+            raise UserError(f"{source}: expected a configuration file or the name of a recipe, found a folder{hint}")
         recipes = recipe_names()
         close = did_you_mean(Path(source).stem, recipes)
         raise UserError(f"{source}: neither a file nor a recipe ({', '.join(recipes)}){close}")

@@ -60,7 +60,7 @@ def evaluate(run_or_model: str, sources: tuple[str, ...], data_format: str, max_
     model, tokenizer = open_artifact(artifact)
     own = artifact.run.data if artifact.run else DataConfig()
     if max_length:
-        check_length(model.config, max_length)
+        check_length(model.config, max_length, "--max-length")
     else:
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         max_length = min(own.max_length, positions or own.max_length)

@@ -99,7 +99,10 @@ def build_dataset(
         examples = _conversation_examples(read_conversations(rows, form), tokenizer, report)
     _count_tokens(report, examples)
     if not report.trained_tokens:
-        raise UserError(f"{key}: nothing to learn from: {'; '.join(report.lines())}")
+        raise UserError(
+            f"{key}: nothing to learn from: {'; '.join(report.lines())}; each row needs an answer that begins within "
+            "data.max_length"
+        )
     return Dataset(examples, report)
 
 

@@ -248,7 +248,7 @@ def quantize_parameter(
         ):
             double = " with double quantization" if value.double_quant else ""
             raise UserError(
-                f"the checkpoint is already quantized as {value.kind}{double}; set model.quantization: {value.kind} "
+                f"{name}: the checkpoint is already quantized as {value.kind}{double}; set model.quantization: {value.kind} "
                 f"and model.double_quant: {str(value.double_quant).lower()}"
             )
         return value

@@ -78,7 +78,7 @@ def open_model(config: ModelConfig) -> CausalLM:
     return CausalLM(module, folder, quantization, compute_dtype)
 
 
-def check_length(model_config, max_length: int) -> None:
+def check_length(model_config, max_length: int, key: str = "data.max_length") -> None:
     """Refuse rows longer than the model's positions, unless RoPE scaling stretches them.
 
     Raises:
@@ -93,6 +93,6 @@ def check_length(model_config, max_length: int) -> None:
     )
     if limit and max_length > limit and not scaled:
         raise UserError(
-            f"data.max_length: {max_length}, but the model's max_position_embeddings is {limit}; set data.max_length "
+            f"{key}: {max_length}, but the model's max_position_embeddings is {limit}; set {key} "
             f"to {limit} or less, or configure RoPE scaling in the model's config.json"
         )

@@ -29,7 +29,9 @@ def resolve(name_or_path: str, revision: str | None = None, *, weights: bool = T
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise UserError(f"{path}: no config.json in it, so it is no model folder (an adapter needs `--model BASE`)")
+            adapter = (path / "adapter_config.json").exists() or (path / "adapter").is_dir()
+            cure = "an adapter or a run: name its base here, and it in adapter.init_from" if adapter else "download it again"
+            raise UserError(f"{path}: no config.json in it, so it is no model folder; {cure}")
         return path
     if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
