@@ -11,6 +11,7 @@ import contextlib
 import errno
 import importlib
 import inspect
+import logging
 import signal
 import sys
 import threading
@@ -156,6 +157,8 @@ class ToolGroup(ExampleGroup):
         """
         args = list(sys.argv[1:] if args is None else args)
         settings["standalone_mode"] = False
+        # On a CPU with bf16 instructions it asks for an optional kernel package, which nothing here needs.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:
             with _sigterm_raises():
                 code = super().main(args, prog_name or "qlora-tool", **settings)

@@ -61,12 +61,7 @@ def part_of(storage: Storage) -> str:
 
 def timeline(trace: Trace) -> Timeline:
     """The trace as bytes by part over time."""
-    phases = iter([*trace.marks, (len(trace.events) + 1, "", 0)])
-    _, phase, _ = next(phases)
-    upcoming = next(phases)
-    events = []
-    for index, (storage, sign) in enumerate(trace.events):
-        while index >= upcoming[0]:
-            phase, upcoming = upcoming[1], next(phases)
-        events.append(Event(part_of(storage), sign * storage.nbytes, phase, storage.module, storage.operator))
-    return Timeline.from_events(events)
+    return Timeline.from_events(
+        Event(part_of(storage), sign * storage.nbytes, phase, storage.module, storage.operator)
+        for (storage, sign), phase in zip(trace.events, trace.phases(), strict=True)
+    )

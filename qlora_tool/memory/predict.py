@@ -6,17 +6,19 @@ adapters, `train_step`, the optimizer. Two steps are run, as the optimizer's sta
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import transformers.masking_utils
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_tool.adapters.attach import attach
 from qlora_tool.data.batches import Batch
@@ -61,14 +63,16 @@ class BatchShape:
     def batch(self) -> Batch:
         """A batch of this shape, of arbitrary tokens."""
         ids = torch.ones(self.rows, self.length, dtype=torch.int64)
-        positions = None
+        mask = positions = None
+        if self.padded:
+            mask = torch.ones_like(ids)
+            mask[0, -1] = 0  # a mask of ones alone would be passed over
         if self.segments is not None:
-            positions = torch.cat([torch.arange(length) for length in self.segments]).expand(self.rows, -1)
+            positions = torch.cat([torch.arange(length) for length in self.segments]).repeat(self.rows, 1)
         return Batch(
-            input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids) if self.padded else None,
-            position_ids=positions, predicting=torch.arange(self.trained_tokens),
-            targets=torch.ones(self.trained_tokens, dtype=torch.int64), tokens=self.rows * self.length,
-            trained_tokens=self.trained_tokens, where=[],
+            input_ids=ids, labels=ids.clone(), attention_mask=mask, position_ids=positions,
+            predicting=torch.arange(self.trained_tokens), targets=torch.ones(self.trained_tokens, dtype=torch.int64),
+            tokens=self.rows * self.length, trained_tokens=self.trained_tokens, where=[],
         )  # fmt: skip
 
 
@@ -85,36 +89,98 @@ class RandomSource:
     def read(self, name: str) -> Tensor:
         if name in self._integers:
             return torch.zeros(self.shapes[name], dtype=torch.int64, device=self._device)
-        return torch.randn(self.shapes[name], dtype=self._dtype, device=self._device)
+        # Small, so that nothing overflows and the optimizer takes its steps.
+        return torch.randn(self.shapes[name], dtype=self._dtype, device=self._device).mul_(0.02)
 
 
 def made_up_run(
-    config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype, tracer: Tracer | None = None
+    config: Config,
+    model_config,
+    shape: BatchShape,
+    compute_dtype: torch.dtype,
+    tracer: Tracer | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    watch: Watch | None = None,
 ) -> None:
-    """Load a made-up model and run training steps on it, watched by an open tracer where one is given."""
-    watch = _Watch(tracer)
+    """Load a made-up model and run training steps on it.
+
+    Args:
+        tracer: an open one, to watch it.
+        device: where it runs.
+        watch: watches it in another way than a tracer does.
+    """
+    watch, device = watch or _TracerWatch(tracer), torch.device(device)
     quantization = Quantization(config.model.quantization, config.model.double_quant)
     stored = getattr(model_config, "dtype", None) or torch.bfloat16
     with watch.phase("load", 0):
         module = load_base(
-            Path(), model_config, quantization, torch.device("cpu"), compute_dtype,
+            Path(), model_config, quantization, device, compute_dtype,
             open_source=lambda model, device: RandomSource(model, device, stored),
         )  # fmt: skip
         model = CausalLM(module, Path(), quantization, compute_dtype)
         adapters = attach(module, config.adapter, compute_dtype, config.training.seed)
         optimizer = Optimizer(config.training.optim, adapters.parameters(), config.training.weight_decay)
-    model.chunked_loss = module.get_output_embeddings() is not None
+    model.chunked_loss = loss_fits_in_chunks(model)
     model.checkpoint_layers(bool(config.training.gradient_checkpointing), watch.recomputation)
     module.train()
     watch.loaded(model, adapters)
     settings = StepSettings(config.training.max_grad_norm, config.training.label_smoothing_factor)
-    batches = [shape.batch() for _ in range(min(2, config.training.gradient_accumulation_steps))]
+    batches = [shape.batch(device) for _ in range(min(2, config.training.gradient_accumulation_steps))]
     for step in range(1, STEPS + 1):
         train_step(model, optimizer, batches, settings, 1e-4, partial(watch.during, optimizer, step))
 
 
-class _Watch:
-    """What a tracer is told during a run; nothing where there is none."""
+def loss_fits_in_chunks(model: CausalLM) -> bool:
+    """What `CausalLM.choose_loss` finds out by comparing numbers, told from the operators alone: whether the model
+    does to its hidden states just what `project` does."""
+    head, body = model.module.get_output_embeddings(), model.module.base_model
+    if head is None or body is model.module or any(parameter.requires_grad for parameter in head.parameters()):
+        return False
+    ids = torch.ones(1, 6, dtype=torch.int64, device=model.device)
+    with torch.no_grad():
+        with _Operators() as whole:
+            model.module(input_ids=ids, use_cache=False)
+        with _Operators() as parts:
+            hidden = body(input_ids=ids, use_cache=False)[0]
+            if hidden.shape[-1] != head.in_features:
+                return False
+            model.project(hidden)
+    global dbg; dbg=(whole.names-parts.names, parts.names-whole.names)
+    return whole.names == parts.names
+
+
+class _Operators(TorchDispatchMode):
+    """The names of what runs meanwhile, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not any(result.alias_info for result in func._schema.returns):
+            self.names[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Watch(Protocol):
+    """What is told of a run while it goes on."""
+
+    def phase(self, name: str, step: int) -> AbstractContextManager:
+        """A phase is going on meanwhile."""
+
+    def recomputation(self) -> AbstractContextManager:
+        """A checkpointed region is computed again meanwhile."""
+
+    def loaded(self, model: CausalLM, adapters: AdapterSet) -> None:
+        """The model is loaded, its adapters are on it."""
+
+    def during(self, optimizer: Optimizer, step: int, phase: str) -> AbstractContextManager:
+        """A phase of a training step is going on meanwhile; gradients are there when `optimizer` begins."""
+
+
+class _TracerWatch:
+    """Tells a tracer; nobody where there is none."""
 
     def __init__(self, tracer: Tracer | None):
         self.tracer = tracer

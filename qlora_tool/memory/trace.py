@@ -25,6 +25,18 @@ from torch.utils._pytree import tree_leaves
 _SHARES_ITS_GRADIENT = "NativeLayerNormBackward"
 _COPIES = ("aten::clone", "aten::new_empty_strided", "aten::empty_strided")
 
+PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_"})
+NOTED = PRODUCTS | {
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    "aten::bernoulli_",
+    "aten::embedding_dense_backward",
+    "aten::index_put",
+    "aten::index_put_",
+    "aten::sort",
+}
+"""Operators whose calls are kept: what another device takes inside them is told by their shapes (`cuda_operators`)."""
+
 
 @dataclass
 class Storage:
@@ -56,6 +68,29 @@ class Storage:
     holders: int = 1
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator in NOTED.
+
+    Attributes:
+        event: how many events there were when its results were there.
+        operator, phase, module: as in `Storage`.
+        in_backward: whether autograd called it: on a CUDA device another thread does.
+        shapes: of its tensor arguments, in order, None and numbers left out.
+        itemsize: bytes of an element of the first of them.
+        results: the storages that its results lie in, new or written in place.
+    """
+
+    event: int
+    operator: str
+    phase: str
+    module: str
+    in_backward: bool
+    shapes: tuple[tuple[int, ...], ...]
+    itemsize: int
+    results: tuple[Storage, ...]
+
+
 @dataclass
 class Trace:
     """Everything that was seen.
@@ -64,11 +99,23 @@ class Trace:
         storages: in order of birth.
         events: (storage, +1 or -1) in order of time.
         marks: (event, phase, step) where a phase began.
+        calls: of the operators in NOTED, in order of time.
     """
 
     storages: list[Storage] = field(default_factory=list)
     events: list[tuple[Storage, int]] = field(default_factory=list)
     marks: list[tuple[int, str, int]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+
+    def phases(self) -> Iterator[str]:
+        """The phase of each event."""
+        marks = iter([*self.marks, (len(self.events) + 1, "", 0)])
+        _, phase, _ = next(marks)
+        upcoming = next(marks)
+        for index in range(len(self.events)):
+            while index >= upcoming[0]:
+                phase, upcoming = upcoming[1], next(marks)
+            yield phase
 
 
 class Tracer(TorchDispatchMode):
@@ -145,7 +192,20 @@ class Tracer(TorchDispatchMode):
                 self._hand_over(source, storage)
             else:
                 self._born(leaf, operator)
+        if operator in NOTED:
+            self._note(operator, (args, kwargs), result)
         return result
+
+    def _note(self, operator: str, arguments: tuple, result: object) -> None:
+        tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+        lives = [self.storage_of(leaf) for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        call = Call(
+            len(self.trace.events), operator, self._phase, self._module,
+            self._phase == "backward" or torch._C._current_autograd_node() is not None,
+            tuple(tuple(tensor.shape) for tensor in tensors), tensors[0].element_size(),
+            tuple(life for life in lives if life is not None),
+        )  # fmt: skip
+        self.trace.calls.append(call)
 
     def _taken_over(self, operator: str, args: tuple) -> torch.UntypedStorage | None:
         """The storage that, without a dispatch mode, this result would have been written into."""
