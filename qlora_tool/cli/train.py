@@ -36,11 +36,12 @@ def train(config: str, overrides: tuple[str, ...], output_dir: str | None, resum
         overrides = (*overrides, f"training.output_dir={output_dir}")
     configuration = load_config(config, overrides)
     log_to_stderr()
+    from qlora_tool.memory.run_report import RunMemory
     from qlora_tool.training.interrupt import Interrupted
     from qlora_tool.training.loop import train as run_training
 
     try:
-        run = run_training(configuration, resume=resume, overwrite=overwrite, dry_run=dry_run)
+        run = run_training(configuration, resume=resume, overwrite=overwrite, dry_run=dry_run, watcher=RunMemory())
     except Interrupted as interrupted:
         for line in interrupted.lines:
             click.echo(line, err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from qlora_tool.memory.timeline import Event, Timeline
@@ -36,7 +37,8 @@ def name_optimizer(tracer: Tracer, optimizer: Optimizer) -> None:
         tracer.adopt(master).category = "optimizer_state"
     for state in optimizer.inner.state.values():
         for value in state.values():
-            if hasattr(value, "untyped_storage") and (storage := tracer.storage_of(value)) is not None:
+            if isinstance(value, torch.Tensor):
+                storage = tracer.adopt(value)
                 storage.category = storage.category or "optimizer_state"
 
 

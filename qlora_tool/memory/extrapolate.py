@@ -107,15 +107,15 @@ class LayerStack:
     @property
     def traced(self) -> tuple[int, ...]:
         """Two depths whose last layer is of the kind that the model's last is; the model's own if it is no deeper."""
-        repeated = max(2, self.period * (2 if self.period == 2 else 1))
+        repeated = max(2, self.period)
         shallow = self.first + (self.layers - self.first) % self.period + repeated
-        deep = shallow + max(2, self.period)
+        deep = shallow + repeated
         return (shallow, deep) if self.path and deep < self.layers else (self.layers,)
 
     @property
     def last(self) -> int:
         """Layers that are told by their distance from the end; the others by that from the beginning."""
-        return max(1, self.traced[0] // 2 if self.first == 0 else (self.traced[0] - self.first) // 2)
+        return max(1, (self.traced[0] - self.first) // 2)
 
     def place(self, module: str, depth: int) -> tuple[str, int] | None:
         """A module's name without its layer's number, and the layer: 0, 1, … from the first, -1, -2, … from the last.

@@ -6,26 +6,32 @@ adapters, `train_step`, the optimizer. Two steps are run, as the optimizer's sta
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+from unittest.mock import patch
 
+import bitsandbytes.functional as bnb
 import torch
-import transformers.masking_utils
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import masking_utils
 
 from qlora_tool.adapters.attach import attach
 from qlora_tool.data.batches import Batch
+from qlora_tool.errors import ToolError, UserError
 from qlora_tool.memory.classify import name_gradients, name_optimizer, name_weights
 from qlora_tool.memory.trace import Trace, Tracer
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.load import Quantization, load_base
+from qlora_tool.ops import quantized
 from qlora_tool.training.optimizers import Optimizer
 from qlora_tool.training.step import StepSettings, train_step
 
@@ -110,7 +116,7 @@ def made_up_run(
         device: where it runs.
         watch: watches it in another way than a tracer does.
     """
-    watch, device = watch or _TracerWatch(tracer), torch.device(device)
+    watch, device = watch or TracerWatch(tracer), torch.device(device)
     quantization = Quantization(config.model.quantization, config.model.double_quant)
     stored = getattr(model_config, "dtype", None) or torch.bfloat16
     with watch.phase("load", 0):
@@ -126,7 +132,7 @@ def made_up_run(
     module.train()
     watch.loaded(model, adapters)
     settings = StepSettings(config.training.max_grad_norm, config.training.label_smoothing_factor)
-    batches = [shape.batch(device) for _ in range(min(2, config.training.gradient_accumulation_steps))]
+    batches = [shape.batch().to(device) for _ in range(min(2, config.training.gradient_accumulation_steps))]
     for step in range(1, STEPS + 1):
         train_step(model, optimizer, batches, settings, 1e-4, partial(watch.during, optimizer, step))
 
@@ -146,7 +152,6 @@ def loss_fits_in_chunks(model: CausalLM) -> bool:
             if hidden.shape[-1] != head.in_features:
                 return False
             model.project(hidden)
-    global dbg; dbg=(whole.names-parts.names, parts.names-whole.names)
     return whole.names == parts.names
 
 
@@ -158,8 +163,8 @@ class _Operators(TorchDispatchMode):
         self.names: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not any(result.alias_info for result in func._schema.returns):
-            self.names[func._schema.name] += 1
+        if func.namespace != "prim" and not any(result.alias_info for result in func._schema.returns):
+            self.names[func._schema.name.replace("aten::div", "aten::mul")] += 1  # by a scale, or by its inverse
         return func(*args, **(kwargs or {}))
 
 
@@ -179,7 +184,7 @@ class Watch(Protocol):
         """A phase of a training step is going on meanwhile; gradients are there when `optimizer` begins."""
 
 
-class _TracerWatch:
+class TracerWatch:
     """Tells a tracer; nobody where there is none."""
 
     def __init__(self, tracer: Tracer | None):
@@ -210,24 +215,52 @@ def predict(config: Config, model_config, shape: BatchShape, compute_dtype: torc
     """The memory of a run over time, on a device with this compute dtype, without weights or data.
 
     `classify.timeline` makes bytes by part of it.
+
+    Raises:
+        UserError: the model's code cannot run on fake tensors, as where it looks at values; the module is named.
     """
-    with _fake_world(shape), Tracer() as tracer:
-        made_up_run(config, model_config, shape, compute_dtype, tracer)
+    try:
+        with _fake_world(shape), Tracer() as tracer:
+            made_up_run(config, model_config, shape, compute_dtype, tracer)
+    except ToolError:
+        raise
+    except Exception as error:  # what an unknown architecture's code raises can be anything
+        where = _failing_module(error) or f"the {tracer.current_phase} phase"
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(
+            f"model type {model_config.model_type!r}: its training step cannot be traced: {where}: {reason}; "
+            "measure it with profile-memory --measure instead"
+        ) from error
     return tracer.trace
+
+
+def _failing_module(error: Exception) -> str:
+    """The innermost module whose code was running when an error was raised, by name and class; empty if none was."""
+    running = [
+        module for frame, _ in traceback.walk_tb(error.__traceback__)
+        if isinstance(module := frame.f_locals.get("self"), nn.Module)
+    ]  # fmt: skip
+    if not running:
+        return ""
+    names = {module: name for name, module in running[0].named_modules()}
+    return f"module {names.get(running[-1]) or '(the whole model)'} ({type(running[-1]).__name__})"
 
 
 @contextmanager
 def _fake_world(shape: BatchShape) -> Iterator[None]:
-    """Fake tensors, and transformers' masks as they would be on real ones.
+    """Fake tensors, and what would do otherwise with real ones.
 
     Whether positions begin anew within a row cannot be read off fake tensors, so transformers assumes they do and makes
     a mask of length × length. Where the rows are not packed it is told that they do not.
+
+    A weight is quantized in one piece instead of in thousands: the pieces together have the same bytes. The 8-bit
+    optimizer's table of values is one without values.
     """
-    original = transformers.masking_utils.find_packed_sequence_indices
-    if shape.segments is None:
-        transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
-    finally:
-        transformers.masking_utils.find_packed_sequence_indices = original
+    with ExitStack() as changes:
+        if shape.segments is None:
+            unpacked = patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+            changes.enter_context(unpacked)
+        changes.enter_context(patch.object(quantized, "_CHUNK", sys.maxsize))
+        changes.enter_context(patch.object(bnb, "create_dynamic_map", lambda **_kind: torch.empty(256)))
+        changes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield

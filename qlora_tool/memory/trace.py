@@ -17,9 +17,10 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
+from torch.utils.hooks import RemovableHandle
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
 
 # Seen in the profiler of an untraced run: what this node gives is added out of place.
 _SHARES_ITS_GRADIENT = "NativeLayerNormBackward"
@@ -150,16 +151,20 @@ class Tracer(TorchDispatchMode):
         finally:
             self._recomputing -= 1
 
-    def follow_modules(self, model: nn.Module, boundaries: Iterable[nn.Module]) -> None:
+    def follow_modules(self, model: nn.Module, boundaries: Iterable[nn.Module]) -> list[RemovableHandle]:
         """Note whose forward pass is running.
 
         Args:
             boundaries: checkpointed modules: what goes into one is a checkpoint boundary.
+
+        Returns:
+            The hooks, to be removed where the model lives on.
         """
-        kept = set(boundaries)
+        kept, hooks = set(boundaries), []
         for name, module in model.named_modules():
-            module.register_forward_pre_hook(partial(self._enter, name, module in kept))
-            module.register_forward_hook(partial(self._leave, name.rpartition(".")[0]), always_call=True)
+            hooks.append(module.register_forward_pre_hook(partial(self._enter, name, module in kept)))
+            hooks.append(module.register_forward_hook(partial(self._leave, name.rpartition(".")[0]), always_call=True))
+        return hooks
 
     def _enter(self, name: str, is_boundary: bool, _module: nn.Module, args: tuple) -> None:
         self._module = name
@@ -179,10 +184,17 @@ class Tracer(TorchDispatchMode):
         """Note a tensor that no operator was seen to make (a parameter wrapped before the tracer opened)."""
         return self._live.get(tensor.untyped_storage()) or self._born(tensor, operator)
 
+    @property
+    def current_phase(self) -> str:
+        """What is going on, or went on last."""
+        return self._phase
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
         operator = func._schema.name
-        for leaf in tree_leaves(result):
+        if operator == "aten::_local_scalar_dense" and self._phase == "optimizer" and is_fake(args[0]):
+            return True  # whether the gradients of fp16 are finite, so that the step is taken
+        result = func(*args, **(kwargs or {}))
+        for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if not isinstance(leaf, torch.Tensor) or leaf.device.type == "meta":
                 continue
             storage = leaf.untyped_storage()
@@ -230,8 +242,9 @@ class Tracer(TorchDispatchMode):
     def _born(self, tensor: torch.Tensor, operator: str) -> Storage:
         storage = tensor.untyped_storage()
         life = Storage(
-            storage.nbytes(), len(self.trace.events), self._phase, self._step, self._module, operator, self._recomputing > 0
-        )
+            storage.nbytes(), len(self.trace.events), self._phase, self._step, self._module, operator,
+            self._recomputing > 0,
+        )  # fmt: skip
         self.trace.storages.append(life)
         self.trace.events.append((life, +1))
         self._watch(storage, life)

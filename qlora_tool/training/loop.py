@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -27,7 +28,7 @@ from qlora_tool.training.prepare import RunData, prepare_data, prepare_model, pr
 from qlora_tool.training.progress import LiveLine, Metrics, Speed, peak_memory_bytes
 from qlora_tool.training.resume import checkpoint_to_resume, refuse_another_run
 from qlora_tool.training.schedule import learning_rate, warmup_length
-from qlora_tool.training.step import StepResult, StepSettings, train_step
+from qlora_tool.training.step import During, StepResult, StepSettings, no_phases, train_step
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -96,13 +97,31 @@ def _epoch(config: Config, lengths: list[int], epoch: int) -> list[list[list[int
     )  # fmt: skip
 
 
-def train(config: Config, *, resume: str = "auto", overwrite: bool = False, dry_run: bool = False) -> Run:
+class Watcher(Protocol):
+    """Whoever wants to see what a run takes; the memory report, say."""
+
+    def check(self, config: Config, batch: Batch) -> None:
+        """Told the largest batch before the weights are read; raises where it will not fit."""
+
+    def watch(self, run: Run) -> AbstractContextManager[During]:
+        """Open around one early step; gives what `train_step` tells its phases to."""
+
+
+def train(
+    config: Config,
+    *,
+    resume: str = "auto",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    watcher: Watcher | None = None,
+) -> Run:
     """Train what the configuration describes and leave the run's folder behind.
 
     Args:
         resume: auto, never, or a checkpoint's path.
         overwrite: an earlier run in the folder may be replaced.
         dry_run: stop before the first step; nothing is written.
+        watcher: sees the largest batch before the weights are read, and the second step.
 
     Raises:
         UserError, MachineError: see the contract.
@@ -114,6 +133,8 @@ def train(config: Config, *, resume: str = "auto", overwrite: bool = False, dry_
     checkpoint = checkpoint_to_resume(folder, config, resume, overwrite)
     data = prepare_data(config)
     config = with_values(config, {"data.train_on": data.train.report.train_on})  # a text found as such is trained whole
+    if watcher is not None:
+        watcher.check(config, _largest_batch(config, data))
     model, adapters = prepare_model(config)
     if config.data.packing and not model.keeps_packed_apart():
         logger.warning("%s cannot keep packed examples apart: rows are padded instead", model.config.model_type)
@@ -129,9 +150,17 @@ def train(config: Config, *, resume: str = "auto", overwrite: bool = False, dry_
     torch.manual_seed(config.training.seed)  # dropout's alone: what was drawn until here does not matter
     _take_over(run, checkpoint)
     folder.write_config(config)
-    _fit(run)
+    _fit(run, watcher)
     _save_adapter(run)
     return run
+
+
+def _largest_batch(config: Config, data: RunData) -> Batch:
+    """Of the first epoch, the batch whose tensor has the most tokens."""
+    lengths, examples = data.train.lengths, data.train.examples
+    rows = max(_epoch(config, lengths, 0), key=lambda rows: len(rows) * max(sum(lengths[i] for i in row) for row in rows))
+    chosen = [[examples[index] for index in row] for row in rows]
+    return collate(chosen, pad_token_id=data.pad_token_id, packing=config.data.packing)
 
 
 def _take_over(run: Run, checkpoint: Path | None) -> None:
@@ -150,31 +179,33 @@ def _take_over(run: Run, checkpoint: Path | None) -> None:
         run.folder.clear()
 
 
-def _fit(run: Run) -> None:
+def _fit(run: Run, watcher: Watcher | None) -> None:
     """All steps that are left, with what is written and shown around them."""
     run.accelerator = _start_trackers(run)
     total = run.plan.total_steps
     try:
         with StopRequest() as stop, LiveLine(total, run.progress.step) as line:
-            _take_steps(run, stop, line)
+            _take_steps(run, stop, line, watcher)
     finally:
         run.accelerator.end_training()
 
 
-def _take_steps(run: Run, stop: StopRequest, line: LiveLine) -> None:
+def _take_steps(run: Run, stop: StopRequest, line: LiveLine, watcher: Watcher | None) -> None:
     metrics, speed = Metrics(run.folder.metrics_file), Speed()
     run.model.module.train()
     settings = StepSettings(run.training.max_grad_norm, run.training.label_smoothing_factor)
-    total = run.plan.total_steps
+    total, first = run.plan.total_steps, run.progress.step
     for micro_batches in run.plan.steps(run.progress.step):
         batches = [_collate(run, rows).to(run.model.device) for rows in micro_batches]
         rate = _learning_rate(run)
-        result = train_step(run.model, run.optimizer, batches, settings, rate)
+        watched = watcher is not None and run.progress.step == first + 1  # the optimizer's state is there by then
+        with watcher.watch(run) if watched else nullcontext(no_phases) as during:
+            result = train_step(run.model, run.optimizer, batches, settings, rate, during)
         tokens, trained = (sum(getattr(batch, key) for batch in batches) for key in ("tokens", "trained_tokens"))
         run.progress.step_done(tokens, trained, float(result.loss))
         _refuse_no_number(run, result, batches)
         step = run.progress.step
-        speed.step_done(tokens)
+        speed.step_done(tokens, counted=not watched)
         record = None
         evaluated = _is_due(step, run.training.eval_steps, total) and run.data.evaluations
         if evaluated or step % run.training.logging_steps == 0 or step == total:

@@ -94,13 +94,14 @@ def prepare_data(config: Config) -> RunData:
     train = build_dataset(config.data.train, config.data, tokenizer)
     train, evaluations = build_evaluation_sets(config.data, tokenizer, train)
     vocabulary = model_config.get_text_config().vocab_size
-    highest = max(max(example.input_ids) for example in train.examples)
+    datasets = (train, *evaluations.values())
+    highest = max(max(example.input_ids) for dataset in datasets for example in dataset.examples)
     if highest >= vocabulary:
         raise UserError(
             f"{folder}: its tokenizer gives token {highest}, but the model knows only {vocabulary}; tokenizer and "
             "model do not belong together"
         )
-    for dataset in (train, *evaluations.values()):
+    for dataset in datasets:
         for line in dataset.report.lines():
             logger.info(line)
     return RunData(tokenizer, train, evaluations)

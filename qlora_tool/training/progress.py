@@ -43,24 +43,32 @@ class Metrics:
 
 
 class Speed:
-    """Tokens per second between two logged steps; the run's first step, which warms everything up, is left out."""
+    """Tokens per second between two logged steps. The run's first step, which warms everything up, is left out, and so
+    are steps that are watched."""
 
     def __init__(self):
         self._tokens, self._since, self._steps = 0, time.perf_counter(), 0
+        self._last = self._since
 
-    def step_done(self, tokens: int) -> None:
+    def step_done(self, tokens: int, counted: bool = True) -> None:
+        now = time.perf_counter()
         self._steps += 1
         if self._steps == 1:
-            self._since = time.perf_counter()
-        else:
+            self._since = now
+        elif counted:
             self._tokens += tokens
+        else:
+            self._since += now - self._last
+        self._last = now
 
     def pause(self) -> float:
         """Something that is no step begins (an evaluation, a save); give its start to `resume`."""
         return time.perf_counter()
 
     def resume(self, paused_at: float) -> None:
-        self._since += time.perf_counter() - paused_at
+        pause = time.perf_counter() - paused_at
+        self._since += pause
+        self._last += pause
 
     def take(self) -> float | None:
         """The speed since the last call; None when only the first step lies behind."""

@@ -42,13 +42,21 @@ class StepResult:
     grad_norm: Tensor
 
 
+During = Callable[[str], AbstractContextManager]
+
+
+def no_phases(phase: str) -> AbstractContextManager:
+    """Nobody wants to know of phases."""
+    return nullcontext()
+
+
 def train_step(
     model: CausalLM,
     optimizer: Optimizer,
     micro_batches: Sequence[Batch],
     settings: StepSettings,
     learning_rate: float,
-    during: Callable[[str], AbstractContextManager] = lambda phase: nullcontext(),
+    during: During = no_phases,
 ) -> StepResult:
     """Forward and backward over the micro-batches, then one optimizer step.
 

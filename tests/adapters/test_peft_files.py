@@ -52,6 +52,7 @@ OURS = [
     ("llama", {"target_modules": ["q_proj", "layers.1.mlp.up_proj"]}),
     ("llama", {"target_modules": r".*\.(q|v)_proj", "exclude_modules": ["model.layers.0.self_attn.q_proj"]}),
     ("llama", {"target_modules": ["lm_head", "q_proj"]}),
+    ("llama-tied", {"target_modules": ["lm_head", "q_proj"]}),
     ("llama", {"modules_to_save": ["lm_head"]}),
     ("llama", {"modules_to_save": ["o_proj", "model.norm", "embed_tokens"]}),
     ("llama-tied", {"modules_to_save": ["lm_head"]}),
@@ -84,6 +85,7 @@ PEFTS = [
     ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}),
     ("llama", {"target_modules": r".*\.[01]\.mlp\.(up|down)_proj", "init_lora_weights": "gaussian"}),
     ("llama", {"target_modules": ["lm_head", "q_proj"]}),  # PEFT writes the layer's own weight along
+    ("llama-tied", {"target_modules": ["lm_head", "q_proj"]}),
     ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}),  # three kinds of norms
     ("llama", {"target_modules": ["q_proj", "gate_proj"], "modules_to_save": ["mlp"]}),
     ("llama-tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),  # apart from the embedding
@@ -160,6 +162,12 @@ def test_the_two_files_are_pefts_and_always_the_same_bytes(base, tmp_path):
     }  # fmt: skip
     known = peft.LoraConfig().to_dict()
     assert not config.keys() - known.keys()
+
+
+def test_the_orientation_of_the_base_is_told(base, tmp_path):
+    for family, told in (("gpt2", True), ("llama", False)):
+        adapter = write_adapter(tmp_path / family, base(family), quantization="none")
+        assert json.loads((adapter / "adapter_config.json").read_text())["fan_in_fan_out"] is told
 
 
 def test_target_modules_are_whole_names_where_last_parts_would_mean_more(base, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from pathlib import Path
 
 import peft
@@ -14,11 +15,13 @@ from tiny_adapters import write_peft_adapter
 from tiny_models import read_by_transformers
 from tiny_runs import adapter_bytes, comparable, read_metrics, run_config, write_model, write_rows
 from torch import nn
+from transformers import AutoTokenizer
 
 from qlora_tool.config import load_config
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.training import loop
 from qlora_tool.training.loop import train
+from qlora_tool.training.progress import Speed
 from qlora_tool.training.step import StepResult
 
 FIELDS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes"}
@@ -83,8 +86,9 @@ def test_training_the_resolved_configuration_repeats_the_run(config, tmp_path):
     assert [comparable(r) for r in read_metrics(tmp_path / "again")] == [comparable(r) for r in read_metrics(first)]
     for name in ("adapter_config.json", "qlora_tool.json"):
         assert (tmp_path / "again" / "adapter" / name).read_bytes() == (first / "adapter" / name).read_bytes()
-    train(config("other", data__packing=True, training__seed=1))
-    assert adapter_bytes(tmp_path / "other") != adapter_bytes(first)
+    for name, changed in (("seed", {"training__seed": 1}), ("dropout", {"adapter__lora_dropout": 0.0})):
+        train(config(name, data__packing=True, **changed))
+        assert adapter_bytes(tmp_path / name) != adapter_bytes(first)
 
 
 def test_the_logged_loss_is_the_mean_over_the_tokens_since_the_last_record(config, tmp_path):
@@ -116,6 +120,25 @@ def test_the_plan_sees_every_row_once_an_epoch(config):
     second = [index for batches in steps[3:] for rows in batches for row in rows for index in row]
     assert second != first[: len(second)]
     assert list(run.plan.steps(4)) == steps[4:]
+
+
+@pytest.mark.parametrize("logged_every", [1, 3])
+def test_the_speed_counts_steps_alone(monkeypatch, logged_every):
+    """Steps of 10 tokens and 2 seconds; between them 100 seconds of evaluating and saving."""
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    speed, found = Speed(), []
+    for step in range(1, 10):
+        watched = step == 2
+        now += 50 if step == 1 else 30 if watched else 2
+        speed.step_done(10, counted=not watched)
+        if step % logged_every == 0:
+            found.append(speed.take())
+        paused = speed.pause()
+        now += 100
+        speed.resume(paused)
+    # The first step, which warms up, and one that is watched are left out.
+    assert found == ([None, None] + [5.0] * 7 if logged_every == 1 else [5.0] * 3)
 
 
 def test_a_dry_run_writes_nothing(config, tmp_path):
@@ -197,6 +220,10 @@ class DiskFullAt:
         return self.open(path, mode, *arguments, **options)
 
 
+full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+
+
+@full_device
 @pytest.mark.parametrize("name", ["optimizer.pt", "adapter.safetensors"])
 def test_a_disk_that_fills_up_while_a_checkpoint_is_saved(config, tmp_path, monkeypatch, name):
     DiskFullAt(monkeypatch, name, 2)
@@ -214,6 +241,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_saved(config, tmp_path, monk
     assert adapter_bytes(folder) == adapter_bytes(tmp_path / "whole")
 
 
+@full_device
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "metrics.jsonl"])
 def test_a_disk_that_fills_up_while_anything_else_is_written(config, tmp_path, monkeypatch, name):
     DiskFullAt(monkeypatch, name, 1)
@@ -267,7 +295,7 @@ def test_a_broken_weight_stops_the_run_at_its_first_step(config, tmp_path, monke
 def test_gradients_that_are_no_numbers_stop_the_run(config, tmp_path, monkeypatch, dtype, steps):
     """At once; in fp16 when the loss scale, halved at every such step, has come from 65536 down to 1."""
 
-    def broken(model, optimizer, batches, settings, rate):
+    def broken(model, optimizer, batches, settings, rate, *_):
         for parameter in optimizer.parameters:
             parameter.grad = torch.full_like(parameter, float("inf") if calls else 0.0)
         calls.append(rate)
@@ -309,6 +337,28 @@ def test_rows_longer_than_the_models_positions(config, tmp_path, inputs, scaled)
     assert not (tmp_path / "run").exists()
 
 
+def test_without_a_terminal_a_line_is_printed_for_every_record(config, tmp_path, capsys):
+    train(config(training__logging_steps=3, data__eval=0.2))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    loss = [record["loss"] for record in read_metrics(tmp_path / "run")]
+    assert len(lines) == 3
+    assert lines[0].startswith(f"step 3/6  loss {loss[0]:.4f}  lr ")
+    assert lines[1].startswith("step 6: eval loss ")
+    assert lines[2].startswith(f"step 6/6  loss {loss[1]:.4f}  lr ")
+    assert lines[2].endswith("GB  0:00 left")
+
+
+def test_in_a_terminal_one_line_is_redrawn(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as which rich takes what pytest captures for a terminal
+    monkeypatch.setenv("COLUMNS", "120")
+    train(config(data__eval=0.2))
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    last = read_metrics(tmp_path / "run")[-1]
+    assert f"loss {last['loss']:.4f}" in shown
+    assert "6/6" in shown
+    assert f"step 6: eval loss {last['eval_loss']:.4f} over " in shown
+
+
 def test_a_tokenizer_that_is_not_the_models(config, tmp_path):
     model = tmp_path / "model"
     write_model(model)
@@ -317,6 +367,20 @@ def test_a_tokenizer_that_is_not_the_models(config, tmp_path):
         (smaller / file.name).write_bytes(file.read_bytes())
     with pytest.raises(UserError, match="but the model knows only 131; tokenizer and model do not belong together"):
         train(config(model__name_or_path=str(smaller)))
+
+
+def test_a_token_that_the_model_does_not_know_in_an_evaluation_file(config, tmp_path, inputs):
+    model = tmp_path / "model"
+    write_model(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(model)
+    evaluation = tmp_path / "eval.jsonl"
+    evaluation.write_text(json.dumps({"prompt": "a", "completion": "<new>"}))
+    with pytest.raises(
+        UserError, match=f"gives token {len(tokenizer) - 1}, but the model knows only {len(tokenizer) - 1};"
+    ):
+        train(config(model__name_or_path=str(model), data__eval=str(evaluation)))
 
 
 def test_an_output_folder_that_is_a_file(config, tmp_path):

@@ -131,6 +131,7 @@ def test_eight_bit_states_take_two_bytes_a_weight():
 def test_a_saved_state_comes_back_exactly(name, dtype):
     first = parameters(LARGE, dtype)
     optimizer = Optimizer(name, first, 0.01)
+    optimizer.loss_scale /= 4
     for step in range(3):
         give_gradients(first, step, optimizer.loss_scale * 0.01)
         optimizer.step(1e-2, 1.0)
@@ -148,7 +149,8 @@ def test_a_saved_state_comes_back_exactly(name, dtype):
             each.step(1e-2, 1.0)
         assert_equal(values(second), values(first))
     assert not torch.equal(kept[0], first[0])
-    assert other.loss_scale == optimizer.loss_scale
+    assert other.loss_scale == optimizer.loss_scale != Optimizer(name, first).loss_scale
+    assert other.state_dict()["good_steps"] == optimizer.state_dict()["good_steps"]
 
 
 def test_a_state_of_another_optimizer_is_refused():

@@ -167,6 +167,13 @@ def test_what_a_run_decides_for_itself_makes_it_no_other_run(inputs, tmp_path, s
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_what_it_decides_only_from_its_data_is_compared_too(config, tmp_path, stop_in_step):
+    interrupted(stop_in_step, config(data__train_on="all"), 2)
+    with pytest.raises(UserError, match=r'its run was configured otherwise \(data.train_on: "all" there, "completion"'):
+        train(config())
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2]
+
+
 # ------------------------------------------------------------------------------------- what the folder may hold
 
 

@@ -1,0 +1,258 @@
+"""What a training step takes on a CUDA device: the same made-up run, watched by PyTorch's own allocator.
+
+No tracer is near it. The allocator records every allocation and free with its address; meanwhile it is noted how many
+there were when a phase began, and at which addresses weights, gradients, checkpoint boundaries and the optimizer's
+state lay. Put together afterwards, they make the same `Trace` that a tracer makes on a CPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qlora_tool.errors import UserError
+from qlora_tool.files import replacing_file
+from qlora_tool.memory.allocator_blocks import round_size
+from qlora_tool.memory.breakdown import Breakdown
+from qlora_tool.memory.calibrate import context_bytes
+from qlora_tool.memory.classify import timeline
+from qlora_tool.memory.cuda_operators import cublas_workspace
+from qlora_tool.memory.predict import BatchShape, made_up_run
+from qlora_tool.memory.trace import Storage, Trace
+from qlora_tool.model.layers import FrozenWeight
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qlora_tool.adapters.attach import AdapterSet
+    from qlora_tool.config import Config
+    from qlora_tool.model.causal_lm import CausalLM
+    from qlora_tool.training.optimizers import Optimizer
+
+KEPT_OF_A_SNAPSHOT = ("action", "addr", "size", "stream")
+
+
+@dataclass(frozen=True)
+class CudaMeasurement:
+    """What a run took on a CUDA device.
+
+    Attributes:
+        device_name: as `torch.cuda.get_device_name` says it.
+        breakdown: the peaks are the allocator's own counts; the parts at the peak are told from its history, and what
+            is not in it (rounding) is `framework`.
+        snapshot: `torch.cuda.memory._snapshot()` after the run, without stacks.
+    """
+
+    device_name: str
+    breakdown: Breakdown
+    snapshot: dict[str, Any] = field(repr=False)
+
+
+def measure_on_cuda(
+    config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype, device: int = 0
+) -> CudaMeasurement:
+    """Load a made-up model and run two training steps on a CUDA device.
+
+    Begin it in a fresh process: what ran before leaves cached segments and workspaces behind.
+
+    Args:
+        device: its number.
+
+    Raises:
+        UserError: there is no such device.
+        torch.OutOfMemoryError: the device is too small.
+    """
+    if not torch.cuda.is_available() or device >= torch.cuda.device_count():
+        raise UserError("there is no CUDA device to measure on; run this on the machine that has it")
+    memory = torch.cuda.memory
+    with torch.cuda.device(device):
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        history = History(device)
+        memory._record_memory_history(enabled="all", context=None)
+        try:
+            made_up_run(config, model_config, shape, compute_dtype, device=f"cuda:{device}", watch=history)
+            torch.cuda.synchronize(device)
+            snapshot = memory._snapshot()
+        finally:
+            memory._record_memory_history(enabled=None)
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        context = context_bytes(device)
+        workspace = cublas_workspace(torch.cuda.get_device_capability(device))
+    trace = trace_of(snapshot["device_traces"][device], history, [workspace])
+    breakdown = with_remainder(timeline(trace).breakdown(reserved_bytes=reserved, context_bytes=context), allocated)
+    return CudaMeasurement(torch.cuda.get_device_name(device), breakdown, snapshot)
+
+
+class History:
+    """Notes, by the number of allocations and frees so far, what the allocator's history does not say.
+
+    Attributes:
+        marks: (number, phase, step) where a phase began.
+        recomputed: (number, +1 or -1) where recomputation began and ended.
+        names: (number, address, category): what lay there at that moment.
+    """
+
+    def __init__(self, device: int):
+        self._device = device
+        self._start = 0
+        self._start = self.count()
+        self._phase = ("load", 0)
+        self.marks: list[tuple[int, str, int]] = [(0, *self._phase)]
+        self.recomputed: list[tuple[int, int]] = []
+        self.names: list[tuple[int, int, str]] = []
+
+    def count(self) -> int:
+        """Allocations and frees since the beginning."""
+        blocks = torch.cuda.memory_stats_as_nested_dict(self._device)["allocation"]["all"]
+        return blocks["allocated"] + blocks["freed"] - self._start
+
+    @contextmanager
+    def phase(self, name: str, step: int) -> Iterator[None]:
+        before, self._phase = self._phase, (name, step)
+        self.marks.append((self.count(), name, step))
+        try:
+            yield
+        finally:
+            self._phase = before
+            self.marks.append((self.count(), *before))
+
+    @contextmanager
+    def recomputation(self) -> Iterator[None]:
+        self.recomputed.append((self.count(), +1))
+        try:
+            yield
+        finally:
+            self.recomputed.append((self.count(), -1))
+
+    def loaded(self, model: CausalLM, adapters: AdapterSet) -> None:
+        self.name(weights_by_category(model.module, adapters.parameters()))
+        for layer in model.checkpointed_layers():
+            layer.register_forward_pre_hook(self._enter_layer)
+
+    def _enter_layer(self, _module: nn.Module, args: tuple) -> None:
+        if self._phase[0] == "forward" and args and isinstance(args[0], Tensor):
+            self.name([(args[0], "boundaries")])
+
+    @contextmanager
+    def during(self, optimizer: Optimizer, step: int, phase: str) -> Iterator[None]:
+        with self.phase(phase, step):
+            if phase == "optimizer":
+                gradients = (parameter.grad for parameter in optimizer.parameters)
+                self.name((gradient, "gradients") for gradient in gradients if gradient is not None)
+            yield
+            if phase == "optimizer":
+                state = [*(optimizer.masters or ())]
+                state += [value for kept in optimizer.inner.state.values() for value in kept.values()]
+                self.name((tensor, "optimizer_state") for tensor in state if isinstance(tensor, Tensor))
+
+    def name(self, tensors: Iterable[tuple[Tensor, str]]) -> None:
+        number = self.count()
+        for tensor, category in tensors:
+            if tensor.is_cuda:
+                self.names.append((number, tensor.untyped_storage().data_ptr(), category))
+
+
+def weights_by_category(module: nn.Module, trained: Iterable[Tensor]) -> list[tuple[Tensor, str]]:
+    """Every tensor of a model with its part of the breakdown; the most particular name of one comes first."""
+    named = [(tensor, "adapter_weights") for tensor in trained]
+    for handle in module.modules():
+        if isinstance(handle, FrozenWeight) and handle.quantized is not None:
+            for name, tensor in handle.quantized.tensors().items():
+                named.append((tensor, "base_weights" if name == "codes" else "quantization_state"))
+    return named + [(tensor, "other_weights") for tensor in [*module.parameters(), *module.buffers()]]
+
+
+def trace_of(history: Sequence[Mapping[str, Any]], notes: History, workspaces: Sequence[int] = ()) -> Trace:
+    """The allocator's history as a trace.
+
+    Args:
+        history: one device's events, in the form of `torch.cuda.memory._snapshot()["device_traces"]`.
+        notes: its `marks`, `recomputed` and `names` are read.
+        workspaces: bytes of cuBLAS workspaces: blocks of such a size that are never freed are `framework`.
+
+    Returns:
+        A trace whose storages have the size of their blocks, but for remainders too small to split off.
+    """
+    trace = Trace()
+    live: dict[int, Storage] = {}
+    notes_in_order = _in_order(notes)
+    note = next(notes_in_order, None)
+    phase, step, depth, number = "load", 0, 0, 0
+    for event in [*history, None]:
+        if event is not None and event["action"] not in ("alloc", "free_requested"):
+            continue
+        while note is not None and (note[0] <= number or event is None):
+            kind, *values = note[1:]
+            if kind == "phase":
+                phase, step = values
+                trace.marks.append((len(trace.events), phase, step))
+            elif kind == "recomputed":
+                depth += values[0]
+            elif (named := live.get(values[0])) is not None:
+                named.category = named.category or values[1]
+            note = next(notes_in_order, None)
+        if event is None:
+            break
+        number += 1
+        place = len(trace.events)
+        if event["action"] == "alloc":
+            storage = Storage(round_size(event["size"]), place, phase, step, "", "", depth > 0)
+            live[event["addr"]] = storage
+            trace.storages.append(storage)
+            trace.events.append((storage, +1))
+        elif (storage := live.pop(event["addr"], None)) is not None:  # else it was there before the history began
+            storage.death, storage.died_in, storage.died_in_step = place, phase, step
+            trace.events.append((storage, -1))
+    sizes = {round_size(size) for size in workspaces}
+    for storage in live.values():
+        if not storage.category and storage.nbytes in sizes:
+            storage.category = "framework"
+    return trace
+
+
+def _in_order(notes: History) -> Iterator[tuple]:
+    """(number, kind, values …) of everything that was noted; of one moment, names before phases."""
+    found = [(number, 0, "name", *name) for number, *name in notes.names]
+    found += [(number, 1, "recomputed", change) for number, change in notes.recomputed]
+    found += [(number, 2, "phase", *mark) for number, *mark in notes.marks]
+    found.sort(key=lambda note: note[:2])  # stable: those of one kind stay in the order they were noted in
+    return ((number, *rest) for number, _, *rest in found)
+
+
+def with_remainder(breakdown: Breakdown, peak_bytes: int) -> Breakdown:
+    """The same with the allocator's own peak; what it has beyond the history's is `framework`."""
+    more = peak_bytes - breakdown.peak_bytes
+    if more <= 0:
+        return breakdown
+    phase = breakdown.peak_phase
+    return replace(
+        breakdown,
+        peak_bytes=peak_bytes,
+        at_peak=breakdown.at_peak | {"framework": breakdown.at_peak["framework"] + more},
+        phase_peak_bytes=breakdown.phase_peak_bytes | {phase: peak_bytes},
+    )
+
+
+def save_snapshot(snapshot: Mapping[str, Any], file: Path) -> None:
+    """Pickle what `allocator_replay.compare_with_snapshot` needs of a snapshot."""
+    traces = [[_short(event) for event in trace] for trace in snapshot["device_traces"]]
+    segments = [
+        {**segment, "frames": [], "blocks": [{**block, "frames": []} for block in segment["blocks"]]}
+        for segment in snapshot["segments"]
+    ]
+    with replacing_file(file) as temporary, temporary.open("wb") as stream:
+        pickle.dump({"segments": segments, "device_traces": traces}, stream, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def _short(event: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: event[name] for name in (*KEPT_OF_A_SNAPSHOT, "pool_id", "device_free") if name in event}

@@ -1,0 +1,221 @@
+"""What a CPU's trace becomes on a CUDA device: blocks, workspaces, what operators take inside, worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from qlora_tool.config import Config, with_values
+from qlora_tool.memory.allocator import OutOfMemory
+from qlora_tool.memory.breakdown import PARTS
+from qlora_tool.memory.calibrate import Calibration
+from qlora_tool.memory.classify import timeline
+from qlora_tool.memory.cuda import cuda_timeline
+from qlora_tool.memory.cuda_operators import (
+    CPU_ATTENTION,
+    CPU_ATTENTION_BACKWARD,
+    Attention,
+    cublas_workspace,
+    temporaries_inside,
+)
+from qlora_tool.memory.predict import BatchShape, predict
+from qlora_tool.memory.trace import Call, Storage, Trace
+
+MIB = 2**20
+ADA, HOPPER = (8, 9), (9, 0)
+CHECKPOINTED = {"training.gradient_checkpointing": True}
+
+
+def made_trace(*steps: tuple[str, int] | Call) -> Trace:
+    """A trace of one forward phase: ("name", bytes) is born, ("name", 0) dies."""
+    trace, live = Trace(marks=[(0, "forward", 1)]), {}
+    for step in steps:
+        if isinstance(step, Call):
+            trace.calls.append(step)
+            continue
+        name, nbytes = step
+        if nbytes:
+            live[name] = Storage(nbytes, len(trace.events), "forward", 1, "", name, False)
+            trace.storages.append(live[name])
+        else:
+            live[name].death, live[name].died_in, live[name].died_in_step = len(trace.events), "forward", 1
+        trace.events.append((live[name], +1 if nbytes else -1))
+    return trace
+
+
+def call(operator: str, event: int, shapes=(), in_backward: bool = False, itemsize: int = 2, results=()) -> Call:
+    return Call(event, operator, "forward", "", in_backward, tuple(shapes), itemsize, tuple(results))
+
+
+def tiny_trace(settings: dict | None = None, segments: tuple[int, ...] | None = None, rows: int = 2) -> Trace:
+    sizes = LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=2048, max_position_embeddings=512, dtype=torch.bfloat16,
+    )  # fmt: skip
+    config = with_values(Config(), CHECKPOINTED | (settings or {}))
+    return predict(config, sizes, BatchShape(rows, 128, rows * 127, segments=segments), torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Trace:
+    return tiny_trace()
+
+
+def test_blocks_and_segments():
+    # 21.5 MiB gets a segment of 22, and what is left, half a MiB, is too little to split off. 1000 bytes take 1024 of a
+    # segment of 2 MiB. After the large one is freed, 10 MiB are cut from it.
+    trace = made_trace(("a", 43 * MIB // 2), ("b", 1000), ("a", 0), ("c", 10 * MIB))
+    found = cuda_timeline(trace)
+    assert found.requested_peak == 43 * MIB // 2 + 1000
+    assert found.allocated_peak == 22 * MIB + 1024 == found.timeline.peak_bytes
+    assert found.reserved_peak == 24 * MIB
+    assert found.breakdown().at_peak["framework"] == MIB // 2 + 24
+    assert found.timeline.totals[-1] == 10 * MIB + 1024
+    # Expandable segments split everything, and grow by 20 MiB.
+    found = cuda_timeline(trace, expandable_segments=True)
+    assert found.allocated_peak == 43 * MIB // 2 + 1024 and found.reserved_peak == 42 * MIB
+
+
+def test_a_workspace_for_each_thread_at_its_first_product():
+    products = [call("aten::mm", 1), call("aten::bmm", 1, in_backward=True), call("aten::mm", 2, in_backward=True)]
+    trace = made_trace(("a", MIB), *products, ("a", 0))
+    for capability, each in (ADA, 8519680), (HOPPER, 32 * MIB):  # 8519680: as memory snapshots of such cards show it
+        assert cublas_workspace(capability) == each
+        found = cuda_timeline(trace, compute_capability=capability)
+        assert found.workspace_bytes == 2 * each
+        assert found.breakdown().at_peak["framework"] == 2 * each
+        assert found.timeline.totals[0] == MIB and found.timeline.totals[-1] == 2 * each
+    assert cuda_timeline(made_trace(("a", MIB))).workspace_bytes == 0
+
+
+def test_measured_figures_take_the_place_of_estimates():
+    trace = made_trace(("a", MIB), call("aten::mm", 1), call("aten::mm", 1, in_backward=True))
+    assert "the CUDA context" in cuda_timeline(trace).estimated
+    found = cuda_timeline(trace, calibration=Calibration("card", 432_100_000, 4 * MIB, 0))
+    assert found.context_bytes == 432_100_000 and found.workspace_bytes == 4 * MIB and not found.estimated
+    assert found.breakdown().context_bytes == 432_100_000
+
+
+def test_a_limit():
+    trace = made_trace(("a", 20 * MIB), ("a", 0), ("b", 30 * MIB))
+    assert cuda_timeline(trace).reserved_peak == 50 * MIB
+    assert cuda_timeline(trace, limit=40 * MIB).reserved_peak == 30 * MIB  # the cached segment is given back
+    with pytest.raises(OutOfMemory):
+        cuda_timeline(trace, limit=29 * MIB)
+
+
+def test_what_attention_takes():
+    q, k, lse = (1, 32, 2048, 128), (1, 8, 2048, 128), (1, 2048, 32)
+    forward = Attention.of(call(CPU_ATTENTION, 0, [q, k, k]))
+    backward = call(CPU_ATTENTION_BACKWARD, 0, [q, q, k, k, q, lse])
+    assert Attention.of(backward) == forward
+    assert forward.kernel(ADA) == "flash" and forward.kernel(HOPPER) == "cudnn"
+    rows, dq, each_head = 32 * 2048 * 4, 2048 * 32 * 128 * 4, 2048 * 32 * 128 * 2
+    assert temporaries_inside(backward, ADA) == [rows, dq, each_head, each_head]
+    one_head_each = call(CPU_ATTENTION_BACKWARD, 0, [q, q, q, q, q, lse])
+    assert temporaries_inside(one_head_each, ADA) == [rows, dq]
+    # 100 tokens are worked on as 128, a head of 80 as one of 96.
+    narrow = (2, 4, 100, 80)
+    padded = call(CPU_ATTENTION_BACKWARD, 0, [narrow, narrow, narrow, narrow, narrow, (2, 100, 4)])
+    assert temporaries_inside(padded, ADA) == [2 * 4 * 128 * 4, 2 * 128 * 4 * 96 * 4]
+    # A mask rules flash out, and so does fp32.
+    masked = Attention.of(call(CPU_ATTENTION, 0, [narrow, narrow, narrow, (2, 1, 100, 100)]))
+    assert masked.kernel(ADA) == "efficient" and masked.logsumexp("efficient") == 2 * 4 * 128 * 4
+    full = Attention.of(call(CPU_ATTENTION, 0, [narrow, narrow, narrow], itemsize=4))
+    assert full.kernel(HOPPER) == "efficient" and full.backward_temporaries("efficient") == [2 * 4 * 100 * 4]
+
+
+def test_temporaries_inside_are_gone_after_the_operator():
+    shape = (1, 4, 128, 64)
+    inside = [4 * 128 * 4, 128 * 4 * 64 * 4]
+    backward = call(CPU_ATTENTION_BACKWARD, 1, [shape] * 5 + [(1, 128, 4)])
+    found = cuda_timeline(made_trace(("a", MIB), backward, ("b", 512)))
+    assert found.allocated_peak == MIB + sum(inside)
+    assert found.breakdown().at_peak["temporaries"] == sum(inside)
+    assert found.timeline.totals[-1] == MIB + 512
+
+
+def test_calls_of_a_real_step(tiny: Trace):
+    forward = [one for one in tiny.calls if one.operator == CPU_ATTENTION and one.phase == "forward"]
+    backward = [one for one in tiny.calls if one.operator == CPU_ATTENTION_BACKWARD]
+    assert len(forward) == len(backward) == 4  # two layers, two steps
+    sizes = Attention(batch=2, heads=4, key_heads=2, queries=128, keys=128, head_dim=64, itemsize=2, masked=False)
+    assert {Attention.of(one) for one in forward + backward} == {sizes}
+    output, logsumexp = forward[0].results
+    assert (output.nbytes, logsumexp.nbytes) == (2 * 128 * 4 * 64 * 2, 2 * 128 * 4 * 4)
+    # The loss of a chunk is differentiated within the forward pass, but by autograd's thread.
+    products = [one for one in tiny.calls if one.operator == "aten::mm"]
+    assert all(one.in_backward for one in products if one.phase == "backward")
+    assert {one.in_backward for one in products if one.phase == "forward"} == {False, True}
+
+
+def test_packed_rows_are_masked():
+    trace = tiny_trace(segments=(60, 68), rows=1)
+    forward = [Attention.of(one) for one in trace.calls if one.operator == CPU_ATTENTION]
+    assert forward and all(one.masked for one in forward)
+    assert any("efficient" in what for what in cuda_timeline(trace).estimated)
+
+
+def test_a_tiny_step(tiny: Trace):
+    on_cpu, found = timeline(tiny).breakdown(), cuda_timeline(tiny)
+    assert found.timeline.peak_bytes == found.allocated_peak
+    assert found.requested_peak <= found.allocated_peak <= found.reserved_peak
+    assert found.workspace_bytes == 2 * 8519680
+    breakdown = found.breakdown()
+    for part in ("base_weights", "quantization_state", "other_weights", "adapter_weights"):
+        assert breakdown.at_peak[part] == on_cpu.at_peak[part]
+    assert breakdown.at_peak["framework"] >= found.workspace_bytes
+    assert cuda_timeline(tiny, compute_capability=HOPPER).workspace_bytes == 64 * MIB
+
+
+def test_dropout_keeps_a_byte_an_element():
+    trace = tiny_trace({"adapter.lora_dropout": 0.1})
+    drawn = [one for one in trace.calls if one.operator == "aten::bernoulli_"]
+    noise = drawn[0].results[0]
+    assert noise.nbytes == 2 * 128 * 256 * 2  # bf16 on a CPU
+    alone = Trace([noise], [(noise, +1)], [(0, "forward", 1)], [one for one in drawn if noise in one.results])
+    assert cuda_timeline(alone).requested_peak == 2 * 128 * 256
+
+
+def test_the_optimizers_state(tiny: Trace):
+    counters = [one for one in tiny.storages if one.category == "optimizer_state" and one.nbytes == 4]
+    assert len(counters) == 28  # seven linears in two layers, A and B: AdamW counts the steps of each, on the host
+    state = cuda_timeline(tiny).timeline.part_bytes[:, PARTS.index("optimizer_state")]
+    adapters = sum(one.nbytes for one in tiny.storages if one.category == "adapter_weights")
+    assert sum(one.nbytes for one in tiny.storages if one.category == "optimizer_state") == 6 * adapters + 4 * 28
+    assert state.max() == 6 * adapters  # a master and two moments in fp32 for each bf16 weight
+    paged = made_trace(("small", 99_999), ("large", 100_000))
+    for storage in paged.storages:
+        storage.category = "optimizer_state"
+    assert cuda_timeline(paged, paged_optimizer=True).requested_peak == 99_999
+    assert cuda_timeline(paged).requested_peak == 199_999
+
+
+@pytest.mark.parametrize("layers", [2, pytest.param(32, marks=pytest.mark.slow)])
+def test_llama_2_7b_by_hand(layers: int):
+    """A Llama-2-7B, or its first layers, at 1 × 2048, r = 16 on all linears, checkpointed, bf16."""
+    sizes = LlamaConfig(num_hidden_layers=layers, max_position_embeddings=4096, dtype=torch.bfloat16)
+    trace = predict(with_values(Config(), CHECKPOINTED), sizes, BatchShape.full(1, 2048), torch.bfloat16)
+    found = cuda_timeline(trace).breakdown()
+    hidden, wide, vocabulary, length, r = 4096, 11008, 32000, 2048, 16
+    weights = layers * (4 * hidden * hidden + 3 * hidden * wide)  # q, k, v, o; gate, up, down
+    assert found.at_peak["base_weights"] == weights // 2 == layers * 96.5 * MIB  # 3088 MiB of 32 layers
+    # A byte for 64 weights, an fp32 scale for 256 of those, an fp32 mean for each weight.
+    blocks = weights // 64
+    assert found.at_peak["quantization_state"] == blocks + blocks // 256 * 4 + 7 * layers * 4
+    # A (16, in) and B (out, 16) in bf16: 76.25 MiB of 32 layers. A master and two moments in fp32.
+    adapters = layers * r * (4 * (hidden + hidden) + 3 * (hidden + wide)) * 2
+    assert found.at_peak["adapter_weights"] == adapters == layers * 2.3828125 * MIB
+    assert found.at_peak["optimizer_state"] == 3 * 2 * adapters
+    # What goes into each layer, (1, 2048, 4096) in bf16: 16 MiB a layer, 512 of 32. The peak is in the backward of the
+    # last layer, before any is dropped.
+    assert found.activations["boundaries"] == layers * length * hidden * 2 == layers * 16 * MIB
+    # Embeddings, output projection and norms in bf16, 64 rotary frequencies twice in fp32.
+    others = (2 * vocabulary * hidden + (2 * layers + 1) * hidden) * 2
+    assert found.at_peak["other_weights"] == pytest.approx(others, abs=1024)
+    assert found.peak_phase == "backward" and found.at_peak["gradients"] == 0
+    # One layer recomputed and the step's temporaries, the same whatever the depth; two workspaces and rounding.
+    one_layer = found.at_peak["temporaries"] + found.activations["recomputed"] + found.activations["saved"]
+    assert one_layer == pytest.approx(511 * MIB, rel=0.03)
+    assert found.at_peak["framework"] < 50 * MIB
