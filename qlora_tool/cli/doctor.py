@@ -83,7 +83,10 @@ def _compute_dtypes() -> Iterator[tuple[str, str]]:
     from qlora_tool.ops.precision import choose_compute_dtype, kept_measurement
 
     speeds = ", ".join(f"{name} {gflops:.1f}" for name, gflops in kept_measurement().items())
-    yield "cpu", f"{_dtype_name(choose_compute_dtype(torch.device('cpu')))} (products in GFLOP/s, measured once: {speeds})"
+    yield (
+        "cpu",
+        f"{_dtype_name(choose_compute_dtype(torch.device('cpu')))} (products in GFLOP/s, measured once: {speeds})",
+    )
     for index in range(torch.cuda.device_count()):
         yield f"cuda:{index}", _dtype_name(choose_compute_dtype(torch.device("cuda", index)))
 

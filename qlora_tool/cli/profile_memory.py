@@ -22,11 +22,22 @@ from qlora_tool.cli import ToolCommand
 @click.option("--device-memory", metavar="24GB|CARD", help="What must suffice: a size, or a card such as rtx-4090.")
 @click.option("--measure", is_flag=True, help="Also run real steps, with made-up weights, and compare.")
 @click.option("--plan", "plan_too", is_flag=True, help="Show what fits: lengths, batches, checkpointing, quantization.")
-@click.option("--calibrate", "calibrate_first", is_flag=True, help="Measure this card's context and workspaces, and keep them.")
+@click.option(
+    "--calibrate", "calibrate_first", is_flag=True, help="Measure this card's context and workspaces, and keep them."
+)
 @click.option("--json", "json_file", metavar="FILE", help="Write the breakdown as JSON.")
 @click.option("--plot", "plot_file", metavar="FILE.png|FILE.html", help="Draw the step's memory over time.")
-def profile_memory(config: str, overrides: tuple[str, ...], device: str | None, device_memory: str | None, measure: bool,
-                   plan_too: bool, calibrate_first: bool, json_file: str | None, plot_file: str | None):  # fmt: skip
+def profile_memory(
+    config: str,
+    overrides: tuple[str, ...],
+    device: str | None,
+    device_memory: str | None,
+    measure: bool,
+    plan_too: bool,
+    calibrate_first: bool,
+    json_file: str | None,
+    plot_file: str | None,
+):
     """Predict where every byte of a run goes, without weights, data or a GPU.
 
     CONFIG is a YAML file or the name of a recipe. Full batches of `data.max_length` tokens are assumed.

@@ -157,7 +157,8 @@ def collate(rows: list[list[Example]], *, pad_token_id: int, packing: bool) -> B
         # Padding is a segment of its own: as the last example's next positions it would be attended with it.
         segments = [*(len(example.input_ids) for example in row), padding]
         positions.append([position for length in segments for position in range(length)])
-    flat = [label for row in labels for label in row]  # a row's first label is never counted, so none predicts across rows
+    # A row's first label is never counted, so that none is predicted from another row.
+    flat = [label for row in labels for label in row]
     trained = [place for place, label in enumerate(flat) if label != IGNORED]
     tokens = sum(map(sum, mask))
     padded = tokens < sequence * len(rows)

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -100,7 +101,7 @@ def shape_of(batch: Batch) -> BatchShape:
 def _segments(batch: Batch) -> tuple[int, ...]:
     """Lengths of the first row's examples."""
     starts = [*(batch.position_ids[0] == 0).nonzero().flatten().tolist(), batch.input_ids.shape[1]]
-    return tuple(stop - start for start, stop in zip(starts, starts[1:], strict=False))
+    return tuple(stop - start for start, stop in pairwise(starts))
 
 
 def free_bytes(device: torch.device) -> int:

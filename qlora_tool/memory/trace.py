@@ -18,9 +18,9 @@ from functools import partial
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
-from torch.utils.hooks import RemovableHandle
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 # Seen in the profiler of an untraced run: what this node gives is added out of place.
 _SHARES_ITS_GRADIENT = "NativeLayerNormBackward"
@@ -225,7 +225,7 @@ class Tracer(TorchDispatchMode):
             return None
         node = torch._C._current_autograd_node()
         name = "" if node is None else node.name()
-        if operator == "aten::add" and _are_alike(args) and not name.startswith(_SHARES_ITS_GRADIENT):
+        if operator == "aten::add" and _can_meet(args) and not name.startswith(_SHARES_ITS_GRADIENT):
             return args[0].untyped_storage()  # gradients that meet at a tensor: the second is added to the first
         if name.endswith("AccumulateGrad") and operator in _COPIES:
             return args[0].untyped_storage()  # a leaf's gradient: taken as it is
@@ -261,6 +261,9 @@ class Tracer(TorchDispatchMode):
             self.trace.events.append((life, -1))
 
 
-def _are_alike(args: tuple) -> bool:
-    """Whether an addition is one of two gradients of the same tensor."""
-    return len(args) > 1 and isinstance(args[1], torch.Tensor) and args[0].shape == args[1].shape
+def _can_meet(args: tuple) -> bool:
+    """Whether an addition is one of two gradients of the same tensor, and the first has room for the sum: one that is
+    expanded, as that of a sum is, has not."""
+    if len(args) < 2 or not isinstance(args[1], torch.Tensor) or args[0].shape != args[1].shape:
+        return False
+    return args[0].untyped_storage().nbytes() >= args[0].nbytes

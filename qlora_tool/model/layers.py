@@ -67,7 +67,6 @@ class FrozenWeight(nn.Module):
         """W (out, in) · x (…, in, n) → (…, out, n): some families multiply by a weight themselves (mamba's dt_proj)."""
         return frozen_linear(x.transpose(-1, -2), self).transpose(-1, -2)
 
-
     def hold(self, dtype: torch.dtype) -> None:
         """Keep the weight dense in `dtype` until `release`: for many products in a row, as in generation."""
         self._held = self.dense(dtype)

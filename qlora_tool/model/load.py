@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 from torch._subclasses.fake_tensor import is_fake
+from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_tool.errors import UserError
 from qlora_tool.model.experts import expert_weight_names, is_experts_module, set_expert_weight, use_expert_handles

@@ -30,7 +30,11 @@ def resolve(name_or_path: str, revision: str | None = None, *, weights: bool = T
     if path.is_dir():
         if not (path / "config.json").exists():
             adapter = (path / "adapter_config.json").exists() or (path / "adapter").is_dir()
-            cure = "an adapter or a run: name its base here, and it in adapter.init_from" if adapter else "download it again"
+            cure = (
+                "an adapter or a run: name its base here, and it in adapter.init_from"
+                if adapter
+                else "download it again"
+            )
             raise UserError(f"{path}: no config.json in it, so it is no model folder; {cure}")
         return path
     if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:

@@ -116,7 +116,7 @@ def _checkpoint_files(folder: Path) -> list[Path]:
     if pickles:
         raise UserError(
             f"{folder}: its weights are pickles ({pickles[0].name}), which can run code when read; convert them once: "
-            f"python -c \"from transformers import AutoModelForCausalLM as M; "
+            f'python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
         )
     raise UserError(

@@ -158,7 +158,9 @@ def train(
 def _largest_batch(config: Config, data: RunData) -> Batch:
     """Of the first epoch, the batch whose tensor has the most tokens."""
     lengths, examples = data.train.lengths, data.train.examples
-    rows = max(_epoch(config, lengths, 0), key=lambda rows: len(rows) * max(sum(lengths[i] for i in row) for row in rows))
+    rows = max(
+        _epoch(config, lengths, 0), key=lambda rows: len(rows) * max(sum(lengths[i] for i in row) for row in rows)
+    )
     chosen = [[examples[index] for index in row] for row in rows]
     return collate(chosen, pad_token_id=data.pad_token_id, packing=config.data.packing)
 

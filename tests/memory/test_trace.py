@@ -147,8 +147,8 @@ def test_what_goes_into_a_checkpointed_module_is_its_boundary():
 
 
 def test_a_checkpointed_region_is_recomputed_and_marked():
-    weight = torch.ones(N, requires_grad=True)
     with Tracer() as tracer:
+        weight = torch.ones(N, requires_grad=True)
         with tracer.phase("forward", 1):
             y = checkpoint(lambda x: x.sin().exp().cos(), weight, use_reentrant=False,
                            context_fn=lambda: (nullcontext(), tracer.recomputation()))  # fmt: skip
