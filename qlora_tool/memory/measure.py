@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ def measure_categories(config: Config, model_config, shape: BatchShape, compute_
 
 def measure_peak(config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype) -> int:
     """The allocator's own count of the same run, no tracer near it: the most bytes that were allocated at once."""
+    gc.collect()  # what an earlier run left in cycles must not be freed in the middle of this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         made_up_run(config, model_config, shape, compute_dtype)
     total = peak = 0

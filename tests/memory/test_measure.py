@@ -1,0 +1,74 @@
+"""Measurement: the allocator's own count, and the tracer on real tensors."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from tiny_models import tiny_config
+
+from qlora_tool.config import Config, with_values
+from qlora_tool.memory import measure
+from qlora_tool.memory.classify import timeline
+from qlora_tool.memory.predict import BatchShape, predict
+
+MB = 1_000_000
+
+
+def peak_of(run, monkeypatch) -> int:
+    monkeypatch.setattr(measure, "made_up_run", lambda *arguments: run())
+    return measure.measure_peak(Config(), None, BatchShape.full(1, 1), torch.float32)
+
+
+def block(millions: int) -> torch.Tensor:
+    return torch.empty(millions * MB, dtype=torch.uint8)
+
+
+def test_the_peak_is_what_was_there_at_once(monkeypatch):
+    def run() -> None:
+        first, second = block(30), block(20)
+        del first
+        third = block(25)
+        del second, third
+        block(40)
+
+    assert peak_of(run, monkeypatch) == 50 * MB
+
+
+def test_what_an_operator_takes_inside_counts(monkeypatch):
+    """No tracer sees it: the allocator does."""
+    x = torch.randn(1000, 1000).to(torch.float64)
+
+    def run() -> None:
+        torch.linalg.qr(x)
+
+    assert peak_of(run, monkeypatch) >= 2 * x.nbytes
+
+
+def test_what_was_there_before_does_not_count(monkeypatch):
+    """Neither what is kept nor what is freed meanwhile, garbage of an earlier run in a cycle included."""
+    before = block(10)
+    cycle = [block(60)]
+    cycle.append(cycle)
+    del cycle
+
+    def run() -> None:
+        gc.collect()
+        kept = block(30)
+        before.add_(1)
+        del kept
+
+    assert peak_of(run, monkeypatch) == 30 * MB
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_tracer_sees_on_real_tensors_what_it_sees_on_fake_ones(checkpointing):
+    config = with_values(Config(), {"training.gradient_checkpointing": checkpointing})
+    arguments = config, tiny_config("llama"), BatchShape.full(2, 32), torch.float32
+    real = timeline(measure.measure_categories(*arguments)).breakdown()
+    fake = timeline(predict(config, tiny_config("llama"), *arguments[2:])).breakdown()
+    assert (real.at_peak, real.activations) == (fake.at_peak, fake.activations)
+    assert {phase: real.phase_peak_bytes[phase] for phase in ("forward", "backward", "optimizer")} == {
+        phase: fake.phase_peak_bytes[phase] for phase in ("forward", "backward", "optimizer")
+    }
