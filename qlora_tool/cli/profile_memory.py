@@ -48,7 +48,7 @@ def profile_memory(
 
     from qlora_tool.cli.logs import log_to_stderr
     from qlora_tool.config import load_config, with_values
-    from qlora_tool.memory.cards import parse_device_memory
+    from qlora_tool.memory.cards import CARDS, parse_device_memory
 
     configuration = load_config(config, overrides)
     if configuration.training.gradient_checkpointing == "auto":
@@ -61,17 +61,25 @@ def profile_memory(
     device = device or ("cpu" if configuration.model.device == "cpu" else "cuda")
     log_to_stderr()
     from qlora_tool.files import write_json
-    from qlora_tool.memory.profile import profile
+    from qlora_tool.memory.profile import profile, refuse_small_budget
     from qlora_tool.memory.table import render_report
 
     if calibrate_first:
         from qlora_tool.memory.calibrate import calibrate
 
         calibrate()
-    profiled = profile(configuration, device, measure=measure)
-    limits = {"budget": budget.bytes if budget else None, "budget_name": budget.name if budget else ""}
+    card = next((card for card in CARDS if budget and card.name == budget.name), None)
+    profiled = profile(configuration, device, measure=measure, card=card)
+    limits = {"budget": None, "budget_name": ""}
+    if budget:
+        limits = {"budget": budget.bytes, "budget_name": budget.name if card or budget.estimated else ""}
+        if not plan_too:  # a plan may find another quantization
+            refuse_small_budget(profiled, **limits)
     console = Console(highlight=False)
     render_report(profiled.report, **limits, unquantized=profiled.unquantized, console=console)
+    estimated = [*profiled.estimated, *(["what the driver keeps of the card"] if budget and budget.estimated else [])]
+    if estimated:
+        console.print(f"estimated, not measured: {', '.join(estimated)}")
     if profiled.allocator_peak is not None:
         error = profiled.report.predicted.peak_bytes / profiled.allocator_peak - 1
         console.print(f"the allocator itself, without a tracer: {profiled.allocator_peak / 1e6:.1f} MB at the peak; "
@@ -84,7 +92,7 @@ def profile_memory(
         from qlora_tool.memory.plan import plan, render_plan
         from qlora_tool.memory.profile import compute_dtype_on, model_config_of
 
-        dtype = compute_dtype_on(configuration, device)
+        dtype = compute_dtype_on(configuration, device, card)
         render_plan(plan(configuration, model_config_of(configuration), budget.bytes, dtype, device), console)
 
 

@@ -1,33 +1,36 @@
 """The memory of a deep model from the traces of two shallow ones: fast enough to search with.
 
 Layers repeat, so a peak grows by the same bytes with each of them. Which moment is the highest may change with the
-depth, though, and the plain peak is then no line. So the peak of every kind of moment (phase, step, operator, module,
-and how far the layer is from the first or the last) is extrapolated on its own, and the largest is taken.
+depth, though, and the plain peak is then no line. So the peak of every kind of moment (phase, operator, module, and how
+far the layer is from the first or the last) is extrapolated on its own, and the largest is taken.
 
-The length and the number of rows are not extrapolated: fake tensors cost the same at any size.
+The length is not extrapolated as long as it need not be: fake tensors cost the same at any size. What grows with it is
+the number of chunks of the loss, so that batches of more than LONG_BATCH tokens are extrapolated from shorter ones.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
 from qlora_tool.memory.breakdown import PHASES
+from qlora_tool.memory.classify import timeline
 from qlora_tool.memory.predict import BatchShape, predict
 from qlora_tool.model.load import build_skeleton
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
+    from qlora_tool.memory.timeline import Timeline
     from qlora_tool.memory.trace import Trace
 
-_WEIGHTS = "weights"
+LONG_BATCH = 16384  # tokens
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Estimate:
     Attributes:
         peak_bytes: the most that is allocated at once.
         phase_peak_bytes: the same within each of PHASES.
-        weights_bytes: what is allocated before the first step: base, scales, adapters.
+        weights_bytes: what is allocated before the first step: base, scales, adapters, optimizer masters.
         traced_layers: depths of the models that were traced; the model's own alone where nothing was extrapolated.
     """
 
@@ -47,7 +50,29 @@ class Estimate:
     traced_layers: tuple[int, ...]
 
 
-def estimate_peak(config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype) -> Estimate:
+class Moment(NamedTuple):
+    """A kind of moment: allocations that are alike in models of any depth.
+
+    Attributes:
+        phase: one of PHASES, or `weights` for the end of loading.
+        span: which of the phases in order it is; forward of the second step is another than that of the first.
+        operator, module: what allocates, and in whose forward pass; a layer's modules without its number.
+        layer: 0, 1, … from the first, -1, -2, … from the last; 0 outside of layers.
+    """
+
+    phase: str
+    span: int = 0
+    operator: str = ""
+    module: str = ""
+    layer: int = 0
+
+
+WEIGHTS = Moment("weights")
+
+
+def estimate_peak(
+    config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype, device: str = "cpu"
+) -> Estimate:
     """The peak that a full trace (`predict`) would show, from the traces of two shallow models.
 
     Traces are kept, so that to ask again costs nothing.
@@ -57,31 +82,66 @@ def estimate_peak(config: Config, model_config, shape: BatchShape, compute_dtype
         model_config: the model's transformers configuration.
         shape: of the batch.
         compute_dtype: what products run in.
+        device: `cpu`, or `cuda`: what the caching allocator has then allocated (not reserved).
 
     Raises:
-        UserError: no causal language model can be made of `model_config`, or it has no layers to recompute.
+        UserError: no causal language model can be made of `model_config`, it cannot be traced, or it has no layers to
+            recompute.
     """
     stack = _layer_stack(_text_of(model_config), config.model.trust_remote_code)
-    peaks = [_peaks(_Case.of(config, model_config, shape, compute_dtype, stack, count)) for count in stack.traced]
-    if len(peaks) == 1:
-        found = dict(peaks[0])
+    make = partial(_Case.of, config, model_config, compute_dtype, device, stack)
+    if shape.rows * shape.length <= LONG_BATCH:
+        found = _peaks_at_depth(make, shape)
     else:
-        found = _extend(*peaks, *stack.traced, stack.layers)
-    weights = found.pop(_WEIGHTS)
-    phases = dict.fromkeys(PHASES, 0)
-    for moment, size in found.items():
-        phases[moment.phase] = max(phases[moment.phase], size)
-    return Estimate(max(phases.values()), phases, weights, stack.traced)
+        shorter = [max(64, LONG_BATCH * share // 4 // shape.rows // 64 * 64) for share in (2, 3, 4)]
+        points = [(length, _peaks_at_depth(make, resized(shape, shape.rows, length))) for length in shorter]
+        found = _lengthen(points, shape.length)
+    phases = {phase: max((found[at] for at in found if at.phase == phase), default=0) for phase in PHASES}
+    return Estimate(max(phases.values()), phases, found[WEIGHTS], stack.traced)
 
 
-def _extend(
-    shallow: Mapping[Hashable, int], deep: Mapping[Hashable, int], at_shallow: int, at_deep: int, layers: int
-) -> dict[Hashable, int]:
-    """Each peak at `layers`, on the line through two depths. What only one of the two has stays as it is."""
-    found = {**shallow, **deep}
-    for moment in shallow.keys() & deep.keys():
-        slope = (deep[moment] - shallow[moment]) / (at_deep - at_shallow)
-        found[moment] = round(deep[moment] + slope * (layers - at_deep))
+def resized(shape: BatchShape, rows: int, length: int) -> BatchShape:
+    """A batch of another size and the same kind: padded or packed as before, the same share of its tokens trained."""
+    if (rows, length) == (shape.rows, shape.length):
+        return shape
+    if shape == BatchShape.full(shape.rows, shape.length):
+        return BatchShape.full(rows, length)
+    trained = max(1, shape.trained_tokens * rows * length // (shape.rows * shape.length))
+    segments = None if shape.segments is None else (length,)
+    return replace(shape, rows=rows, length=length, trained_tokens=trained, segments=segments)
+
+
+def _peaks_at_depth(make: partial[_Case], shape: BatchShape) -> Mapping[Moment, int]:
+    """The peaks of a batch at the model's own depth: each on the line through the two that were traced."""
+    stack = make.args[-1]
+    shallow, *deep = (_peaks(make(shape, depth)) for depth in stack.traced)
+    if not deep:
+        return shallow
+    return _along_line(stack.traced, (shallow, deep[0]), stack.layers)
+
+
+def _along_line(
+    places: tuple[int, ...], peaks: tuple[Mapping[Moment, int], ...], where: int
+) -> dict[Moment, int]:
+    """Each peak on the line through two places. What only one of the two has stays as it is."""
+    (begin, end), (first, second) = places, peaks
+    found = {**first, **second}
+    for moment in first.keys() & second.keys():
+        slope = (second[moment] - first[moment]) / (end - begin)
+        found[moment] = round(second[moment] + slope * (where - end))
+    return found
+
+
+def _lengthen(points: list[tuple[int, Mapping[Moment, int]]], length: int) -> dict[Moment, int]:
+    """Each peak at a greater length: on the line through the two longest of three lengths, or on the parabola through
+    all three where they do not lie on one line (masks of length × length)."""
+    (s0, p0), (s1, p1), (s2, p2) = points
+    found = _along_line((s1, s2), (p1, p2), length)
+    for moment in p0.keys() & p1.keys() & p2.keys():
+        slope = (p2[moment] - p1[moment]) / (s2 - s1)
+        bend = (slope - (p1[moment] - p0[moment]) / (s1 - s0)) / (s2 - s0)
+        if bend * (s2 - s0) ** 2 > 1e-3 * p2[moment]:
+            found[moment] += round(bend * (length - s1) * (length - s2))  # Newton's form
     return found
 
 
@@ -200,6 +260,7 @@ class _Case:
     model: _Text
     shape: BatchShape
     compute_dtype: torch.dtype
+    device: str
     stack: LayerStack
     depth: int
     settings: str
@@ -207,50 +268,47 @@ class _Case:
 
     @classmethod
     def of(
-        cls, config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype, stack: LayerStack, depth: int
-    ) -> _Case:
+        cls, config: Config, model_config, compute_dtype: torch.dtype, device: str, stack: LayerStack,
+        shape: BatchShape, depth: int,
+    ) -> _Case:  # fmt: skip
         training = config.training
         settings = (
-            config.model.quantization, config.model.double_quant, config.adapter.model_dump_json(), training.optim,
-            bool(training.gradient_checkpointing), min(2, training.gradient_accumulation_steps),
-            training.max_grad_norm > 0, training.label_smoothing_factor > 0,
+            config.model.quantization, config.model.double_quant, config.model.trust_remote_code,
+            config.adapter.model_dump_json(), training.optim, bool(training.gradient_checkpointing),
+            min(2, training.gradient_accumulation_steps), training.max_grad_norm > 0,
+            training.label_smoothing_factor > 0,
         )  # fmt: skip
-        return cls(_text_of(model_config), shape, compute_dtype, stack, depth, repr(settings), config)
-
-
-@dataclass(frozen=True)
-class _Moment:
-    """A kind of moment: the allocations that are alike in models of any depth."""
-
-    phase: str
-    step: int
-    operator: str
-    module: str
-    layer: int
+        return cls(_text_of(model_config), shape, compute_dtype, device, stack, depth, repr(settings), config)
 
 
 @lru_cache(maxsize=4096)
-def _peaks(case: _Case) -> Mapping[Hashable, int]:
+def _peaks(case: _Case) -> Mapping[Moment, int]:
     model_config = with_layers(case.model.model_config, case.depth)
     trace = predict(case.config, model_config, case.shape, case.compute_dtype)
-    return peaks_of(trace, case.stack, case.depth)
+    return peaks_of(timeline_on(trace, case.device), case.stack, case.depth)
 
 
-def peaks_of(trace: Trace, stack: LayerStack, depth: int) -> dict[Hashable, int]:
-    """The most bytes allocated at once at each kind of moment, and what the weights take."""
-    found: dict[Hashable, int] = {}
-    starts = iter([*trace.marks, (len(trace.events) + 1, "", 0)])
-    _, phase, step = next(starts)
-    upcoming = next(starts)
-    total = 0
-    for index, (storage, sign) in enumerate(trace.events):
-        while index >= upcoming[0]:
-            if upcoming[1] == "forward":
-                found.setdefault(_WEIGHTS, total)
-            (_, phase, step), upcoming = upcoming, next(starts)
-        total += sign * storage.nbytes
-        place = stack.place(storage.module, depth) if sign > 0 else None
-        if place is not None:
-            moment = _Moment(phase, step, storage.operator, *place)
-            found[moment] = max(found.get(moment, 0), total)
+def timeline_on(trace: Trace, device: str) -> Timeline:
+    """What a trace looks like on a device: `cpu` or `cuda`."""
+    if device == "cpu":
+        return timeline(trace)
+    from qlora_tool.memory.cuda import cuda_timeline
+
+    return cuda_timeline(trace).timeline
+
+
+def peaks_of(line: Timeline, stack: LayerStack, depth: int) -> dict[Moment, int]:
+    """The most bytes allocated at once at each kind of moment of a model with `depth` layers."""
+    places = [stack.place(module, depth) for module in line.module_names]
+    totals, modules, operators = line.totals.tolist(), line.modules.tolist(), line.operators.tolist()
+    found: dict[Moment, int] = {}
+    for number, span in enumerate(line.phase_spans()):
+        if span.phase == "forward" and WEIGHTS not in found:
+            found[WEIGHTS] = totals[span.start - 1]
+        for index in range(span.start, span.stop):
+            place = places[modules[index]]
+            if place is not None:
+                moment = Moment(span.phase, number, line.operator_names[operators[index]], *place)
+                if totals[index] > found.get(moment, 0):
+                    found[moment] = totals[index]
     return found

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
-from qlora_tool.errors import MachineError
-from qlora_tool.memory.breakdown import MemoryReport
+from qlora_tool.errors import UserError
+from qlora_tool.memory.breakdown import PARTS, Breakdown, MemoryReport
+from qlora_tool.memory.calibrate import Calibration, kept_calibration
+from qlora_tool.memory.cards import Card, find_card
 from qlora_tool.memory.classify import timeline
 from qlora_tool.memory.cuda import cuda_timeline
+from qlora_tool.memory.legend import full_size, limit
 from qlora_tool.memory.measure import measure_categories, measure_peak
 from qlora_tool.memory.predict import BatchShape, predict
 from qlora_tool.memory.timeline import Timeline
-from qlora_tool.model.load import build_skeleton, find_slots, tied_names
+from qlora_tool.model.load import build_skeleton, find_slots, is_linear, tied_names
 from qlora_tool.model.open import check_length, choose_dtype
 from qlora_tool.model.source import read_model_config, resolve
 
@@ -23,6 +31,69 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from qlora_tool.config import Config
+    from qlora_tool.memory.trace import Trace
+
+# The sizes of a model, with names that configurations had for them before transformers named them in `attribute_map`.
+_SIZES = {
+    "hidden_size": ("n_embed", "n_embd", "d_model"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads", "attention_heads"),
+    "vocab_size": (),
+}
+_BASE = ("base_weights", "quantization_state", "other_weights")
+
+
+@dataclass(frozen=True)
+class CudaTarget:
+    """The card that a prediction is for.
+
+    Attributes:
+        capability: its compute capability.
+        calibration: what was measured on it; None where nothing was.
+        expandable_segments: whether its allocator is told to grow its segments.
+    """
+
+    capability: tuple[int, int]
+    calibration: Calibration | None
+    expandable_segments: bool
+
+    @classmethod
+    def of(cls, card: Card | None) -> CudaTarget:
+        """A card of the table, or the one that is here; where there is none, one of the Ada generation."""
+        settings = "".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+        expandable = "expandable_segments:true" in settings.lower()
+        if torch.cuda.is_available() and (card is None or _is_here(card)):
+            calibration = kept_calibration(torch.cuda.get_device_name())
+            return cls(torch.cuda.get_device_capability(), calibration, expandable)
+        return cls(card.compute_capability if card else (8, 9), None, expandable)
+
+
+def _is_here(card: Card) -> bool:
+    try:
+        return find_card(torch.cuda.get_device_name()) == card
+    except UserError:  # the one that is here is not in the table
+        return False
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a device will give: over time, at the peak, and what of it is an estimate, in words."""
+
+    timeline: Timeline
+    breakdown: Breakdown
+    estimated: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, trace: Trace, target: CudaTarget | None, optim: str) -> Prediction:
+        """What a trace takes on a card, or on a CPU where `target` is None."""
+        if target is None:
+            line = timeline(trace)
+            return cls(line, line.breakdown())
+        found = cuda_timeline(
+            trace, expandable_segments=target.expandable_segments, compute_capability=target.capability,
+            calibration=target.calibration, paged_optimizer=optim.startswith("paged"),
+        )  # fmt: skip
+        return cls(found.timeline, found.breakdown(), found.estimated)
 
 
 @dataclass(frozen=True)
@@ -33,21 +104,48 @@ class Profile:
         report: the contract's numbers.
         timelines: by `predicted` and `measured`.
         unquantized: bytes of each weight that is kept whole, by parameter name.
+        estimated: what of the prediction is neither read from a source nor measured, in words.
         allocator_peak: what the allocator itself counted in a measured run, no tracer near it; None where not measured.
     """
 
     report: MemoryReport
     timelines: dict[str, Timeline]
     unquantized: Mapping[str, int]
+    estimated: tuple[str, ...] = ()
     allocator_peak: int | None = None
 
 
 def model_config_of(config: Config) -> PreTrainedConfig:
-    """The model's configuration, checked against the run's; no weights are needed."""
+    """The model's configuration, checked against the run's; no weights are needed.
+
+    Raises:
+        UserError: see `read_model_config` and `check_length`; or its sizes are not in the file.
+    """
     folder = resolve(config.model.name_or_path, config.model.revision, weights=False)
     model_config = read_model_config(folder, config.model.trust_remote_code)
+    _check_sizes(folder / "config.json", model_config)
     check_length(model_config, config.data.max_length)
     return model_config
+
+
+def _check_sizes(file: Path, model_config: PreTrainedConfig) -> None:
+    """Refuse a file without sizes, in whose place transformers puts some model's of the family.
+
+    A configuration within another (a model of text and images) leaves out what is as the family has it, by design.
+    """
+    given = json.loads(file.read_text(encoding="utf-8"))
+    if model_config.get_text_config() is not model_config:
+        return
+    missing = [
+        name for name, earlier in _SIZES.items()
+        if hasattr(model_config, name)
+        and not given.keys() & {name, model_config.attribute_map.get(name, name), *earlier}
+    ]  # fmt: skip
+    if missing:
+        raise UserError(
+            f"{file}: no {', '.join(missing)} in it, so the model's size is unknown; download the model again, or give "
+            "its sizes there"
+        )
 
 
 def assumed_batch(config: Config) -> BatchShape:
@@ -55,58 +153,79 @@ def assumed_batch(config: Config) -> BatchShape:
     return BatchShape.full(config.training.per_device_train_batch_size, config.data.max_length)
 
 
-def compute_dtype_on(config: Config, device: str) -> torch.dtype:
-    """The dtype of products on a device that need not be here: bf16 on a card, measured on this CPU."""
+def compute_dtype_on(config: Config, device: str, card: Card | None = None) -> torch.dtype:
+    """The dtype of products on a device that need not be here: a card's bf16 where it has it; this CPU's faster one."""
     if device == "cuda" and config.model.compute_dtype == "auto":
-        return torch.bfloat16
+        if card is None and torch.cuda.is_available():
+            return choose_dtype("auto", torch.device("cuda"))
+        return torch.bfloat16 if card is None or card.bf16 else torch.float16
     return choose_dtype(config.model.compute_dtype, torch.device("cpu"))
 
 
-def profile(config: Config, device: str, *, measure: bool = False) -> Profile:
+def profile(config: Config, device: str, *, measure: bool = False, card: Card | None = None) -> Profile:
     """Predict a run on `device` (cuda or cpu), and measure it too where asked for.
 
     Args:
         config: with every `auto` of the training section decided.
+        measure: on the device that is here.
+        card: to predict for; None: the one that is here, if any.
 
     Raises:
-        MachineError: a measurement on a device that is not here.
+        UserError: a measurement on a device that is not here, or a model that cannot be predicted.
     """
     if measure and device == "cuda" and not torch.cuda.is_available():
-        raise MachineError("--measure --device cuda: PyTorch sees no CUDA device here; leave --measure out, or use cpu")
-    dtype, shape = compute_dtype_on(config, device), assumed_batch(config)
-    trace = predict(config, model_config_of(config), shape, dtype)
-    if device == "cuda":
-        on_card = cuda_timeline(trace)
-        lines = {"predicted": on_card.timeline}
-        predicted = on_card.timeline.breakdown(
-            reserved_bytes=on_card.reserved_peak, context_bytes=on_card.context_bytes
-        )
-    else:
-        lines = {"predicted": timeline(trace)}
-        predicted = lines["predicted"].breakdown()
-    measured, allocator_peak = None, None
+        raise UserError("--measure --device cuda: PyTorch sees no CUDA device here; leave --measure out, or use cpu")
+    model_config, dtype, shape = model_config_of(config), compute_dtype_on(config, device, card), assumed_batch(config)
+    unquantized = unquantized_bytes(config, model_config, dtype)
+    target = CudaTarget.of(card) if device == "cuda" else None
+    predicted = Prediction.of(predict(config, model_config, shape, dtype), target, config.training.optim)
+    lines, measured, allocator_peak = {"predicted": predicted.timeline}, None, None
     if measure and device == "cuda":
         from qlora_tool.memory.measure_cuda import measure_on_cuda
 
-        measured = measure_on_cuda(config, model_config_of(config), shape, dtype)
+        measured = measure_on_cuda(config, model_config, shape, dtype).breakdown
         allocator_peak = measured.peak_bytes
     elif measure:
-        lines["measured"] = timeline(measure_categories(config, model_config_of(config), shape, dtype))
+        lines["measured"] = timeline(measure_categories(config, model_config, shape, dtype))
         measured = lines["measured"].breakdown()
-        allocator_peak = measure_peak(config, model_config_of(config), shape, dtype)
-    report = MemoryReport(device, config.model_dump(mode="json"), predicted, measured)
-    return Profile(report, lines, unquantized_bytes(config, dtype), allocator_peak)
+        allocator_peak = measure_peak(config, model_config, shape, dtype)
+    report = MemoryReport(device, config.model_dump(mode="json"), predicted.breakdown, measured)
+    return Profile(report, lines, unquantized, predicted.estimated, allocator_peak)
 
 
-def unquantized_bytes(config: Config, compute_dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of every weight that the loader keeps whole; empty where nothing is to be quantized."""
+def refuse_small_budget(profiled: Profile, budget: int, budget_name: str = "") -> None:
+    """Refuse a device that the frozen weights alone do not fit on: no batch is small enough for it.
+
+    Raises:
+        UserError: naming both sizes.
+    """
+    predicted = profiled.timelines["predicted"]
+    loaded = predicted.phase_spans()[0].stop - 1
+    held = dict(zip(PARTS, predicted.part_bytes[loaded].tolist(), strict=True))
+    weights = sum(held[part] for part in _BASE)
+    context = profiled.report.predicted.context_bytes or 0
+    if weights + context > budget:
+        beside = f" and the CUDA context {full_size(context)}" if context else ""
+        kind = profiled.report.config["model"]["quantization"]
+        smaller = "a smaller model" if kind in ("nf4", "fp4") else "model.quantization: nf4, a smaller model"
+        raise UserError(
+            f"--device-memory: {limit(budget, budget_name)}, but the base's weights ({kind}) alone take "
+            f"{full_size(weights)}{beside}; take {smaller}, or a larger device"
+        )
+
+
+def unquantized_bytes(config: Config, model_config: PreTrainedConfig, compute_dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of everything that the loader keeps whole; empty where nothing is to be quantized."""
     if config.model.quantization == "none":
         return {}
-    skeleton = build_skeleton(model_config_of(config), config.model.trust_remote_code, compute_dtype)
-    slots, tied = find_slots(skeleton), tied_names(skeleton)
-    size = min(compute_dtype.itemsize, 2)
-    return {
-        name: tensor.numel() * (size if tensor.dim() > 1 else compute_dtype.itemsize)
-        for name, tensor in skeleton.state_dict().items()
-        if name not in slots and name not in tied
-    }
+    skeleton = build_skeleton(copy.deepcopy(model_config), config.model.trust_remote_code, compute_dtype)
+    elsewhere = find_slots(skeleton).keys() | tied_names(skeleton).keys()
+    stored = model_config.dtype or torch.bfloat16
+    kept = stored if stored.itemsize <= 2 else compute_dtype  # of a large weight, as it lies on the disk
+    found = {}
+    for name, parameter in skeleton.named_parameters():
+        if name not in elsewhere:
+            module = skeleton.get_submodule(name.rpartition(".")[0])
+            large = name.endswith(".weight") and (isinstance(module, nn.Embedding) or is_linear(module))
+            found[name] = parameter.numel() * (kept if large else compute_dtype).itemsize
+    return found | {name: buffer.nbytes for name, buffer in skeleton.named_buffers()}

@@ -1,4 +1,4 @@
-"""The memory of a training run: predicted before the weights are read, seen in one early step, kept in `memory.json`."""
+"""The memory of a training run: predicted before weights are read, seen in one early step, kept in `memory.json`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from qlora_tool.errors import UserError
 from qlora_tool.files import cache_folder, write_json
 from qlora_tool.memory.breakdown import Breakdown, MemoryReport
 from qlora_tool.memory.classify import name_optimizer, name_weights, timeline
-from qlora_tool.memory.cuda import cuda_timeline
 from qlora_tool.memory.predict import BatchShape, TracerWatch, predict
+from qlora_tool.memory.profile import CudaTarget, Prediction
 from qlora_tool.memory.trace import Tracer
 from qlora_tool.model.open import choose_device, choose_dtype
 from qlora_tool.model.source import read_model_config, resolve
@@ -73,7 +73,8 @@ class RunMemory:
             logger.info("memory: this step is traced, and so is slower")
             with Tracer() as tracer:
                 name_weights(tracer, run.model.module, run.adapters)
-                name_optimizer(tracer, run.optimizer)
+                with tracer.phase("optimizer"):  # its state came with the step before
+                    name_optimizer(tracer, run.optimizer)
                 layers = run.model.checkpointed_layers()
                 run.model.checkpoint_layers(bool(layers), tracer.recomputation)
                 hooks = tracer.follow_modules(run.model.module, layers)
@@ -122,19 +123,15 @@ def kept_prediction(config: Config, shape: BatchShape, device: torch.device) -> 
     for section, keys in {"data": ("train", "eval"), "training": ("output_dir", "learning_rate", "seed")}.items():
         for key in keys:
             settings[section].pop(key)
+    target = CudaTarget.of(None) if device.type == "cuda" else None
     identity = [__version__, torch.__version__, model_config.to_json_string(), settings, dataclasses.astuple(shape),
-                str(dtype), str(device)]  # fmt: skip
+                str(dtype), target and dataclasses.astuple(target)]  # fmt: skip
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
     file = cache_folder() / "predictions" / f"{digest}.json"
     try:
         return Breakdown.from_json(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        pass  # not predicted yet, or by another version
-    trace = predict(config, model_config, shape, dtype)
-    if device.type == "cuda":
-        on_card = cuda_timeline(trace)
-        found = on_card.timeline.breakdown(reserved_bytes=on_card.reserved_peak, context_bytes=on_card.context_bytes)
-    else:
-        found = timeline(trace).breakdown()
+    except (OSError, ValueError, TypeError):
+        pass  # not predicted yet, or not readable
+    found = Prediction.of(predict(config, model_config, shape, dtype), target, config.training.optim).breakdown
     write_json(file, found.to_json())
     return found

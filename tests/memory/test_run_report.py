@@ -1,0 +1,181 @@
+"""The memory of a training run: what is predicted of its largest batch, kept, held against the device, and seen."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tiny_runs import run_config, write_model, write_rows
+
+from qlora_tool.cli import main
+from qlora_tool.config import Config, config_to_yaml, with_values
+from qlora_tool.data.batches import collate
+from qlora_tool.data.tokenize import Example
+from qlora_tool.errors import UserError
+from qlora_tool.memory import run_report
+from qlora_tool.memory.breakdown import CATEGORIES, MemoryReport
+from qlora_tool.memory.run_report import RunMemory, kept_prediction, shape_of
+from qlora_tool.training.prepare import resolve_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def config(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A run whose predictions are kept in a place of its own."""
+    monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
+    return run_config(model, write_rows(tmp_path / "rows.jsonl"), tmp_path / "run", {"training.max_steps": 3})
+
+
+def example(length: int, prompt: int = 2) -> Example:
+    ids = list(range(3, 3 + length))
+    return Example(ids, [-100] * prompt + ids[prompt:], "here")
+
+
+def batch(*lengths: int, packing: bool = False):
+    rows = [[example(length) for length in lengths]] if packing else [[example(length)] for length in lengths]
+    return collate(rows, pad_token_id=0, packing=packing)
+
+
+def cli(*args: object):
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+# ------------------------------------------------------------------------------------------- shapes of real batches
+
+
+def test_the_shape_of_padded_rows():
+    shape = shape_of(batch(9, 5))
+    assert (shape.rows, shape.length, shape.padded, shape.segments) == (2, 9, True, None)
+    assert shape.trained_tokens == 7 + 3  # two tokens of each row are the prompt
+
+
+def test_the_shape_of_a_packed_row():
+    shape = shape_of(batch(9, 5, packing=True))
+    assert (shape.rows, shape.length, shape.segments) == (1, 14, (9, 5))
+    assert shape.trained_tokens == 7 + 3
+
+
+# --------------------------------------------------------------------------------------------- kept predictions
+
+
+def test_a_prediction_is_made_once(config: Config, monkeypatch: pytest.MonkeyPatch):
+    first = kept_prediction(config, shape_of(batch(20, 12)), CPU)
+
+    def refuse(*_args):
+        raise AssertionError("traced again")
+
+    monkeypatch.setattr(run_report, "predict", refuse)
+    again = with_values(config, {"training.learning_rate": 1e-5, "training.output_dir": "elsewhere"})
+    assert kept_prediction(again, shape_of(batch(20, 12)), CPU) == first
+    for changed in ({"adapter.r": 8}, {"model.quantization": "int8"}, {"training.optim": "adamw_8bit"}):
+        with pytest.raises(AssertionError, match="traced again"):
+            kept_prediction(with_values(config, changed), shape_of(batch(20, 12)), CPU)
+    with pytest.raises(AssertionError, match="traced again"):
+        kept_prediction(config, shape_of(batch(21, 12)), CPU)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "null", "[1]", "7"])
+def test_a_broken_kept_prediction_is_made_again(config: Config, content: str):
+    shape = shape_of(batch(20, 12))
+    first = kept_prediction(config, shape, CPU)
+    [file] = (run_report.cache_folder() / "predictions").iterdir()
+    file.write_text(content)
+    assert kept_prediction(config, shape, CPU) == first
+    assert json.loads(file.read_text()) == first.to_json()
+
+
+# --------------------------------------------------------------------------------------- a run that does not fit
+
+
+def test_a_run_that_cannot_fit_is_refused_on_a_card(config: Config, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run_report, "choose_device", lambda _: torch.device("cuda"))
+    memory, needed = RunMemory(), None
+    monkeypatch.setattr(run_report, "free_bytes", lambda _: 1 << 40)
+    memory.check(config, batch(20, 12))
+    needed = memory.predicted.needed_bytes
+    assert needed > memory.predicted.peak_bytes  # the context, and what the allocator holds
+    monkeypatch.setattr(run_report, "free_bytes", lambda _: needed)
+    memory.check(config, batch(20, 12))
+    monkeypatch.setattr(run_report, "free_bytes", lambda _: needed - 1)
+    with pytest.raises(UserError, match=rf"this run needs {needed / 1e9:.2f} GB at its peak.*--plan"):
+        memory.check(config, batch(20, 12))
+
+
+def test_a_run_that_cannot_fit_in_a_cpus_memory_is_warned_about(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(run_report, "free_bytes", lambda _: 1)
+    monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
+    memory = RunMemory()
+    memory.check(config, batch(20, 12))
+    [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert f"this run needs {memory.predicted.needed_bytes / 1e9:.2f} GB at its peak" in warning
+
+
+def test_the_refusal_comes_before_the_weights_and_leaves_nothing(config: Config, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run_report, "choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(run_report, "free_bytes", lambda _: 1_000_000)
+    file = Path(config.training.output_dir).parent / "run.yaml"
+    file.write_text(config_to_yaml(config))
+    result = cli("train", file)
+    assert result.exit_code == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "0.00 GB are free on cuda" in errors[0]
+    assert "model: llama" not in result.stderr  # said when the weights are there
+    assert not Path(config.training.output_dir).exists()
+
+
+# -------------------------------------------------------------------------------------------------- memory.json
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"data.packing": True, "training.gradient_checkpointing": True, "training.gradient_accumulation_steps": 2}],
+)
+def test_training_writes_what_was_predicted_and_what_happened(config: Config, values: dict):
+    config = with_values(config, values)
+    file = Path(config.training.output_dir).parent / "run.yaml"
+    file.write_text(config_to_yaml(config))
+    gc.collect()
+    result = cli("train", file)
+    assert result.exit_code == 0, result.output
+    assert "memory: this step is traced, and so is slower" in result.stderr
+    written = json.loads((Path(config.training.output_dir) / "memory.json").read_text())
+    report = MemoryReport.from_json(written)  # refuses parts that do not add up
+    assert written["schema"] == 1 and written["device"] == "cpu"
+    assert written["config"] == resolve_config(config).model_dump(mode="json")
+    for name in ("predicted", "measured"):
+        found = written[name]
+        assert sum(found["at_peak"].values()) == found["peak_bytes"] == max(found["phase_peak_bytes"].values())
+        assert set(found["at_peak"]) == set(CATEGORIES)
+        assert found["reserved_bytes"] is found["context_bytes"] is None
+    # The step that is watched is not the one of the largest batch: it takes no more, and the same for what lasts.
+    assert report.measured.peak_bytes <= report.predicted.peak_bytes * 1.001
+    for part in ("base_weights", "quantization_state", "other_weights", "adapter_weights", "optimizer_state"):
+        assert report.measured.at_peak[part] == pytest.approx(report.predicted.at_peak[part], abs=200), part
+    assert report.measured.phase_peak_bytes["load"] < report.measured.phase_peak_bytes["forward"]
+
+
+def test_a_step_of_the_predicted_batch_takes_what_was_predicted(config: Config, tmp_path: Path):
+    """All rows of one length: every batch is the largest."""
+    rows = [{"prompt": f"{number:03d}?", "completion": f"{number:03d}"} for number in range(12)]
+    data = tmp_path / "even.jsonl"
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    config = with_values(config, {"data.train": str(data)})
+    file = tmp_path / "run.yaml"
+    file.write_text(config_to_yaml(config))
+    result = cli("train", file)
+    assert result.exit_code == 0, result.output
+    report = MemoryReport.from_json(json.loads((tmp_path / "run" / "memory.json").read_text()))
+    assert report.predicted.peak_bytes == pytest.approx(report.measured.peak_bytes, rel=0.01)
