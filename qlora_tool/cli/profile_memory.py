@@ -42,6 +42,7 @@ def profile_memory(
 
     CONFIG is a YAML file or the name of a recipe. Full batches of `data.max_length` tokens are assumed.
     """
+    import os
     from pathlib import Path
 
     from rich.console import Console
@@ -60,6 +61,7 @@ def profile_memory(
         raise click.UsageError("--plan needs to know what must suffice: give --device-memory, such as 24GB or rtx-4090")
     device = device or ("cpu" if configuration.model.device == "cpu" else "cuda")
     log_to_stderr()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own lines about when it starts and stops
     from qlora_tool.files import write_json
     from qlora_tool.memory.profile import profile, refuse_small_budget
     from qlora_tool.memory.table import render_report
@@ -80,6 +82,8 @@ def profile_memory(
     estimated = [*profiled.estimated, *(["what the driver keeps of the card"] if budget and budget.estimated else [])]
     if estimated:
         console.print(f"estimated, not measured: {', '.join(estimated)}")
+    if budget and not plan_too and profiled.report.predicted.needed_bytes > budget.bytes:
+        console.print("it does not fit; run again with --plan to see what would")
     if profiled.allocator_peak is not None:
         error = profiled.report.predicted.peak_bytes / profiled.allocator_peak - 1
         console.print(f"the allocator itself, without a tracer: {profiled.allocator_peak / 1e6:.1f} MB at the peak; "

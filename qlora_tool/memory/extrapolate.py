@@ -89,15 +89,24 @@ def estimate_peak(
             recompute.
     """
     stack = _layer_stack(_text_of(model_config), config.model.trust_remote_code)
-    make = partial(_Case.of, config, model_config, compute_dtype, device, stack)
+    make = partial(_Case.of, config, model_config, compute_dtype, stack)
     if shape.rows * shape.length <= LONG_BATCH:
-        found = _peaks_at_depth(make, shape)
+        found = _by_phase(_peaks_at_depth(make, shape, device))
     else:
         shorter = [max(64, LONG_BATCH * share // 4 // shape.rows // 64 * 64) for share in (2, 3, 4)]
-        points = [(length, _peaks_at_depth(make, resized(shape, shape.rows, length))) for length in shorter]
-        found = _lengthen(points, shape.length)
-    phases = {phase: max((found[at] for at in found if at.phase == phase), default=0) for phase in PHASES}
-    return Estimate(max(phases.values()), phases, found[WEIGHTS], stack.traced)
+        shapes = [resized(shape, shape.rows, length) for length in shorter]
+        points = [(shape.length, _peaks_at_depth(make, shape, "cpu")) for shape in shapes]
+        found = _by_phase(_lengthen(points, shape.length))
+        if device != "cpu":  # its allocator rounds, which no line follows; most of what it adds is the weights' share
+            here, there = _by_phase(points[-1][1]), _by_phase(_peaks_at_depth(make, shapes[-1], device))
+            found = {phase: found[phase] + there[phase] - here[phase] for phase in found}
+    weights = found.pop(WEIGHTS.phase)
+    return Estimate(max(found.values()), found, weights, stack.traced)
+
+
+def _by_phase(peaks: Mapping[Moment, int]) -> dict[str, int]:
+    phases = (*PHASES, WEIGHTS.phase)
+    return {phase: max((peaks[at] for at in peaks if at.phase == phase), default=0) for phase in phases}
 
 
 def resized(shape: BatchShape, rows: int, length: int) -> BatchShape:
@@ -111,10 +120,10 @@ def resized(shape: BatchShape, rows: int, length: int) -> BatchShape:
     return replace(shape, rows=rows, length=length, trained_tokens=trained, segments=segments)
 
 
-def _peaks_at_depth(make: partial[_Case], shape: BatchShape) -> Mapping[Moment, int]:
+def _peaks_at_depth(make: partial[_Case], shape: BatchShape, device: str) -> Mapping[Moment, int]:
     """The peaks of a batch at the model's own depth: each on the line through the two that were traced."""
     stack = make.args[-1]
-    shallow, *deep = (_peaks(make(shape, depth)) for depth in stack.traced)
+    shallow, *deep = (_peaks(make(shape, depth), device) for depth in stack.traced)
     if not deep:
         return shallow
     return _along_line(stack.traced, (shallow, deep[0]), stack.layers)
@@ -260,7 +269,6 @@ class _Case:
     model: _Text
     shape: BatchShape
     compute_dtype: torch.dtype
-    device: str
     stack: LayerStack
     depth: int
     settings: str
@@ -268,9 +276,8 @@ class _Case:
 
     @classmethod
     def of(
-        cls, config: Config, model_config, compute_dtype: torch.dtype, device: str, stack: LayerStack,
-        shape: BatchShape, depth: int,
-    ) -> _Case:  # fmt: skip
+        cls, config: Config, model_config, compute_dtype: torch.dtype, stack: LayerStack, shape: BatchShape, depth: int
+    ) -> _Case:
         training = config.training
         settings = (
             config.model.quantization, config.model.double_quant, config.model.trust_remote_code,
@@ -278,14 +285,18 @@ class _Case:
             min(2, training.gradient_accumulation_steps), training.max_grad_norm > 0,
             training.label_smoothing_factor > 0,
         )  # fmt: skip
-        return cls(_text_of(model_config), shape, compute_dtype, device, stack, depth, repr(settings), config)
+        return cls(_text_of(model_config), shape, compute_dtype, stack, depth, repr(settings), config)
 
 
-@lru_cache(maxsize=4096)
-def _peaks(case: _Case) -> Mapping[Moment, int]:
+@lru_cache(maxsize=1024)
+def _peaks(case: _Case, device: str) -> Mapping[Moment, int]:
+    return peaks_of(timeline_on(_trace(case), device), case.stack, case.depth)
+
+
+@lru_cache(maxsize=2)  # of one case for several devices
+def _trace(case: _Case) -> Trace:
     model_config = with_layers(case.model.model_config, case.depth)
-    trace = predict(case.config, model_config, case.shape, case.compute_dtype)
-    return peaks_of(timeline_on(trace, case.device), case.stack, case.depth)
+    return predict(case.config, model_config, case.shape, case.compute_dtype)
 
 
 def timeline_on(trace: Trace, device: str) -> Timeline:

@@ -133,9 +133,9 @@ def _check_sizes(file: Path, model_config: PreTrainedConfig) -> None:
 
     A configuration within another (a model of text and images) leaves out what is as the family has it, by design.
     """
-    given = json.loads(file.read_text(encoding="utf-8"))
     if model_config.get_text_config() is not model_config:
         return
+    given = json.loads(file.read_text(encoding="utf-8"))
     missing = [
         name for name, earlier in _SIZES.items()
         if hasattr(model_config, name)
@@ -146,6 +146,10 @@ def _check_sizes(file: Path, model_config: PreTrainedConfig) -> None:
             f"{file}: no {', '.join(missing)} in it, so the model's size is unknown; download the model again, or give "
             "its sizes there"
         )
+    sizes = {name: getattr(model_config, name, None) for name in _SIZES}
+    wrong = [f"{name}: {size}" for name, size in sizes.items() if isinstance(size, int) and size < 1]
+    if wrong:
+        raise UserError(f"{file}: {', '.join(wrong)}; expected at least 1; download the model again")
 
 
 def assumed_batch(config: Config) -> BatchShape:
@@ -176,20 +180,24 @@ def profile(config: Config, device: str, *, measure: bool = False, card: Card | 
     if measure and device == "cuda" and not torch.cuda.is_available():
         raise UserError("--measure --device cuda: PyTorch sees no CUDA device here; leave --measure out, or use cpu")
     model_config, dtype, shape = model_config_of(config), compute_dtype_on(config, device, card), assumed_batch(config)
-    unquantized = unquantized_bytes(config, model_config, dtype)
+
+    def run() -> tuple:
+        return config, copy.deepcopy(model_config), shape, dtype  # transformers writes its dtype into what it loads by
+
     target = CudaTarget.of(card) if device == "cuda" else None
-    predicted = Prediction.of(predict(config, model_config, shape, dtype), target, config.training.optim)
+    predicted = Prediction.of(predict(*run()), target, config.training.optim)
     lines, measured, allocator_peak = {"predicted": predicted.timeline}, None, None
     if measure and device == "cuda":
         from qlora_tool.memory.measure_cuda import measure_on_cuda
 
-        measured = measure_on_cuda(config, model_config, shape, dtype).breakdown
+        measured = measure_on_cuda(*run()).breakdown
         allocator_peak = measured.peak_bytes
     elif measure:
-        lines["measured"] = timeline(measure_categories(config, model_config, shape, dtype))
+        lines["measured"] = timeline(measure_categories(*run()))
         measured = lines["measured"].breakdown()
-        allocator_peak = measure_peak(config, model_config, shape, dtype)
+        allocator_peak = measure_peak(*run())
     report = MemoryReport(device, config.model_dump(mode="json"), predicted.breakdown, measured)
+    unquantized = unquantized_bytes(config, model_config, dtype)
     return Profile(report, lines, unquantized, predicted.estimated, allocator_peak)
 
 

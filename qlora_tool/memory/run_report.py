@@ -72,7 +72,8 @@ class RunMemory:
         else:
             logger.info("memory: this step is traced, and so is slower")
             with Tracer() as tracer:
-                name_weights(tracer, run.model.module, run.adapters)
+                with tracer.phase("load"):
+                    name_weights(tracer, run.model.module, run.adapters)
                 with tracer.phase("optimizer"):  # its state came with the step before
                     name_optimizer(tracer, run.optimizer)
                 layers = run.model.checkpointed_layers()

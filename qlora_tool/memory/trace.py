@@ -22,8 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-# Seen in the profiler of an untraced run: what this node gives is added out of place.
-_SHARES_ITS_GRADIENT = "NativeLayerNormBackward"
+_HELD_ALONE = 2  # of a storage that one tensor has: that tensor, and the Python object that asks
 _COPIES = ("aten::clone", "aten::new_empty_strided", "aten::empty_strided")
 
 PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_"})
@@ -225,7 +224,7 @@ class Tracer(TorchDispatchMode):
             return None
         node = torch._C._current_autograd_node()
         name = "" if node is None else node.name()
-        if operator == "aten::add" and _can_meet(args) and not name.startswith(_SHARES_ITS_GRADIENT):
+        if operator == "aten::add" and _can_meet(args):
             return args[0].untyped_storage()  # gradients that meet at a tensor: the second is added to the first
         if name.endswith("AccumulateGrad") and operator in _COPIES:
             return args[0].untyped_storage()  # a leaf's gradient: taken as it is
@@ -262,8 +261,11 @@ class Tracer(TorchDispatchMode):
 
 
 def _can_meet(args: tuple) -> bool:
-    """Whether an addition is one of two gradients of the same tensor, and the first has room for the sum: one that is
-    expanded, as that of a sum is, has not."""
+    """Whether an addition is one of two gradients of the same tensor, the first of them held by nothing else.
+
+    The engine's own condition for adding in place (torch/csrc/autograd/input_buffer.cpp): a gradient that is a view, or
+    expanded, or has views, shares its storage.
+    """
     if len(args) < 2 or not isinstance(args[1], torch.Tensor) or args[0].shape != args[1].shape:
         return False
-    return args[0].untyped_storage().nbytes() >= args[0].nbytes
+    return torch._C._storage_Use_Count(args[0].untyped_storage()._cdata) == _HELD_ALONE

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qlora_tool.errors import MachineError, UserError
+from qlora_tool.errors import UserError
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.kept_base import keep_base, kept_base
 from qlora_tool.model.load import Quantization, load_base
@@ -27,10 +27,10 @@ def choose_device(name: str) -> torch.device:
     """`auto`, `cuda` or `cpu` as a device.
 
     Raises:
-        MachineError: cuda is asked for and not there.
+        UserError: cuda is asked for and not there.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise MachineError(
+        raise UserError(
             "model.device: cuda, but PyTorch sees no CUDA device here; `qlora-tool doctor` shows what it sees"
         )
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")

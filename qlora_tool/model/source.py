@@ -109,6 +109,6 @@ def read_model_config(folder: Path, trust_remote_code: bool = False):
         )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file}: no configuration of a {model_type} model: {reason}") from error

@@ -266,7 +266,7 @@ def test_doctor_reports_this_machine(monkeypatch: pytest.MonkeyPatch):
     assert torch.__version__ in rows["torch"]
     assert os.environ["QLORA_TOOL_CACHE"] in rows["cache"]
     dtype = str(choose_compute_dtype(torch.device("cpu"))).removeprefix("torch.")
-    assert f"  cpu           {dtype} (products in GFLOP/s: " in result.stdout
+    assert f"  cpu           {dtype} (products in GFLOP/s, measured once: " in result.stdout
     assert torch.backends.cpu.get_cpu_capability() in result.stdout
 
     monkeypatch.setattr(doctor, "REQUIRED", ("torch", "no-such-package"))

@@ -98,13 +98,13 @@ class TestLimit:
         source, _, prompt = row
         (line,) = failure(source, max_length=prompt)
         assert line.startswith(f"data.train: nothing to learn from: {source}: 2 rows (prompt_completion), 0 kept;")
-        assert line.endswith(f"; 2 rows dropped: data.max_length {prompt} leaves nothing of the answer")
+        assert f"; 2 rows dropped: data.max_length {prompt} leaves nothing of the answer; each row needs" in line
 
 
 def test_only_rows_without_an_answer(tmp_path):
     (line,) = failure(write(tmp_path / "rows.jsonl", asked("hello?", " "), asked("you?", None)))
     assert line.startswith("data.train: nothing to learn from:")
-    assert line.endswith("2 rows dropped: without an answer")
+    assert "2 rows dropped: without an answer; each row needs an answer" in line
 
 
 def test_rows_that_the_template_refuses_are_named_together(tmp_path):

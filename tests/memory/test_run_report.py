@@ -164,7 +164,7 @@ def test_training_writes_what_was_predicted_and_what_happened(config: Config, va
     assert report.measured.peak_bytes <= report.predicted.peak_bytes * 1.001
     for part in ("base_weights", "quantization_state", "other_weights", "adapter_weights", "optimizer_state"):
         assert report.measured.at_peak[part] == pytest.approx(report.predicted.at_peak[part], abs=200), part
-    assert report.measured.phase_peak_bytes["load"] < report.measured.phase_peak_bytes["forward"]
+    assert 0 < report.measured.phase_peak_bytes["load"] < report.measured.phase_peak_bytes["forward"]
 
 
 def test_a_step_of_the_predicted_batch_takes_what_was_predicted(config: Config, tmp_path: Path):

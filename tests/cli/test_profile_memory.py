@@ -1,0 +1,248 @@
+"""`qlora-tool profile-memory` on folders with a `config.json` and nothing else: what it shows, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from tiny_models import tiny_config
+
+from qlora_tool.cli import main
+from qlora_tool.memory.breakdown import CATEGORIES, PHASES, MemoryReport
+
+
+@pytest.fixture(autouse=True)
+def own_log():
+    """Undo what a command sets for its process."""
+    logger, environment = logging.getLogger("qlora_tool"), dict(os.environ)
+    before = logger.handlers[:], logger.propagate, logger.level
+    with warnings.catch_warnings():
+        yield
+    logger.handlers, logger.propagate = before[:2]
+    logger.setLevel(before[2])
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model's configuration in `m` and a run's in `run.yaml`, which commands run in."""
+    tiny_config("llama", dtype="float32").save_pretrained(tmp_path / "m")
+    values = {
+        "model": {"name_or_path": "m", "compute_dtype": "float32"},
+        "adapter": {"r": 4},
+        "data": {"train": "there-is-no-such-file.jsonl", "max_length": 32},
+        "training": {"per_device_train_batch_size": 2},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*args: object):
+    return CliRunner().invoke(main, ["profile-memory", "run.yaml", *(str(arg) for arg in args)])
+
+
+def shown(*args: object) -> str:
+    """What a command that succeeds prints, its widths of space made one."""
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    assert "Traceback" not in result.output
+    return re.sub(r" +", " ", result.stdout)
+
+
+def refused(*args: object, code: int = 2) -> str:
+    """The one line that a command fails with; nothing is on stdout."""
+    result = run(*args)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def change_config(**values) -> None:
+    """Change keys of the model's config.json; None takes one out."""
+    file = Path("m/config.json")
+    changed = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({key: value for key, value in changed.items() if value is not None}))
+
+
+# ----------------------------------------------------------------------------------------------- what it shows
+
+
+def test_a_cpu_from_the_configuration_alone(here: Path):
+    output = shown("--device", "cpu", "--json", "out/memory.json")
+    assert sorted(path.name for path in (here / "m").iterdir()) == ["config.json"]
+    written = json.loads((here / "out" / "memory.json").read_text())
+    assert list(written) == ["schema", "device", "config", "predicted", "measured"]
+    assert (written["schema"], written["device"], written["measured"]) == (1, "cpu", None)
+    assert written["config"]["data"]["max_length"] == 32
+    assert written["config"]["training"]["gradient_checkpointing"] is True
+    predicted = written["predicted"]
+    assert list(predicted["at_peak"]) == list(CATEGORIES)
+    assert sum(predicted["at_peak"].values()) == predicted["peak_bytes"]
+    assert sum(predicted["activations"].values()) == predicted["at_peak"]["activations"] > 0
+    assert list(predicted["phase_peak_bytes"]) == list(PHASES)
+    assert max(predicted["phase_peak_bytes"].values()) == predicted["peak_bytes"]
+    assert predicted["reserved_bytes"] is predicted["context_bytes"] is None
+    assert f"predicted: {predicted['peak_bytes'] / 1e6:.1f} MB" in output
+    assert "on cpu; MB = 10^6 bytes, GiB = 2^30 bytes" in output
+    assert "CUDA context" not in output
+    assert "not quantized, kept whole" in output and "lm_head.weight" in output
+
+
+def test_what_can_be_worked_out_by_hand(here: Path):
+    """Two layers of 36864 weights, half a byte each; A and B of rank 4 on seven modules of each, in fp32."""
+    shown("--device", "cpu", "--json", "memory.json")
+    at_peak = json.loads((here / "memory.json").read_text())["predicted"]["at_peak"]
+    assert at_peak["base_weights"] == 2 * 36864 // 2
+    sides = 2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128)
+    assert at_peak["adapter_weights"] == 2 * 4 * sides * 4
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", None])
+def test_measured_beside_predicted(here: Path, stored: str | None):
+    change_config(dtype=stored)
+    output = shown("--device", "cpu", "--measure", "--json", "memory.json")
+    report = MemoryReport.from_json(json.loads((here / "memory.json").read_text()))
+    assert report.predicted.peak_bytes == pytest.approx(report.measured.peak_bytes, rel=0.01)
+    assert report.predicted.phase_peak_bytes == pytest.approx(report.measured.phase_peak_bytes, rel=0.01)
+    said = re.search(
+        r"the allocator itself, without a tracer: ([\d.]+) MB at the peak; predicted ([+-][\d.]+)%", output
+    )
+    assert float(said[1]) == pytest.approx(report.measured.peak_bytes / 1e6, abs=0.06)  # shown to a tenth
+    assert abs(float(said[2])) <= 1
+    assert "difference: predicted less measured" in output
+
+
+@pytest.mark.parametrize(("file", "start"), [("out/step.png", b"\x89PNG"), ("out/step.html", b"<!doctype html>")])
+def test_a_plot(here: Path, file: str, start: bytes):
+    shown("--device", "cpu", "--plot", file)
+    content = (here / file).read_bytes()
+    assert content[: len(start)].lower() == start.lower()
+    assert len(content) > 10_000
+
+
+def test_cuda_without_a_card(here: Path):
+    output = shown("--json", "memory.json")
+    written = json.loads((here / "memory.json").read_text())
+    predicted = written["predicted"]
+    assert written["device"] == "cuda"
+    assert predicted["reserved_bytes"] >= predicted["peak_bytes"]
+    assert predicted["reserved_bytes"] % 2**21 == 0  # segments are of 2 MiB and its multiples
+    assert predicted["context_bytes"] > 100_000_000
+    assert predicted["at_peak"]["framework"] > 8_000_000  # cuBLAS keeps a workspace
+    assert "estimated, not measured: the CUDA context" in output
+
+
+def test_the_configuration_may_ask_for_a_cpu(here: Path):
+    assert "on cpu;" in shown("--set", "model.device=cpu")
+
+
+def test_a_card_by_name(here: Path):
+    output = shown("--device-memory", "RTX 4090")
+    assert re.search(r"fits, 2\d\.\d\d GiB left: .* rtx-4090 has 23.52 GiB", output)
+    assert "what the driver keeps" not in output
+
+
+def test_a_card_by_the_size_it_is_sold_with(here: Path):
+    output = shown("--device-memory", "24GB")
+    assert "a card of 24 GB has 23.04 GiB" in output
+    assert "what the driver keeps of the card" in output
+
+
+def test_a_size_to_the_byte_that_does_not_suffice(here: Path):
+    shown("--device", "cpu", "--json", "memory.json")
+    report = json.loads((here / "memory.json").read_text())
+    peak = report["predicted"]["peak_bytes"]
+    assert "fits, 0 left" in shown("--device", "cpu", "--device-memory", f"{peak}B")
+    output = shown("--device", "cpu", "--device-memory", f"{peak - 1000}B")
+    assert "does not fit by 0.0 MiB" in output and "run again with --plan" in output
+
+
+def test_a_plan(here: Path):
+    output = shown("--device", "cpu", "--device-memory", "64MiB", "--plan")
+    plan = output[output.index("not quantized, kept whole") :]
+    assert "nf4" in plan and "int8" in plan
+    assert "32" in plan
+
+
+# --------------------------------------------------------------------------------------------- what it refuses
+
+
+def test_a_card_that_is_not_in_the_table(here: Path):
+    line = refused("--device-memory", "rtx-4900")
+    assert "'rtx-4900' is not in the table of cards; write one that is, such as rtx-4090, " in line
+
+
+def test_a_plan_for_nothing_in_particular(here: Path):
+    assert "give --device-memory, such as 24GB or rtx-4090" in refused("--plan")
+
+
+def test_a_budget_below_the_weights(here: Path):
+    line = refused("--device", "cpu", "--device-memory", "50KiB")
+    assert "--device-memory: the limit is " in line
+    assert "but the base's weights (nf4) alone take 0.1 MB" in line
+
+
+def test_an_unknown_architecture(here: Path):
+    change_config(model_type="lama")
+    line = refused()
+    assert "m/config.json: model_type 'lama'" in line and "did you mean 'llama'?" in line
+
+
+def test_a_model_that_is_no_causal_language_model(here: Path):
+    Path("m/config.json").write_text(json.dumps(
+        {"model_type": "vit", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ))  # fmt: skip
+    assert "no causal language model" in refused()
+
+
+def test_a_configuration_without_sizes(here: Path):
+    change_config(hidden_size=None, num_hidden_layers=None)
+    assert "m/config.json: no hidden_size, num_hidden_layers in it" in refused()
+
+
+@pytest.mark.parametrize("sizes", [{"num_attention_heads": 5}, {"num_hidden_layers": 0}, {"vocab_size": -1}])
+def test_sizes_of_no_model(here: Path, sizes: dict[str, int]):
+    change_config(**sizes)
+    line = refused()
+    assert "m/config.json" in line and next(iter(sizes)).replace("num_", "").replace("_", " ")[:5] in line
+
+
+def test_a_model_with_code_of_its_own(here: Path):
+    change_config(model_type="mine", auto_map={"AutoConfig": "mine.MineConfig"})
+    assert "set model.trust_remote_code: true" in refused()
+
+
+def test_a_length_beyond_the_models(here: Path):
+    line = refused("--set", "data.max_length=65")
+    assert "data.max_length: 65" in line and "max_position_embeddings is 64" in line
+
+
+def test_a_negative_length(here: Path):
+    assert "data.max_length: expected a whole number of at least 1, found -5" in refused("--set", "data.max_length=-5")
+
+
+def test_a_model_that_is_not_there(here: Path):
+    assert "no such folder; did you mean 'm'?" in refused("--set", "model.name_or_path=./mm")
+    assert "hub is out of reach" in refused("--set", "model.name_or_path=owner/name", code=1)
+
+
+@pytest.mark.parametrize("option", ["--measure", "--calibrate"])
+def test_a_card_that_is_not_here(here: Path, option: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "CUDA device" in refused("--device", "cuda", option)
+
+
+def test_a_plot_of_another_kind(here: Path):
+    assert "step.pdf: expected a name that ends in .png or .html" in refused("--plot", "step.pdf")
