@@ -93,7 +93,8 @@ def profile_memory(
     if plot_file:
         _plot(Path(plot_file), profiled, limits, configuration.model.name_or_path)
     if plan_too:
-        from qlora_tool.memory.plan import plan, render_plan
+        from qlora_tool.memory.plan import plan
+        from qlora_tool.memory.plan_table import render_plan
         from qlora_tool.memory.profile import compute_dtype_on, model_config_of
 
         dtype = compute_dtype_on(configuration, device, card)
