@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_tool.adapters.dora import DoraAdapter
+from qlora_tool.adapters.fusion import fuse
 from qlora_tool.adapters.lora import LoraAdapter
 from qlora_tool.adapters.method import Adapter, generator_for
 from qlora_tool.adapters.targets import find_targets, settings_for
@@ -112,6 +113,7 @@ def put_on(model: nn.Module, layers: Mapping[str, Adapter]) -> None:
     """Let each linear module compute with its adapter."""
     for name, layer in layers.items():
         model.get_submodule(name).adapter = layer.train(model.training)
+    fuse(model)
 
 
 def train_whole(model: nn.Module, names: list[str], dtype: torch.dtype) -> dict[str, nn.Parameter]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from qlora_tool.adapters.method import Adapter, AdapterSettings
+from qlora_tool.ops.lora import LoraPart, lora_linear
 
 if TYPE_CHECKING:
+    from qlora_tool.adapters.fusion import SharedInput
     from qlora_tool.model.layers import FrozenLinear
 
 
@@ -19,9 +21,14 @@ class LoraAdapter(Adapter):
     """y = x·W₀ᵀ + s·(x·Aᵀ)·Bᵀ, A (r, in), B (out, r).
 
     An adapter that PEFT made with `lora_bias` also adds s·b, b (out,).
+
+    Attributes:
+        fused: whether the fused operations are taken where they can be; False is the plain path, for comparisons.
+        shared: the modules that this one's input goes to as well, or None.
     """
 
     method = "lora"
+    fused: ClassVar[bool] = True
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor, settings: AdapterSettings, lora_B_bias: Tensor | None = None):
         super().__init__()
@@ -30,6 +37,7 @@ class LoraAdapter(Adapter):
         self.lora_B = nn.Parameter(lora_B)  # (out, r)
         self.lora_B_bias = None if lora_B_bias is None else nn.Parameter(lora_B_bias)  # (out,)
         self.dropout = nn.Dropout(settings.dropout) if settings.dropout else None
+        self.shared: SharedInput | None = None
 
     @classmethod
     def start(
@@ -49,7 +57,19 @@ class LoraAdapter(Adapter):
     def from_peft(cls, tensors: Mapping[str, Tensor], settings: AdapterSettings) -> LoraAdapter:
         return cls(tensors["lora_A.weight"], tensors["lora_B.weight"], settings, tensors.get("lora_B.bias"))
 
+    def part(self, linear: FrozenLinear) -> LoraPart:
+        """What the fused operations take."""
+        return LoraPart(linear.weight, self.lora_A, self.lora_B, self.settings.scaling, linear.bias)
+
+    def is_fusable(self, linear: FrozenLinear) -> bool:
+        """Whether the fused operations compute what this adapter does."""
+        drops = self.dropout is not None and self.training
+        plain = type(self) is LoraAdapter and self.lora_B_bias is None
+        return self.fused and plain and not drops and not linear.weight.trainable
+
     def forward(self, x: Tensor, linear: FrozenLinear) -> Tensor:
+        if self.is_fusable(linear):
+            return lora_linear(x, [self.part(linear)])[0] if self.shared is None else self.shared.output(x, linear)
         # The branch comes first: it is all that backward needs, so recomputation ends before the base product.
         branch = self.branch(x if self.dropout is None else self.dropout(x))
         y = linear.product(x) + branch

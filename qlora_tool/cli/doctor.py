@@ -80,7 +80,8 @@ def _devices() -> Iterator[tuple[str, str]]:
 def _compute_dtypes() -> Iterator[tuple[str, str]]:
     import torch
 
-    from qlora_tool.ops.precision import choose_compute_dtype, kept_measurement
+    from qlora_tool.ops.precision import choose_compute_dtype
+    from qlora_tool.ops.products import kept_measurement
 
     speeds = ", ".join(f"{name} {gflops:.1f}" for name, gflops in kept_measurement().items())
     yield (

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qlora_tool.ops.products import matmul
+
 
 class WeightHandle(Protocol):
     """Whatever can give a frozen weight: kept on the device, in 4 bits, or elsewhere."""
@@ -36,8 +38,13 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: WeightHandle, expert: int | None) -> Tensor:
         ctx.weight, ctx.expert = weight, expert  # the handle, not a tensor: nothing is kept
-        return torch.nn.functional.linear(x, weight.dense(x.dtype, expert))
+        return _product(x, weight.dense(x.dtype, expert).T)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad @ ctx.weight.dense(grad.dtype, ctx.expert), None, None
+        return _product(grad, ctx.weight.dense(grad.dtype, ctx.expert)), None, None
+
+
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    """x (…, k) · (k, m) → (…, m)."""
+    return matmul(x.reshape(-1, x.shape[-1]), matrix).view(*x.shape[:-1], matrix.shape[1])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_tool.ops.loss import LogitsTransform, linear_cross_entropy
+from qlora_tool.ops.loss import LogitsTransform, frozen_cross_entropy, linear_cross_entropy
 
 HIDDEN, VOCABULARY = 16, 50
 
@@ -108,3 +108,53 @@ def test_no_logits_of_more_rows_than_a_chunk_are_made(with_gradient):
     # A chunk's own logits are kept while it is differentiated; for the caller's backward, (rows, hidden) alone.
     large = [shape for shape in kept if shape and shape[0] > 4 and shape != (HIDDEN, VOCABULARY)]
     assert large == ([(10, HIDDEN)] if with_gradient else [])
+
+
+class Handle:
+    """A frozen projection that counts how often it is asked for."""
+
+    def __init__(self, weight):
+        self.weight, self.asked = weight, 0
+
+    def dense(self, dtype, expert=None):
+        self.asked += 1
+        return self.weight.to(dtype)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "transform", [LogitsTransform(), LogitsTransform(0.25), LogitsTransform(8.0, 3.0), LogitsTransform(softcap=2.0)]
+)
+@pytest.mark.parametrize(("rows", "chunk_rows"), [(1, 256), (7, 3), (0, 4)])
+def test_a_frozen_projection_gives_the_sum_and_gradient_of_whole_logits(
+    rows, chunk_rows, transform, bias, label_smoothing
+):
+    hidden, weight, labels = case(rows)
+    added = torch.linspace(-1, 1, VOCABULARY, dtype=torch.float64) if bias else None
+    head = Handle(weight)
+    options = {"transform": transform, "label_smoothing": label_smoothing, "chunk_rows": chunk_rows}
+    found = frozen_cross_entropy(hidden, labels, head, added, **options)
+    found.backward()
+
+    def transformed(logits):
+        logits = (logits + (0 if added is None else added)) * transform.scale
+        return logits if transform.softcap is None else transform.softcap * torch.tanh(logits / transform.softcap)
+
+    total, grad = whole(hidden, weight, labels, transformed, label_smoothing) if rows else (torch.zeros(()), hidden)
+    assert (found.dtype, head.asked) == (torch.float32, 1)
+    assert_close(found.detach(), total.double())
+    if rows:
+        assert_close(hidden.grad, grad)
+    with torch.no_grad():
+        assert frozen_cross_entropy(hidden, labels, head, added, **options).item() == found.item()
+
+
+def test_a_frozen_projection_in_bf16_keeps_the_loss_in_fp32():
+    hidden, weight, labels = case(40, torch.bfloat16)
+    found = frozen_cross_entropy(hidden, labels, Handle(weight), chunk_rows=16)
+    logits = hidden.detach() @ weight.T  # rounded to bf16, as every path has them
+    expected = nn.functional.cross_entropy(logits.double(), labels, reduction="sum")
+    assert_close(found.detach(), expected)
+    found.backward()
+    assert hidden.grad.dtype == torch.bfloat16

@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from qlora_tool.ops import precision
-from qlora_tool.ops.precision import choose_compute_dtype, kept_measurement, measure_products
+from qlora_tool.ops import products
+from qlora_tool.ops.precision import choose_compute_dtype
+from qlora_tool.ops.products import ONEDNN, kept_measurement, measure_products
 
 CPU = torch.device("cpu")
 
@@ -26,9 +27,9 @@ def measured(monkeypatch):
 
     def measure():
         calls.append(None)
-        return {"float32": 50.0, "bfloat16": 60.0}
+        return {"float32": 50.0, ONEDNN: 40.0, "bfloat16": 60.0}
 
-    monkeypatch.setattr(precision, "measure_products", measure)
+    monkeypatch.setattr(products, "measure_products", measure)
     return calls
 
 
@@ -39,13 +40,13 @@ def rewrite(file, **changes) -> None:
 @pytest.mark.parametrize(("bfloat16", "dtype"), [(200.0, torch.bfloat16), (0.2, torch.float32), (50.0, torch.float32)])
 def test_auto_on_a_cpu_is_the_faster_by_the_kept_measurement(kept_file, measured, bfloat16, dtype):
     kept_measurement()
-    rewrite(kept_file, gflops={"float32": 50.0, "bfloat16": bfloat16})
+    rewrite(kept_file, gflops={"float32": 50.0, ONEDNN: 40.0, "bfloat16": bfloat16})
     assert choose_compute_dtype(CPU) == dtype
     assert len(measured) == 1
 
 
 def test_a_measurement_is_made_once(kept_file, measured):
-    assert kept_measurement() == kept_measurement() == {"float32": 50.0, "bfloat16": 60.0}
+    assert kept_measurement() == kept_measurement() == {"float32": 50.0, ONEDNN: 40.0, "bfloat16": 60.0}
     assert len(measured) == 1
 
 
@@ -53,16 +54,18 @@ def test_another_machine_or_torch_measures_again(kept_file, measured):
     kept_measurement()
     machine = json.loads(kept_file.read_text())["machine"]
     assert torch.__version__ in machine
-    rewrite(kept_file, machine=machine.replace(torch.__version__, "1.0"), gflops={"float32": 1.0, "bfloat16": 0.5})
+    slow = {"float32": 1.0, ONEDNN: 0.1, "bfloat16": 0.5}
+    rewrite(kept_file, machine=machine.replace(torch.__version__, "1.0"), gflops=slow)
     assert choose_compute_dtype(CPU) == torch.bfloat16
     assert len(measured) == 2
-    assert json.loads(kept_file.read_text()) == {"machine": machine, "gflops": {"float32": 50.0, "bfloat16": 60.0}}
+    assert json.loads(kept_file.read_text()) == {"machine": machine, "gflops": kept_measurement()}
+    assert kept_measurement()["float32"] == 50.0
 
 
 def test_a_processor_with_other_bf16_instructions_measures_again(kept_file, measured, monkeypatch):
     """PyTorch calls both AVX512, and a home folder may be shared."""
     for count, instructions in enumerate([[], ["avx512_bf16"], ["amx_bf16", "avx512_bf16"]], start=1):
-        monkeypatch.setattr(precision, "_bf16_instructions", lambda found=instructions: found)
+        monkeypatch.setattr(products, "_bf16_instructions", lambda found=instructions: found)
         kept_measurement()
         assert len(measured) == count
 
@@ -80,7 +83,7 @@ def test_a_broken_file_is_measured_over(kept_file, measured, content):
 
 def test_the_measurement_is_of_both_dtypes():
     speeds = measure_products()
-    assert speeds.keys() == {"float32", "bfloat16"}
+    assert speeds.keys() == {"float32", ONEDNN, "bfloat16"}
     assert all(0 < speed < 1e6 for speed in speeds.values())
 
 

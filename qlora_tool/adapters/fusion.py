@@ -1,0 +1,116 @@
+"""Let modules that share an input, or make up a gated MLP, run as one operation where their adapters allow it.
+
+What is fused is found by what modules are: linear modules of one parent under the names that the field gives to
+projections of one input, and parents whose own forward pass, run on small numbers, is that of a gated MLP. Whether a
+module's adapter can take the fused operation is asked at every call: dropout, DoRA, a trained base weight and PEFT's
+`lora_bias` take the general path.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from qlora_tool.adapters.lora import LoraAdapter
+from qlora_tool.model.layers import FrozenLinear
+from qlora_tool.ops.lora import ACTIVATIONS, Activation, lora_gated_mlp, lora_linear
+
+SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
+GATED_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def fuse(model: nn.Module) -> None:
+    """Join the modules of `model` that can run as one; adapters are on it already."""
+    for parent in model.modules():
+        if all(_adapted(parent, name) for name in GATED_MLP) and (activation := gated_activation(parent)):
+            parent.forward = functools.partial(_gated_forward, parent, activation)
+        for names in SHARED_INPUT:
+            if all(_adapted(parent, name) for name in names):
+                shared = SharedInput([getattr(parent, name) for name in names])
+                for name in names:
+                    getattr(parent, name).adapter.shared = shared
+
+
+def _adapted(parent: nn.Module, name: str) -> bool:
+    child = getattr(parent, name, None)
+    return isinstance(child, FrozenLinear) and isinstance(child.adapter, LoraAdapter)
+
+
+class SharedInput:
+    """Linear modules that are called with one and the same tensor, one after the other.
+
+    The first that is called computes all of them; the others find their outputs waiting. One that comes with another
+    tensor after all computes for itself.
+    """
+
+    def __init__(self, linears: Sequence[FrozenLinear]):
+        self.linears = linears
+        self._input: Tensor | None = None
+        self._waiting: dict[FrozenLinear, Tensor] = {}
+
+    def output(self, x: Tensor, linear: FrozenLinear) -> Tensor:
+        """x (…, in) → (…, out) of `linear`, bias and adapter included."""
+        if self._input is not x or linear not in self._waiting:
+            together = self.linears if linear is self.linears[0] and all(map(is_fusable, self.linears)) else [linear]
+            outputs = lora_linear(x, [one.adapter.part(one) for one in together])
+            self._input, self._waiting = x, dict(zip(together, outputs, strict=True))
+        y = self._waiting.pop(linear)
+        if not self._waiting:
+            self._input = None
+        return y
+
+
+def is_fusable(linear: FrozenLinear) -> bool:
+    """Whether the module's adapter can take the fused operation as it is now."""
+    return isinstance(linear.adapter, LoraAdapter) and linear.adapter.is_fusable(linear)
+
+
+def _gated_forward(mlp: nn.Module, activation: Activation, x: Tensor) -> Tensor:
+    linears = [getattr(mlp, name) for name in GATED_MLP]
+    if not all(map(is_fusable, linears)):
+        return type(mlp).forward(mlp, x)
+    return lora_gated_mlp(x, *(linear.adapter.part(linear) for linear in linears), activation)
+
+
+def gated_activation(mlp: nn.Module) -> Activation | None:
+    """The activation of a module that computes down_proj(act_fn(gate_proj(x)) ∘ up_proj(x)); None if it does not, or
+    has an activation that no fused operation knows."""
+    known = (activation for activation in ACTIVATIONS if _is_gated_mlp(type(mlp), mlp, activation))
+    return next(known, None)
+
+
+_found: dict[tuple, bool] = {}
+
+
+def _is_gated_mlp(kind: type[nn.Module], mlp: nn.Module, activation: Activation) -> bool:
+    """Whether the forward pass of `kind`, on three small matrices, gives what the formula gives."""
+    key = (kind, type(getattr(mlp, "act_fn", None)), str(getattr(mlp, "act_fn", None)), activation.name)
+    if key not in _found:
+        with unset_fake_temporarily(), torch.no_grad(), torch.device("cpu"):
+            _found[key] = _computes_as(kind, mlp, activation)
+    return _found[key]
+
+
+def _computes_as(kind: type[nn.Module], mlp: nn.Module, activation: Activation) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    twin = kind.__new__(kind)
+    nn.Module.__init__(twin)
+    twin.__dict__.update({name: value for name, value in vars(mlp).items() if not name.startswith("_")})
+    twin.__dict__.pop("forward", None)
+    twin.act_fn = getattr(mlp, "act_fn", None)
+    gate, up, down = (torch.randn(shape, generator=generator) for shape in ((5, 4), (5, 4), (3, 5)))
+    x = torch.randn(7, 4, generator=generator)
+    for name, weight in zip(GATED_MLP, (gate, up, down), strict=True):
+        linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight)
+        setattr(twin, name, linear)
+    try:
+        found = kind.forward(twin, x)
+    except Exception:  # it computes with more than these three: whatever that is, it is no gated MLP
+        return False
+    expected = (activation.function(x @ gate.T) * (x @ up.T)) @ down.T
+    return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)

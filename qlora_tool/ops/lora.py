@@ -1,0 +1,235 @@
+"""LoRA on frozen weights as single operations with hand-written gradients.
+
+    y_i = x·W_iᵀ + b_i + s_i·(x·A_iᵀ)·B_iᵀ        `lora_linear`: one or several linear modules of one input
+    y = down(act(gate(x)) ∘ up(x))                 `lora_gated_mlp`: three of them, each as above
+
+x is kept once for all that share it, x·Aᵀ (tokens × r) beside it, the A's are stacked into one product, the gradient
+of x is added up in one buffer, and nothing of the size of W is made for a gradient. The gated MLP keeps gate and up
+alone and computes the activation again. `lora_linear_reference` and `lora_gated_mlp_reference` say the same in plain
+torch.
+
+Each operation has two autograd nodes. The first computes what backward needs and keeps it; the second makes the
+output, keeps nothing, and computes every gradient from what the first kept. So a checkpointed region that ends in such
+an operation is recomputed only up to the first node (non-reentrant checkpointing stops at the last value it needs), and
+the base product that comes after is never made again.
+
+Source: LoRA (Hu et al. 2021, arXiv 2106.09685), section 4.1; the gradients are those of the two lines above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora_tool.ops.linear import WeightHandle, frozen_linear
+from qlora_tool.ops.products import matmul, matmul_add
+
+
+@dataclass(frozen=True)
+class LoraPart:
+    """One linear module with its adapter.
+
+    Attributes:
+        weight: the handle of W (out, in), frozen.
+        A: (r, in), trained.
+        B: (out, r), trained.
+        scaling: s.
+        bias: (out,), or None.
+    """
+
+    weight: WeightHandle
+    A: Tensor
+    B: Tensor
+    scaling: float
+    bias: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> LoraPart:
+        """The same with A, B and the bias in `dtype`, differentiably."""
+        if self.A.dtype == self.B.dtype == dtype and (self.bias is None or self.bias.dtype == dtype):
+            return self
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return LoraPart(self.weight, self.A.to(dtype), self.B.to(dtype), self.scaling, bias)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation and its derivative: `gradient(grad, input)`."""
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]
+
+
+def _gelu(approximate: str) -> Activation:
+    return Activation(
+        f"gelu {approximate}", lambda x: torch.nn.functional.gelu(x, approximate=approximate),
+        lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate=approximate),
+    )  # fmt: skip
+
+
+ACTIVATIONS = (
+    Activation("silu", torch.nn.functional.silu, torch.ops.aten.silu_backward), _gelu("none"), _gelu("tanh"),
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- one input, any outputs
+
+
+def lora_linear(x: Tensor, parts: Sequence[LoraPart]) -> tuple[Tensor, ...]:
+    """x (…, in) through every part → (…, out) each; x in the dtype of the products.
+
+    A trained bias gets its gradient too.
+    """
+    parts = [part.to(x.dtype) for part in parts]
+    flat = x.reshape(-1, x.shape[-1])
+    z = _Keep.apply(flat, *(part.A for part in parts))
+    outputs = _LoraLinear.apply(flat, z, parts, *_trained(parts))
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+
+
+def lora_linear_reference(x: Tensor, parts: Sequence[LoraPart]) -> tuple[Tensor, ...]:
+    """The same by autograd."""
+    parts = [part.to(x.dtype) for part in parts]
+    return tuple(_reference(x, part) for part in parts)
+
+
+def _reference(x: Tensor, part: LoraPart) -> Tensor:
+    linear = torch.nn.functional.linear
+    branch = linear(linear(x, part.A), part.B) * part.scaling
+    y = frozen_linear(x, part.weight) + branch
+    return y if part.bias is None else y + part.bias
+
+
+def _trained(parts: Sequence[LoraPart]) -> list[Tensor | None]:
+    """A, B and bias of every part, in the order in which gradients come back."""
+    return [tensor for part in parts for tensor in (part.A, part.B, part.bias)]
+
+
+def _stacked(matrices: Sequence[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
+
+
+class _Keep(torch.autograd.Function):
+    """z = x·[A_1; A_2; …]ᵀ, (tokens, Σr); keeps x and z for the node that comes after it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *A: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        z = matmul(x, _stacked(A).T)
+        ctx.save_for_backward(x, z)
+        return z
+
+    @staticmethod
+    def backward(ctx, _):
+        return (None,) * len(ctx.needs_input_grad)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, z: Tensor, parts: Sequence[LoraPart], *trained: Tensor | None):
+        ctx.kept, ctx.parts = z.grad_fn, parts
+        return tuple(_outputs(x, z, parts))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        x, z = ctx.kept.saved_tensors
+        needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+        dx, trained = _input_gradients(x, z, [grad.contiguous() for grad in grads], ctx.parts, needs_x, needs)
+        return dx, None, None, *trained
+
+
+def _outputs(x: Tensor, z: Tensor, parts: Sequence[LoraPart]) -> list[Tensor]:
+    outputs, begin = [], 0
+    for part in parts:
+        end = begin + part.A.shape[0]
+        y = matmul(x, part.weight.dense(x.dtype).T)
+        y.addmm_(z[:, begin:end], part.B.T, alpha=part.scaling)
+        outputs.append(y if part.bias is None else y.add_(part.bias))
+        begin = end
+    return outputs
+
+
+def _input_gradients(
+    x: Tensor, z: Tensor, grads: Sequence[Tensor], parts: Sequence[LoraPart], needs_x: bool, needs: Sequence[bool]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradient of x (None where not needed), and of A, B and bias of every part."""
+    dz = torch.empty_like(z)
+    of_B, of_bias, begin = [], [], 0
+    for index, (part, grad) in enumerate(zip(parts, grads, strict=True)):
+        end = begin + part.A.shape[0]
+        of_B.append(matmul(z[:, begin:end].T, grad).T.mul_(part.scaling))  # (r, out), turned: faster than (out, r)
+        dz[:, begin:end] = matmul(grad, part.B)
+        dz[:, begin:end].mul_(part.scaling)
+        of_bias.append(grad.sum(0) if needs[3 * index + 2] else None)
+        begin = end
+    of_A = matmul(dz.T, x).split([part.A.shape[0] for part in parts])
+    trained = [gradient for group in zip(of_A, of_B, of_bias, strict=True) for gradient in group]
+    if not needs_x:
+        return None, trained
+    dx = None
+    for part, grad in zip(parts, grads, strict=True):
+        weight = part.weight.dense(grad.dtype)
+        dx = matmul(grad, weight) if dx is None else matmul_add(grad, weight, dx)
+        del weight
+    return dx.addmm_(dz, _stacked([part.A for part in parts])), trained
+
+
+# ---------------------------------------------------------------------------------------------- the gated MLP
+
+
+def lora_gated_mlp(x: Tensor, gate: LoraPart, up: LoraPart, down: LoraPart, activation: Activation) -> Tensor:
+    """down(activation(gate(x)) ∘ up(x)): x (…, in) → (…, out)."""
+    parts = [part.to(x.dtype) for part in (gate, up, down)]
+    flat = x.reshape(-1, x.shape[-1])
+    gated, upped = _KeepGated.apply(flat, parts[:2], *_trained(parts[:2]))
+    y = _LoraGated.apply(flat, gated, upped, parts, activation, *_trained(parts))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def lora_gated_mlp_reference(x: Tensor, gate: LoraPart, up: LoraPart, down: LoraPart, activation: Activation) -> Tensor:
+    """The same by autograd."""
+    gated, upped = lora_linear_reference(x, (gate, up))
+    return lora_linear_reference(activation.function(gated) * upped, (down,))[0]
+
+
+class _KeepGated(torch.autograd.Function):
+    """gate(x) and up(x), (tokens, intermediate) each; keeps them, x and z."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, parts: Sequence[LoraPart], *trained: Tensor | None):
+        ctx.set_materialize_grads(False)
+        z = matmul(x, _stacked([part.A for part in parts]).T)
+        gated, upped = _outputs(x, z, parts)
+        ctx.save_for_backward(x, z, gated, upped)
+        return gated, upped
+
+    @staticmethod
+    def backward(ctx, *_):
+        return (None,) * len(ctx.needs_input_grad)
+
+
+class _LoraGated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gated: Tensor, upped: Tensor, parts, activation: Activation, *trained: Tensor | None):
+        ctx.kept, ctx.parts, ctx.activation = gated.grad_fn, parts, activation
+        h = activation.function(gated).mul_(upped)
+        down = parts[2]
+        return _outputs(h, matmul(h, down.A.T), [down])[0]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, z, gated, upped = ctx.kept.saved_tensors
+        needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        *parts, down = ctx.parts
+        active = ctx.activation.function(gated)
+        h = active * upped
+        dh, of_down = _input_gradients(h, matmul(h, down.A.T), [grad.contiguous()], [down], True, needs[6:])
+        del h
+        d_up = active.mul_(dh)
+        d_gate = ctx.activation.gradient(dh.mul_(upped), gated)
+        del dh
+        dx, of_parts = _input_gradients(x, z, [d_gate, d_up], parts, needs_x, needs[:6])
+        return dx, None, None, None, None, *of_parts, *of_down

@@ -1,0 +1,214 @@
+"""The fused LoRA operations against plain autograd in fp64, and what they keep, make and skip."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from qlora_tool.ops.lora import (
+    ACTIVATIONS,
+    LoraPart,
+    lora_gated_mlp,
+    lora_gated_mlp_reference,
+    lora_linear,
+    lora_linear_reference,
+)
+from qlora_tool.ops.quantized import quantize
+
+
+class Handle:
+    """A frozen weight (out, in) that counts how often it is asked for."""
+
+    def __init__(self, weight, kind=None):
+        self.value = weight if kind is None else quantize(weight, kind)
+        self.kind, self.asked = kind, 0
+
+    def dense(self, dtype, expert=None):
+        self.asked += 1
+        return self.value.to(dtype) if self.kind is None else self.value.dequantize(dtype)
+
+
+def make_part(out, width, r, *, seed, kind=None, dtype=torch.float32, bias=False, bias_trained=False) -> LoraPart:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
+
+    weight = Handle(normal(out, width), kind)
+    return LoraPart(
+        weight, normal(r, width).requires_grad_(), normal(out, r).requires_grad_(), 2.0,
+        normal(out).requires_grad_(bias_trained) if bias else None,
+    )  # fmt: skip
+
+
+def exact(part: LoraPart) -> LoraPart:
+    """The same numbers in fp64, with gradients of their own."""
+
+    def copied(tensor):
+        return None if tensor is None else tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+    dense = part.weight.dense(torch.float32).double()
+    return LoraPart(Handle(dense), copied(part.A), copied(part.B), part.scaling, copied(part.bias))
+
+
+def trained(parts):
+    return [t for part in parts for t in (part.A, part.B, part.bias) if t is not None and t.requires_grad]
+
+
+def assert_equal_within(found, expected, dtype, terms):
+    """Each value within `terms` roundings of the largest one's size: sums of products of numbers of size one, whose
+    roundings add up like a walk, far below the bound of one a term."""
+    step = torch.finfo(dtype).eps
+    for value, exact_value in zip(found, expected, strict=True):
+        assert value.dtype == dtype and value.shape == exact_value.shape
+        size = max([1e-3, *exact_value.abs().flatten().tolist()])
+        assert max([0.0, *(value.double() - exact_value).abs().flatten().tolist()]) <= terms * step * size
+
+
+CASES = [
+    (dtype, kind, random.Random(seed))
+    for seed, (dtype, kind) in enumerate(
+        [(dtype, kind) for dtype in (torch.float32, torch.bfloat16) for kind in (None, "nf4", "fp4", "int8")] * 3
+    )
+]
+
+
+@pytest.mark.parametrize(("dtype", "kind", "draw"), CASES)
+def test_gradients_are_autograds_whatever_the_shapes(dtype, kind, draw):
+    width, r = draw.choice([32, 48, 64]), draw.choice([1, 3, 8])
+    bias, bias_trained = draw.random() < 0.5, draw.random() < 0.5
+    parts = [
+        make_part(draw.choice([16, 40, 96]), width, r + index, seed=index, kind=kind, dtype=dtype, bias=bias,
+                  bias_trained=bias_trained)
+        for index in range(draw.choice([1, 2, 3]))
+    ]  # fmt: skip
+    shape = draw.choice([(5,), (2, 7), (1,), (0,), (1, 1)])
+    x = torch.randn(*shape, width, generator=torch.Generator().manual_seed(9)).to(dtype)
+    x.requires_grad_(needs_x := draw.random() < 0.8)
+    outputs = lora_linear(x, parts)
+    grads = [torch.randn(y.shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i, y in enumerate(outputs)]
+    wanted = [x] * needs_x + trained(parts)
+    found = torch.autograd.grad(outputs, wanted, grads)
+
+    exact_parts, exact_x = [exact(part) for part in parts], x.detach().double().requires_grad_(needs_x)
+    expected = lora_linear_reference(exact_x, exact_parts)
+    wanted = [exact_x] * needs_x + trained(exact_parts)
+    exact_grads = torch.autograd.grad(expected, wanted, [grad.double() for grad in grads])
+    assert_equal_within(outputs, expected, dtype, 16)
+    assert_equal_within(found, exact_grads, dtype, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda activation: activation.name)
+@pytest.mark.parametrize(("kind", "bias"), [(None, True), ("nf4", False), ("int8", True)])
+def test_the_gated_mlp_is_autograds(activation, dtype, kind, bias):
+    options = {"kind": kind, "dtype": dtype, "bias": bias, "bias_trained": True}
+    parts = [make_part(48, 32, 4, seed=1, **options), make_part(48, 32, 3, seed=2, **options)]
+    parts.append(make_part(32, 48, 5, seed=3, **options))
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    y = lora_gated_mlp(x, *parts, activation)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = torch.autograd.grad(y, [x, *trained(parts)], grad)
+
+    exact_parts, exact_x = [exact(part) for part in parts], x.detach().double().requires_grad_()
+    expected = lora_gated_mlp_reference(exact_x, *exact_parts, activation)
+    exact_grads = torch.autograd.grad(expected, [exact_x, *trained(exact_parts)], grad.double())
+    assert_equal_within([y], [expected], dtype, 16)
+    assert_equal_within(found, exact_grads, dtype, 16)
+
+
+def test_what_is_kept_is_the_input_once_and_x_times_A():
+    parts = [make_part(96, 64, 4, seed=1), make_part(32, 64, 4, seed=2)]
+    kept = []
+    x = torch.randn(10, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        lora_linear(x, parts)
+    assert sorted(tuple(t.shape) for t in kept) == [(10, 8), (10, 64)]
+    assert {t.data_ptr() for t in kept if t.shape == x.shape} == {x.data_ptr()}
+
+
+def test_the_gated_mlp_keeps_gate_and_up_and_neither_activation_nor_product():
+    parts = [make_part(96, 64, 4, seed=1), make_part(96, 64, 4, seed=2), make_part(64, 96, 4, seed=3)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        lora_gated_mlp(torch.randn(10, 64, requires_grad=True), *parts, ACTIVATIONS[0])
+    assert sorted(kept) == [(10, 8), (10, 64), (10, 96), (10, 96)]
+
+
+def test_what_was_kept_is_freed_by_backward():
+    part = make_part(96, 64, 4, seed=1)
+    (y,) = lora_linear(torch.randn(10, 64, requires_grad=True), [part])
+    total = y.sum()
+    total.backward(retain_graph=True)
+    first, part.A.grad = part.A.grad, None
+    total.backward()
+    assert torch.equal(part.A.grad, first)
+    with pytest.raises(RuntimeError, match="already been freed"):
+        total.backward()
+
+
+def test_nothing_of_the_size_of_the_weight_is_made_for_a_gradient():
+    """The shapes of all results in backward: of (out, in), only the dequantized weight."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    part = make_part(96, 64, 4, seed=1, kind="nf4")
+    (y,) = lora_linear(torch.randn(10, 64, requires_grad=True), [part])
+
+    class Shapes(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.seen.append((func.name(), tuple(result.shape)))
+            return result
+
+    with Shapes() as mode:
+        y.sum().backward()
+    products = [name for name, shape in mode.seen if shape in ((96, 64), (64, 96)) and "mm" in name]
+    assert products == []
+    assert ("bitsandbytes::dequantize_4bit", (96, 64)) in mode.seen  # the mode saw what there was
+
+
+@pytest.mark.parametrize("mlp", [False, True])
+def test_a_checkpointed_region_skips_the_base_product_it_ends_in(mlp):
+    parts = [make_part(96, 64, 4, seed=1), make_part(96, 64, 4, seed=2), make_part(64, 96, 4, seed=3)]
+
+    def region(x):
+        if mlp:
+            return lora_gated_mlp(x, *parts, ACTIVATIONS[0])
+        gate, up = lora_linear(x, parts[:2])
+        return lora_linear(torch.nn.functional.silu(gate) * up, parts[2:])[0]
+
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    expected = torch.autograd.grad(region(x).sum(), [x, *trained(parts)])
+    for part in parts:
+        part.weight.asked = 0
+    found = torch.autograd.grad(checkpoint(region, x, use_reentrant=False).sum(), [x, *trained(parts)])
+    # Forward, recomputation, backward; the last one: forward and backward alone.
+    assert [part.weight.asked for part in parts] == [3, 3, 2]
+    for value, wanted in zip(found, expected, strict=True):
+        assert torch.equal(value, wanted)
+
+
+def test_without_gradients_nothing_is_kept():
+    part = make_part(96, 64, 4, seed=1)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        (y,) = lora_linear(x, [part])
+    assert not y.requires_grad
+    torch.testing.assert_close(y, lora_linear_reference(x, [part])[0].detach())
+    assert torch.no_grad()(lora_gated_mlp)(x, part, part, make_part(64, 96, 2, seed=2), ACTIVATIONS[0]).shape == (3, 64)
+
+
+def test_adapters_of_another_dtype_get_gradients_of_their_own():
+    part = make_part(96, 64, 4, seed=1, bias=True, bias_trained=True)
+    (y,) = lora_linear(torch.randn(3, 64).bfloat16(), [part])
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert {t.grad.dtype for t in (part.A, part.B, part.bias)} == {torch.float32}
