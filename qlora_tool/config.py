@@ -136,6 +136,8 @@ class DataConfig(_Section):
     """The most tokens in a row."""
     packing: Annotated[bool, flag()] = True
     """Several examples a row, never attending to one another."""
+    padding_free: Annotated[bool, flag()] = True
+    """Without packing: a batch's rows one after the other, with nothing to fill up; false pads them to one length."""
     shuffle: Annotated[bool, flag()] = True
     """False keeps the file's order."""
     chat_template: Annotated[str | None, text("a Jinja file", optional=True)] = None
@@ -164,6 +166,8 @@ class TrainingConfig(_Section):
     """Rows in a forward and backward pass."""
     gradient_accumulation_steps: Annotated[int, number(whole=True, at_least=1)] = 1
     """Passes in one optimizer step."""
+    group_by_length: Annotated[bool, flag()] = False
+    """Without packing: rows of like length into a batch, so that less is padded."""
     learning_rate: Annotated[float, number(above=0)] = 2.0e-4
     """The highest learning rate."""
     lr_scheduler_type: Annotated[str, one_of(SCHEDULES)] = "cosine"
@@ -178,8 +182,12 @@ class TrainingConfig(_Section):
     """Share of the target spread evenly over all tokens."""
     optim: Annotated[str, one_of(OPTIMIZERS)] = "adamw"
     """The optimizer; adamw_8bit and paged_adamw_8bit are bitsandbytes'."""
+    optimizer_in_backward: Annotated[bool, flag()] = False
+    """Step each weight as soon as its gradient is there, so that no two gradients live at once."""
     gradient_checkpointing: Annotated[str | bool, one_of(("auto",), also={True: True, False: False})] = "auto"
-    """Recompute activations in the backward pass instead of keeping them; auto: where max_memory asks for it."""
+    """Recompute activations in the backward pass instead of keeping them; auto: as far as memory asks for it."""
+    tiled_mlp: Annotated[bool, flag()] = False
+    """Compute gated MLPs for 1024 tokens at a time and once more in backward, for long contexts."""
     max_memory: Annotated[str | int | None, memory_size()] = None
     """What `auto` settings must stay within, e.g. 24GB or 22GiB."""
     seed: Annotated[int, number(whole=True, at_least=0)] = 0
@@ -383,6 +391,18 @@ def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if training.eval_steps is not None and data.eval is None:
         message = f"{training.eval_steps}, but there is nothing to evaluate; set data.eval, or leave eval_steps out"
         yield ("training.eval_steps", "data.eval"), message
+    if training.group_by_length and data.packing:
+        message = "true, but packed rows are of one length already; set data.packing: false, or leave it out"
+        yield ("training.group_by_length", "data.packing"), message
+    if training.group_by_length and not data.shuffle:
+        message = "true, but data.shuffle: false keeps the file's order; leave one of the two out"
+        yield ("training.group_by_length", "data.shuffle"), message
+    if training.optimizer_in_backward and training.gradient_accumulation_steps > 1:
+        message = "true, but gradients of several passes are summed before a step; leave one of the two out"
+        yield ("training.optimizer_in_backward", "training.gradient_accumulation_steps"), message
+    if training.optimizer_in_backward and training.max_grad_norm:
+        message = "true, but clipping needs all gradients before the first step; set training.max_grad_norm: 0"
+        yield ("training.optimizer_in_backward", "training.max_grad_norm"), message
     both = [name for name in adapter.modules_to_save if name in adapter.target_modules]
     if both and not isinstance(adapter.target_modules, str):
         message = f"'{both[0]}' is in adapter.target_modules too; a module is either trained whole or adapted"

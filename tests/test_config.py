@@ -28,11 +28,14 @@ adapter: {method: lora, r: 16, lora_alpha: 32, lora_dropout: 0.0, target_modules
   modules_to_save: [], bias: none, use_rslora: false, init_lora_weights: default, rank_pattern: {}, alpha_pattern: {},
   init_from: null}
 data: {train: data/train.jsonl, eval: null, format: auto, train_on: completion, max_length: 2048, packing: true,
-  shuffle: true, chat_template: null}
+  padding_free: true, shuffle: true, chat_template: null}
 training: {output_dir: runs/my-model, num_train_epochs: 1, max_steps: -1, per_device_train_batch_size: 4,
-  gradient_accumulation_steps: 1, learning_rate: 2.0e-4, lr_scheduler_type: cosine, warmup_steps: 0.03,
-  weight_decay: 0.0, max_grad_norm: 1.0, label_smoothing_factor: 0.0, optim: adamw, gradient_checkpointing: auto,
-  max_memory: null, seed: 0, logging_steps: 1, eval_steps: null, save_steps: 100, save_total_limit: 2, report_to: []}
+  gradient_accumulation_steps: 1, group_by_length: false, learning_rate: 2.0e-4,
+  lr_scheduler_type: cosine, warmup_steps: 0.03,
+  weight_decay: 0.0, max_grad_norm: 1.0, label_smoothing_factor: 0.0, optim: adamw, optimizer_in_backward: false,
+  gradient_checkpointing: auto,
+  tiled_mlp: false, max_memory: null, seed: 0, logging_steps: 1, eval_steps: null, save_steps: 100,
+  save_total_limit: 2, report_to: []}
 """
 
 

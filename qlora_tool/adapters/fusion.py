@@ -20,6 +20,7 @@ from qlora_tool.model.layers import FrozenLinear
 from qlora_tool.ops.lora import ACTIVATIONS, Activation, lora_gated_mlp, lora_linear
 
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
+TILE = 1024  # tokens: enough to make the weights' dequantization, once a tile, a small part
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -33,6 +34,19 @@ def fuse(model: nn.Module) -> None:
                 shared = SharedInput([getattr(parent, name) for name in names])
                 for name in names:
                     getattr(parent, name).adapter.shared = shared
+
+
+def tile_mlps(model: nn.Module, tiled: bool, tile: int = TILE) -> int:
+    """Let the gated MLPs of `model` make their inner values for `tile` tokens at a time, or for all at once.
+
+    Returns:
+        How many MLPs can.
+    """
+    mlps = [module for module in model.modules() if isinstance(vars(module).get("forward"), functools.partial)
+            and vars(module)["forward"].func is _gated_forward]  # fmt: skip
+    for mlp in mlps:
+        mlp.forward = functools.partial(_gated_forward, *mlp.forward.args, tile=tile if tiled else None)
+    return len(mlps)
 
 
 def _adapted(parent: nn.Module, name: str) -> bool:
@@ -69,11 +83,11 @@ def is_fusable(linear: FrozenLinear) -> bool:
     return isinstance(linear.adapter, LoraAdapter) and linear.adapter.is_fusable(linear)
 
 
-def _gated_forward(mlp: nn.Module, activation: Activation, x: Tensor) -> Tensor:
+def _gated_forward(mlp: nn.Module, activation: Activation, x: Tensor, *, tile: int | None = None) -> Tensor:
     linears = [getattr(mlp, name) for name in GATED_MLP]
     if not all(map(is_fusable, linears)):
         return type(mlp).forward(mlp, x)
-    return lora_gated_mlp(x, *(linear.adapter.part(linear) for linear in linears), activation)
+    return lora_gated_mlp(x, *(linear.adapter.part(linear) for linear in linears), activation, tile)
 
 
 def gated_activation(mlp: nn.Module) -> Activation | None:

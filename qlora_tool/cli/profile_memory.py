@@ -49,11 +49,10 @@ def profile_memory(
 
     from qlora_tool.cli.logs import log_to_stderr
     from qlora_tool.config import load_config, with_values
+    from qlora_tool.errors import UserError
     from qlora_tool.memory.cards import CARDS, parse_device_memory
 
     configuration = load_config(config, overrides)
-    if configuration.training.gradient_checkpointing == "auto":
-        configuration = with_values(configuration, {"training.gradient_checkpointing": True})
     budget = parse_device_memory(device_memory) if device_memory else None
     if plot_file and Path(plot_file).suffix not in (".png", ".html"):
         raise click.BadParameter(f"{plot_file}: expected a name that ends in .png or .html", param_hint="--plot")
@@ -63,6 +62,7 @@ def profile_memory(
     log_to_stderr()
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own lines about when it starts and stops
     from qlora_tool.files import write_json
+    from qlora_tool.memory.budget import choose_for_profile
     from qlora_tool.memory.profile import profile, refuse_small_budget
     from qlora_tool.memory.table import render_report
 
@@ -71,7 +71,11 @@ def profile_memory(
 
         calibrate()
     card = next((card for card in CARDS if budget and card.name == budget.name), None)
-    profiled = profile(configuration, device, measure=measure, card=card)
+    choice = choose_for_profile(configuration, device, card, budget and budget.bytes)
+    if choice is None and configuration.training.gradient_checkpointing == "auto":
+        configuration = with_values(configuration, {"training.gradient_checkpointing": True})
+    recomputation = choice and choice.recomputation
+    profiled = profile(configuration, device, measure=measure, card=card, recomputation=recomputation)
     limits = {"budget": None, "budget_name": ""}
     if budget:
         limits = {"budget": budget.bytes, "budget_name": budget.name if card or budget.estimated else ""}
@@ -98,7 +102,13 @@ def profile_memory(
         from qlora_tool.memory.profile import compute_dtype_on, model_config_of
 
         dtype = compute_dtype_on(configuration, device, card)
-        render_plan(plan(configuration, model_config_of(configuration), budget.bytes, dtype, device), console)
+        found = plan(configuration, model_config_of(configuration), budget.bytes, dtype, device)
+        render_plan(found, console)
+        if not found.fits and found.change is None:
+            raise UserError(
+                f"--device-memory: the smallest configuration that was tried takes {found.misses_by / 1e6:.1f} MB too "
+                "much; take a smaller model, or a larger device"
+            )
 
 
 def _plot(path, profiled, limits: dict, title: str) -> None:

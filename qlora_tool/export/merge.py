@@ -6,15 +6,17 @@ into the original 16-bit ones, would lose what was learned: neither is what trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from qlora_tool.adapters.lora import LoraAdapter
 from qlora_tool.adapters.method import Adapter
 from qlora_tool.adapters.peft_files import StoredAdapter, refuse_misfit
 from qlora_tool.errors import UserError
+from qlora_tool.export.dtypes import FLOAT16_LIMIT, Unfit
 from qlora_tool.model.load import (
     ParameterSource,
     Quantization,
@@ -26,7 +28,10 @@ from qlora_tool.model.load import (
 )
 from qlora_tool.model.names import SaveGroup, plan_save
 from qlora_tool.model.tensor_files import Checkpoint, TensorSpec
-from qlora_tool.ops.quantized import QuantizedTensor
+from qlora_tool.ops.quantized import QuantizedTensor, disk_group, from_disk
+
+_SAMPLE = 1 << 16  # values of a matrix in which float16's rounding is measured
+_BFLOAT16_ERROR = 2**-9  # of a matrix over its size, about: half a step of 2⁻⁷ to 2⁻⁸ of each value, at most
 
 
 @dataclass
@@ -40,6 +45,9 @@ class MergedModel:
         adapter: to merge; None to export the dequantized base alone.
         base: `dequantized`: onto what was trained against; `original`: onto the checkpoint's own weights.
         dtype: of the files; None keeps the base's dtypes.
+        keeps_wider: tensors that the base stores in more than 16 bits stay so, whatever `dtype` is.
+        kept: the quantized base from an earlier run, which spares quantizing; it holds what was trained against.
+        refuse_coarse: refuse a matrix, too, that float16 rounds worse than bfloat16 does: most of it lies below 1e-5.
 
     Attributes:
         unties: whether the adapter changes one of two tied tensors alone, so that the files hold both.
@@ -54,6 +62,9 @@ class MergedModel:
     adapter: StoredAdapter | None
     base: str = "dequantized"
     dtype: torch.dtype | None = None
+    keeps_wider: bool = False
+    kept: Checkpoint | None = None
+    refuse_coarse: bool = False
     layers: Mapping[str, Adapter] = field(init=False)
     whole: Mapping[str, Tensor] = field(init=False)
     unties: bool = field(init=False, default=False)
@@ -71,8 +82,13 @@ class MergedModel:
         self.names, self._twins = list(self.source.names), {}
         for target, origin in tied_names(self.skeleton).items():
             self._tie(target, origin)
-        self.default_dtype = self.dtype or _common_dtype(self.source, self.skeleton)
+        self.stored_dtype = _common_dtype(self.source, self.skeleton)
         self.groups: list[SaveGroup] = plan_save(self.skeleton, self.names)
+
+    @property
+    def default_dtype(self) -> torch.dtype:
+        """What the files count as: the dtype of most of them."""
+        return self.dtype or self.stored_dtype
 
     def _refuse_misfit_whole(self) -> None:
         faults = []
@@ -113,9 +129,20 @@ class MergedModel:
             result.append([TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in converted.items()])
         return result
 
+    def stream_from(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        """The checkpoint tensors by name, in the order of `specs`, from the one with this index on."""
+        for group, specs in zip(self.groups, self.specs(), strict=True):
+            if index < len(specs):
+                yield from list(self.tensors(group).items())[index:]
+            index = max(0, index - len(specs))
+
     @torch.no_grad()
     def tensors(self, group: SaveGroup) -> dict[str, Tensor]:
-        """The checkpoint tensors of one group, merged and rounded."""
+        """The checkpoint tensors of one group, merged and rounded.
+
+        Raises:
+            Unfit: one of them does not fit the files' dtype.
+        """
         return group.convert(self.skeleton, {name: self._merged(name) for name in group.names})
 
     def _merged(self, name: str) -> Tensor:
@@ -126,19 +153,26 @@ class MergedModel:
             value = self.whole[name]
             value = value.transpose(-1, -2) if slot is not None and slot.transposed else value
         else:
-            value = self.source.read(self._twins.get(name, name))
-            if slot is not None:
-                value = self._as_trained_against(name, value, slot)
-            elif isinstance(value, QuantizedTensor):
-                value = value.dequantize(torch.float32)
+            value = self._base_value(name, slot)
         if name in self._biases:
             value = value.float() + self._biases[name]
         if layer is not None:
-            value = value.float()  # (out, in)
-            value = layer.delta(value).add_(value)
+            value = value.to(torch.float32, copy=name in self.whole)  # (out, in)
+            value = _add_delta(value, layer)
+        if dtype == torch.float16:
+            _refuse_unfit(name, value, self.refuse_coarse)
         if slot is not None and slot.transposed:
             value = value.transpose(-1, -2)
-        return _rounded(name, value, dtype)
+        return value.to(dtype).contiguous()
+
+    def _base_value(self, name: str, slot: Slot | None) -> Tensor:
+        """What the adapter was trained on top of, (out, in) where it is a linear module's."""
+        if slot is not None and self.base == "dequantized" and (parts := disk_group(name, self.kept or {})):
+            return from_disk(name, {part: self.kept.read(part) for part in parts}).dequantize(torch.float32)
+        value = self.source.read(self._twins.get(name, name))
+        if slot is not None:
+            return self._as_trained_against(name, value, slot)
+        return value.dequantize(torch.float32) if isinstance(value, QuantizedTensor) else value
 
     def _as_trained_against(self, name: str, value: Tensor | QuantizedTensor, slot: Slot) -> Tensor:
         if self.base == "original":
@@ -157,22 +191,36 @@ class MergedModel:
         stored = self.source.stored_dtype(self._twins.get(name, name))
         if not stored.is_floating_point:  # quantized codes of a parameter, or a buffer of whole numbers
             return self.default_dtype if name in self._parameters else stored
-        return self.dtype or stored
+        if self.dtype is None or (self.keeps_wider and stored.itemsize > 2):
+            return stored
+        return self.dtype
 
 
-def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 → the files' dtype, rounded once.
+def _add_delta(value: Tensor, layer: Adapter) -> Tensor:
+    """`value` (out, in), fp32, plus what the adapter adds to it; may write into `value`."""
+    if type(layer) is LoraAdapter:  # in one pass, without a Δ of the weight's size beside it
+        return value.addmm_(layer.lora_B.float() * layer.settings.scaling, layer.lora_A.float())
+    return layer.delta(value).add_(value)
+
+
+def _refuse_unfit(name: str, value: Tensor, refuse_coarse: bool) -> None:
+    """Refuse values that float16 makes infinite and, if asked, a matrix that it rounds worse than bfloat16 does.
 
     Raises:
-        UserError: a value does not fit.
+        Unfit: with the tensor's largest value, or its typical one.
     """
-    rounded = value.to(dtype).contiguous()
-    if dtype == torch.float16 and not rounded.isfinite().all():
-        raise UserError(
-            f"--dtype float16: {name} has values up to {float(value.abs().max()):.3g}, beyond float16's 65504; choose "
-            "bfloat16 or float32"
-        )
-    return rounded
+    if value.dtype == torch.float16 or value.numel() == 0:
+        return
+    low, high = (float(end) for end in value.aminmax())
+    largest = max(-low, high)
+    if not largest < FLOAT16_LIMIT:  # no number at all is refused too
+        raise Unfit(name, f"has values up to {largest:.3g}", largest)
+    if refuse_coarse and value.dim() > 1:
+        flat = value.reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _SAMPLE) | 1].float()
+        if float((sample - sample.half()).norm()) > _BFLOAT16_ERROR * float(sample.norm()):
+            typical = float(sample.square().mean().sqrt())
+            raise Unfit(name, f"has typical values of {typical:.1g}, too small for it", largest)
 
 
 def _linear_shapes(skeleton: torch.nn.Module) -> dict[str, tuple[int, int]]:

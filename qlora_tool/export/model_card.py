@@ -1,11 +1,12 @@
-"""The README.md of an exported model: what it was made from, how, and how to load it."""
+"""The README.md of an export: what it was made from, how, how faithful it is, and how to load it."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -13,7 +14,10 @@ from qlora_tool import __version__
 from qlora_tool.artifacts import Artifact
 from qlora_tool.run_folder import RunFolder
 
-_LOAD = """```python
+if TYPE_CHECKING:
+    from qlora_tool.export.proof import Proof
+
+_PIPELINE = """```python
 from transformers import pipeline
 
 generate = pipeline("text-generation", model="{folder}")
@@ -21,35 +25,113 @@ print({call})
 ```"""
 _CHAT = 'generate([{"role": "user", "content": "Hello"}], max_new_tokens=64)[0]["generated_text"][-1]["content"]'
 _TEXT = 'generate("Once upon a time", max_new_tokens=64)[0]["generated_text"]'
+_GGUF = """With Ollama:
+
+```
+cd {folder}
+ollama create {name} -f Modelfile
+ollama run {name}
+```
+
+With transformers, which turns it back into full weights:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}", gguf_file="{file}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}", gguf_file="{file}")
+```"""
+_ADAPTER = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base}"{quantized})
+model = PeftModel.from_pretrained(base, "{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+```"""
 
 
-def model_card(artifact: Artifact, base_folder: Path, result: dict[str, Any], *, chat: bool) -> str:
-    """The card in Markdown, with the header that model hubs read.
+def model_card(
+    artifact: Artifact, base_folder: Path, result: dict[str, Any], *, chat: bool, proof: Proof | None = None
+) -> str:
+    """The card in Markdown, with the header that model hubs read. Nothing in it changes when the export is repeated.
 
     Args:
-        artifact: what was merged.
+        artifact: what was exported.
         base_folder: its base's.
         result: what `export_merged` returns.
         chat: whether the tokenizer has a chat template.
+        proof: how the files compare with the live model; None where nobody asked.
     """
     base = artifact.model.name_or_path
-    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if "/" in base and not Path(base).exists():
-        header["base_model"] = base
-    if licence := _licence(base_folder):
-        header["license"] = licence
-    header["tags"] = ["qlora-tool", artifact.adapter.method]
+    licence = _licence(base_folder)
     sections = [
-        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"---\n{yaml.safe_dump(_header(artifact, licence, result), sort_keys=False)}---",
         f"# {Path(result['output_dir']).name}",
-        f"`{base}`, fine-tuned with its weights {_quantization(artifact)} and merged by qlora-tool {__version__}.",
-        _LOAD.format(folder=result["output_dir"], call=_CHAT if chat else _TEXT),
+        f"`{base}`, fine-tuned with its weights {_quantization(artifact)} and {_exported(result)} by qlora-tool "
+        f"{__version__}.",
+        _load(artifact, result, chat),
+        *_verification(proof),
         "## How it was made",
         _table(_facts(artifact, result)),
     ]
     if licence is None:
         sections.append("The base states no licence in its files: see where it comes from before you pass this on.")
     return "\n\n".join(sections) + "\n"
+
+
+def _header(artifact: Artifact, licence: str | None, result: dict[str, Any]) -> dict[str, Any]:
+    library = {"gguf": "gguf", "adapter": "peft", "adapter-portable": "peft"}.get(_format(result), "transformers")
+    header: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
+    base = artifact.model.name_or_path
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
+        header["base_model"] = base
+        header["base_model_relation"] = "adapter" if library == "peft" else "finetune"
+    header["license"] = licence or "unknown"
+    header["tags"] = ["qlora-tool", artifact.adapter.method]
+    return header
+
+
+def _format(result: dict[str, Any]) -> str:
+    return result.get("format", "safetensors")
+
+
+def _exported(result: dict[str, Any]) -> str:
+    named = {"gguf": "merged into GGUF", "nf4": "merged and quantized to nf4 again", "adapter": "saved as an adapter",
+             "adapter-portable": "saved as an adapter"}  # fmt: skip
+    return named.get(_format(result), "merged")
+
+
+def _load(artifact: Artifact, result: dict[str, Any], chat: bool) -> str:
+    folder, kind = result["output_dir"], _format(result)
+    if kind == "gguf":
+        return _GGUF.format(folder=folder, name=Path(folder).name.lower(), file=result["files"][0])
+    if kind.startswith("adapter"):
+        return _ADAPTER.format(folder=folder, base=artifact.model.name_or_path, quantized=_as_trained(artifact))
+    return _PIPELINE.format(folder=folder, call=_CHAT if chat else _TEXT)
+
+
+def _as_trained(artifact: Artifact) -> str:
+    """The argument by which transformers quantizes the base as it was."""
+    kind, double = artifact.model.quantization, artifact.model.double_quant
+    if kind == "none":
+        return ""
+    settings = {"load_in_8bit": True} if kind == "int8" else {
+        "load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double
+    }  # fmt: skip
+    return f", quantization_config={ {'quant_method': 'bitsandbytes', **settings} }"
+
+
+def _verification(proof: Proof | None) -> list[str]:
+    if proof is None:
+        return []
+    if proof.left_out is not None:
+        return ["## Verification", f"Left out: {proof.left_out}."]
+    about = (
+        "The files, loaded by plain transformers, against the quantized base with its adapter, as it was trained. Both "
+        "multiply in float32; KL(trained ‖ exported) is of the next token's distribution, in nats."
+    )
+    return ["## Verification", about, _table(proof.table()), *proof.warnings()]
 
 
 def _quantization(artifact: Artifact) -> str:
@@ -64,7 +146,7 @@ def _licence(folder: Path) -> str | None:
     """What the header of the base's card says, else its config.json."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
-    header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    header = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
     found = re.search(r"^license:[ \t]*[\"']?([^\s\"']+)", header[1], re.MULTILINE) if header else None
     if found:
         return found[1]
@@ -72,36 +154,69 @@ def _licence(folder: Path) -> str | None:
     return config.get("license")
 
 
-def _facts(artifact: Artifact, result: dict[str, Any]) -> dict[str, Any]:
+def _facts(artifact: Artifact, result: dict[str, Any]) -> list[tuple[str, Any]]:
     peft = artifact.adapter.peft
-    facts = {
-        "adapter": f"{artifact.adapter.method}, r {peft['r']}, alpha {peft['lora_alpha']}",
-        "merged onto": f"the {result['base']} base, added in float32, rounded once to {result['dtype']}",
-    }
+    dropout = f", dropout {peft['lora_dropout']}" if peft.get("lora_dropout") else ""
+    targets = peft.get("target_modules")
+    facts = [
+        ("base", artifact.model.name_or_path + (f" at {artifact.model.revision}" if artifact.model.revision else "")),
+        ("adapter", f"{artifact.adapter.method}, r {peft['r']}, alpha {peft['lora_alpha']}{dropout}"),
+        ("adapted modules", ", ".join(targets) if isinstance(targets, list) else targets),
+    ]
+    if not _format(result).startswith("adapter"):
+        rounded = "quantized to nf4 again" if _format(result) == "nf4" else f"rounded once to {result['dtype']}"
+        facts += [("merged onto", f"the {result['base']} base, added in float32, {rounded}"),
+                  ("why this dtype", result.get("dtype_reason") or None), _requantized(result)]  # fmt: skip
     if artifact.run is not None:
-        data, training = artifact.run.data, artifact.run.training
-        facts |= {
-            "data": data.train,
-            "trained on": "the answers" if data.train_on == "completion" else "every token",
-            "learning rate": f"{training.learning_rate}, {training.lr_scheduler_type}",
-            "rows a step": training.per_device_train_batch_size * training.gradient_accumulation_steps,
-            "optimizer": training.optim,
-        }
-        facts |= _losses(artifact.adapter.folder.parent)
-    return facts
+        facts += [*_training(artifact), *_losses(artifact.adapter.folder.parent),
+                  *_memory(artifact.adapter.folder.parent)]  # fmt: skip
+    return [(name, value) for name, value in facts if value is not None]
 
 
-def _losses(run: Path) -> dict[str, Any]:
+def _requantized(result: dict[str, Any]) -> tuple[str, Any]:
+    loss = result.get("requantization")
+    left = f"{loss['update_kept']:.1%}, with an error of {loss['relative_error']:.2g} of its size" if loss else None
+    return "left of the update", left
+
+
+def _training(artifact: Artifact) -> list[tuple[str, Any]]:
+    data, training = artifact.run.data, artifact.run.training
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    evaluation = data.eval if not isinstance(data.eval, dict) else ", ".join(data.eval.values())
+    return [
+        ("data", data.train),
+        ("evaluation data", evaluation),
+        ("trained on", "the answers" if data.train_on == "completion" else "every token"),
+        ("rows a step", f"{rows}, of up to {data.max_length} tokens{', packed' if data.packing else ''}"),
+        ("learning rate", f"{training.learning_rate}, {training.lr_scheduler_type}, warm-up {training.warmup_steps}"),
+        ("optimizer", f"{training.optim}, weight decay {training.weight_decay}, gradients cut at a norm of "
+                      f"{training.max_grad_norm or 'infinity'}"),
+        ("seed", training.seed),
+    ]  # fmt: skip
+
+
+def _losses(run: Path) -> list[tuple[str, Any]]:
     file = RunFolder(run).metrics_file
-    if not file.exists():
-        return {}
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    records = [json.loads(line) for line in lines]
     if not records:
-        return {}
-    losses = {"steps": records[-1]["step"], "training loss": f"{records[0]['loss']:.3f} → {records[-1]['loss']:.3f}"}
-    evaluated = [record["eval_loss"] for record in records if "eval_loss" in record]
-    return losses | ({"evaluation loss": f"{evaluated[-1]:.3f}"} if evaluated else {})
+        return []
+    evaluated = [record["eval_loss"] for record in records if isinstance(record.get("eval_loss"), float)]
+    return [
+        ("steps", records[-1]["step"]),
+        ("training loss", f"{records[0]['loss']:.3f} → {records[-1]['loss']:.3f}"),
+        ("evaluation loss", f"{evaluated[-1]:.3f}" if evaluated else None),
+    ]
 
 
-def _table(facts: dict[str, Any]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())])
+def _memory(run: Path) -> list[tuple[str, Any]]:
+    """The peaks of a training step, from `memory.json`."""
+    file = run / "memory.json"
+    report = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    named = {"predicted": "predicted for the largest batch", "measured": "measured in one step"}
+    peaks = [f"{report[kind]['peak_bytes'] / 1e9:.2f} GB {text}" for kind, text in named.items() if report.get(kind)]
+    return [("memory of a training step", f"{', '.join(peaks)} on {report['device']}")] if peaks else []
+
+
+def _table(facts: Iterable[tuple[str, Any]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts)])

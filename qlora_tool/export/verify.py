@@ -1,12 +1,27 @@
-"""Hold an exported model against the live one that it stands for: the same rows through both, token by token."""
+"""Hold an exported model against the live one that it stands for: the same rows through both, token by token.
+
+One model after the other: of each only the last hidden states (tokens, hidden) and the output layer are kept, and the
+logits of both are made again a chunk of tokens at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from qlora_tool.data.batches import Batch, collate
+from qlora_tool.data.labels import IGNORED
+from qlora_tool.model.causal_lm import CausalLM, logits_transform
+
+if TYPE_CHECKING:
+    from qlora_tool.data.tokenize import Example
+
+BATCH_TOKENS = 2048  # of a forward pass, padding included; one row at least
+_CHUNK = 1 << 23  # logits at a time: 64 MB in float64
 
 
 @dataclass(frozen=True)
@@ -17,34 +32,134 @@ class Agreement:
         tokens: positions compared.
         mean_kl, worst_kl: KL(live ‖ exported) of the next-token distributions, in nats.
         argmax_agreement: share of positions where both find the same token likeliest.
+        trained_tokens: of the positions, those that predict a trained token.
+        live_loss, exported_loss: mean cross-entropy of these, as in evaluation; None where there are none.
+        live_loss_all, exported_loss_all: over every token of the rows but the first; None where there are none.
     """
 
     tokens: int
     mean_kl: float
     worst_kl: float
     argmax_agreement: float
+    trained_tokens: int
+    live_loss: float | None
+    exported_loss: float | None
+    live_loss_all: float | None
+    exported_loss_all: float | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What both models are shown.
+
+    Attributes:
+        batches: the rows, those of like length together.
+        targets: (tokens,), the token that follows each position; -100 after the last one of a row.
+        trained: (tokens,), whether that token was trained.
+    """
+
+    batches: list[Batch]
+    targets: Tensor
+    trained: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return len(self.targets)
+
+
+def choose_rows(examples: Sequence[Example], max_tokens: int) -> Rows:
+    """The first examples that together have `max_tokens` tokens, the last one cut to that."""
+    chosen, left = [], max_tokens
+    for example in examples:
+        if left <= 0:
+            break
+        chosen.append(replace(example, input_ids=example.input_ids[:left], labels=example.labels[:left]))
+        left -= len(example.input_ids)
+    batches: list[list[Example]] = []
+    for example in sorted(chosen, key=lambda example: len(example.input_ids)):  # the longest of a batch comes last
+        if not batches or (len(batches[-1]) + 1) * len(example.input_ids) > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(example)
+    collated = [collate([[example] for example in batch], pad_token_id=0, packing=False) for batch in batches]
+    targets, trained = [], []
+    for batch in collated:
+        following = torch.full_like(batch.input_ids, IGNORED)
+        following[:, :-1] = batch.input_ids[:, 1:]
+        labels = torch.full_like(batch.labels, IGNORED)
+        labels[:, :-1] = batch.labels[:, 1:]
+        if batch.attention_mask is not None:
+            following[:, :-1][batch.attention_mask[:, 1:] == 0] = IGNORED
+        targets.append(following[_there(batch)])
+        trained.append(labels[_there(batch)] != IGNORED)
+    return Rows(collated, torch.cat(targets), torch.cat(trained))
+
+
+def _there(batch: Batch) -> Tensor:
+    """(rows, length), true where a token is, not padding."""
+    if batch.attention_mask is None:
+        return torch.ones_like(batch.input_ids, dtype=torch.bool)
+    return batch.attention_mask.bool()
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model predicts for some rows, without the model.
+
+    Attributes:
+        features: (tokens, hidden) on the CPU, fp32: the last hidden states, or whole logits.
+        project: features (n, hidden) → logits (n, vocabulary).
+        whole_logits: whether the features are logits already.
+    """
+
+    features: Tensor
+    project: Callable[[Tensor], Tensor]
+    whole_logits: bool = False
+
+    def log_probabilities(self, part: slice) -> Tensor:
+        """(n, vocabulary) in float64, on the CPU."""
+        return self.project(self.features[part]).double().cpu().log_softmax(-1)
 
 
 @torch.no_grad()
-def compare(
-    rows: Iterable[list[int]], live: Callable[[Tensor], Tensor], exported: Callable[[Tensor], Tensor], max_tokens: int
-) -> Agreement:
-    """Run rows one by one through both models until `max_tokens` positions are compared.
+def predict(model: CausalLM, rows: Rows) -> Predictions:
+    """Run rows through a model and keep what its logits can be made from again.
 
     Args:
-        rows: token ids.
-        live, exported: ids (1, length) → logits (1, length, vocabulary).
+        model: in evaluation; `chunked_loss` says whether its logits are its output layer's of its hidden states. Its
+            weights may be on meta, where accelerate reads them from the disk; it then computes on the CPU.
     """
-    tokens, kl_sum, worst, agreed = 0, 0.0, 0.0, 0
-    for row in rows:
-        ids = torch.tensor([row[: max_tokens - tokens]])
-        expected = live(ids)[0].double().log_softmax(-1)  # (length, vocabulary)
-        found = exported(ids)[0].double().log_softmax(-1)
-        kl = (expected.exp() * (expected - found)).sum(-1)  # (length,)
-        tokens += len(kl)
-        kl_sum += float(kl.sum())
-        worst = max(worst, float(kl.max()))
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
+    forward = model.hidden_states if model.chunked_loss else model.logits
+    found = [forward(batch.to(device))[_there(batch).to(device)].float().cpu() for batch in rows.batches]
+    if not model.chunked_loss:
+        return Predictions(torch.cat(found), lambda logits: logits, whole_logits=True)
+    # Of the model only the output layer lives on: the closure must not hold the rest.
+    head, transform = model.module.get_output_embeddings(), logits_transform(model.config)
+    return Predictions(torch.cat(found), lambda hidden: transform(head(hidden.to(device))))
+
+
+@torch.no_grad()
+def compare(live: Predictions, exported: Predictions, rows: Rows) -> Agreement:
+    """Compare two models' predictions for the same rows, in float64, a chunk of tokens at a time."""
+    kl_sum, worst, agreed = 0.0, 0.0, 0
+    taken = torch.empty(2, rows.tokens, dtype=torch.float64)  # (live, exported) × the loss of each token
+    start, stop = 0, 1  # the first chunk, of one token, tells the size of the vocabulary
+    while start < rows.tokens:
+        part = slice(start, min(stop, rows.tokens))
+        expected, found = live.log_probabilities(part), exported.log_probabilities(part)  # (n, vocabulary)
+        kl = (expected.exp() * (expected - found)).sum(-1)  # (n,)
+        kl_sum, worst = kl_sum + float(kl.sum()), max(worst, float(kl.max()))
         agreed += int((expected.argmax(-1) == found.argmax(-1)).sum())
-        if tokens >= max_tokens:
-            break
-    return Agreement(tokens, kl_sum / tokens, worst, agreed / tokens)
+        targets = rows.targets[part].clamp(min=0).unsqueeze(-1)
+        for row, predicted in enumerate((expected, found)):
+            taken[row, part] = -predicted.gather(-1, targets).squeeze(-1)
+        start, stop = part.stop, part.stop + max(1, _CHUNK // expected.shape[-1])
+    followed = rows.targets != IGNORED
+    return Agreement(
+        rows.tokens, kl_sum / rows.tokens, worst, agreed / rows.tokens, int(rows.trained.sum()),
+        *(_mean(row[where]) for where in (rows.trained, followed) for row in taken),
+    )  # fmt: skip
+
+
+def _mean(losses: Tensor) -> float | None:
+    return float(losses.mean()) if len(losses) else None

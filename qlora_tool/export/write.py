@@ -1,34 +1,44 @@
-"""Write a merged model as a folder that plain transformers loads: shards, configuration, tokenizer, model card."""
+"""Export a fine-tuned model: checked first, grown in a hidden folder, proven, and named only when it is whole."""
 
 from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from qlora_tool import __version__
 from qlora_tool.artifacts import Artifact, base_folder
-from qlora_tool.errors import MachineError, UserError, did_you_mean
+from qlora_tool.errors import UserError
+from qlora_tool.export.dtypes import Choice, Unfit, choices, refuse_unfit
+from qlora_tool.export.formats import FORMATS, Job
 from qlora_tool.export.merge import MergedModel
 from qlora_tool.export.model_card import model_card
-from qlora_tool.files import existing_parent, replacing_folder, write_json, write_text
+from qlora_tool.export.preflight import (
+    refuse_changed_base,
+    refuse_full_disk,
+    refuse_inputs,
+    refuse_no_adapter,
+    refuse_taken,
+)
+from qlora_tool.export.staging import Staging, staged_folder, written_so_far
+from qlora_tool.files import sha256, write_json, write_text
+from qlora_tool.model.kept_base import kept_base
 from qlora_tool.model.kept_hashes import file_hashes
 from qlora_tool.model.load import Quantization, build_skeleton
 from qlora_tool.model.source import read_model_config
-from qlora_tool.model.tensor_files import INDEX_NAME, Checkpoint, TensorSpec, shard_name, shards, write_tensors
+from qlora_tool.model.tensor_files import Checkpoint
+
+if TYPE_CHECKING:
+    from qlora_tool.export.proof import Proof
 
 logger = logging.getLogger(__name__)
 
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
-                    "chat_template.jinja", "chat_templates")  # fmt: skip
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+VERIFIED_TOKENS = 5000  # at most
 
 
 @dataclass(frozen=True)
@@ -37,155 +47,169 @@ class ExportOptions:
 
     Attributes:
         base: dequantized or original.
-        dtype: auto (the base's own), bfloat16, float16 or float32.
+        dtype: auto (see `dtypes.choices`), bfloat16, float16 or float32.
         max_shard_size: bytes of a file at most.
         overwrite: an existing folder may be replaced.
+        format: a key of `formats.FORMATS`.
+        gguf_type: f16, bf16 or q8_0.
+        verify: hold the files against the live model before they get their name.
+        verify_data: rows for that; None: the run's own.
     """
 
     base: str = "dequantized"
     dtype: str = "auto"
     max_shard_size: int = 5 * 10**9
     overwrite: bool = False
+    format: str = "safetensors"
+    gguf_type: str = "f16"
+    verify: bool = False
+    verify_data: str | None = None
 
 
 def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> dict[str, Any]:
     """Merge an adapter into its base and write the result to `output`, whole or not at all.
 
+    Killed at any moment and called again with the same arguments, it goes on where it stopped, and the result is the
+    same, byte for byte.
+
     Returns:
-        What was written: folder, dtype, files, bytes, seconds.
+        What was written: folder, format, dtype and why, files, bytes, seconds; `verification`, and the `Proof` itself
+        under `proof` (None where none was asked for).
 
     Raises:
         UserError: nothing to merge, an existing folder, an adapter for another base, values beyond the dtype.
         MachineError: not enough space, known before the first byte.
     """
     started = time.perf_counter()
-    if artifact.adapter is None:
-        raise UserError(f"{artifact.name}: {_no_adapter(Path(artifact.name))}; expected a run's folder or an adapter's")
-    _refuse_taken(output, options.overwrite)
+    refuse_no_adapter(artifact)
+    _refuse_options(options)
+    refuse_taken(output, options.overwrite)
     folder = base_folder(artifact)
-    _refuse_inputs(output, {"the base": folder, "the adapter": artifact.adapter.folder})
-    _refuse_changed_base(artifact, folder)
-    config = read_model_config(folder, artifact.model.trust_remote_code)
-    raw_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    merged = MergedModel(
-        build_skeleton(config, artifact.model.trust_remote_code), Checkpoint(folder),
-        Quantization(artifact.model.quantization, artifact.model.double_quant), artifact.adapter, options.base,
-        None if options.dtype == "auto" else DTYPES[options.dtype],
-    )  # fmt: skip
-    specs = [spec for group in merged.specs() for spec in group]
-    _refuse_full_disk(output, sum(spec.nbytes for spec in specs))
-    with replacing_folder(output.resolve()) as temporary:
-        files = _write_shards(merged, specs, temporary, options.max_shard_size)
-        _write_config(raw_config, merged, temporary)
-        _copy_beside(folder, artifact.adapter.folder, temporary)
+    refuse_inputs(output, {"the base": folder, "the adapter": artifact.adapter.folder})
+    refuse_changed_base(artifact, folder)
+    job = _job(artifact, folder, output, options)
+    form = FORMATS[options.format]
+    form.check(job)
+    place = output.resolve()
+    inputs = _inputs(artifact, folder, options)
+    _choose(job.merged, _choices(job, options)[0], options)
+    refuse_full_disk(output, form.nbytes(job), written_so_far(place, inputs))
+    with staged_folder(place, inputs) as staging:
+        choice, written = _write(job, options, staging)
+        staging.keep = True
         result = {
             "output_dir": str(output),
-            "dtype": str(merged.default_dtype).removeprefix("torch."),
+            "format": options.format,
+            "dtype": str(job.merged.default_dtype).removeprefix("torch.") if form.has_dtype else None,
+            "dtype_reason": choice.reason if form.has_dtype else None,
             "base": options.base,
-            "files": files,
-            "bytes": sum(spec.nbytes for spec in specs),
-            "seconds": round(time.perf_counter() - started, 2),
+            **written,
         }
-        write_json(temporary / "qlora_tool.json", _provenance(artifact, options, result))
-        card = model_card(artifact, folder, result, chat=_has_chat_template(temporary))
-        write_text(temporary / "README.md", card)
-    return result
+        proof = _prove(artifact, staging, options)
+        result["verification"] = proof.as_dict() if proof else {"left_out": _no_proof(options)}
+        write_json(staging.folder / "qlora_tool.json", _provenance(artifact, options, result))
+        write_json(staging.folder / "export.json", _report(artifact, folder, options, result))
+        card = model_card(artifact, folder, result, chat=_has_chat_template(job.tokenizer_folder), proof=proof)
+        write_text(staging.folder / "README.md", card)
+    return result | {"seconds": round(time.perf_counter() - started, 2), "proof": proof}
 
 
-def _no_adapter(path: Path) -> str:
-    if path.exists():
-        return "a model without an adapter"
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    return f"no such folder{did_you_mean(path.name, siblings)}"
+def _refuse_options(options: ExportOptions) -> None:
+    if not FORMATS[options.format].has_dtype and options.dtype != "auto":
+        instead = "; give --gguf-type" if options.format == "gguf" else ""
+        raise UserError(f"--dtype {options.dtype}: --format {options.format} has dtypes of its own{instead}")
+    if options.verify_data is not None and not Path(options.verify_data).exists():
+        raise UserError(f"--verify-data {options.verify_data}: no such file")
 
 
-def _refuse_taken(output: Path, overwrite: bool) -> None:
-    """Refuse to write over anything, or with `overwrite` over anything that is no model."""
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise UserError(f"{output}: a file, where --output-dir expects a folder that does not exist yet")
-    if not any(output.iterdir()):
-        return
-    if not overwrite:
-        raise UserError(f"{output}: exists; give --overwrite to replace it, or another --output-dir")
-    if not (output / "config.json").exists():
-        raise UserError(
-            f"{output}: holds something else than a model, which --overwrite would remove; give another --output-dir"
-        )
+def _job(artifact: Artifact, folder: Path, output: Path, options: ExportOptions) -> Job:
+    trust = artifact.model.trust_remote_code
+    quantization = Quantization(artifact.model.quantization, artifact.model.double_quant)
+    merged = MergedModel(
+        build_skeleton(read_model_config(folder, trust), trust), Checkpoint(folder), quantization, artifact.adapter,
+        options.base, kept=_kept(folder, quantization) if options.base == "dequantized" else None,
+    )  # fmt: skip
+    return Job(output.resolve().name, artifact, folder, merged, options.max_shard_size, options.gguf_type)
 
 
-def _refuse_inputs(output: Path, inputs: Mapping[str, Path]) -> None:
-    for what, path in inputs.items():
-        if output.resolve() in (path.resolve(), *path.resolve().parents) and output.exists():
-            raise UserError(f"{output}: holds {what}, which is merged; give another --output-dir")
+def _kept(folder: Path, quantization: Quantization) -> Checkpoint | None:
+    """The quantized base that a run kept, whatever it multiplied in: the codes are the same."""
+    found = (kept_base(folder, quantization, dtype) for dtype in (torch.bfloat16, torch.float32, torch.float16))
+    return next((kept for kept in found if kept is not None), None)
 
 
-def _refuse_changed_base(artifact: Artifact, folder: Path) -> None:
-    """Refuse a base whose weights are others than those that the adapter was trained on; where the command line names
-    the base, warn."""
-    trained_on = ((artifact.adapter.provenance or {}).get("base") or {}).get("files")
-    if not trained_on:
-        return
-    files = [file.name for file in Checkpoint(folder).files]
-    hashes = file_hashes(folder)
-    changed = [name for name in files if hashes[name] != trained_on.get(name)]
-    if not changed:
-        return
-    found = f"{folder}: {', '.join(changed[:3])} not as when {artifact.name} was trained on it (SHA-256 differs)"
-    if not artifact.base_named:
-        raise UserError(f"{found}; bring the old files back, or name a base with --model to merge onto it all the same")
-    logger.warning("%s; merging onto it all the same, as --model names it", found)
+def _choices(job: Job, options: ExportOptions) -> list[Choice]:
+    form = FORMATS[options.format]
+    if not form.has_dtype:
+        return [Choice(torch.float32, "")]  # which the format itself rounds
+    if options.dtype == "auto" and not form.auto_dtype:
+        return [Choice(None, "the base's own")]
+    config = job.merged.skeleton.config
+    kinds = (config.model_type, config.get_text_config().model_type)
+    return choices(options.dtype, job.merged.stored_dtype, kinds)
 
 
-def _refuse_full_disk(output: Path, needed: int) -> None:
-    free = shutil.disk_usage(existing_parent(output)).free
-    if needed > free:
-        raise MachineError(
-            f"{output}: the model takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there; free some, or "
-            "choose another --output-dir"
-        )
+def _choose(merged: MergedModel, choice: Choice, options: ExportOptions) -> None:
+    merged.dtype, merged.keeps_wider = choice.dtype, choice.keeps_wider
+    merged.refuse_coarse = options.dtype == "auto"
 
 
-def _write_shards(merged: MergedModel, specs: list[TensorSpec], folder: Path, max_shard_size: int) -> list[str]:
-    """Write all tensors in order, one group in memory at a time; the index too where there are several files."""
-    stream = _stream(merged)
-    cut = shards(specs, max_shard_size)
-    names = [shard_name(index, len(cut)) for index in range(len(cut))]
-    for name, shard in zip(names, cut, strict=True):
-        # zip asks the specs first, so that no tensor is taken from the stream that belongs to the next file
-        tensors = (tensor for _, tensor in zip(shard, stream, strict=False))
-        write_tensors(folder / name, shard, tensors, {"format": "pt"})
-    if len(cut) > 1:
-        weight_map = {spec.name: name for name, shard in zip(names, cut, strict=True) for spec in shard}
-        metadata = {"total_size": sum(spec.nbytes for spec in specs)}
-        write_json(folder / INDEX_NAME, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-    return names
+def _write(job: Job, options: ExportOptions, staging: Staging) -> tuple[Choice, dict[str, Any]]:
+    """Fill the staging folder in the best dtype that holds every value, which shows as the values are made."""
+    possible = _choices(job, options)
+    for index in range(staging.notes.get("choice", 0), len(possible)):
+        choice = possible[index]
+        if "unfit" in staging.notes:
+            choice = Choice(choice.dtype, f"{choice.reason}: {staging.notes['unfit']}", choice.keeps_wider)
+        _choose(job.merged, choice, options)
+        try:
+            return choice, FORMATS[options.format].write(job, staging)
+        except Unfit as fault:
+            if index + 1 == len(possible):
+                raise refuse_unfit(_all_unfit(job.merged), f"--dtype {options.dtype}") from fault
+            logger.info("float16 does not fit: %s %s; starting again in bfloat16", fault.name, fault.how)
+            staging.note(choice=index + 1, unfit=f"{fault.name} {fault.how}")
+            staging.start_anew()
+    raise AssertionError("unreachable: the last choice returns or raises")
 
 
-def _stream(merged: MergedModel) -> Iterator[tuple[str, Tensor]]:
+def _all_unfit(merged: MergedModel) -> list[Unfit]:
+    """Every tensor that does not fit, worst first as far as they have a number; makes them all, and writes none."""
+    found = []
     for group in merged.groups:
-        yield from merged.tensors(group).items()
+        try:
+            merged.tensors(group)
+        except Unfit as fault:
+            found.append(fault)
+    return sorted(found, key=lambda fault: -fault.largest)
 
 
-def _write_config(raw: dict[str, Any], merged: MergedModel, folder: Path) -> None:
-    """The base's config.json with the new dtype and without a word of quantization."""
-    dropped = ("quantization_config", "torch_dtype", "_name_or_path")
-    config = {key: value for key, value in raw.items() if key not in dropped}
-    config["dtype"] = str(merged.default_dtype).removeprefix("torch.")
-    if merged.unties:
-        config["tie_word_embeddings"] = False
-    write_json(folder / "config.json", config)
+def _prove(artifact: Artifact, staging: Staging, options: ExportOptions) -> Proof | None:
+    if not options.verify or not FORMATS[options.format].is_model:
+        return None
+    from qlora_tool.export.proof import prove
+
+    return prove(artifact, staging.folder, base=options.base, data=options.verify_data, max_tokens=VERIFIED_TOKENS)
 
 
-def _copy_beside(base: Path, adapter: Path, folder: Path) -> None:
-    """Generation settings and code from the base; the tokenizer from the adapter, which it was trained with, else from
-    the base."""
-    tokenizer = adapter if (adapter / "tokenizer_config.json").exists() else base
-    for source, patterns in ((base, ("generation_config.json", "*.py", "LICENSE*")), (tokenizer, _TOKENIZER_FILES)):
-        for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
-            copy = shutil.copytree if path.is_dir() else shutil.copyfile
-            copy(path, folder / path.name)
+def _no_proof(options: ExportOptions) -> str:
+    if not options.verify:
+        return "not asked for"
+    return f"--format {options.format} is not held against the live model; export safetensors to verify the merge"
+
+
+def _inputs(artifact: Artifact, folder: Path, options: ExportOptions) -> dict[str, Any]:
+    """All that the large files depend on; the small ones are written anew each time."""
+    adapter = artifact.adapter.folder
+    asked = {key: value for key, value in asdict(options).items() if key not in ("overwrite", "verify", "verify_data")}
+    return {
+        "versions": [__version__, torch.__version__],
+        "adapter": {file.name: sha256(file) for file in sorted(adapter.glob("adapter_*"))},
+        "tokenizer": {file.name: sha256(file) for file in sorted(adapter.glob("tokenizer*"))},
+        "base": file_hashes(folder),
+        "quantization": [artifact.model.quantization, artifact.model.double_quant],
+        "options": asked,
+    }
 
 
 def _has_chat_template(folder: Path) -> bool:
@@ -203,4 +227,32 @@ def _provenance(artifact: Artifact, options: ExportOptions, result: dict[str, An
         "quantization": artifact.model.quantization,
         "double_quant": artifact.model.double_quant,
         "merged": {"base": options.base, "dtype": result["dtype"]},
+    }
+
+
+def _report(artifact: Artifact, folder: Path, options: ExportOptions, result: dict[str, Any]) -> dict[str, Any]:
+    """`export.json`: what was exported from what, and how well. Nothing that differs from one run to the next."""
+    known = artifact.adapter.provenance or {}
+    adapter = artifact.adapter.folder
+    asked = {key: value for key, value in asdict(options).items() if key != "overwrite"}
+    return {
+        "schema": 1,
+        "qlora_tool": __version__,
+        "options": asked,
+        **{key: value for key, value in result.items() if key not in ("output_dir", "verification")},
+        "provenance": {
+            "base": {
+                "name_or_path": artifact.model.name_or_path,
+                "revision": artifact.model.revision,
+                "quantization": artifact.model.quantization,
+                "double_quant": artifact.model.double_quant,
+                "files": file_hashes(folder),
+            },
+            "adapter": {
+                "method": artifact.adapter.method,
+                "files": {file.name: sha256(file) for file in sorted(adapter.glob("adapter_*"))},
+            },
+            "data": known.get("data"),
+        },
+        "verification": result["verification"],
     }

@@ -40,7 +40,7 @@ class Estimate:
     Attributes:
         peak_bytes: the most that is allocated at once.
         phase_peak_bytes: the same within each of PHASES.
-        weights_bytes: what is allocated before the first step: base, scales, adapters, optimizer masters.
+        weights_bytes: what is allocated before the first step: base, scales, adapters, optimizer masters, one batch.
         traced_layers: depths of the models that were traced; the model's own alone where nothing was extrapolated.
     """
 
@@ -129,9 +129,7 @@ def _peaks_at_depth(make: partial[_Case], shape: BatchShape, device: str) -> Map
     return _along_line(stack.traced, (shallow, deep[0]), stack.layers)
 
 
-def _along_line(
-    places: tuple[int, ...], peaks: tuple[Mapping[Moment, int], ...], where: int
-) -> dict[Moment, int]:
+def _along_line(places: tuple[int, ...], peaks: tuple[Mapping[Moment, int], ...], where: int) -> dict[Moment, int]:
     """Each peak on the line through two places. What only one of the two has stays as it is."""
     (begin, end), (first, second) = places, peaks
     found = {**first, **second}
@@ -175,33 +173,34 @@ class LayerStack:
 
     @property
     def traced(self) -> tuple[int, ...]:
-        """Two depths whose last layer is of the kind that the model's last is; the model's own if it is no deeper."""
-        repeated = max(2, self.period)
-        shallow = self.first + (self.layers - self.first) % self.period + repeated
-        deep = shallow + repeated
+        """Two depths whose last layer is of the kind that the model's last is, and that have each kind near either end;
+        the model's own if it is no deeper."""
+        rest = (self.layers - self.first) % self.period
+        shallow = self.first + rest + self.period * (2 if rest == 0 else 1)
+        deep = shallow + max(2, self.period)
         return (shallow, deep) if self.path and deep < self.layers else (self.layers,)
 
-    @property
-    def last(self) -> int:
-        """Layers that are told by their distance from the end; the others by that from the beginning."""
-        return max(1, (self.traced[0] - self.first) // 2)
-
-    def place(self, module: str, depth: int) -> tuple[str, int] | None:
+    def places(self, module: str, depth: int) -> list[tuple[str, int]]:
         """A module's name without its layer's number, and the layer: 0, 1, … from the first, -1, -2, … from the last.
 
-        None for layers between: what they take lies between the two ends.
+        The last layer is not counted from the first, nor the other way round, as it may be unlike those in between. A
+        layer far from both ends has no place: what it takes lies between theirs. Where nothing is extrapolated, each
+        layer is a module like any other.
         """
         match = re.match(rf"{re.escape(self.path)}\.(\d+)(.*)", module) if self.path else None
-        if match is None:
-            return module, 0
-        number = int(match[1])
-        if number >= depth - self.last:
-            return match[2], number - depth
-        return (match[2], number) if number < self.traced[0] - self.last else None
+        if match is None or len(self.traced) == 1:
+            return [(module, 0)]
+        number, near = int(match[1]), self.traced[0] - 1
+        places = []
+        if number < near:
+            places.append((match[2], number))
+        if depth - number <= near and number >= max(1, self.first):
+            places.append((match[2], number - depth))
+        return places
 
 
 def layer_stack(model_config, trust_remote_code: bool = False) -> LayerStack:
-    """How the layers of a model repeat: by the shapes of their weights, and by what its configuration lists for each."""
+    """How the layers of a model repeat: by the shapes of their weights, and by what its configuration lists of each."""
     text = model_config.get_text_config()
     layers = text.num_hidden_layers
     skeleton = build_skeleton(copy.deepcopy(model_config), trust_remote_code)
@@ -283,7 +282,7 @@ class _Case:
             config.model.quantization, config.model.double_quant, config.model.trust_remote_code,
             config.adapter.model_dump_json(), training.optim, bool(training.gradient_checkpointing),
             min(2, training.gradient_accumulation_steps), training.max_grad_norm > 0,
-            training.label_smoothing_factor > 0,
+            training.label_smoothing_factor > 0, training.tiled_mlp, training.optimizer_in_backward,
         )  # fmt: skip
         return cls(_text_of(model_config), shape, compute_dtype, stack, depth, repr(settings), config)
 
@@ -310,15 +309,14 @@ def timeline_on(trace: Trace, device: str) -> Timeline:
 
 def peaks_of(line: Timeline, stack: LayerStack, depth: int) -> dict[Moment, int]:
     """The most bytes allocated at once at each kind of moment of a model with `depth` layers."""
-    places = [stack.place(module, depth) for module in line.module_names]
+    places = [stack.places(module, depth) for module in line.module_names]
     totals, modules, operators = line.totals.tolist(), line.modules.tolist(), line.operators.tolist()
     found: dict[Moment, int] = {}
     for number, span in enumerate(line.phase_spans()):
         if span.phase == "forward" and WEIGHTS not in found:
             found[WEIGHTS] = totals[span.start - 1]
         for index in range(span.start, span.stop):
-            place = places[modules[index]]
-            if place is not None:
+            for place in places[modules[index]]:
                 moment = Moment(span.phase, number, line.operator_names[operators[index]], *place)
                 if totals[index] > found.get(moment, 0):
                     found[moment] = totals[index]

@@ -11,31 +11,46 @@ from torch.profiler import ProfilerActivity, profile
 
 from qlora_tool.memory.predict import BatchShape, made_up_run
 from qlora_tool.memory.trace import Trace, Tracer
+from qlora_tool.ops import quantized
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
+    from qlora_tool.model.checkpointing import Recomputation
 
 
-def measure_categories(config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype) -> Trace:
+def measure_categories(
+    config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype,
+    recomputation: Recomputation | None = None,
+) -> Trace:  # fmt: skip
     """The memory of a run over time on a CPU, as the tracer sees it on real tensors."""
+    _forget_tables()
     with Tracer() as tracer:
-        made_up_run(config, model_config, shape, compute_dtype, tracer)
+        made_up_run(config, model_config, shape, compute_dtype, tracer, recomputation=recomputation)
     return tracer.trace
 
 
-def measure_peak(config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype) -> int:
+def measure_peak(
+    config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype,
+    recomputation: Recomputation | None = None,
+) -> int:  # fmt: skip
     """The allocator's own count of the same run, no tracer near it: the most bytes that were allocated at once."""
+    _forget_tables()
     gc.collect()  # what an earlier run left in cycles must not be freed in the middle of this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        made_up_run(config, model_config, shape, compute_dtype)
+        made_up_run(config, model_config, shape, compute_dtype, recomputation=recomputation)
     total = peak = 0
-    for _, size in sorted(_allocations(profiler)):
+    for _, size in sorted(allocations(profiler)):
         total += size
         peak = max(peak, total)
     return peak
 
 
-def _allocations(profiler: profile) -> Iterator[tuple[int, int]]:
+def _forget_tables() -> None:
+    """A process makes the tables of 4-bit codes once; a run takes them, whichever of a process it is."""
+    quantized._make_code_map.cache_clear()
+
+
+def allocations(profiler: profile) -> Iterator[tuple[int, int]]:
     """(time, bytes) of every allocation and free."""
     from torch._C._profiler import _EventType
 

@@ -22,7 +22,7 @@ from qlora_tool.errors import UserError
 from qlora_tool.files import replacing_file
 from qlora_tool.memory.allocator_blocks import round_size
 from qlora_tool.memory.breakdown import Breakdown
-from qlora_tool.memory.calibrate import context_bytes
+from qlora_tool.memory.calibrate import LARGEST_CONTEXT, context_bytes
 from qlora_tool.memory.classify import timeline
 from qlora_tool.memory.cuda_operators import cublas_workspace
 from qlora_tool.memory.predict import BatchShape, made_up_run
@@ -31,10 +31,12 @@ from qlora_tool.model.layers import FrozenWeight
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.utils.hooks import RemovableHandle
 
     from qlora_tool.adapters.attach import AdapterSet
     from qlora_tool.config import Config
     from qlora_tool.model.causal_lm import CausalLM
+    from qlora_tool.model.checkpointing import Recomputation
     from qlora_tool.training.optimizers import Optimizer
 
 KEPT_OF_A_SNAPSHOT = ("action", "addr", "size", "stream")
@@ -57,8 +59,9 @@ class CudaMeasurement:
 
 
 def measure_on_cuda(
-    config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype, device: int = 0
-) -> CudaMeasurement:
+    config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype,
+    recomputation: Recomputation | None = None, device: int = 0,
+) -> CudaMeasurement:  # fmt: skip
     """Load a made-up model and run two training steps on a CUDA device.
 
     Begin it in a fresh process: what ran before leaves cached segments and workspaces behind.
@@ -80,7 +83,8 @@ def measure_on_cuda(
         history = History(device)
         memory._record_memory_history(enabled="all", context=None)
         try:
-            made_up_run(config, model_config, shape, compute_dtype, device=f"cuda:{device}", watch=history)
+            made_up_run(config, model_config, shape, compute_dtype, device=f"cuda:{device}", watch=history,
+                        recomputation=recomputation)  # fmt: skip
             torch.cuda.synchronize(device)
             snapshot = memory._snapshot()
         finally:
@@ -100,14 +104,20 @@ class History:
         marks: (number, phase, step) where a phase began.
         recomputed: (number, +1 or -1) where recomputation began and ended.
         names: (number, address, category): what lay there at that moment.
+        end: the number when the last step was done; None before that.
+
+    Args:
+        device: its number.
+        phase: what is going on at first.
     """
 
-    def __init__(self, device: int):
+    def __init__(self, device: int, phase: str = "load"):
         self._device = device
         self._start = 0
         self._start = self.count()
-        self._phase = ("load", 0)
+        self._phase = (phase, 0)
         self.marks: list[tuple[int, str, int]] = [(0, *self._phase)]
+        self.end: int | None = None
         self.recomputed: list[tuple[int, int]] = []
         self.names: list[tuple[int, int, str]] = []
 
@@ -118,13 +128,9 @@ class History:
 
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:
-        before, self._phase = self._phase, (name, step)
+        self._phase = (name, step)
         self.marks.append((self.count(), name, step))
-        try:
-            yield
-        finally:
-            self._phase = before
-            self.marks.append((self.count(), *before))
+        yield  # and it goes on until the next begins: what follows a phase is its aftermath
 
     @contextmanager
     def recomputation(self) -> Iterator[None]:
@@ -134,10 +140,10 @@ class History:
         finally:
             self.recomputed.append((self.count(), -1))
 
-    def loaded(self, model: CausalLM, adapters: AdapterSet) -> None:
+    def loaded(self, model: CausalLM, adapters: AdapterSet) -> list[RemovableHandle]:
+        """The model is loaded. Gives the hooks, to be removed where it lives on."""
         self.name(weights_by_category(model.module, adapters.parameters()))
-        for layer in model.checkpointed_layers():
-            layer.register_forward_pre_hook(self._enter_layer)
+        return [layer.register_forward_pre_hook(self._enter_layer) for layer in model.checkpointed_layers()]
 
     def _enter_layer(self, _module: nn.Module, args: tuple) -> None:
         if self._phase[0] == "forward" and args and isinstance(args[0], Tensor):
@@ -151,9 +157,15 @@ class History:
                 self.name((gradient, "gradients") for gradient in gradients if gradient is not None)
             yield
             if phase == "optimizer":
-                state = [*(optimizer.masters or ())]
-                state += [value for kept in optimizer.inner.state.values() for value in kept.values()]
-                self.name((tensor, "optimizer_state") for tensor in state if isinstance(tensor, Tensor))
+                self.name_state(optimizer)
+
+    def name_state(self, optimizer: Optimizer) -> None:
+        state = [*(optimizer.masters or ())]
+        state += [value for kept in optimizer.inner.state.values() for value in kept.values()]
+        self.name((tensor, "optimizer_state") for tensor in state if isinstance(tensor, Tensor))
+
+    def finished(self) -> None:
+        self.end = self.count()
 
     def name(self, tensors: Iterable[tuple[Tensor, str]]) -> None:
         number = self.count()
@@ -172,25 +184,90 @@ def weights_by_category(module: nn.Module, trained: Iterable[Tensor]) -> list[tu
     return named + [(tensor, "other_weights") for tensor in [*module.parameters(), *module.buffers()]]
 
 
-def trace_of(history: Sequence[Mapping[str, Any]], notes: History, workspaces: Sequence[int] = ()) -> Trace:
+class RunningStep:
+    """One step of a run that goes on, watched by the allocator; what was there before is named as it lies there.
+
+    Attributes:
+        breakdown: of the step, once the context is left.
+        history: what to tell phases and recomputation to.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = torch.cuda.current_device() if device.index is None else device.index
+        self.breakdown: Breakdown | None = None
+
+    @contextmanager
+    def watch(self, model: CausalLM, adapters: AdapterSet, optimizer: Optimizer) -> Iterator[History]:
+        device, memory = self._device, torch.cuda.memory
+        with torch.cuda.device(device):
+            gc.collect()  # nothing of earlier steps is to be freed in this one
+            torch.cuda.synchronize(device)
+            before = live_blocks(memory._snapshot(), device)
+            torch.cuda.reset_peak_memory_stats(device)
+            history = History(device, "optimizer")  # the step before ended with it
+            hooks = history.loaded(model, adapters)
+            history.name_state(optimizer)
+            memory._record_memory_history(enabled="all", context=None)
+            try:
+                yield history
+                history.finished()
+                torch.cuda.synchronize(device)
+                snapshot = memory._snapshot()
+            finally:
+                memory._record_memory_history(enabled=None)
+                for hook in hooks:
+                    hook.remove()
+            allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+            free, total = torch.cuda.mem_get_info(device)
+            context = total - free - torch.cuda.memory_reserved(device)
+            workspace = cublas_workspace(torch.cuda.get_device_capability(device))
+        trace = trace_of(snapshot["device_traces"][device], history, [workspace], before)
+        # Memory of other programs on the card cannot be told from the context; more than any has is none.
+        context = context if 0 <= context <= LARGEST_CONTEXT else None
+        found = timeline(trace).breakdown(reserved_bytes=reserved, context_bytes=context)
+        self.breakdown = with_remainder(found, allocated)
+
+
+def live_blocks(snapshot: Mapping[str, Any], device: int) -> list[tuple[int, int]]:
+    """(address, bytes) of everything that is allocated on a device, by `torch.cuda.memory._snapshot()`."""
+    found = []
+    for segment in snapshot["segments"]:
+        address = segment["address"]
+        for block in segment["blocks"] if segment["device"] == device else ():
+            if block["state"] == "active_allocated":
+                found.append((block.get("address", address), block["size"]))
+            address += block["size"]
+    return found
+
+
+def trace_of(
+    history: Sequence[Mapping[str, Any]],
+    notes: History,
+    workspaces: Sequence[int] = (),
+    before: Sequence[tuple[int, int]] = (),
+) -> Trace:
     """The allocator's history as a trace.
 
     Args:
         history: one device's events, in the form of `torch.cuda.memory._snapshot()["device_traces"]`.
-        notes: its `marks`, `recomputed` and `names` are read.
+        notes: its `marks`, `recomputed`, `names` and `end` are read.
         workspaces: bytes of cuBLAS workspaces: blocks of such a size that are never freed are `framework`.
+        before: (address, bytes) of what was allocated when the history began. The optimizer's state among it comes
+            last, in a phase of its own, as if the run had begun there.
 
     Returns:
         A trace whose storages have the size of their blocks, but for remainders too small to split off.
     """
     trace = Trace()
-    live: dict[int, Storage] = {}
+    live = _begin_with(before, notes, trace)
     notes_in_order = _in_order(notes)
     note = next(notes_in_order, None)
     phase, step, depth, number = "load", 0, 0, 0
     for event in [*history, None]:
         if event is not None and event["action"] not in ("alloc", "free_requested"):
             continue
+        if number == notes.end:  # what comes after is no part of the run
+            event = None
         while note is not None and (note[0] <= number or event is None):
             kind, *values = note[1:]
             if kind == "phase":
@@ -218,6 +295,21 @@ def trace_of(history: Sequence[Mapping[str, Any]], notes: History, workspaces: S
         if not storage.category and storage.nbytes in sizes:
             storage.category = "framework"
     return trace
+
+
+def _begin_with(before: Sequence[tuple[int, int]], notes: History, trace: Trace) -> dict[int, Storage]:
+    """Storages for what is there already, by address."""
+    live: dict[int, Storage] = {}
+    states = {address for number, address, category in notes.names if number == 0 and category == "optimizer_state"}
+    for phase, chosen in (("load", False), ("optimizer", True)):
+        if before:
+            trace.marks.append((len(trace.events), phase, 0))
+        for address, size in before:
+            if (address in states) is chosen:
+                live[address] = Storage(size, len(trace.events), phase, 0, "", "", False)
+                trace.storages.append(live[address])
+                trace.events.append((live[address], +1))
+    return live
 
 
 def _in_order(notes: History) -> Iterator[tuple]:

@@ -5,6 +5,8 @@ The search runs on `estimate_peak`; what it answers is then confirmed by a full 
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,19 +16,19 @@ import yaml
 
 from qlora_tool.config import with_values
 from qlora_tool.errors import UserError
-from qlora_tool.memory.extrapolate import estimate_peak, resized, timeline_on
+from qlora_tool.memory.extrapolate import Estimate, estimate_peak, resized, timeline_on
 from qlora_tool.memory.plan_length import longest_length, step_of
 from qlora_tool.memory.plan_table import render_plan
 from qlora_tool.memory.predict import BatchShape, predict
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
+    from qlora_tool.memory.breakdown import Breakdown
 
-__all__ = ["Change", "Option", "Plan", "plan", "relative_speed", "render_plan"]
+__all__ = ["Change", "Option", "Plan", "change_that_fits", "plan", "relative_speed", "render_plan"]
 
 BATCH_SIZES = (1, 2, 4, 8)
 RANKS = (8, 16, 32, 64)
-QUANTIZATIONS = (("nf4", True), ("nf4", False), ("int8", True), ("none", True))  # the second: double_quant
 OPTIMIZERS = ("adamw", "adamw_8bit")
 SHORTEST = 64  # tokens: shorter rows are not suggested
 UNBOUNDED = 131072  # tokens: how far lengths are tried where the model names no limit
@@ -98,9 +100,11 @@ class Plan:
         asked: the asked configuration.
         options: what else there is, group by group.
         longest: the asked configuration with the longest rows that fit, where it fits itself and there are longer ones.
+        faster: the asked configuration without checkpointing, where that fits too.
         change: what makes the asked configuration fit, where it does not.
         smallest_bytes: what the least of all configurations takes, where there is no such change.
-        weights_bytes: what weights, adapters and masters of that one, or of the asked one, take alone.
+        weights_bytes: what the weights take alone, adapters and their masters included: of what was asked for where it
+            fits, of `change`, or of the least.
     """
 
     device: str
@@ -109,6 +113,7 @@ class Plan:
     asked: Option
     options: tuple[Option, ...]
     longest: Change | None = None
+    faster: Change | None = None
     change: Change | None = None
     smallest_bytes: int = 0
     weights_bytes: int = 0
@@ -183,29 +188,66 @@ def plan(
     Raises:
         UserError: the model cannot be traced as it is asked for.
     """
-    if config.training.gradient_checkpointing == "auto":
-        config = with_values(config, {_CHECKPOINTING: True})
-    margin = (CUDA_MARGIN if device == "cuda" else 0.0) if margin is None else margin
+    margin = margin_on(device) if margin is None else margin
     shape = shape or BatchShape.full(config.training.per_device_train_batch_size, config.data.max_length)
-    config = with_values(config, {_ROWS: shape.rows, _LENGTH: shape.length})
-    search = _Search(config, model_config, usable(budget_bytes, margin), compute_dtype, device, shape)
+    search = _Search.of_run(config, model_config, usable(budget_bytes, margin), compute_dtype, device, shape)
     if device != "cpu":
         search.calibrate({})
-    asked = search.option("asked", {})
-    longest = change = None
-    smallest = weights = 0
+    config, asked, options = search.config, search.option("asked", {}), tuple(search.options())
+    longest = faster = change = None
+    smallest = 0
     if asked.fits:
-        length = search.longest({})
+        settings: dict[str, Any] = {}
+        without, length = {_CHECKPOINTING: False}, search.longest({})
+        if config.training.gradient_checkpointing and search.needed(without) <= search.limit:
+            faster = search.confirmed(without, confirm)
         if length > shape.length:
             longest = search.confirmed({_LENGTH: length}, confirm)
-        weights = search.weights({})
     else:
-        settings, everything = search.what_fits()
-        if settings:
+        fits, settings = search.what_fits()
+        if fits:
             change = search.confirmed(settings, confirm)
         else:
-            smallest, weights = search.needed(everything), search.weights(everything)
-    return Plan(device, budget_bytes, margin, asked, tuple(search.options()), longest, change, smallest, weights)
+            smallest = search.needed(settings)
+    return Plan(
+        device, budget_bytes, margin, asked, options, longest, faster, change, smallest, search.weights(settings)
+    )  # fmt: skip
+
+
+def change_that_fits(
+    config: Config,
+    model_config,
+    budget_bytes: int,
+    compute_dtype: torch.dtype,
+    device: str,
+    shape: BatchShape,
+    predicted: Breakdown,
+    *,
+    seconds: float = math.inf,
+) -> Change | None:
+    """The least harmful change that makes a run fit which does not, estimated; None where nothing does.
+
+    Args:
+        config: the run's; `gradient_checkpointing: auto` counts as true.
+        budget_bytes: what the device has; on CUDA a margin of it is kept free.
+        shape: the run's largest batch.
+        predicted: what a full trace says of the run as it is.
+        seconds: how long to look for one. No estimate, of some two seconds each, begins after that.
+
+    Raises:
+        TimeoutError: nothing was found in that time.
+    """
+    limit = usable(budget_bytes, margin_on(device))
+    search = _Search.of_run(config, model_config, limit, compute_dtype, device, shape)
+    search.deadline = time.monotonic() + seconds
+    search.follow({}, predicted.needed_bytes, predicted.context_bytes or 0)
+    fits, settings = search.what_fits()
+    return Change(settings, search.needed(settings), False) if fits else None
+
+
+def margin_on(device: str) -> float:
+    """The share of a device that is kept free."""
+    return CUDA_MARGIN if device == "cuda" else 0.0
 
 
 @dataclass
@@ -216,6 +258,7 @@ class _Search:
         limit: bytes that may be used.
         context: bytes that the device takes for itself.
         share: bytes that it holds for every one that is allocated; seen in full traces.
+        deadline: of `time.monotonic`; after it TimeoutError ends the search.
     """
 
     config: Config
@@ -226,7 +269,15 @@ class _Search:
     shape: BatchShape
     context: int = 0
     share: float = 1.0
+    deadline: float = math.inf
     _slopes: dict[bool, float] = field(default_factory=dict)  # bytes a token, by checkpointing
+
+    @classmethod
+    def of_run(cls, config: Config, model_config, limit: int, compute_dtype, device: str, shape: BatchShape) -> _Search:
+        """A search around a run whose largest batch has this shape."""
+        checkpointing = config.training.gradient_checkpointing
+        values = {_ROWS: shape.rows, _LENGTH: shape.length, _CHECKPOINTING: checkpointing == "auto" or checkpointing}
+        return cls(with_values(config, values), model_config, limit, compute_dtype, device, shape)
 
     def of(self, settings: Mapping[str, Any]) -> Config:
         return with_values(self.config, settings)
@@ -234,7 +285,9 @@ class _Search:
     def _shape(self, config: Config) -> BatchShape:
         return resized(self.shape, config.training.per_device_train_batch_size, config.data.max_length)
 
-    def _estimate(self, settings: Mapping[str, Any]):
+    def _estimate(self, settings: Mapping[str, Any]) -> Estimate:
+        if time.monotonic() > self.deadline:
+            raise TimeoutError("the time for the search is over")
         config = self.of(settings)
         return estimate_peak(config, self.model_config, self._shape(config), self.compute_dtype, self.device)
 
@@ -258,14 +311,19 @@ class _Search:
         config = self.of(settings)
         trace = predict(config, self.model_config, self._shape(config), self.compute_dtype)
         if self.device == "cpu":
-            held = timeline_on(trace, "cpu").peak_bytes
+            needed, context = timeline_on(trace, "cpu").peak_bytes, 0
         else:
             from qlora_tool.memory.cuda import cuda_timeline
 
             seen = cuda_timeline(trace)
-            held, self.context = seen.reserved_peak, seen.context_bytes
-        self.share = held / self._estimate(settings).peak_bytes
-        return held + self.context
+            needed, context = seen.reserved_peak + seen.context_bytes, seen.context_bytes
+        self.follow(settings, needed, context)
+        return needed
+
+    def follow(self, settings: Mapping[str, Any], needed: int, context: int) -> None:
+        """Let estimates be what was seen, for these settings, and in proportion to it for others."""
+        self.context = context
+        self.share = (needed - context) / self._estimate(settings).peak_bytes
 
     def confirmed(self, settings: dict[str, Any], confirm: bool) -> Change:
         """The change, its peak taken from a full trace; with shorter rows, should the estimate have been too low."""
@@ -298,12 +356,12 @@ class _Search:
 
     # What the table shows
 
-    def option(self, group: str, settings: dict[str, Any], asked: bool = False) -> Option:
+    def option(self, group: str, settings: dict[str, Any]) -> Option:
         config = self.of(settings)
         needed = self.needed(settings)
         return Option(
             group, settings, config.training.per_device_train_batch_size, config.data.max_length, needed,
-            needed <= self.limit, relative_speed(config, self.config), asked or config == self.config,
+            needed <= self.limit, relative_speed(config, self.config), config == self.config,
         )  # fmt: skip
 
     def options(self) -> Iterator[Option]:
@@ -311,9 +369,12 @@ class _Search:
         for checkpointing in (True, False):
             if self.possible({_CHECKPOINTING: checkpointing}):
                 yield from self._lengths(checkpointing)
-        for group, settings in _ALTERNATIVES:
-            if self.possible(settings):
-                yield self.option(group, settings)
+        for group, choices in _ALTERNATIVES.items():
+            options = [self.option(group, settings) for settings in choices if self.possible(settings)]
+            if not any(option.asked for option in options):
+                section, _, key = group.partition(".")
+                yield self.option(group, {group: getattr(getattr(self.config, section), key)})
+            yield from options
 
     def _lengths(self, checkpointing: bool) -> Iterator[Option]:
         tokens = self.shape.rows * self.shape.length
@@ -330,13 +391,13 @@ class _Search:
 
     # What to change
 
-    def what_fits(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The first change that makes the configuration fit, one if one is enough, else several on top of one another;
-        empty where all together do not. And those that were put together last: the least that it can take."""
+    def what_fits(self) -> tuple[bool, dict[str, Any]]:
+        """The first change that makes the configuration fit: one if one is enough, else several on top of one another.
+        False where all together, which are then returned, do not."""
         for kind in _KINDS:
             for settings in kind(self, {}):
                 if self.possible(settings) and self.needed(settings) <= self.limit:
-                    return settings, settings
+                    return True, settings
         together: dict[str, Any] = {}
         for kind in _KINDS:
             last = {}
@@ -344,9 +405,9 @@ class _Search:
                 if self.possible({**together, **settings}):
                     last = settings
                     if self.needed({**together, **last}) <= self.limit:
-                        return {**together, **last}, {**together, **last}
+                        return True, {**together, **last}
             together |= last
-        return {}, together
+        return False, together
 
     def checkpointing(self, _settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         if not self.config.training.gradient_checkpointing:
@@ -358,8 +419,9 @@ class _Search:
 
     def fewer_rows(self, _settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         rows, accumulated = self.shape.rows, self.config.training.gradient_accumulation_steps
-        while rows > 1 and rows % 2 == 0:
-            rows, accumulated = rows // 2, accumulated * 2
+        while rows > 1:  # the rows of an optimizer step stay as many
+            by = 2 if rows % 2 == 0 else rows
+            rows, accumulated = rows // by, accumulated * by
             yield {_ROWS: rows, _ACCUMULATION: accumulated}
 
     def quantization(self, _settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -368,7 +430,7 @@ class _Search:
 
     def shorter_rows(self, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         length = self.longest(settings)
-        if SHORTEST < self.shape.length:
+        if self.shape.length > SHORTEST:
             yield {_LENGTH: length or SHORTEST}
 
     def lower_rank(self, _settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -384,8 +446,12 @@ _KINDS = (
     _Search.lower_rank,
 )  # fmt: skip
 
-_ALTERNATIVES: tuple[tuple[str, dict[str, Any]], ...] = (
-    *((_RANK, {_RANK: rank}) for rank in RANKS),
-    *((_QUANTIZATION, {_QUANTIZATION: kind, _DOUBLE: double}) for kind, double in QUANTIZATIONS),
-    *((_OPTIM, {_OPTIM: optimizer}) for optimizer in OPTIMIZERS),
-)
+# One key at a time, whatever else was asked for.
+_ALTERNATIVES: dict[str, list[dict[str, Any]]] = {
+    _RANK: [{_RANK: rank} for rank in RANKS],
+    _QUANTIZATION: [
+        {_QUANTIZATION: "nf4", _DOUBLE: True}, {_QUANTIZATION: "nf4", _DOUBLE: False}, {_QUANTIZATION: "int8"},
+        {_QUANTIZATION: "none"},
+    ],
+    _OPTIM: [{_OPTIM: optimizer} for optimizer in OPTIMIZERS],
+}  # fmt: skip

@@ -12,7 +12,7 @@ def longest_length(
 ) -> tuple[int, float]:
     """The longest length, of those that are tried, at which `needed` is within `limit`.
 
-    Memory grows with the length in straight pieces that only get steeper (the largest of several moments, each linear or
+    Memory grows with the length in pieces that only get steeper (the largest of several moments, each linear or
     quadratic in it). So what lies beyond two lengths is at least on the line through them, and where that line leaves
     the limit, nothing longer fits.
 
@@ -21,7 +21,7 @@ def longest_length(
         limit: bytes.
         shortest, top: the range of lengths.
         start: where to look first.
-        slope: bytes a token, as seen elsewhere; 0: unknown.
+        slope: bytes a token, as seen elsewhere; 0: unknown. It says where to look, not where to stop.
 
     Returns:
         The length, a multiple of `step_of` it, or `top`, or 0 where not even `shortest` fits; and bytes a token around
@@ -75,6 +75,8 @@ def _next(
     if fitting is None:
         return min(guess, round_down(beyond - 1, shortest, top))
     if beyond is None:
+        if len(seen) == 1:  # the slope is another's
+            guess = max(guess, round_down(fitting + max(step_of(fitting), fitting // 10), shortest, top))
         return max(guess, fitting)
     # Between two lengths the line is too high, so the answer may lie beyond what it says.
     if guess <= fitting and beyond > 1.05 * fitting:

@@ -11,9 +11,10 @@ from rich.text import Text
 from qlora_tool.memory.legend import binary_size, full_size
 
 if TYPE_CHECKING:
-    from qlora_tool.memory.plan import Option, Plan
+    from qlora_tool.memory.plan import Change, Option, Plan
 
 _CHECKPOINTING = "training.gradient_checkpointing"
+_NOTE = "peak: expected; speed: tokens/s against what was asked for, by counting passes, not measured\n"
 
 
 def render_plan(plan: Plan, console: Console) -> None:
@@ -27,10 +28,10 @@ def render_plan(plan: Plan, console: Console) -> None:
     console.print(_lengths(plan))
     console.print()
     console.print(_alternatives(plan))
-    console.print(
-        Text("peak: expected; speed: tokens per second against what was asked for, reckoned from the number of passes, "
-             "not measured\n", style="dim")  # fmt: skip
-    )
+    console.print(Text(_NOTE, style="dim"))
+    if plan.faster:
+        console.print(Text(f"faster, and it fits too: {_peak(plan.faster)}:"))
+        console.print(Text(f"{plan.faster.line}\n"), soft_wrap=True)
     console.print(Text(_answer(plan)))
     if plan.line:
         console.print(Text(plan.line), soft_wrap=True)  # whole, so that it can be copied
@@ -80,25 +81,22 @@ def _alternatives(plan: Plan) -> Table:
         if option.group == "length":
             continue
         fits = "fits" if option.fits else "too much"
-        cells = (_setting(option.group, option.settings), binary_size(option.peak_bytes), fits, f"{option.speed:.2f}")
+        cells = (_setting(option.settings), binary_size(option.peak_bytes), fits, f"{option.speed:.2f}")
         table.add_row(Text(cells[0]), *cells[1:], "asked for" if option.asked else "")
     return table
 
 
-def _setting(group: str, settings: dict[str, Any]) -> str:
-    name = f"{group}={settings[group]}"
-    return f"{name}, one scale" if not settings.get("model.double_quant", True) else name
+def _setting(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key.partition('.')[2]}={str(value).lower()}" for key, value in settings.items())
 
 
 def _answer(plan: Plan) -> str:
     if plan.change:
-        size = full_size(plan.change.peak_bytes)
-        return f"this makes it fit, with {size} at the peak ({_how_sure(plan.change.confirmed)}):"
+        return f"this makes it fit: {_peak(plan.change)}:"
     if plan.longest:
-        size = full_size(plan.longest.peak_bytes)
-        return f"nothing has to change; these are the longest rows, {size} at the peak ({_how_sure(plan.longest.confirmed)}):"
+        return f"nothing has to change; the longest rows that fit: {_peak(plan.longest)}:"
     if plan.fits:
-        return "nothing has to change, and there are no longer rows that fit"
+        return "nothing has to change, and no longer row fits"
     weights = f"; the weights alone take {full_size(plan.weights_bytes)}" * (plan.weights_bytes > plan.usable_bytes)
     return (
         f"nothing makes it fit: the smallest that was tried takes {full_size(plan.smallest_bytes)}, "
@@ -106,5 +104,6 @@ def _answer(plan: Plan) -> str:
     )
 
 
-def _how_sure(confirmed: bool) -> str:
-    return "traced at full depth" if confirmed else "estimated"
+def _peak(change: Change) -> str:
+    how = "traced at full depth" if change.confirmed else "estimated"
+    return f"{full_size(change.peak_bytes)} ({how})"

@@ -6,6 +6,8 @@ adapters, `train_step`, the optimizer. Two steps are run, as the optimizer's sta
 
 from __future__ import annotations
 
+import copy
+import functools
 import sys
 import traceback
 from collections import Counter
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from unittest.mock import patch
@@ -26,14 +29,15 @@ from transformers import masking_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_tool.adapters.attach import attach
-from qlora_tool.data.batches import Batch
+from qlora_tool.adapters.fusion import tile_mlps
+from qlora_tool.data.batches import Batch, Segments
 from qlora_tool.errors import ToolError, UserError
 from qlora_tool.memory.classify import name_gradients, name_optimizer, name_weights
 from qlora_tool.memory.trace import Trace, Tracer
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.load import Quantization, load_base
 from qlora_tool.ops import quantized
-from qlora_tool.training.optimizers import Optimizer
+from qlora_tool.training.optimizers import Optimizer, make_optimizer
 from qlora_tool.training.step import StepSettings, train_step
 
 if TYPE_CHECKING:
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
 
     from qlora_tool.adapters.attach import AdapterSet
     from qlora_tool.config import Config
+    from qlora_tool.model.checkpointing import Recomputation
 
 STEPS = 2
 
@@ -67,6 +72,16 @@ class BatchShape:
         """Full rows, every token with a label: what is assumed where there is no data."""
         return cls(rows, length, rows * (length - 1))
 
+    @classmethod
+    def of(cls, batch: Batch) -> BatchShape:
+        """The shape of a real batch; all of its rows are taken to be cut as the first one is."""
+        rows, length = batch.input_ids.shape
+        segments = None
+        if batch.position_ids is not None:
+            starts = [*(batch.position_ids[0] == 0).nonzero().flatten().tolist(), length]
+            segments = tuple(stop - start for start, stop in pairwise(starts))
+        return cls(rows, length, batch.trained_tokens, batch.attention_mask is not None, segments)
+
     def batch(self) -> Batch:
         """A batch of this shape, of arbitrary tokens."""
         # Not all the same, or all would go to the same experts.
@@ -81,6 +96,7 @@ class BatchShape:
             input_ids=ids, labels=ids.clone(), attention_mask=mask, position_ids=positions,
             predicting=torch.arange(self.trained_tokens), targets=torch.ones(self.trained_tokens, dtype=torch.int64),
             tokens=self.rows * self.length, trained_tokens=self.trained_tokens, where=[],
+            segments=None if self.segments is None else Segments.of(self.segments * self.rows),
         )  # fmt: skip
 
 
@@ -110,15 +126,19 @@ def made_up_run(
     *,
     device: torch.device | str = "cpu",
     watch: Watch | None = None,
+    recomputation: Recomputation | None = None,
 ) -> None:
     """Load a made-up model and run training steps on it.
 
     Args:
+        model_config: the model's transformers configuration; it stays as it is.
         tracer: an open one, to watch it.
         device: where it runs.
         watch: watches it in another way than a tracer does.
+        recomputation: what is recomputed of each layer; by default what `gradient_checkpointing` says of all of them.
     """
     watch, device = watch or TracerWatch(tracer), torch.device(device)
+    model_config = copy.deepcopy(model_config)  # transformers writes its dtype into what it loads by
     quantization = Quantization(config.model.quantization, config.model.double_quant)
     stored = getattr(model_config, "dtype", None) or torch.bfloat16
     with watch.phase("load", 0):
@@ -128,15 +148,18 @@ def made_up_run(
         )  # fmt: skip
         model = CausalLM(module, Path(), quantization, compute_dtype)
         adapters = attach(module, config.adapter, compute_dtype, config.training.seed)
-        optimizer = Optimizer(config.training.optim, adapters.parameters(), config.training.weight_decay)
+        optimizer = make_optimizer(config.training, adapters.parameters())
+    tile_mlps(module, config.training.tiled_mlp)
     model.chunked_loss = loss_fits_in_chunks(model)
-    model.checkpoint_layers(bool(config.training.gradient_checkpointing), watch.recomputation)
+    model.by_segment = shape.segments is None or attends_by_segment(model)
+    model.checkpoint_layers(recomputation or bool(config.training.gradient_checkpointing), watch.recomputation)
     module.train()
     watch.loaded(model, adapters)
     settings = StepSettings(config.training.max_grad_norm, config.training.label_smoothing_factor)
     batches = [shape.batch().to(device) for _ in range(min(2, config.training.gradient_accumulation_steps))]
     for step in range(1, STEPS + 1):
         train_step(model, optimizer, batches, settings, 1e-4, partial(watch.during, optimizer, step))
+    watch.finished()
 
 
 def loss_fits_in_chunks(model: CausalLM) -> bool:
@@ -155,6 +178,18 @@ def loss_fits_in_chunks(model: CausalLM) -> bool:
                 return False
             model.project(hidden)
     return whole.names == parts.names
+
+
+def attends_by_segment(model: CausalLM) -> bool:
+    """What `CausalLM.keeps_packed_apart` finds out by numbers too: whether the family's code takes segments for a
+    mask."""
+    batch = BatchShape(1, 8, 1, segments=(4, 4)).batch().to(model.device)
+    try:
+        with torch.no_grad():
+            model.hidden_states(batch)
+    except (NotImplementedError, AttributeError, TypeError):
+        return False
+    return True
 
 
 @contextmanager
@@ -195,6 +230,9 @@ class Watch(Protocol):
     def during(self, optimizer: Optimizer, step: int, phase: str) -> AbstractContextManager:
         """A phase of a training step is going on meanwhile; gradients are there when `optimizer` begins."""
 
+    def finished(self) -> None:
+        """The last step is done; what follows is the end of the process."""
+
 
 class TracerWatch:
     """Tells a tracer; nobody where there is none."""
@@ -222,8 +260,15 @@ class TracerWatch:
             if self.tracer and phase == "optimizer":
                 name_optimizer(self.tracer, optimizer)
 
+    def finished(self) -> None:
+        if self.tracer:
+            self.tracer.finish()
 
-def predict(config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype) -> Trace:
+
+def predict(
+    config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype,
+    recomputation: Recomputation | None = None,
+) -> Trace:  # fmt: skip
     """The memory of a run over time, on a device with this compute dtype, without weights or data.
 
     `classify.timeline` makes bytes by part of it.
@@ -233,7 +278,7 @@ def predict(config: Config, model_config, shape: BatchShape, compute_dtype: torc
     """
     try:
         with _fake_world(shape), Tracer() as tracer:
-            made_up_run(config, model_config, shape, compute_dtype, tracer)
+            made_up_run(config, model_config, shape, compute_dtype, tracer, recomputation=recomputation)
     except ToolError:
         raise
     except Exception as error:  # what an unknown architecture's code raises can be anything
@@ -266,13 +311,14 @@ def _fake_world(shape: BatchShape) -> Iterator[None]:
     a mask of length × length. Where the rows are not packed it is told that they do not.
 
     A weight is quantized in one piece instead of in thousands: the pieces together have the same bytes. The 8-bit
-    optimizer's table of values is one without values.
+    optimizer's table of values is one without values; the tables of 4-bit codes are kept, as a process keeps them.
     """
     with ExitStack() as changes:
         if shape.segments is None:
             unpacked = patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
             changes.enter_context(unpacked)
         changes.enter_context(patch.object(quantized, "_CHUNK", sys.maxsize))
+        changes.enter_context(patch.object(quantized, "_code_map", functools.cache(quantized._code_map)))
         changes.enter_context(patch.object(bnb, "create_dynamic_map", lambda **_kind: torch.empty(256)))
         changes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield

@@ -19,6 +19,7 @@ from qlora_tool.memory.calibrate import Calibration, kept_calibration
 from qlora_tool.memory.cards import Card, find_card
 from qlora_tool.memory.classify import timeline
 from qlora_tool.memory.cuda import cuda_timeline
+from qlora_tool.memory.cuda_operators import estimated_context
 from qlora_tool.memory.legend import full_size, limit
 from qlora_tool.memory.measure import measure_categories, measure_peak
 from qlora_tool.memory.predict import BatchShape, predict
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from qlora_tool.config import Config
     from qlora_tool.memory.trace import Trace
+    from qlora_tool.model.checkpointing import Recomputation
 
 # The sizes of a model, with names that configurations had for them before transformers named them in `attribute_map`.
 _SIZES = {
@@ -66,6 +68,11 @@ class CudaTarget:
             calibration = kept_calibration(torch.cuda.get_device_name())
             return cls(torch.cuda.get_device_capability(), calibration, expandable)
         return cls(card.compute_capability if card else (8, 9), None, expandable)
+
+    @property
+    def context_bytes(self) -> int:
+        """The CUDA context, measured or estimated."""
+        return self.calibration.context_bytes if self.calibration else estimated_context(self.capability)
 
 
 def _is_here(card: Card) -> bool:
@@ -166,13 +173,21 @@ def compute_dtype_on(config: Config, device: str, card: Card | None = None) -> t
     return choose_dtype(config.model.compute_dtype, torch.device("cpu"))
 
 
-def profile(config: Config, device: str, *, measure: bool = False, card: Card | None = None) -> Profile:
+def profile(
+    config: Config,
+    device: str,
+    *,
+    measure: bool = False,
+    card: Card | None = None,
+    recomputation: Recomputation | None = None,
+) -> Profile:
     """Predict a run on `device` (cuda or cpu), and measure it too where asked for.
 
     Args:
-        config: with every `auto` of the training section decided.
+        config: with every `auto` of the training section decided, but for what `recomputation` decides.
         measure: on the device that is here.
         card: to predict for; None: the one that is here, if any.
+        recomputation: what `gradient_checkpointing: auto` chose; see `memory.budget`.
 
     Raises:
         UserError: a measurement on a device that is not here, or a model that cannot be predicted.
@@ -181,21 +196,19 @@ def profile(config: Config, device: str, *, measure: bool = False, card: Card | 
         raise UserError("--measure --device cuda: PyTorch sees no CUDA device here; leave --measure out, or use cpu")
     model_config, dtype, shape = model_config_of(config), compute_dtype_on(config, device, card), assumed_batch(config)
 
-    def run() -> tuple:
-        return config, copy.deepcopy(model_config), shape, dtype  # transformers writes its dtype into what it loads by
-
+    run = config, model_config, shape, dtype, recomputation
     target = CudaTarget.of(card) if device == "cuda" else None
-    predicted = Prediction.of(predict(*run()), target, config.training.optim)
+    predicted = Prediction.of(predict(*run), target, config.training.optim)
     lines, measured, allocator_peak = {"predicted": predicted.timeline}, None, None
     if measure and device == "cuda":
         from qlora_tool.memory.measure_cuda import measure_on_cuda
 
-        measured = measure_on_cuda(*run()).breakdown
+        measured = measure_on_cuda(*run).breakdown
         allocator_peak = measured.peak_bytes
     elif measure:
-        lines["measured"] = timeline(measure_categories(*run()))
+        lines["measured"] = timeline(measure_categories(*run))
         measured = lines["measured"].breakdown()
-        allocator_peak = measure_peak(*run())
+        allocator_peak = measure_peak(*run)
     report = MemoryReport(device, config.model_dump(mode="json"), predicted.breakdown, measured)
     unquantized = unquantized_bytes(config, model_config, dtype)
     return Profile(report, lines, unquantized, predicted.estimated, allocator_peak)

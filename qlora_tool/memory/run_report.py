@@ -6,10 +6,9 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +16,11 @@ import torch
 from qlora_tool import __version__
 from qlora_tool.errors import UserError
 from qlora_tool.files import cache_folder, write_json
+from qlora_tool.memory.available import available_bytes
 from qlora_tool.memory.breakdown import Breakdown, MemoryReport
+from qlora_tool.memory.budget import choose_for_run
 from qlora_tool.memory.classify import name_optimizer, name_weights, timeline
+from qlora_tool.memory.plan import change_that_fits
 from qlora_tool.memory.predict import BatchShape, TracerWatch, predict
 from qlora_tool.memory.profile import CudaTarget, Prediction
 from qlora_tool.memory.trace import Tracer
@@ -26,12 +28,17 @@ from qlora_tool.model.open import choose_device, choose_dtype
 from qlora_tool.model.source import read_model_config, resolve
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from qlora_tool.config import Config
     from qlora_tool.data.batches import Batch
+    from qlora_tool.model.checkpointing import Recomputation
     from qlora_tool.training.loop import Run
     from qlora_tool.training.step import During
 
 logger = logging.getLogger(__name__)
+
+SECONDS_FOR_A_CHANGE = 5.0
 
 
 class RunMemory:
@@ -40,86 +47,89 @@ class RunMemory:
     def __init__(self):
         self.predicted: Breakdown | None = None
 
-    def check(self, config: Config, batch: Batch) -> None:
+    def check(self, config: Config, batch: Batch) -> Recomputation | None:
         """Predict the run on its largest batch, and hold that against what the device has.
 
+        Returns:
+            What is recomputed, where `gradient_checkpointing: auto` leaves that to a budget.
+
         Raises:
-            UserError: on CUDA it will not fit. On a CPU, which may swap, that is a warning.
+            UserError: on CUDA it will not fit. On a CPU, which may swap, that is a warning. Or `max_memory` is too
+                small for any choice.
         """
-        device = choose_device(config.model.device)
-        shape = shape_of(batch)
-        self.predicted = kept_prediction(config, shape, device)
-        free = free_bytes(device)
+        device, shape = choose_device(config.model.device), BatchShape.of(batch)
+        choice = choose_for_run(config, batch)
+        self.predicted = choice.predicted if choice else kept_prediction(config, shape, device)
+        free = available_bytes(device, self.predicted.context_bytes or 0)
         needed = self.predicted.needed_bytes
         logger.info("memory: %.2f GB predicted at the peak (rows of up to %d tokens); %.2f GB are free on %s",
                     needed / 1e9, shape.length, free / 1e9, device)  # fmt: skip
         if needed > free:
             line = (
                 f"this run needs {needed / 1e9:.2f} GB at its peak, and {free / 1e9:.2f} GB are free on {device}; "
-                "`qlora-tool profile-memory CONFIG --plan --device-memory SIZE` shows what fits"
+                f"{cure(config, shape, device, free, self.predicted)}"
             )
             if device.type == "cuda":
                 raise UserError(line)
             logger.warning(line)
+        return choice and choice.recomputation
 
     @contextmanager
     def watch(self, run: Run) -> Iterator[During]:
-        """See one step: on a CPU by the tracer, which slows it down, on CUDA by the allocator's own peak."""
-        if run.model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            yield lambda phase: _nothing()
-            measured = None
+        """See one step: on a CPU by the tracer, which slows it down, on CUDA by the allocator's history."""
+        step, cuda = run.progress.step + 1, run.model.device.type == "cuda"
+        if cuda:
+            from qlora_tool.memory.measure_cuda import RunningStep
+
+            seen = RunningStep(run.model.device)
+            watched = seen.watch(run.model, run.adapters, run.optimizer)
+            with watched as history, _recomputing(run, history.recomputation):
+                yield partial(history.during, run.optimizer, step)
+            measured = seen.breakdown
         else:
             logger.info("memory: this step is traced, and so is slower")
-            with Tracer() as tracer:
+            with Tracer() as tracer, _recomputing(run, tracer.recomputation):
                 with tracer.phase("load"):
                     name_weights(tracer, run.model.module, run.adapters)
                 with tracer.phase("optimizer"):  # its state came with the step before
                     name_optimizer(tracer, run.optimizer)
-                layers = run.model.checkpointed_layers()
-                run.model.checkpoint_layers(bool(layers), tracer.recomputation)
-                hooks = tracer.follow_modules(run.model.module, layers)
-                yield partial(TracerWatch(tracer).during, run.optimizer, run.progress.step + 1)
+                hooks = tracer.follow_modules(run.model.module, run.model.checkpointed_layers())
+                yield partial(TracerWatch(tracer).during, run.optimizer, step)
                 for hook in hooks:
                     hook.remove()
-                run.model.checkpoint_layers(bool(layers))
             measured = timeline(tracer.trace).breakdown()
         report = MemoryReport(run.model.device.type, run.config.model_dump(mode="json"), self.predicted, measured)
         write_json(run.folder.path / "memory.json", report.to_json())
 
 
 @contextmanager
-def _nothing() -> Iterator[None]:
+def _recomputing(run: Run, around: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Meanwhile `around` is open whenever something is computed again."""
+    run.model.checkpoint_layers(run.model.recomputation, around)
     yield
+    run.model.checkpoint_layers(run.model.recomputation)
 
 
-def shape_of(batch: Batch) -> BatchShape:
-    """The shape of a real batch. Packed rows are taken as one long example each, which costs the same."""
-    rows, length = batch.input_ids.shape
-    segments = None if batch.position_ids is None else _segments(batch)
-    return BatchShape(rows, length, batch.trained_tokens, batch.attention_mask is not None, segments)
-
-
-def _segments(batch: Batch) -> tuple[int, ...]:
-    """Lengths of the first row's examples."""
-    starts = [*(batch.position_ids[0] == 0).nonzero().flatten().tolist(), batch.input_ids.shape[1]]
-    return tuple(stop - start for start, stop in pairwise(starts))
-
-
-def free_bytes(device: torch.device) -> int:
-    """What the run may take: free on the card; on a CPU what the system has available."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
+def cure(config: Config, shape: BatchShape, device: torch.device, free: int, predicted: Breakdown) -> str:
+    """What to do about a run that takes more than is free: the options that make it fit, looked for in a few seconds,
+    or else the command that looks for longer."""
+    model_config, dtype = _model_config(config), choose_dtype(config.model.compute_dtype, device)
+    command = f"`qlora-tool profile-memory CONFIG --plan --device {device.type} --device-memory {free}B`"
+    try:
+        change = change_that_fits(
+            config, model_config, free, dtype, device.type, shape, predicted, seconds=SECONDS_FOR_A_CHANGE
+        )
+    except TimeoutError:
+        return f"{command} shows what fits"
+    if change is None:
+        return f"nothing that was tried makes it fit; {command} shows what each takes. Take a smaller model"
+    return f"{change.line} makes it fit, in {change.peak_bytes / 1e9:.2f} GB (estimated)"
 
 
 def kept_prediction(config: Config, shape: BatchShape, device: torch.device) -> Breakdown:
     """The prediction for a run's largest batch, made once: the same run asks again each time it is resumed."""
     dtype = choose_dtype(config.model.compute_dtype, device)
-    folder = resolve(config.model.name_or_path, config.model.revision)
-    model_config = read_model_config(folder, config.model.trust_remote_code)
+    model_config = _model_config(config)
     settings = config.model_dump(mode="json")
     for section, keys in {"data": ("train", "eval"), "training": ("output_dir", "learning_rate", "seed")}.items():
         for key in keys:
@@ -136,3 +146,8 @@ def kept_prediction(config: Config, shape: BatchShape, device: torch.device) -> 
     found = Prediction.of(predict(config, model_config, shape, dtype), target, config.training.optim).breakdown
     write_json(file, found.to_json())
     return found
+
+
+def _model_config(config: Config) -> PreTrainedConfig:
+    folder = resolve(config.model.name_or_path, config.model.revision)
+    return read_model_config(folder, config.model.trust_remote_code)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,10 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from qlora_tool.ops.products import onednn_workspace
+
 _HELD_ALONE = 2  # of a storage that one tensor has: that tensor, and the Python object that asks
 _COPIES = ("aten::clone", "aten::new_empty_strided", "aten::empty_strided")
 
-PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_"})
+_ONEDNN = "mkldnn::_linear_pointwise"
+PRODUCTS = frozenset({_ONEDNN, "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_"})
 NOTED = PRODUCTS | {
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
@@ -79,6 +82,7 @@ class Call:
         shapes: of its tensor arguments, in order, None and numbers left out.
         itemsize: bytes of an element of the first of them.
         results: the storages that its results lie in, new or written in place.
+        recomputed: called while a checkpointed region was computed again.
     """
 
     event: int
@@ -89,6 +93,7 @@ class Call:
     shapes: tuple[tuple[int, ...], ...]
     itemsize: int
     results: tuple[Storage, ...]
+    recomputed: bool = False
 
 
 @dataclass
@@ -126,24 +131,38 @@ class Tracer(TorchDispatchMode):
         self.trace = Trace()
         self._live: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._phase, self._step, self._module, self._recomputing = "load", 0, "", 0
+        self._around: tuple[str, int] | None = None
+        self._finished = False
 
     @contextmanager
     def phase(self, name: str, step: int | None = None) -> Iterator[None]:
-        """Name what is going on meanwhile."""
-        before = self._phase, self._step
+        """Name what is going on, meanwhile and on until the next phase begins: what follows a phase is its aftermath.
+        One within another gives back to it."""
+        around = self._around
         self._begin(name, self._step if step is None else step)
+        self._around = self._phase, self._step
         try:
             yield
         finally:
-            self._begin(*before)
+            self._around = around
+            if around is not None:
+                self._begin(*around)
+
+    def finish(self) -> None:
+        """The run is over: that all of it is given back now is no event of its own."""
+        self._finished = True
 
     def _begin(self, phase: str, step: int) -> None:
         self._phase, self._step = phase, step
         self.trace.marks.append((len(self.trace.events), phase, step))
 
+    def recomputation(self) -> AbstractContextManager[None]:
+        """A checkpointed region, the module that is running now, is computed again meanwhile."""
+        return self._recomputation(self._module)
+
     @contextmanager
-    def recomputation(self) -> Iterator[None]:
-        """A checkpointed region is computed again meanwhile."""
+    def _recomputation(self, module: str) -> Iterator[None]:
+        self._module = module
         self._recomputing += 1
         try:
             yield
@@ -203,9 +222,20 @@ class Tracer(TorchDispatchMode):
                 self._hand_over(source, storage)
             else:
                 self._born(leaf, operator)
+        if operator == _ONEDNN:
+            self._pass_by(onednn_workspace(args[1] if func._overloadname == "default" else args[2]), operator)
         if operator in NOTED:
             self._note(operator, (args, kwargs), result)
         return result
+
+    def _pass_by(self, size: int, operator: str) -> None:
+        """Note what an operator took inside and gave back before it returned."""
+        life = Storage(
+            size, len(self.trace.events), self._phase, self._step, self._module, operator, self._recomputing > 0,
+            death=len(self.trace.events) + 1, died_in=self._phase, died_in_step=self._step,
+        )  # fmt: skip
+        self.trace.storages.append(life)
+        self.trace.events += [(life, +1), (life, -1)]
 
     def _note(self, operator: str, arguments: tuple, result: object) -> None:
         tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
@@ -214,7 +244,7 @@ class Tracer(TorchDispatchMode):
             len(self.trace.events), operator, self._phase, self._module,
             self._phase == "backward" or torch._C._current_autograd_node() is not None,
             tuple(tuple(tensor.shape) for tensor in tensors), tensors[0].element_size(),
-            tuple(life for life in lives if life is not None),
+            tuple(life for life in lives if life is not None), self._recomputing > 0,
         )  # fmt: skip
         self.trace.calls.append(call)
 
@@ -257,7 +287,8 @@ class Tracer(TorchDispatchMode):
         life.holders -= 1
         if life.holders == 0:
             life.death, life.died_in, life.died_in_step = len(self.trace.events), self._phase, self._step
-            self.trace.events.append((life, -1))
+            if not self._finished:
+                self.trace.events.append((life, -1))
 
 
 def _can_meet(args: tuple) -> bool:

@@ -7,24 +7,21 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_tool.errors import UserError
-from qlora_tool.model.layers import FrozenWeight
+from qlora_tool.data.batches import Batch, Segments
+from qlora_tool.model.checkpointing import Recomputation, checkpoint_layers, checkpointed_modules
+from qlora_tool.model.layers import FrozenLinear, FrozenWeight
 from qlora_tool.model.load import Quantization
-from qlora_tool.ops.loss import LogitsTransform, linear_cross_entropy
+from qlora_tool.model.segments import attending_by, use_segments
+from qlora_tool.ops.loss import LogitsTransform, frozen_cross_entropy, linear_cross_entropy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from qlora_tool.data.batches import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +36,8 @@ class CausalLM:
         quantization: how the base is kept.
         compute_dtype: what products run in.
         chunked_loss: whether the loss is taken from the hidden states in chunks, or from whole logits.
+        recomputation: what is recomputed in backward; None where nothing was ever said of it.
+        by_segment: whether packed examples may be kept apart by attention by segment, or only by transformers' masks.
     """
 
     module: PreTrainedModel
@@ -46,6 +45,8 @@ class CausalLM:
     quantization: Quantization
     compute_dtype: torch.dtype
     chunked_loss: bool = True
+    recomputation: Recomputation | None = None
+    by_segment: bool = True
 
     @property
     def device(self) -> torch.device:
@@ -57,20 +58,24 @@ class CausalLM:
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """The last hidden states, (rows, length, hidden), normalized as the output projection takes them."""
-        body = self.module.base_model
-        return body(**self._inputs(batch), use_cache=False)[0]
+        return self._forward(self.module.base_model, batch)[0]
 
     def logits(self, batch: Batch) -> Tensor:
         """Whole logits, (rows, length, vocabulary), by the model's own forward pass."""
-        return self.module(**self._inputs(batch), use_cache=False).logits
+        return self._forward(self.module, batch).logits
 
-    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+    def _forward(self, module: nn.Module, batch: Batch):
         inputs = {"input_ids": batch.input_ids}
         if batch.attention_mask is not None:
             inputs["attention_mask"] = batch.attention_mask
         if batch.position_ids is not None:
             inputs["position_ids"] = batch.position_ids
-        return inputs
+        if batch.segments is None or not self.by_segment or not use_segments(self.module):
+            return module(**inputs, use_cache=False)
+        # With a mask transformers leaves the positions alone: looking at them would wait for the device.
+        inputs["attention_mask"] = torch.ones_like(batch.input_ids, dtype=torch.bool)
+        with attending_by(batch.segments):
+            return module(**inputs, use_cache=False)
 
     def project(self, hidden: Tensor) -> Tensor:
         """hidden (…, hidden) → logits (…, vocabulary), with what the family does to them."""
@@ -83,7 +88,13 @@ class CausalLM:
         """
         if self.chunked_loss:
             hidden = self.hidden_states(batch).flatten(0, 1)[batch.predicting]  # (trained tokens, hidden)
-            return linear_cross_entropy(hidden, batch.targets, self.project, label_smoothing=label_smoothing)
+            head = self.module.get_output_embeddings()
+            if not isinstance(head, FrozenLinear) or head.adapter is not None:
+                return linear_cross_entropy(hidden, batch.targets, self.project, label_smoothing=label_smoothing)
+            transform = logits_transform(self.config)
+            return frozen_cross_entropy(
+                hidden, batch.targets, head.weight, head.bias, transform=transform, label_smoothing=label_smoothing
+            )
         logits = self.logits(batch).flatten(0, 1)[batch.predicting].float()
         return nn.functional.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=label_smoothing)
 
@@ -115,63 +126,56 @@ class CausalLM:
     def keeps_packed_apart(self) -> bool:
         """Whether examples packed into one row, their positions beginning anew, give what each gives alone.
 
-        Not every family reads position ids, or builds its mask from them; eight tokens in two examples tell.
+        By segment where the family attends so, else by the mask that transformers makes of the positions. Not every
+        family reads position ids, or builds its mask from them; eight tokens in two examples tell.
         """
-        parameters = inspect.signature(self.module.base_model.forward).parameters
-        if "position_ids" not in parameters:
+        if "position_ids" not in inspect.signature(self.module.base_model.forward).parameters:
             return False
-        ids = torch.arange(1, 9, device=self.device).unsqueeze(0) % self.config.get_text_config().vocab_size
-        positions = torch.arange(4, device=self.device).repeat(1, 2)
+        for self.by_segment in (True, False):
+            if self.by_segment and not use_segments(self.module):
+                continue
+            try:
+                if self._packed_as_alone():
+                    return True
+            except (NotImplementedError, AttributeError, TypeError) as error:  # what a family does with a mask
+                if not self.by_segment:
+                    raise
+                logger.debug("%s: no attention by segment: %s", self.config.model_type, error)
+        return False
+
+    @torch.no_grad()
+    def _packed_as_alone(self) -> bool:
+        ids = torch.arange(1, 9).unsqueeze(0) % self.config.get_text_config().vocab_size
+        none = torch.empty(0, dtype=torch.int64)
+        batch = Batch(
+            input_ids=ids, labels=ids, attention_mask=None, position_ids=torch.arange(4).repeat(1, 2), predicting=none,
+            targets=none, tokens=8, trained_tokens=0, where=[], segments=Segments.of([4, 4]),
+        )  # fmt: skip
         training = self.module.training
         self.module.eval()
-        with torch.no_grad():
-            body = self.module.base_model
-            packed = body(input_ids=ids, position_ids=positions, use_cache=False)[0][:, 4:]
-            alone = body(input_ids=ids[:, 4:], use_cache=False)[0]
-        self.module.train(training)
-        return torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max()))
+        try:
+            packed = self.hidden_states(batch.to(self.device))[:, 4:]
+            alone = self.module.base_model(input_ids=ids[:, 4:].to(self.device), use_cache=False)[0]
+        finally:
+            self.module.train(training)
+        tolerance = 1e-2 * (alone.abs() + alone.abs().max())
+        return not bool(((packed - alone).abs() > tolerance).any())  # a broken weight is for the first step to find
 
     def _head_is_trained(self) -> bool:
         head = self.module.get_output_embeddings()
         return any(parameter.requires_grad for parameter in head.parameters())
 
     def checkpoint_layers(
-        self, enabled: bool, around_recomputation: Callable[[], AbstractContextManager] = nullcontext
+        self,
+        recomputed: Recomputation | bool,
+        around_recomputation: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
-        """Recompute each decoder layer in backward instead of keeping its activations.
-
-        Args:
-            around_recomputation: a context that is open while a layer is computed again.
-
-        Raises:
-            UserError: the model's code has no layers that can be recomputed.
-        """
-        layers = [module for module in self.module.modules() if isinstance(module, GradientCheckpointingLayer)]
-        if enabled and not layers:
-            raise UserError(
-                f"{self.config.model_type} has no layers that can be recomputed; set training.gradient_checkpointing: false"
-            )
-        recompute = partial(
-            checkpoint,
-            use_reentrant=False,
-            preserve_rng_state=self._draws_random_numbers(),
-            context_fn=lambda: (nullcontext(), around_recomputation()),
-        )
-        for layer in layers:
-            layer.gradient_checkpointing = enabled
-            layer._gradient_checkpointing_func = recompute
-
-    def _draws_random_numbers(self) -> bool:
-        """Whether training drops anything, so that recomputation must draw the same numbers again."""
-        settings = self.config.get_text_config().to_dict()
-        return any(isinstance(module, nn.Dropout) and module.p for module in self.module.modules()) or any(
-            value for name, value in settings.items() if "dropout" in name or name.endswith("pdrop")
-        )
+        """Recompute activations in backward instead of keeping them; see `checkpointing.checkpoint_layers`."""
+        self.recomputation = checkpoint_layers(self.module, recomputed, around_recomputation)
 
     def checkpointed_layers(self) -> list[nn.Module]:
-        """The layers that are recomputed in backward."""
-        return [module for module in self.module.modules()
-                if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing]  # fmt: skip
+        """The layers, and parts of layers, that are recomputed in backward."""
+        return checkpointed_modules(self.module)
 
     def unquantized_bytes(self) -> dict[str, int]:
         """Bytes of every module tensor that is kept unquantized, largest first; tied ones once."""

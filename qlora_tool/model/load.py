@@ -248,8 +248,8 @@ def quantize_parameter(
         ):
             double = " with double quantization" if value.double_quant else ""
             raise UserError(
-                f"{name}: the checkpoint is already quantized as {value.kind}{double}; set model.quantization: {value.kind} "
-                f"and model.double_quant: {str(value.double_quant).lower()}"
+                f"{name}: the checkpoint is already quantized as {value.kind}{double}; set "
+                f"model.quantization: {value.kind} and model.double_quant: {str(value.double_quant).lower()}"
             )
         return value
     if slot.transposed:

@@ -137,8 +137,9 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         x, z = ctx.kept.saved_tensors
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
-        dx, trained = _input_gradients(x, z, [grad.contiguous() for grad in grads], ctx.parts, needs_x, needs)
-        return dx, None, None, *trained
+        grads = [grad.contiguous() for grad in grads]
+        dz, trained = _adapter_gradients(x, z, grads, ctx.parts, needs)
+        return _input_gradient(dz, grads, ctx.parts) if needs_x else None, None, None, *trained
 
 
 def _outputs(x: Tensor, z: Tensor, parts: Sequence[LoraPart]) -> list[Tensor]:
@@ -152,10 +153,10 @@ def _outputs(x: Tensor, z: Tensor, parts: Sequence[LoraPart]) -> list[Tensor]:
     return outputs
 
 
-def _input_gradients(
-    x: Tensor, z: Tensor, grads: Sequence[Tensor], parts: Sequence[LoraPart], needs_x: bool, needs: Sequence[bool]
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The gradient of x (None where not needed), and of A, B and bias of every part."""
+def _adapter_gradients(
+    x: Tensor, z: Tensor, grads: Sequence[Tensor], parts: Sequence[LoraPart], needs: Sequence[bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The gradient of z, (tokens, Σr), and those of A, B and bias of every part."""
     dz = torch.empty_like(z)
     of_B, of_bias, begin = [], [], 0
     for index, (part, grad) in enumerate(zip(parts, grads, strict=True)):
@@ -166,26 +167,39 @@ def _input_gradients(
         of_bias.append(grad.sum(0) if needs[3 * index + 2] else None)
         begin = end
     of_A = matmul(dz.T, x).split([part.A.shape[0] for part in parts])
-    trained = [gradient for group in zip(of_A, of_B, of_bias, strict=True) for gradient in group]
-    if not needs_x:
-        return None, trained
+    return dz, [gradient for group in zip(of_A, of_B, of_bias, strict=True) for gradient in group]
+
+
+def _input_gradient(dz: Tensor, grads: Sequence[Tensor], parts: Sequence[LoraPart]) -> Tensor:
+    """The gradient of x, (tokens, in): through every base weight, and through the A's."""
     dx = None
     for part, grad in zip(parts, grads, strict=True):
         weight = part.weight.dense(grad.dtype)
         dx = matmul(grad, weight) if dx is None else matmul_add(grad, weight, dx)
         del weight
-    return dx.addmm_(dz, _stacked([part.A for part in parts])), trained
+    return dx.addmm_(dz, _stacked([part.A for part in parts]))
 
 
 # ---------------------------------------------------------------------------------------------- the gated MLP
 
 
-def lora_gated_mlp(x: Tensor, gate: LoraPart, up: LoraPart, down: LoraPart, activation: Activation) -> Tensor:
-    """down(activation(gate(x)) ∘ up(x)): x (…, in) → (…, out)."""
+def lora_gated_mlp(
+    x: Tensor, gate: LoraPart, up: LoraPart, down: LoraPart, activation: Activation, tile: int | None = None
+) -> Tensor:
+    """down(activation(gate(x)) ∘ up(x)): x (…, in) → (…, out).
+
+    Args:
+        tile: tokens that gate and up are made for at a time; backward makes them again, tile by tile, and x is all that
+            is kept. None keeps gate and up of all tokens.
+    """
     parts = [part.to(x.dtype) for part in (gate, up, down)]
     flat = x.reshape(-1, x.shape[-1])
-    gated, upped = _KeepGated.apply(flat, parts[:2], *_trained(parts[:2]))
-    y = _LoraGated.apply(flat, gated, upped, parts, activation, *_trained(parts))
+    if tile is not None and flat.shape[0] > tile:
+        z = _Keep.apply(flat, gate.A, up.A)
+        y = _LoraGatedTiles.apply(flat, z, parts, activation, tile, *_trained(parts))
+    else:
+        gated, upped = _KeepGated.apply(flat, parts[:2], *_trained(parts[:2]))
+        y = _LoraGated.apply(flat, gated, upped, parts, activation, *_trained(parts))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -215,21 +229,69 @@ class _LoraGated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gated: Tensor, upped: Tensor, parts, activation: Activation, *trained: Tensor | None):
         ctx.kept, ctx.parts, ctx.activation = gated.grad_fn, parts, activation
-        h = activation.function(gated).mul_(upped)
-        down = parts[2]
-        return _outputs(h, matmul(h, down.A.T), [down])[0]
+        return _gated_output(activation.function(gated).mul_(upped), parts[2])
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, z, gated, upped = ctx.kept.saved_tensors
+        kept = ctx.kept.saved_tensors
+        dx, trained = _gated_gradients(
+            *kept, grad.contiguous(), ctx.parts, ctx.activation, ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        )
+        return dx, None, None, None, None, *trained
+
+
+class _LoraGatedTiles(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, z: Tensor, parts, activation: Activation, tile: int, *trained: Tensor | None):
+        ctx.kept, ctx.parts, ctx.activation, ctx.tile = z.grad_fn, parts, activation, tile
+        y = x.new_empty(x.shape[0], parts[2].B.shape[0])
+        for rows in _tiles(x, tile):
+            gated, upped = _outputs(x[rows], z[rows], parts[:2])
+            y[rows] = _gated_output(activation.function(gated).mul_(upped), parts[2])
+            del gated, upped
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, z = ctx.kept.saved_tensors
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
-        *parts, down = ctx.parts
-        active = ctx.activation.function(gated)
-        h = active * upped
-        dh, of_down = _input_gradients(h, matmul(h, down.A.T), [grad.contiguous()], [down], True, needs[6:])
-        del h
-        d_up = active.mul_(dh)
-        d_gate = ctx.activation.gradient(dh.mul_(upped), gated)
-        del dh
-        dx, of_parts = _input_gradients(x, z, [d_gate, d_up], parts, needs_x, needs[:6])
-        return dx, None, None, None, None, *of_parts, *of_down
+        dx = torch.empty_like(x) if needs_x else None
+        sums: list[Tensor | None] = [None] * len(needs)  # in fp32: many tiles would round a 16-bit sum many times
+        for rows in _tiles(x, ctx.tile):
+            made = _outputs(x[rows], z[rows], ctx.parts[:2])
+            of_x, trained = _gated_gradients(
+                x[rows], z[rows], *made, grad[rows].contiguous(), ctx.parts, ctx.activation, needs_x, needs
+            )
+            del made
+            if needs_x:
+                dx[rows] = of_x
+            sums = [new if new is None else new.float() if old is None else old.add_(new)
+                    for old, new in zip(sums, trained, strict=True)]  # fmt: skip
+        return dx, None, None, None, None, *(None if total is None else total.to(x.dtype) for total in sums)
+
+
+def _tiles(x: Tensor, tile: int) -> list[slice]:
+    return [slice(start, start + tile) for start in range(0, x.shape[0], tile)]
+
+
+def _gated_output(h: Tensor, down: LoraPart) -> Tensor:
+    return _outputs(h, matmul(h, down.A.T), [down])[0]
+
+
+def _gated_gradients(
+    x: Tensor, z: Tensor, gated: Tensor, upped: Tensor, grad: Tensor, parts: Sequence[LoraPart],
+    activation: Activation, needs_x: bool, needs: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """The gradient of x (None where not needed), and of A, B and bias of gate, up and down."""
+    *parts, down = parts
+    active = activation.function(gated)
+    h = active * upped
+    dz, of_down = _adapter_gradients(h, matmul(h, down.A.T), [grad], [down], needs[6:])
+    del h
+    dh = _input_gradient(dz, [grad], [down])
+    d_up = active.mul_(dh)
+    d_gate = activation.gradient(dh.mul_(upped), gated)
+    del dh
+    grads = [d_gate, d_up]
+    dz, of_parts = _adapter_gradients(x, z, grads, parts, needs[:6])
+    return _input_gradient(dz, grads, parts) if needs_x else None, [*of_parts, *of_down]

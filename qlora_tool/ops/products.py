@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlora_tool.files import cache_folder, write_json
 
@@ -29,14 +29,13 @@ FASTER_BY = 1.25  # below this, the measurement's own noise could change the cho
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
     """(n, k) · (k, m) → (n, m), all in one dtype; either may be a transposed view."""
-    if _takes_onednn(left):
-        return onednn_matmul(left, right)
-    return torch.mm(left, right)
+    return onednn_matmul(left, right) if _takes_onednn(left) else torch.mm(left, right)
 
 
 def matmul_add(left: Tensor, right: Tensor, to: Tensor) -> Tensor:
     """to (n, m) + (n, k) · (k, m); `to` may be overwritten."""
     if _takes_onednn(left):
+        _know_shapes()
         return torch.ops.mkldnn._linear_pointwise.binary(left, to, right.T, None, "add")
     return to.addmm_(left, right)
 
@@ -46,22 +45,37 @@ def onednn_matmul(left: Tensor, right: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
 
 
+@functools.cache
+def _know_shapes() -> torch.library.Library:
+    """PyTorch has no shape-only version of the operator that adds."""
+    library = torch.library.Library("mkldnn", "IMPL", "Meta")
+    library.impl("_linear_pointwise.binary", lambda left, to, *_: torch.empty_like(to))
+    return library
+
+
 def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _takes_onednn(left: Tensor) -> bool:
-    # Without data there is nothing to be fast with, and without elements oneDNN has no product.
-    return (
-        left.dtype == torch.float32 and left.device.type == "cpu" and left.numel() > 0 and not is_fake(left)
-        and onednn_is_faster()
-    )  # fmt: skip
+    # Without elements oneDNN has no product.
+    return left.dtype == torch.float32 and left.device.type == "cpu" and left.numel() > 0 and onednn_is_faster()
+
+
+def onednn_workspace(weight: Tensor) -> int:
+    """Bytes that oneDNN takes for the time of x·Wᵀ, W (m, k): each thread packs panels of 64 columns, 1024 deep, of a
+    matrix whose columns lie apart (as its version 3.12 was seen to do with AVX-512)."""
+    columns, depth = weight.shape
+    packs = weight.stride(1) == 1 or (columns >= 512 and columns.bit_count() == 1)
+    panel = 256 * min(-(-depth // 16) * 16, 1024) if packs else 0
+    return 256 + (640 + panel) * torch.get_num_threads() + (128 if packs else 0)
 
 
 @functools.cache
 def onednn_is_faster() -> bool:
     """Whether fp32 products take oneDNN on this machine."""
-    speeds = kept_measurement()
+    with unset_fake_temporarily():
+        speeds = kept_measurement()
     return speeds[ONEDNN] > FASTER_BY * speeds["float32"]
 
 

@@ -27,6 +27,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 import bitsandbytes.functional as bnb  # noqa: E402
 from bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor_to_dict  # noqa: E402
 
+from qlora_tool.ops.quantize_cpu import quantize_blocks  # noqa: E402
+
 KINDS = ("nf4", "fp4", "int8")
 BLOCK_SIZE = 64  # weights that share one scale (QLoRA, section 3)
 NESTED_BLOCK_SIZE = 256  # scales that share one scale of their own
@@ -164,10 +166,7 @@ def quantize(weight: Tensor, kind: str, double_quant: bool = True) -> QuantizedT
 def _quantize_4bit(weight: Tensor, kind: str, double_quant: bool) -> QuantizedTensor:
     flat = weight.view(-1)
     # Whole blocks a chunk: the result is the same, bit for bit, and faster, as the copies stay in the cache.
-    parts = [
-        torch.ops.bitsandbytes.quantize_4bit.default(chunk, BLOCK_SIZE, kind, torch.uint8)
-        for chunk in flat.split(_CHUNK)
-    ]
+    parts = [_quantize_chunk(chunk, kind) for chunk in flat.split(_CHUNK)]
     codes = torch.cat([part[0].view(-1) for part in parts])
     scales = torch.cat([part[1] for part in parts])
     result = QuantizedTensor(kind, tuple(weight.shape), weight.dtype, codes, scales)
@@ -179,6 +178,15 @@ def _quantize_4bit(weight: Tensor, kind: str, double_quant: bool) -> QuantizedTe
         scales - offset, nested_map, NESTED_BLOCK_SIZE
     )
     return replace(result, scales=quantized, nested_scales=nested, nested_offset=offset)
+
+
+def _quantize_chunk(chunk: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Codes and scales of whole blocks; on the CPU the quick way, where it can be taken."""
+    if chunk.device.type == "cpu" and not is_fake(chunk) and chunk.numel() % BLOCK_SIZE == 0:
+        found = quantize_blocks(chunk, kind, BLOCK_SIZE)
+        if found is not None:
+            return found
+    return torch.ops.bitsandbytes.quantize_4bit.default(chunk, BLOCK_SIZE, kind, torch.uint8)
 
 
 def _quantize_int8(weight: Tensor) -> QuantizedTensor:

@@ -23,7 +23,7 @@ from qlora_tool.run_folder import RunFolder
 from qlora_tool.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from qlora_tool.training.evaluation import EvaluationResult, evaluate_loss
 from qlora_tool.training.interrupt import Interrupted, StopRequest
-from qlora_tool.training.optimizers import LOSS_SCALE_FLOOR, Optimizer
+from qlora_tool.training.optimizers import LOSS_SCALE_FLOOR, Optimizer, make_optimizer
 from qlora_tool.training.prepare import RunData, prepare_data, prepare_model, provenance, resolve_config
 from qlora_tool.training.progress import LiveLine, Metrics, Speed, peak_memory_bytes
 from qlora_tool.training.resume import checkpoint_to_resume, refuse_another_run
@@ -33,12 +33,17 @@ from qlora_tool.training.step import During, StepResult, StepSettings, no_phases
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from qlora_tool.model.checkpointing import Recomputation
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Run:
-    """A training run and where it stands."""
+    """A training run and where it stands.
+
+    `padding_free`: whether rows are laid one after the other, as asked for and as the family allows.
+    """
 
     config: Config
     folder: RunFolder
@@ -47,6 +52,7 @@ class Run:
     adapters: AdapterSet
     optimizer: Optimizer
     plan: StepPlan
+    padding_free: bool = False
     progress: Progress = field(default_factory=Progress)
     accelerator: Accelerator | None = None
 
@@ -94,14 +100,16 @@ def _epoch(config: Config, lengths: list[int], epoch: int) -> list[list[list[int
     return plan_epoch(
         lengths, batch_size=config.training.per_device_train_batch_size, max_length=config.data.max_length,
         packing=config.data.packing, shuffle=config.data.shuffle, seed=config.training.seed, epoch=epoch,
+        group_by_length=config.training.group_by_length,
     )  # fmt: skip
 
 
 class Watcher(Protocol):
     """Whoever wants to see what a run takes; the memory report, say."""
 
-    def check(self, config: Config, batch: Batch) -> None:
-        """Told the largest batch before the weights are read; raises where it will not fit."""
+    def check(self, config: Config, batch: Batch) -> Recomputation | None:
+        """Told the largest batch before the weights are read; raises where it will not fit. Gives what is recomputed
+        in backward, where the configuration leaves that to it."""
 
     def watch(self, run: Run) -> AbstractContextManager[During]:
         """Open around one early step; gives what `train_step` tells its phases to."""
@@ -133,15 +141,19 @@ def train(
     checkpoint = checkpoint_to_resume(folder, config, resume, overwrite)
     data = prepare_data(config)
     config = with_values(config, {"data.train_on": data.train.report.train_on})  # a text found as such is trained whole
-    if watcher is not None:
-        watcher.check(config, _largest_batch(config, data))
-    model, adapters = prepare_model(config)
-    if config.data.packing and not model.keeps_packed_apart():
+    largest = _largest_batch(config, data)
+    recomputation = watcher.check(config, largest) if watcher is not None else None
+    model, adapters = prepare_model(config, recomputation)
+    apart = (config.data.packing or config.data.padding_free) and model.keeps_packed_apart()
+    if config.data.packing and not apart:
         logger.warning("%s cannot keep packed examples apart: rows are padded instead", model.config.model_type)
         config = with_values(config, {"data.packing": False})
-    optimizer = Optimizer(config.training.optim, adapters.parameters(), config.training.weight_decay)
+    if recomputation and largest.position_ids is not None and not apart:  # chosen for rows of another shape
+        padded = with_values(config, {"data.padding_free": False})
+        model.checkpoint_layers(watcher.check(padded, _largest_batch(padded, data)))
+    optimizer = make_optimizer(config.training, adapters.parameters())
     plan = StepPlan.of(config, data.train.lengths)
-    run = Run(config, folder, data, model, adapters, optimizer, plan)
+    run = Run(config, folder, data, model, adapters, optimizer, plan, padding_free=apart and config.data.padding_free)
     logger.info("run: %d steps (%d an epoch) into %s", plan.total_steps, plan.steps_per_epoch, folder.path)
     if checkpoint is not None:
         refuse_another_run(checkpoint, config)
@@ -158,11 +170,14 @@ def train(
 def _largest_batch(config: Config, data: RunData) -> Batch:
     """Of the first epoch, the batch whose tensor has the most tokens."""
     lengths, examples = data.train.lengths, data.train.examples
-    rows = max(
-        _epoch(config, lengths, 0), key=lambda rows: len(rows) * max(sum(lengths[i] for i in row) for row in rows)
-    )
-    chosen = [[examples[index] for index in row] for row in rows]
-    return collate(chosen, pad_token_id=data.pad_token_id, packing=config.data.packing)
+    packing, padding_free = config.data.packing, config.data.padding_free
+
+    def size(rows: list[list[int]]) -> int:
+        tokens = [sum(lengths[index] for index in row) for row in rows]
+        return sum(tokens) if padding_free and not packing else len(tokens) * max(tokens)
+
+    chosen = [[examples[index] for index in row] for row in max(_epoch(config, lengths, 0), key=size)]
+    return collate(chosen, pad_token_id=data.pad_token_id, packing=packing, padding_free=padding_free)
 
 
 def _take_over(run: Run, checkpoint: Path | None) -> None:
@@ -233,7 +248,9 @@ def _take_steps(run: Run, stop: StopRequest, line: LiveLine, watcher: Watcher | 
 
 def _collate(run: Run, rows: list[list[int]]) -> Batch:
     examples = [[run.data.train.examples[index] for index in row] for row in rows]
-    return collate(examples, pad_token_id=run.data.pad_token_id, packing=run.config.data.packing)
+    return collate(
+        examples, pad_token_id=run.data.pad_token_id, packing=run.config.data.packing, padding_free=run.padding_free
+    )
 
 
 def _learning_rate(run: Run) -> float:

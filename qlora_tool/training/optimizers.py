@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora_tool.errors import UserError
 from qlora_tool.training.step import clip_gradients
+
+if TYPE_CHECKING:
+    from qlora_tool.config import TrainingConfig
 
 LOSS_SCALE_FLOOR, LOSS_SCALE_CEILING, LOSS_SCALE_PATIENCE = 1.0, 2.0**24, 1000
 
@@ -48,6 +52,9 @@ class Optimizer:
         self.loss_scale = 2.0**16 if any(p.dtype == torch.float16 for p in self.parameters) else 1.0
         self._scaled = self.loss_scale != 1.0
         self._good_steps = 0
+
+    def before_backward(self, learning_rate: float) -> None:
+        """Told before the step's last backward pass."""
 
     def step(self, learning_rate: float, max_grad_norm: float = 0.0) -> Tensor:
         """Clip, step, and drop the gradients.
@@ -104,6 +111,8 @@ class Optimizer:
         Raises:
             ValueError: it is of another optimizer.
         """
+        if "single" in state:
+            raise ValueError("saved by an optimizer that steps in backward")
         if state["name"] != self.name:
             raise ValueError(f"saved by {state['name']}, not by {self.name}")
         if (state["masters"] is None) != (self.masters is None):
@@ -113,3 +122,69 @@ class Optimizer:
             for master, kept in zip(self.masters, state["masters"], strict=True):
                 master.copy_(kept)
         self.loss_scale, self._good_steps = state["loss_scale"], state["good_steps"]
+
+
+class OptimizerInBackward:
+    """Each parameter takes its step as soon as its gradient is there, and the gradient is dropped: one of them lives at
+    a time. No norm of all gradients is known before the first step is taken, so nothing can be clipped by it, and
+    gradients cannot be summed over several backward passes.
+
+    Source: LOMO (Lv et al. 2023, arXiv 2306.09782), with AdamW's step in the place of SGD's.
+
+    Args: as `Optimizer`.
+
+    Attributes:
+        loss_scale: 1.
+    """
+
+    loss_scale = 1.0
+
+    def __init__(self, name: str, parameters: Sequence[nn.Parameter], weight_decay: float = 0.0):
+        self.name, self.parameters = name, list(parameters)
+        if any(parameter.dtype == torch.float16 for parameter in self.parameters):
+            raise UserError(
+                "training.optimizer_in_backward: true, but float16 gradients are scaled by what all of them are; leave "
+                "it out, or set model.compute_dtype: bfloat16"
+            )
+        self.single = [Optimizer(name, [parameter], weight_decay) for parameter in self.parameters]
+        self._learning_rate = 0.0
+        self._norms: list[Tensor] = []
+        for parameter, optimizer in zip(self.parameters, self.single, strict=True):
+            parameter.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: self._step_one(optimizer))
+
+    def _step_one(self, optimizer: Optimizer) -> None:
+        self._norms.append(optimizer.step(self._learning_rate))
+
+    def before_backward(self, learning_rate: float) -> None:
+        """Told before the step's only backward pass."""
+        self._learning_rate = learning_rate
+        self._norms.clear()
+
+    def step(self, learning_rate: float, max_grad_norm: float = 0.0) -> Tensor:
+        """All steps were taken already.
+
+        Returns:
+            The norm of all gradients, fp32.
+        """
+        return torch.linalg.vector_norm(torch.stack(self._norms)) if self._norms else torch.zeros(())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that an exact resume needs beside the parameters."""
+        return {"name": self.name, "single": [optimizer.state_dict() for optimizer in self.single]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state that `state_dict` gave.
+
+        Raises:
+            ValueError: it is of another optimizer.
+        """
+        if "single" not in state:
+            raise ValueError("saved by an optimizer that steps after backward")
+        for optimizer, kept in zip(self.single, state["single"], strict=True):
+            optimizer.load_state_dict(kept)
+
+
+def make_optimizer(training: TrainingConfig, parameters: Sequence[nn.Parameter]) -> Optimizer | OptimizerInBackward:
+    """The optimizer that the configuration names."""
+    kind = OptimizerInBackward if training.optimizer_in_backward else Optimizer
+    return kind(training.optim, parameters, training.weight_decay)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_tool import __version__
 from qlora_tool.adapters.attach import AdapterSet, attach
+from qlora_tool.adapters.fusion import tile_mlps
 from qlora_tool.adapters.peft_files import StoredAdapter, attach_stored, read_adapter
 from qlora_tool.adapters.targets import find_targets, settings_for
 from qlora_tool.config import Config, with_values
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qlora_tool.config import AdapterConfig
+    from qlora_tool.model.checkpointing import Recomputation
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +47,16 @@ class RunData:
 
 
 def resolve_config(config: Config) -> Config:
-    """The configuration with every `auto` decided, so that training it again repeats the run."""
+    """The configuration with every `auto` decided, so that training it again repeats the run.
+
+    `gradient_checkpointing: auto` stays where it depends on memory: the numbers are the same whatever is recomputed.
+    """
     device = choose_device(config.model.device)
     values: dict[str, Any] = {
         "model.compute_dtype": str(choose_dtype(config.model.compute_dtype, device)).split(".")[1]
     }
-    if config.training.gradient_checkpointing == "auto":
+    chosen_later = config.training.max_memory is not None or device.type == "cuda"  # when the data is there
+    if config.training.gradient_checkpointing == "auto" and not chosen_later:
         values["training.gradient_checkpointing"] = True
     if config.adapter.init_from:
         values |= settings_of(read_adapter(Path(config.adapter.init_from)), config.adapter)
@@ -107,8 +113,12 @@ def prepare_data(config: Config) -> RunData:
     return RunData(tokenizer, train, evaluations)
 
 
-def prepare_model(config: Config) -> tuple[CausalLM, AdapterSet]:
-    """Read the base and put the adapters on it, ready to train."""
+def prepare_model(config: Config, recomputation: Recomputation | None = None) -> tuple[CausalLM, AdapterSet]:
+    """Read the base and put the adapters on it, ready to train.
+
+    Args:
+        recomputation: what is recomputed in backward; by default what `gradient_checkpointing` says of all layers.
+    """
     model = open_model(config.model)
     if config.adapter.init_from:
         stored = read_adapter(Path(config.adapter.init_from))
@@ -117,8 +127,11 @@ def prepare_model(config: Config) -> tuple[CausalLM, AdapterSet]:
         logger.info("adapter: starts from %s", stored.folder)
     else:
         adapters = attach(model.module, config.adapter, model.compute_dtype, config.training.seed)
+    if not tile_mlps(model.module, config.training.tiled_mlp) and config.training.tiled_mlp:
+        logger.warning("training.tiled_mlp: nothing is tiled, as %s has no gated MLPs with plain LoRA on all of their "
+                       "modules", model.config.model_type)  # fmt: skip
     model.choose_loss()
-    model.checkpoint_layers(bool(config.training.gradient_checkpointing))
+    model.checkpoint_layers(recomputation or bool(config.training.gradient_checkpointing))
     for line in describe(model, adapters):
         logger.info(line)
     return model, adapters

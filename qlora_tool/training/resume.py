@@ -14,7 +14,10 @@ from qlora_tool.run_folder import RunFolder
 # What may differ between a run and its resumption without making it another run.
 _FREE_KEYS = {
     "model": {"keep_quantized"},
-    "training": {"output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "max_memory"},
+    "training": {
+        "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "max_memory",
+        "gradient_checkpointing",  # what is computed again gives the same numbers
+    },
 }
 # What a run may decide otherwise than it was asked to, once data and model are read; checked when it has.
 _DECIDED_LATER = {"train_on", "packing"}

@@ -75,6 +75,7 @@ def train_step(
             part = model.loss_sum(batch, settings.label_smoothing) / total
             scaled = part * optimizer.loss_scale
         with during("backward"):
+            optimizer.before_backward(learning_rate)
             scaled.backward()
         loss += part.detach()
     with during("optimizer"):

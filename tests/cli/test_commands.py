@@ -10,6 +10,7 @@ import gc
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -263,12 +264,11 @@ def test_export_reports_on_stdout_and_in_json(here: Path):
     out = run("export-merged", "run", "--output-dir", "merged", "--dtype", "bfloat16", "--json", "deep/done.json")
     done = json.loads((here / "deep" / "done.json").read_text())
     size = sum(tensor.nbytes for tensor in load_file(here / "merged" / "model.safetensors").values())
-    assert done.pop("seconds") >= 0
-    assert done == {"output_dir": "merged", "dtype": "bfloat16", "base": "dequantized", "files": ["model.safetensors"],
-                    "bytes": size}  # fmt: skip
-    first, second = out.splitlines()
+    assert (done["output_dir"], done["dtype"], done["bytes"]) == ("merged", "bfloat16", size)
+    assert done["verification"]["tokens"] > 0
+    first, *_, last = out.splitlines()
     assert first.startswith("merged: 0.00 GB of bfloat16 in 1 file(s), ")
-    assert second == "next: qlora-tool generate merged --prompt '...'"
+    assert last == "next: qlora-tool generate merged --prompt '...'"
     out = run("export-merged", "run", "--output-dir", "merged", "--overwrite", "--max-shard-size", "100kB")
     assert len(list((here / "merged").glob("*.safetensors"))) > 1
 
@@ -326,7 +326,7 @@ def test_one_prompt_prints_its_answer_alone(here: Path):
     assert result.exit_code == 0
     assert result.stdout.strip()
     assert result.stderr.startswith("answers: ")
-    assert " tokens/s, peak memory 0." in result.stderr
+    assert re.search(r" tokens/s, peak memory \d\.\d+ GB", result.stderr)
     assert result.stdout == answer_of("run", "yes?") + "\n"
     run("export-merged", "run", "--output-dir", "merged")
     assert answer_of("merged", "yes?") == answer_of("run/adapter", "yes?") == answer_of("run", "yes?")

@@ -169,11 +169,16 @@ def test_a_size_to_the_byte_that_does_not_suffice(here: Path):
     assert "does not fit by 0.0 MiB" in output and "run again with --plan" in output
 
 
-def test_a_plan(here: Path):
+def test_a_plan(here: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("qlora_tool.memory.plan.BATCH_SIZES", (4,))
+    int8 = {"model.quantization": "int8"}
+    monkeypatch.setattr("qlora_tool.memory.plan._ALTERNATIVES", {"model.quantization": [int8]})
     output = shown("--device", "cpu", "--device-memory", "64MiB", "--plan")
-    plan = output[output.index("not quantized, kept whole") :]
-    assert "nf4" in plan and "int8" in plan
-    assert "32" in plan
+    plan = output[output.index("plan for 64.0 MiB on cpu") :]
+    assert "asked for: 2 x 32 tokens take" in plan and "it fits" in plan
+    assert re.search(r"quantization=nf4 \S+ MiB fits 1.00 asked for", plan)
+    assert re.search(r"quantization=int8 \S+ MiB fits 1.00", plan)
+    assert plan.rstrip().endswith("--set data.max_length=64")  # all that the model allows
 
 
 # --------------------------------------------------------------------------------------------- what it refuses
@@ -192,6 +197,15 @@ def test_a_budget_below_the_weights(here: Path):
     line = refused("--device", "cpu", "--device-memory", "50KiB")
     assert "--device-memory: the limit is " in line
     assert "but the base's weights (nf4) alone take 0.1 MB" in line
+
+
+def test_a_plan_that_cannot_fit(here: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("qlora_tool.memory.plan.BATCH_SIZES", ())
+    monkeypatch.setattr("qlora_tool.memory.plan._ALTERNATIVES", {})
+    result = run("--device", "cpu", "--device-memory", "50KiB", "--plan")
+    assert result.exit_code == 2
+    assert "nothing makes it fit" in result.stdout and "the weights alone take 0.1 MB" in result.stdout
+    assert "error: --device-memory: the smallest configuration that was tried takes" in result.stderr
 
 
 def test_an_unknown_architecture(here: Path):

@@ -76,6 +76,48 @@ def test_packing_by_hand():
     assert rows == [[0, 1], [2, 3], [4, 5]]
 
 
+def test_the_last_two_of_a_row_are_chosen_to_fill_it():
+    # 9 leaves 11: 6 + 5 fill it where 8, the longest that fits, leaves a rest that nothing fits into.
+    given = [9, 8, 6, 5, 6, 6]
+    rows = [row for batch in plan(given, packing=True, max_length=20) for row in batch]
+    assert sorted(sorted(given[index] for index in row) for row in rows) == [[5, 6, 9], [6, 6, 8]]
+    # Half of what is left is a pair only where there are two of it.
+    given = [6, 2, 1]
+    rows = [row for batch in plan(given, packing=True, max_length=10) for row in batch]
+    assert [sorted(row) for row in rows] == [[0, 1, 2]]
+
+
+def test_rows_are_nearly_full_where_no_example_is_short():
+    """Lengths such that best-fit decreasing fills 96 % of a row: its rest is too short for the shortest example."""
+    draw = random.Random(4)
+    given = [draw.randint(100, 200) for _ in range(3000)]
+    rows = sum(map(len, plan(given, packing=True, max_length=512)))
+    assert sum(given) >= 0.98 * 512 * rows
+
+
+def lengths_by_batch(batches, given) -> list[list[int]]:
+    return [[given[index] for row in batch for index in row] for batch in batches]
+
+
+def test_batches_grouped_by_length_hold_examples_of_like_length_in_no_order():
+    given = lengths(203)
+    batches = plan(given, group_by_length=True)
+    assert sorted(flat(batches)) == list(range(203))
+    assert all(len(batch) == 4 for batch in batches[:-1]) and len(batches[-1]) == 3
+    found = lengths_by_batch(batches, given)
+    padded = sum(len(batch) * max(batch) for batch in found)
+    assert padded < 1.1 * sum(given) < sum(len(batch) * max(batch) for batch in lengths_by_batch(plan(given), given))
+    longest = [max(batch) for batch in found]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+    assert plan(given, group_by_length=True, epoch=1) != batches == plan(given, group_by_length=True)
+
+
+def test_only_a_stretch_of_the_shuffled_examples_is_sorted_at_a_time():
+    given = list(range(1, 1001))
+    found = lengths_by_batch(plan(given, group_by_length=True, batch_size=2), given)
+    assert max(max(batch) - min(batch) for batch in found) > 5  # all at once would give neighbours everywhere
+
+
 def test_every_epoch_has_as_many_packed_rows_and_few_more_than_there_must_be():
     given = lengths(500)
     counts = {sum(map(len, plan(given, packing=True, epoch=epoch))) for epoch in range(4)}
@@ -84,7 +126,7 @@ def test_every_epoch_has_as_many_packed_rows_and_few_more_than_there_must_be():
 
 
 def test_an_example_longer_than_a_row_cannot_be_packed():
-    with pytest.raises(ValueError, match="65 tokens"):
+    with pytest.raises(ValueError, match="example 1 has 65 tokens, more than a row's max_length of 64"):
         plan([3, 65], packing=True)
 
 
@@ -100,7 +142,7 @@ class TestCollate:
         # The trained token whose id is the padding's keeps its label; the first of a row has none.
         assert batch.labels.tolist() == [[-100, -100, 7], [-100, PAD, -100]]
         assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
-        assert batch.position_ids is None
+        assert batch.position_ids is batch.segments is None
         assert (batch.tokens, batch.trained_tokens, batch.where) == (5, 2, ["a", "b"])
 
     def test_rows_of_one_length_need_no_mask(self):
@@ -114,8 +156,26 @@ class TestCollate:
         assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [4, 3, PAD, PAD, PAD]]
         assert batch.labels.tolist() == [[-100, 6, 7, -100, 9], [-100, 3, -100, -100, -100]]
         assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
+        assert batch.segments.lengths == (3, 2, 2, 3)  # the last one is padding
+        assert batch.segments.offsets.tolist() == [0, 3, 5, 7, 10] and batch.segments.offsets.dtype == torch.int32
+        assert batch.segments.runs() == [(1, 3), (2, 2), (1, 3)] and batch.segments.longest == 3
         assert batch.attention_mask is None
         assert (batch.tokens, batch.trained_tokens) == (7, 4)
+
+    def test_rows_without_padding(self):
+        rows = [[example([5, 6, 7], 2, "a")], [example([8, PAD], 0, "b")]]
+        batch = collate(rows, pad_token_id=0, packing=False, padding_free=True)
+        assert batch.input_ids.tolist() == [[5, 6, 7, 8, PAD]]
+        assert batch.labels.tolist() == [[-100, -100, 7, -100, PAD]]
+        assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1]] and batch.attention_mask is None
+        assert batch.segments.lengths == (3, 2)
+        assert (batch.predicting.tolist(), batch.targets.tolist()) == ([1, 3], [7, PAD])
+        assert (batch.tokens, batch.trained_tokens, batch.where) == (5, 2, ["a", "b"])
+
+    def test_packed_rows_stay_rows(self):
+        rows = [[example([5, 6]), example([7, 8])], [example([4, 3])]]
+        found, expected = (collate(rows, pad_token_id=0, packing=True, padding_free=free) for free in (True, False))
+        assert torch.equal(found.input_ids, expected.input_ids) and found.segments.lengths == expected.segments.lengths
 
     def test_several_examples_in_a_row_are_packing(self):
         with pytest.raises(ValueError, match="one example"):
@@ -124,6 +184,7 @@ class TestCollate:
     def test_moving_to_another_device_keeps_the_rest(self):
         batch = collate([[example([5, 6])]], pad_token_id=PAD, packing=True).to("meta")
         assert batch.input_ids.device.type == batch.labels.device.type == batch.position_ids.device.type == "meta"
+        assert batch.segments.offsets.device.type == "meta" and batch.segments.lengths == (2,)
         assert (batch.attention_mask, batch.tokens, batch.trained_tokens) == (None, 2, 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -13,8 +14,11 @@ from tiny_adapters import artifact_of, live_logits, peft_logits, plain_logits, w
 from tiny_models import FAMILIES, write_tiny
 
 from qlora_tool.errors import UserError
+from qlora_tool.export import merge
 from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.model.open import open_model
 
+OVERFLOWING = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
 FP32 = ExportOptions(dtype="float32")
 PATTERNS = {"rank_pattern": {"q_proj": 8, "layers.0.mlp.up_proj": 2}, "alpha_pattern": {"v_proj": 16.0}}
 
@@ -153,15 +157,71 @@ def test_files_are_rounded_once(tmp_path: Path, family: str, dtype: torch.dtype)
     assert twice > 1000  # what rounding on the way would have changed
 
 
-def test_auto_keeps_the_dtypes_of_the_base(tmp_path: Path):
+def dtypes_of(folder: Path) -> dict[str, torch.dtype]:
+    return {name: tensor.dtype for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+def test_auto_takes_float16_and_leaves_what_is_wider(tmp_path: Path):
     stored = write_tiny("llama", tmp_path / "base", dtype=torch.bfloat16)
     file = stored / "model.safetensors"
     save_file({name: t.float() if "norm" in name else t for name, t in load_file(file).items()}, file, {"format": "pt"})
     adapter = write_adapter(tmp_path / "adapter", stored)
     result = export_merged(artifact_of(adapter), tmp_path / "merged", ExportOptions())
-    dtypes = {name: tensor.dtype for name, tensor in load_file(file).items()}
-    assert {name: t.dtype for name, t in load_file(tmp_path / "merged" / "model.safetensors").items()} == dtypes
-    assert result["dtype"] == json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    expected = {name: torch.float32 if "norm" in name else torch.float16 for name in dtypes_of(stored)}
+    assert dtypes_of(tmp_path / "merged") == expected
+    assert result["dtype"] == json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float16"
+    assert result["dtype_reason"] == "every value fits, and it rounds eight times finer than bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "chosen"),
+    [("llama", torch.float32, "float32"), ("llama", torch.float16, "float16"), ("gemma2", torch.bfloat16, "bfloat16"),
+     ("gemma2", torch.float16, "float16"), ("gemma2", torch.float32, "float32")],
+)  # fmt: skip
+def test_auto_leaves_fp32_bases_and_families_that_overflow(tmp_path: Path, family, dtype, chosen):
+    stored = write_tiny(family, tmp_path / "base", dtype=dtype)
+    artifact = artifact_of(write_adapter(tmp_path / "adapter", stored))
+    result = export_merged(artifact, tmp_path / "merged", ExportOptions())
+    assert result["dtype"] == chosen
+    assert set(dtypes_of(tmp_path / "merged").values()) == {getattr(torch, chosen)}
+    assert ("gemma2 models overflow" in result["dtype_reason"]) == (chosen == "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("factor", "reason"),
+    [(1e8, r"^float16 does not hold every value: model\.layers\.1\.mlp\.up_proj\.weight has values up to \S+e\+0\d$"),
+     (0.0, r"^float16 does not hold every value: model\.embed_tokens\.weight has typical values of \de-0[78], too ")],
+)  # fmt: skip
+def test_auto_turns_to_bfloat16_where_float16_does_not_hold_all(tmp_path: Path, factor: float, reason: str):
+    stored = write_tiny("llama", tmp_path / "base", dtype=torch.bfloat16)
+    adapter = write_adapter(tmp_path / "adapter", stored)
+    if factor:
+        scale_tensor(adapter / "adapter_model.safetensors", OVERFLOWING, factor)
+    else:
+        scale_tensor(stored / "model.safetensors", "model.embed_tokens.weight", 1e-6)
+    artifact = artifact_of(adapter, model=str(stored))
+    result = export_merged(artifact, tmp_path / "merged", ExportOptions(max_shard_size=20_000))
+    assert result["dtype"] == "bfloat16"
+    assert re.search(reason, result["dtype_reason"])
+    export_merged(artifact, tmp_path / "asked", ExportOptions(dtype="bfloat16", max_shard_size=20_000))
+    for file in result["files"]:
+        assert (tmp_path / "merged" / file).read_bytes() == (tmp_path / "asked" / file).read_bytes()
+
+
+def test_a_few_tiny_values_do_not_turn_auto_away_from_float16(tmp_path: Path):
+    """Stored in bfloat16 they are exact there and not in float16; of the whole matrix they are nothing."""
+    stored = write_tiny("llama", tmp_path / "base", dtype=torch.bfloat16)
+    file, name = stored / "model.safetensors", "model.embed_tokens.weight"
+    tensors = load_file(file)
+    tensors[name][:, ::8] = 1.1e-7
+    save_file(tensors, file, {"format": "pt"})
+    adapter = write_adapter(tmp_path / "adapter", stored)
+    assert export_merged(artifact_of(adapter), tmp_path / "merged", ExportOptions())["dtype"] == "float16"
+
+
+def scale_tensor(file: Path, name: str, factor: float) -> None:
+    tensors = load_file(file)
+    save_file(tensors | {name: tensors[name] * factor}, file, {"format": "pt"})
 
 
 def test_original_base_is_the_checkpoint_plus_the_delta(base, tmp_path: Path):
@@ -239,15 +299,32 @@ def test_a_bias_without_a_place_is_refused(base, tmp_path: Path):
         export_merged(artifact_of(adapter, quantization="nf4", model=str(base("llama"))), tmp_path / "merged", FP32)
 
 
-def test_values_beyond_float16_name_their_tensor(tmp_path: Path):
+def test_values_beyond_float16_name_their_tensors(tmp_path: Path):
     stored = write_tiny("llama", tmp_path / "base", dtype=torch.bfloat16)
     adapter = write_adapter(tmp_path / "adapter", stored)
-    file = adapter / "adapter_model.safetensors"
-    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
-    tensors = load_file(file)
-    save_file(tensors | {name: tensors[name] * 1e8}, file)
-    message = r"--dtype float16: model\.layers\.1\.mlp\.up_proj\.weight has values up to \d.*e\+0\d, beyond float16's"
+    scale_tensor(adapter / "adapter_model.safetensors", OVERFLOWING, 1e8)
+    scale_tensor(adapter / "adapter_model.safetensors", OVERFLOWING.replace("layers.1", "layers.0"), 1e7)
+    before = sorted(tmp_path.iterdir())
+    message = (
+        r"^--dtype float16: model\.layers\.1\.mlp\.up_proj\.weight has values up to \S+e\+0\d, "
+        r"model\.layers\.0\.mlp\.up_proj\.weight has values up to \S+e\+0\d, beyond float16's 65504; choose "
+    )
     with pytest.raises(UserError, match=message):
         export_merged(artifact_of(adapter), tmp_path / "merged", ExportOptions(dtype="float16"))
-    assert list(tmp_path.iterdir()) and not (tmp_path / "merged").exists()
+    assert sorted(tmp_path.iterdir()) == before
     export_merged(artifact_of(adapter), tmp_path / "merged", ExportOptions(dtype="bfloat16"))
+
+
+def test_a_kept_quantized_base_gives_the_same_files(base, tmp_path: Path, monkeypatch):
+    for family in ("llama-tied", "gpt2", "mixtral"):
+        for quantization in ("nf4", "int8"):
+            name = f"{family} {quantization}"
+            artifact = artifact_of(write_adapter(tmp_path / f"{name} adapter", base(family), quantization=quantization))
+            export_merged(artifact, tmp_path / f"{name} first", FP32)
+            open_model(artifact.model.model_copy(update={"keep_quantized": True}))
+            with monkeypatch.context() as patch:
+                patch.setattr(merge, "quantize_parameter", None)  # nothing is left to quantize
+                export_merged(artifact, tmp_path / f"{name} second", FP32)
+            first, second = (load_file(tmp_path / f"{name} {which}/model.safetensors") for which in ("first", "second"))
+            assert first.keys() == second.keys()
+            assert all(torch.equal(first[key], second[key]) for key in first)

@@ -8,13 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from tiny_adapters import artifact_of, write_adapter, write_chat_base, write_run
+from tiny_adapters import IDS, artifact_of, live_logits, write_adapter, write_chat_base, write_run
 from tiny_models import write_tiny
 
 from qlora_tool import __version__
 from qlora_tool.artifacts import Artifact
 from qlora_tool.export.model_card import model_card
+from qlora_tool.export.proof import Proof, Update
+from qlora_tool.export.verify import Agreement
 from qlora_tool.export.write import ExportOptions, export_merged
 
 RESULT = {"output_dir": "merged/mine", "base": "dequantized", "dtype": "bfloat16"}
@@ -28,7 +31,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    return write_run(folder, base, adapter={"method": "dora"}, gradient_accumulation_steps=2, optim="adamw")
+    write_run(folder, base, adapter={"method": "dora"}, gradient_accumulation_steps=2, optim="adamw")
+    memory = {"device": "cpu", "predicted": {"peak_bytes": 1_410_000_000}, "measured": {"peak_bytes": 1_402_000_000}}
+    (folder / "memory.json").write_text(json.dumps(memory))
+    return folder
 
 
 def header(card: str) -> dict:
@@ -38,7 +44,9 @@ def header(card: str) -> dict:
 
 
 def facts(card: str) -> dict[str, str]:
-    lines = [line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("|")][2:]
+    """The table of how it was made."""
+    made = card.split("## How it was made\n")[1]
+    lines = [line.strip("| ").split(" | ") for line in made.splitlines() if line.startswith("|")][2:]
     return {key: value for key, value in lines}
 
 
@@ -46,23 +54,42 @@ def test_a_run_tells_how_it_was_trained(base: Path, run: Path):
     card = model_card(artifact_of(run), base, RESULT, chat=True)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert header(card) == {
-        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["qlora-tool", "dora"],
+        "library_name": "transformers", "pipeline_tag": "text-generation", "license": "unknown",
+        "tags": ["qlora-tool", "dora"],
     }  # fmt: skip
     assert "\n# mine\n" in card
     assert f"`{base}`, fine-tuned with its weights quantized to nf4, its scales too, and merged by" in card
     assert f" qlora-tool {__version__}.\n" in card
     assert facts(card) == {
+        "base": str(base),
         "adapter": "dora, r 4, alpha 32",
+        "adapted modules": "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
         "merged onto": "the dequantized base, added in float32, rounded once to bfloat16",
         "data": str(run.with_name("run.jsonl")),
         "trained on": "the answers",
-        "learning rate": "0.01, cosine",
-        "rows a step": "8",
-        "optimizer": "adamw",
+        "rows a step": "8, of up to 128 tokens, packed",
+        "learning rate": "0.01, cosine, warm-up 0",
+        "optimizer": "adamw, weight decay 0.0, gradients cut at a norm of 1.0",
+        "seed": "0",
         "steps": "3",
         "training loss": f"{records[0]['loss']:.3f} → {records[-1]['loss']:.3f}",
+        "memory of a training step": "1.41 GB predicted for the largest batch, 1.40 GB measured in one step on cpu",
     }
     assert "The base states no licence" in card
+    assert "## Verification" not in card
+
+
+def test_verification_is_told_with_its_warnings(base: Path, run: Path):
+    agreement = Agreement(5000, 0.68, 7.2, 0.685, 859, 1.82327, 2.5, None, None)
+    proof = Proof("original", "bfloat16", "held_out.jsonl (evaluation)", agreement, Update(0.99, 9.5))
+    card = model_card(artifact_of(run), base, RESULT, chat=True, proof=proof)
+    told = card.split("## Verification\n")[1].split("## How it was made")[0]
+    for line in ("| rows | 5000 tokens of held_out.jsonl (evaluation) |", "| KL, mean and worst | 0.68, 7.2 |",
+                 "| same likeliest token | 68.50% |", "| loss, 859 trained tokens | 1.8233 live, 2.5000 exported |",
+                 "| update kept | 99.00%, error 9.5 of its size |", proof.warnings()[0]):  # fmt: skip
+        assert f"\n{line}\n" in told
+    left_out = Proof("dequantized", "bfloat16", left_out="the base is gone")
+    assert "\nLeft out: the base is gone.\n" in model_card(artifact_of(run), base, RESULT, chat=True, proof=left_out)
 
 
 def test_the_last_evaluation_is_told(base: Path, run: Path, tmp_path: Path):
@@ -78,7 +105,7 @@ def test_the_last_evaluation_is_told(base: Path, run: Path, tmp_path: Path):
 def test_an_adapter_by_itself_tells_what_it_knows(base: Path, tmp_path: Path):
     adapter = write_adapter(tmp_path / "adapter", base, quantization="int8")
     card = model_card(artifact_of(adapter), base, RESULT, chat=True)
-    assert facts(card).keys() == {"adapter", "merged onto"}
+    assert facts(card).keys() == {"base", "adapter", "adapted modules", "merged onto"}
     assert "fine-tuned with its weights quantized to int8, and" in card
     plain = model_card(artifact_of(adapter, quantization="none"), base, RESULT, chat=True)
     assert "fine-tuned with its weights unquantized and merged" in plain
@@ -101,14 +128,54 @@ def test_the_licence_is_the_bases(base: Path, run: Path, tmp_path: Path, readme,
     if readme is not None:
         (folder / "README.md").write_text(readme)
     card = model_card(artifact_of(run), folder, RESULT, chat=True)
-    assert header(card).get("license") == expected
+    assert header(card)["license"] == (expected or "unknown")
     assert ("The base states no licence" in card) == (expected is None)
 
 
 def test_a_base_from_the_hub_is_linked(base: Path, run: Path):
     artifact = artifact_of(run)
     on_hub = replace(artifact, model=artifact.model.model_copy(update={"name_or_path": "owner/name"}))
-    assert header(model_card(on_hub, base, RESULT, chat=True))["base_model"] == "owner/name"
+    found = header(model_card(on_hub, base, RESULT, chat=True))
+    assert (found["base_model"], found["base_model_relation"]) == ("owner/name", "finetune")
+    as_adapter = header(model_card(on_hub, base, RESULT | {"format": "adapter"}, chat=True))
+    assert (as_adapter["library_name"], as_adapter["base_model_relation"]) == ("peft", "adapter")
+
+
+def test_hubs_read_the_header(base: Path, run: Path):
+    from huggingface_hub import ModelCardData
+
+    read = ModelCardData(**header(model_card(artifact_of(run), base, RESULT, chat=True)))
+    assert (read.library_name, read.license, read.pipeline_tag) == ("transformers", "unknown", "text-generation")
+
+
+def test_gguf_is_loaded_by_ollama_and_transformers(base: Path, run: Path):
+    result = RESULT | {"format": "gguf", "dtype": "f16", "files": ["mine.gguf"]}
+    card = model_card(artifact_of(run), base, result, chat=True)
+    assert "cd merged/mine\nollama create mine -f Modelfile\n" in card
+    assert 'from_pretrained("merged/mine", gguf_file="mine.gguf")' in card
+    assert header(card)["library_name"] == "gguf"
+
+
+def test_what_quantizing_again_loses_is_told(base: Path, run: Path):
+    loss = {"update_kept": 0.02, "relative_error": 0.987}
+    found = facts(model_card(artifact_of(run), base, RESULT | {"format": "nf4", "requantization": loss}, chat=True))
+    assert found["left of the update"] == "2.0%, with an error of 0.99 of its size"
+    assert found["merged onto"] == "the dequantized base, added in float32, quantized to nf4 again"
+    chosen = facts(model_card(artifact_of(run), base, RESULT | {"dtype_reason": "every value fits"}, chat=True))
+    assert chosen["why this dtype"] == "every value fits"
+
+
+def test_an_adapters_snippet_gives_the_trained_model(base: Path, tmp_path: Path):
+    """Run as it stands, it opens the base quantized as it was, with the adapter on it."""
+    pytest.importorskip("peft")
+    adapter = write_adapter(tmp_path / "adapter", base)
+    artifact = artifact_of(adapter)
+    result = RESULT | {"format": "adapter", "output_dir": str(adapter)}
+    snippet = model_card(artifact, base, result, chat=True).split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(snippet, names)
+    found = names["model"].train()(input_ids=IDS, use_cache=False).logits.float()
+    torch.testing.assert_close(found, live_logits(artifact), atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["chat", "text"])

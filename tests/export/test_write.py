@@ -24,7 +24,7 @@ from tiny_models import write_tiny
 
 from qlora_tool.artifacts import BaseOptions, find_artifact
 from qlora_tool.errors import MachineError, UserError
-from qlora_tool.export import write
+from qlora_tool.export import preflight, staging, write
 from qlora_tool.export.merge import MergedModel
 from qlora_tool.export.write import ExportOptions, export_merged
 
@@ -64,8 +64,11 @@ def test_a_run_becomes_a_model_folder(base: Path, run: Path, tmp_path: Path):
     assert not {"quantization_config", "torch_dtype"} & config.keys()
     sizes = sum(tensor.nbytes for tensor in tensors.values())
     assert result.pop("seconds") < 600
-    assert result == {"output_dir": str(tmp_path / "merged"), "dtype": "float32", "base": "dequantized",
-                      "files": ["model.safetensors"], "bytes": sizes}  # fmt: skip
+    assert result == {
+        "output_dir": str(tmp_path / "merged"), "format": "safetensors", "dtype": "float32", "base": "dequantized",
+        "dtype_reason": "the base's own", "files": ["model.safetensors"], "bytes": sizes, "proof": None,
+        "verification": {"left_out": "not asked for"},
+    }  # fmt: skip
     assert_close(plain_logits(tmp_path / "merged"), live_logits(artifact_of(run)))
 
 
@@ -177,8 +180,8 @@ def test_a_base_that_bitsandbytes_quantized(tmp_path: Path, family: str, setting
     found = load_file(tmp_path / "merged" / "model.safetensors")
     assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in expected.items()}
     result = export_merged(artifact, tmp_path / "auto", ExportOptions())
-    assert result["dtype"] == "bfloat16"  # of what the base keeps unquantized
-    assert {t.dtype for t in load_file(tmp_path / "auto" / "model.safetensors").values()} == {torch.bfloat16}
+    assert result["dtype"] == "float16"
+    assert {t.dtype for t in load_file(tmp_path / "auto" / "model.safetensors").values()} == {torch.float16}
     with pytest.raises(UserError, match=f"--base original: {base} is itself quantized"):
         export_merged(artifact, tmp_path / "original", ExportOptions(base="original"))
     assert not (tmp_path / "original").exists()
@@ -232,33 +235,100 @@ def test_overwrite_replaces_models_alone_and_never_what_is_merged(base: Path, ad
     assert contents(outer / "adapter") == contents(adapter)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("in the middle"), KeyboardInterrupt()], ids=repr)
-def test_a_failure_in_the_middle_leaves_the_earlier_export(adapter: Path, tmp_path: Path, monkeypatch, error):
-    output = tmp_path / "merged"
+@pytest.mark.parametrize("error", [MachineError("in the middle"), KeyboardInterrupt()], ids=repr)
+def test_an_interruption_leaves_the_earlier_export_and_goes_on(adapter: Path, tmp_path: Path, monkeypatch, error):
+    output, options = tmp_path / "merged", ExportOptions(dtype="bfloat16", overwrite=True, max_shard_size=30_000)
+    export_merged(artifact_of(adapter), tmp_path / "undisturbed", options)
     export_merged(artifact_of(adapter), output, ExportOptions())
     before, beside = contents(output), sorted(tmp_path.iterdir())
-    whole, calls = MergedModel.tensors, []
+    whole, made = MergedModel.tensors, []
 
-    def failing(self, group):
-        calls.append(group)
-        if len(calls) == 10:
-            assert any(path.name.endswith(".partial") for path in tmp_path.iterdir())
+    def counting(self, group):
+        made.append(group.names)
+        if len(made) == 10 and error is not None:
             raise error
         return whole(self, group)
 
-    monkeypatch.setattr(MergedModel, "tensors", failing)
+    monkeypatch.setattr(MergedModel, "tensors", counting)
+    monkeypatch.setattr(staging, "SAVE_EVERY", 1)
     with pytest.raises(type(error)):
-        export_merged(artifact_of(adapter), output, ExportOptions(dtype="bfloat16", overwrite=True))
+        export_merged(artifact_of(adapter), output, options)
     assert contents(output) == before
+    assert sorted(tmp_path.iterdir()) == [tmp_path / ".merged.partial", *beside]
+    stopped, error = made[-1], None
+    made.clear()
+    export_merged(artifact_of(adapter), output, options)
+    assert made[0] == stopped  # in the middle of a shard
+    assert contents(output).keys() == contents(tmp_path / "undisturbed").keys()
+    for name in contents(output).keys() - {"README.md"}:  # which names the folder
+        assert contents(output)[name] == contents(tmp_path / "undisturbed")[name], name
     assert sorted(tmp_path.iterdir()) == beside
-    with pytest.raises(type(error)):
-        calls.clear()
-        export_merged(artifact_of(adapter), tmp_path / "other", ExportOptions())
-    assert sorted(tmp_path.iterdir()) == beside
-    monkeypatch.undo()
-    export_merged(artifact_of(adapter), output, ExportOptions(dtype="bfloat16", overwrite=True))
-    assert json.loads((output / "config.json").read_text())["dtype"] == "bfloat16"
-    assert sorted(tmp_path.iterdir()) == beside
+
+
+def test_a_fault_of_the_input_leaves_nothing(adapter: Path, tmp_path: Path, monkeypatch):
+    before = sorted(tmp_path.iterdir())
+
+    def failing(self, group):
+        raise UserError("a broken base")
+
+    monkeypatch.setattr(MergedModel, "tensors", failing)
+    with pytest.raises(UserError, match="a broken base"):
+        export_merged(artifact_of(adapter), tmp_path / "merged", ExportOptions())
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_other_inputs_start_anew(adapter: Path, tmp_path: Path, monkeypatch, caplog):
+    whole, made = MergedModel.tensors, []
+
+    def failing(self, group):
+        made.append(group)
+        if len(made) == 20:
+            raise KeyboardInterrupt
+        return whole(self, group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MergedModel, "tensors", failing)
+        with pytest.raises(KeyboardInterrupt):
+            export_merged(artifact_of(adapter), tmp_path / "merged", ExportOptions(max_shard_size=30_000))
+    assert list((tmp_path / ".merged.partial" / "model").iterdir())
+    options = ExportOptions(dtype="bfloat16", max_shard_size=30_000)
+    export_merged(artifact_of(adapter), tmp_path / "merged", options)
+    assert "holds the start of another export (options differs); starting anew" in caplog.text
+    export_merged(artifact_of(adapter), tmp_path / "again", options)
+    for file in (tmp_path / "again").glob("*.safetensors"):
+        assert (tmp_path / "merged" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_kept_start_counts_against_the_space_needed(adapter: Path, tmp_path: Path, monkeypatch):
+    """An export that has written most of itself needs room for the rest alone."""
+    whole, made = MergedModel.tensors, []
+
+    def failing(self, group):
+        made.append(group)
+        if len(made) == 15:
+            raise KeyboardInterrupt
+        return whole(self, group)
+
+    options = ExportOptions(dtype="float32", max_shard_size=20_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(MergedModel, "tensors", failing)
+        with pytest.raises(KeyboardInterrupt):
+            export_merged(artifact_of(adapter), tmp_path / "merged", options)
+    folder = tmp_path / ".merged.partial" / "model"
+    there = sum(file.stat().st_size for file in folder.iterdir())
+    usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage(0, 0, 1000))
+    with pytest.raises(MachineError, match=f"GB, {there / 1e9:.2f} GB of it written, and 0.00 GB are free"):
+        export_merged(artifact_of(adapter), tmp_path / "merged", options)
+    assert sum(file.stat().st_size for file in folder.iterdir()) == there
+    total = sum(tensor.nbytes for tensor in live_tensors(adapter))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage(0, 0, total - there))
+    export_merged(artifact_of(adapter), tmp_path / "merged", options)
+
+
+def live_tensors(adapter: Path) -> list[torch.Tensor]:
+    base = Path(json.loads((adapter / "qlora_tool.json").read_text())["base"]["name_or_path"])
+    return list(load_file(base / "model.safetensors").values())
 
 
 def test_a_full_disk_is_known_before_the_first_byte(adapter: Path, tmp_path: Path, monkeypatch):
@@ -268,8 +338,8 @@ def test_a_full_disk_is_known_before_the_first_byte(adapter: Path, tmp_path: Pat
         asked.append(path)
         return namedtuple("Usage", "total used free")(10**12, 10**12 - 1000, 1000)
 
-    monkeypatch.setattr(write.shutil, "disk_usage", usage)
-    monkeypatch.setattr(write, "replacing_folder", lambda path: pytest.fail("something was written"))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", usage)
+    monkeypatch.setattr(write, "staged_folder", lambda *args: pytest.fail("something was written"))
     message = r"the model takes 0\.00 GB, and 0\.00 GB are free there; free some, or choose another --output-dir"
     with pytest.raises(MachineError, match=message):
         export_merged(artifact_of(adapter), tmp_path / "new" / "merged", ExportOptions())

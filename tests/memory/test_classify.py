@@ -76,10 +76,27 @@ def test_after_a_step_only_weights_and_optimizer_state_are_left(trace):
     gone = {part: left[part] for part in ("gradients", "boundaries", "recomputed", "framework")}
     assert not any(gone.values()), gone
     assert left["saved"] <= 2 * 4  # the loss, and the loss scaled
-    # Beside the weights and the optimizer's: the batches (ids, labels, targets and their places) and a few scalars.
+    # Beside the weights and the optimizer's: the batches (ids, labels, targets and their places), the tables of codes
+    # (nested ones of 256 fp32 values, of 8-bit moments two more) and a few scalars.
     batches = 2 * 4 * 2 * 32 * 8
-    assert 0 < left["temporaries"] <= batches + 100
+    assert 0 < left["temporaries"] <= batches + 1024 + 100
     assert left["optimizer_state"] >= 2 * left["adapter_weights"] / 2  # two moments, of one byte a weight at least
+
+
+def test_the_phases_follow_one_another(trace):
+    """Nothing but loading before the first step, and no loading after it."""
+    phases = [span.phase for span in timeline(trace).phase_spans()]
+    assert phases[0] == "load" and "load" not in phases[1:]
+    assert phases[-1] == "optimizer" and phases.count("optimizer") == 2
+
+
+def test_loading_has_no_gradients_and_no_state(trace):
+    found = timeline(trace)
+    first = found.phase_spans()[0]
+    for part in ("gradients", "boundaries", "saved", "recomputed"):
+        assert not found.part_bytes[: first.stop, PARTS.index(part)].any(), part
+    peaks = found.breakdown().phase_peak_bytes
+    assert peaks["load"] < peaks["optimizer"] <= peaks["backward"]
 
 
 def test_everything_is_gone_with_the_run(trace):

@@ -144,17 +144,16 @@ def test_calls_of_a_real_step(tiny: Trace):
     assert {Attention.of(one) for one in forward + backward} == {sizes}
     output, logsumexp = forward[0].results
     assert (output.nbytes, logsumexp.nbytes) == (2 * 128 * 4 * 64 * 2, 2 * 128 * 4 * 4)
-    # The loss of a chunk is differentiated within the forward pass, but by autograd's thread.
     products = [one for one in tiny.calls if one.operator == "aten::mm"]
-    assert all(one.in_backward for one in products if one.phase == "backward")
-    assert {one.in_backward for one in products if one.phase == "forward"} == {False, True}
+    assert {one.in_backward for one in products if one.phase == "backward"} == {True}
+    assert {one.in_backward for one in products if one.phase == "forward"} == {False}
 
 
-def test_packed_rows_are_masked():
+def test_packed_rows_go_by_segment_and_without_a_mask():
     trace = tiny_trace(segments=(60, 68), rows=1)
-    forward = [Attention.of(one) for one in trace.calls if one.operator == CPU_ATTENTION]
-    assert forward and all(one.masked for one in forward)
-    assert any("efficient" in what for what in cuda_timeline(trace).estimated)
+    steps = [Attention.of(one) for one in trace.calls if one.operator == CPU_ATTENTION and one.phase != "load"]
+    assert {one.queries for one in steps} == {60, 68}
+    assert not any(one.masked for one in steps)
 
 
 def test_a_tiny_step(tiny: Trace):
@@ -214,8 +213,9 @@ def test_llama_2_7b_by_hand(layers: int):
     # Embeddings, output projection and norms in bf16, 64 rotary frequencies twice in fp32.
     others = (2 * vocabulary * hidden + (2 * layers + 1) * hidden) * 2
     assert found.at_peak["other_weights"] == pytest.approx(others, abs=1024)
-    assert found.peak_phase == "backward" and found.at_peak["gradients"] == 0
+    # In the MLP's backward, when the gradients of its A's and B's are there.
+    assert found.peak_phase == "backward" and found.at_peak["gradients"] == 3 * r * (hidden + wide) * 2
     # One layer recomputed and the step's temporaries, the same whatever the depth; two workspaces and rounding.
     one_layer = found.at_peak["temporaries"] + found.activations["recomputed"] + found.activations["saved"]
-    assert one_layer == pytest.approx(511 * MIB, rel=0.03)
+    assert one_layer == pytest.approx(455 * MIB, rel=0.03)
     assert found.at_peak["framework"] < 50 * MIB

@@ -13,7 +13,7 @@ import torch
 from tiny_models import tiny_config
 from torch import nn
 from transformers import LlamaConfig, masking_utils
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora_tool.config import Config, with_values
 from qlora_tool.errors import UserError
@@ -179,13 +179,15 @@ def masks(trace: Trace, length: int, rows: int = 1) -> list[int]:
             if storage.step == 2 and storage.phase == "forward" and storage.nbytes in (square, 4 * square)]  # fmt: skip
 
 
-def test_only_packed_and_padded_rows_get_a_mask():
-    """Of length × length: never made for full rows, where attention is told that it is causal."""
+def test_only_rows_that_need_one_get_a_mask():
+    """Of length × length: never made for full rows, where attention is told that it is causal, nor where it goes by
+    segment; gemma2 caps its scores, which needs a mask."""
     length = 61  # of nothing else
     full = BatchShape.full(1, length)
     assert not masks(predict(settings(), tiny_config("llama"), full, torch.float32), length)
     packed = BatchShape(1, length, length - 2, segments=(30, 31))
-    assert masks(predict(settings(), tiny_config("llama"), packed, torch.float32), length)
+    assert not masks(predict(settings(), tiny_config("llama"), packed, torch.float32), length)
+    assert masks(predict(settings(), tiny_config("gemma2"), packed, torch.float32), length)
     padded = BatchShape(2, length, 2 * length - 3, padded=True)
     assert masks(predict(settings(), tiny_config("llama"), padded, torch.float32), length, 2)
 
@@ -193,6 +195,7 @@ def test_only_packed_and_padded_rows_get_a_mask():
 def test_batches_have_the_shape_that_they_say():
     packed = BatchShape(2, 5, 7, segments=(2, 3)).batch()
     assert packed.position_ids.tolist() == 2 * [[0, 1, 0, 1, 2]] and packed.attention_mask is None
+    assert packed.segments.lengths == (2, 3, 2, 3)
     assert (len(packed.predicting), len(packed.targets), packed.trained_tokens) == (7, 7, 7)
     padded = BatchShape(2, 5, 7, padded=True).batch()
     assert padded.attention_mask.sum() < 10 and padded.position_ids is None
@@ -237,11 +240,11 @@ def test_code_that_looks_at_values_is_named(monkeypatch):
         return x if x.sum() > 0 else -x
 
     before = masking_utils.find_packed_sequence_indices, quantized._CHUNK
-    monkeypatch.setattr(LlamaMLP, "forward", looks)
+    monkeypatch.setattr(LlamaRMSNorm, "forward", looks)
     with pytest.raises(UserError) as caught:
         predict(settings(), tiny_config("llama"), BatchShape.full(1, 16), torch.float32)
     [line] = caught.value.lines
-    assert "'llama'" in line and "module model.layers.0.mlp (LlamaMLP)" in line and "--measure" in line
+    assert "'llama'" in line and "module model.layers.0.input_layernorm (LlamaRMSNorm)" in line and "--measure" in line
     assert (masking_utils.find_packed_sequence_indices, quantized._CHUNK) == before
 
 

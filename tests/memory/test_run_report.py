@@ -18,8 +18,10 @@ from qlora_tool.data.batches import collate
 from qlora_tool.data.tokenize import Example
 from qlora_tool.errors import UserError
 from qlora_tool.memory import run_report
+from qlora_tool.memory.available import available_bytes
 from qlora_tool.memory.breakdown import CATEGORIES, MemoryReport
-from qlora_tool.memory.run_report import RunMemory, kept_prediction, shape_of
+from qlora_tool.memory.predict import BatchShape
+from qlora_tool.memory.run_report import RunMemory, kept_prediction
 from qlora_tool.training.prepare import resolve_config
 
 CPU = torch.device("cpu")
@@ -55,13 +57,13 @@ def cli(*args: object):
 
 
 def test_the_shape_of_padded_rows():
-    shape = shape_of(batch(9, 5))
+    shape = BatchShape.of(batch(9, 5))
     assert (shape.rows, shape.length, shape.padded, shape.segments) == (2, 9, True, None)
     assert shape.trained_tokens == 7 + 3  # two tokens of each row are the prompt
 
 
 def test_the_shape_of_a_packed_row():
-    shape = shape_of(batch(9, 5, packing=True))
+    shape = BatchShape.of(batch(9, 5, packing=True))
     assert (shape.rows, shape.length, shape.segments) == (1, 14, (9, 5))
     assert shape.trained_tokens == 7 + 3
 
@@ -70,24 +72,24 @@ def test_the_shape_of_a_packed_row():
 
 
 def test_a_prediction_is_made_once(config: Config, monkeypatch: pytest.MonkeyPatch):
-    first = kept_prediction(config, shape_of(batch(20, 12)), CPU)
+    first = kept_prediction(config, BatchShape.of(batch(20, 12)), CPU)
 
     def refuse(*_args):
         raise AssertionError("traced again")
 
     monkeypatch.setattr(run_report, "predict", refuse)
     again = with_values(config, {"training.learning_rate": 1e-5, "training.output_dir": "elsewhere"})
-    assert kept_prediction(again, shape_of(batch(20, 12)), CPU) == first
+    assert kept_prediction(again, BatchShape.of(batch(20, 12)), CPU) == first
     for changed in ({"adapter.r": 8}, {"model.quantization": "int8"}, {"training.optim": "adamw_8bit"}):
         with pytest.raises(AssertionError, match="traced again"):
-            kept_prediction(with_values(config, changed), shape_of(batch(20, 12)), CPU)
+            kept_prediction(with_values(config, changed), BatchShape.of(batch(20, 12)), CPU)
     with pytest.raises(AssertionError, match="traced again"):
-        kept_prediction(config, shape_of(batch(21, 12)), CPU)
+        kept_prediction(config, BatchShape.of(batch(21, 12)), CPU)
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "null", "[1]", "7"])
 def test_a_broken_kept_prediction_is_made_again(config: Config, content: str):
-    shape = shape_of(batch(20, 12))
+    shape = BatchShape.of(batch(20, 12))
     first = kept_prediction(config, shape, CPU)
     [file] = (run_report.cache_folder() / "predictions").iterdir()
     file.write_text(content)
@@ -101,31 +103,75 @@ def test_a_broken_kept_prediction_is_made_again(config: Config, content: str):
 def test_a_run_that_cannot_fit_is_refused_on_a_card(config: Config, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(run_report, "choose_device", lambda _: torch.device("cuda"))
     memory, needed = RunMemory(), None
-    monkeypatch.setattr(run_report, "free_bytes", lambda _: 1 << 40)
+    monkeypatch.setattr(run_report, "available_bytes", lambda *_: 1 << 40)
     memory.check(config, batch(20, 12))
     needed = memory.predicted.needed_bytes
     assert needed > memory.predicted.peak_bytes  # the context, and what the allocator holds
-    monkeypatch.setattr(run_report, "free_bytes", lambda _: needed)
+    monkeypatch.setattr(run_report, "available_bytes", lambda *_: needed)
     memory.check(config, batch(20, 12))
-    monkeypatch.setattr(run_report, "free_bytes", lambda _: needed - 1)
-    with pytest.raises(UserError, match=rf"this run needs {needed / 1e9:.2f} GB at its peak.*--plan"):
+    monkeypatch.setattr(run_report, "available_bytes", lambda *_: needed - 1)
+    monkeypatch.setattr(run_report, "SECONDS_FOR_A_CHANGE", -1)
+    with pytest.raises(UserError, match=rf"this run needs {needed / 1e9:.2f} GB at its peak") as caught:
         memory.check(config, batch(20, 12))
+    command = f"`qlora-tool profile-memory CONFIG --plan --device cuda --device-memory {needed - 1}B` shows what fits"
+    assert caught.value.lines[0].endswith(command)
+
+
+def test_the_refusal_names_the_change_that_makes_it_fit(config: Config, monkeypatch: pytest.MonkeyPatch):
+    """A limit between what one row and what two rows take."""
+    from qlora_tool.memory import plan
+
+    monkeypatch.setattr(run_report, "choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(run_report, "SECONDS_FOR_A_CHANGE", 600)
+    monkeypatch.setattr(plan, "CUDA_MARGIN", 0.0)
+    config = with_values(config, {"training.gradient_checkpointing": True, "training.per_device_train_batch_size": 2})
+    rows = 40
+    wide = {1: batch(*[60] * (rows // 2)), 2: batch(*[60] * rows)}
+    memory = RunMemory()
+    monkeypatch.setattr(run_report, "available_bytes", lambda *_: 1 << 40)
+    needed = {}
+    for name, largest in wide.items():
+        memory.check(config, largest)
+        needed[name] = memory.predicted.needed_bytes
+    monkeypatch.setattr(run_report, "available_bytes", lambda *_: (needed[1] + needed[2]) // 2)
+    with pytest.raises(UserError) as caught:
+        memory.check(config, wide[2])
+    asked = f"--set training.per_device_train_batch_size={rows // 2} --set training.gradient_accumulation_steps=2"
+    assert f"{asked} makes it fit, in " in caught.value.lines[0]
+    memory.check(config, wide[1])  # which it does
+
+
+@pytest.mark.parametrize(
+    ("in_use", "context", "available"),
+    [
+        (400, 500, 10_000),  # the context is not whole yet: all of the card is this process's
+        (500, 500, 10_000),  # the context is there, and counted once
+        (3_500, 500, 7_000),  # 3000 of others
+        (700, 500, 10_000 - 200),
+    ],
+)
+def test_the_context_is_counted_once(in_use: int, context: int, available: int, monkeypatch: pytest.MonkeyPatch):
+    """Whatever this process's allocator holds already: that is still its own."""
+    for held in (0, 1_000):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, held=held: (10_000 - in_use - held, 10_000))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _, held=held: held)
+        assert available_bytes(torch.device("cuda"), context) == available
 
 
 def test_a_run_that_cannot_fit_in_a_cpus_memory_is_warned_about(
     config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr(run_report, "free_bytes", lambda _: 1)
+    monkeypatch.setattr(run_report, "available_bytes", lambda *_: 1)
     monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
     memory = RunMemory()
     memory.check(config, batch(20, 12))
-    [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    [warning] = {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
     assert f"this run needs {memory.predicted.needed_bytes / 1e9:.2f} GB at its peak" in warning
 
 
 def test_the_refusal_comes_before_the_weights_and_leaves_nothing(config: Config, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(run_report, "choose_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(run_report, "free_bytes", lambda _: 1_000_000)
+    monkeypatch.setattr(run_report, "available_bytes", lambda *_: 1_000_000)
     file = Path(config.training.output_dir).parent / "run.yaml"
     file.write_text(config_to_yaml(config))
     result = cli("train", file)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from qlora_tool.memory.measure import _allocations
+from qlora_tool.memory.measure import allocations
 from qlora_tool.memory.trace import Storage, Trace, Tracer
 
 N = 1000  # values of a tensor
@@ -86,6 +86,32 @@ def test_what_is_born_and_dies_knows_its_phase_and_step():
     assert (tracer.trace.storages[0].died_in, tracer.trace.storages[0].died_in_step) == ("optimizer", 2)
     assert list(tracer.trace.phases()) == ["forward", "backward", "forward", "optimizer"]
     assert inner.shape == y.shape
+
+
+def test_a_phase_goes_on_until_the_next_begins():
+    with Tracer() as tracer:
+        with tracer.phase("load", 0):
+            weight = torch.ones(N)
+        batch = torch.ones(N)
+        for step in (1, 2):
+            for phase in ("forward", "backward", "optimizer"):
+                with tracer.phase(phase, step):
+                    torch.ones(N)
+            torch.ones(N)
+    found = [(storage.phase, storage.step) for storage in tracer.trace.storages]
+    assert found == [("load", 0)] * 2 + [
+        (phase, step) for step in (1, 2) for phase in ("forward", "backward", "optimizer", "optimizer")
+    ]
+    assert weight.shape == batch.shape
+
+
+def test_the_end_of_the_process_is_no_part_of_the_run():
+    with Tracer() as tracer:
+        x = torch.ones(N)
+        tracer.finish()
+        del x
+    [storage] = tracer.trace.storages
+    assert tracer.trace.events == [(storage, +1)] and storage.death == 1
 
 
 class Inner(nn.Module):
@@ -219,7 +245,7 @@ def two_passes(program: Callable, tracer: Tracer | None = None) -> None:
 def test_gradients_take_what_an_untraced_run_takes(program, world):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         two_passes(program)
-    measured = [size for _, size in sorted(_allocations(profiler)) if abs(size) >= BLOCK]
+    measured = [size for _, size in sorted(allocations(profiler)) if abs(size) >= BLOCK]
     with world(), Tracer() as tracer:
         two_passes(program, tracer)
     traced = [sign * storage.nbytes for storage, sign in tracer.trace.events if storage.nbytes >= BLOCK]

@@ -280,8 +280,8 @@ def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path, inputs):
 
 
 def test_a_broken_weight_stops_the_run_at_its_first_step(config, tmp_path, monkeypatch):
-    def prepare(config, *, prepare_model=loop.prepare_model):
-        model, adapters = prepare_model(config)
+    def prepare(*arguments, prepare_model=loop.prepare_model):
+        model, adapters = prepare_model(*arguments)
         model.module.model.norm.weight.data[3] = float("nan")
         return model, adapters
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_tool.training.optimizers import LOSS_SCALE_PATIENCE, Optimizer
+from qlora_tool.errors import UserError
+from qlora_tool.training.optimizers import LOSS_SCALE_PATIENCE, Optimizer, OptimizerInBackward
 from qlora_tool.training.step import clip_gradients
 
 SHAPES = [(8, 64), (96, 8), (5,)]
@@ -238,3 +239,62 @@ def test_the_norm_of_16_bit_gradients_is_taken_in_fp32(dtype):
     gradients.append(torch.full((9_000,), 200.0, dtype=dtype))
     assert float(clip_gradients(gradients, 1.0)) == pytest.approx(200 * 112_007**0.5, rel=1e-6)
     assert float(gradients[2][0]) == pytest.approx(112_007**-0.5, rel=2**-8)
+
+
+# ------------------------------------------------------------------------------------------------ the step in backward
+
+
+def loss_of(own):
+    return sum((index + 1) * parameter.float().square().sum() for index, parameter in enumerate(own))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_steps_in_backward_are_the_steps_after_it(name, dtype):
+    ours, theirs = parameters(LARGE, dtype), parameters(LARGE, dtype)
+    one, other = OptimizerInBackward(name, ours, 0.01), Optimizer(name, theirs, 0.01)
+    for _ in range(3):
+        one.before_backward(1e-2)
+        loss_of(ours).backward()
+        assert all(parameter.grad is None for parameter in ours)
+        loss_of(theirs).backward()
+        norm, expected = one.step(1e-2), other.step(1e-2)
+        assert float(norm) == pytest.approx(float(expected), rel=1e-6)
+        assert_equal(values(ours), values(theirs))
+
+
+def test_one_gradient_lives_at_a_time():
+    ours = parameters()
+    optimizer = OptimizerInBackward("adamw", ours)
+    living = []
+    for parameter in ours:
+        parameter.register_hook(lambda _: living.append(sum(each.grad is not None for each in ours)))
+    loss_of(ours).backward()
+    assert living == [0] * len(ours)
+    assert len(optimizer._norms) == len(ours)
+
+
+def test_a_state_in_backward_comes_back_and_fits_no_other_optimizer():
+    ours = parameters()
+    optimizer = OptimizerInBackward("adamw", ours)
+    optimizer.before_backward(1e-2)
+    loss_of(ours).backward()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    again = [nn.Parameter(value.clone()) for value in values(ours)]
+    other = OptimizerInBackward("adamw", again)
+    file.seek(0)
+    other.load_state_dict(state := torch.load(file, weights_only=True))
+    for own, each in ((ours, optimizer), (again, other)):
+        each.before_backward(1e-2)
+        loss_of(own).backward()
+    assert_equal(values(again), values(ours))
+    with pytest.raises(ValueError, match="steps in backward"):
+        Optimizer("adamw", parameters()).load_state_dict(state)
+    with pytest.raises(ValueError, match="steps after backward"):
+        OptimizerInBackward("adamw", parameters()).load_state_dict(Optimizer("adamw", parameters()).state_dict())
+
+
+def test_fp16_gradients_cannot_be_stepped_in_backward():
+    with pytest.raises(UserError, match="optimizer_in_backward"):
+        OptimizerInBackward("adamw", parameters(dtype=torch.float16))

@@ -34,6 +34,9 @@ class KeepsGradients:
         self.adapters, self.loss_scale = adapters, loss_scale
         self.gradients: dict[str, Tensor] = {}
 
+    def before_backward(self, learning_rate: float) -> None:
+        pass
+
     def step(self, learning_rate: float, max_grad_norm: float) -> Tensor:
         for name, tensor in self.adapters.tensors().items():
             self.gradients[name], tensor.grad = tensor.grad, None

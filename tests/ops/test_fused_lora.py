@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_tool.ops.lora import (
     ACTIVATIONS,
+    Activation,
     LoraPart,
     lora_gated_mlp,
     lora_gated_mlp_reference,
@@ -104,12 +105,13 @@ def test_gradients_are_autograds_whatever_the_shapes(dtype, kind, draw):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda activation: activation.name)
 @pytest.mark.parametrize(("kind", "bias"), [(None, True), ("nf4", False), ("int8", True)])
-def test_the_gated_mlp_is_autograds(activation, dtype, kind, bias):
+@pytest.mark.parametrize("tile", [None, 3, 10])
+def test_the_gated_mlp_is_autograds(activation, dtype, kind, bias, tile):
     options = {"kind": kind, "dtype": dtype, "bias": bias, "bias_trained": True}
     parts = [make_part(48, 32, 4, seed=1, **options), make_part(48, 32, 3, seed=2, **options)]
     parts.append(make_part(32, 48, 5, seed=3, **options))
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
-    y = lora_gated_mlp(x, *parts, activation)
+    y = lora_gated_mlp(x, *parts, activation, tile)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     found = torch.autograd.grad(y, [x, *trained(parts)], grad)
 
@@ -136,6 +138,18 @@ def test_the_gated_mlp_keeps_gate_and_up_and_neither_activation_nor_product():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
         lora_gated_mlp(torch.randn(10, 64, requires_grad=True), *parts, ACTIVATIONS[0])
     assert sorted(kept) == [(10, 8), (10, 64), (10, 96), (10, 96)]
+
+
+def test_a_tiled_mlp_keeps_its_input_alone_and_makes_no_more_than_a_tile():
+    parts = [make_part(96, 64, 4, seed=1), make_part(96, 64, 4, seed=2), make_part(64, 96, 4, seed=3)]
+    kept, made = [], []
+    silu = ACTIVATIONS[0]
+    noting = Activation("noting", lambda t: made.append(tuple(t.shape)) or silu.function(t), silu.gradient)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        y = lora_gated_mlp(torch.randn(10, 64, requires_grad=True), *parts, noting, 4)
+    y.sum().backward()
+    assert sorted(kept) == [(10, 8), (10, 64)]
+    assert made == [(4, 96), (4, 96), (2, 96)] * 2
 
 
 def test_what_was_kept_is_freed_by_backward():

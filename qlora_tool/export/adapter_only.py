@@ -1,0 +1,156 @@
+"""The adapter without its base: as it is, or in the form that every reader of PEFT's files takes.
+
+`adapter-portable` leaves a reader nothing to work out: scales are in B, every layer has one rank (zeros fill it up),
+lora_alpha = r, so that rank-stabilised scales, rank and alpha patterns are gone, and modules are named. PEFT, vLLM and
+llama.cpp, which read different parts of `adapter_config.json`, then compute the same.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qlora_tool.adapters.peft_files import CONFIG_NAME, PREFIX, WEIGHTS_NAME, StoredAdapter
+from qlora_tool.artifacts import base_folder
+from qlora_tool.errors import UserError
+from qlora_tool.files import write_json
+from qlora_tool.model.tensor_files import TensorSpec, write_tensors
+
+if TYPE_CHECKING:
+    from qlora_tool.artifacts import Artifact
+
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+                    "chat_template.jinja", "chat_templates")  # fmt: skip
+_PEFT_METHODS = ("lora", "dora")
+
+
+def write_adapter(artifact: Artifact, folder: Path, portable: bool) -> dict[str, Any]:
+    """Write an adapter in PEFT's two files, and the tokenizer that lies beside it.
+
+    Args:
+        artifact: with an adapter.
+        folder: an empty one.
+        portable: for readers that know PEFT's files alone; else the files are copied as they are.
+
+    Returns:
+        method, layers and base (a hub id, or the whole path of a folder); where `portable`, the ranks' common size `r`
+        and the `dtype`; `resize_token_embeddings`, where a reader has to call that on the base first.
+
+    Raises:
+        UserError: `portable`, and PEFT has nothing that computes what this adapter does.
+    """
+    stored = artifact.adapter
+    base = base_name(artifact)
+    facts: dict[str, Any] = {"method": stored.method, "layers": len(stored.layers(torch.float32)), "base": base}
+    if portable:
+        if stored.method not in _PEFT_METHODS:
+            raise UserError(
+                f"--format adapter-portable: PEFT has no adapter that computes what {stored.method} does; choose "
+                "--format safetensors, which merges it"
+            )
+        facts |= _write_portable(stored, base, artifact.model.revision, folder)
+    else:
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            shutil.copyfile(stored.folder / name, folder / name)
+    for path in sorted({path for pattern in _TOKENIZER_FILES for path in stored.folder.glob(pattern)}):
+        copy = shutil.copytree if path.is_dir() else shutil.copyfile
+        copy(path, folder / path.name)
+    if rows := _new_rows(artifact):
+        facts["resize_token_embeddings"] = rows
+    return facts
+
+
+def base_name(artifact: Artifact) -> str:
+    """What a reader can open the base by: a hub id, or the whole path of a folder."""
+    name = artifact.model.name_or_path
+    if name == "demo" or Path(name).expanduser().is_dir():
+        return str(base_folder(artifact).resolve())
+    return name
+
+
+def _write_portable(stored: StoredAdapter, base: str, revision: str | None, folder: Path) -> dict[str, Any]:
+    tensors, rank = portable_tensors(stored)
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    write_tensors(folder / WEIGHTS_NAME, specs, tensors.items(), {"format": "pt"})
+    write_json(folder / CONFIG_NAME, _portable_config(stored, rank, base, revision), sort_keys=True)
+    return {"r": rank, "dtype": str(specs[0].dtype).removeprefix("torch.")}
+
+
+def portable_tensors(stored: StoredAdapter) -> tuple[dict[str, Tensor], int]:
+    """The adapter's tensors by PEFT's names, scales multiplied into B and ranks filled up; and the common rank.
+
+    Kept in their dtype where that holds the scaled values exactly (a scale that is a power of two), else in fp32.
+    """
+    names = {key.partition(".lora_")[0] for key in stored.tensors if ".lora_" in key}
+    settings = {name: stored.settings(name) for name in names}
+    rank = max(layer.r for layer in settings.values())
+    result = {}
+    for key, tensor in sorted(stored.tensors.items()):
+        name, lora, part = key.partition(".lora_")
+        if lora and part == "A.weight":
+            tensor = _padded(tensor, rank - tensor.shape[0], 0)
+        elif lora and part in ("B.weight", "B.bias"):
+            tensor = _scaled(tensor, settings[name].scaling)
+            tensor = _padded(tensor, rank - tensor.shape[1], 1) if part == "B.weight" else tensor
+        result[f"{PREFIX}{key}"] = tensor.contiguous()
+    adapted = [tensor for key, tensor in result.items() if ".lora_" in key]
+    if len({tensor.dtype for tensor in adapted}) > 1:
+        result = {key: tensor.float() if ".lora_" in key else tensor for key, tensor in result.items()}
+    return result, rank
+
+
+def _scaled(tensor: Tensor, scale: float) -> Tensor:
+    exact = tensor.double() * scale
+    rounded = exact.to(tensor.dtype)
+    return rounded if torch.equal(rounded.double(), exact) else exact.float()
+
+
+def _padded(tensor: Tensor, count: int, dim: int) -> Tensor:
+    shape = list(tensor.shape)
+    shape[dim] = count
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim) if count else tensor
+
+
+def _portable_config(stored: StoredAdapter, rank: int, base: str, revision: str | None) -> dict[str, Any]:
+    """Keys that PEFT has known from its first LoRA on, and those of later ones only where they are needed."""
+    peft = stored.peft
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": peft.get("lora_dropout", 0.0),
+        "init_lora_weights": True,
+        "bias": peft.get("bias", "none"),
+        "fan_in_fan_out": bool(peft.get("fan_in_fan_out")),
+        "target_modules": _named_modules(stored),
+        "modules_to_save": peft.get("modules_to_save") or None,
+    }
+    return config | {key: True for key in ("use_dora", "lora_bias") if peft.get(key)}
+
+
+def _named_modules(stored: StoredAdapter) -> list[str]:
+    """The adapted modules: as listed, unless it takes more than the list to tell them."""
+    peft, names = stored.peft, sorted({key.partition(".lora_")[0] for key in stored.tensors if ".lora_" in key})
+    listed = peft.get("target_modules")
+    further = any(peft.get(key) for key in ("exclude_modules", "layers_to_transform", "layers_pattern"))
+    return sorted(listed) if isinstance(listed, list) and not further else names
+
+
+def _new_rows(artifact: Artifact) -> int | None:
+    """The rows of the adapter's own embeddings, where the base has another number: tokens were added."""
+    ends = ("embed_tokens.weight", "wte.weight")
+    whole = artifact.adapter.whole_tensors()
+    rows = next((tensor.shape[0] for name, tensor in whole.items() if name.endswith(ends)), None)
+    if rows is None:
+        return None
+    config = json.loads((base_folder(artifact) / "config.json").read_text(encoding="utf-8"))
+    return rows if config.get("vocab_size") not in (None, rows) else None

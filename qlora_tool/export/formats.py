@@ -1,0 +1,178 @@
+"""What an export can be: each format is one function that fills the staging folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_tool.artifacts import Artifact
+from qlora_tool.export.merge import MergedModel
+from qlora_tool.export.shards import write_shards
+from qlora_tool.export.staging import Staging
+from qlora_tool.files import write_json
+
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+                    "chat_template.jinja", "chat_templates")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a format writes from, and how.
+
+    Attributes:
+        name: of the output.
+        artifact: what is exported.
+        base_folder: its base's.
+        merged: the merged tensors, in the dtype of the files where the format has one.
+        max_shard_size: bytes of a file at most.
+        gguf_type: f16, bf16 or q8_0.
+    """
+
+    name: str
+    artifact: Artifact
+    base_folder: Path
+    merged: MergedModel
+    max_shard_size: int
+    gguf_type: str
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The adapter's, with which it was trained, else the base's."""
+        adapter = self.artifact.adapter.folder
+        return adapter if (adapter / "tokenizer_config.json").exists() else self.base_folder
+
+
+Write = Callable[[Job, Staging], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One form of the result.
+
+    Attributes:
+        write: fills the staging folder, and gives what else is to be said of it, as JSON.
+        nbytes: about how many bytes that takes.
+        check: refuses what the format cannot hold, before anything is written.
+        has_dtype: whether the user may choose a dtype for its tensors.
+        auto_dtype: whether the one that keeps most is chosen for them, where the user leaves it.
+        is_model: whether the result is held against the live model.
+    """
+
+    write: Write
+    nbytes: Callable[[Job], int]
+    check: Callable[[Job], None] = lambda job: None
+    has_dtype: bool = False
+    auto_dtype: bool = False
+    is_model: bool = False
+
+
+def _write_safetensors(job: Job, staging: Staging) -> dict[str, Any]:
+    specs = [spec for group in job.merged.specs() for spec in group]
+    files = write_shards(staging, specs, job.merged.stream_from, job.max_shard_size)
+    _write_config(job, staging.folder)
+    copy_beside(job, staging.folder)
+    return {"files": files, "bytes": sum(spec.nbytes for spec in specs)}
+
+
+def _merged_bytes(job: Job) -> int:
+    return sum(spec.nbytes for group in job.merged.specs() for spec in group)
+
+
+def _write_config(job: Job, folder: Path) -> None:
+    """The base's config.json with the new dtype and without a word of quantization."""
+    raw = json.loads((job.base_folder / "config.json").read_text(encoding="utf-8"))
+    dropped = ("quantization_config", "torch_dtype", "_name_or_path")
+    config = {key: value for key, value in raw.items() if key not in dropped}
+    config["dtype"] = str(job.merged.default_dtype).removeprefix("torch.")
+    if job.merged.unties:
+        config["tie_word_embeddings"] = False
+    write_json(folder / "config.json", config)
+
+
+def copy_beside(job: Job, folder: Path) -> None:
+    """Generation settings and code from the base, and the tokenizer with its chat template."""
+    beside = (job.base_folder, ("generation_config.json", "*.py", "LICENSE*"))
+    for source, patterns in (beside, (job.tokenizer_folder, _TOKENIZER_FILES)):
+        for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, folder / path.name)
+
+
+def _write_gguf(job: Job, staging: Staging) -> dict[str, Any]:
+    from qlora_tool.export.gguf import write_gguf
+    from qlora_tool.export.modelfile import write_modelfile
+
+    name = f"{job.name}.gguf"
+    if not staging.done(name):
+        with staging.whole(name) as file:
+            facts = write_gguf(job.merged, job.base_folder, job.tokenizer_folder, file, job.gguf_type)
+        staging.note(gguf=facts)
+    write_modelfile(staging.folder / "Modelfile", name, job.tokenizer_folder, job.base_folder)
+    facts = {"files": [name], "bytes": (staging.folder / name).stat().st_size, "gguf": staging.notes["gguf"]}
+    return facts | {"dtype": job.gguf_type}
+
+
+def _gguf_bytes(job: Job) -> int:
+    bits = {"f16": 16, "bf16": 16, "q8_0": 8.5}[job.gguf_type]
+    return int(sum(spec.nbytes // spec.dtype.itemsize for group in job.merged.specs() for spec in group) * bits / 8)
+
+
+def _check_gguf(job: Job) -> None:
+    from qlora_tool.export.gguf import refuse_unwritable
+
+    refuse_unwritable(job.merged.skeleton.config)
+
+
+def _write_requantized(job: Job, staging: Staging) -> dict[str, Any]:
+    from qlora_tool.export.requantized import write_requantized
+
+    facts = write_requantized(job.artifact, job.merged, staging.folder, job.max_shard_size)
+    copy_beside(job, staging.folder)
+    written = {key: facts.pop(key) for key in ("files", "bytes")}
+    return written | {"requantization": facts}
+
+
+def _requantized_bytes(job: Job) -> int:
+    slots = set(job.merged.slots)
+    shapes = job.merged.source.shapes
+    quantized = sum(_count(shapes[name]) for name in job.merged.names if name in slots)
+    return int(quantized * 0.53) + 2 * sum(_count(shapes[name]) for name in job.merged.names if name not in slots)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _write_adapter(portable: bool) -> Write:
+    def write(job: Job, staging: Staging) -> dict[str, Any]:
+        from qlora_tool.export.adapter_only import write_adapter
+
+        facts = write_adapter(job.artifact, staging.folder, portable)
+        return _files_of(staging.folder) | facts
+
+    return write
+
+
+def _adapter_bytes(job: Job) -> int:
+    return sum(path.stat().st_size for path in job.artifact.adapter.folder.iterdir() if path.is_file())
+
+
+def _files_of(folder: Path) -> dict[str, Any]:
+    files = sorted(folder.glob("*.safetensors"))
+    return {"files": [file.name for file in files], "bytes": sum(file.stat().st_size for file in files)}
+
+
+FORMATS: dict[str, Format] = {
+    "safetensors": Format(_write_safetensors, _merged_bytes, has_dtype=True, auto_dtype=True, is_model=True),
+    "gguf": Format(_write_gguf, _gguf_bytes, _check_gguf),
+    "nf4": Format(_write_requantized, _requantized_bytes, has_dtype=True),
+    "adapter": Format(_write_adapter(portable=False), _adapter_bytes),
+    "adapter-portable": Format(_write_adapter(portable=True), lambda job: 4 * _adapter_bytes(job)),
+}

@@ -1,0 +1,81 @@
+"""What is refused before the first byte of an export is written."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from qlora_tool.artifacts import Artifact
+from qlora_tool.errors import MachineError, UserError, did_you_mean
+from qlora_tool.files import existing_parent
+from qlora_tool.model.kept_hashes import file_hashes
+from qlora_tool.model.tensor_files import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+_OURS = ("config.json", "adapter_config.json", "export.json")  # one of them lies in every folder that may be replaced
+
+
+def refuse_no_adapter(artifact: Artifact) -> None:
+    if artifact.adapter is not None:
+        return
+    path = Path(artifact.name)
+    if path.exists():
+        found = "a model without an adapter"
+    else:
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        found = f"no such folder{did_you_mean(path.name, siblings)}"
+    raise UserError(f"{artifact.name}: {found}; expected a run's folder or an adapter's")
+
+
+def refuse_taken(output: Path, overwrite: bool) -> None:
+    """Refuse to write over anything, or with `overwrite` over anything that is no model and no adapter."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"{output}: a file, where --output-dir expects a folder that does not exist yet")
+    if not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"{output}: exists; give --overwrite to replace it, or another --output-dir")
+    if not any((output / name).exists() for name in _OURS):
+        raise UserError(
+            f"{output}: holds something else than a model, which --overwrite would remove; give another --output-dir"
+        )
+
+
+def refuse_inputs(output: Path, inputs: Mapping[str, Path]) -> None:
+    """Refuse an output that holds what the export reads."""
+    for what, path in inputs.items():
+        if output.resolve() in (path.resolve(), *path.resolve().parents) and output.exists():
+            raise UserError(f"{output}: holds {what}, which is merged; give another --output-dir")
+
+
+def refuse_changed_base(artifact: Artifact, folder: Path) -> None:
+    """Refuse a base whose weights are others than those that the adapter was trained on; where the command line names
+    the base, warn."""
+    trained_on = ((artifact.adapter.provenance or {}).get("base") or {}).get("files")
+    if not trained_on:
+        return
+    files = [file.name for file in Checkpoint(folder).files]
+    hashes = file_hashes(folder)
+    changed = [name for name in files if hashes[name] != trained_on.get(name)]
+    if not changed:
+        return
+    found = f"{folder}: {', '.join(changed[:3])} not as when {artifact.name} was trained on it (SHA-256 differs)"
+    if not artifact.base_named:
+        raise UserError(f"{found}; bring the old files back, or name a base with --model to merge onto it all the same")
+    logger.warning("%s; merging onto it all the same, as --model names it", found)
+
+
+def refuse_full_disk(output: Path, needed: int, there: int) -> None:
+    """Refuse a result of `needed` bytes where they are not free, `there` of them being written already."""
+    free = shutil.disk_usage(existing_parent(output)).free
+    if needed - there > free:
+        rest = f", {there / 1e9:.2f} GB of it written" if there else ""
+        raise MachineError(
+            f"{output}: the model takes {needed / 1e9:.2f} GB{rest}, and {free / 1e9:.2f} GB are free there; free "
+            "some, or choose another --output-dir"
+        )

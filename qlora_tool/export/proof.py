@@ -1,0 +1,385 @@
+"""The proof that an export keeps what was learned, measured on the files before they get their name."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qlora_tool.adapters.peft_files import attach_stored
+from qlora_tool.artifacts import Artifact, base_folder
+from qlora_tool.config import DataConfig
+from qlora_tool.data.tokenize import Example, build_dataset, build_evaluation_sets
+from qlora_tool.errors import ToolError
+from qlora_tool.export.verify import Agreement, Predictions, Rows, choose_rows, compare, predict
+from qlora_tool.inference.open import tokenizer_folder
+from qlora_tool.memory.available import free_bytes
+from qlora_tool.model.causal_lm import CausalLM
+from qlora_tool.model.layers import FrozenLinear
+from qlora_tool.model.load import ParameterSource, Quantization, build_skeleton, find_slots
+from qlora_tool.model.open import choose_device, open_model, open_tokenizer
+from qlora_tool.model.source import read_model_config
+from qlora_tool.model.tensor_files import Checkpoint, give_back_freed_memory
+from qlora_tool.ops.quantized import KINDS, QuantizedTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+MEAN_KL = 1e-3  # from here on a mean KL is a warning: seven times what bf16's rounding gives (docs/measurements/cpu.md)
+ARGMAX_AGREEMENT = 0.95  # below it
+UPDATE_ERROR = 0.5  # from here on: the rounding is half as large as the update
+WHOLE_LOGITS = 1 << 28  # bytes of a model's whole logits that are kept, where its hidden states do not do
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the files hold of the update Δ of the adapted weights W₀, all of them together.
+
+    Attributes:
+        kept: ⟨W − W₀, Δ⟩ / ‖Δ‖², W being the files'.
+        error: ‖W − (W₀ + Δ)‖ / ‖Δ‖. Near 1 means that the update drowns in it.
+    """
+
+    kept: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How the files compare with the live quantized base with its adapter; or why that was not measured.
+
+    Attributes:
+        base, dtype: of the files.
+        rows: what both models were shown.
+        agreement, update: the figures; None where there are none.
+        left_out: why verification was left out, else None.
+        failed: whether it was left out because the files could not be run.
+    """
+
+    base: str
+    dtype: str
+    rows: str | None = None
+    agreement: Agreement | None = None
+    update: Update | None = None
+    left_out: str | None = None
+    failed: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; figures in four digits, which do not change from one run to the next."""
+        if self.left_out is not None:
+            return {"left_out": self.left_out}
+        figures = {key: _rounded(value) for key, value in asdict(self.agreement).items()}
+        update = {key: _rounded(value) for key, value in asdict(self.update).items()} if self.update else None
+        return {"left_out": None, "rows": self.rows, **figures, "update": update, "warnings": self.warnings()}
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        if self.left_out is not None:
+            return [f"not verified: {self.left_out}"]
+        found = self.agreement
+        lines = [
+            f"verified against the live model on {found.tokens:,} tokens of {self.rows}",
+            f"  KL {found.mean_kl:.2g} on average, {found.worst_kl:.2g} at worst; the same likeliest token at "
+            f"{found.argmax_agreement:.2%}",
+        ]
+        losses = [f"{live:.4f} live, {exported:.4f} exported ({of})" for live, exported, of in self._losses()]
+        if losses:
+            lines.append(f"  loss {'; '.join(losses)}")
+        if self.update:
+            lines.append(f"  of the update {self.update.kept:.2%} is in the files, with an error of "
+                         f"{self.update.error:.2g} of its size")  # fmt: skip
+        return lines
+
+    def table(self) -> list[tuple[str, str]]:
+        """For the model card."""
+        found = self.agreement
+        facts = [
+            ("rows", f"{found.tokens} tokens of {self.rows}"),
+            ("KL, mean and worst", f"{found.mean_kl:.2g}, {found.worst_kl:.2g}"),
+            ("same likeliest token", f"{found.argmax_agreement:.2%}"),
+        ]
+        facts += [(f"loss, {of}", f"{live:.4f} live, {exported:.4f} exported") for live, exported, of in self._losses()]
+        if self.update:
+            facts.append(("update kept", f"{self.update.kept:.2%}, error {self.update.error:.2g} of its size"))
+        return facts
+
+    def _losses(self) -> list[tuple[float, float, str]]:
+        found = self.agreement
+        pairs = [(found.live_loss, found.exported_loss, f"{found.trained_tokens} trained tokens"),
+                 (found.live_loss_all, found.exported_loss_all, "every token")]  # fmt: skip
+        return [pair for pair in pairs if pair[0] is not None]
+
+    def warnings(self) -> list[str]:
+        """What is bad about the figures, each with the better choice."""
+        found = self.agreement
+        if found is None:
+            return [self.left_out] if self.failed else []
+        faults = []
+        if not found.mean_kl <= MEAN_KL:  # no number at all is bad too
+            faults.append(f"mean KL {found.mean_kl:.2g} (above {MEAN_KL:g})")
+        if not found.argmax_agreement >= ARGMAX_AGREEMENT:
+            faults.append(f"the same likeliest token at {found.argmax_agreement:.1%} (below {ARGMAX_AGREEMENT:.0%})")
+        if self.update and not self.update.error <= UPDATE_ERROR:
+            faults.append(f"an error of {self.update.error:.2g} of the update's size (above {UPDATE_ERROR:g})")
+        if not faults:
+            return []
+        return [f"the exported model is not quite the one that was trained: {', '.join(faults)}; {self._better()}"]
+
+    def _better(self) -> str:
+        if self.base == "original":
+            return "--base dequantized merges onto the weights that were trained against"
+        if self.dtype == "bfloat16":
+            return "--dtype float16 rounds eight times finer, where the values fit; --dtype float32 does not round"
+        if self.dtype in KINDS:
+            return "--format safetensors keeps what rounding to few bits again loses"
+        if self.dtype == "float16":
+            return "--dtype float32 does not round"
+        return "no other choice would be closer: please report this with the model's family"
+
+
+def prove(artifact: Artifact, folder: Path, *, base: str, data: str | None = None, max_tokens: int = 5000) -> Proof:
+    """Hold the files of `folder`, in plain transformers, against the live quantized base with its adapter.
+
+    Products run in fp32 on both sides, so that what differs is what the files were rounded to. The live model comes
+    first and is gone before the files are read, from the disk as they are needed: memory stays below training's.
+
+    Args:
+        artifact: what was exported.
+        folder: weights, config.json and tokenizer, complete.
+        base: what it was merged onto, `dequantized` or `original`.
+        data: rows to compare on; None: see `find_rows`.
+        max_tokens: of these rows.
+
+    Raises:
+        UserError: `data` cannot be read.
+    """
+    dtype = _stored_as(folder)
+    examples, source = find_rows(artifact, data)
+    if not examples:
+        return Proof(base, dtype, left_out=source)
+    try:
+        if shortage := _shortage(artifact):
+            return Proof(base, dtype, left_out=shortage)
+        live, update, rows = _live(artifact, folder, examples, max_tokens)
+    except ToolError as error:  # the base is gone by now, say: the files are good all the same
+        return Proof(base, dtype, left_out=str(error))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return Proof(base, dtype, left_out=f"out of memory: {error}")
+    give_back()
+    try:
+        with exported_model(folder, choose_device(artifact.model.device), artifact.model.trust_remote_code) as exported:
+            exported.chunked_loss = not live.whole_logits
+            agreement = compare(live, predict(exported, rows), rows)
+    except Exception as error:  # whatever transformers meets in the files: that is what there is to be told
+        logger.debug("verification failed", exc_info=True)
+        return Proof(base, dtype, left_out=f"plain transformers failed on the files: {error!r}", failed=True)
+    return Proof(base, dtype, source, agreement, update)
+
+
+def _stored_as(folder: Path) -> str:
+    """The dtype that the files' config.json names, or how they are quantized."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    quantized = config.get("quantization_config")
+    if quantized is None:
+        return config.get("dtype", "float32")
+    return quantized["bnb_4bit_quant_type"] if quantized.get("load_in_4bit") else "int8"
+
+
+def find_rows(artifact: Artifact, data: str | None) -> tuple[list[Example], str]:
+    """The rows to compare on, and what to call them: of `data`; else of the run's evaluation sets; else, where it has
+    none, the rows it trained on, which tell as well whether two models agree.
+
+    Returns:
+        No rows, and why, where there are none to be had.
+
+    Raises:
+        UserError: `data` cannot be read.
+    """
+    model = base_folder(artifact)
+    tokenizer = open_tokenizer(tokenizer_folder(model, artifact.adapter), artifact.model.trust_remote_code)
+    if artifact.run is not None:
+        settings = artifact.run.data  # as it is: which rows a fraction takes depends on max_length, too
+    else:
+        config = read_model_config(model, artifact.model.trust_remote_code).get_text_config()
+        settings = DataConfig()
+        limit = getattr(config, "max_position_embeddings", None) or settings.max_length
+        settings = settings.model_copy(update={"max_length": min(settings.max_length, limit)})
+    if data is not None:
+        return build_dataset(data, settings, tokenizer, key="--verify-data").examples, data
+    if artifact.run is None:
+        return [], "the adapter comes without its run, and so without rows; give some with --verify-data FILE"
+    try:
+        return _rows_of_run(settings, tokenizer)
+    except ToolError as error:
+        return [], f"the run's data cannot be read ({error}); give rows with --verify-data FILE"
+
+
+def _rows_of_run(settings: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], str]:
+    if settings.eval is None:
+        examples = build_dataset(settings.train, settings, tokenizer).examples
+        return examples, f"{settings.train} (trained on: the run has no evaluation rows)"
+    splits_off = not isinstance(settings.eval, str | dict)
+    train = build_dataset(settings.train, settings, tokenizer) if splits_off else None
+    _, sets = build_evaluation_sets(settings, tokenizer, train)
+    return [example for dataset in sets.values() for example in dataset.examples], ", ".join(
+        f"{dataset.report.source} (evaluation)" for dataset in sets.values()
+    )
+
+
+def _shortage(artifact: Artifact) -> str | None:
+    """Why the live model does not fit into memory, or None. It is all that is ever held: the exported one stays on the
+    disk."""
+    folder = base_folder(artifact)
+    skeleton = build_skeleton(read_model_config(folder, artifact.model.trust_remote_code),
+                              artifact.model.trust_remote_code)  # fmt: skip
+    source = ParameterSource(skeleton, Checkpoint(folder), "cpu")
+    slots = find_slots(skeleton)
+    bytes_a_weight = {"nf4": 0.57, "fp4": 0.57, "int8": 1.01}.get(artifact.model.quantization)
+    sizes = {name: torch.Size(source.shapes[name]).numel() for name in source.names}
+    held = sum(size * bytes_a_weight if bytes_a_weight and name in slots else source.stored_bytes(name)
+               for name, size in sizes.items())  # fmt: skip
+    needed = held + 3 * 4 * max(sizes.values())  # the largest weight in fp32, the update of it, what the files hold
+    free = free_bytes(choose_device(artifact.model.device))
+    if needed <= free:
+        return None
+    return (
+        f"the live model needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free; free some, and "
+        "export again with --overwrite"
+    )
+
+
+def _live(
+    artifact: Artifact, folder: Path, examples: Sequence[Example], max_tokens: int
+) -> tuple[Predictions, Update | None, Rows]:
+    """What the quantized base with its adapter predicts, and what the files hold of the update; the model is gone when
+    this returns."""
+    model = open_live(artifact)
+    rows = choose_rows(examples, max_tokens)
+    if not model.chunked_loss:
+        vocabulary = model.config.get_text_config().vocab_size
+        rows = choose_rows(examples, max(1, min(max_tokens, WHOLE_LOGITS // (4 * vocabulary))))
+    update = measure_update(model, folder, artifact.model.trust_remote_code)
+    return predict(model, rows), update, rows
+
+
+def open_live(artifact: Artifact) -> CausalLM:
+    """The quantized base with its adapter, in evaluation, its products in fp32."""
+    model = open_model(artifact.model.model_copy(update={"compute_dtype": "float32"}))
+    if artifact.adapter is not None:
+        attach_stored(model.module, artifact.adapter)
+    model.module.requires_grad_(False).eval()  # a trained output layer's hidden states do here, too
+    model.choose_loss()
+    return model
+
+
+@torch.no_grad()
+def measure_update(live: CausalLM, folder: Path, trust_remote_code: bool = False) -> Update | None:
+    """Hold the adapted weights in the files of `folder` against the live model's, one after the other.
+
+    Returns:
+        None where no linear weight is adapted.
+    """
+    skeleton = build_skeleton(read_model_config(folder, trust_remote_code), trust_remote_code)
+    files = ParameterSource(skeleton, Checkpoint(folder), live.device)
+    product = size = error = 0.0
+    for name, module in live.module.named_modules():
+        if not isinstance(module, FrozenLinear) or module.adapter is None:
+            continue
+        stored = files.read(f"{name}.weight")
+        if isinstance(stored, QuantizedTensor):
+            stored = stored.dequantize(torch.float32)
+        elif module.transposed:
+            stored = stored.T
+        start = module.weight.dense(torch.float32)  # (out, in)
+        delta = module.adapter.delta(start)
+        difference = stored.float() - start
+        product += _dot(difference, delta)
+        size += _dot(delta, delta)
+        error += float(difference.sub_(delta).square_().sum(dtype=torch.float64))
+    return Update(product / size, math.sqrt(error / size)) if size else None
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    return float((one * other).sum(dtype=torch.float64))
+
+
+@contextmanager
+def exported_model(folder: Path, device: torch.device, trust_remote_code: bool = False) -> Iterator[CausalLM]:
+    """The files as plain transformers loads them, their values brought to fp32: on the card where they fit, else left
+    on the disk, from where each module's weights are read as it computes."""
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as offloaded:  # for what transformers fuses on load alone
+        with _quiet():
+            module = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, device_map={"": _place(folder, device)}, offload_folder=offloaded,
+                trust_remote_code=trust_remote_code,
+            ).eval()  # fmt: skip
+        if _stored_as(folder) in KINDS:
+            _multiply_in_fp32(module)
+        yield CausalLM(module, folder, Quantization("none", False), torch.float32)
+
+
+def _multiply_in_fp32(module: torch.nn.Module) -> None:
+    """Of a model that bitsandbytes quantized; transformers leaves the rest of it in its own dtype."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    for part in module.modules():
+        if type(part).__name__ == "Linear4bit":
+            part.compute_dtype = torch.float32
+            part.train()  # in eval it may compute in bf16 for good on a CPU; nothing else depends on it
+
+
+def _place(folder: Path, device: torch.device) -> torch.device | str:
+    if _stored_as(folder) in KINDS:
+        return device
+    in_fp32 = sum(4 * math.prod(entry.shape) for entry in Checkpoint(folder).values())
+    return device if device.type == "cuda" and 1.2 * in_fp32 < free_bytes(device) else "disk"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no remarks: where the weights lie is meant to be so."""
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate.big_modeling")]
+    levels = [logger.level for logger in loggers]
+    transformers_logging.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def give_back() -> None:
+    """Let go of a model that nobody names any more; its modules may still point at one another."""
+    gc.collect()
+    give_back_freed_memory()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _rounded(value: Any) -> Any:
+    """A figure in four digits; None for one that is no number, which JSON does not have."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.4g}") if math.isfinite(value) else None

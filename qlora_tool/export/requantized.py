@@ -1,0 +1,231 @@
+"""A merged model quantized again, as a bitsandbytes NF4 checkpoint that plain transformers loads.
+
+Four bits round a small update away: a weight that lies on one of the values stays there unless the update carries it
+half a step. Added to the original 16-bit weights (`--base original`), which lie between the values, the same update
+moves as many weights over as it should on average. How much of it is left is measured while the weights are written,
+and returned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qlora_tool.errors import UserError
+from qlora_tool.files import write_json
+from qlora_tool.model.names import SaveGroup
+from qlora_tool.model.tensor_files import INDEX_NAME, TensorSpec, shard_name, shards, write_tensors
+from qlora_tool.ops.quantized import quantize, to_disk
+
+if TYPE_CHECKING:
+    from qlora_tool.artifacts import Artifact
+    from qlora_tool.export.merge import MergedModel
+
+KIND = "nf4"
+_STATE_BYTES = 256  # of a weight's description, filled up with spaces, so that its size is known before its values
+
+
+@dataclass
+class UpdateLoss:
+    """What quantization does to the update Δ = trained − base of the adapted weights, summed over them. Base is what
+    was trained against, trained what came of it, whatever the update was added to before it was quantized.
+
+    Attributes:
+        error: ‖quantized − trained‖².
+        kept: ⟨quantized − base, Δ⟩.
+        update: ‖Δ‖².
+        weights: how many weight matrices.
+    """
+
+    error: float = 0.0
+    kept: float = 0.0
+    update: float = 0.0
+    weights: int = 0
+
+    def add(self, quantized: Tensor, trained: Tensor, base: Tensor) -> None:
+        """Count one weight; all three fp32, (out, in)."""
+        delta = trained - base
+        self.error += float((quantized - trained).square().sum(dtype=torch.float64))
+        self.kept += float(((quantized - base) * delta).sum(dtype=torch.float64))
+        self.update += float(delta.square().sum(dtype=torch.float64))
+        self.weights += 1
+
+    def figures(self) -> dict[str, float | None]:
+        """`relative_error`: ‖quantized − trained‖ / ‖Δ‖; `update_kept`: ⟨quantized − base, Δ⟩ / ‖Δ‖², 1 where all of
+        the update is left and 0 where nothing; None where there is no update."""
+        if not self.update:
+            return {"relative_error": None, "update_kept": None, "adapted_weights": self.weights}
+        return {
+            "relative_error": (self.error / self.update) ** 0.5,
+            "update_kept": self.kept / self.update,
+            "adapted_weights": self.weights,
+        }
+
+
+@dataclass
+class _Writer:
+    """The tensors of the checkpoint one group after another, quantized on the way."""
+
+    merged: MergedModel
+    double_quant: bool
+    loss: UpdateLoss = field(default_factory=UpdateLoss)
+
+    def __post_init__(self) -> None:
+        self.exact = dataclasses.replace(self.merged, dtype=torch.float32)
+        same = self.merged.base == "dequantized"
+        self.trained = self.exact if same else dataclasses.replace(self.exact, base="dequantized")
+        self.base = dataclasses.replace(self.trained, adapter=None)
+        self.dtype = self.merged.default_dtype
+
+    def quantizes(self, group: SaveGroup, specs: list[TensorSpec]) -> bool:
+        """Whether a group is one weight matrix that bitsandbytes has a module for.
+
+        Experts are no modules of their own, and what is fused on loading cannot be so in four bits; a weight that was
+        trained whole stays whole.
+        """
+        name = group.names[0]
+        return (
+            len(group.names) == len(specs) == 1
+            and name in self.merged.slots
+            and name not in self.merged.whole
+            and len(specs[0].shape) == 2
+            and specs[0].shape == tuple(self.merged.source.shapes[name])
+        )
+
+    def specs(self) -> list[TensorSpec]:
+        result = []
+        for group, specs in zip(self.merged.groups, self.merged.specs(), strict=True):
+            if not self.quantizes(group, specs):
+                result += specs
+                continue
+            out, width = specs[0].shape[:: -1 if self.merged.slots[group.names[0]].transposed else 1]
+            meta = quantize(torch.empty(out, width, dtype=self.dtype, device="meta"), KIND, False)
+            result += [TensorSpec(name, dtype, shape) for name, dtype, shape in _disk_form(specs[0].name, meta, self)]
+        return result
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for group, specs in zip(self.merged.groups, self.merged.specs(), strict=True):
+            if not self.quantizes(group, specs):
+                yield from self.merged.tensors(group).items()
+                continue
+            value = self._weight(self.exact, group)
+            quantized = quantize(value, KIND, self.double_quant)
+            if group.names[0].removesuffix(".weight") in self.merged.layers:
+                trained = value if self.trained is self.exact else self._weight(self.trained, group)
+                self.loss.add(quantized.dequantize(), trained, self._weight(self.base, group))
+            stored = to_disk(specs[0].name, dataclasses.replace(quantized, dtype=self.dtype))
+            yield from ((key, _filled(key, tensor)) for key, tensor in stored.items())
+
+    def _weight(self, model: MergedModel, group: SaveGroup) -> Tensor:
+        """The one weight of a group, fp32, (out, in)."""
+        (weight,) = model.tensors(group).values()
+        return weight.T.contiguous() if self.merged.slots[group.names[0]].transposed else weight
+
+
+def _disk_form(name: str, meta, writer: _Writer) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Names, dtypes and shapes of what `to_disk` gives for a weight; bitsandbytes' serialization."""
+    scales = meta.scales.numel()
+    yield name, torch.uint8, (meta.codes.numel(), 1)
+    yield f"{name}.absmax", torch.uint8 if writer.double_quant else torch.float32, (scales,)
+    yield f"{name}.quant_map", torch.float32, (16,)
+    if writer.double_quant:
+        yield f"{name}.nested_absmax", torch.float32, (-(-scales // 256),)
+        yield f"{name}.nested_quant_map", torch.float32, (256,)
+    yield f"{name}.quant_state.bitsandbytes__{KIND}", torch.uint8, (_STATE_BYTES,)
+
+
+def _filled(name: str, tensor: Tensor) -> Tensor:
+    """The description of a weight, JSON, with spaces after it; any other tensor as it is."""
+    if not name.endswith(f"bitsandbytes__{KIND}"):
+        return tensor
+    if tensor.numel() > _STATE_BYTES:
+        raise ValueError(f"{name}: its description takes {tensor.numel()} bytes, more than {_STATE_BYTES}")
+    return torch.cat([tensor, torch.full((_STATE_BYTES - tensor.numel(),), ord(" "), dtype=torch.uint8)])
+
+
+def write_requantized(
+    artifact: Artifact, merged: MergedModel, folder: Path, max_shard_size: int = 5 * 10**9
+) -> dict[str, Any]:
+    """Write shards and config.json into `folder`; tokenizer and generation settings are the caller's.
+
+    Args:
+        artifact: what is exported; scales are quantized twice where its base's were.
+        merged: its dtype is that of what is not quantized, and of products.
+        folder: an empty one.
+        max_shard_size: bytes of a file at most.
+
+    Returns:
+        files, bytes, quantized and unquantized weight matrices, and the loss: `relative_error`, `update_kept` (see
+        `UpdateLoss.figures`).
+
+    Raises:
+        UserError: there is nothing in the model that bitsandbytes could quantize.
+    """
+    double_quant = artifact.model.double_quant if artifact.model.quantization == KIND else True
+    writer = _Writer(merged, double_quant)
+    quantized = {group.names[0] for group, specs in zip(merged.groups, merged.specs(), strict=True)
+                 if writer.quantizes(group, specs)}  # fmt: skip
+    if not quantized:
+        raise UserError(
+            f"--format nf4: bitsandbytes quantizes no weight of a {merged.skeleton.config.model_type} model; choose "
+            "--format safetensors"
+        )
+    specs = writer.specs()
+    files = _write_shards(specs, writer.tensors(), folder, max_shard_size)
+    _write_config(merged, folder, quantized, double_quant)
+    return {
+        "files": files,
+        "bytes": sum(spec.nbytes for spec in specs),
+        "quantized_weights": len(quantized),
+        "unquantized_weights": len(merged.slots) - len(quantized),
+        **writer.loss.figures(),
+    }
+
+
+def _write_shards(
+    specs: list[TensorSpec], tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_size: int
+) -> list[str]:
+    cut = shards(specs, max_shard_size)
+    names = [shard_name(index, len(cut)) for index in range(len(cut))]
+    for name, shard in zip(names, cut, strict=True):
+        stream = (tensor for _, tensor in zip(shard, tensors, strict=False))
+        write_tensors(folder / name, shard, stream, {"format": "pt"})
+    if len(cut) > 1:
+        weight_map = {spec.name: name for name, shard in zip(names, cut, strict=True) for spec in shard}
+        total = {"total_size": sum(spec.nbytes for spec in specs)}
+        write_json(folder / INDEX_NAME, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
+    return names
+
+
+def _write_config(merged: MergedModel, folder: Path, quantized: set[str], double_quant: bool) -> None:
+    from transformers import BitsAndBytesConfig
+
+    raw = json.loads((merged.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    dropped = ("quantization_config", "torch_dtype", "_name_or_path")
+    config = {key: value for key, value in raw.items() if key not in dropped}
+    config["dtype"] = str(merged.default_dtype).removeprefix("torch.")
+    if merged.unties:
+        config["tie_word_embeddings"] = False
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=KIND, bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=merged.default_dtype, llm_int8_skip_modules=_plain_linears(merged, quantized),
+    )  # fmt: skip
+    config["quantization_config"] = settings.to_dict()
+    write_json(folder / "config.json", config)
+
+
+def _plain_linears(merged: MergedModel, quantized: set[str]) -> list[str]:
+    """The linear modules that the files hold unquantized; transformers must not make 4-bit modules of them."""
+    from transformers.pytorch_utils import Conv1D
+
+    return sorted(
+        name for name, module in merged.skeleton.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and f"{name}.weight" not in quantized
+    )  # fmt: skip

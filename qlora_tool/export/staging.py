@@ -1,0 +1,264 @@
+"""The folder in which an export grows beside its output: hidden until it is whole, and found again after a kill.
+
+.NAME.partial/plan.json   what is exported from what, and how far it has come
+.NAME.partial/lock        held by the process at work
+.NAME.partial/model/      finished files; it becomes NAME
+.NAME.partial/*           the file that is growing
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from qlora_tool.errors import UserError
+from qlora_tool.files import disk_errors, sync, write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows: two exports at once into one folder are not noticed there
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+SAVE_EVERY = 256 << 20  # bytes of a growing file between two flushes: what a kill costs at most
+_PLAN, _LOCK, _FOLDER = "plan.json", "lock", "model"
+
+
+def staging_root(output: Path) -> Path:
+    """Where the export to `output` grows."""
+    return output.with_name(f".{output.name}.partial")
+
+
+def written_so_far(output: Path, inputs: Mapping[str, Any]) -> int:
+    """The bytes that an earlier export to `output`, with the same inputs, left to go on from."""
+    plan = _read_plan(staging_root(output) / _PLAN)
+    if plan is None or plan["inputs"] != _as_json(inputs):
+        return 0
+    return sum(plan["done"].values()) + (plan["growing"] or {"bytes": 0})["bytes"]
+
+
+@contextlib.contextmanager
+def staged_folder(output: Path, inputs: Mapping[str, Any]) -> Iterator[Staging]:
+    """Yield the staging of the export to `output`, taken up where an earlier one with the same inputs stopped. On
+    success it becomes `output`. On failure it stays for the next run, unless the input is at fault.
+
+    Args:
+        output: resolved.
+        inputs: all that the finished files depend on, as JSON; other inputs start anew, and a line says so.
+
+    Raises:
+        UserError: another process exports to the same place.
+        MachineError: the disk refuses.
+    """
+    root = staging_root(output)
+    with disk_errors(output), _locked(root, output):
+        staging = Staging(root, inputs)
+        try:
+            yield staging
+            staging.publish(output)
+        except BaseException as error:
+            if isinstance(error, UserError) and not staging.keep:
+                shutil.rmtree(root, ignore_errors=True)
+            else:
+                logger.warning("%s keeps what was written; the same command goes on from there", root)
+            raise
+
+
+class Staging:
+    """An export under way.
+
+    Attributes:
+        folder: for the finished files. What lies in it at the start are those files alone that `done` named.
+        keep: whether a fault of the input leaves it all for the next run, as when only the proof is missing.
+    """
+
+    def __init__(self, root: Path, inputs: Mapping[str, Any]):
+        self.root, self.folder, self.keep = root, root / _FOLDER, False
+        inputs = _as_json(inputs)
+        found = _read_plan(root / _PLAN)
+        if found is not None and found["inputs"] != inputs:
+            changed = ", ".join(key for key in inputs if found["inputs"].get(key) != inputs[key])
+            logger.warning("%s: holds the start of another export (%s differs); starting anew", root, changed)
+            found = None
+        self._plan = found or {"inputs": inputs, "notes": {}, "done": {}, "growing": None}
+        self._restore()
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What was decided on the way and has to stay decided when the export goes on."""
+        return dict(self._plan["notes"])
+
+    def note(self, **values: Any) -> None:
+        self._plan["notes"] |= values
+        self._save()
+
+    def start_anew(self) -> None:
+        """Drop all that was written, and keep the notes."""
+        self._plan |= {"done": {}, "growing": None}
+        self._save()
+        self._restore()
+
+    def done(self, name: str) -> bool:
+        """Whether the finished file `name` is there."""
+        return name in self._plan["done"]
+
+    @contextlib.contextmanager
+    def grow(self, name: str) -> Iterator[GrowingFile]:
+        """Yield the file `name` to write, at the place where an earlier run left it; finished when the block ends."""
+        growing = self._plan["growing"]
+        start = growing["bytes"] if growing and growing["name"] == name else 0
+        path = self.root / name
+        with path.open("r+b" if start else "wb") as stream:
+            stream.truncate(start)
+            stream.seek(start)
+            file = GrowingFile(stream, start, lambda size: self._grown(name, size))
+            yield file
+            file.save()
+        self._finish(name)
+
+    @contextlib.contextmanager
+    def whole(self, name: str) -> Iterator[Path]:
+        """Yield a path for a file that is written in one go: finished when the block ends, begun anew after a kill."""
+        path = self.root / name
+        path.unlink(missing_ok=True)
+        yield path
+        sync(path)
+        self._finish(name)
+
+    def _grown(self, name: str, size: int) -> None:
+        self._plan["growing"] = {"name": name, "bytes": size}
+        self._save()
+
+    def _finish(self, name: str) -> None:
+        # First in the plan, then in the folder: a kill in between loses nothing, as `_restore` moves it then.
+        path = self.root / name
+        self._plan["done"][name] = path.stat().st_size
+        self._plan["growing"] = None
+        self._save()
+        os.replace(path, self.folder / name)
+
+    def _save(self) -> None:
+        write_json(self.root / _PLAN, self._plan)
+
+    def _restore(self) -> None:
+        """Bring the files in line with the plan, whatever moment the last run was killed at."""
+        self.folder.mkdir(exist_ok=True)
+        done, growing = self._plan["done"], self._plan["growing"]
+        for name, size in list(done.items()):
+            if (self.root / name).exists():
+                os.replace(self.root / name, self.folder / name)
+            if not (self.folder / name).exists() or (self.folder / name).stat().st_size != size:
+                del done[name]
+        known = {_PLAN, _LOCK, _FOLDER}
+        if growing:
+            path = self.root / growing["name"]
+            if path.exists() and path.stat().st_size >= growing["bytes"]:
+                known.add(growing["name"])
+            else:
+                self._plan["growing"] = None
+        _remove_others(self.root, known)
+        _remove_others(self.folder, done)
+        self._save()
+
+    def publish(self, output: Path) -> None:
+        """Flush the folder and give it its name; an earlier `output` is replaced only now."""
+        for file in self.folder.rglob("*"):
+            if file.is_file():
+                sync(file)
+        sync(self.folder)
+        previous = output.with_name(f".{output.name}.previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        if output.exists():
+            os.replace(output, previous)
+        try:
+            os.replace(self.folder, output)
+        except OSError:
+            if previous.exists():
+                os.replace(previous, output)
+            raise
+        sync(output.parent)
+        shutil.rmtree(previous, ignore_errors=True)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+class GrowingFile:
+    """A file that is written piece by piece; every `SAVE_EVERY` bytes it is flushed and its size noted, which also
+    keeps the system from gathering gigabytes that are not on the disk yet.
+
+    Attributes:
+        size: bytes written so far, those of earlier runs included.
+    """
+
+    def __init__(self, stream: IO[bytes], size: int, note: Any):
+        self._stream, self.size, self._saved, self._note = stream, size, size, note
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._stream.write(data)
+        self.size += len(data)
+        if self.size - self._saved >= SAVE_EVERY:
+            self.save()
+
+    def save(self) -> None:
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._saved = self.size
+        self._note(self.size)
+
+
+def _as_json(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """As they come back from a file: tuples are lists."""
+    return json.loads(json.dumps(inputs))
+
+
+def _read_plan(file: Path) -> dict[str, Any] | None:
+    try:
+        plan = json.loads(file.read_text(encoding="utf-8"))
+        return plan if {"inputs", "notes", "done", "growing"} <= plan.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _remove_others(folder: Path, known: Any) -> None:
+    for path in folder.iterdir():
+        if path.name not in known:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+@contextlib.contextmanager
+def _locked(root: Path, output: Path) -> Iterator[None]:
+    """Hold the lock in `root`, which goes away with the process, however it ends."""
+    while True:
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            stream = (root / _LOCK).open("w", encoding="utf-8")
+        except FileNotFoundError:  # another process finished and removed the folder just now
+            continue
+        with stream:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise UserError(
+                        f"{output}: another process is exporting to it; wait for it, or give another --output-dir"
+                    ) from error
+                if not _same_file(stream, root / _LOCK):
+                    continue  # it was the lock of an export that has finished meanwhile
+            yield
+            return
+
+
+def _same_file(stream: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,176 @@
+"""Which activations are recomputed in backward instead of kept (Chen et al. 2016, arXiv 1604.06174), layer by layer.
+
+Of a decoder layer either all is recomputed, or some of its parts are (attention, MLP: whatever children of it hold
+linear modules), or nothing. Layers and parts are found by what they are, not by a family's names for them.
+
+What nothing in backward needs is never recomputed: non-reentrant checkpointing stops at the last value that was saved,
+and a frozen product saves none (`ops.linear`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qlora_tool.errors import UserError
+from qlora_tool.model.experts import is_experts_module
+from qlora_tool.model.layers import FrozenLinear
+from qlora_tool.model.load import is_linear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Parts = tuple[str, ...]
+"""What is recomputed of a layer: names of its children, `WHOLE` for all of it in one, `KEPT` for nothing."""
+WHOLE: Parts = ("",)
+KEPT: Parts = ()
+
+_MOST_PARTS = 3  # of more parts than these not every combination is a choice
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """What is recomputed of every decoder layer, the first layer first."""
+
+    layers: tuple[Parts, ...]
+
+    @classmethod
+    def uniform(cls, parts: Parts, layers: int) -> Recomputation:
+        return cls((parts,) * layers)
+
+    def __str__(self) -> str:
+        """`18 of 30 layers kept whole, 6 with self_attn recomputed, 6 recomputed`."""
+        counts = sorted(Counter(self.layers).items(), key=lambda item: (item[0] == WHOLE, item[0] != KEPT, item[0]))
+        said = [f"{count} {_said(parts)}" for parts, count in counts]
+        first, space, rest = said[0].partition(" ")
+        return ", ".join([f"{first} of {len(self.layers)} layers{space}{rest}", *said[1:]])
+
+
+def _said(parts: Parts) -> str:
+    if parts in (WHOLE, KEPT):
+        return "recomputed" if parts == WHOLE else "kept whole"
+    return f"with {' and '.join(parts)} recomputed"
+
+
+def decoder_layers(model: nn.Module) -> dict[str, GradientCheckpointingLayer]:
+    """The layers that can be recomputed, by name; of those within one another the outermost."""
+    found: dict[str, GradientCheckpointingLayer] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, GradientCheckpointingLayer) and not inside:
+            found[name] = module
+    return found
+
+
+def parts_of(layer: nn.Module) -> Parts:
+    """The layer's children that can be recomputed by themselves.
+
+    They hold linear modules or experts. A linear module itself is none: its input is about all there is to keep.
+    """
+    return tuple(
+        name for name, child in layer.named_children()
+        if not _is_linear(child) and any(_is_linear(inner) or is_experts_module(inner) for inner in child.modules())
+    )  # fmt: skip
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, FrozenLinear) or is_linear(module)
+
+
+def choices_of(layer: nn.Module) -> list[Parts]:
+    """All that may be recomputed of a layer, from all of it to nothing."""
+    parts = parts_of(layer)
+    sizes = range(len(parts), 0, -1) if len(parts) <= _MOST_PARTS else sorted({1, len(parts)}, reverse=True)
+    return [WHOLE, *(chosen for size in sizes for chosen in combinations(parts, size)), KEPT]
+
+
+def checkpoint_layers(
+    model: PreTrainedModel,
+    recomputed: Recomputation | bool,
+    around_recomputation: Callable[[], AbstractContextManager] = nullcontext,
+) -> Recomputation:
+    """Recompute in backward what `recomputed` says, in place of what was recomputed before.
+
+    Args:
+        recomputed: of every layer; True: all layers whole, False: nothing.
+        around_recomputation: a context that is open while something is computed again.
+
+    Returns:
+        What is recomputed now.
+
+    Raises:
+        UserError: the model's code has no layers that can be recomputed.
+        ValueError: `recomputed` is of another model.
+    """
+    layers = list(decoder_layers(model).values())
+    if isinstance(recomputed, bool):
+        if recomputed and not layers:
+            raise UserError(
+                f"{model.config.model_type} has no layers that can be recomputed; set "
+                "training.gradient_checkpointing: false"
+            )
+        recomputed = Recomputation.uniform(WHOLE if recomputed else KEPT, len(layers))
+    run = partial(
+        checkpoint,
+        use_reentrant=False,
+        preserve_rng_state=_draws_random_numbers(model),
+        context_fn=lambda: (nullcontext(), around_recomputation()),
+    )
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.gradient_checkpointing = False
+        if isinstance(kept := vars(module).get("forward"), _RecomputedForward):
+            kept.take_off()
+    for layer, parts in zip(layers, recomputed.layers, strict=True):
+        if parts == WHOLE:
+            layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, run
+        for name in parts if parts != WHOLE else ():
+            _RecomputedForward(layer.get_submodule(name), run)
+    return recomputed
+
+
+class _RecomputedForward:
+    """Stands in for a module's `forward` and has what it keeps recomputed; hooks stay outside, as with whole layers."""
+
+    def __init__(self, module: nn.Module, run: Callable):
+        self.module, self.run = module, run
+        self.own = vars(module).get("forward")  # where something else has put one there already
+        self.forward = module.forward
+        module.forward = self
+
+    def __call__(self, *args, **kwargs):
+        if not self.module.training:
+            return self.forward(*args, **kwargs)
+        return self.run(partial(self.forward, **kwargs), *args)
+
+    def take_off(self) -> None:
+        if self.own is not None:
+            self.module.forward = self.own
+        else:
+            del self.module.forward
+
+
+def checkpointed_modules(model: nn.Module) -> list[nn.Module]:
+    """The layers and parts of layers that are recomputed in backward."""
+    return [
+        module for module in model.modules()
+        if isinstance(vars(module).get("forward"), _RecomputedForward)
+        or (isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing)
+    ]  # fmt: skip
+
+
+def _draws_random_numbers(model: PreTrainedModel) -> bool:
+    """Whether training drops anything, so that recomputation must draw the same numbers again."""
+    settings = model.config.get_text_config().to_dict()
+    return any(isinstance(module, nn.Dropout) and module.p for module in model.modules()) or any(
+        value for name, value in settings.items() if "dropout" in name or name.endswith("pdrop")
+    )

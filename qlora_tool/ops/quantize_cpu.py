@@ -1,0 +1,74 @@
+"""bitsandbytes' 4-bit quantization on the CPU, bit for bit, in a fifth of its time.
+
+bitsandbytes finds the code of a weight by bisection among the 15 midpoints between the 16 values of the type. Here
+[-1, 1] is cut into cells so narrow that none holds more than one midpoint: a table gives the code at the cell's lower
+end and its midpoint, and one comparison decides.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 18  # weights at a time: their fp32 copies stay in the cache
+_CELLS = 1024
+
+
+class _Table(NamedTuple):
+    """By cell: how many midpoints lie below it, uint8; the midpoint inside of it, fp32, infinity where there is none.
+    `order`: the code of each rank, uint8; None where that is the rank itself (nf4)."""
+
+    below: Tensor
+    midpoint: Tensor
+    order: Tensor | None
+
+
+def quantize_blocks(weights: Tensor, kind: str, block_size: int) -> tuple[Tensor, Tensor] | None:
+    """What `torch.ops.bitsandbytes.quantize_4bit` gives on the CPU.
+
+    Args:
+        weights: fp32, bf16 or fp16, (n,), n a multiple of the block size.
+        kind: nf4 or fp4.
+        block_size: weights that share a scale.
+
+    Returns:
+        Codes, uint8 (n/2, 1), and scales, fp32 (n/block_size,); None where a weight is no finite number.
+    """
+    table = _table(kind)
+    codes = torch.empty(weights.numel() // 2, 1, dtype=torch.uint8)
+    scales = torch.empty(weights.numel() // block_size)
+    chunk = CHUNK // block_size * block_size
+    for start in range(0, weights.numel(), chunk):
+        blocks = weights[start : start + chunk].view(-1, block_size).float()
+        largest = blocks.abs().amax(1)  # (blocks,)
+        if not largest.isfinite().all():
+            return None
+        scaled = (blocks * (1.0 / largest.clamp(min=1e-38)).unsqueeze(1)).clamp_(-1, 1).view(-1)
+        cells = _cell(scaled)
+        ranks = table.below.index_select(0, cells).add_(scaled > table.midpoint.index_select(0, cells))
+        found = ranks if table.order is None else table.order.index_select(0, ranks.int())
+        codes[start // 2 : (start + scaled.numel()) // 2, 0] = (found[::2] << 4) | found[1::2]
+        scales[start // block_size : (start + scaled.numel()) // block_size] = largest
+    return codes, scales
+
+
+def _cell(scaled: Tensor) -> Tensor:
+    """The cell of each value of [-1, 1], int32. It never falls as the value grows, which is all that counts."""
+    return ((scaled + 1) * (_CELLS / 2)).int()
+
+
+@functools.cache
+def _table(kind: str) -> _Table:
+    values, order = bnb.get_4bit_type(kind, device="cpu").sort()
+    midpoints = (values[:-1] + values[1:]) / 2
+    below, inside = torch.zeros(_CELLS + 1, dtype=torch.uint8), torch.full((_CELLS + 1,), torch.inf)
+    for cell, midpoint in zip(_cell(midpoints).tolist(), midpoints, strict=True):
+        if inside[cell] != torch.inf:
+            raise ValueError(f"{kind}: two midpoints in one cell")
+        below[cell + 1 :] += 1
+        inside[cell] = midpoint
+    return _Table(below, inside, None if order.equal(torch.arange(16)) else order.to(torch.uint8))

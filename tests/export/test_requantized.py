@@ -1,0 +1,132 @@
+"""Merged weights quantized again: transformers with bitsandbytes loads them, and what is lost is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from tiny_adapters import IDS, artifact_of, write_adapter, write_chat_base
+from tiny_ggufs import merged_of
+from tiny_models import read_tiny, relative_error
+from transformers import AutoModelForCausalLM
+
+from qlora_tool.errors import UserError
+from qlora_tool.export.requantized import UpdateLoss, write_requantized
+from qlora_tool.ops.quantized import quantize
+
+
+def requantized(folder, family="llama", *, max_shard_size=5 * 10**9, adapter=None, **changes):
+    """Export a tiny model and its adapter as NF4; the folder, what the export says, the artifact and its base."""
+    base = write_chat_base(family, folder / "base", **changes)
+    artifact = artifact_of(write_adapter(folder / "adapter", base, **(adapter or {})))
+    (folder / "nf4").mkdir()
+    said = write_requantized(artifact, merged_of(artifact, base), folder / "nf4", max_shard_size)
+    return folder / "nf4", said, artifact, base
+
+
+@torch.no_grad()
+def logits_by_bitsandbytes(folder) -> torch.Tensor:
+    # In training mode, which changes nothing without dropout: for inference bitsandbytes 0.50 multiplies in bf16 on
+    # CPUs that have it, whatever dtype it is asked for.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("llama", {}), ("llama-tied", {}), ("gpt2", {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}),
+     ("phi3", {}), ("qwen3_moe", {})],
+)  # fmt: skip
+def test_transformers_and_bitsandbytes_load_it(family, changes, tmp_path):
+    folder, said, _, _ = requantized(tmp_path, family, **changes)
+    ours = read_tiny(folder, "nf4", True) if family != "qwen3_moe" else None
+    found = logits_by_bitsandbytes(folder)
+    if ours is None:  # experts stay as they are here, while the loader would quantize them
+        assert said["unquantized_weights"] == 4 and found.isfinite().all()
+        return
+    assert relative_error(found, ours(input_ids=IDS, use_cache=False).logits) < 1e-5
+    assert said["unquantized_weights"] == 0
+
+
+@torch.no_grad()
+def test_files_hold_the_quantized_sum_and_its_loss_is_counted(tmp_path):
+    """By the definition: every weight anew from the merged one, and the update as far as it is left."""
+    folder, said, artifact, base = requantized(tmp_path)
+    read, original = read_tiny(folder, "nf4", True), read_tiny(base, "nf4", True)
+    layers = artifact.adapter.layers(torch.float32)
+    error = kept = update = 0.0
+    for name, layer in layers.items():
+        before = original.get_submodule(name).weight.dense(torch.float32)
+        delta = layer.delta(before)
+        after = quantize(before + delta, "nf4", True).dequantize()
+        torch.testing.assert_close(read.get_submodule(name).weight.dense(torch.float32), after, rtol=0, atol=0)
+        error += float((after - before - delta).square().sum())
+        kept += float(((after - before) * delta).sum())
+        update += float(delta.square().sum())
+    assert said["adapted_weights"] == len(layers) == said["quantized_weights"]
+    assert said["relative_error"] == pytest.approx((error / update) ** 0.5, rel=1e-4)
+    assert said["update_kept"] == pytest.approx(kept / update, rel=1e-4)
+
+
+def test_onto_the_original_weights_a_small_update_survives_on_average(tmp_path):
+    """Onto the dequantized ones, which lie on the values that there are, nearly nothing does."""
+    base = write_chat_base("llama", tmp_path / "base")
+    folder = write_adapter(tmp_path / "adapter", base, lora_alpha=0.02)
+    artifact = artifact_of(folder)
+    said = {}
+    for onto in ("dequantized", "original"):
+        (tmp_path / onto).mkdir()
+        merged = dataclasses.replace(merged_of(artifact, base), base=onto)
+        said[onto] = write_requantized(artifact, merged, tmp_path / onto)
+    assert abs(said["dequantized"]["update_kept"]) < 0.1
+    assert 0.7 < said["original"]["update_kept"] < 1.3
+
+
+def test_a_small_update_is_rounded_away_and_a_lossless_one_is_not():
+    loss, exact = UpdateLoss(), UpdateLoss()
+    grid = quantize(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), "nf4", False).dequantize()
+    small = torch.full_like(grid, 1e-4)
+    loss.add(quantize(grid + small, "nf4", False).dequantize(), grid + small, grid)
+    exact.add(grid + small, grid + small, grid)
+    assert loss.figures()["update_kept"] < 0.2 and loss.figures()["relative_error"] > 0.9
+    assert exact.figures() == {"relative_error": 0.0, "update_kept": 1.0, "adapted_weights": 1}
+    assert UpdateLoss().figures()["update_kept"] is None
+
+
+def test_weights_that_were_trained_whole_stay_whole(tmp_path):
+    folder, said, artifact, _ = requantized(
+        tmp_path, adapter={"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "o_proj"]}
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    whole = artifact.adapter.whole_tensors()
+    for name in ("lm_head", "model.layers.1.self_attn.o_proj"):
+        assert type(model.get_submodule(name)) is torch.nn.Linear
+        torch.testing.assert_close(model.get_submodule(name).weight, whole[f"{name}.weight"], rtol=0, atol=0)
+    assert (said["adapted_weights"], said["quantized_weights"], said["unquantized_weights"]) == (2, 12, 2)
+    assert logits_by_bitsandbytes(folder).isfinite().all()
+
+
+def test_shards_and_repetition(tmp_path):
+    folder, said, _, _ = requantized(tmp_path / "a", max_shard_size=60_000)
+    assert len(said["files"]) > 1 and said["bytes"] <= sum((folder / name).stat().st_size for name in said["files"])
+    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    assert set(index["weight_map"].values()) == set(said["files"])
+    again, _, _, _ = requantized(tmp_path / "b", max_shard_size=60_000)
+    assert [(folder / name).read_bytes() for name in said["files"]] == [
+        (again / name).read_bytes() for name in said["files"]
+    ]
+    logits_by_bitsandbytes(folder)
+
+
+def test_a_model_without_linear_modules_is_refused(tmp_path):
+    base = write_chat_base("llama", tmp_path / "base")
+    adapter = write_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    artifact = artifact_of(adapter)
+    merged = merged_of(artifact, base)
+    merged.slots = {}
+    (tmp_path / "nf4").mkdir()
+    with pytest.raises(UserError, match="bitsandbytes quantizes no weight of a llama model"):
+        write_requantized(artifact, merged, tmp_path / "nf4")

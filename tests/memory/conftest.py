@@ -1,0 +1,15 @@
+"""Predictions are held against the allocator to the byte, with PyTorch's own products: oneDNN's workspace, which no
+tracer sees on the inside, has a test of its own (tests/ops/test_products.py)."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlora_tool.ops import products
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_products():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "onednn_is_faster", lambda: False)
+        yield

@@ -1,0 +1,295 @@
+"""`gradient_checkpointing: auto`: the most that a budget allows is kept, and no more than that."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tiny_models import tiny_config
+from tiny_runs import adapter_bytes, run_config, write_model, write_rows
+
+from qlora_tool.cli import main
+from qlora_tool.config import Config, config_to_yaml, load_config, with_values
+from qlora_tool.memory import budget
+from qlora_tool.memory.budget import BudgetTooSmall, Choice, budget_of, choose, choose_for_run
+from qlora_tool.memory.measure import measure_peak
+from qlora_tool.memory.predict import BatchShape
+from qlora_tool.memory.profile import CudaTarget
+from qlora_tool.memory.recomputation_cost import Cost, Costs, flops_of, shallow_model, upgrades
+from qlora_tool.memory.trace import Call
+from qlora_tool.model.checkpointing import KEPT, WHOLE, Recomputation
+
+MB = 1_000_000
+LAYERS = 4
+SHAPE = BatchShape.full(4, 256)
+BOTH, ATTENTION, MLP = ("self_attn", "mlp"), ("self_attn",), ("mlp",)
+
+
+_costs: dict[tuple, Costs] = {}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choices are kept in a place of their own; what they are made from is found out once for all tests."""
+    monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
+    find_out = Costs.of
+
+    def costs_of(config, model_config, shape, dtype):
+        key = config.adapter.model_dump_json(), model_config.to_json_string(), shape
+        if key not in _costs:
+            _costs[key] = find_out(config, model_config, shape, dtype)
+        return _costs[key]
+
+    monkeypatch.setattr(Costs, "of", costs_of)
+
+
+def llama(layers: int = LAYERS):
+    return tiny_config("llama", num_hidden_layers=layers, max_position_embeddings=512)
+
+
+def auto(**values) -> Config:
+    return with_values(Config(), {"adapter.r": 8, "training.gradient_checkpointing": "auto", **values})
+
+
+def chosen(size: int, **values) -> Choice:
+    return choose(auto(**values), llama(), SHAPE, torch.float32, size)
+
+
+def measured(layers) -> int:
+    return measure_peak(auto(), llama(), SHAPE, torch.float32, Recomputation(tuple(layers)))
+
+
+@pytest.fixture(scope="module")
+def extremes() -> tuple[int, int]:
+    """Measured with everything recomputed, and with nothing."""
+    return measured([WHOLE] * LAYERS), measured([KEPT] * LAYERS)
+
+
+@pytest.fixture
+def costs() -> Costs:
+    return Costs.of(auto(), llama(), SHAPE, torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------- what parts cost
+
+
+def test_what_is_kept_falls_as_more_is_recomputed(extremes):
+    policies = [[KEPT] * 4, [MLP, *[KEPT] * 3], [MLP] * 4, [WHOLE, *[MLP] * 3], [*[WHOLE] * 3, MLP], [WHOLE] * 4]
+    peaks = [measured(policy) for policy in policies]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks[:-1])) == len(peaks) - 1
+    assert (peaks[-1], peaks[0]) == pytest.approx(extremes, rel=5e-3)
+    # The last layer's attention costs nothing: it is gone before another layer is computed again.
+    assert peaks[-2] == pytest.approx(peaks[-1], rel=1e-3)
+
+
+def test_kept_bytes_are_what_each_layer_adds_to_the_measured_peak(costs: Costs):
+    """A layer more that keeps this or that, somewhere in the middle."""
+    for cost in costs.layers[2]:
+        with_one = measured([KEPT, KEPT, cost.parts, KEPT])
+        kept = next(other for other in costs.layers[2] if other.parts == KEPT)
+        assert measured([KEPT] * 4) - with_one == pytest.approx(kept.kept_bytes - cost.kept_bytes, rel=0.01)
+
+
+def test_flops_of_what_is_recomputed(costs: Costs):
+    """llama of 64 × 128 with 4 heads and 2 key heads of 16: products and attention, by hand."""
+    tokens, r = SHAPE.rows * SHAPE.length, 8
+
+    def linear(inner: int, outer: int, base: int = 1) -> int:
+        return 2 * tokens * (base * inner * outer + r * inner)  # the base product, x·Aᵀ
+
+    def branch(outer: int) -> int:
+        return 2 * tokens * r * outer  # (x·Aᵀ)·Bᵀ
+
+    attention = 2 * 2 * SHAPE.rows * 4 * SHAPE.length * SHAPE.length * 16 // 2
+    qkv = linear(64, 64) + 2 * linear(64, 32) + branch(64 + 2 * 32)
+    gate_up = 2 * (linear(64, 128) + branch(128))
+    found = {cost.parts: cost.flops for cost in costs.layers[3]}
+    # What a part ends in is not recomputed, but for its x·Aᵀ where that is kept for backward.
+    rest = {"o": linear(64, 64, base=0), "down": linear(128, 64, base=0)}
+    assert found[KEPT] == 0
+    assert found[ATTENTION] in (qkv + attention, qkv + attention + rest["o"], qkv + attention + rest["o"] + branch(64))
+    assert found[MLP] in (gate_up, gate_up + rest["down"], gate_up + rest["down"] + branch(64))
+    assert found[BOTH] == found[ATTENTION] + found[MLP]
+    assert found[WHOLE] - found[BOTH] in (2 * tokens * 64 * 64, 2 * tokens * 64 * 64 + branch(64))  # o_proj
+
+
+@pytest.mark.parametrize(
+    ("operator", "shapes", "expected"),
+    [
+        ("aten::mm", ((3, 5), (5, 7)), 2 * 3 * 5 * 7),
+        ("aten::addmm", ((7,), (3, 5), (5, 7)), 2 * 3 * 5 * 7),
+        ("aten::bmm", ((2, 3, 5), (2, 5, 7)), 2 * 2 * 3 * 5 * 7),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", ((2, 4, 6, 8), (2, 4, 6, 8), (2, 4, 6, 8)),
+         2 * 2 * (2 * 4 * 6 * 6 * 8) // 2),
+        ("aten::sort", ((3, 5),), 0),
+    ],
+)  # fmt: skip
+def test_flops_of_one_call(operator, shapes, expected):
+    assert flops_of(Call(0, operator, "backward", "", True, shapes, 4, ())) == expected
+
+
+def test_the_dearest_recomputation_per_byte_is_kept_first():
+    """By hand. From A to D saves 8 a byte, which B (4 a byte, then 12) lies below; C is worse than B at more bytes."""
+    a, b, c, d = Cost(WHOLE, 10, 100), Cost(MLP, 15, 80), Cost(ATTENTION, 18, 90), Cost(KEPT, 20, 20)
+    free = Cost(BOTH, 10, 70)
+    start, steps = upgrades([[a, b, c, d], [a, b, c, d], [Cost(WHOLE, 10, 100), free, Cost(KEPT, 60, 0)]])
+    assert start == [a, a, free]  # as few bytes as all of it, and less to do
+    assert steps == [(1, d), (0, d), (2, Cost(KEPT, 60, 0))]
+    _, steps = upgrades([[a, Cost(MLP, 12, 60), d]])
+    assert steps == [(0, Cost(MLP, 12, 60)), (0, d)]  # 20 a byte, then 5
+
+
+# ------------------------------------------------------------------------------------------------- the choice
+
+
+@pytest.mark.parametrize("share", [0.3, 0.8])
+def test_the_choice_stays_within_the_budget_and_nothing_more_would(share, extremes, costs: Costs):
+    least, most = extremes
+    size = int(least + share * (most - least))
+    choice = chosen(size)
+    layers = list(choice.recomputation.layers)
+    found = measured(layers)
+    assert found <= size
+    assert choice.predicted.peak_bytes == pytest.approx(found, rel=0.01)
+    by_parts = {cost.parts: cost.kept_bytes for cost in costs.layers[1]}
+    assert size - found < by_parts[KEPT] - by_parts[WHOLE]  # no layer more fits
+    for number, parts in enumerate(layers):
+        if share == 0.8 and parts != KEPT:
+            assert measured([*layers[:number], KEPT, *layers[number + 1 :]]) > size
+
+
+def test_a_budget_for_everything_recomputes_nothing(extremes):
+    choice = chosen(2 * extremes[1])
+    assert choice.recomputation == Recomputation((KEPT,) * LAYERS)
+    assert str(choice).startswith("gradient checkpointing: 4 of 4 layers kept whole; predicted peak 0.0")
+
+
+def test_a_budget_for_nothing_is_refused_with_what_it_takes_at_least(extremes):
+    least = extremes[0]
+    assert chosen(int(1.01 * least)).predicted.peak_bytes <= 1.01 * least
+    with pytest.raises(BudgetTooSmall, match=r"0\.00 GB are given to this run \(training.max_memory\).* takes at least "
+                       rf"{least / 1e9:.2f} GB, with everything recomputed \(batches of up to 4 × 256 tokens\); lower "
+                       r"training\.per_device_train_batch_size") as caught:  # fmt: skip
+        chosen(int(0.2 * least), **{"training.max_memory": "2MB"})
+    assert caught.value.exit_code == 2
+
+
+def test_layers_of_several_kinds():
+    """A dense layer before the experts; then windows in every other layer."""
+    model_config = tiny_config("deepseek_v3", num_hidden_layers=4)
+    arguments = auto(), model_config, BatchShape.full(2, 64), torch.float32
+    roomy = choose(*arguments, 10**9)
+    assert roomy.recomputation == Recomputation((KEPT,) * 4)
+    size = roomy.predicted.peak_bytes * 3 // 4
+    choice = choose(*arguments, size)
+    assert choice.predicted.peak_bytes <= size
+    assert measure_peak(*arguments, choice.recomputation) == pytest.approx(choice.predicted.peak_bytes, rel=0.02)
+    for family, alike in (("deepseek_v3", [0, 1, 2, 2, 2, 2, 2]), ("gemma2", [0, 1, 2, 3, 2, 3, 2])):
+        shallow, names, choices, found = shallow_model(auto(), tiny_config(family, num_hidden_layers=7), torch.float32)
+        assert found == alike
+        assert shallow.num_hidden_layers == len(names) == len(choices) == max(alike) + 1
+
+
+def test_on_a_card_reserved_memory_and_context_count():
+    target = CudaTarget((8, 9), None, False)
+    arguments = auto(), llama(), SHAPE, torch.float32
+    roomy = choose(*arguments, 10**10, target)
+    assert set(roomy.recomputation.layers) == {KEPT}
+    size = roomy.predicted.needed_bytes - 1
+    choice = choose(*arguments, size, target)
+    assert choice.predicted.reserved_bytes + choice.predicted.context_bytes == choice.predicted.needed_bytes <= size
+    assert set(choice.recomputation.layers) != {KEPT}
+
+
+def test_the_choice_is_made_once(monkeypatch, extremes):
+    size = sum(extremes) // 2
+    first = chosen(size)
+
+    def refuse(*_):
+        raise AssertionError("chosen again")
+
+    monkeypatch.setattr(Costs, "of", refuse)
+    assert chosen(size, **{"training.learning_rate": 1e-5}) == first
+    for changed in ({"adapter.r": 4}, {"training.optim": "adamw_8bit"}, {"model.quantization": "int8"}):
+        with pytest.raises(AssertionError, match="chosen again"):
+            chosen(size, **changed)
+    with pytest.raises(AssertionError, match="chosen again"):
+        chosen(size + 1)
+    [file] = (budget.cache_folder() / "predictions").iterdir()
+    file.write_text("{}")
+    with pytest.raises(AssertionError, match="chosen again"):
+        chosen(size)
+
+
+def test_budgets():
+    asked = auto(**{"training.max_memory": "2GB"})
+    assert budget_of(auto(), None) is None
+    assert budget_of(asked, None) == 2 * 10**9
+    assert budget_of(asked, 10**12) == 2 * 10**9
+    assert budget_of(asked, 10**9) == budget_of(auto(), 10**9 + 10**7) == 9 * 10**8  # a margin, in steps
+
+
+# ------------------------------------------------------------------------------------------------- commands
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Config:
+    model = write_model(tmp_path / "model", num_hidden_layers=3)
+    return run_config(model, write_rows(tmp_path / "rows.jsonl"), tmp_path / "run", {
+        "training.max_steps": 2, "training.gradient_checkpointing": True, "data.packing": False,
+    })  # fmt: skip
+
+
+def cli(command: str, config: Config, *options: object):
+    file = Path(config.training.output_dir).with_suffix(".yaml")
+    file.write_text(config_to_yaml(config))
+    return CliRunner().invoke(main, [command, str(file), *map(str, options)])
+
+
+def test_a_run_within_its_budget(run: Config, tmp_path: Path):
+    """It keeps what fits, says so, and trains the same adapter as one that recomputes everything."""
+    assert cli("train", run).exit_code == 0
+    report = json.loads((tmp_path / "run" / "memory.json").read_text())
+    size = int(1.15 * report["predicted"]["peak_bytes"])
+    asked = {"training.gradient_checkpointing": "auto", "training.max_memory": size}
+    within = with_values(run, {**asked, "training.output_dir": str(tmp_path / "within")})
+    result = cli("train", within)
+    assert result.exit_code == 0, result.stderr
+    assert "gradient checkpointing: " in result.stderr and "of 3 layers" in result.stderr
+    assert adapter_bytes(tmp_path / "within") == adapter_bytes(tmp_path / "run")
+    again = load_config(str(tmp_path / "within" / "config.yaml"))
+    assert (again.training.gradient_checkpointing, again.training.max_memory) == ("auto", size)
+    found = json.loads((tmp_path / "within" / "memory.json").read_text())
+    assert report["predicted"]["peak_bytes"] < found["predicted"]["peak_bytes"] <= size
+    assert found["measured"]["peak_bytes"] <= size
+
+
+def test_a_run_that_its_budget_is_too_small_for(run: Config, tmp_path: Path):
+    result = cli("train", with_values(run, {"training.gradient_checkpointing": "auto", "training.max_memory": "1kB"}))
+    assert result.exit_code == 2
+    assert "error: 0.00 GB are given to this run (training.max_memory), but it takes at least" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_configuration_says_itself_is_not_chosen(run: Config):
+    assert choose_for_run(with_values(run, {"training.max_memory": "1kB"}), None) is None
+    assert choose_for_run(with_values(run, {"training.gradient_checkpointing": "auto"}), None) is None
+
+
+def test_profile_memory_predicts_the_choice(run: Config, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
+    run = with_values(run, {"training.gradient_checkpointing": True})
+    file = tmp_path / "profile.json"
+    assert cli("profile-memory", run, "--device", "cpu", "--json", file).exit_code == 0
+    everything = json.loads(file.read_text())["predicted"]["peak_bytes"]
+    size = int(1.3 * everything)
+    asked = with_values(run, {"training.gradient_checkpointing": "auto", "training.max_memory": size})
+    result = cli("profile-memory", asked, "--device", "cpu", "--json", file)
+    assert result.exit_code == 0, result.stderr
+    assert "gradient checkpointing: " in result.stderr
+    written = json.loads(file.read_text())
+    assert everything < written["predicted"]["peak_bytes"] <= size

@@ -1,0 +1,114 @@
+"""Peaks of deep models from shallow ones, against traces of the whole models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from qlora_tool.config import Config, with_values
+from qlora_tool.memory import extrapolate
+from qlora_tool.memory.breakdown import PHASES
+from qlora_tool.memory.extrapolate import LayerStack, estimate_peak, layer_stack, resized, timeline_on, with_layers
+from qlora_tool.memory.predict import BatchShape, predict
+
+SIZES = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 1024, "num_hidden_layers": 8,
+}  # fmt: skip
+FAMILIES = {
+    "llama": SIZES,
+    "gemma2": SIZES | {"head_dim": 16, "sliding_window": 64},
+    "mixtral": SIZES | {"num_local_experts": 4},
+    "gpt2": {"vocab_size": 512, "n_embd": 64, "n_layer": 8, "n_head": 4, "n_positions": 1024},
+}
+
+
+def made(family: str, **changes):
+    return AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
+
+
+def settings(**values) -> Config:
+    return with_values(Config(), {"training.gradient_checkpointing": True, **values})
+
+
+@pytest.mark.parametrize(
+    ("family", "checkpointing"),
+    [("llama", True), ("llama", False), ("gemma2", True), ("mixtral", False), ("gpt2", True)],
+)
+def test_the_peak_of_every_phase_is_that_of_the_whole_model(family, checkpointing):
+    config = settings(**{"training.gradient_checkpointing": checkpointing})
+    model_config, shape = made(family), BatchShape.full(2, 96)
+    found = estimate_peak(config, model_config, shape, torch.float32)
+    assert max(found.traced_layers) < 8
+    whole = timeline_on(predict(config, made(family), shape, torch.float32), "cpu").breakdown()
+    assert found.peak_bytes == pytest.approx(whole.peak_bytes, rel=1e-5)
+    for phase in PHASES:
+        assert found.phase_peak_bytes[phase] == pytest.approx(whole.phase_peak_bytes[phase], rel=1e-4), phase
+    assert model_config.num_hidden_layers == 8  # left as it was
+
+
+def test_weights_are_those_of_the_whole_model():
+    config = settings(**{"model.quantization": "none"})
+    found = estimate_peak(config, made("llama"), BatchShape.full(1, 32), torch.float32)
+    # By hand, a layer: q and o 64 x 64, k and v 64 x 32, gate, up and down 64 x 128, in bf16; two norms of 64 in fp32
+    layer = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + 4 * 2 * 64
+    # r = 16 on each of them, fp32: 16 (in + out)
+    adapters = 4 * 16 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+    outside = 2 * 2 * 512 * 64 + 4 * 64
+    rope = 2 * 4 * 8  # inverse frequencies, and as they were first
+    batch = 8 * (2 * 32 + 2 * 31) + 4  # token ids, positions, places and targets of labels; the loss so far
+    assert found.weights_bytes == 8 * (layer + adapters) + outside + rope + batch
+
+
+@pytest.mark.parametrize("segments", [None, (300,)])
+def test_long_batches_are_drawn_out_of_shorter_ones(monkeypatch, segments):
+    monkeypatch.setattr(extrapolate, "LONG_BATCH", 1024)
+    family, shape = "llama", BatchShape.full(2, 1300)
+    if segments:  # a mask of length x length, and scores
+        family, shape = "gemma2", BatchShape(2, 1300, 2600, segments=(1300,))
+    model_config = made(family, num_hidden_layers=1, max_position_embeddings=4096)
+    found = estimate_peak(settings(), model_config, shape, torch.float32)
+    whole = timeline_on(predict(settings(), model_config, shape, torch.float32), "cpu").peak_bytes
+    assert found.peak_bytes == pytest.approx(whole, rel=2e-3)
+
+
+def test_what_is_asked_twice_is_traced_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(extrapolate, "predict", lambda *args: calls.append(args) or predict(*args))
+    model_config, shape = made("llama", vocab_size=300), BatchShape.full(1, 32)
+    first = estimate_peak(settings(), model_config, shape, torch.float32)
+    again = settings(**{"training.learning_rate": 1e-5, "data.max_length": 77})  # which no trace depends on
+    assert estimate_peak(again, made("llama", vocab_size=300), shape, torch.float32) == first
+    assert len(calls) == 2
+    assert estimate_peak(settings(**{"adapter.r": 32}), model_config, shape, torch.float32) != first
+    assert estimate_peak(settings(), made("llama", vocab_size=400), shape, torch.float32) != first
+
+
+def test_layers_that_repeat_by_pattern_and_those_that_come_first():
+    gemma3 = AutoConfig.for_model("gemma3_text", **{**SIZES, "num_hidden_layers": 26, "head_dim": 16})
+    stack = layer_stack(gemma3)
+    assert (stack.path, stack.first, stack.period) == ("model.layers", 0, 6)
+    assert stack.traced == (8, 14)  # 26 = 8 mod 6: the last layer is of the same kind in all of them
+    experts = AutoConfig.for_model("qwen3_moe", **{
+        **SIZES, "num_hidden_layers": 12, "num_experts": 4, "moe_intermediate_size": 64, "mlp_only_layers": [0, 1],
+    })  # fmt: skip
+    stack = layer_stack(experts)
+    assert (stack.first, stack.period, stack.traced) == (2, 1, (4, 6))
+    assert LayerStack(5, "model.layers", 0, 2).traced == (5,)  # 3 and 5 layers would be no less
+    assert LayerStack(8, "model.layers", 0, 2).traced == (4, 6)
+
+
+def test_fewer_layers_keep_what_is_listed_for_each():
+    gemma3 = AutoConfig.for_model("gemma3_text", **{**SIZES, "num_hidden_layers": 12, "head_dim": 16})
+    cut = with_layers(gemma3, 7)
+    assert cut.num_hidden_layers == 7
+    assert cut.layer_types == gemma3.layer_types[:7]
+    assert with_layers(made("gpt2"), 3).n_layer == 3
+
+
+def test_another_size_of_the_same_kind_of_batch():
+    assert resized(BatchShape.full(2, 100), 4, 50) == BatchShape.full(4, 50)
+    half = BatchShape(2, 100, 100, padded=True)
+    assert resized(half, 1, 40) == BatchShape(1, 40, 20, padded=True)
+    assert resized(BatchShape(2, 100, 150, segments=(60, 40)), 2, 200) == BatchShape(2, 200, 300, segments=(200,))

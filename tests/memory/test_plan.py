@@ -1,0 +1,215 @@
+"""What fits, held against what the allocator counts."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import BertConfig, LlamaConfig
+
+from qlora_tool.config import Config, load_config, with_values
+from qlora_tool.errors import UserError
+from qlora_tool.memory.breakdown import Breakdown
+from qlora_tool.memory.classify import timeline
+from qlora_tool.memory.measure import measure_peak
+from qlora_tool.memory.plan import Change, Plan, change_that_fits, plan, relative_speed, render_plan
+from qlora_tool.memory.plan_length import longest_length
+from qlora_tool.memory.predict import BatchShape, predict
+
+MIB = 2**20
+FEW = {
+    "adapter.r": [{"adapter.r": 8}, {"adapter.r": 16}],
+    "model.quantization": [{"model.quantization": "none"}],  # not what is asked for, which has a row all the same
+    "training.optim": [{"training.optim": "adamw"}],
+}
+
+
+def tiny(**changes) -> LlamaConfig:
+    sizes = {
+        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
+    }  # fmt: skip
+    return LlamaConfig(**{**sizes, **changes})
+
+
+def asked(**values) -> Config:
+    few = {"training.per_device_train_batch_size": 2, "data.max_length": 256, "adapter.r": 8}
+    return with_values(Config(), {**few, "training.gradient_checkpointing": True, **values})
+
+
+def measured(config: Config, length: int, layers: int = 1) -> int:
+    shape = BatchShape.full(config.training.per_device_train_batch_size, length)
+    return measure_peak(config, tiny(num_hidden_layers=layers), shape, torch.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_options() -> Iterator[None]:
+    """A table of few rows, so that the tests take seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qlora_tool.memory.plan.BATCH_SIZES", (4,))
+        patch.setattr("qlora_tool.memory.plan._ALTERNATIVES", FEW)
+        yield
+
+
+@pytest.fixture(scope="module")
+def roomy() -> Plan:
+    return plan(asked(), tiny(), 8 * MIB, torch.float32)
+
+
+KEPT = {"training.gradient_checkpointing": False}
+LAYERS = 3  # so that checkpointing saves something
+
+
+@pytest.fixture(scope="module")
+def with_and_without() -> tuple[int, int]:
+    """What a step takes with checkpointing, and without."""
+    return measured(asked(), 256, LAYERS), measured(asked(**KEPT), 256, LAYERS)
+
+
+@pytest.fixture(scope="module")
+def tight(with_and_without: tuple[int, int]) -> Plan:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qlora_tool.memory.plan.BATCH_SIZES", ())
+        return plan(asked(**KEPT), tiny(num_hidden_layers=LAYERS), sum(with_and_without) // 2, torch.float32)
+
+
+def test_the_longest_rows_measure_under_the_limit_and_a_tenth_more_over(roomy):
+    assert roomy.fits
+    ((key, length),) = roomy.longest.settings.items()
+    assert key == "data.max_length"
+    assert roomy.longest.confirmed
+    assert 256 < length < 2048
+    assert measured(asked(), length) <= 8 * MIB
+    assert measured(asked(), round(1.1 * length)) > 8 * MIB
+    assert roomy.longest.peak_bytes == pytest.approx(measured(asked(), length), rel=0.01)
+
+
+def test_each_row_of_the_table_is_as_long_as_fits(roomy):
+    rows = [option for option in roomy.options if option.group == "length" and 0 < option.length < 2048]
+    assert len(rows) == 4
+    checked = [option for option in rows if option.rows == 4]
+    assert {option.settings["training.gradient_checkpointing"] for option in checked} == {True, False}
+    for option in checked:
+        config = with_values(asked(), option.settings)
+        assert measured(config, option.length) <= 8 * MIB
+        assert measured(config, round(1.1 * option.length) + 1) > 8 * MIB
+
+
+def test_what_does_not_fit_gets_one_line_that_makes_it_fit(tight, with_and_without):
+    assert not tight.fits
+    assert tight.line == "--set training.gradient_checkpointing=true"
+    assert tight.change.confirmed
+    assert (tight.change.peak_bytes, tight.asked.peak_bytes) == pytest.approx(with_and_without, rel=0.01)
+    assert tight.change.peak_bytes < tight.usable_bytes < tight.asked.peak_bytes
+
+
+def predicted(config: Config, shape: BatchShape) -> Breakdown:
+    return timeline(predict(config, tiny(), shape, torch.float32)).breakdown()
+
+
+def change(config: Config, limit: int, rows: int = 2, **more) -> Change | None:
+    shape = BatchShape.full(rows, 256)
+    return change_that_fits(config, tiny(), limit, torch.float32, "cpu", shape, predicted(config, shape), **more)
+
+
+def test_the_next_in_line_where_checkpointing_is_on():
+    """The 8-bit optimizer, should that do, else fewer rows."""
+    needed = {rows: measured(asked(**{"training.per_device_train_batch_size": rows}), 256) for rows in (1, 2)}
+    found = change(asked(), limit := (needed[1] + needed[2]) // 2)
+    assert found.settings in (
+        {"training.optim": "adamw_8bit"},
+        {"training.per_device_train_batch_size": 1, "training.gradient_accumulation_steps": 2},
+    )
+    assert measured(with_values(asked(), found.settings), 256) <= limit < needed[2]
+    assert not found.confirmed
+    assert found.peak_bytes == pytest.approx(measured(with_values(asked(), found.settings), 256), rel=0.01)
+    # The line is one that the command line reads.
+    overrides = found.line.removeprefix("--set ").split(" --set ")
+    changed = load_config("llama-2-7b-24gb", overrides)
+    for key, value in found.settings.items():
+        section, name = key.split(".")
+        assert getattr(getattr(changed, section), name) == value
+
+
+def test_an_odd_number_of_rows_is_taken_one_at_a_time():
+    config = asked(**{"training.per_device_train_batch_size": 3, "training.gradient_accumulation_steps": 5})
+    found = change(config, measured(asked(**{"training.per_device_train_batch_size": 1}), 256) * 5 // 4, rows=3)
+    assert found.settings == {"training.per_device_train_batch_size": 1, "training.gradient_accumulation_steps": 15}
+
+
+def test_a_search_stops_in_time():
+    with pytest.raises(TimeoutError):
+        change(asked(), MIB, seconds=-1)
+
+
+def test_no_change_where_nothing_fits():
+    assert change(asked(), MIB // 8) is None
+
+
+def test_a_budget_below_the_weights():
+    found = plan(asked(), tiny(), MIB // 8, torch.float32)
+    assert (found.fits, found.line) == (False, "")
+    assert found.weights_bytes > found.usable_bytes
+    assert found.misses_by == found.smallest_bytes - MIB // 8
+    assert all(option.length == 0 for option in found.options if option.group == "length")
+    assert "the weights alone take" in printed(found)
+
+
+def test_the_margin_is_kept_free(roomy):
+    kept = plan(asked(), tiny(), 10 * MIB, torch.float32, margin=0.2, confirm=False)
+    assert kept.usable_bytes == 8 * MIB
+    assert kept.longest.settings == roomy.longest.settings
+
+
+def test_a_model_that_cannot_be_traced():
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(UserError, match="no causal language model"):
+        plan(asked(), BertConfig(**sizes), MIB, torch.float32)
+
+
+def test_checkpointing_costs_a_pass():
+    with_it, without = asked(), asked(**{"training.gradient_checkpointing": False})
+    assert relative_speed(without, with_it) == 1.5  # 3 passes for 2
+    assert relative_speed(with_it, without) == pytest.approx(2 / 3)
+    assert relative_speed(asked(**{"adapter.r": 64}), with_it) == 1
+
+
+def printed(found: Plan) -> str:
+    stream = io.StringIO()
+    render_plan(found, Console(file=stream, width=80, no_color=True))
+    return stream.getvalue()
+
+
+def test_a_table_for_80_columns_that_ends_with_the_line_to_copy(roomy, tight):
+    for found in (roomy, tight):
+        lines = printed(found).rstrip().splitlines()
+        assert lines[-1] == found.line
+        assert max(map(len, lines)) <= 80
+        marked = [line.split()[0] for line in lines if line.endswith("asked for")]
+        assert marked == ["r=8", "quantization=nf4", "optim=adamw"]
+    assert "it fits" in printed(roomy)
+    assert "it does not fit by" in printed(tight)
+
+
+@pytest.mark.parametrize("slope", [0.0, 900.0, 40_000.0])
+@pytest.mark.parametrize("start", [64, 700, 4096])
+@pytest.mark.parametrize("limit", [600_000, 2_000_000, 3_333_333, 50_000_000])
+def test_the_search_finds_the_longest_length(limit, start, slope):
+    def needed(length: int) -> int:
+        return max(500_000 + 1000 * length, 200_000 + 1500 * length, 3 * length**2 // 10)
+
+    looks = []
+    found, _ = longest_length(
+        lambda length: looks.append(length) or needed(length), limit, 64, 4096, start=start, slope=slope
+    )
+    best = max((length for length in range(64, 4097) if needed(length) <= limit), default=0)
+    assert needed(found) <= limit
+    assert found <= best <= max(found + 63 if found >= 640 else found + 7, found * 1.1)
+    assert len(looks) <= 12
+
+
+def test_the_search_knows_when_nothing_fits():
+    assert longest_length(lambda length: 1000 + length, 1000, 64, 4096, start=2048)[0] == 0

@@ -1,0 +1,184 @@
+"""What is recomputed in backward: the same gradients whatever it is, and nothing that nobody needs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tiny_models import tokens, write_tiny
+
+from qlora_tool.adapters.attach import attach
+from qlora_tool.config import AdapterConfig
+from qlora_tool.errors import UserError
+from qlora_tool.model.causal_lm import CausalLM
+from qlora_tool.model.checkpointing import (
+    KEPT,
+    WHOLE,
+    Recomputation,
+    checkpointed_modules,
+    choices_of,
+    decoder_layers,
+    parts_of,
+)
+from qlora_tool.model.layers import FrozenWeight
+from qlora_tool.model.load import Quantization, load_base
+from qlora_tool.model.source import read_model_config
+from qlora_tool.ops.loss import linear_cross_entropy
+
+BOTH, ATTENTION, MLP = ("self_attn", "mlp"), ("self_attn",), ("mlp",)
+
+
+def adapted(family: str, folder, dropout: float = 0.0):
+    """A tiny model with adapters whose B is not zero, in training."""
+    write_tiny(family, folder)
+    quantization = Quantization("nf4", False)
+    module = load_base(folder, read_model_config(folder), quantization, torch.device("cpu"), torch.float32)
+    adapters = attach(module, AdapterConfig(r=4, lora_dropout=dropout), torch.float32, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for layer in adapters.layers.values():
+        layer.lora_B.data.copy_(0.1 * torch.randn(layer.lora_B.shape, generator=generator))
+    module.train()
+    return CausalLM(module, folder, quantization, torch.float32), adapters
+
+
+def gradients(model, adapters) -> list[torch.Tensor]:
+    """Of one pass, with the same random numbers each time."""
+    torch.manual_seed(3)
+    for parameter in adapters.parameters():
+        parameter.grad = None
+    ids = tokens(2, 12)
+    hidden = model.module.base_model(input_ids=ids, use_cache=False)[0].flatten(0, 1)
+    linear_cross_entropy(hidden, ids.flatten(), model.project).backward()
+    return [parameter.grad for parameter in adapters.parameters()]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt2", "opt", "phi", "deepseek_v3"])
+def test_gradients_are_the_same_whatever_is_recomputed(family, dropout, tmp_path):
+    model, adapters = adapted(family, tmp_path, dropout)
+    model.checkpoint_layers(False)
+    expected = gradients(model, adapters)
+    assert all(gradient.abs().max() > 0 for gradient in expected)
+    layers = list(decoder_layers(model.module).values())
+    for first in choices_of(layers[0]):
+        for second in choices_of(layers[1]):
+            model.checkpoint_layers(Recomputation((first, second)))
+            found = gradients(model, adapters)
+            assert all(map(torch.equal, found, expected)), (first, second)
+
+
+@pytest.mark.parametrize(
+    ("family", "parts"),
+    [("llama", BOTH), ("mixtral", BOTH), ("gpt2", ("attn", "mlp")), ("opt", ATTENTION),
+     ("gpt_neox", ("attention", "mlp"))],
+)  # fmt: skip
+def test_parts_are_found_by_what_they_hold(family, parts, tmp_path):
+    """OPT's fc1 and fc2 are linear modules of the layer itself: recomputing one alone would save nothing."""
+    model, _ = adapted(family, tmp_path)
+    layer, _ = decoder_layers(model.module).values()
+    assert parts_of(layer) == parts
+    choices = choices_of(layer)
+    assert choices[0] == WHOLE and choices[-1] == KEPT
+    assert len(choices) == len(set(choices)) == 1 + 2 ** len(parts)
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        # Of all that a layer computes, only what its last product gives is not needed in backward.
+        (WHOLE, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}),
+        # What a part gives is kept, so neither is o_proj's.
+        (BOTH, {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}),
+        (ATTENTION, {"q_proj", "k_proj", "v_proj"}),
+        (MLP, {"gate_proj", "up_proj"}),
+        (KEPT, set()),
+    ],
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])  # fused, and not
+def test_no_product_is_recomputed_that_nobody_needs(parts, expected, dropout, tmp_path, monkeypatch):
+    model, adapters = adapted("llama", tmp_path, dropout)
+    recomputing, asked, dense = [], Counter(), FrozenWeight.dense
+    names = {module: name.removesuffix(".weight").rpartition(".")[2] for name, module in model.module.named_modules()
+             if isinstance(module, FrozenWeight)}  # fmt: skip
+
+    @contextmanager
+    def around():
+        recomputing.append(True)
+        try:
+            yield
+        finally:  # recomputation ends early, by an exception
+            recomputing.pop()
+
+    def counted(self, *rest):
+        asked.update([names[self]] if recomputing else [])
+        return dense(self, *rest)
+
+    monkeypatch.setattr(FrozenWeight, "dense", counted)
+    model.checkpoint_layers(Recomputation.uniform(parts, 2), around)
+    gradients(model, adapters)
+    assert asked == dict.fromkeys(expected, 2)
+    assert not recomputing
+
+
+def test_another_policy_takes_the_place_of_the_one_before(tmp_path):
+    model, _ = adapted("llama", tmp_path)
+    layers = list(decoder_layers(model.module).values())
+    before = [dict(vars(module)) for module in model.module.modules()]
+    model.checkpoint_layers(Recomputation((BOTH, WHOLE)))
+    assert checkpointed_modules(model.module) == [layers[0].self_attn, layers[0].mlp, layers[1]]
+    model.checkpoint_layers(Recomputation((WHOLE, MLP)))
+    assert model.checkpointed_layers() == [layers[0], layers[1].mlp]
+    assert model.recomputation == Recomputation((WHOLE, MLP))
+    model.checkpoint_layers(True)
+    assert model.checkpointed_layers() == layers
+    model.checkpoint_layers(False)
+    assert model.checkpointed_layers() == []
+    assert model.recomputation == Recomputation((KEPT, KEPT))
+    for module, earlier in zip(model.module.modules(), before, strict=True):
+        assert vars(module).get("forward") is earlier.get("forward")  # a fused one is there again
+
+
+def test_nothing_is_recomputed_in_evaluation(tmp_path):
+    model, _ = adapted("llama", tmp_path)
+
+    def refuse():
+        raise AssertionError("checkpointed")
+
+    model.checkpoint_layers(Recomputation((BOTH, ATTENTION)), refuse)
+    with pytest.raises(AssertionError, match="checkpointed"):
+        model.module(input_ids=tokens(1, 4))
+    model.module.eval()
+    model.module(input_ids=tokens(1, 4))
+
+
+def test_a_model_without_layers_to_recompute(tmp_path):
+    model, _ = adapted("llama", tmp_path)
+    model.module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model.module.config = read_model_config(tmp_path)
+    with pytest.raises(
+        UserError, match=r"llama has no layers that can be recomputed; set .*gradient_checkpointing: false"
+    ):
+        model.checkpoint_layers(True)
+    model.checkpoint_layers(False)
+    assert model.recomputation == Recomputation(())
+
+
+def test_a_policy_of_another_depth_is_refused(tmp_path):
+    model, _ = adapted("llama", tmp_path)
+    with pytest.raises(ValueError, match="shorter"):
+        model.checkpoint_layers(Recomputation((WHOLE,)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ((KEPT,) * 3, "3 of 3 layers kept whole"),
+        ((WHOLE,) * 3, "3 of 3 layers recomputed"),
+        ((WHOLE, WHOLE, MLP, BOTH, KEPT),
+         "1 of 5 layers kept whole, 1 with mlp recomputed, 1 with self_attn and mlp recomputed, 2 recomputed"),
+    ],
+)  # fmt: skip
+def test_a_policy_in_words(layers, expected):
+    assert str(Recomputation(layers)) == expected
