@@ -16,7 +16,13 @@ from qlora_tool.ops.products import matmul
 
 
 class WeightHandle(Protocol):
-    """Whatever can give a frozen weight: kept on the device, in 4 bits, or elsewhere."""
+    """Whatever can give a frozen weight: kept on the device, in 4 bits, or elsewhere.
+
+    Attributes:
+        shape: (out, in), or (experts, out, in).
+    """
+
+    shape: tuple[int, ...]
 
     def dense(self, dtype: torch.dtype, expert: int | None = None) -> Tensor:
         """The weight (out, in) in `dtype`; of one expert where there are several."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from qlora_tool.ops.linear import WeightHandle
 from qlora_tool.ops.products import matmul
 
-CHUNK_ROWS = 256  # rows of logits at a time: 50 MB of fp32 for a vocabulary of 50 thousand
+CHUNK_BYTES, CHUNK_ROWS = 32 * 2**20, 128  # of fp32 logits at a time; and rows at least, which fill a product
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def linear_cross_entropy(
     project: Callable[[Tensor], Tensor],
     *,
     label_smoothing: float = 0.0,
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_rows: int | None = None,
 ) -> Tensor:
     """The sum over rows of the cross-entropy of `project(hidden)` against `labels`.
 
@@ -52,11 +52,12 @@ def linear_cross_entropy(
         project: hidden (n, hidden) → logits (n, vocabulary), differentiable in its input. Parameters of its own get no
             gradient this way: where they are trained, take the cross-entropy of whole logits.
         label_smoothing: share of the target spread evenly over the vocabulary.
-        chunk_rows: rows of logits made at a time.
+        chunk_rows: rows of logits made at a time, 128 by default.
 
     Returns:
         A scalar in fp32.
     """
+    chunk_rows = chunk_rows or CHUNK_ROWS
     if torch.is_grad_enabled() and hidden.requires_grad:
         return _ChunkedLoss.apply(hidden, labels, project, label_smoothing, chunk_rows)
     total = hidden.new_zeros((), dtype=torch.float32)
@@ -99,7 +100,7 @@ def frozen_cross_entropy(
     *,
     transform: LogitsTransform = LogitsTransform(),
     label_smoothing: float = 0.0,
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_rows: int | None = None,
 ) -> Tensor:
     """The sum over rows of the cross-entropy of transform(hidden·Wᵀ + b) against `labels`.
 
@@ -110,11 +111,12 @@ def frozen_cross_entropy(
         bias: (vocabulary,), frozen, or None.
         transform: what the family does to its logits.
         label_smoothing: share of the target spread evenly over the vocabulary.
-        chunk_rows: rows of logits made at a time.
+        chunk_rows: rows of logits made at a time; by default 32 MiB of them, or 128 rows where that is more.
 
     Returns:
         A scalar in fp32.
     """
+    chunk_rows = chunk_rows or max(CHUNK_ROWS, CHUNK_BYTES // (4 * weight.shape[0]))
     return _FrozenLoss.apply(hidden, labels, weight, bias, transform, label_smoothing, chunk_rows)
 
 

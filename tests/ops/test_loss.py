@@ -114,7 +114,7 @@ class Handle:
     """A frozen projection that counts how often it is asked for."""
 
     def __init__(self, weight):
-        self.weight, self.asked = weight, 0
+        self.weight, self.shape, self.asked = weight, tuple(weight.shape), 0
 
     def dense(self, dtype, expert=None):
         self.asked += 1
