@@ -103,7 +103,8 @@ class QuantizedTensor:
             return torch.stack([self.expert(index).dequantize(dtype) for index in range(self.shape[0])])
         if self.kind == "int8":
             codes, scales = (self.codes, self.scales) if rows is None else (self.codes[rows], self.scales[rows])
-            return (codes * scales.unsqueeze(-1) * INT8_STEP).to(dtype)
+            # In place: the same roundings as code × scale × step, in one pass of memory instead of three.
+            return codes.to(torch.float32).mul_(scales.unsqueeze(-1)).mul_(INT8_STEP).to(dtype)
         return self._dequantize_4bit(dtype, rows)
 
     def _dequantize_4bit(self, dtype: torch.dtype, rows: slice | None) -> Tensor:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+EPOCHS_LOOKED_AT = 10  # for the largest batch
+
 
 @dataclass
 class Run:
@@ -85,10 +87,15 @@ class StepPlan:
             total = math.ceil(config.training.num_train_epochs * steps_per_epoch)
         return cls(config, lengths, steps_per_epoch, total)
 
+    @property
+    def epochs(self) -> float:
+        """How often the data is gone through."""
+        return self.total_steps / self.steps_per_epoch
+
     def steps(self, done: int) -> Iterator[list[list[list[int]]]]:
         """The micro-batches (rows of example indices) of every step after the first `done`."""
         size = self.config.training.gradient_accumulation_steps
-        for epoch in range(done // self.steps_per_epoch, math.ceil(self.total_steps / self.steps_per_epoch)):
+        for epoch in range(done // self.steps_per_epoch, math.ceil(self.epochs)):
             batches = _epoch(self.config, self.lengths, epoch)
             for index in range(self.steps_per_epoch):
                 step = epoch * self.steps_per_epoch + index
@@ -168,15 +175,17 @@ def train(
 
 
 def _largest_batch(config: Config, data: RunData) -> Batch:
-    """Of the first epoch, the batch whose tensor has the most tokens."""
+    """Of all epochs, the batch whose tensor has the most tokens; each epoch deals the rows anew."""
     lengths, examples = data.train.lengths, data.train.examples
+    epochs = math.ceil(StepPlan.of(config, lengths).epochs)
     packing, padding_free = config.data.packing, config.data.padding_free
 
     def size(rows: list[list[int]]) -> int:
         tokens = [sum(lengths[index] for index in row) for row in rows]
         return sum(tokens) if padding_free and not packing else len(tokens) * max(tokens)
 
-    chosen = [[examples[index] for index in row] for row in max(_epoch(config, lengths, 0), key=size)]
+    batches = (batch for epoch in range(min(epochs, EPOCHS_LOOKED_AT)) for batch in _epoch(config, lengths, epoch))
+    chosen = [[examples[index] for index in row] for row in max(batches, key=size)]
     return collate(chosen, pad_token_id=data.pad_token_id, packing=packing, padding_free=padding_free)
 
 
