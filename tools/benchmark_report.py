@@ -115,7 +115,8 @@ def show(results: Mapping[str, Any]) -> None:
     for name, ratio in results["ratios"].items():
         speed = ratio["speed"] or {}
         rows.append((name, *(_shown(speed.get(key), ".3f") for key in ("median", "min", "max")),
-                     _shown(ratio["memory"], ".3f"), _shown(ratio["curve"], ".3%")))  # fmt: skip
+                     _shown(ratio["memory"], ".3f"),
+                     _shown(ratio["curve"] if losses_compare(results["lanes"]) else None, ".3%")))  # fmt: skip
     show_table(rows)
     for name, lane in results["lanes"].items():
         if "error" in lane:
@@ -139,6 +140,11 @@ def show(results: Mapping[str, Any]) -> None:
         print(f"{word}: {verdict['figure']} of {verdict['of']}: {found}; {bound} {verdict['limit']:,.4g} is asked for")
 
 
+def losses_compare(lanes: Mapping[str, Any]) -> bool:
+    """Whether each lane trains a model of its own: where one goes through several lanes, its losses tell nothing."""
+    return len({lane["side"] for lane in lanes.values()}) == len(lanes)
+
+
 def _shown(value: float | None, form: str, scale: float = 1.0) -> str:
     return "-" if value is None else f"{value * scale:{form}}"
 
@@ -159,8 +165,9 @@ def plot(results: Mapping[str, Any], file: Path) -> None:
             middle = statistics.median(each)
             speeds.bar(place, middle, color=colors[name],
                        yerr=[[middle - min(each)], [max(each) - middle]], capsize=4)  # fmt: skip
-            curves.plot(range(1, len(lane["losses"]) + 1), lane["losses"], color=colors[name], label=name,
-                        linestyle="--" if place else "-")  # fmt: skip
+            if losses_compare(lanes):
+                curves.plot(range(1, len(lane["losses"]) + 1), lane["losses"], color=colors[name], label=name,
+                            linestyle="--" if place else "-")  # fmt: skip
         _bar_by_category(memory, place, lane, colors[name])
     for axes in (speeds, memory):
         axes.set_xticks(range(len(lanes)), list(lanes), rotation=20, ha="right")
@@ -168,8 +175,11 @@ def plot(results: Mapping[str, Any], file: Path) -> None:
     speeds.set(ylabel="tokens/s (padding left out)", title="Speed: median, slowest, fastest step")
     memory.set(ylabel="MB of tensors", title="Memory at the peak of a step")
     curves.set(xlabel="step", ylabel="loss before the step", title="Loss")
-    curves.legend(fontsize=8)
-    curves.grid(alpha=0.3)
+    if losses_compare(lanes):
+        curves.legend(fontsize=8)
+        curves.grid(alpha=0.3)
+    else:
+        curves.set_axis_off()
     handles, labels = memory.get_legend_handles_labels()
     if handles:
         unique = dict(zip(labels, handles, strict=True))
