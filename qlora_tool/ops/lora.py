@@ -56,7 +56,7 @@ class LoraPart:
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation and its derivative: `gradient(grad, input)`."""
+    """An activation and its derivative: `gradient(grad, input)`, which may write over `grad`."""
 
     name: str
     function: Callable[[Tensor], Tensor]
@@ -66,13 +66,18 @@ class Activation:
 def _gelu(approximate: str) -> Activation:
     return Activation(
         f"gelu {approximate}", lambda x: torch.nn.functional.gelu(x, approximate=approximate),
-        lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate=approximate),
+        lambda grad, x: torch.ops.aten.gelu_backward.grad_input(grad, x, approximate=approximate, grad_input=grad),
     )  # fmt: skip
 
 
-ACTIVATIONS = (
-    Activation("silu", torch.nn.functional.silu, torch.ops.aten.silu_backward), _gelu("none"), _gelu("tanh"),
-)  # fmt: skip
+def _silu() -> Activation:
+    return Activation(
+        "silu", torch.nn.functional.silu,
+        lambda grad, x: torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad),
+    )  # fmt: skip
+
+
+ACTIVATIONS = (_silu(), _gelu("none"), _gelu("tanh"))
 
 
 # ---------------------------------------------------------------------------------------------- one input, any outputs
@@ -233,10 +238,9 @@ class _LoraGated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        kept = ctx.kept.saved_tensors
-        dx, trained = _gated_gradients(
-            *kept, grad.contiguous(), ctx.parts, ctx.activation, ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
-        )
+        x, z, *inner = ctx.kept.saved_tensors
+        needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        dx, trained = _gated_gradients(x, z, inner, grad.contiguous(), ctx.parts, ctx.activation, needs_x, needs)
         return dx, None, None, None, None, *trained
 
 
@@ -258,11 +262,10 @@ class _LoraGatedTiles(torch.autograd.Function):
         dx = torch.empty_like(x) if needs_x else None
         sums: list[Tensor | None] = [None] * len(needs)  # in fp32: many tiles would round a 16-bit sum many times
         for rows in _tiles(x, ctx.tile):
-            made = _outputs(x[rows], z[rows], ctx.parts[:2])
+            inner = _outputs(x[rows], z[rows], ctx.parts[:2])
             of_x, trained = _gated_gradients(
-                x[rows], z[rows], *made, grad[rows].contiguous(), ctx.parts, ctx.activation, needs_x, needs
+                x[rows], z[rows], inner, grad[rows].contiguous(), ctx.parts, ctx.activation, needs_x, needs
             )
-            del made
             if needs_x:
                 dx[rows] = of_x
             sums = [new if new is None else new.float() if old is None else old.add_(new)
@@ -279,10 +282,16 @@ def _gated_output(h: Tensor, down: LoraPart) -> Tensor:
 
 
 def _gated_gradients(
-    x: Tensor, z: Tensor, gated: Tensor, upped: Tensor, grad: Tensor, parts: Sequence[LoraPart],
-    activation: Activation, needs_x: bool, needs: Sequence[bool],
+    x: Tensor, z: Tensor, inner: list[Tensor], grad: Tensor, parts: Sequence[LoraPart], activation: Activation,
+    needs_x: bool, needs: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
-    """The gradient of x (None where not needed), and of A, B and bias of gate, up and down."""
+    """The gradient of x (None where not needed), and of A, B and bias of gate, up and down.
+
+    Args:
+        inner: gate(x) and up(x); the list is emptied, so that they are gone when they are of no more use.
+    """
+    gated, upped = inner
+    inner.clear()
     *parts, down = parts
     active = activation.function(gated)
     h = active * upped
@@ -291,7 +300,7 @@ def _gated_gradients(
     dh = _input_gradient(dz, [grad], [down])
     d_up = active.mul_(dh)
     d_gate = activation.gradient(dh.mul_(upped), gated)
-    del dh
+    del dh, gated, upped
     grads = [d_gate, d_up]
     dz, of_parts = _adapter_gradients(x, z, grads, parts, needs[:6])
     return _input_gradient(dz, grads, parts) if needs_x else None, [*of_parts, *of_down]
