@@ -96,9 +96,6 @@ def _report(result: dict[str, Any], proof: Any) -> list[str]:
              f"{result['seconds']:.0f} s"]  # fmt: skip
     if form == "safetensors":
         lines.append(f"dtype {dtype}: {result['dtype_reason']}")
-    if loss := result.get("requantization"):
-        lines.append(f"of the update {loss['update_kept']:.1%} is left after quantizing again, with an error of "
-                     f"{loss['relative_error']:.2g} of its size")  # fmt: skip
     if proof is None:
         return [*lines, f"not verified: {result['verification']['left_out']}"]
     return lines + proof.lines() + [f"warning: {line}" for line in proof.warnings()]

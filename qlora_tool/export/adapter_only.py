@@ -18,15 +18,14 @@ from torch import Tensor
 from qlora_tool.adapters.peft_files import CONFIG_NAME, PREFIX, WEIGHTS_NAME, StoredAdapter
 from qlora_tool.artifacts import base_folder
 from qlora_tool.errors import UserError
+from qlora_tool.export.beside import TOKENIZER_FILES, copy_files
 from qlora_tool.files import write_json
 from qlora_tool.model.tensor_files import TensorSpec, write_tensors
 
 if TYPE_CHECKING:
     from qlora_tool.artifacts import Artifact
 
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
-                    "chat_template.jinja", "chat_templates")  # fmt: skip
-_PEFT_METHODS = ("lora", "dora")
+PEFT_METHODS = ("lora", "dora")
 
 
 def write_adapter(artifact: Artifact, folder: Path, portable: bool) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def write_adapter(artifact: Artifact, folder: Path, portable: bool) -> dict[str,
     base = base_name(artifact)
     facts: dict[str, Any] = {"method": stored.method, "layers": len(stored.layers(torch.float32)), "base": base}
     if portable:
-        if stored.method not in _PEFT_METHODS:
+        if stored.method not in PEFT_METHODS:
             raise UserError(
                 f"--format adapter-portable: PEFT has no adapter that computes what {stored.method} does; choose "
                 "--format safetensors, which merges it"
@@ -57,9 +56,7 @@ def write_adapter(artifact: Artifact, folder: Path, portable: bool) -> dict[str,
     else:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             shutil.copyfile(stored.folder / name, folder / name)
-    for path in sorted({path for pattern in _TOKENIZER_FILES for path in stored.folder.glob(pattern)}):
-        copy = shutil.copytree if path.is_dir() else shutil.copyfile
-        copy(path, folder / path.name)
+    copy_files(stored.folder, TOKENIZER_FILES, folder)
     if rows := _new_rows(artifact):
         facts["resize_token_embeddings"] = rows
     return facts

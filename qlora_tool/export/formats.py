@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_tool.artifacts import Artifact
+from qlora_tool.export.beside import MODEL_FILES, TOKENIZER_FILES, copy_files, write_config
 from qlora_tool.export.merge import MergedModel
 from qlora_tool.export.shards import write_shards
 from qlora_tool.export.staging import Staging
-from qlora_tool.files import write_json
-
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
-                    "chat_template.jinja", "chat_templates")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,8 +68,8 @@ class Format:
 def _write_safetensors(job: Job, staging: Staging) -> dict[str, Any]:
     specs = [spec for group in job.merged.specs() for spec in group]
     files = write_shards(staging, specs, job.merged.stream_from, job.max_shard_size)
-    _write_config(job, staging.folder)
-    copy_beside(job, staging.folder)
+    write_config(job.merged, staging.folder)
+    _copy_beside(job, staging.folder)
     return {"files": files, "bytes": sum(spec.nbytes for spec in specs)}
 
 
@@ -82,24 +77,9 @@ def _merged_bytes(job: Job) -> int:
     return sum(spec.nbytes for group in job.merged.specs() for spec in group)
 
 
-def _write_config(job: Job, folder: Path) -> None:
-    """The base's config.json with the new dtype and without a word of quantization."""
-    raw = json.loads((job.base_folder / "config.json").read_text(encoding="utf-8"))
-    dropped = ("quantization_config", "torch_dtype", "_name_or_path")
-    config = {key: value for key, value in raw.items() if key not in dropped}
-    config["dtype"] = str(job.merged.default_dtype).removeprefix("torch.")
-    if job.merged.unties:
-        config["tie_word_embeddings"] = False
-    write_json(folder / "config.json", config)
-
-
-def copy_beside(job: Job, folder: Path) -> None:
-    """Generation settings and code from the base, and the tokenizer with its chat template."""
-    beside = (job.base_folder, ("generation_config.json", "*.py", "LICENSE*"))
-    for source, patterns in (beside, (job.tokenizer_folder, _TOKENIZER_FILES)):
-        for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
-            copy = shutil.copytree if path.is_dir() else shutil.copyfile
-            copy(path, folder / path.name)
+def _copy_beside(job: Job, folder: Path) -> None:
+    copy_files(job.base_folder, MODEL_FILES, folder)
+    copy_files(job.tokenizer_folder, TOKENIZER_FILES, folder)
 
 
 def _write_gguf(job: Job, staging: Staging) -> dict[str, Any]:
@@ -131,7 +111,7 @@ def _write_requantized(job: Job, staging: Staging) -> dict[str, Any]:
     from qlora_tool.export.requantized import write_requantized
 
     facts = write_requantized(job.artifact, job.merged, staging.folder, job.max_shard_size)
-    copy_beside(job, staging.folder)
+    _copy_beside(job, staging.folder)
     written = {key: facts.pop(key) for key in ("files", "bytes")}
     return written | {"requantization": facts}
 
@@ -172,7 +152,7 @@ def _files_of(folder: Path) -> dict[str, Any]:
 FORMATS: dict[str, Format] = {
     "safetensors": Format(_write_safetensors, _merged_bytes, has_dtype=True, auto_dtype=True, is_model=True),
     "gguf": Format(_write_gguf, _gguf_bytes, _check_gguf),
-    "nf4": Format(_write_requantized, _requantized_bytes, has_dtype=True),
+    "nf4": Format(_write_requantized, _requantized_bytes, has_dtype=True, is_model=True),
     "adapter": Format(_write_adapter(portable=False), _adapter_bytes),
     "adapter-portable": Format(_write_adapter(portable=True), lambda job: 4 * _adapter_bytes(job)),
 }

@@ -75,8 +75,7 @@ class MergedModel:
         self.layers = self.adapter.layers(torch.float32) if self.adapter else {}
         self.whole = self.adapter.whole_tensors() if self.adapter else {}
         if self.adapter:
-            refuse_misfit(self.adapter, self.layers, _linear_shapes(self.skeleton))
-            self._refuse_misfit_whole()
+            self._refuse_misfit()
         self._parameters = {name for name, _ in self.skeleton.named_parameters(remove_duplicate=False)}
         self._biases = _bias_deltas(self.layers, self.source)
         self.names, self._twins = list(self.source.names), {}
@@ -90,19 +89,27 @@ class MergedModel:
         """What the files count as: the dtype of most of them."""
         return self.dtype or self.stored_dtype
 
-    def _refuse_misfit_whole(self) -> None:
-        faults = []
+    def _refuse_misfit(self) -> None:
+        """Refuse an adapter for another base in one line: how much of it does not fit, and the first that does not."""
+        stored, shapes, faults = self.adapter, _linear_shapes(self.skeleton), []
+        for name, layer in self.layers.items():
+            try:
+                refuse_misfit(stored, {name: layer}, shapes)
+            except UserError as fault:
+                faults.append(fault.lines[0].removeprefix(f"{stored.folder}: "))
         for name, tensor in self.whole.items():
-            expected = self.source.shapes.get(name)
+            found, expected = tuple(tensor.shape), self.source.shapes.get(name)
             if expected is None:
-                faults.append(f"{self.adapter.folder}: replaces {name}, which is no tensor of this model")
-            elif tuple(tensor.shape) != expected:
-                faults.append(
-                    f"{self.adapter.folder}: replaces {name} with one of shape {tuple(tensor.shape)}, but it is "
-                    f"{expected} in this model; the base has to be the one that was trained, added tokens included"
-                )
+                faults.append(f"replaces {name}, which is no tensor of this model")
+            elif found != expected:
+                faults.append(f"replaces {name} with one of shape {found}, but it is {expected} in this model")
         if faults:
-            raise UserError(faults)
+            parts = len(self.layers) + len(self.whole)
+            trained_on = f", {stored.base}," if stored.base else ""
+            raise UserError(
+                f"{stored.folder}: not for the base {self.checkpoint.folder}: {len(faults)} of its {parts} parts do "
+                f"not fit, the first {faults[0]}; name the base that it was trained on{trained_on} with --model"
+            )
 
     def _tie(self, target: str, origin: str) -> None:
         """Of two tied tensors a file holds one, either of the two, until an adapter changes one of them alone."""

@@ -12,6 +12,7 @@ import yaml
 
 from qlora_tool import __version__
 from qlora_tool.artifacts import Artifact
+from qlora_tool.export.adapter_only import PEFT_METHODS
 from qlora_tool.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -33,7 +34,13 @@ ollama create {name} -f Modelfile
 ollama run {name}
 ```
 
-With transformers, which turns it back into full weights:
+With llama.cpp:
+
+```
+llama-cli -m {folder}/{file} -p "{prompt}"
+```
+
+With transformers, which turns it back into full weights (`pip install gguf`):
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -45,9 +52,9 @@ _ADAPTER = """```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{base}"{quantized})
-model = PeftModel.from_pretrained(base, "{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained("{base}"{revision}{quantized})
+{resized}model = PeftModel.from_pretrained(base, "{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
 ```"""
 
 
@@ -63,7 +70,7 @@ def model_card(
         chat: whether the tokenizer has a chat template.
         proof: how the files compare with the live model; None where nobody asked.
     """
-    base = artifact.model.name_or_path
+    base = result["base"] if _format(result).startswith("adapter") else artifact.model.name_or_path
     licence = _licence(base_folder)
     sections = [
         f"---\n{yaml.safe_dump(_header(artifact, licence, result), sort_keys=False)}---",
@@ -105,10 +112,28 @@ def _exported(result: dict[str, Any]) -> str:
 def _load(artifact: Artifact, result: dict[str, Any], chat: bool) -> str:
     folder, kind = result["output_dir"], _format(result)
     if kind == "gguf":
-        return _GGUF.format(folder=folder, name=Path(folder).name.lower(), file=result["files"][0])
+        prompt = "Hello" if chat else "Once upon a time"
+        return _GGUF.format(folder=folder, name=Path(folder).name.lower(), file=result["files"][0], prompt=prompt)
     if kind.startswith("adapter"):
-        return _ADAPTER.format(folder=folder, base=artifact.model.name_or_path, quantized=_as_trained(artifact))
-    return _PIPELINE.format(folder=folder, call=_CHAT if chat else _TEXT)
+        return _load_adapter(artifact, result)
+    needed = "It takes `pip install bitsandbytes accelerate`.\n\n" if kind == "nf4" else ""
+    return needed + _PIPELINE.format(folder=folder, call=_CHAT if chat else _TEXT)
+
+
+def _load_adapter(artifact: Artifact, result: dict[str, Any]) -> str:
+    folder, base, rows = result["output_dir"], result["base"], result.get("resize_token_embeddings")
+    if artifact.adapter.method not in PEFT_METHODS:
+        command = f"qlora-tool generate {folder} --prompt Hello"
+        return f"PEFT knows no {artifact.adapter.method} adapters:\n\n```\n{command}\n```"
+    revision = artifact.model.revision
+    return _ADAPTER.format(
+        folder=folder,
+        base=base,
+        tokenizer=folder if (artifact.adapter.folder / "tokenizer_config.json").exists() else base,
+        revision=f', revision="{revision}"' if revision and not Path(base).is_dir() else "",
+        quantized=_as_trained(artifact),
+        resized=f"base.resize_token_embeddings({rows})  # for the tokens that were added\n" if rows else "",
+    )
 
 
 def _as_trained(artifact: Artifact) -> str:
@@ -125,13 +150,14 @@ def _as_trained(artifact: Artifact) -> str:
 def _verification(proof: Proof | None) -> list[str]:
     if proof is None:
         return []
-    if proof.left_out is not None:
-        return ["## Verification", f"Left out: {proof.left_out}."]
     about = (
         "The files, loaded by plain transformers, against the quantized base with its adapter, as it was trained. Both "
-        "multiply in float32; KL(trained ‖ exported) is of the next token's distribution, in nats."
+        "multiply in float32; KL(trained ‖ exported) is of the next token's distribution."
     )
-    return ["## Verification", about, _table(proof.table()), *proof.warnings()]
+    if proof.left_out is not None:
+        about = f"Left out: {proof.left_out}."
+    table = [_table(facts)] if (facts := proof.table()) else []
+    return ["## Verification", about, *table, *proof.warnings()]
 
 
 def _quantization(artifact: Artifact) -> str:
@@ -166,33 +192,32 @@ def _facts(artifact: Artifact, result: dict[str, Any]) -> list[tuple[str, Any]]:
     if not _format(result).startswith("adapter"):
         rounded = "quantized to nf4 again" if _format(result) == "nf4" else f"rounded once to {result['dtype']}"
         facts += [("merged onto", f"the {result['base']} base, added in float32, {rounded}"),
-                  ("why this dtype", result.get("dtype_reason") or None), _requantized(result)]  # fmt: skip
+                  ("why this dtype", result.get("dtype_reason") or None)]  # fmt: skip
     if artifact.run is not None:
         facts += [*_training(artifact), *_losses(artifact.adapter.folder.parent),
                   *_memory(artifact.adapter.folder.parent)]  # fmt: skip
     return [(name, value) for name, value in facts if value is not None]
 
 
-def _requantized(result: dict[str, Any]) -> tuple[str, Any]:
-    loss = result.get("requantization")
-    left = f"{loss['update_kept']:.1%}, with an error of {loss['relative_error']:.2g} of its size" if loss else None
-    return "left of the update", left
-
-
 def _training(artifact: Artifact) -> list[tuple[str, Any]]:
     data, training = artifact.run.data, artifact.run.training
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    clipped = f"gradients clipped at a norm of {training.max_grad_norm}" if training.max_grad_norm else "no clipping"
     evaluation = data.eval if not isinstance(data.eval, dict) else ", ".join(data.eval.values())
     return [
         ("data", data.train),
         ("evaluation data", evaluation),
         ("trained on", "the answers" if data.train_on == "completion" else "every token"),
         ("rows a step", f"{rows}, of up to {data.max_length} tokens{', packed' if data.packing else ''}"),
-        ("learning rate", f"{training.learning_rate}, {training.lr_scheduler_type}, warm-up {training.warmup_steps}"),
-        ("optimizer", f"{training.optim}, weight decay {training.weight_decay}, gradients cut at a norm of "
-                      f"{training.max_grad_norm or 'infinity'}"),
+        ("learning rate", f"{training.learning_rate}, {training.lr_scheduler_type}, warm-up over "
+                          f"{_warm_up(training.warmup_steps)}"),
+        ("optimizer", f"{training.optim}, weight decay {training.weight_decay}, {clipped}"),
         ("seed", training.seed),
     ]  # fmt: skip
+
+
+def _warm_up(steps: float) -> str:
+    return f"{steps:.0%} of the steps" if 0 < steps < 1 else f"{steps:g} steps"
 
 
 def _losses(run: Path) -> list[tuple[str, Any]]:
@@ -205,7 +230,7 @@ def _losses(run: Path) -> list[tuple[str, Any]]:
     return [
         ("steps", records[-1]["step"]),
         ("training loss", f"{records[0]['loss']:.3f} → {records[-1]['loss']:.3f}"),
-        ("evaluation loss", f"{evaluated[-1]:.3f}" if evaluated else None),
+        ("evaluation loss", f"{evaluated[-1]:.3f}, all evaluation rows" if evaluated else None),
     ]
 
 

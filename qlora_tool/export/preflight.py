@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -53,21 +54,36 @@ def refuse_inputs(output: Path, inputs: Mapping[str, Path]) -> None:
             raise UserError(f"{output}: holds {what}, which is merged; give another --output-dir")
 
 
-def refuse_changed_base(artifact: Artifact, folder: Path) -> None:
+def refuse_changed_base(artifact: Artifact, folder: Path) -> str | None:
     """Refuse a base whose weights are others than those that the adapter was trained on; where the command line names
-    the base, warn."""
+    the base, return what to warn of."""
     trained_on = ((artifact.adapter.provenance or {}).get("base") or {}).get("files")
     if not trained_on:
-        return
+        return None
     files = [file.name for file in Checkpoint(folder).files]
     hashes = file_hashes(folder)
     changed = [name for name in files if hashes[name] != trained_on.get(name)]
     if not changed:
-        return
+        return None
     found = f"{folder}: {', '.join(changed[:3])} not as when {artifact.name} was trained on it (SHA-256 differs)"
     if not artifact.base_named:
         raise UserError(f"{found}; bring the old files back, or name a base with --model to merge onto it all the same")
-    logger.warning("%s; merging onto it all the same, as --model names it", found)
+    return f"{found}; merging onto it all the same, as --model names it"
+
+
+def finer_base(artifact: Artifact, folder: Path) -> bool:
+    """Whether the base's files hold finer weights than the 4-bit values that were trained against."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return artifact.model.quantization in ("nf4", "fp4") and not config.get("quantization_config")
+
+
+def warn_of_rounding_away(artifact: Artifact, folder: Path, base: str) -> None:
+    """Say before the work starts what `--format nf4` does to weights that lie on 4-bit values already."""
+    if base == "dequantized" and finer_base(artifact, folder):
+        logger.warning(
+            "--format nf4 --base dequantized: rounds to 4 bits again what lies on 4-bit values already, and most of "
+            "the update away with it (SmolLM2-135M: under 1 % of it is kept); --base original keeps more (98 %)"
+        )
 
 
 def refuse_full_disk(output: Path, needed: int, there: int) -> None:

@@ -55,6 +55,10 @@ class Update:
     kept: float
     error: float
 
+    def __str__(self) -> str:
+        size = f"{self.error:.2g} times" if self.error >= 1 else f"{self.error * 100:.2g}% of"
+        return f"{self.kept:.2%}, with a rounding error of {size} its size"
+
 
 @dataclass(frozen=True)
 class Proof:
@@ -64,8 +68,9 @@ class Proof:
         base, dtype: of the files.
         rows: what both models were shown.
         agreement, update: the figures; None where there are none.
-        left_out: why verification was left out, else None.
+        left_out: why verification was left out, else None. `update` may be known all the same.
         failed: whether it was left out because the files could not be run.
+        finer_base: whether `--base original` would merge onto finer weights than the 4-bit values trained against.
     """
 
     base: str
@@ -75,44 +80,48 @@ class Proof:
     update: Update | None = None
     left_out: str | None = None
     failed: bool = False
+    finer_base: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; figures in four digits, which do not change from one run to the next."""
-        if self.left_out is not None:
-            return {"left_out": self.left_out}
-        figures = {key: _rounded(value) for key, value in asdict(self.agreement).items()}
-        update = {key: _rounded(value) for key, value in asdict(self.update).items()} if self.update else None
-        return {"left_out": None, "rows": self.rows, **figures, "update": update, "warnings": self.warnings()}
+        figures: dict[str, Any] = {"left_out": self.left_out}
+        if self.agreement:
+            figures |= {"rows": self.rows, **{key: _rounded(value) for key, value in asdict(self.agreement).items()}}
+        if self.agreement or self.update:
+            update = {key: _rounded(value) for key, value in asdict(self.update).items()} if self.update else None
+            figures |= {"update": update, "warnings": self.warnings()}
+        return figures
 
     def lines(self) -> list[str]:
         """For the terminal."""
+        kept = [f"  update kept {self.update}"] if self.update else []
         if self.left_out is not None:
-            return [f"not verified: {self.left_out}"]
+            return [f"not verified: {self.left_out}", *kept]
         found = self.agreement
         lines = [
-            f"verified against the live model on {found.tokens:,} tokens of {self.rows}",
-            f"  KL {found.mean_kl:.2g} on average, {found.worst_kl:.2g} at worst; the same likeliest token at "
-            f"{found.argmax_agreement:.2%}",
+            f"{'compared with' if self.warnings() else 'verified against'} the trained model (quantized base with its "
+            f"adapter) on {found.tokens:,} tokens of {self.rows}",
+            f"  KL divergence {found.mean_kl:.2g} nats on average, {found.worst_kl:.2g} at worst (0: the same); the "
+            f"same likeliest token at {found.argmax_agreement:.2%}",
         ]
-        losses = [f"{live:.4f} live, {exported:.4f} exported ({of})" for live, exported, of in self._losses()]
+        losses = [f"{live:.4f} trained, {exported:.4f} exported ({of})" for live, exported, of in self._losses()]
         if losses:
             lines.append(f"  loss {'; '.join(losses)}")
-        if self.update:
-            lines.append(f"  of the update {self.update.kept:.2%} is in the files, with an error of "
-                         f"{self.update.error:.2g} of its size")  # fmt: skip
-        return lines
+        return lines + kept
 
     def table(self) -> list[tuple[str, str]]:
         """For the model card."""
-        found = self.agreement
-        facts = [
-            ("rows", f"{found.tokens} tokens of {self.rows}"),
-            ("KL, mean and worst", f"{found.mean_kl:.2g}, {found.worst_kl:.2g}"),
-            ("same likeliest token", f"{found.argmax_agreement:.2%}"),
-        ]
-        facts += [(f"loss, {of}", f"{live:.4f} live, {exported:.4f} exported") for live, exported, of in self._losses()]
+        facts = []
+        if found := self.agreement:
+            facts += [
+                ("rows", f"{found.tokens:,} tokens of {self.rows}"),
+                ("KL divergence", f"{found.mean_kl:.2g} nats on average, {found.worst_kl:.2g} at worst"),
+                ("same likeliest token", f"{found.argmax_agreement:.2%}"),
+                *((f"loss, {of}", f"{live:.4f} trained, {exported:.4f} exported")
+                  for live, exported, of in self._losses()),
+            ]  # fmt: skip
         if self.update:
-            facts.append(("update kept", f"{self.update.kept:.2%}, error {self.update.error:.2g} of its size"))
+            facts.append(("update kept", str(self.update)))
         return facts
 
     def _losses(self) -> list[tuple[float, float, str]]:
@@ -123,33 +132,38 @@ class Proof:
 
     def warnings(self) -> list[str]:
         """What is bad about the figures, each with the better choice."""
-        found = self.agreement
-        if found is None:
-            return [self.left_out] if self.failed else []
-        faults = []
-        if not found.mean_kl <= MEAN_KL:  # no number at all is bad too
+        found, faults = self.agreement, []
+        if found and not found.mean_kl <= MEAN_KL:  # no number at all is bad too
             faults.append(f"mean KL {found.mean_kl:.2g} (above {MEAN_KL:g})")
-        if not found.argmax_agreement >= ARGMAX_AGREEMENT:
+        if found and not found.argmax_agreement >= ARGMAX_AGREEMENT:
             faults.append(f"the same likeliest token at {found.argmax_agreement:.1%} (below {ARGMAX_AGREEMENT:.0%})")
         if self.update and not self.update.error <= UPDATE_ERROR:
-            faults.append(f"an error of {self.update.error:.2g} of the update's size (above {UPDATE_ERROR:g})")
+            faults.append(f"a rounding error of {self.update.error:.2g} times the update's size (above "
+                          f"{UPDATE_ERROR:g})")  # fmt: skip
+        failed = [self.left_out] if self.failed else []
         if not faults:
-            return []
-        return [f"the exported model is not quite the one that was trained: {', '.join(faults)}; {self._better()}"]
+            return failed
+        found = "the exported model is not quite the one that was trained"
+        if self.update and self.dtype in KINDS:
+            found = f"update kept {self.update.kept:.1%} through rounding to {self.dtype} again"
+        return [*failed, f"{found}: {', '.join(faults)}; {self._better()}"]
 
     def _better(self) -> str:
+        if self.dtype in KINDS:
+            original = "--base original keeps more of it, " if self.finer_base and self.base == "dequantized" else ""
+            return f"{original}--format safetensors keeps all of it"
         if self.base == "original":
             return "--base dequantized merges onto the weights that were trained against"
         if self.dtype == "bfloat16":
             return "--dtype float16 rounds eight times finer, where the values fit; --dtype float32 does not round"
-        if self.dtype in KINDS:
-            return "--format safetensors keeps what rounding to few bits again loses"
         if self.dtype == "float16":
             return "--dtype float32 does not round"
         return "no other choice would be closer: please report this with the model's family"
 
 
-def prove(artifact: Artifact, folder: Path, *, base: str, data: str | None = None, max_tokens: int = 5000) -> Proof:
+def prove(
+    artifact: Artifact, folder: Path, rows: tuple[Sequence[Example], str], *, base: str, max_tokens: int = 5000
+) -> Proof:
     """Hold the files of `folder`, in plain transformers, against the live quantized base with its adapter.
 
     Products run in fp32 on both sides, so that what differs is what the files were rounded to. The live model comes
@@ -158,21 +172,18 @@ def prove(artifact: Artifact, folder: Path, *, base: str, data: str | None = Non
     Args:
         artifact: what was exported.
         folder: weights, config.json and tokenizer, complete.
+        rows: to compare on, and what to call them, or why there are none; see `find_rows`.
         base: what it was merged onto, `dequantized` or `original`.
-        data: rows to compare on; None: see `find_rows`.
         max_tokens: of these rows.
-
-    Raises:
-        UserError: `data` cannot be read.
     """
     dtype = _stored_as(folder)
-    examples, source = find_rows(artifact, data)
+    examples, source = rows
     if not examples:
         return Proof(base, dtype, left_out=source)
     try:
         if shortage := _shortage(artifact):
             return Proof(base, dtype, left_out=shortage)
-        live, update, rows = _live(artifact, folder, examples, max_tokens)
+        live, update, chosen = _live(artifact, folder, examples, max_tokens)
     except ToolError as error:  # the base is gone by now, say: the files are good all the same
         return Proof(base, dtype, left_out=str(error))
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -181,7 +192,7 @@ def prove(artifact: Artifact, folder: Path, *, base: str, data: str | None = Non
     try:
         with exported_model(folder, choose_device(artifact.model.device), artifact.model.trust_remote_code) as exported:
             exported.chunked_loss = not live.whole_logits
-            agreement = compare(live, predict(exported, rows), rows)
+            agreement = compare(live, predict(exported, chosen), chosen)
     except Exception as error:  # whatever transformers meets in the files: that is what there is to be told
         logger.debug("verification failed", exc_info=True)
         return Proof(base, dtype, left_out=f"plain transformers failed on the files: {error!r}", failed=True)

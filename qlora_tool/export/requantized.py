@@ -9,7 +9,6 @@ and returned.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +18,9 @@ import torch
 from torch import Tensor
 
 from qlora_tool.errors import UserError
-from qlora_tool.files import write_json
+from qlora_tool.export.beside import write_config
 from qlora_tool.model.names import SaveGroup
-from qlora_tool.model.tensor_files import INDEX_NAME, TensorSpec, shard_name, shards, write_tensors
+from qlora_tool.model.tensor_files import TensorSpec, shard_name, shards, write_index, write_tensors
 from qlora_tool.ops.quantized import quantize, to_disk
 
 if TYPE_CHECKING:
@@ -179,7 +178,7 @@ def write_requantized(
         )
     specs = writer.specs()
     files = _write_shards(specs, writer.tensors(), folder, max_shard_size)
-    _write_config(merged, folder, quantized, double_quant)
+    write_config(merged, folder, _settings(merged, quantized, double_quant))
     return {
         "files": files,
         "bytes": sum(spec.nbytes for spec in specs),
@@ -197,28 +196,18 @@ def _write_shards(
     for name, shard in zip(names, cut, strict=True):
         stream = (tensor for _, tensor in zip(shard, tensors, strict=False))
         write_tensors(folder / name, shard, stream, {"format": "pt"})
-    if len(cut) > 1:
-        weight_map = {spec.name: name for name, shard in zip(names, cut, strict=True) for spec in shard}
-        total = {"total_size": sum(spec.nbytes for spec in specs)}
-        write_json(folder / INDEX_NAME, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
+    write_index(folder, names, cut)
     return names
 
 
-def _write_config(merged: MergedModel, folder: Path, quantized: set[str], double_quant: bool) -> None:
+def _settings(merged: MergedModel, quantized: set[str], double_quant: bool) -> dict[str, Any]:
+    """config.json's `quantization_config`."""
     from transformers import BitsAndBytesConfig
 
-    raw = json.loads((merged.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
-    dropped = ("quantization_config", "torch_dtype", "_name_or_path")
-    config = {key: value for key, value in raw.items() if key not in dropped}
-    config["dtype"] = str(merged.default_dtype).removeprefix("torch.")
-    if merged.unties:
-        config["tie_word_embeddings"] = False
-    settings = BitsAndBytesConfig(
+    return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=KIND, bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=merged.default_dtype, llm_int8_skip_modules=_plain_linears(merged, quantized),
-    )  # fmt: skip
-    config["quantization_config"] = settings.to_dict()
-    write_json(folder / "config.json", config)
+    ).to_dict()  # fmt: skip
 
 
 def _plain_linears(merged: MergedModel, quantized: set[str]) -> list[str]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from qlora_tool.export.staging import GrowingFile, Staging
-from qlora_tool.files import write_json
-from qlora_tool.model.tensor_files import _DTYPE_NAMES, INDEX_NAME, TensorSpec, read_header, shard_name, shards
+from qlora_tool.model.tensor_files import (
+    TensorSpec,
+    encoded_header,
+    read_header,
+    shard_name,
+    shards,
+    tensor_bytes,
+    write_index,
+)
 
 
 def write_shards(
@@ -45,10 +50,7 @@ def write_shards(
                 _write_rest(file, shard[written:], stream)
             _check(staging.folder / name, shard)
         first += len(shard)
-    if len(cut) > 1:
-        weight_map = {spec.name: name for name, shard in zip(names, cut, strict=True) for spec in shard}
-        metadata = {"total_size": sum(spec.nbytes for spec in specs)}
-        write_json(staging.folder / INDEX_NAME, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+    write_index(staging.folder, names, cut)
     return names
 
 
@@ -57,7 +59,7 @@ def _write_rest(file: GrowingFile, specs: Sequence[TensorSpec], stream: Iterator
     with ThreadPoolExecutor(1) as writer:
         writing: Future | None = None
         for spec in specs:
-            data = _bytes_of(spec, *next(stream))
+            data = tensor_bytes(spec, *next(stream))
             if writing is not None:
                 writing.result()
             writing = writer.submit(file.write, data)
@@ -67,7 +69,7 @@ def _write_rest(file: GrowingFile, specs: Sequence[TensorSpec], stream: Iterator
 
 def _written(file: GrowingFile, shard: Sequence[TensorSpec]) -> int:
     """How many tensors of the shard are in the file; writes the header where there is none yet."""
-    header = _header(shard)
+    header = encoded_header(shard, {"format": "pt"})
     if file.size == 0:
         file.write(header)
     position, count = len(header), 0
@@ -77,24 +79,6 @@ def _written(file: GrowingFile, shard: Sequence[TensorSpec]) -> int:
     if position != file.size:  # it is saved after whole tensors alone
         raise ValueError(f"a shard that ends in the middle of a tensor, at {file.size} bytes")
     return count
-
-
-def _header(shard: Sequence[TensorSpec]) -> bytes:
-    """The beginning of a safetensors file, as `tensor_files.write_tensors` writes it."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for spec in shard:
-        offsets = [offset, offset := offset + spec.nbytes]
-        header[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the data begins on 8 bytes
-    return len(encoded).to_bytes(8, "little") + encoded
-
-
-def _bytes_of(spec: TensorSpec, name: str, tensor: Tensor) -> memoryview:
-    if (name, tensor.dtype, tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
-        raise ValueError(f"announced {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}")
-    return memoryview(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
 
 
 def _check(file: Path, shard: Sequence[TensorSpec]) -> None:

@@ -67,14 +67,20 @@ class Rows:
         return len(self.targets)
 
 
-def choose_rows(examples: Sequence[Example], max_tokens: int) -> Rows:
-    """The first examples that together have `max_tokens` tokens, the last one cut to that."""
+def first_examples(examples: Sequence[Example], max_tokens: int) -> list[Example]:
+    """Those that together have `max_tokens` tokens, the last one cut to that."""
     chosen, left = [], max_tokens
     for example in examples:
         if left <= 0:
             break
         chosen.append(replace(example, input_ids=example.input_ids[:left], labels=example.labels[:left]))
         left -= len(example.input_ids)
+    return chosen
+
+
+def choose_rows(examples: Sequence[Example], max_tokens: int) -> Rows:
+    """The first examples, of `max_tokens` tokens together, in batches."""
+    chosen = first_examples(examples, max_tokens)
     batches: list[list[Example]] = []
     for example in sorted(chosen, key=lambda example: len(example.input_ids)):  # the longest of a batch comes last
         if not batches or (len(batches[-1]) + 1) * len(example.input_ids) > BATCH_TOKENS:

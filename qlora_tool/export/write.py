@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,13 @@ from qlora_tool.export.formats import FORMATS, Job
 from qlora_tool.export.merge import MergedModel
 from qlora_tool.export.model_card import model_card
 from qlora_tool.export.preflight import (
+    finer_base,
     refuse_changed_base,
     refuse_full_disk,
     refuse_inputs,
     refuse_no_adapter,
     refuse_taken,
+    warn_of_rounding_away,
 )
 from qlora_tool.export.staging import Staging, staged_folder, written_so_far
 from qlora_tool.files import sha256, write_json, write_text
@@ -34,6 +37,7 @@ from qlora_tool.model.source import read_model_config
 from qlora_tool.model.tensor_files import Checkpoint
 
 if TYPE_CHECKING:
+    from qlora_tool.data.tokenize import Example
     from qlora_tool.export.proof import Proof
 
 logger = logging.getLogger(__name__)
@@ -77,7 +81,8 @@ def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> d
         under `proof` (None where none was asked for).
 
     Raises:
-        UserError: nothing to merge, an existing folder, an adapter for another base, values beyond the dtype.
+        UserError: nothing to merge, an existing folder, an adapter for another base, rows that cannot be read, values
+            beyond the dtype.
         MachineError: not enough space, known before the first byte.
     """
     started = time.perf_counter()
@@ -86,14 +91,19 @@ def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> d
     refuse_taken(output, options.overwrite)
     folder = base_folder(artifact)
     refuse_inputs(output, {"the base": folder, "the adapter": artifact.adapter.folder})
-    refuse_changed_base(artifact, folder)
+    rows = _rows(artifact, options)
+    changed = refuse_changed_base(artifact, folder)
     job = _job(artifact, folder, output, options)
+    if changed:  # told only now: an adapter that does not fit at all is one line
+        logger.warning(changed)
     form = FORMATS[options.format]
     form.check(job)
     place = output.resolve()
     inputs = _inputs(artifact, folder, options)
     _choose(job.merged, _choices(job, options)[0], options)
     refuse_full_disk(output, form.nbytes(job), written_so_far(place, inputs))
+    if options.format == "nf4":
+        warn_of_rounding_away(artifact, folder, options.base)
     with staged_folder(place, inputs) as staging:
         choice, written = _write(job, options, staging)
         staging.keep = True
@@ -105,7 +115,7 @@ def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> d
             "base": options.base,
             **written,
         }
-        proof = _prove(artifact, staging, options)
+        proof = _proof(artifact, folder, staging, options, rows, result)
         result["verification"] = proof.as_dict() if proof else {"left_out": _no_proof(options)}
         write_json(staging.folder / "qlora_tool.json", _provenance(artifact, options, result))
         write_json(staging.folder / "export.json", _report(artifact, folder, options, result))
@@ -127,12 +137,12 @@ def _job(artifact: Artifact, folder: Path, output: Path, options: ExportOptions)
     quantization = Quantization(artifact.model.quantization, artifact.model.double_quant)
     merged = MergedModel(
         build_skeleton(read_model_config(folder, trust), trust), Checkpoint(folder), quantization, artifact.adapter,
-        options.base, kept=_kept(folder, quantization) if options.base == "dequantized" else None,
+        options.base, kept=find_kept(folder, quantization) if options.base == "dequantized" else None,
     )  # fmt: skip
     return Job(output.resolve().name, artifact, folder, merged, options.max_shard_size, options.gguf_type)
 
 
-def _kept(folder: Path, quantization: Quantization) -> Checkpoint | None:
+def find_kept(folder: Path, quantization: Quantization) -> Checkpoint | None:
     """The quantized base that a run kept, whatever it multiplied in: the codes are the same."""
     found = (kept_base(folder, quantization, dtype) for dtype in (torch.bfloat16, torch.float32, torch.float16))
     return next((kept for kept in found if kept is not None), None)
@@ -184,18 +194,47 @@ def _all_unfit(merged: MergedModel) -> list[Unfit]:
     return sorted(found, key=lambda fault: -fault.largest)
 
 
-def _prove(artifact: Artifact, staging: Staging, options: ExportOptions) -> Proof | None:
+def _rows(artifact: Artifact, options: ExportOptions) -> tuple[Sequence[Example], str] | None:
+    """What the files will be verified on; None where they are not. Read first: a broken file costs nothing then."""
     if not options.verify or not FORMATS[options.format].is_model:
         return None
-    from qlora_tool.export.proof import prove
+    from qlora_tool.export.proof import find_rows
+    from qlora_tool.export.verify import first_examples
 
-    return prove(artifact, staging.folder, base=options.base, data=options.verify_data, max_tokens=VERIFIED_TOKENS)
+    examples, source = find_rows(artifact, options.verify_data)
+    return first_examples(examples, VERIFIED_TOKENS), source
+
+
+def _proof(
+    artifact: Artifact,
+    folder: Path,
+    staging: Staging,
+    options: ExportOptions,
+    rows: tuple[Sequence[Example], str] | None,
+    result: dict[str, Any],
+) -> Proof | None:
+    """How the files compare with the live model. What quantizing again keeps of the update is known in any case."""
+    loss = result.get("requantization")
+    if rows is None and loss is None:
+        return None
+    from qlora_tool.export.proof import Proof, Update, prove
+
+    if rows is None:
+        proof = Proof(options.base, options.format, left_out=_no_proof(options))
+    else:
+        proof = prove(artifact, staging.folder, rows, base=options.base, max_tokens=VERIFIED_TOKENS)
+    if loss is None:
+        return proof
+    known = Update(loss["update_kept"], loss["relative_error"]) if loss["adapted_weights"] else None
+    return replace(proof, update=proof.update or known, finer_base=finer_base(artifact, folder))
 
 
 def _no_proof(options: ExportOptions) -> str:
     if not options.verify:
         return "not asked for"
-    return f"--format {options.format} is not held against the live model; export safetensors to verify the merge"
+    if options.format == "gguf":
+        return "a GGUF file is not compared with the trained model; --format safetensors once verifies the merge"
+    return "nothing was merged: it is the adapter that was trained"
 
 
 def _inputs(artifact: Artifact, folder: Path, options: ExportOptions) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from qlora_tool.memory.predict import BatchShape, made_up_run
 from qlora_tool.memory.trace import Trace, Tracer
-from qlora_tool.ops import quantized
+from qlora_tool.ops import quantize_cpu, quantized
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
@@ -48,6 +48,7 @@ def measure_peak(
 def _forget_tables() -> None:
     """A process makes the tables of 4-bit codes once; a run takes them, whichever of a process it is."""
     quantized._make_code_map.cache_clear()
+    quantize_cpu._make_table.cache_clear()
 
 
 def allocations(profiler: profile) -> Iterator[tuple[int, int]]:

@@ -36,7 +36,7 @@ from qlora_tool.memory.classify import name_gradients, name_optimizer, name_weig
 from qlora_tool.memory.trace import Trace, Tracer
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.load import Quantization, load_base
-from qlora_tool.ops import quantized
+from qlora_tool.ops import quantize_cpu, quantized
 from qlora_tool.training.optimizers import Optimizer, make_optimizer
 from qlora_tool.training.step import StepSettings, train_step
 
@@ -319,6 +319,7 @@ def _fake_world(shape: BatchShape) -> Iterator[None]:
             changes.enter_context(unpacked)
         changes.enter_context(patch.object(quantized, "_CHUNK", sys.maxsize))
         changes.enter_context(patch.object(quantized, "_code_map", functools.cache(quantized._code_map)))
+        changes.enter_context(patch.object(quantize_cpu, "table", functools.cache(quantize_cpu.table)))
         changes.enter_context(patch.object(bnb, "create_dynamic_map", lambda **_kind: torch.empty(256)))
         changes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield

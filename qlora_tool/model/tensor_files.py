@@ -14,7 +14,7 @@ import contextlib
 import ctypes
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qlora_tool.errors import UserError, did_you_mean
+from qlora_tool.files import write_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -208,6 +209,17 @@ def write_tensors(
         ValueError: the stream does not keep to the order, dtypes or shapes announced.
     """
     specs = list(specs)
+    expected = iter(specs)
+    with file.open("wb") as stream:
+        stream.write(encoded_header(specs, metadata))
+        for name, tensor in tensors:
+            stream.write(tensor_bytes(next(expected, None), name, tensor))
+    if next(expected, None) is not None:
+        raise ValueError(f"{file}: the stream of tensors ended early")
+
+
+def encoded_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """The beginning of a safetensors file that holds `specs` in this order, up to where the data begin."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     for spec in specs:
@@ -218,16 +230,26 @@ def write_tensors(
         }
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the data begins on 8 bytes
-    expected = iter(specs)
-    with file.open("wb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name, tensor in tensors:
-            spec = next(expected, None)
-            if spec is None or (name, tensor.dtype, tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
-                raise ValueError(f"announced {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}")
-            stream.write(memoryview(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy()))
-    if next(expected, None) is not None:
-        raise ValueError(f"{file}: the stream of tensors ended early")
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def tensor_bytes(spec: TensorSpec | None, name: str, tensor: Tensor) -> memoryview:
+    """The data of one tensor as they stand in a file.
+
+    Raises:
+        ValueError: it is not the tensor that `spec` announced.
+    """
+    if spec is None or (name, tensor.dtype, tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
+        raise ValueError(f"announced {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}")
+    return memoryview(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+
+
+def write_index(folder: Path, names: Sequence[str], cut: Sequence[Sequence[TensorSpec]]) -> None:
+    """Write the index of several shards, each named beside what it holds; a single file needs none."""
+    if len(names) > 1:
+        weight_map = {spec.name: name for name, shard in zip(names, cut, strict=True) for spec in shard}
+        total = {"total_size": sum(spec.nbytes for shard in cut for spec in shard)}
+        write_json(folder / INDEX_NAME, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def shards(specs: Iterable[TensorSpec], max_shard_size: int) -> list[list[TensorSpec]]:

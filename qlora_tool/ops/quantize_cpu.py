@@ -38,7 +38,7 @@ def quantize_blocks(weights: Tensor, kind: str, block_size: int) -> tuple[Tensor
     Returns:
         Codes, uint8 (n/2, 1), and scales, fp32 (n/block_size,); None where a weight is no finite number.
     """
-    table = _table(kind)
+    below, midpoint, order = table(kind)
     codes = torch.empty(weights.numel() // 2, 1, dtype=torch.uint8)
     scales = torch.empty(weights.numel() // block_size)
     chunk = CHUNK // block_size * block_size
@@ -49,8 +49,8 @@ def quantize_blocks(weights: Tensor, kind: str, block_size: int) -> tuple[Tensor
             return None
         scaled = (blocks * (1.0 / largest.clamp(min=1e-38)).unsqueeze(1)).clamp_(-1, 1).view(-1)
         cells = _cell(scaled)
-        ranks = table.below.index_select(0, cells).add_(scaled > table.midpoint.index_select(0, cells))
-        found = ranks if table.order is None else table.order.index_select(0, ranks.int())
+        ranks = below.index_select(0, cells).add_(scaled > midpoint.index_select(0, cells))
+        found = ranks if order is None else order.index_select(0, ranks.int())
         codes[start // 2 : (start + scaled.numel()) // 2, 0] = (found[::2] << 4) | found[1::2]
         scales[start // block_size : (start + scaled.numel()) // block_size] = largest
     return codes, scales
@@ -61,8 +61,16 @@ def _cell(scaled: Tensor) -> Tensor:
     return ((scaled + 1) * (_CELLS / 2)).int()
 
 
+def table(kind: str) -> _Table:
+    """What a process keeps for one kind."""
+    if torch._guards.active_fake_mode() is not None:  # shapes are all that counts; a kept table would be a real one
+        order = torch.empty(16, dtype=torch.uint8) if kind == "fp4" else None
+        return _Table(torch.empty(_CELLS + 1, dtype=torch.uint8), torch.empty(_CELLS + 1), order)
+    return _make_table(kind)
+
+
 @functools.cache
-def _table(kind: str) -> _Table:
+def _make_table(kind: str) -> _Table:
     values, order = bnb.get_4bit_type(kind, device="cpu").sort()
     midpoints = (values[:-1] + values[1:]) / 2
     below, inside = torch.zeros(_CELLS + 1, dtype=torch.uint8), torch.full((_CELLS + 1,), torch.inf)

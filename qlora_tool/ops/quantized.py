@@ -27,7 +27,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 import bitsandbytes.functional as bnb  # noqa: E402
 from bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor_to_dict  # noqa: E402
 
-from qlora_tool.ops.quantize_cpu import quantize_blocks  # noqa: E402
+from qlora_tool.ops import quantize_cpu  # noqa: E402
 
 KINDS = ("nf4", "fp4", "int8")
 BLOCK_SIZE = 64  # weights that share one scale (QLoRA, section 3)
@@ -183,9 +183,10 @@ def _quantize_4bit(weight: Tensor, kind: str, double_quant: bool) -> QuantizedTe
 
 def _quantize_chunk(chunk: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Codes and scales of whole blocks; on the CPU the quick way, where it can be taken."""
-    if chunk.device.type == "cpu" and not is_fake(chunk) and chunk.numel() % BLOCK_SIZE == 0:
-        found = quantize_blocks(chunk, kind, BLOCK_SIZE)
-        if found is not None:
+    if chunk.device.type == "cpu" and chunk.numel() % BLOCK_SIZE == 0:
+        if is_fake(chunk):
+            quantize_cpu.table(kind)  # it stays, as it would; what the quick way makes meanwhile are a few MB
+        elif (found := quantize_cpu.quantize_blocks(chunk, kind, BLOCK_SIZE)) is not None:
             return found
     return torch.ops.bitsandbytes.quantize_4bit.default(chunk, BLOCK_SIZE, kind, torch.uint8)
 

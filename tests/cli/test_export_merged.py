@@ -81,7 +81,7 @@ def test_what_is_written_is_verified_and_told(here: Path):
     lines = out.splitlines()
     assert lines[0].startswith("merged: 0.00 GB of float16 in 1 file(s), ")
     assert lines[1] == "dtype float16: every value fits, and it rounds eight times finer than bfloat16"
-    assert lines[2].startswith("verified against the live model on ")
+    assert lines[2].startswith("verified against the trained model (quantized base with its adapter) on ")
     assert lines[-1] == "next: qlora-tool generate merged --prompt '...'"
     done, report = (json.loads(Path(name).read_text()) for name in ("done.json", "merged/export.json"))
     assert report["verification"] == done["verification"]
@@ -106,12 +106,16 @@ def test_every_other_format(here: Path, form: str):
     report = json.loads(Path("merged/export.json").read_text())
     assert report["format"] == report["options"]["format"] == form
     assert all((here / "merged" / name).stat().st_size for name in report["files"])
-    assert "not verified: " in out
+    assert ("not verified: " in out) == (form != "nf4")
     if form == "gguf":
         assert report["files"] == ["merged.gguf"] and (here / "merged" / "Modelfile").exists()
         assert out.splitlines()[-1] == "next: ollama create merged -f merged/Modelfile"
     if form == "nf4":
-        assert "of the update" in out and report["requantization"]["relative_error"] > 0
+        kept = report["requantization"]["update_kept"]
+        assert report["verification"]["update"]["kept"] == pytest.approx(kept, rel=1e-2, abs=1e-3)
+        (warning,) = [line for line in out.splitlines() if line.startswith("warning: ")]
+        assert warning.startswith(f"warning: update kept {kept:.1%} through rounding to nf4 again: mean KL ")
+        assert "--base original" in warning
     again = {path.name: path.read_bytes() for path in (here / "merged").iterdir() if path.is_file()}
     run(*EXPORT, "--format", form, "--gguf-type", "q8_0", "--overwrite")
     assert {path.name: path.read_bytes() for path in (here / "merged").iterdir() if path.is_file()} == again
@@ -128,11 +132,32 @@ def test_options_that_do_not_go_together(here: Path):
     assert error(here, *EXPORT, "--push-to-hub", "nobody").startswith("--push-to-hub nobody: no hub id, which is OWNER")
 
 
-def test_an_adapter_for_another_base(here: Path):
+def test_nf4_says_beforehand_that_it_rounds_away(here: Path):
+    told = {}
+    for base in ("dequantized", "original"):
+        options = ("--format", "nf4", "--base", base, "--overwrite")
+        result = CliRunner().invoke(main, [*EXPORT, *PLAIN, *options])
+        told[base] = "--base original keeps more (98 %)" in result.stderr
+        lines = result.stdout.splitlines()
+        assert lines[1] == "not verified: not asked for" and lines[2].startswith("  update kept ")
+        assert lines[3].startswith("warning: update kept ") and ("--base original" in lines[3]) == told[base]
+        assert "update kept" in Path("merged/README.md").read_text()
+    assert told == {"dequantized": True, "original": False}
+
+
+def test_rows_that_cannot_be_read_cost_nothing(here: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(MergedModel, "tensors", None)  # nothing may be made
+    Path("rows.jsonl").write_text('{"prompt": "What is 3 and 3?", "completion": "It is 6."}\nno row\n')
+    assert error(here, *EXPORT, "--verify-data", "rows.jsonl").startswith("rows.jsonl, line 2: ")
+
+
+def test_an_adapter_for_another_base(here: Path, place: Path):
     write_chat_base("gpt2", here / "other")
-    result = CliRunner().invoke(main, [*EXPORT, *PLAIN, "--model", "other"])
-    assert result.exit_code == 2 and "which is no linear module of this model" in result.stderr
-    assert not list(here.glob("*merged*")) and not list(here.glob(".merged*"))
+    line = error(here, *EXPORT, *PLAIN, "--model", "other")
+    assert line.startswith(
+        "run/adapter: not for the base other: 14 of its 14 parts do not fit, the first adapts model."
+    )
+    assert line.endswith(f"name the base that it was trained on, {place / 'base'}, with --model")
 
 
 def test_a_base_that_changed_or_went(here: Path):

@@ -120,7 +120,7 @@ def test_the_plain_form_is_a_copy(tmp_path):
 def test_a_method_that_peft_does_not_have_is_refused(tmp_path, monkeypatch):
     base = write_chat_base("llama", tmp_path / "base")
     artifact = artifact_of(write_adapter(tmp_path / "adapter", base))
-    monkeypatch.setattr("qlora_tool.export.adapter_only._PEFT_METHODS", ("dora",))
+    monkeypatch.setattr("qlora_tool.export.adapter_only.PEFT_METHODS", ("dora",))
     with pytest.raises(UserError, match="PEFT has no adapter that computes what lora does"):
         exported(artifact, tmp_path / "portable")
 

@@ -68,8 +68,8 @@ def test_a_run_tells_how_it_was_trained(base: Path, run: Path):
         "data": str(run.with_name("run.jsonl")),
         "trained on": "the answers",
         "rows a step": "8, of up to 128 tokens, packed",
-        "learning rate": "0.01, cosine, warm-up 0",
-        "optimizer": "adamw, weight decay 0.0, gradients cut at a norm of 1.0",
+        "learning rate": "0.01, cosine, warm-up over 0 steps",
+        "optimizer": "adamw, weight decay 0.0, gradients clipped at a norm of 1.0",
         "seed": "0",
         "steps": "3",
         "training loss": f"{records[0]['loss']:.3f} → {records[-1]['loss']:.3f}",
@@ -84,9 +84,14 @@ def test_verification_is_told_with_its_warnings(base: Path, run: Path):
     proof = Proof("original", "bfloat16", "held_out.jsonl (evaluation)", agreement, Update(0.99, 9.5))
     card = model_card(artifact_of(run), base, RESULT, chat=True, proof=proof)
     told = card.split("## Verification\n")[1].split("## How it was made")[0]
-    for line in ("| rows | 5000 tokens of held_out.jsonl (evaluation) |", "| KL, mean and worst | 0.68, 7.2 |",
-                 "| same likeliest token | 68.50% |", "| loss, 859 trained tokens | 1.8233 live, 2.5000 exported |",
-                 "| update kept | 99.00%, error 9.5 of its size |", proof.warnings()[0]):  # fmt: skip
+    for line in (
+        "| rows | 5,000 tokens of held_out.jsonl (evaluation) |",
+        "| KL divergence | 0.68 nats on average, 7.2 at worst |",
+        "| same likeliest token | 68.50% |",
+        "| loss, 859 trained tokens | 1.8233 trained, 2.5000 exported |",
+        "| update kept | 99.00%, with a rounding error of 9.5 times its size |",
+        proof.warnings()[0],
+    ):
         assert f"\n{line}\n" in told
     left_out = Proof("dequantized", "bfloat16", left_out="the base is gone")
     assert "\nLeft out: the base is gone.\n" in model_card(artifact_of(run), base, RESULT, chat=True, proof=left_out)
@@ -99,7 +104,7 @@ def test_the_last_evaluation_is_told(base: Path, run: Path, tmp_path: Path):
         metrics.write(json.dumps({"step": 4, "loss": 1.0, "eval_loss": 2.34567}) + "\n")
         metrics.write(json.dumps({"step": 5, "loss": 0.5}) + "\n")
     found = facts(model_card(artifact_of(copy), base, RESULT, chat=True))
-    assert (found["steps"], found["evaluation loss"]) == ("5", "2.346")
+    assert (found["steps"], found["evaluation loss"]) == ("5", "2.346, all evaluation rows")
 
 
 def test_an_adapter_by_itself_tells_what_it_knows(base: Path, tmp_path: Path):
@@ -152,14 +157,17 @@ def test_gguf_is_loaded_by_ollama_and_transformers(base: Path, run: Path):
     result = RESULT | {"format": "gguf", "dtype": "f16", "files": ["mine.gguf"]}
     card = model_card(artifact_of(run), base, result, chat=True)
     assert "cd merged/mine\nollama create mine -f Modelfile\n" in card
+    assert '\nllama-cli -m merged/mine/mine.gguf -p "Hello"\n' in card and "pipeline(" not in card
     assert 'from_pretrained("merged/mine", gguf_file="mine.gguf")' in card
     assert header(card)["library_name"] == "gguf"
 
 
 def test_what_quantizing_again_loses_is_told(base: Path, run: Path):
-    loss = {"update_kept": 0.02, "relative_error": 0.987}
-    found = facts(model_card(artifact_of(run), base, RESULT | {"format": "nf4", "requantization": loss}, chat=True))
-    assert found["left of the update"] == "2.0%, with an error of 0.99 of its size"
+    proof = Proof("dequantized", "nf4", left_out="not asked for", update=Update(0.02, 0.987), finer_base=True)
+    card = model_card(artifact_of(run), base, RESULT | {"format": "nf4"}, chat=True, proof=proof)
+    assert "| update kept | 2.00%, with a rounding error of 99% of its size |" in card and proof.warnings()[0] in card
+    assert "pip install bitsandbytes" in card
+    found = facts(card)
     assert found["merged onto"] == "the dequantized base, added in float32, quantized to nf4 again"
     chosen = facts(model_card(artifact_of(run), base, RESULT | {"dtype_reason": "every value fits"}, chat=True))
     assert chosen["why this dtype"] == "every value fits"
@@ -170,12 +178,25 @@ def test_an_adapters_snippet_gives_the_trained_model(base: Path, tmp_path: Path)
     pytest.importorskip("peft")
     adapter = write_adapter(tmp_path / "adapter", base)
     artifact = artifact_of(adapter)
-    result = RESULT | {"format": "adapter", "output_dir": str(adapter)}
+    result = RESULT | {"format": "adapter", "output_dir": str(adapter), "base": str(base)}
     snippet = model_card(artifact, base, result, chat=True).split("```python\n")[1].split("```")[0]
     names: dict = {}
     exec(snippet, names)
     found = names["model"].train()(input_ids=IDS, use_cache=False).logits.float()
     torch.testing.assert_close(found, live_logits(artifact), atol=0.02, rtol=0)
+
+
+def test_an_adapters_base_is_where_a_reader_finds_it(base: Path, tmp_path: Path, monkeypatch):
+    """A relative folder is written out, and a base that new tokens were added to is resized first."""
+    monkeypatch.chdir(base.parent)
+    adapter = write_adapter(tmp_path / "adapter", base)
+    artifact = artifact_of(adapter, model=base.name)
+    export_merged(artifact, tmp_path / "out", ExportOptions(format="adapter-portable"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f'from_pretrained("{base.resolve()}", quantization_config=' in card and "resize" not in card
+    result = RESULT | {"format": "adapter", "base": str(base), "resize_token_embeddings": 412}
+    grown = model_card(artifact, base, result, chat=True)
+    assert "\nbase.resize_token_embeddings(412)  # for the tokens that were added\nmodel = Peft" in grown
 
 
 @pytest.mark.parametrize("family", ["chat", "text"])

@@ -13,17 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_adapters import artifact_of, live_logits, plain_logits, write_adapter, write_chat_base, write_run
+from tiny_adapters import FP32, artifact_of, live_logits, plain_logits, write_adapter, write_chat_base, write_run
 from transformers.utils import logging as transformers_logging
 
 from qlora_tool.artifacts import Artifact
+from qlora_tool.config import ModelConfig
 from qlora_tool.data.tokenize import build_dataset, build_evaluation_sets
 from qlora_tool.errors import UserError
 from qlora_tool.export import proof
 from qlora_tool.export.proof import Proof, Update, find_rows, prove
-from qlora_tool.export.verify import Agreement
+from qlora_tool.export.verify import Agreement, choose_rows, compare, predict
 from qlora_tool.export.write import ExportOptions, export_merged
-from qlora_tool.model.open import open_tokenizer
+from qlora_tool.model.open import open_model, open_tokenizer
 
 TOKENS = 120
 FAMILIES = ["llama", "gpt2", "mixtral"]  # gpt2's weights are (in, out), mixtral's experts are fused on load
@@ -48,7 +49,7 @@ def export(artifact: Artifact, folder: Path, **options) -> Path:
 
 
 def proven(artifact: Artifact, folder: Path, base: str = "dequantized", data: str | None = None) -> Proof:
-    return prove(artifact, folder, base=base, data=data, max_tokens=TOKENS)
+    return prove(artifact, folder, find_rows(artifact, data), base=base, max_tokens=TOKENS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -239,6 +240,7 @@ GOOD = Agreement(5000, 1.25e-4, 1.8e-3, 0.9964, 859, 1.82327, 1.82317, 4.1, 4.1)
         ("dequantized", "bfloat16", "--dtype float16"),
         ("dequantized", "float16", "--dtype float32"),
         ("dequantized", "nf4", "--format safetensors"),
+        ("original", "nf4", "--format safetensors"),
         ("dequantized", "float32", "report"),
     ],
 )
@@ -252,7 +254,32 @@ def test_each_bad_figure_is_a_warning_with_a_better_choice(base, dtype, better):
         (dataclasses.replace(good, update=Update(0.4, 0.8)), "error of 0.8"),
     ):
         (warning,) = fault.warnings()
-        assert named in warning and better in warning
+        assert named in warning and better in warning and "--base original" not in warning
+
+
+def test_what_nf4_keeps_of_the_update_comes_first():
+    bad = Proof("dequantized", "nf4", "rows", GOOD, Update(0.002, 1.02), finer_base=True)
+    (warning,) = bad.warnings()
+    assert warning.startswith("update kept 0.2% through rounding to nf4 again: ") and "--base original keeps" in warning
+    (onto_original,) = dataclasses.replace(bad, base="original").warnings()
+    assert "--base original" not in onto_original
+    unverified = dataclasses.replace(bad, agreement=None, left_out="not asked for")
+    assert unverified.warnings()[0].startswith("update kept 0.2%")
+    assert unverified.as_dict()["update"] == {"kept": 0.002, "error": 1.02}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_nf4_files_are_compared_by_bitsandbytes(runs, family, tmp_path):
+    """Against our own reading of the files, which bitsandbytes has no part in."""
+    artifact = artifact_of(runs[family])
+    folder = export(artifact, tmp_path / "out", format="nf4", base="original")
+    model = open_model(ModelConfig(name_or_path=str(folder), quantization="nf4", **FP32))
+    (row, *_), _ = find_rows(artifact, None)
+    rows = choose_rows([row], TOKENS)
+    expected = compare(predict(proof.open_live(artifact), rows), predict(model, rows), rows)
+    found = prove(artifact, folder, ([row], "one row"), base="original", max_tokens=TOKENS)
+    assert found.left_out is None
+    assert found.agreement.mean_kl == pytest.approx(expected.mean_kl, rel=1e-2)
 
 
 def test_json_and_lines_hold_the_figures():
@@ -263,4 +290,6 @@ def test_json_and_lines_hold_the_figures():
     broken = dataclasses.replace(found, agreement=dataclasses.replace(GOOD, mean_kl=float("nan")))
     assert broken.as_dict()["mean_kl"] is None
     text = "\n".join(found.lines())
-    assert all(part in text for part in ("5,000 tokens of rows.jsonl", "0.00013 on average", "99.64%", "1.8233 live"))
+    parts = ("5,000 tokens of rows.jsonl", "0.00013 nats on average", "99.64%", "1.8233 trained, 1.8232 exported",
+             "update kept 99.99%, with a rounding error of 5% of its size")  # fmt: skip
+    assert all(part in text for part in parts)

@@ -14,13 +14,13 @@ from qlora_tool.memory.predict import BatchShape, predict
 
 SIZES = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 1024, "num_hidden_layers": 8,
+    "max_position_embeddings": 1024, "num_hidden_layers": 5,
 }  # fmt: skip
 FAMILIES = {
     "llama": SIZES,
-    "gemma2": SIZES | {"head_dim": 16, "sliding_window": 64},
+    "gemma2": SIZES | {"head_dim": 16, "sliding_window": 64, "num_hidden_layers": 7},
     "mixtral": SIZES | {"num_local_experts": 4},
-    "gpt2": {"vocab_size": 512, "n_embd": 64, "n_layer": 8, "n_head": 4, "n_positions": 1024},
+    "gpt2": {"vocab_size": 512, "n_embd": 64, "n_layer": 5, "n_head": 4, "n_positions": 1024},
 }
 
 
@@ -34,18 +34,19 @@ def settings(**values) -> Config:
 
 @pytest.mark.parametrize(
     ("family", "checkpointing"),
-    [("llama", True), ("llama", False), ("gemma2", True), ("mixtral", False), ("gpt2", True)],
+    [("llama", True), ("gemma2", True), ("mixtral", False), ("gpt2", False)],
 )
 def test_the_peak_of_every_phase_is_that_of_the_whole_model(family, checkpointing):
     config = settings(**{"training.gradient_checkpointing": checkpointing})
     model_config, shape = made(family), BatchShape.full(2, 96)
     found = estimate_peak(config, model_config, shape, torch.float32)
-    assert max(found.traced_layers) < 8
+    layers = model_config.num_hidden_layers
+    assert max(found.traced_layers) < layers
     whole = timeline_on(predict(config, made(family), shape, torch.float32), "cpu").breakdown()
     assert found.peak_bytes == pytest.approx(whole.peak_bytes, rel=1e-5)
     for phase in PHASES:
         assert found.phase_peak_bytes[phase] == pytest.approx(whole.phase_peak_bytes[phase], rel=1e-4), phase
-    assert model_config.num_hidden_layers == 8  # left as it was
+    assert model_config.num_hidden_layers == layers  # left as it was
 
 
 def test_weights_are_those_of_the_whole_model():
@@ -58,7 +59,7 @@ def test_weights_are_those_of_the_whole_model():
     outside = 2 * 2 * 512 * 64 + 4 * 64
     rope = 2 * 4 * 8  # inverse frequencies, and as they were first
     batch = 8 * (2 * 32 + 2 * 31) + 4  # token ids, positions, places and targets of labels; the loss so far
-    assert found.weights_bytes == 8 * (layer + adapters) + outside + rope + batch
+    assert found.weights_bytes == 5 * (layer + adapters) + outside + rope + batch
 
 
 @pytest.mark.parametrize("segments", [None, (300,)])
@@ -76,13 +77,14 @@ def test_long_batches_are_drawn_out_of_shorter_ones(monkeypatch, segments):
 def test_what_is_asked_twice_is_traced_once(monkeypatch):
     calls = []
     monkeypatch.setattr(extrapolate, "predict", lambda *args: calls.append(args) or predict(*args))
-    model_config, shape = made("llama", vocab_size=300), BatchShape.full(1, 32)
+    sizes = {"vocab_size": 300, "num_hidden_layers": 1}
+    model_config, shape = made("llama", **sizes), BatchShape.full(1, 32)
     first = estimate_peak(settings(), model_config, shape, torch.float32)
     again = settings(**{"training.learning_rate": 1e-5, "data.max_length": 77})  # which no trace depends on
-    assert estimate_peak(again, made("llama", vocab_size=300), shape, torch.float32) == first
-    assert len(calls) == 2
+    assert estimate_peak(again, made("llama", **sizes), shape, torch.float32) == first
+    assert len(calls) == 1
     assert estimate_peak(settings(**{"adapter.r": 32}), model_config, shape, torch.float32) != first
-    assert estimate_peak(settings(), made("llama", vocab_size=400), shape, torch.float32) != first
+    assert estimate_peak(settings(), made("llama", **sizes | {"vocab_size": 400}), shape, torch.float32) != first
 
 
 def test_layers_that_repeat_by_pattern_and_those_that_come_first():

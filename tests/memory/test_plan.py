@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Iterator
 
@@ -41,6 +42,12 @@ def asked(**values) -> Config:
 
 
 def measured(config: Config, length: int, layers: int = 1) -> int:
+    return _measured(config.model_dump_json(), length, layers)
+
+
+@functools.cache
+def _measured(settings: str, length: int, layers: int) -> int:
+    config = Config.model_validate_json(settings)
     shape = BatchShape.full(config.training.per_device_train_batch_size, length)
     return measure_peak(config, tiny(num_hidden_layers=layers), shape, torch.float32)
 
@@ -60,7 +67,7 @@ def roomy() -> Plan:
 
 
 KEPT = {"training.gradient_checkpointing": False}
-LAYERS = 3  # so that checkpointing saves something
+LAYERS = 2  # so that checkpointing saves something
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +80,10 @@ def with_and_without() -> tuple[int, int]:
 def tight(with_and_without: tuple[int, int]) -> Plan:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qlora_tool.memory.plan.BATCH_SIZES", ())
-        return plan(asked(**KEPT), tiny(num_hidden_layers=LAYERS), sum(with_and_without) // 2, torch.float32)
+        patch.setattr("qlora_tool.memory.plan._ALTERNATIVES", dict.fromkeys(FEW, ()))
+        patch.setattr("qlora_tool.memory.plan.SHORTEST", 256)  # no other length is tried
+        model_config = tiny(num_hidden_layers=LAYERS, max_position_embeddings=256)
+        return plan(asked(**KEPT), model_config, sum(with_and_without) // 2, torch.float32)
 
 
 def test_the_longest_rows_measure_under_the_limit_and_a_tenth_more_over(roomy):
@@ -110,8 +120,8 @@ def predicted(config: Config, shape: BatchShape) -> Breakdown:
     return timeline(predict(config, tiny(), shape, torch.float32)).breakdown()
 
 
-def change(config: Config, limit: int, rows: int = 2, **more) -> Change | None:
-    shape = BatchShape.full(rows, 256)
+def change(config: Config, limit: int, rows: int = 2, length: int = 256, **more) -> Change | None:
+    shape = BatchShape.full(rows, length)
     return change_that_fits(config, tiny(), limit, torch.float32, "cpu", shape, predicted(config, shape), **more)
 
 
@@ -146,15 +156,17 @@ def test_a_search_stops_in_time():
 
 
 def test_no_change_where_nothing_fits():
-    assert change(asked(), MIB // 8) is None
+    assert change(asked(), MIB // 8, length=72) is None
 
 
-def test_a_budget_below_the_weights():
-    found = plan(asked(), tiny(), MIB // 8, torch.float32)
+def test_a_budget_below_the_weights(monkeypatch):
+    monkeypatch.setattr("qlora_tool.memory.plan.BATCH_SIZES", ())
+    monkeypatch.setattr("qlora_tool.memory.plan._ALTERNATIVES", {})
+    found = plan(asked(**{"data.max_length": 72}), tiny(), MIB // 8, torch.float32)
     assert (found.fits, found.line) == (False, "")
     assert found.weights_bytes > found.usable_bytes
     assert found.misses_by == found.smallest_bytes - MIB // 8
-    assert all(option.length == 0 for option in found.options if option.group == "length")
+    assert [option.length for option in found.options if option.group == "length"] == [0, 0]
     assert "the weights alone take" in printed(found)
 
 

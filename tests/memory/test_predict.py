@@ -22,7 +22,7 @@ from qlora_tool.memory.predict import BatchShape, RandomSource, loss_fits_in_chu
 from qlora_tool.memory.trace import Trace
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.load import Quantization, load_base
-from qlora_tool.ops import quantized
+from qlora_tool.ops import loss, quantized
 
 TOOLS = Path(__file__).parents[2] / "tools"
 ON = {"training.gradient_checkpointing": True}
@@ -215,7 +215,8 @@ def test_operators_tell_what_numbers_tell(family):
     assert found == model.chunked_loss == (family not in ("modernbert-decoder", "llama4_text"))
 
 
-def test_a_trained_head_is_predicted_with_whole_logits():
+def test_a_trained_head_is_predicted_with_whole_logits(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 0)
     rows = 509  # more than a chunk, and of nothing else
     model_config = tiny_config("llama", max_position_embeddings=1024)
     for trained in (False, True):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from kept_traces import once
 from tiny_runs import run_config, write_model, write_rows
 
 from qlora_tool.cli import main
@@ -20,11 +21,12 @@ from qlora_tool.errors import UserError
 from qlora_tool.memory import run_report
 from qlora_tool.memory.available import available_bytes
 from qlora_tool.memory.breakdown import CATEGORIES, MemoryReport
-from qlora_tool.memory.predict import BatchShape
+from qlora_tool.memory.predict import BatchShape, predict
 from qlora_tool.memory.run_report import RunMemory, kept_prediction
 from qlora_tool.training.prepare import resolve_config
 
 CPU = torch.device("cpu")
+_predict = once(predict)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +36,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """A run whose predictions are kept in a place of its own."""
+    """A run whose predictions are kept in a place of its own; the traces they come from are made once for all tests."""
     monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(run_report, "predict", _predict)
     return run_config(model, write_rows(tmp_path / "rows.jsonl"), tmp_path / "run", {"training.max_steps": 3})
 
 
@@ -117,14 +120,20 @@ def test_a_run_that_cannot_fit_is_refused_on_a_card(config: Config, monkeypatch:
     assert caught.value.lines[0].endswith(command)
 
 
-def test_the_refusal_names_the_change_that_makes_it_fit(config: Config, monkeypatch: pytest.MonkeyPatch):
+def test_the_refusal_names_the_change_that_makes_it_fit(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """A limit between what one row and what two rows take."""
     from qlora_tool.memory import plan
 
+    shallow = write_model(tmp_path / "shallow", num_hidden_layers=1)
     monkeypatch.setattr(run_report, "choose_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(run_report, "SECONDS_FOR_A_CHANGE", 600)
     monkeypatch.setattr(plan, "CUDA_MARGIN", 0.0)
-    config = with_values(config, {"training.gradient_checkpointing": True, "training.per_device_train_batch_size": 2})
+    config = with_values(config, {
+        "model.name_or_path": str(shallow), "training.gradient_checkpointing": True,
+        "training.per_device_train_batch_size": 2,
+    })  # fmt: skip
     rows = 40
     wide = {1: batch(*[60] * (rows // 2)), 2: batch(*[60] * rows)}
     memory = RunMemory()
@@ -162,16 +171,19 @@ def test_a_run_that_cannot_fit_in_a_cpus_memory_is_warned_about(
     config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(run_report, "available_bytes", lambda *_: 1)
+    monkeypatch.setattr(run_report, "change_that_fits", lambda *_, **__: None)
     monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
     memory = RunMemory()
     memory.check(config, batch(20, 12))
     [warning] = {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
     assert f"this run needs {memory.predicted.needed_bytes / 1e9:.2f} GB at its peak" in warning
+    assert "nothing that was tried makes it fit" in warning and "--device cpu --device-memory 1B` shows" in warning
 
 
 def test_the_refusal_comes_before_the_weights_and_leaves_nothing(config: Config, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(run_report, "choose_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(run_report, "available_bytes", lambda *_: 1_000_000)
+    monkeypatch.setattr(run_report, "SECONDS_FOR_A_CHANGE", -1)
     file = Path(config.training.output_dir).parent / "run.yaml"
     file.write_text(config_to_yaml(config))
     result = cli("train", file)
@@ -185,12 +197,8 @@ def test_the_refusal_comes_before_the_weights_and_leaves_nothing(config: Config,
 # -------------------------------------------------------------------------------------------------- memory.json
 
 
-@pytest.mark.parametrize(
-    "values",
-    [{}, {"data.packing": True, "training.gradient_checkpointing": True, "training.gradient_accumulation_steps": 2}],
-)
-def test_training_writes_what_was_predicted_and_what_happened(config: Config, values: dict):
-    config = with_values(config, values)
+def trained(config: Config) -> MemoryReport:
+    """The report of a run, its parts checked."""
     file = Path(config.training.output_dir).parent / "run.yaml"
     file.write_text(config_to_yaml(config))
     gc.collect()
@@ -198,7 +206,6 @@ def test_training_writes_what_was_predicted_and_what_happened(config: Config, va
     assert result.exit_code == 0, result.output
     assert "memory: this step is traced, and so is slower" in result.stderr
     written = json.loads((Path(config.training.output_dir) / "memory.json").read_text())
-    report = MemoryReport.from_json(written)  # refuses parts that do not add up
     assert written["schema"] == 1 and written["device"] == "cpu"
     assert written["config"] == resolve_config(config).model_dump(mode="json")
     for name in ("predicted", "measured"):
@@ -206,11 +213,18 @@ def test_training_writes_what_was_predicted_and_what_happened(config: Config, va
         assert sum(found["at_peak"].values()) == found["peak_bytes"] == max(found["phase_peak_bytes"].values())
         assert set(found["at_peak"]) == set(CATEGORIES)
         assert found["reserved_bytes"] is found["context_bytes"] is None
-    # The step that is watched is not the one of the largest batch: it takes no more, and the same for what lasts.
-    assert report.measured.peak_bytes <= report.predicted.peak_bytes * 1.001
+    report = MemoryReport.from_json(written)  # refuses parts that do not add up
     for part in ("base_weights", "quantization_state", "other_weights", "adapter_weights", "optimizer_state"):
         assert report.measured.at_peak[part] == pytest.approx(report.predicted.at_peak[part], abs=200), part
     assert 0 < report.measured.phase_peak_bytes["load"] < report.measured.phase_peak_bytes["forward"]
+    return report
+
+
+def test_a_step_takes_no_more_than_was_predicted_of_the_largest_batch(config: Config):
+    report = trained(with_values(config, {
+        "data.packing": True, "training.gradient_checkpointing": True, "training.gradient_accumulation_steps": 2,
+    }))  # fmt: skip
+    assert report.measured.peak_bytes <= report.predicted.peak_bytes * 1.001
 
 
 def test_a_step_of_the_predicted_batch_takes_what_was_predicted(config: Config, tmp_path: Path):
@@ -218,10 +232,5 @@ def test_a_step_of_the_predicted_batch_takes_what_was_predicted(config: Config, 
     rows = [{"prompt": f"{number:03d}?", "completion": f"{number:03d}"} for number in range(12)]
     data = tmp_path / "even.jsonl"
     data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    config = with_values(config, {"data.train": str(data)})
-    file = tmp_path / "run.yaml"
-    file.write_text(config_to_yaml(config))
-    result = cli("train", file)
-    assert result.exit_code == 0, result.output
-    report = MemoryReport.from_json(json.loads((tmp_path / "run" / "memory.json").read_text()))
+    report = trained(with_values(config, {"data.train": str(data)}))
     assert report.predicted.peak_bytes == pytest.approx(report.measured.peak_bytes, rel=0.01)

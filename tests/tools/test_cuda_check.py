@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def tool(tools):
 
 
 def python(code: str) -> list[str]:
-    return [sys.executable, "-c", code]
+    return [sys.executable, "-S", "-c", code]
 
 
 def test_parts_share_the_time(tool):
@@ -56,7 +55,7 @@ def test_the_parts_fit_into_nine_minutes_with_something_of_each(tool, tmp_path: 
 
 def test_every_part_leaves_something_behind(tool, tmp_path: Path):
     pid = tmp_path / "child.pid"
-    child = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); " \
+    child = f"import subprocess as s; p = s.Popen({python('import time; time.sleep(600)')}); " \
             f"open({str(pid)!r}, 'w').write(str(p.pid)); print('begun', flush=True); p.wait()"  # fmt: skip
     parts = [
         tool.Part("good", python("print('all is well')"), 30),
@@ -90,11 +89,12 @@ def test_no_time_left(tool, tmp_path: Path):
     assert outcomes["late"].status == "left out" and not (tmp_path / "late.log").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without CUDA")
-def test_without_cuda_one_line(tmp_path: Path):
-    done = subprocess.run([sys.executable, TOOLS / "cuda_check", tmp_path / "r"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: PyTorch sees no CUDA device")
-    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "r").exists()
+def test_without_cuda_one_line(tool, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tool.run_tool(lambda: tool.main([str(tmp_path / "r")])) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: PyTorch sees no CUDA device")
+    assert len(said.err.splitlines()) == 1 and not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize("fits", [0, 300, 5000, 70_000, 10**6])

@@ -1,0 +1,38 @@
+"""What lies beside the weights of an export: config.json, generation settings, the tokenizer with its chat template."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_tool.files import write_json
+
+if TYPE_CHECKING:
+    from qlora_tool.export.merge import MergedModel
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+                   "chat_template.jinja", "chat_templates")  # fmt: skip
+MODEL_FILES = ("generation_config.json", "*.py", "LICENSE*")
+
+
+def write_config(merged: MergedModel, folder: Path, quantization: Mapping[str, Any] | None = None) -> None:
+    """Write the base's config.json with the files' dtype; of quantization it says `quantization`, or nothing."""
+    raw = json.loads((merged.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    dropped = ("quantization_config", "torch_dtype", "_name_or_path")
+    config = {key: value for key, value in raw.items() if key not in dropped}
+    config["dtype"] = str(merged.default_dtype).removeprefix("torch.")
+    if merged.unties:
+        config["tie_word_embeddings"] = False
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
+    write_json(folder / "config.json", config)
+
+
+def copy_files(source: Path, patterns: Iterable[str], folder: Path) -> None:
+    """Copy what fits one of `patterns`, folders as a whole."""
+    for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
+        copy = shutil.copytree if path.is_dir() else shutil.copyfile
+        copy(path, folder / path.name)
