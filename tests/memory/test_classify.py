@@ -77,7 +77,7 @@ def test_after_a_step_only_weights_and_optimizer_state_are_left(trace):
     assert not any(gone.values()), gone
     assert left["saved"] <= 2 * 4  # the loss, and the loss scaled
     # Beside the weights and the optimizer's: the batches (ids, labels, targets and their places), the tables of codes
-    # (nested ones of 256 fp32 values, of 8-bit moments two more; 1025 cells of 5 bytes to quantize by) and a few scalars.
+    # (nested ones of 256 fp32 values, of 8-bit moments two more; 1025 cells of 5 bytes to quantize by), a few scalars.
     batches = 2 * 4 * 2 * 32 * 8
     assert 0 < left["temporaries"] <= batches + 1024 + 1025 * 5 + 100
     assert left["optimizer_state"] >= 2 * left["adapter_weights"] / 2  # two moments, of one byte a weight at least
