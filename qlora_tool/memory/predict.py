@@ -139,7 +139,7 @@ def made_up_run(
     """
     watch, device = watch or TracerWatch(tracer), torch.device(device)
     model_config = copy.deepcopy(model_config)  # transformers writes its dtype into what it loads by
-    quantization = Quantization(config.model.quantization, config.model.double_quant)
+    quantization = Quantization.of(config.model)
     stored = getattr(model_config, "dtype", None) or torch.bfloat16
     with watch.phase("load", 0):
         module = load_base(

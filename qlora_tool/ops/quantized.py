@@ -84,18 +84,21 @@ class QuantizedTensor:
         """One expert's matrix (out, in) of a three-dimensional weight; its tensors are views."""
         return replace(self.map(lambda tensor: tensor[index]), shape=self.shape[1:])
 
-    def dequantize(self, dtype: torch.dtype = torch.float32, rows: slice | None = None) -> Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.float32, rows: slice | Tensor | None = None) -> Tensor:
         """The weight as a plain tensor: code × scale in fp32, rounded once to `dtype`.
 
         Args:
             dtype: of the result.
             rows: only these rows of the (out, in) matrix, (rows, in); all of them by default. Ends must fall on
-                block borders (any row does where `in` is a multiple of the block size).
+                block borders (any row does where `in` is a multiple of the block size). Of int8, also the rows that
+                an index of any shape names, (*rows.shape, in).
 
         Returns:
             A tensor of `shape`, or of the rows asked for.
         """
-        if rows is not None and rows.step not in (None, 1):
+        if isinstance(rows, Tensor) and (self.kind != "int8" or len(self.shape) != 2):
+            raise ValueError("rows by an index: only an int8 matrix has each row by itself")
+        if isinstance(rows, slice) and rows.step not in (None, 1):
             raise ValueError(f"rows in steps of {rows.step}: expected every row of a range")
         if len(self.shape) == 3:
             if rows is not None:
