@@ -310,8 +310,9 @@ def _fake_world(shape: BatchShape) -> Iterator[None]:
     Whether positions begin anew within a row cannot be read off fake tensors, so transformers assumes they do and makes
     a mask of length × length. Where the rows are not packed it is told that they do not.
 
-    A weight is quantized in one piece instead of in thousands (int8 in a few, as a large one is dequantized): the pieces
-    together have the same bytes. The 8-bit optimizer's table of values is one without values; the tables of 4-bit codes are kept, as a process keeps them.
+    A weight is quantized in one piece instead of in thousands (to int8 in a few): the pieces together have the same
+    bytes. The 8-bit optimizer's table of values is one without values; the tables of 4-bit codes are kept, as a process
+    keeps them.
     """
     with ExitStack() as changes:
         if shape.segments is None:
