@@ -144,7 +144,7 @@ def _base_of_provenance(provenance: dict) -> ModelConfig:
     base = provenance["base"]
     return ModelConfig(
         name_or_path=base["name_or_path"], revision=base["revision"], quantization=provenance["quantization"],
-        double_quant=provenance["double_quant"],
+        double_quant=provenance["double_quant"], embeddings=provenance.get("embeddings", "as_stored"),
     )  # fmt: skip
 
 

@@ -50,6 +50,7 @@ __all__ = [
 QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
 COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cuda", "cpu")
+EMBEDDINGS = ("as_stored", "int8")
 ADAPTER_METHODS = ("lora", "dora")
 ADAPTER_STARTS = ("default", "gaussian")
 BIASES = ("none", "lora_only", "all")
@@ -57,6 +58,8 @@ DATA_FORMATS = ("auto", "messages", "sharegpt", "alpaca", "dolly", "prompt_compl
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 REPORTERS = ("tensorboard", "wandb")
+# What most families call their input embeddings and output projection.
+_EMBEDDING_MODULES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 
 
 class _Section(BaseModel):
@@ -74,6 +77,8 @@ class ModelConfig(_Section):
     """How the base's linear weights are stored: 4-bit NormalFloat or float, 8-bit integers, or as they are."""
     double_quant: Annotated[bool, flag()] = True
     """Quantize the scales of the 4-bit weights too."""
+    embeddings: Annotated[str, one_of(EMBEDDINGS)] = "as_stored"
+    """How the input embeddings and the output projection are stored: as they are, or in 8-bit integers."""
     compute_dtype: Annotated[str, one_of(COMPUTE_DTYPES)] = "auto"
     """What products are computed in; auto picks what the device is fast in."""
     device: Annotated[str, one_of(DEVICES)] = "auto"
@@ -403,6 +408,10 @@ def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if training.optimizer_in_backward and training.max_grad_norm:
         message = "true, but clipping needs all gradients before the first step; set training.max_grad_norm: 0"
         yield ("training.optimizer_in_backward", "training.max_grad_norm"), message
+    whole = [name for name in adapter.modules_to_save if name.rpartition(".")[2] in _EMBEDDING_MODULES]
+    if config.model.embeddings == "int8" and whole:
+        message = f"int8, but adapter.modules_to_save trains '{whole[0]}' whole; leave one of the two out"
+        yield ("model.embeddings", "adapter.modules_to_save"), message
     both = [name for name in adapter.modules_to_save if name in adapter.target_modules]
     if both and not isinstance(adapter.target_modules, str):
         message = f"'{both[0]}' is in adapter.target_modules too; a module is either trained whole or adapted"

@@ -23,7 +23,7 @@ from qlora_tool.recipes import recipe_names, recipes_folder
 # The documented keys, in their order, with their defaults.
 DOCUMENTED = """
 model: {name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct, revision: null, quantization: nf4, double_quant: true,
-  compute_dtype: auto, device: auto, trust_remote_code: false, keep_quantized: false}
+  embeddings: as_stored, compute_dtype: auto, device: auto, trust_remote_code: false, keep_quantized: false}
 adapter: {method: lora, r: 16, lora_alpha: 32, lora_dropout: 0.0, target_modules: all-linear, exclude_modules: [],
   modules_to_save: [], bias: none, use_rslora: false, init_lora_weights: default, rank_pattern: {}, alpha_pattern: {},
   init_from: null}
@@ -222,6 +222,11 @@ def test_names_that_other_tools_use(write):
             "adapter: {target_modules: [q_proj, lm_head], modules_to_save: [lm_head]}",
             [],
             "c.yaml: adapter.modules_to_save: 'lm_head' is in adapter.target_modules too",
+        ),
+        (
+            "adapter: {modules_to_save: [norm, model.embed_tokens]}",
+            ["model.embeddings=int8"],
+            "--set model.embeddings: int8, but adapter.modules_to_save trains 'model.embed_tokens' whole; leave one",
         ),
     ],
 )

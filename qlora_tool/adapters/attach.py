@@ -15,7 +15,7 @@ from qlora_tool.adapters.lora import LoraAdapter
 from qlora_tool.adapters.method import Adapter, generator_for
 from qlora_tool.adapters.targets import find_targets, settings_for
 from qlora_tool.errors import UserError, did_you_mean
-from qlora_tool.model.layers import FrozenLinear, FrozenWeight
+from qlora_tool.model.layers import FrozenEmbedding, FrozenLinear, FrozenWeight
 from qlora_tool.model.load import tied_names
 
 if TYPE_CHECKING:
@@ -158,8 +158,8 @@ def parameter_names(module: nn.Module, prefix: str) -> list[str]:
     """
     found = []
     for name, part in module.named_modules(prefix=prefix):
-        if isinstance(part, FrozenLinear):
-            found += [f"{name}.weight"] + ([] if part.bias is None else [f"{name}.bias"])
+        if isinstance(part, FrozenLinear | FrozenEmbedding):
+            found += [f"{name}.weight"] + ([] if getattr(part, "bias", None) is None else [f"{name}.bias"])
         elif not isinstance(part, FrozenWeight):
             found += [f"{name}.{attribute}" for attribute, _ in part.named_parameters(recurse=False)]
             if any(isinstance(child, FrozenWeight) for child in part.children()):
@@ -181,6 +181,11 @@ def train_parameter(model: nn.Module, name: str, dtype: torch.dtype) -> nn.Param
 def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
+    if isinstance(module, FrozenEmbedding):
+        raise UserError(
+            f"adapter.modules_to_save: {name} cannot be trained whole, as model.embeddings: int8 keeps it; leave one "
+            "of the two out"
+        )
     linear_weight = isinstance(module, FrozenLinear) and attribute == "weight"
     setattr(module, attribute, FrozenWeight(parameter) if linear_weight else parameter)
 

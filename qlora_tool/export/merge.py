@@ -21,6 +21,7 @@ from qlora_tool.model.load import (
     ParameterSource,
     Quantization,
     Slot,
+    find_embedding_slots,
     find_slots,
     is_linear,
     quantize_parameter,
@@ -71,6 +72,7 @@ class MergedModel:
 
     def __post_init__(self) -> None:
         self.slots = find_slots(self.skeleton)
+        self._embeddings = find_embedding_slots(self.skeleton, self.quantization)
         self.source = ParameterSource(self.skeleton, self.checkpoint, "cpu")
         self.layers = self.adapter.layers(torch.float32) if self.adapter else {}
         self.whole = self.adapter.whole_tensors() if self.adapter else {}
@@ -154,7 +156,7 @@ class MergedModel:
 
     def _merged(self, name: str) -> Tensor:
         """One tensor of the model in the dtype of the files, in the orientation of the model."""
-        dtype, slot = self._file_dtype(name), self.slots.get(name)
+        dtype, slot = self._file_dtype(name), self.slots.get(name) or self._embeddings.get(name)
         layer = self.layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if name in self.whole:
             value = self.whole[name]

@@ -162,10 +162,11 @@ def _verification(proof: Proof | None) -> list[str]:
 
 def _quantization(artifact: Artifact) -> str:
     kind = artifact.model.quantization
+    embeddings = ", its embeddings to int8," if artifact.model.embeddings == "int8" else ""
     if kind == "none":
-        return "unquantized"
+        return f"unquantized{embeddings}"
     double = ", its scales too" if kind != "int8" and artifact.model.double_quant else ""
-    return f"quantized to {kind}{double},"
+    return f"quantized to {kind}{double}{embeddings or ','}"
 
 
 def _licence(folder: Path) -> str | None:

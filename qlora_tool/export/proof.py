@@ -26,7 +26,7 @@ from qlora_tool.inference.open import tokenizer_folder
 from qlora_tool.memory.available import free_bytes
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.layers import FrozenLinear
-from qlora_tool.model.load import ParameterSource, Quantization, build_skeleton, find_slots
+from qlora_tool.model.load import ParameterSource, Quantization, build_skeleton, find_embedding_slots, find_slots
 from qlora_tool.model.open import choose_device, open_model, open_tokenizer
 from qlora_tool.model.source import read_model_config
 from qlora_tool.model.tensor_files import Checkpoint, give_back_freed_memory
@@ -256,10 +256,11 @@ def _shortage(artifact: Artifact) -> str | None:
     skeleton = build_skeleton(read_model_config(folder, artifact.model.trust_remote_code),
                               artifact.model.trust_remote_code)  # fmt: skip
     source = ParameterSource(skeleton, Checkpoint(folder), "cpu")
-    slots = find_slots(skeleton)
-    bytes_a_weight = {"nf4": 0.57, "fp4": 0.57, "int8": 1.01}.get(artifact.model.quantization)
+    bytes_of = {"nf4": 0.57, "fp4": 0.57, "int8": 1.01}  # a weight
+    slots = dict.fromkeys(find_slots(skeleton), artifact.model.quantization)
+    slots |= dict.fromkeys(find_embedding_slots(skeleton, Quantization.of(artifact.model)), "int8")
     sizes = {name: torch.Size(source.shapes[name]).numel() for name in source.names}
-    held = sum(size * bytes_a_weight if bytes_a_weight and name in slots else source.stored_bytes(name)
+    held = sum(size * bytes_of[slots[name]] if slots.get(name) in bytes_of else source.stored_bytes(name)
                for name, size in sizes.items())  # fmt: skip
     needed = held + 3 * 4 * max(sizes.values())  # the largest weight in fp32, the update of it, what the files hold
     free = free_bytes(choose_device(artifact.model.device))

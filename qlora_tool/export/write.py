@@ -134,7 +134,7 @@ def _refuse_options(options: ExportOptions) -> None:
 
 def _job(artifact: Artifact, folder: Path, output: Path, options: ExportOptions) -> Job:
     trust = artifact.model.trust_remote_code
-    quantization = Quantization(artifact.model.quantization, artifact.model.double_quant)
+    quantization = Quantization.of(artifact.model)
     merged = MergedModel(
         build_skeleton(read_model_config(folder, trust), trust), Checkpoint(folder), quantization, artifact.adapter,
         options.base, kept=find_kept(folder, quantization) if options.base == "dequantized" else None,
@@ -246,7 +246,7 @@ def _inputs(artifact: Artifact, folder: Path, options: ExportOptions) -> dict[st
         "adapter": {file.name: sha256(file) for file in sorted(adapter.glob("adapter_*"))},
         "tokenizer": {file.name: sha256(file) for file in sorted(adapter.glob("tokenizer*"))},
         "base": file_hashes(folder),
-        "quantization": [artifact.model.quantization, artifact.model.double_quant],
+        "quantization": asdict(Quantization.of(artifact.model)),
         "options": asked,
     }
 
@@ -265,6 +265,7 @@ def _provenance(artifact: Artifact, options: ExportOptions, result: dict[str, An
         "base": known.get("base", {}) | base,
         "quantization": artifact.model.quantization,
         "double_quant": artifact.model.double_quant,
+        "embeddings": artifact.model.embeddings,
         "merged": {"base": options.base, "dtype": result["dtype"]},
     }
 
@@ -285,6 +286,7 @@ def _report(artifact: Artifact, folder: Path, options: ExportOptions, result: di
                 "revision": artifact.model.revision,
                 "quantization": artifact.model.quantization,
                 "double_quant": artifact.model.double_quant,
+                "embeddings": artifact.model.embeddings,
                 "files": file_hashes(folder),
             },
             "adapter": {

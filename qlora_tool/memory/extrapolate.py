@@ -279,7 +279,8 @@ class _Case:
     ) -> _Case:
         training = config.training
         settings = (
-            config.model.quantization, config.model.double_quant, config.model.trust_remote_code,
+            config.model.quantization, config.model.double_quant, config.model.embeddings,
+            config.model.trust_remote_code,
             config.adapter.model_dump_json(), training.optim, bool(training.gradient_checkpointing),
             min(2, training.gradient_accumulation_steps), training.max_grad_norm > 0,
             training.label_smoothing_factor > 0, training.tiled_mlp, training.optimizer_in_backward,

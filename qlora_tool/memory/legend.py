@@ -51,9 +51,13 @@ def part_names(config: Mapping[str, Any]) -> dict[str, str]:
     """What to call the categories and the kinds of activations, under a run's configuration.
 
     Args:
-        config: with `model.quantization`, which says what the base weights are kept as; it may be missing.
+        config: with `model.quantization` and `model.embeddings`, which say what the base weights are kept as; they may
+            be missing.
     """
-    codes = _CODES.get((config.get("model") or {}).get("quantization"))
+    model = config.get("model") or {}
+    codes = _CODES.get(model.get("quantization"))
+    if model.get("embeddings") == "int8" and codes != _CODES["int8"]:
+        codes = f"{codes}, int8 embeddings" if codes else "int8 embeddings"
     return _NAMES | ({"base_weights": f"base weights ({codes})"} if codes else {})
 
 

@@ -139,7 +139,7 @@ def made_up_run(
     """
     watch, device = watch or TracerWatch(tracer), torch.device(device)
     model_config = copy.deepcopy(model_config)  # transformers writes its dtype into what it loads by
-    quantization = Quantization(config.model.quantization, config.model.double_quant)
+    quantization = Quantization.of(config.model)
     stored = getattr(model_config, "dtype", None) or torch.bfloat16
     with watch.phase("load", 0):
         module = load_base(
@@ -310,8 +310,9 @@ def _fake_world(shape: BatchShape) -> Iterator[None]:
     Whether positions begin anew within a row cannot be read off fake tensors, so transformers assumes they do and makes
     a mask of length × length. Where the rows are not packed it is told that they do not.
 
-    A weight is quantized in one piece instead of in thousands: the pieces together have the same bytes. The 8-bit
-    optimizer's table of values is one without values; the tables of 4-bit codes are kept, as a process keeps them.
+    A weight is quantized in one piece instead of in thousands (to int8 in a few): the pieces together have the same
+    bytes. The 8-bit optimizer's table of values is one without values; the tables of 4-bit codes are kept, as a process
+    keeps them.
     """
     with ExitStack() as changes:
         if shape.segments is None:

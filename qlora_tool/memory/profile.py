@@ -24,7 +24,14 @@ from qlora_tool.memory.legend import full_size, limit
 from qlora_tool.memory.measure import measure_categories, measure_peak
 from qlora_tool.memory.predict import BatchShape, predict
 from qlora_tool.memory.timeline import Timeline
-from qlora_tool.model.load import build_skeleton, find_slots, is_linear, tied_names
+from qlora_tool.model.load import (
+    Quantization,
+    build_skeleton,
+    find_embedding_slots,
+    find_slots,
+    is_linear,
+    tied_names,
+)
 from qlora_tool.model.open import check_length, choose_dtype
 from qlora_tool.model.source import read_model_config, resolve
 
@@ -240,7 +247,8 @@ def unquantized_bytes(config: Config, model_config: PreTrainedConfig, compute_dt
     if config.model.quantization == "none":
         return {}
     skeleton = build_skeleton(copy.deepcopy(model_config), config.model.trust_remote_code, compute_dtype)
-    elsewhere = find_slots(skeleton).keys() | tied_names(skeleton).keys()
+    embeddings = find_embedding_slots(skeleton, Quantization.of(config.model))
+    elsewhere = find_slots(skeleton).keys() | embeddings.keys() | tied_names(skeleton).keys()
     stored = model_config.dtype or torch.bfloat16
     kept = stored if stored.itemsize <= 2 else compute_dtype  # of a large weight, as it lies on the disk
     found = {}

@@ -38,8 +38,10 @@ def base_identity(folder: Path) -> str:
 
 def _folder(folder: Path, quantization: Quantization, compute_dtype: torch.dtype) -> Path:
     double = "-double" if quantization.double_quant and quantization.kind in ("nf4", "fp4") else ""
+    embeddings = "-int8_embeddings" if quantization.embeddings == "int8" else ""
     dtype = str(compute_dtype).removeprefix("torch.")  # what is small is kept in it
-    return cache_folder() / "bases" / f"{base_identity(folder)[:24]}-{quantization.kind}{double}-{dtype}-{FORMAT}"
+    kind = f"{quantization.kind}{double}{embeddings}"
+    return cache_folder() / "bases" / f"{base_identity(folder)[:24]}-{kind}-{dtype}-{FORMAT}"
 
 
 def kept_base(folder: Path, quantization: Quantization, compute_dtype: torch.dtype) -> Checkpoint | None:
@@ -60,7 +62,8 @@ def keep_base(model: PreTrainedModel, folder: Path, quantization: Quantization, 
 
 def _module_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model by its module name, tied ones once; quantized ones in bitsandbytes' form."""
-    handles = {name: module for name, module in model.named_modules() if isinstance(module, FrozenWeight)}
+    modules = model.named_modules(remove_duplicate=False)  # tied embeddings share one handle, under two names
+    handles = {name: module for name, module in modules if isinstance(module, FrozenWeight)}
     tied = tied_names(model)
     for name, handle in handles.items():
         if name in tied:

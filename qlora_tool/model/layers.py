@@ -1,6 +1,6 @@
 """The modules that hold frozen weights, and the handle through which everything asks for them.
 
-Each takes the place of a transformers module of the same name. A weight is always (out, in) here; a Conv1D's
+Each takes the place of a transformers module, or makes one its own. A weight is always (out, in) here; a Conv1D's
 (in, out) is turned on the way in and back on the way out.
 """
 
@@ -73,6 +73,33 @@ class FrozenWeight(nn.Module):
 
     def release(self) -> None:
         self._held = None
+
+
+class FrozenEmbedding(nn.Embedding):
+    """Embeddings in int8 behind a handle: the rows that are asked for, and they alone, are brought to its dtype."""
+
+    weight: FrozenWeight | None
+
+    @staticmethod
+    def take_over(embedding: nn.Embedding) -> None:
+        """Make one of `embedding` itself, without a weight yet. What a subclass adds to `super().forward` (gemma's
+        scale) it goes on to add."""
+        kind = type(embedding)
+        bases = (FrozenEmbedding,) if kind is nn.Embedding else (kind, FrozenEmbedding)
+        embedding.__class__ = FrozenEmbedding if kind is nn.Embedding else type(kind.__name__, bases, {})
+        del embedding.weight
+        embedding.weight = None
+
+    @staticmethod
+    def can_take_over(embedding: nn.Module | None) -> bool:
+        """Whether a module does nothing with its weight but look rows up in it, the way nn.Embedding does."""
+        if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
+            return False
+        names = getattr(getattr(type(embedding).forward, "__code__", None), "co_names", ())
+        return type(embedding) is nn.Embedding or ("super" in names and "embedding" not in names)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.weight.quantized.dequantize(self.weight.dtype, rows=input)
 
 
 class FrozenLinear(nn.Module):

@@ -5,10 +5,11 @@ What is held at any time is the model so far and one group of tensors: never the
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_tool.errors import UserError
 from qlora_tool.model.experts import expert_weight_names, is_experts_module, set_expert_weight, use_expert_handles
-from qlora_tool.model.layers import FrozenLinear, FrozenWeight
+from qlora_tool.model.layers import FrozenEmbedding, FrozenLinear, FrozenWeight
 from qlora_tool.model.names import LoadGroup, plan_load
 from qlora_tool.model.tensor_files import Checkpoint, missing_names
 from qlora_tool.ops.quantized import QuantizedTensor, disk_group, from_disk, quantize
@@ -27,27 +28,37 @@ from qlora_tool.ops.quantized import QuantizedTensor, disk_group, from_disk, qua
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qlora_tool.config import ModelConfig
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the base's linear weights are kept: `kind` nf4, fp4, int8 or none."""
+    """How the base is kept: its linear weights in `kind` nf4, fp4, int8 or none; its `embeddings`, the output
+    projection among them, as_stored or in int8."""
 
     kind: str = "nf4"
     double_quant: bool = True
+    embeddings: str = "as_stored"
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Quantization:
+        return cls(config.quantization, config.double_quant, config.embeddings)
 
 
 @dataclass(frozen=True)
 class Slot:
     """The place of one weight that may be quantized: `attribute` of the module named `module`.
 
-    `transposed`: the model keeps it as (in, out), or (experts, in, out).
+    `transposed`: the model keeps it as (in, out), or (experts, in, out). `kind`: what it is quantized to whatever the
+    linear weights are.
     """
 
     module: str
     attribute: str
     transposed: bool
+    kind: str | None = None
 
 
 def build_skeleton(config, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -110,9 +121,43 @@ def find_slots(model: PreTrainedModel) -> dict[str, Slot]:
         elif is_experts_module(module):
             for attribute in expert_weight_names(module):
                 slots[f"{name}.{attribute}"] = Slot(name, attribute, module.is_transposed)
-    names = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
-    kept = [re.compile(rf"(^|\.){re.escape(name)}(\.|$)") for name in names]
-    return {name: slot for name, slot in slots.items() if not any(pattern.search(name) for pattern in kept)}
+    return {name: slot for name, slot in slots.items() if not _stays_in_fp32(model, name)}
+
+
+def _stays_in_fp32(model: PreTrainedModel, name: str) -> bool:
+    wanted = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    return any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in wanted)
+
+
+def find_embedding_slots(model: PreTrainedModel, quantization: Quantization) -> dict[str, Slot]:
+    """The weights of input embeddings and output projection by the name of their parameter, where `quantization` keeps
+    them in int8. What cannot be kept so stays as stored, with a warning; tied ones both do."""
+    if quantization.embeddings == "as_stored":
+        return {}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    slots, left = {}, []
+    for module, fits, what in (
+        (embedding, FrozenEmbedding.can_take_over(embedding), "the input embeddings"),
+        (head, head is not None and is_linear(head), "the output projection"),
+    ):
+        name = names.get(id(module))
+        if fits and not _stays_in_fp32(model, name):
+            slots[name] = Slot(name.removesuffix(".weight"), "weight", not isinstance(module, nn.Embedding | nn.Linear),
+                               "int8")  # fmt: skip
+        else:
+            left.append(f"{what} ({type(module).__name__ if module is not None else 'none'})")
+    if len(slots) == 1 and any(slots.keys() & pair for pair in tied_names(model).items()):
+        slots, left = {}, [*left, "what is tied to it"]
+    if left:
+        _warn_once(f"model.embeddings: int8, but in {model.config.model_type} {' and '.join(left)} cannot be kept so; "
+                   "as stored")  # fmt: skip
+    return slots
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    logger.warning(line)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -237,14 +282,18 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
 def quantize_parameter(
     name: str, value: Tensor | QuantizedTensor, slot: Slot, quantization: Quantization
 ) -> QuantizedTensor | Tensor:
-    """A linear weight or experts as they are kept: (out, in) or (experts, out, in), quantized unless `kind` is none.
+    """What a slot holds as it is kept: (out, in) or (experts, out, in), quantized unless `kind` is none.
 
     Raises:
         UserError: the checkpoint is quantized in another way than asked for.
     """
+    kind = slot.kind or quantization.kind
+    if isinstance(value, QuantizedTensor) and slot.kind not in (None, value.kind):
+        value = value.dequantize(value.dtype)
+        slot = replace(slot, transposed=False)
     if isinstance(value, QuantizedTensor):
         if (value.kind, value.double_quant) != (quantization.kind, quantization.double_quant) and not (
-            value.kind == quantization.kind == "int8"
+            value.kind == kind == "int8"
         ):
             double = " with double quantization" if value.double_quant else ""
             raise UserError(
@@ -254,12 +303,13 @@ def quantize_parameter(
         return value
     if slot.transposed:
         value = value.transpose(-1, -2).contiguous()
-    if quantization.kind == "none":
+    if kind == "none":
         return value
     try:
-        return quantize(value, quantization.kind, quantization.double_quant)
+        return quantize(value, kind, quantization.double_quant)
     except ValueError as error:
-        raise UserError(f"{name}: {error}; choose another model.quantization") from error
+        key = "model.embeddings" if slot.kind else "model.quantization"
+        raise UserError(f"{name}: {error}; choose another {key}") from error
 
 
 def load_base(
@@ -281,7 +331,7 @@ def load_base(
     Args:
         folder: the model's.
         config: its transformers configuration.
-        quantization: how linear weights are kept.
+        quantization: how its weights are kept.
         device: where everything lives.
         compute_dtype: what products run in.
         checkpoint: the weights, where they are not the folder's own (a quantized base that was kept).
@@ -291,7 +341,7 @@ def load_base(
         UserError: the configuration, the weights, or both together cannot be read as a causal language model.
     """
     model = build_skeleton(config, trust_remote_code, compute_dtype)
-    slots = find_slots(model)
+    slots = find_slots(model) | (embeddings := find_embedding_slots(model, quantization))
     if any(isinstance(module, nn.Module) and is_experts_module(module) for module in model.modules()):
         use_expert_handles(model)
     # The source plans on the skeleton's own names, before its modules change.
@@ -300,12 +350,17 @@ def load_base(
     else:
         source = ParameterSource(model, checkpoint or Checkpoint(folder), device)
     _replace_linears(model)
+    for slot in embeddings.values():
+        if isinstance(module := model.get_submodule(slot.module), nn.Embedding):
+            FrozenEmbedding.take_over(module)
     for name in source.names:
         value = source.read(name)
         if name in slots:
             value = quantize_parameter(name, value, slots[name], quantization)
             if isinstance(value, Tensor):
                 value = value.to(_kept_dtype(value, compute_dtype))
+            elif name in embeddings:
+                value = replace(value, dtype=compute_dtype)  # what rows are looked up in
             _place(model, name, FrozenWeight(value))
         elif isinstance(model.get_submodule(name.rpartition(".")[0]), FrozenLinear) and name.endswith(".weight"):
             if isinstance(value, Tensor):
@@ -340,7 +395,7 @@ def _replace_linears(model: PreTrainedModel) -> None:
 def _place(model: nn.Module, name: str, weight: FrozenWeight) -> None:
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
-    if isinstance(module, FrozenLinear):
+    if isinstance(module, FrozenLinear | FrozenEmbedding):
         module.weight = weight
     else:
         set_expert_weight(module, attribute, weight)
@@ -375,10 +430,12 @@ def _tie(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
         found = _placed(model, target)
         if _placed(model, source) is None and isinstance(found, Tensor):
             _place_plain(model, source, found, compute_dtype)
+        elif _placed(model, source) is None and found is not None:
+            _place(model, source, found)
         shared = _placed(model, source)
         if shared is None:  # on meta, where nothing looks read
             shared = model.get_parameter(source)
-        if isinstance(found, Tensor) and isinstance(shared, Tensor) and _differ(found, shared):
+        if _differ(found, shared):
             logger.warning("config.json ties %s to %s, but the checkpoint has both, and they differ: they stay apart",
                            target, source)  # fmt: skip
             model.all_tied_weights_keys.pop(target)
@@ -389,7 +446,11 @@ def _tie(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
         setattr(module, target.rpartition(".")[2], shared)
 
 
-def _differ(one: Tensor, other: Tensor) -> bool:
+def _differ(one: Tensor | FrozenWeight | None, other: Tensor | FrozenWeight) -> bool:
+    if isinstance(one, FrozenWeight) and isinstance(other, FrozenWeight):
+        return any(_differ(tensor, getattr(other, name)) for name, tensor in one.quantized.tensors().items())
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return False
     if one.is_meta or is_fake(one):
         return False  # shapes are all there is
     return not torch.equal(one.to(other.dtype), other)

@@ -66,7 +66,7 @@ def open_model(config: ModelConfig) -> CausalLM:
     compute_dtype = choose_dtype(config.compute_dtype, device)
     folder = resolve(config.name_or_path, config.revision)
     model_config = read_model_config(folder, config.trust_remote_code)
-    quantization = Quantization(config.quantization, config.double_quant)
+    quantization = Quantization.of(config)
     kept = kept_base(folder, quantization, compute_dtype) if config.keep_quantized else None
     if kept is not None:
         logger.info("quantized base kept from an earlier run: %s", kept.folder)

@@ -34,6 +34,7 @@ BLOCK_SIZE = 64  # weights that share one scale (QLoRA, section 3)
 NESTED_BLOCK_SIZE = 256  # scales that share one scale of their own
 INT8_STEP = 7.874015718698502e-3  # 1/127, as bitsandbytes writes it
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that bitsandbytes' operators know
+_INT8_CHUNK = 1 << 23  # int8 weights dequantized at a time: 32 MB of them in fp32
 _CHUNK = 1 << 20  # weights quantized at a time: the fp32 copies inside the operator stay a few MB (a multiple of 64)
 
 
@@ -84,18 +85,21 @@ class QuantizedTensor:
         """One expert's matrix (out, in) of a three-dimensional weight; its tensors are views."""
         return replace(self.map(lambda tensor: tensor[index]), shape=self.shape[1:])
 
-    def dequantize(self, dtype: torch.dtype = torch.float32, rows: slice | None = None) -> Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.float32, rows: slice | Tensor | None = None) -> Tensor:
         """The weight as a plain tensor: code × scale in fp32, rounded once to `dtype`.
 
         Args:
             dtype: of the result.
             rows: only these rows of the (out, in) matrix, (rows, in); all of them by default. Ends must fall on
-                block borders (any row does where `in` is a multiple of the block size).
+                block borders (any row does where `in` is a multiple of the block size). Of int8, also the rows that
+                an index of any shape names, (*rows.shape, in).
 
         Returns:
             A tensor of `shape`, or of the rows asked for.
         """
-        if rows is not None and rows.step not in (None, 1):
+        if isinstance(rows, Tensor) and (self.kind != "int8" or len(self.shape) != 2):
+            raise ValueError("rows by an index: only an int8 matrix has each row by itself")
+        if isinstance(rows, slice) and rows.step not in (None, 1):
             raise ValueError(f"rows in steps of {rows.step}: expected every row of a range")
         if len(self.shape) == 3:
             if rows is not None:
@@ -103,8 +107,7 @@ class QuantizedTensor:
             return torch.stack([self.expert(index).dequantize(dtype) for index in range(self.shape[0])])
         if self.kind == "int8":
             codes, scales = (self.codes, self.scales) if rows is None else (self.codes[rows], self.scales[rows])
-            # In place: the same roundings as code × scale × step, in one pass of memory instead of three.
-            return codes.to(torch.float32).mul_(scales.unsqueeze(-1)).mul_(INT8_STEP).to(dtype)
+            return _dequantize_int8(codes, scales, dtype)
         return self._dequantize_4bit(dtype, rows)
 
     def _dequantize_4bit(self, dtype: torch.dtype, rows: slice | None) -> Tensor:
@@ -138,6 +141,19 @@ class QuantizedTensor:
             self.scales, self.nested_scales, nested_map, NESTED_BLOCK_SIZE, torch.float32
         )
         return scales.add_(self.nested_offset)
+
+
+def _dequantize_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes (…, in) × scales (…): rounded as code × scale × step is, and in place, in one pass of memory for three."""
+    if dtype == torch.float32 or codes.numel() <= _INT8_CHUNK:
+        return codes.to(torch.float32).mul_(scales.unsqueeze(-1)).mul_(INT8_STEP).to(dtype)
+    # A large one (an output projection) by rows: whole in fp32 it would take more than int8 saves.
+    result = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    rows = max(1, _INT8_CHUNK // codes.shape[-1])
+    parts = (tensor.flatten(0, -2).split(rows) for tensor in (codes, scales.unsqueeze(-1), result))
+    for part, part_scales, part_result in zip(*parts, strict=True):
+        part_result.copy_(part.to(torch.float32).mul_(part_scales).mul_(INT8_STEP))
+    return result
 
 
 def quantize(weight: Tensor, kind: str, double_quant: bool = True) -> QuantizedTensor:
@@ -192,16 +208,18 @@ def _quantize_chunk(chunk: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_int8(weight: Tensor) -> QuantizedTensor:
-    rows = max(1, _CHUNK // weight.shape[1])
-    codes, scales = [], []
-    for chunk in weight.split(rows):
+    rows = max(1, min(_CHUNK, _INT8_CHUNK) // weight.shape[1])  # a prediction sets _CHUNK aside
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    parts = (tensor.split(rows) for tensor in (weight, codes, scales))
+    for chunk, codes_part, scales_part in zip(*parts, strict=True):
         half = chunk.to(torch.float16)  # as bitsandbytes' Int8Params does
         if not (half.is_meta or is_fake(half)) and not half.isfinite().all():
             raise ValueError("int8: the weight has values that are no numbers or lie beyond fp16's range (65504)")
         row_codes, row_scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(half)
-        codes.append(row_codes)
-        scales.append(row_scales)
-    return QuantizedTensor("int8", tuple(weight.shape), weight.dtype, torch.cat(codes), torch.cat(scales), block_size=0)
+        codes_part.copy_(row_codes)
+        scales_part.copy_(row_scales)
+    return QuantizedTensor("int8", tuple(weight.shape), weight.dtype, codes, scales, block_size=0)
 
 
 def _stack(matrices: list[QuantizedTensor]) -> QuantizedTensor:

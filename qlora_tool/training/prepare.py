@@ -163,6 +163,8 @@ def describe(model: CausalLM, adapters: AdapterSet) -> list[str]:
     kind = model.quantization.kind
     if kind in ("nf4", "fp4") and model.quantization.double_quant:
         kind += " with double quantization"
+    if model.quantization.embeddings == "int8":
+        kind += ", embeddings in int8,"
     trained = adapters.parameters()
     dtype = str(trained[0].dtype).removeprefix("torch.")
     return [
@@ -186,6 +188,7 @@ def provenance(config: Config, model: CausalLM, data: RunData) -> dict[str, Any]
         },
         "quantization": config.model.quantization,
         "double_quant": config.model.double_quant,
+        "embeddings": config.model.embeddings,
         "block_size": BLOCK_SIZE,
         "compute_dtype": config.model.compute_dtype,
         "method": config.adapter.method,

@@ -68,6 +68,8 @@ SMALL = [
     ("gpt2", {"values": OFF | {"model.quantization": "int8", "adapter.lora_dropout": 0.1}, "padded": True}),
     ("mixtral", {"values": ON | {"training.optim": "adamw_8bit", "training.gradient_accumulation_steps": 2}}),
     ("gemma2", {"values": OFF | {"adapter.method": "dora", "model.quantization": "none"}, "examples": (100, 28)}),
+    ("gemma3_text", {"values": ON | {"model.embeddings": "int8"}}),
+    ("phi", {"values": OFF | {"model.embeddings": "int8"}}),
 ]
 
 

@@ -103,6 +103,11 @@ def test_what_is_kept_whole_is_what_the_loader_keeps_whole(
     config = run_config(folder, **{"model.compute_dtype": compute, "model.device": "cpu"})
     found = unquantized_bytes(config, model_config_of(config), getattr(torch, compute))
     assert found == open_model(config.model).unquantized_bytes()
+    int8 = with_values(config, {"model.embeddings": "int8"})
+    assert unquantized_bytes(int8, model_config_of(int8), getattr(torch, compute)) == {
+        name: size for name, size in found.items()
+        if name not in ("model.embed_tokens.weight", "transformer.wte.weight", "lm_head.weight")
+    }  # fmt: skip
 
 
 def test_nothing_is_named_where_nothing_is_to_be_quantized(tmp_path: Path):

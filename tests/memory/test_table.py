@@ -137,6 +137,10 @@ def test_modules_that_are_not_quantized_are_named_with_their_bytes():
 
 def test_the_base_weights_are_called_after_what_they_are_kept_as():
     assert part_names({"model": {"quantization": "int8"}})["base_weights"] == "base weights (int8 codes)"
+    int8 = {"quantization": "int8", "embeddings": "int8"}
+    assert part_names({"model": int8})["base_weights"] == "base weights (int8 codes)"
+    nf4 = part_names({"model": int8 | {"quantization": "nf4"}})
+    assert nf4["base_weights"] == "base weights (4-bit codes, int8 embeddings)"
     assert part_names({"model": {"quantization": "none"}})["base_weights"] == "base weights"
     assert part_names({})["base_weights"] == "base weights"
 

@@ -325,3 +325,22 @@ def test_forms_that_would_be_misread_are_refused():
         from_disk("a.weight", tensors | {"a.weight_format": torch.tensor(0)}, torch.float32),
         quantize(weight(64, 64), "int8"),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_int8_by_rows_and_by_an_index_is_the_same_as_whole(dtype, monkeypatch):
+    weight = quantize(torch.randn(37, 24, generator=torch.Generator().manual_seed(0)), "int8")
+    expected = (weight.codes * weight.scales.unsqueeze(1) * module.INT8_STEP).to(dtype)
+    index = torch.tensor([[3, 36, 3], [0, 1, 2]])
+    for size in (1 << 23, 24 * 5, 1):  # at once, five rows at a time, one
+        monkeypatch.setattr(module, "_INT8_CHUNK", size)
+        assert torch.equal(weight.dequantize(dtype), expected)
+        assert torch.equal(weight.dequantize(dtype, rows=index), expected[index])
+        assert torch.equal(weight.dequantize(dtype, rows=slice(2, 9)), expected[2:9])
+
+
+def test_an_index_of_rows_is_for_int8_matrices():
+    weight = torch.randn(64, 64)
+    for other in (quantize(weight, "nf4"), quantize(weight.view(2, 32, 64), "int8")):
+        with pytest.raises(ValueError, match="rows by an index"):
+            other.dequantize(rows=torch.tensor([0]))
