@@ -192,7 +192,8 @@ def test_a_command_can_exit_with_a_code_of_its_own(command):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_clean_up_and_have_their_exit_codes(number, code):
     process = python(
-        "import time, click\n"
+        "import signal, time, click\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a process in the background starts deaf to it
         "from qlora_tool.cli import ToolCommand, main\n"
         "@main.command('wait', cls=ToolCommand)\n"
         "def wait():\n"

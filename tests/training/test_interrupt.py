@@ -31,7 +31,15 @@ def test_the_first_signal_is_noted_and_the_handlers_come_back():
     assert Interrupted(signal.SIGTERM, []).exit_code == 143
 
 
-def test_a_second_signal_has_its_usual_effect():
+@pytest.fixture
+def heard():
+    """SIGINT as a process in the foreground has it: one started in the background ignores it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+def test_a_second_signal_has_its_usual_effect(heard):
     with pytest.raises(KeyboardInterrupt), StopRequest():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
