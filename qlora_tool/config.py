@@ -191,6 +191,8 @@ class TrainingConfig(_Section):
     """Step each weight as soon as its gradient is there, so that no two gradients live at once."""
     gradient_checkpointing: Annotated[str | bool, one_of(("auto",), also={True: True, False: False})] = "auto"
     """Recompute activations in the backward pass instead of keeping them; auto: as far as memory asks for it."""
+    offload_boundaries: Annotated[bool, flag()] = False
+    """On CUDA: keep what goes into recomputed layers in pinned host memory until backward needs it."""
     tiled_mlp: Annotated[bool, flag()] = False
     """Compute gated MLPs for 1024 tokens at a time and once more in backward, for long contexts."""
     max_memory: Annotated[str | int | None, memory_size()] = None

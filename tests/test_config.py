@@ -34,8 +34,8 @@ training: {output_dir: runs/my-model, num_train_epochs: 1, max_steps: -1, per_de
   lr_scheduler_type: cosine, warmup_steps: 0.03,
   weight_decay: 0.0, max_grad_norm: 1.0, label_smoothing_factor: 0.0, optim: adamw, optimizer_in_backward: false,
   gradient_checkpointing: auto,
-  tiled_mlp: false, max_memory: null, seed: 0, logging_steps: 1, eval_steps: null, save_steps: 100,
-  save_total_limit: 2, report_to: []}
+  offload_boundaries: false, tiled_mlp: false, max_memory: null, seed: 0, logging_steps: 1, eval_steps: null,
+  save_steps: 100, save_total_limit: 2, report_to: []}
 """
 
 

@@ -37,6 +37,7 @@ class CausalLM:
         compute_dtype: what products run in.
         chunked_loss: whether the loss is taken from the hidden states in chunks, or from whole logits.
         recomputation: what is recomputed in backward; None where nothing was ever said of it.
+        offload_boundaries: whether what goes into recomputed layers waits for backward in host memory.
         by_segment: whether packed examples may be kept apart by attention by segment, or only by transformers' masks.
     """
 
@@ -47,6 +48,7 @@ class CausalLM:
     chunked_loss: bool = True
     recomputation: Recomputation | None = None
     by_segment: bool = True
+    offload_boundaries: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -171,7 +173,7 @@ class CausalLM:
         around_recomputation: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         """Recompute activations in backward instead of keeping them; see `checkpointing.checkpoint_layers`."""
-        self.recomputation = checkpoint_layers(self.module, recomputed, around_recomputation)
+        self.recomputation = checkpoint_layers(self.module, recomputed, around_recomputation, self.offload_boundaries)
 
     def checkpointed_layers(self) -> list[nn.Module]:
         """The layers, and parts of layers, that are recomputed in backward."""

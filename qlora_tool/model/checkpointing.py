@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_tool.errors import UserError
+from qlora_tool.model.boundaries import HostBoundaries
 from qlora_tool.model.experts import is_experts_module
 from qlora_tool.model.layers import FrozenLinear
 from qlora_tool.model.load import is_linear
@@ -97,12 +98,14 @@ def checkpoint_layers(
     model: PreTrainedModel,
     recomputed: Recomputation | bool,
     around_recomputation: Callable[[], AbstractContextManager] = nullcontext,
+    offload: bool = False,
 ) -> Recomputation:
     """Recompute in backward what `recomputed` says, in place of what was recomputed before.
 
     Args:
         recomputed: of every layer; True: all layers whole, False: nothing.
         around_recomputation: a context that is open while something is computed again.
+        offload: keep what goes into recomputed layers in host memory meanwhile.
 
     Returns:
         What is recomputed now.
@@ -125,6 +128,8 @@ def checkpoint_layers(
         preserve_rng_state=_draws_random_numbers(model),
         context_fn=lambda: (nullcontext(), around_recomputation()),
     )
+    if offload:
+        run = HostBoundaries(run, next(model.parameters()).device)
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.gradient_checkpointing = False

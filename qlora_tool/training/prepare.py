@@ -131,6 +131,9 @@ def prepare_model(config: Config, recomputation: Recomputation | None = None) ->
         logger.warning("training.tiled_mlp: nothing is tiled, as %s has no gated MLPs with plain LoRA on all of their "
                        "modules", model.config.model_type)  # fmt: skip
     model.choose_loss()
+    model.offload_boundaries = config.training.offload_boundaries and model.device.type == "cuda"
+    if config.training.offload_boundaries and not model.offload_boundaries:
+        logger.warning("training.offload_boundaries: the model is in host memory already; nothing is moved")
     model.checkpoint_layers(recomputation or bool(config.training.gradient_checkpointing))
     for line in describe(model, adapters):
         logger.info(line)

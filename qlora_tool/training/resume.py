@@ -16,7 +16,7 @@ _FREE_KEYS = {
     "model": {"keep_quantized"},
     "training": {
         "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "max_memory",
-        "gradient_checkpointing",  # what is computed again gives the same numbers
+        "gradient_checkpointing", "offload_boundaries",  # what is computed again, or fetched, gives the same numbers
     },
 }
 # What a run may decide otherwise than it was asked to, once data and model are read; checked when it has.
