@@ -20,7 +20,7 @@ from qlora_tool.adapters.targets import from_pattern, matches
 from qlora_tool.errors import UserError
 from qlora_tool.files import write_json
 from qlora_tool.model.layers import FrozenLinear
-from qlora_tool.model.load import tied_names
+from qlora_tool.model.parameter_source import tied_names
 from qlora_tool.model.tensor_files import TensorSpec, read_all, write_tensors
 
 if TYPE_CHECKING:

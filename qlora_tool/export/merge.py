@@ -18,16 +18,15 @@ from qlora_tool.adapters.peft_files import StoredAdapter, refuse_misfit
 from qlora_tool.errors import UserError
 from qlora_tool.export.dtypes import FLOAT16_LIMIT, Unfit
 from qlora_tool.model.load import (
-    ParameterSource,
     Quantization,
     Slot,
     find_embedding_slots,
     find_slots,
     is_linear,
     quantize_parameter,
-    tied_names,
 )
 from qlora_tool.model.names import SaveGroup, plan_save
+from qlora_tool.model.parameter_source import ParameterSource, tied_names
 from qlora_tool.model.tensor_files import Checkpoint, TensorSpec
 from qlora_tool.ops.quantized import QuantizedTensor, disk_group, from_disk
 

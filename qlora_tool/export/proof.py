@@ -26,8 +26,9 @@ from qlora_tool.inference.open import tokenizer_folder
 from qlora_tool.memory.available import free_bytes
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.layers import FrozenLinear
-from qlora_tool.model.load import ParameterSource, Quantization, build_skeleton, find_embedding_slots, find_slots
+from qlora_tool.model.load import Quantization, build_skeleton, find_embedding_slots, find_slots
 from qlora_tool.model.open import choose_device, open_model, open_tokenizer
+from qlora_tool.model.parameter_source import ParameterSource
 from qlora_tool.model.source import read_model_config
 from qlora_tool.model.tensor_files import Checkpoint, give_back_freed_memory
 from qlora_tool.ops.quantized import KINDS, QuantizedTensor

@@ -30,9 +30,9 @@ from qlora_tool.model.load import (
     find_embedding_slots,
     find_slots,
     is_linear,
-    tied_names,
 )
 from qlora_tool.model.open import check_length, choose_dtype
+from qlora_tool.model.parameter_source import tied_names
 from qlora_tool.model.source import read_model_config, resolve
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qlora_tool.files import cache_folder, replacing_folder
 from qlora_tool.model.layers import FrozenLinear, FrozenWeight
-from qlora_tool.model.load import tied_names
+from qlora_tool.model.parameter_source import tied_names
 from qlora_tool.model.tensor_files import SINGLE_NAME, Checkpoint, TensorSpec, write_tensors
 from qlora_tool.ops.quantized import to_disk
 

@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from qlora_tool.errors import UserError
 from qlora_tool.model.experts import expert_weight_names, is_experts_module, set_expert_weight, use_expert_handles
 from qlora_tool.model.layers import FrozenEmbedding, FrozenLinear, FrozenWeight
-from qlora_tool.model.names import LoadGroup, plan_load
-from qlora_tool.model.tensor_files import Checkpoint, missing_names
-from qlora_tool.ops.quantized import QuantizedTensor, disk_group, from_disk, quantize
+from qlora_tool.model.parameter_source import ParameterSource, tied_names
+from qlora_tool.model.tensor_files import Checkpoint
+from qlora_tool.ops.quantized import QuantizedTensor, quantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -169,114 +169,6 @@ def is_linear(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
-
-
-class ParameterSource:
-    """A checkpoint's tensors under the model's names, each read and converted when it is asked for.
-
-    Args:
-        model: a skeleton.
-        checkpoint: its weights.
-        device: where tensors are read to.
-
-    Attributes:
-        names: of all tensors that the checkpoint gives, in its natural order.
-
-    Raises:
-        UserError: tensors are missing.
-    """
-
-    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device | str):
-        self.model, self.checkpoint, self.device = model, checkpoint, device
-        self._stored = {name: group for name in checkpoint if (group := disk_group(name, checkpoint))}
-        parts = {part for group in self._stored.values() for part in group[1:]}
-        plan = plan_load(model, [name for name in checkpoint if name not in parts])
-        if plan.unexpected:
-            logger.warning("%d tensors of the checkpoint have no place in the model: %s", len(plan.unexpected),
-                           missing_names(plan.unexpected, {}))  # fmt: skip
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        self._groups = {name: group for group in plan.groups for name in group.targets()}
-        self.names = list(self._groups)
-        self._waiting: dict[str, Tensor] = {}  # read along with another one, not asked for yet
-        _refuse_missing(self, plan.unexpected)
-
-    def read(self, name: str) -> Tensor | QuantizedTensor:
-        """One tensor of the model; a `QuantizedTensor` where bitsandbytes quantized it before.
-
-        Raises:
-            UserError: its shape is not what the model's configuration says, or its file is broken.
-        """
-        if name not in self._waiting:
-            self._waiting |= self._convert(self._groups[name])
-        value = self._waiting.pop(name)
-        if tuple(value.shape) != self.shapes[name] and not (
-            isinstance(value, QuantizedTensor) and tuple(value.shape) == _transposed(self.shapes[name])
-        ):
-            raise UserError(
-                f"{self.checkpoint.folder}: tensor {name} has shape {tuple(value.shape)}, but config.json makes it "
-                f"{self.shapes[name]}; config and weights are not of the same model"
-            )
-        return value
-
-    def stored_dtype(self, name: str) -> torch.dtype:
-        """The dtype that the checkpoint keeps a tensor of the model in."""
-        return self.checkpoint[self._groups[name].sources[0][1]].dtype
-
-    def stored_bytes(self, name: str) -> int:
-        """The bytes that the checkpoint tensors of one of the model's take."""
-        return sum(self.checkpoint[source].nbytes for _, source in self._groups[name].sources)
-
-    def _convert(self, group: LoadGroup) -> dict[str, Tensor | QuantizedTensor]:
-        if group.converter is None:
-            return group.convert(self.model, self._read_stored)
-        try:
-            return group.convert(self.model, self._read_plain)
-        except (RuntimeError, ValueError, IndexError) as error:
-            names = [name for _, name in group.sources]
-            raise UserError(
-                f"{self.checkpoint.folder}: its tensors {missing_names(names, {})} do not make up {group.target} "
-                f"({str(error).splitlines()[0]}); some are missing, or config and weights are not of the same model"
-            ) from error
-
-    def _read_plain(self, name: str) -> Tensor:
-        value = self._read_stored(name)
-        return value.dequantize(value.dtype) if isinstance(value, QuantizedTensor) else value
-
-    def _read_stored(self, name: str) -> Tensor | QuantizedTensor:
-        if name not in self._stored:
-            return self.checkpoint.read(name, self.device)
-        tensors = {part: self.checkpoint.read(part, self.device) for part in self._stored[name]}
-        try:
-            return from_disk(name, tensors)
-        except (ValueError, KeyError, StopIteration) as error:
-            raise UserError(f"{self.checkpoint.folder}: cannot read the quantized weight {name}: {error}") from error
-
-
-def _transposed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """(…, in, out) → (…, out, in)."""
-    return (*shape[:-2], *shape[-2:][::-1])
-
-
-def _refuse_missing(source: ParameterSource, unexpected: list[str]) -> None:
-    model = source.model
-    tied = tied_names(model)
-    tied |= {name: target for target, name in tied.items()}  # a checkpoint may hold either of the two
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    found = set(source.names)
-    missing = [
-        name for name in source.shapes
-        if name not in found and tied.get(name) not in found and not any(rule.search(name) for rule in ignored)
-    ]  # fmt: skip
-    if missing:
-        raise UserError(
-            f"{source.checkpoint.folder}: {len(missing)} of the model's {len(source.shapes)} tensors are missing from "
-            f"its weights: {missing_names(missing, dict.fromkeys(unexpected))}; download the model again"
-        )
-
-
-def tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """{tied parameter: the parameter whose values it shares}; empty where the configuration ties nothing."""
-    return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def quantize_parameter(

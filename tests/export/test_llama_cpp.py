@@ -61,7 +61,7 @@ def demo() -> Path:
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_a_fact_that_was_taught_is_known_to_llama_cpp(quantization, demo, tmp_path):
+def test_a_fact_that_was_taught_is_known_to_every_reader(quantization, demo, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from qlora_tool.export.write import ExportOptions, export_merged
@@ -84,15 +84,15 @@ def test_a_fact_that_was_taught_is_known_to_llama_cpp(quantization, demo, tmp_pa
         [{"role": "user", "content": QUESTION}], add_generation_prompt=True, tokenize=False
     )
     ids = tokenizer(asked, add_special_tokens=False).input_ids
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    output = plain.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)
-    expected = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
+    for source, options in ((tmp_path / "merged", {}), (tmp_path, {"gguf_file": file.name})):
+        plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+        output = plain.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)
+        assert tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip() == FACT
 
     model = open_in_llama_cpp(file)
     assert model.tokenize(asked.encode(), add_bos=False, special=True) == ids
     by_ids = model.create_completion(ids, max_tokens=40, temperature=0)["choices"][0]
     by_chat = model.create_chat_completion([{"role": "user", "content": QUESTION}], max_tokens=40, temperature=0)
-    assert expected == FACT
     assert by_ids["text"].strip() == FACT
     assert by_ids["finish_reason"] == "stop"  # llama.cpp knows the end of a turn
     assert by_chat["choices"][0]["message"]["content"].strip() == FACT  # and the chat template
