@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_tool.config import Config, config_to_yaml, load_config
-from qlora_tool.files import disk_errors, write_text
+from qlora_tool.files.atomic import disk_errors, write_text
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class OurSide:
     """
 
     def __init__(self, config: Config, largest: Batch):
-        from qlora_tool.memory.budget import choose_for_run
+        from qlora_tool.memory.plan.budget import choose_for_run
         from qlora_tool.training.optimizers import Optimizer
         from qlora_tool.training.prepare import prepare_model, resolve_config
         from qlora_tool.training.step import StepSettings
@@ -119,7 +119,7 @@ class PlainSide(OurSide):
 def recomputed_share(model) -> float:
     """Of the products with frozen weights inside the decoder layers, the share that is computed again in backward."""
     from qlora_tool.model.checkpointing import decoder_layers
-    from qlora_tool.model.layers import FrozenLinear
+    from qlora_tool.weights.modules import FrozenLinear
 
     total = recomputed = 0
     for layer, parts in zip(decoder_layers(model.module).values(), model.recomputation.layers, strict=True):
@@ -287,7 +287,7 @@ def peak_tensor_bytes(step: Callable[[], Any], device: torch.device) -> dict[str
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own lines about when it starts and stops
     from torch.profiler import ProfilerActivity, profile
 
-    from qlora_tool.memory.measure import allocations
+    from qlora_tool.memory.trace.measure import allocations
 
     before = live_tensor_bytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -13,7 +13,7 @@ from typing import Any
 
 from scripts import load_script
 
-from qlora_tool.files import replacing_folder
+from qlora_tool.files.atomic import replacing_folder
 
 
 def write_made_up_nf4(folder: Path, raw: dict[str, Any], device: str, seed: int = 0) -> int:
@@ -32,7 +32,7 @@ def write_made_up_nf4(folder: Path, raw: dict[str, Any], device: str, seed: int 
     from transformers import BitsAndBytesConfig
 
     from qlora_tool.model.load import build_skeleton, find_slots
-    from qlora_tool.ops.quantized import quantize, to_disk
+    from qlora_tool.weights.quantized import quantize, to_disk
 
     maker = load_script("make_random_model")
     config = maker.model_config(raw)

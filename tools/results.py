@@ -19,7 +19,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from qlora_tool.errors import ToolError
-from qlora_tool.files import write_json
+from qlora_tool.files.atomic import write_json
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "safetensors")
 

@@ -15,8 +15,8 @@ from qlora_tool.adapters.lora import LoraAdapter
 from qlora_tool.adapters.method import Adapter, generator_for
 from qlora_tool.adapters.targets import find_targets, settings_for
 from qlora_tool.errors import UserError, did_you_mean
-from qlora_tool.model.layers import FrozenEmbedding, FrozenLinear, FrozenWeight
 from qlora_tool.model.parameter_source import tied_names
+from qlora_tool.weights.modules import FrozenEmbedding, FrozenLinear, FrozenWeight
 
 if TYPE_CHECKING:
     from qlora_tool.config import AdapterConfig

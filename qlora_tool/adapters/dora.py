@@ -12,7 +12,7 @@ from qlora_tool.adapters.lora import LoraAdapter
 from qlora_tool.adapters.method import AdapterSettings
 
 if TYPE_CHECKING:
-    from qlora_tool.model.layers import FrozenLinear, FrozenWeight
+    from qlora_tool.weights.modules import FrozenLinear, FrozenWeight
 
 
 class DoraAdapter(LoraAdapter):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlora_tool.adapters.lora import LoraAdapter
-from qlora_tool.model.layers import FrozenLinear
 from qlora_tool.ops.lora import ACTIVATIONS, Activation, lora_gated_mlp, lora_linear
+from qlora_tool.weights.modules import FrozenLinear
 
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
 TILE = 1024  # tokens: enough to make the weights' dequantization, once a tile, a small part

@@ -14,7 +14,7 @@ from qlora_tool.ops.lora import LoraPart, lora_linear
 
 if TYPE_CHECKING:
     from qlora_tool.adapters.fusion import SharedInput
-    from qlora_tool.model.layers import FrozenLinear
+    from qlora_tool.weights.modules import FrozenLinear
 
 
 class LoraAdapter(Adapter):

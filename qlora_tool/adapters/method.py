@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from qlora_tool.model.layers import FrozenLinear
+    from qlora_tool.weights.modules import FrozenLinear
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from qlora_tool.adapters.attach import METHODS, AdapterSet, put_on, tie, train_p
 from qlora_tool.adapters.method import Adapter, AdapterSettings
 from qlora_tool.adapters.targets import from_pattern, matches
 from qlora_tool.errors import UserError
-from qlora_tool.files import write_json
-from qlora_tool.model.layers import FrozenLinear
+from qlora_tool.files.atomic import write_json
+from qlora_tool.files.tensors import TensorSpec, read_all, write_tensors
 from qlora_tool.model.parameter_source import tied_names
-from qlora_tool.model.tensor_files import TensorSpec, read_all, write_tensors
+from qlora_tool.weights.modules import FrozenLinear
 
 if TYPE_CHECKING:
     from qlora_tool.config import AdapterConfig

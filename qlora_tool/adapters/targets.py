@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qlora_tool.adapters.method import AdapterSettings
 from qlora_tool.errors import UserError, did_you_mean
-from qlora_tool.model.layers import FrozenLinear
+from qlora_tool.weights.modules import FrozenLinear
 
 if TYPE_CHECKING:
     from torch import nn

@@ -110,7 +110,7 @@ def _kernels(triton: str | None) -> tuple[list[tuple[str, str]], str | None]:
 
 
 def _free_disk() -> str:
-    from qlora_tool.files import cache_folder
+    from qlora_tool.files.cache import cache_folder
 
     folder = existing = cache_folder().absolute()
     while not existing.exists():

@@ -47,7 +47,7 @@ def evaluate(run_or_model: str, sources: tuple[str, ...], data_format: str, max_
     from qlora_tool.config import DataConfig
     from qlora_tool.data.formats import find_format
     from qlora_tool.data.sources import read_rows
-    from qlora_tool.files import write_json
+    from qlora_tool.files.atomic import write_json
     from qlora_tool.inference.answer import Sampling
     from qlora_tool.inference.open import open_artifact
     from qlora_tool.inference.score import score

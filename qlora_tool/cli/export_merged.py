@@ -72,7 +72,7 @@ def export_merged(run_or_adapter: str, output_dir: str, base: str, dtype: str, f
     from qlora_tool.artifacts import find_artifact
     from qlora_tool.export.write import ExportOptions
     from qlora_tool.export.write import export_merged as export
-    from qlora_tool.files import write_json
+    from qlora_tool.files.atomic import write_json
 
     artifact = find_artifact(run_or_adapter, base_options_of(options))
     how = ExportOptions(base, dtype, size, overwrite, file_format, gguf_type, verify, verify_data)

@@ -50,7 +50,7 @@ def profile_memory(
     from qlora_tool.cli.logs import log_to_stderr
     from qlora_tool.config import load_config, with_values
     from qlora_tool.errors import UserError
-    from qlora_tool.memory.cards import CARDS, parse_device_memory
+    from qlora_tool.memory.allocator.cards import CARDS, parse_device_memory
 
     configuration = load_config(config, overrides)
     budget = parse_device_memory(device_memory) if device_memory else None
@@ -61,13 +61,13 @@ def profile_memory(
     device = device or ("cpu" if configuration.model.device == "cpu" else "cuda")
     log_to_stderr()
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own lines about when it starts and stops
-    from qlora_tool.files import write_json
-    from qlora_tool.memory.budget import choose_for_profile
+    from qlora_tool.files.atomic import write_json
+    from qlora_tool.memory.plan.budget import choose_for_profile
     from qlora_tool.memory.profile import profile, refuse_small_budget
-    from qlora_tool.memory.table import render_report
+    from qlora_tool.memory.show.table import render_report
 
     if calibrate_first:
-        from qlora_tool.memory.calibrate import calibrate
+        from qlora_tool.memory.allocator.calibrate import calibrate
 
         calibrate()
     card = next((card for card in CARDS if budget and card.name == budget.name), None)
@@ -97,9 +97,9 @@ def profile_memory(
     if plot_file:
         _plot(Path(plot_file), profiled, limits, configuration.model.name_or_path)
     if plan_too:
-        from qlora_tool.memory.plan import plan
-        from qlora_tool.memory.plan_table import render_plan
+        from qlora_tool.memory.plan.search import plan
         from qlora_tool.memory.profile import compute_dtype_on, model_config_of
+        from qlora_tool.memory.show.plan_table import render_plan
 
         dtype = compute_dtype_on(configuration, device, card)
         found = plan(configuration, model_config_of(configuration), budget.bytes, dtype, device)
@@ -112,8 +112,8 @@ def profile_memory(
 
 
 def _plot(path, profiled, limits: dict, title: str) -> None:
-    from qlora_tool.memory.html import write_html
-    from qlora_tool.memory.plot import write_png
+    from qlora_tool.memory.show.html import write_html
+    from qlora_tool.memory.show.plot import write_png
 
     if path.suffix == ".png":
         write_png(path, profiled.timelines, profiled.report, **limits, title=title)

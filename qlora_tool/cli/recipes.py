@@ -10,7 +10,7 @@ import click
 from qlora_tool.cli import ExampleGroup
 
 if TYPE_CHECKING:
-    from qlora_tool.recipes import Recipe
+    from qlora_tool.config.recipes import Recipe
 
 
 @click.group(
@@ -36,7 +36,7 @@ def recipes(ctx: click.Context) -> None:
 @recipes.command("list", examples="qlora-tool recipes list")
 def list_recipes() -> None:
     """List the recipes and what each is for."""
-    from qlora_tool.recipes import all_recipes
+    from qlora_tool.config.recipes import all_recipes
 
     found = all_recipes()
     width = max((len(recipe.name) for recipe in found), default=0)
@@ -60,7 +60,7 @@ def copy_recipe(name: str, file: Path) -> None:
     FILE is the file to write, or a folder. It is the start for a configuration of your own, and never overwritten.
     """
     from qlora_tool.errors import UserError
-    from qlora_tool.files import write_text
+    from qlora_tool.files.atomic import write_text
 
     recipe = _find(name)
     target = file / f"{recipe.name}.yaml" if file.is_dir() else file
@@ -84,8 +84,8 @@ def print_schema() -> None:
 
 
 def _find(name: str) -> Recipe:
+    from qlora_tool.config.recipes import all_recipes
     from qlora_tool.errors import UserError, did_you_mean
-    from qlora_tool.recipes import all_recipes
 
     known = {recipe.name: recipe for recipe in all_recipes()}
     if name not in known:

@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora_tool.data.faults import RowFaults
 from qlora_tool.errors import MachineError, UserError, did_you_mean
-from qlora_tool.files import sha256
+from qlora_tool.files.hashes import sha256
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+){0,2}")
 

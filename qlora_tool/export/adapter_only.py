@@ -19,8 +19,8 @@ from qlora_tool.adapters.peft_files import CONFIG_NAME, PREFIX, WEIGHTS_NAME, St
 from qlora_tool.artifacts import base_folder
 from qlora_tool.errors import UserError
 from qlora_tool.export.beside import TOKENIZER_FILES, copy_files
-from qlora_tool.files import write_json
-from qlora_tool.model.tensor_files import TensorSpec, write_tensors
+from qlora_tool.files.atomic import write_json
+from qlora_tool.files.tensors import TensorSpec, write_tensors
 
 if TYPE_CHECKING:
     from qlora_tool.artifacts import Artifact

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_tool.files import write_json
+from qlora_tool.files.atomic import write_json
 
 if TYPE_CHECKING:
     from qlora_tool.export.merge import MergedModel

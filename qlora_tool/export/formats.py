@@ -83,8 +83,8 @@ def _copy_beside(job: Job, folder: Path) -> None:
 
 
 def _write_gguf(job: Job, staging: Staging) -> dict[str, Any]:
-    from qlora_tool.export.gguf import write_gguf
-    from qlora_tool.export.modelfile import write_modelfile
+    from qlora_tool.export.gguf.modelfile import write_modelfile
+    from qlora_tool.export.gguf.write import write_gguf
 
     name = f"{job.name}.gguf"
     if not staging.done(name):
@@ -102,7 +102,7 @@ def _gguf_bytes(job: Job) -> int:
 
 
 def _check_gguf(job: Job) -> None:
-    from qlora_tool.export.gguf import refuse_unwritable
+    from qlora_tool.export.gguf.write import refuse_unwritable
 
     refuse_unwritable(job.merged.skeleton.config)
 

@@ -17,6 +17,7 @@ from qlora_tool.adapters.method import Adapter
 from qlora_tool.adapters.peft_files import StoredAdapter, refuse_misfit
 from qlora_tool.errors import UserError
 from qlora_tool.export.dtypes import FLOAT16_LIMIT, Unfit
+from qlora_tool.files.tensors import Checkpoint, TensorSpec
 from qlora_tool.model.load import (
     Quantization,
     Slot,
@@ -27,8 +28,7 @@ from qlora_tool.model.load import (
 )
 from qlora_tool.model.names import SaveGroup, plan_save
 from qlora_tool.model.parameter_source import ParameterSource, tied_names
-from qlora_tool.model.tensor_files import Checkpoint, TensorSpec
-from qlora_tool.ops.quantized import QuantizedTensor, disk_group, from_disk
+from qlora_tool.weights.quantized import QuantizedTensor, disk_group, from_disk
 
 _SAMPLE = 1 << 16  # values of a matrix in which float16's rounding is measured
 _BFLOAT16_ERROR = 2**-9  # of a matrix over its size, about: half a step of 2⁻⁷ to 2⁻⁸ of each value, at most

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from qlora_tool.artifacts import Artifact
 from qlora_tool.errors import MachineError, UserError, did_you_mean
-from qlora_tool.files import existing_parent
-from qlora_tool.model.kept_hashes import file_hashes
-from qlora_tool.model.tensor_files import Checkpoint
+from qlora_tool.files.atomic import existing_parent
+from qlora_tool.files.hashes import file_hashes
+from qlora_tool.files.tensors import Checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -22,16 +22,16 @@ from qlora_tool.config import DataConfig
 from qlora_tool.data.tokenize import Example, build_dataset, build_evaluation_sets
 from qlora_tool.errors import ToolError
 from qlora_tool.export.verify import Agreement, Predictions, Rows, choose_rows, compare, predict
+from qlora_tool.files.tensors import Checkpoint, give_back_freed_memory
 from qlora_tool.inference.open import tokenizer_folder
-from qlora_tool.memory.available import free_bytes
+from qlora_tool.memory.allocator.available import free_bytes
 from qlora_tool.model.causal_lm import CausalLM
-from qlora_tool.model.layers import FrozenLinear
 from qlora_tool.model.load import Quantization, build_skeleton, find_embedding_slots, find_slots
 from qlora_tool.model.open import choose_device, open_model, open_tokenizer
 from qlora_tool.model.parameter_source import ParameterSource
 from qlora_tool.model.source import read_model_config
-from qlora_tool.model.tensor_files import Checkpoint, give_back_freed_memory
-from qlora_tool.ops.quantized import KINDS, QuantizedTensor
+from qlora_tool.weights.modules import FrozenLinear
+from qlora_tool.weights.quantized import KINDS, QuantizedTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from qlora_tool.errors import UserError
 from qlora_tool.export.beside import write_config
+from qlora_tool.files.tensors import TensorSpec, shard_name, shards, write_index, write_tensors
 from qlora_tool.model.names import SaveGroup
-from qlora_tool.model.tensor_files import TensorSpec, shard_name, shards, write_index, write_tensors
-from qlora_tool.ops.quantized import quantize, to_disk
+from qlora_tool.weights.quantized import quantize, to_disk
 
 if TYPE_CHECKING:
     from qlora_tool.artifacts import Artifact

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qlora_tool.export.staging import GrowingFile, Staging
-from qlora_tool.model.tensor_files import (
+from qlora_tool.files.tensors import (
     TensorSpec,
     encoded_header,
     read_header,

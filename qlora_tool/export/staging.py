@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from qlora_tool.errors import UserError
-from qlora_tool.files import disk_errors, sync, write_json
+from qlora_tool.files.atomic import disk_errors, sync, write_json
 
 try:
     import fcntl

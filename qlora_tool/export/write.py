@@ -29,12 +29,12 @@ from qlora_tool.export.preflight import (
     warn_of_rounding_away,
 )
 from qlora_tool.export.staging import Staging, staged_folder, written_so_far
-from qlora_tool.files import sha256, write_json, write_text
+from qlora_tool.files.atomic import write_json, write_text
+from qlora_tool.files.hashes import file_hashes, sha256
+from qlora_tool.files.tensors import Checkpoint
 from qlora_tool.model.kept_base import kept_base
-from qlora_tool.model.kept_hashes import file_hashes
 from qlora_tool.model.load import Quantization, build_skeleton
 from qlora_tool.model.source import read_model_config
-from qlora_tool.model.tensor_files import Checkpoint
 
 if TYPE_CHECKING:
     from qlora_tool.data.tokenize import Example

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_tool.errors import UserError
-from qlora_tool.model.layers import FrozenWeight
+from qlora_tool.weights.modules import FrozenWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ from qlora_tool.data.prompts import Prompt, read_prompts
 from qlora_tool.data.tokenize import build_dataset
 from qlora_tool.errors import UserError
 from qlora_tool.inference.answer import Answers, Sampling, answer
-from qlora_tool.training.evaluation import evaluate_loss
+from qlora_tool.inference.evaluation import evaluate_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from qlora_tool.errors import UserError
+from qlora_tool.memory.allocator.calibrate import Calibration, kept_calibration
+from qlora_tool.memory.allocator.cards import Card, find_card
+from qlora_tool.memory.allocator.operators import estimated_context
+from qlora_tool.memory.allocator.timeline import cuda_timeline
 from qlora_tool.memory.breakdown import PARTS, Breakdown, MemoryReport
-from qlora_tool.memory.calibrate import Calibration, kept_calibration
-from qlora_tool.memory.cards import Card, find_card
-from qlora_tool.memory.classify import timeline
-from qlora_tool.memory.cuda import cuda_timeline
-from qlora_tool.memory.cuda_operators import estimated_context
-from qlora_tool.memory.legend import full_size, limit
-from qlora_tool.memory.measure import measure_categories, measure_peak
-from qlora_tool.memory.predict import BatchShape, predict
-from qlora_tool.memory.timeline import Timeline
+from qlora_tool.memory.show.legend import full_size, limit
+from qlora_tool.memory.trace.classify import timeline
+from qlora_tool.memory.trace.measure import measure_categories, measure_peak
+from qlora_tool.memory.trace.predict import BatchShape, predict
+from qlora_tool.memory.trace.timeline import Timeline
 from qlora_tool.model.load import (
     Quantization,
     build_skeleton,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from qlora_tool.config import Config
-    from qlora_tool.memory.trace import Trace
+    from qlora_tool.memory.trace.tracer import Trace
     from qlora_tool.model.checkpointing import Recomputation
 
 # The sizes of a model, with names that configurations had for them before transformers named them in `attribute_map`.
@@ -208,7 +208,7 @@ def profile(
     predicted = Prediction.of(predict(*run), target, config.training.optim)
     lines, measured, allocator_peak = {"predicted": predicted.timeline}, None, None
     if measure and device == "cuda":
-        from qlora_tool.memory.measure_cuda import measure_on_cuda
+        from qlora_tool.memory.trace.measure_cuda import measure_on_cuda
 
         measured = measure_on_cuda(*run).breakdown
         allocator_peak = measured.peak_bytes

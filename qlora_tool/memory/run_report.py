@@ -15,15 +15,16 @@ import torch
 
 from qlora_tool import __version__
 from qlora_tool.errors import UserError
-from qlora_tool.files import cache_folder, write_json
-from qlora_tool.memory.available import available_bytes
+from qlora_tool.files.atomic import write_json
+from qlora_tool.files.cache import cache_folder
+from qlora_tool.memory.allocator.available import available_bytes
 from qlora_tool.memory.breakdown import Breakdown, MemoryReport
-from qlora_tool.memory.budget import choose_for_run
-from qlora_tool.memory.classify import name_optimizer, name_weights, timeline
-from qlora_tool.memory.plan import change_that_fits
-from qlora_tool.memory.predict import BatchShape, TracerWatch, predict
+from qlora_tool.memory.plan.budget import choose_for_run
+from qlora_tool.memory.plan.search import change_that_fits
 from qlora_tool.memory.profile import CudaTarget, Prediction
-from qlora_tool.memory.trace import Tracer
+from qlora_tool.memory.trace.classify import name_optimizer, name_weights, timeline
+from qlora_tool.memory.trace.predict import BatchShape, TracerWatch, predict
+from qlora_tool.memory.trace.tracer import Tracer
 from qlora_tool.model.open import choose_device, choose_dtype
 from qlora_tool.model.source import read_model_config, resolve
 
@@ -79,7 +80,7 @@ class RunMemory:
         """See one step: on a CPU by the tracer, which slows it down, on CUDA by the allocator's history."""
         step, cuda = run.progress.step + 1, run.model.device.type == "cuda"
         if cuda:
-            from qlora_tool.memory.measure_cuda import RunningStep
+            from qlora_tool.memory.trace.measure_cuda import RunningStep
 
             seen = RunningStep(run.model.device)
             watched = seen.watch(run.model, run.adapters, run.optimizer)

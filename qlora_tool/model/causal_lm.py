@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from qlora_tool.data.batches import Batch, Segments
 from qlora_tool.model.checkpointing import Recomputation, checkpoint_layers, checkpointed_modules
-from qlora_tool.model.layers import FrozenLinear, FrozenWeight
 from qlora_tool.model.load import Quantization
 from qlora_tool.model.segments import attending_by, use_segments
 from qlora_tool.ops.loss import LogitsTransform, frozen_cross_entropy, linear_cross_entropy
+from qlora_tool.weights.modules import FrozenLinear, FrozenWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

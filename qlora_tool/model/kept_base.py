@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qlora_tool.files import cache_folder, replacing_folder
-from qlora_tool.model.layers import FrozenLinear, FrozenWeight
+from qlora_tool.files.atomic import replacing_folder
+from qlora_tool.files.cache import cache_folder
+from qlora_tool.files.tensors import SINGLE_NAME, Checkpoint, TensorSpec, write_tensors
 from qlora_tool.model.parameter_source import tied_names
-from qlora_tool.model.tensor_files import SINGLE_NAME, Checkpoint, TensorSpec, write_tensors
-from qlora_tool.ops.quantized import to_disk
+from qlora_tool.weights.modules import FrozenLinear, FrozenWeight
+from qlora_tool.weights.quantized import to_disk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

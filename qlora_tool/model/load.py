@@ -19,11 +19,11 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_tool.errors import UserError
+from qlora_tool.files.tensors import Checkpoint
 from qlora_tool.model.experts import expert_weight_names, is_experts_module, set_expert_weight, use_expert_handles
-from qlora_tool.model.layers import FrozenEmbedding, FrozenLinear, FrozenWeight
 from qlora_tool.model.parameter_source import ParameterSource, tied_names
-from qlora_tool.model.tensor_files import Checkpoint
-from qlora_tool.ops.quantized import QuantizedTensor, quantize
+from qlora_tool.weights.modules import FrozenEmbedding, FrozenLinear, FrozenWeight
+from qlora_tool.weights.quantized import QuantizedTensor, quantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

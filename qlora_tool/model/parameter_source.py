@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from qlora_tool.errors import UserError
+from qlora_tool.files.tensors import Checkpoint, missing_names
 from qlora_tool.model.names import LoadGroup, plan_load
-from qlora_tool.model.tensor_files import Checkpoint, missing_names
-from qlora_tool.ops.quantized import QuantizedTensor, disk_group, from_disk
+from qlora_tool.weights.quantized import QuantizedTensor, disk_group, from_disk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from qlora_tool.files import cache_folder, write_json
+from qlora_tool.files.atomic import write_json
+from qlora_tool.files.cache import cache_folder
 
 ONEDNN = "float32 oneDNN"
 MEASURED = ("float32", ONEDNN, "bfloat16")  # on a CPU; fp16 is never faster there

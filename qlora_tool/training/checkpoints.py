@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_tool.errors import UserError
-from qlora_tool.files import replacing_folder, write_json
-from qlora_tool.model.tensor_files import TensorSpec, read_all, write_tensors
+from qlora_tool.files.atomic import replacing_folder, write_json
+from qlora_tool.files.tensors import TensorSpec, read_all, write_tensors
 
 if TYPE_CHECKING:
     from qlora_tool.adapters.attach import AdapterSet

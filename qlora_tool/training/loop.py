@@ -17,11 +17,11 @@ from qlora_tool.adapters.peft_files import save_adapter
 from qlora_tool.config import Config, TrainingConfig, with_values
 from qlora_tool.data.batches import Batch, collate, plan_epoch
 from qlora_tool.errors import MachineError, UserError
-from qlora_tool.files import replacing_folder, write_json
+from qlora_tool.files.atomic import replacing_folder, write_json
+from qlora_tool.inference.evaluation import EvaluationResult, evaluate_loss
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.run_folder import RunFolder
 from qlora_tool.training.checkpoints import Progress, load_checkpoint, save_checkpoint
-from qlora_tool.training.evaluation import EvaluationResult, evaluate_loss
 from qlora_tool.training.interrupt import Interrupted, StopRequest
 from qlora_tool.training.optimizers import LOSS_SCALE_FLOOR, Optimizer, make_optimizer
 from qlora_tool.training.prepare import RunData, prepare_data, prepare_model, provenance, resolve_config

@@ -18,7 +18,7 @@ from qlora_tool.errors import UserError
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.open import check_length, choose_device, choose_dtype, open_model, open_tokenizer
 from qlora_tool.model.source import read_model_config, resolve
-from qlora_tool.ops.quantized import BLOCK_SIZE
+from qlora_tool.weights.quantized import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -180,7 +180,7 @@ def describe(model: CausalLM, adapters: AdapterSet) -> list[str]:
 
 def provenance(config: Config, model: CausalLM, data: RunData) -> dict[str, Any]:
     """What `qlora_tool.json` keeps beside the adapter: what it was trained on and how."""
-    from qlora_tool.model.kept_hashes import file_hashes
+    from qlora_tool.files.hashes import file_hashes
 
     return {
         "qlora_tool": __version__,

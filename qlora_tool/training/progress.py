@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qlora_tool.files import disk_errors
+from qlora_tool.files.atomic import disk_errors
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from qlora_tool.adapters.attach import AdapterSet, attach
 from qlora_tool.config import AdapterConfig
 from qlora_tool.errors import UserError
-from qlora_tool.model.layers import FrozenLinear
+from qlora_tool.weights.modules import FrozenLinear
 
 # Gradients here are sums of at most 24 tokens times 131 words; rounding errors of 2⁻²⁴ each make this of the largest.
 FP32 = 24 * 131 * 2**-24

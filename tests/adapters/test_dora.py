@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from qlora_tool.adapters.dora import DoraAdapter
 from qlora_tool.adapters.method import AdapterSettings, generator_for
-from qlora_tool.model.layers import FrozenLinear, FrozenWeight
-from qlora_tool.ops.quantized import quantize
+from qlora_tool.weights.modules import FrozenLinear, FrozenWeight
+from qlora_tool.weights.quantized import quantize
 
 IN, OUT, R = 64, 96, 6
 # Each value is a sum of at most IN + OUT products, and the norm, a root of such sums, enters twice.

@@ -12,7 +12,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from qlora_tool.adapters.fusion import SharedInput, fuse, gated_activation
 from qlora_tool.adapters.lora import LoraAdapter
 from qlora_tool.adapters.method import AdapterSettings
-from qlora_tool.model.layers import FrozenLinear, FrozenWeight
+from qlora_tool.weights.modules import FrozenLinear, FrozenWeight
 
 
 def linear(out: int, width: int, *, dropout: float = 0.0, seed: int = 0) -> FrozenLinear:

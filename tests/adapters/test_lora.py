@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from qlora_tool.adapters.lora import LoraAdapter
 from qlora_tool.adapters.method import AdapterSettings, generator_for
-from qlora_tool.model.layers import FrozenLinear, FrozenWeight
-from qlora_tool.ops.quantized import quantize
+from qlora_tool.weights.modules import FrozenLinear, FrozenWeight
+from qlora_tool.weights.quantized import quantize
 
 IN, OUT, R = 64, 96, 6
 # Each value is a sum of at most IN + OUT products; rounding errors of 2⁻²⁴ each, all in one direction, make this.

@@ -19,8 +19,8 @@ from qlora_tool.adapters.attach import attach
 from qlora_tool.adapters.peft_files import attach_stored, read_adapter, save_adapter
 from qlora_tool.config import AdapterConfig
 from qlora_tool.errors import UserError
-from qlora_tool.model.layers import FrozenLinear
 from qlora_tool.training.prepare import settings_of
+from qlora_tool.weights.modules import FrozenLinear
 
 IDS = tokens()
 PATTERNS = {"rank_pattern": {"q_proj": 8, "layers.0.mlp.up_proj": 2}, "alpha_pattern": {"v_proj": 16, "q_proj": 3}}

@@ -15,8 +15,8 @@ from click.testing import CliRunner
 
 from qlora_tool.cli import COMMANDS, ToolCommand, main
 from qlora_tool.config import load_config
+from qlora_tool.config.recipes import find_recipe
 from qlora_tool.errors import MachineError, UserError
-from qlora_tool.recipes import find_recipe
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, "-c", "from qlora_tool.cli import main; main()"]

@@ -167,7 +167,7 @@ def test_a_bad_data_file(here: Path, name: str, monkeypatch: pytest.MonkeyPatch)
     (here / "missing.jsonl").write_text("x")
     if text is not None:
         (here / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    monkeypatch.setattr("qlora_tool.model.tensor_files.Checkpoint.read", lambda *args: pytest.fail("weights are read"))
+    monkeypatch.setattr("qlora_tool.files.tensors.Checkpoint.read", lambda *args: pytest.fail("weights are read"))
     assert train_error(here, f"data.train={name}.jsonl") == expected
     assert train_error(here, f"data.eval={name}.jsonl") == expected
     assert error(here, "evaluate", "run", "--data", f"{name}.jsonl", "--json", "scores.json") == expected

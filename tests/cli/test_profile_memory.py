@@ -181,9 +181,9 @@ def test_a_size_to_the_byte_that_does_not_suffice(here: Path):
 
 def test_a_plan(here: Path, monkeypatch: pytest.MonkeyPatch):
     change_config(num_hidden_layers=1)
-    monkeypatch.setattr("qlora_tool.memory.plan.BATCH_SIZES", (4,))
+    monkeypatch.setattr("qlora_tool.memory.plan.search.BATCH_SIZES", (4,))
     int8 = {"model.quantization": "int8"}
-    monkeypatch.setattr("qlora_tool.memory.plan._ALTERNATIVES", {"model.quantization": [int8]})
+    monkeypatch.setattr("qlora_tool.memory.plan.search._ALTERNATIVES", {"model.quantization": [int8]})
     output = shown("--device", "cpu", "--device-memory", "64MiB", "--plan")
     plan = output[output.index("plan for 64.0 MiB on cpu") :]
     assert "asked for: 2 x 32 tokens take" in plan and "it fits" in plan
@@ -212,8 +212,8 @@ def test_a_budget_below_the_weights(here: Path):
 
 def test_a_plan_that_cannot_fit(here: Path, monkeypatch: pytest.MonkeyPatch):
     change_config(num_hidden_layers=1)
-    monkeypatch.setattr("qlora_tool.memory.plan.BATCH_SIZES", ())
-    monkeypatch.setattr("qlora_tool.memory.plan._ALTERNATIVES", {})
+    monkeypatch.setattr("qlora_tool.memory.plan.search.BATCH_SIZES", ())
+    monkeypatch.setattr("qlora_tool.memory.plan.search._ALTERNATIVES", {})
     result = run("--device", "cpu", "--device-memory", "50KiB", "--plan")
     assert result.exit_code == 2
     assert "nothing makes it fit" in result.stdout and "the weights alone take 0.1 MB" in result.stdout

@@ -17,10 +17,10 @@ from tokenizers_for_tests import CHATML, byte_level
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from qlora_tool.errors import UserError
-from qlora_tool.export.gguf import _q8_0, refuse_unwritable, write_gguf
-from qlora_tool.export.gguf_families import FAMILIES, find_family
-from qlora_tool.export.gguf_settings import rope_tensors
-from qlora_tool.export.gguf_tokenizer import BYTE, CONTROL, UNUSED, USER_DEFINED, read_tokenizer
+from qlora_tool.export.gguf.families import FAMILIES, find_family
+from qlora_tool.export.gguf.settings import rope_tensors
+from qlora_tool.export.gguf.tokenizer import BYTE, CONTROL, UNUSED, USER_DEFINED, read_tokenizer
+from qlora_tool.export.gguf.write import _q8_0, refuse_unwritable, write_gguf
 
 
 @torch.no_grad()

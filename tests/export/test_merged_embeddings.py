@@ -15,7 +15,7 @@ from tiny_models import write_tiny
 
 from qlora_tool.export import merge
 from qlora_tool.export.write import ExportOptions, export_merged
-from qlora_tool.files import write_json
+from qlora_tool.files.atomic import write_json
 from qlora_tool.model.open import open_model
 
 

@@ -8,7 +8,7 @@ import pytest
 from tokenizers_for_tests import CHATML, LLAMA_2, WITHOUT_END, byte_level
 from transformers import AutoTokenizer
 
-from qlora_tool.export.modelfile import SHAPES, find_shape, modelfile, write_modelfile
+from qlora_tool.export.gguf.modelfile import SHAPES, find_shape, modelfile, write_modelfile
 
 LLAMA_3 = (
     "{{ bos_token }}{% for message in messages %}"

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_tool.errors import UserError
 from qlora_tool.export.requantized import UpdateLoss, write_requantized
-from qlora_tool.ops.quantized import quantize
+from qlora_tool.weights.quantized import quantize
 
 
 def requantized(folder, family="llama", *, max_shard_size=5 * 10**9, adapter=None, **changes):

@@ -14,8 +14,8 @@ from qlora_tool.config import ModelConfig
 from qlora_tool.data.tokenize import Dataset, Example
 from qlora_tool.export import verify
 from qlora_tool.export.verify import Predictions, choose_rows, compare, predict
+from qlora_tool.inference.evaluation import evaluate_loss
 from qlora_tool.model.open import open_model
-from qlora_tool.training.evaluation import evaluate_loss
 
 LIVE = [[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]
 EXPORTED = [[0.25, 0.5, 0.25], [0.1, 0.2, 0.7]]

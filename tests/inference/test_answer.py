@@ -16,7 +16,7 @@ from qlora_tool.export.write import ExportOptions, export_merged
 from qlora_tool.inference import answer as module
 from qlora_tool.inference.answer import Sampling, answer, dense_weights, end_tokens
 from qlora_tool.inference.open import open_artifact, open_for_inference
-from qlora_tool.model.layers import FrozenWeight
+from qlora_tool.weights.modules import FrozenWeight
 
 QUESTIONS = ["List all files", "a", "What is the capital of France? " * 3, "Who?", "how many boats are there", "b", "?"]
 NEVER = 409  # an end that does not come

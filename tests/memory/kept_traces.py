@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qlora_tool.memory.trace import Trace
+from qlora_tool.memory.trace.tracer import Trace
 
 # No tensor of a prediction depends on these.
 _OF_NO_ACCOUNT = {

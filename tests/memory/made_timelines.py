@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qlora_tool.memory.breakdown import Breakdown, MemoryReport
-from qlora_tool.memory.timeline import Event, Timeline
+from qlora_tool.memory.trace.timeline import Event, Timeline
 
 MIB = 2**20
 

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from qlora_tool.memory.allocator import CachingAllocator, OutOfMemory
-from qlora_tool.memory.allocator_blocks import MIB, round_size, segment_size
+from qlora_tool.memory.allocator.blocks import MIB, round_size, segment_size
+from qlora_tool.memory.allocator.model import CachingAllocator, OutOfMemory
 
 
 def layout(allocator):

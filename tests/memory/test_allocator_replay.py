@@ -5,10 +5,10 @@ import random
 import pytest
 
 from qlora_tool.errors import UserError
-from qlora_tool.memory.allocator import CachingAllocator, OutOfMemory
-from qlora_tool.memory.allocator_blocks import MIB
-from qlora_tool.memory.allocator_replay import compare_with_snapshot, replay
-from qlora_tool.memory.allocator_start import restore, segments_before
+from qlora_tool.memory.allocator.blocks import MIB
+from qlora_tool.memory.allocator.model import CachingAllocator, OutOfMemory
+from qlora_tool.memory.allocator.replay import compare_with_snapshot, replay
+from qlora_tool.memory.allocator.start import restore, segments_before
 
 # A real device's segments do not lie in the order in which they are taken.
 HIGH, LOW, SMALL = 0x7F4C20000000, 0x7F4C10000000, 0x7F4C08000000

@@ -16,14 +16,14 @@ from tiny_runs import adapter_bytes, run_config, write_model, write_rows
 
 from qlora_tool.cli import main
 from qlora_tool.config import Config, config_to_yaml, load_config, with_values
-from qlora_tool.memory import budget
-from qlora_tool.memory.budget import BudgetTooSmall, Choice, budget_of, choose, choose_for_run
-from qlora_tool.memory.classify import timeline
-from qlora_tool.memory.measure import measure_peak
-from qlora_tool.memory.predict import BatchShape, predict
+from qlora_tool.memory.plan import budget
+from qlora_tool.memory.plan.budget import BudgetTooSmall, Choice, budget_of, choose, choose_for_run
 from qlora_tool.memory.profile import CudaTarget, model_config_of
-from qlora_tool.memory.recomputation_cost import Cost, Costs, flops_of, shallow_model, upgrades
-from qlora_tool.memory.trace import Call
+from qlora_tool.memory.trace.classify import timeline
+from qlora_tool.memory.trace.measure import measure_peak
+from qlora_tool.memory.trace.predict import BatchShape, predict
+from qlora_tool.memory.trace.recomputation_cost import Cost, Costs, flops_of, shallow_model, upgrades
+from qlora_tool.memory.trace.tracer import Call
 from qlora_tool.model.checkpointing import KEPT, WHOLE, Recomputation
 
 MB = 1_000_000

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from qlora_tool.errors import MachineError, UserError
-from qlora_tool.files import cache_folder
-from qlora_tool.memory import calibrate as calibration
-from qlora_tool.memory.calibrate import Calibration, calibrate, kept_calibration
+from qlora_tool.files.cache import cache_folder
+from qlora_tool.memory.allocator import calibrate as calibration
+from qlora_tool.memory.allocator.calibrate import Calibration, calibrate, kept_calibration
 
 GIB = 2**30
 NAME = "NVIDIA Made-up 24GB"

@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_tool.errors import UserError
-from qlora_tool.memory.cards import CARDS, GIB, MIB, estimate_total, find_card, parse_device_memory
+from qlora_tool.memory.allocator.cards import CARDS, GIB, MIB, estimate_total, find_card, parse_device_memory
 
 # Data-centre cards whose GDDR memory keeps a sixteenth for ECC.
 WITH_ECC = {"t4", "l4", "l40s", "a10", "a10g", "a40"}

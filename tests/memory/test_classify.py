@@ -10,10 +10,10 @@ from tiny_models import tiny_config
 
 from qlora_tool.config import Config, with_values
 from qlora_tool.memory.breakdown import PARTS
-from qlora_tool.memory.classify import part_of, timeline
-from qlora_tool.memory.predict import BatchShape, predict
-from qlora_tool.memory.timeline import Timeline
-from qlora_tool.memory.trace import Storage, Trace
+from qlora_tool.memory.trace.classify import part_of, timeline
+from qlora_tool.memory.trace.predict import BatchShape, predict
+from qlora_tool.memory.trace.timeline import Timeline
+from qlora_tool.memory.trace.tracer import Storage, Trace
 
 
 def storage(phase: str, died_in: str = "", *, step: int = 1, died_in_step: int = 1, **more) -> Storage:

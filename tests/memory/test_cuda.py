@@ -7,20 +7,20 @@ import torch
 from transformers import LlamaConfig
 
 from qlora_tool.config import Config, with_values
-from qlora_tool.memory.allocator import OutOfMemory
-from qlora_tool.memory.breakdown import PARTS
-from qlora_tool.memory.calibrate import Calibration
-from qlora_tool.memory.classify import timeline
-from qlora_tool.memory.cuda import cuda_timeline
-from qlora_tool.memory.cuda_operators import (
+from qlora_tool.memory.allocator.calibrate import Calibration
+from qlora_tool.memory.allocator.model import OutOfMemory
+from qlora_tool.memory.allocator.operators import (
     CPU_ATTENTION,
     CPU_ATTENTION_BACKWARD,
     Attention,
     cublas_workspace,
     temporaries_inside,
 )
-from qlora_tool.memory.predict import BatchShape, predict
-from qlora_tool.memory.trace import Call, Storage, Trace
+from qlora_tool.memory.allocator.timeline import cuda_timeline
+from qlora_tool.memory.breakdown import PARTS
+from qlora_tool.memory.trace.classify import timeline
+from qlora_tool.memory.trace.predict import BatchShape, predict
+from qlora_tool.memory.trace.tracer import Call, Storage, Trace
 
 MIB = 2**20
 ADA, HOPPER = (8, 9), (9, 0)

@@ -7,10 +7,17 @@ import torch
 from transformers import AutoConfig
 
 from qlora_tool.config import Config, with_values
-from qlora_tool.memory import extrapolate
 from qlora_tool.memory.breakdown import PHASES
-from qlora_tool.memory.extrapolate import LayerStack, estimate_peak, layer_stack, resized, timeline_on, with_layers
-from qlora_tool.memory.predict import BatchShape, predict
+from qlora_tool.memory.trace import extrapolate
+from qlora_tool.memory.trace.extrapolate import (
+    LayerStack,
+    estimate_peak,
+    layer_stack,
+    resized,
+    timeline_on,
+    with_layers,
+)
+from qlora_tool.memory.trace.predict import BatchShape, predict
 
 SIZES = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,

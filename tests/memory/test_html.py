@@ -12,8 +12,8 @@ import pytest
 from made_timelines import step_report, step_timeline
 
 from qlora_tool.memory.breakdown import PARTS, MemoryReport
-from qlora_tool.memory.html import write_html
-from qlora_tool.memory.timeline import Timeline
+from qlora_tool.memory.show.html import write_html
+from qlora_tool.memory.trace.timeline import Timeline
 
 GIB = 2**30
 WICKED = '</script><script>alert("1")</script><!--&amp;'

@@ -9,9 +9,9 @@ import torch
 from tiny_models import tiny_config
 
 from qlora_tool.config import Config, with_values
-from qlora_tool.memory import measure
-from qlora_tool.memory.classify import timeline
-from qlora_tool.memory.predict import BatchShape, predict
+from qlora_tool.memory.trace import measure
+from qlora_tool.memory.trace.classify import timeline
+from qlora_tool.memory.trace.predict import BatchShape, predict
 
 MB = 1_000_000
 

@@ -13,11 +13,11 @@ from test_cuda import tiny_trace
 
 from qlora_tool.config import Config, with_values
 from qlora_tool.errors import UserError
-from qlora_tool.memory.allocator import CachingAllocator
-from qlora_tool.memory.allocator_blocks import round_size
-from qlora_tool.memory.allocator_replay import compare_with_snapshot
-from qlora_tool.memory.classify import part_of, timeline
-from qlora_tool.memory.measure_cuda import (
+from qlora_tool.memory.allocator.blocks import round_size
+from qlora_tool.memory.allocator.model import CachingAllocator
+from qlora_tool.memory.allocator.replay import compare_with_snapshot
+from qlora_tool.memory.trace.classify import part_of, timeline
+from qlora_tool.memory.trace.measure_cuda import (
     History,
     RunningStep,
     measure_on_cuda,
@@ -25,8 +25,8 @@ from qlora_tool.memory.measure_cuda import (
     trace_of,
     with_remainder,
 )
-from qlora_tool.memory.predict import BatchShape, made_up_run
-from qlora_tool.memory.trace import Trace
+from qlora_tool.memory.trace.predict import BatchShape, made_up_run
+from qlora_tool.memory.trace.tracer import Trace
 
 MIB = 2**20
 

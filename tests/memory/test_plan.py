@@ -14,11 +14,11 @@ from transformers import BertConfig, LlamaConfig
 from qlora_tool.config import Config, load_config, with_values
 from qlora_tool.errors import UserError
 from qlora_tool.memory.breakdown import Breakdown
-from qlora_tool.memory.classify import timeline
-from qlora_tool.memory.measure import measure_peak
-from qlora_tool.memory.plan import Change, Plan, change_that_fits, plan, relative_speed, render_plan
-from qlora_tool.memory.plan_length import longest_length
-from qlora_tool.memory.predict import BatchShape, predict
+from qlora_tool.memory.plan.length import longest_length
+from qlora_tool.memory.plan.search import Change, Plan, change_that_fits, plan, relative_speed, render_plan
+from qlora_tool.memory.trace.classify import timeline
+from qlora_tool.memory.trace.measure import measure_peak
+from qlora_tool.memory.trace.predict import BatchShape, predict
 
 MIB = 2**20
 FEW = {
@@ -56,8 +56,8 @@ def _measured(settings: str, length: int, layers: int) -> int:
 def few_options() -> Iterator[None]:
     """A table of few rows, so that the tests take seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qlora_tool.memory.plan.BATCH_SIZES", (4,))
-        patch.setattr("qlora_tool.memory.plan._ALTERNATIVES", FEW)
+        patch.setattr("qlora_tool.memory.plan.search.BATCH_SIZES", (4,))
+        patch.setattr("qlora_tool.memory.plan.search._ALTERNATIVES", FEW)
         yield
 
 
@@ -79,9 +79,9 @@ def with_and_without() -> tuple[int, int]:
 @pytest.fixture(scope="module")
 def tight(with_and_without: tuple[int, int]) -> Plan:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qlora_tool.memory.plan.BATCH_SIZES", ())
-        patch.setattr("qlora_tool.memory.plan._ALTERNATIVES", dict.fromkeys(FEW, ()))
-        patch.setattr("qlora_tool.memory.plan.SHORTEST", 256)  # no other length is tried
+        patch.setattr("qlora_tool.memory.plan.search.BATCH_SIZES", ())
+        patch.setattr("qlora_tool.memory.plan.search._ALTERNATIVES", dict.fromkeys(FEW, ()))
+        patch.setattr("qlora_tool.memory.plan.search.SHORTEST", 256)  # no other length is tried
         model_config = tiny(num_hidden_layers=LAYERS, max_position_embeddings=256)
         return plan(asked(**KEPT), model_config, sum(with_and_without) // 2, torch.float32)
 
@@ -160,8 +160,8 @@ def test_no_change_where_nothing_fits():
 
 
 def test_a_budget_below_the_weights(monkeypatch):
-    monkeypatch.setattr("qlora_tool.memory.plan.BATCH_SIZES", ())
-    monkeypatch.setattr("qlora_tool.memory.plan._ALTERNATIVES", {})
+    monkeypatch.setattr("qlora_tool.memory.plan.search.BATCH_SIZES", ())
+    monkeypatch.setattr("qlora_tool.memory.plan.search._ALTERNATIVES", {})
     found = plan(asked(**{"data.max_length": 72}), tiny(), MIB // 8, torch.float32)
     assert (found.fits, found.line) == (False, "")
     assert found.weights_bytes > found.usable_bytes

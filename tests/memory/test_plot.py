@@ -11,9 +11,9 @@ import pytest
 from made_timelines import CONFIG, step_report, step_timeline
 
 from qlora_tool.memory.breakdown import PARTS, MemoryReport
-from qlora_tool.memory.legend import COLOURS
-from qlora_tool.memory.plot import write_png
-from qlora_tool.memory.timeline import Timeline
+from qlora_tool.memory.show.legend import COLOURS
+from qlora_tool.memory.show.plot import write_png
+from qlora_tool.memory.trace.timeline import Timeline
 
 GIB = 2**30
 LIMIT_RED = (0xC5, 0x22, 0x1F)
@@ -112,7 +112,7 @@ def test_a_whole_step_and_one_of_nothing_are_drawn(tmp_path):
 
 
 def test_matplotlib_is_imported_only_when_something_is_drawn():
-    code = "import sys, qlora_tool.memory.plot, qlora_tool.memory.table; print('matplotlib' in sys.modules)"
+    code = "import sys, qlora_tool.memory.show.plot, qlora_tool.memory.show.table; print('matplotlib' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
 

@@ -17,12 +17,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora_tool.config import Config, with_values
 from qlora_tool.errors import UserError
-from qlora_tool.memory.classify import timeline
-from qlora_tool.memory.predict import BatchShape, RandomSource, loss_fits_in_chunks, predict
-from qlora_tool.memory.trace import Trace
+from qlora_tool.memory.trace.classify import timeline
+from qlora_tool.memory.trace.predict import BatchShape, RandomSource, loss_fits_in_chunks, predict
+from qlora_tool.memory.trace.tracer import Trace
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.load import Quantization, load_base
-from qlora_tool.ops import loss, quantized
+from qlora_tool.ops import loss
+from qlora_tool.weights import quantized
 
 TOOLS = Path(__file__).parents[2] / "tools"
 ON = {"training.gradient_checkpointing": True}

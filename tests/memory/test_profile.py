@@ -12,11 +12,9 @@ from tiny_models import tiny_config, write_tiny
 
 from qlora_tool.config import Config, with_values
 from qlora_tool.errors import UserError
-from qlora_tool.memory import measure_cuda
 from qlora_tool.memory import profile as profile_module
-from qlora_tool.memory.calibrate import Calibration
-from qlora_tool.memory.cards import find_card
-from qlora_tool.memory.predict import predict
+from qlora_tool.memory.allocator.calibrate import Calibration
+from qlora_tool.memory.allocator.cards import find_card
 from qlora_tool.memory.profile import (
     CudaTarget,
     Prediction,
@@ -27,6 +25,8 @@ from qlora_tool.memory.profile import (
     refuse_small_budget,
     unquantized_bytes,
 )
+from qlora_tool.memory.trace import measure_cuda
+from qlora_tool.memory.trace.predict import predict
 from qlora_tool.model.open import open_model
 
 

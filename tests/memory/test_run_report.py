@@ -19,10 +19,10 @@ from qlora_tool.data.batches import collate
 from qlora_tool.data.tokenize import Example
 from qlora_tool.errors import UserError
 from qlora_tool.memory import run_report
-from qlora_tool.memory.available import available_bytes
+from qlora_tool.memory.allocator.available import available_bytes
 from qlora_tool.memory.breakdown import CATEGORIES, MemoryReport
-from qlora_tool.memory.predict import BatchShape, predict
 from qlora_tool.memory.run_report import RunMemory, kept_prediction
+from qlora_tool.memory.trace.predict import BatchShape, predict
 from qlora_tool.training.prepare import resolve_config
 
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def test_the_refusal_names_the_change_that_makes_it_fit(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A limit between what one row and what two rows take."""
-    from qlora_tool.memory import plan
+    from qlora_tool.memory.plan import search as plan
 
     shallow = write_model(tmp_path / "shallow", num_hidden_layers=1)
     monkeypatch.setattr(run_report, "choose_device", lambda _: torch.device("cuda"))

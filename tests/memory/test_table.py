@@ -11,8 +11,8 @@ from made_timelines import CONFIG, step_report, step_timeline
 from rich.console import Console
 
 from qlora_tool.memory.breakdown import ACTIVATIONS, CATEGORIES, PHASES, Breakdown, MemoryReport
-from qlora_tool.memory.legend import binary_size, full_size, group_modules, part_names
-from qlora_tool.memory.table import bar_cells, render_report
+from qlora_tool.memory.show.legend import binary_size, full_size, group_modules, part_names
+from qlora_tool.memory.show.table import bar_cells, render_report
 
 GIB = 2**30
 

@@ -7,7 +7,7 @@ import pytest
 from made_timelines import step_timeline
 
 from qlora_tool.memory.breakdown import PARTS
-from qlora_tool.memory.timeline import Event, Timeline
+from qlora_tool.memory.trace.timeline import Event, Timeline
 
 #              part, delta, phase                     total after it
 SMALL = [

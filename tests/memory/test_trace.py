@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from qlora_tool.memory.measure import allocations
-from qlora_tool.memory.trace import Storage, Trace, Tracer
+from qlora_tool.memory.trace.measure import allocations
+from qlora_tool.memory.trace.tracer import Storage, Trace, Tracer
 
 N = 1000  # values of a tensor
 BYTES = 4 * N

@@ -13,8 +13,8 @@ from torch import nn
 from qlora_tool.data.batches import collate
 from qlora_tool.data.tokenize import Example
 from qlora_tool.model.causal_lm import CausalLM, logits_transform
-from qlora_tool.model.layers import FrozenLinear, FrozenWeight
 from qlora_tool.model.load import Quantization
+from qlora_tool.weights.modules import FrozenLinear, FrozenWeight
 
 
 def open_tiny(family: str, folder, kind: str = "none", **changes) -> CausalLM:

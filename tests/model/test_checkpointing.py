@@ -22,10 +22,10 @@ from qlora_tool.model.checkpointing import (
     decoder_layers,
     parts_of,
 )
-from qlora_tool.model.layers import FrozenWeight
 from qlora_tool.model.load import Quantization, load_base
 from qlora_tool.model.source import read_model_config
 from qlora_tool.ops.loss import linear_cross_entropy
+from qlora_tool.weights.modules import FrozenWeight
 
 BOTH, ATTENTION, MLP = ("self_attn", "mlp"), ("self_attn",), ("mlp",)
 

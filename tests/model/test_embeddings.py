@@ -20,9 +20,9 @@ from qlora_tool.errors import UserError
 from qlora_tool.model import load as load_module
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.kept_base import keep_base, kept_base
-from qlora_tool.model.layers import FrozenEmbedding
 from qlora_tool.model.load import Quantization, find_embedding_slots, load_base
 from qlora_tool.model.source import read_model_config
+from qlora_tool.weights.modules import FrozenEmbedding
 
 CPU = torch.device("cpu")
 INT8 = Quantization("none", True, "int8")

@@ -8,8 +8,8 @@ from tiny_models import logits, read_by_transformers, read_tiny, relative_error,
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_tool.model.experts import expert_weight_names, experts_forward, is_experts_module
-from qlora_tool.model.layers import FrozenWeight
-from qlora_tool.ops.quantized import quantize
+from qlora_tool.weights.modules import FrozenWeight
+from qlora_tool.weights.quantized import quantize
 
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe", "olmoe", "phimoe", "deepseek_v3"]
 

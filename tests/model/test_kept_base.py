@@ -11,9 +11,9 @@ import torch
 from tiny_models import FAMILIES, logits, read_tiny, tokens, write_tiny
 
 from qlora_tool.config import ModelConfig
+from qlora_tool.files.hashes import file_hashes
 from qlora_tool.model import load as load_module
 from qlora_tool.model.kept_base import base_identity, keep_base, kept_base
-from qlora_tool.model.kept_hashes import file_hashes
 from qlora_tool.model.load import Quantization
 from qlora_tool.model.open import open_model
 
@@ -142,7 +142,7 @@ def test_without_being_asked_nothing_is_kept(tmp_path, cache):
 def test_hashes_are_of_the_bytes_and_computed_once(tmp_path, monkeypatch, cache):
     import hashlib
 
-    from qlora_tool.model import kept_hashes
+    from qlora_tool.files import hashes as kept_hashes
 
     folder = write_tiny("llama", tmp_path / "model")
     expected = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in

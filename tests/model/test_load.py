@@ -23,11 +23,11 @@ from tiny_models import (
 from torch import nn
 
 from qlora_tool.errors import UserError
+from qlora_tool.files.tensors import Checkpoint
 from qlora_tool.model import load as load_module
-from qlora_tool.model.layers import FrozenLinear, FrozenWeight
 from qlora_tool.model.load import build_skeleton, find_slots
-from qlora_tool.model.tensor_files import Checkpoint
-from qlora_tool.ops.quantized import QuantizedTensor
+from qlora_tool.weights.modules import FrozenLinear, FrozenWeight
+from qlora_tool.weights.quantized import QuantizedTensor
 
 # Where both run the same operations in the same order nothing differs; Conv1D's product is a transposed one here.
 FP32 = 1e-5

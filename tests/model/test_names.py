@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_models import FAMILIES, read_tiny, tiny_config, write_tiny
 
+from qlora_tool.files.tensors import Checkpoint
 from qlora_tool.model.load import build_skeleton
 from qlora_tool.model.names import plan_load, plan_save
 from qlora_tool.model.parameter_source import ParameterSource
-from qlora_tool.model.tensor_files import Checkpoint
 
 
 def plan(family: str, folder, **changes):

@@ -17,7 +17,7 @@ from qlora_tool.ops.lora import (
     lora_linear,
     lora_linear_reference,
 )
-from qlora_tool.ops.quantized import quantize
+from qlora_tool.weights.quantized import quantize
 
 
 class Handle:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora_tool.ops.linear import frozen_linear
-from qlora_tool.ops.quantized import quantize
+from qlora_tool.weights.quantized import quantize
 
 OUT, IN, EXPERTS = 96, 64, 3
 

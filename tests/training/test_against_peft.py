@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from qlora_tool.adapters.peft_files import save_adapter
 from qlora_tool.data.batches import collate
-from qlora_tool.model.layers import FrozenLinear
-from qlora_tool.training.evaluation import evaluate_loss
+from qlora_tool.inference.evaluation import evaluate_loss
 from qlora_tool.training.optimizers import Optimizer
 from qlora_tool.training.prepare import prepare_data, prepare_model
 from qlora_tool.training.step import StepSettings, train_step
+from qlora_tool.weights.modules import FrozenLinear
 
 STEPS, ROWS, RATE, DECAY = 12, 4, 5e-3, 0.01
 

@@ -16,10 +16,10 @@ from qlora_tool.config import AdapterConfig
 from qlora_tool.data.batches import Batch, collate
 from qlora_tool.data.tokenize import Example
 from qlora_tool.model.causal_lm import CausalLM
-from qlora_tool.model.layers import FrozenWeight
 from qlora_tool.model.load import Quantization
 from qlora_tool.training.optimizers import Optimizer
 from qlora_tool.training.step import StepSettings, train_step
+from qlora_tool.weights.modules import FrozenWeight
 
 # Rounding errors of 2⁻²⁴ each in sums of up to 128 products, through two layers there and back.
 FP32 = 4 * 128 * 2**-24

@@ -1,0 +1,276 @@
+"""safetensors files read and written one tensor at a time.
+
+The library's reader maps a file into memory, where every page touched counts as the process's own; its writer takes
+all tensors of a file at once. Here a tensor is read into its own buffer, and written as soon as it is made: memory
+holds one tensor, whatever the size of the file.
+
+Format: 8 bytes little-endian length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, the data
+(https://github.com/huggingface/safetensors#format).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlora_tool.errors import UserError, did_you_mean
+from qlora_tool.files.atomic import write_json
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+_TRIM_EVERY = 32 << 20  # bytes read
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.bool, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: its file, dtype, shape and the bytes `start` to `stop` of the file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+class Checkpoint(Mapping[str, TensorEntry]):
+    """The tensors of a model folder by name, from one safetensors file or from shards with an index.
+
+    Raises:
+        UserError: no weights in the folder, only pickles, a missing or truncated shard, a broken header.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files = _checkpoint_files(folder)
+        self._entries: dict[str, TensorEntry] = {}
+        self._read_bytes = 0  # since freed memory was last given back
+        for file in self.files:
+            self._entries.update(read_header(file))
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """One tensor, read from the disk into a buffer of its own, on `device`."""
+        self._read_bytes += self._entries[name].nbytes
+        if self._read_bytes >= _TRIM_EVERY:
+            self._read_bytes = 0
+            give_back_freed_memory()
+        return read_tensor(self._entries[name], device)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self._entries.values())
+
+
+def give_back_freed_memory() -> None:
+    """Let the C library return what was freed to the system. Between the small tensors that stay, glibc keeps the holes
+    of the large ones that were read and went: for a small model, more than the model."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to do
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _checkpoint_files(folder: Path) -> list[Path]:
+    index = folder / INDEX_NAME
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index}: not an index of shards ({error}); download the model again") from error
+        missing = [name for name in names if not (folder / name).exists()]
+        if missing:
+            raise UserError(
+                f"{folder}: {len(missing)} of {len(names)} shards are missing ({', '.join(missing[:3])}); "
+                "download the model again"
+            )
+        return [folder / name for name in names]
+    if (folder / SINGLE_NAME).exists():
+        return [folder / SINGLE_NAME]
+    pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])
+    if pickles:
+        raise UserError(
+            f"{folder}: its weights are pickles ({pickles[0].name}), which can run code when read; convert them once: "
+            f'python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+        )
+    raise UserError(
+        f"{folder}: no weights found; expected {SINGLE_NAME}, or shards with {INDEX_NAME}; download the model again"
+    )
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """The entries of one safetensors file, checked against the file's size."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise UserError(f"{file}: truncated or no safetensors file ({size} bytes); download it again")
+        try:
+            header = dict(json.loads(stream.read(length)))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{file}: its header is not JSON ({error}); download it again") from error
+    header.pop("__metadata__", None)
+    entries = {name: _read_entry(file, name, entry, 8 + length) for name, entry in header.items()}
+    expected = max((entry.stop for entry in entries.values()), default=8 + length)
+    if size < expected:
+        raise UserError(
+            f"{file}: truncated: its header promises {expected} bytes, the file has {size}; download it again"
+        )
+    return entries
+
+
+def _read_entry(file: Path, name: str, entry: dict, data: int) -> TensorEntry:
+    """What the header says of one tensor; `data` is where the data begin."""
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if dtype not in _DTYPES:
+            raise UserError(f"{file}: tensor {name} has dtype {dtype}, which is not supported")
+        if start < 0 or stop - start != math.prod(shape) * _DTYPES[dtype].itemsize:
+            raise ValueError(f"{stop - start} bytes from {start} for {dtype} {list(shape)}")
+        return TensorEntry(file, _DTYPES[dtype], shape, data + start, data + stop)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: its header is broken at tensor {name} ({error!r}); download it again") from error
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The file's `__metadata__`, empty where it has none."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return header.get("__metadata__", {})
+
+
+def read_tensor(entry: TensorEntry, device: torch.device | str = "cpu") -> Tensor:
+    """One tensor, read into a buffer of its own."""
+    buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+    with entry.file.open("rb", buffering=0) as stream:
+        stream.seek(entry.start)
+        view, done = memoryview(buffer.numpy()), 0
+        while done < entry.nbytes:
+            count = stream.readinto(view[done:])
+            if not count:
+                raise UserError(f"{entry.file}: ended {entry.nbytes - done} bytes early while it was read")
+            done += count
+    return buffer.view(entry.dtype).reshape(entry.shape).to(device)
+
+
+def read_all(file: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Every tensor of one (small) file."""
+    return {name: read_tensor(entry, device) for name, entry in read_header(file).items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that is going to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensors(
+    file: Path, specs: Iterable[TensorSpec], tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
+) -> None:
+    """Write one safetensors file from a stream of tensors, in the order of `specs`.
+
+    The same input gives the same bytes. The caller hands in a temporary path and renames it.
+
+    Raises:
+        ValueError: the stream does not keep to the order, dtypes or shapes announced.
+    """
+    specs = list(specs)
+    expected = iter(specs)
+    with file.open("wb") as stream:
+        stream.write(encoded_header(specs, metadata))
+        for name, tensor in tensors:
+            stream.write(tensor_bytes(next(expected, None), name, tensor))
+    if next(expected, None) is not None:
+        raise ValueError(f"{file}: the stream of tensors ended early")
+
+
+def encoded_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """The beginning of a safetensors file that holds `specs` in this order, up to where the data begin."""
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": _DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset := offset + spec.nbytes],
+        }
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the data begins on 8 bytes
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def tensor_bytes(spec: TensorSpec | None, name: str, tensor: Tensor) -> memoryview:
+    """The data of one tensor as they stand in a file.
+
+    Raises:
+        ValueError: it is not the tensor that `spec` announced.
+    """
+    if spec is None or (name, tensor.dtype, tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
+        raise ValueError(f"announced {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}")
+    return memoryview(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+
+
+def write_index(folder: Path, names: Sequence[str], cut: Sequence[Sequence[TensorSpec]]) -> None:
+    """Write the index of several shards, each named beside what it holds; a single file needs none."""
+    if len(names) > 1:
+        weight_map = {spec.name: name for name, shard in zip(names, cut, strict=True) for spec in shard}
+        total = {"total_size": sum(spec.nbytes for shard in cut for spec in shard)}
+        write_json(folder / INDEX_NAME, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def shards(specs: Iterable[TensorSpec], max_shard_size: int) -> list[list[TensorSpec]]:
+    """Cut `specs`, in order, into shards of at most `max_shard_size` bytes (a larger tensor gets its own)."""
+    result: list[list[TensorSpec]] = []
+    size = 0
+    for spec in specs:
+        if not result or size + spec.nbytes > max_shard_size:
+            result.append([])
+            size = 0
+        result[-1].append(spec)
+        size += spec.nbytes
+    return result
+
+
+def shard_name(index: int, count: int) -> str:
+    return SINGLE_NAME if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def missing_names(names: Iterable[str], present: Mapping[str, object]) -> str:
+    """`a, b and 3 more` for an error's line, with the closest name that is present."""
+    names = sorted(names)
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return ", ".join(names[:2]) + more + did_you_mean(names[0], present)

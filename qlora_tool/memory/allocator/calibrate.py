@@ -1,0 +1,130 @@
+"""What only the machine can tell: the size of its CUDA context, and of cuBLAS' workspaces. Measured once and kept."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from qlora_tool.errors import MachineError, UserError
+from qlora_tool.files.atomic import write_json
+from qlora_tool.files.cache import cache_folder
+
+LARGEST_CONTEXT = 1_500_000_000  # bytes; more than any context known: someone else's memory
+_SIDE = 64
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a device takes beside tensors, in bytes.
+
+    Attributes:
+        device_name: as `torch.cuda.get_device_name` says it.
+        context_bytes: the CUDA context, kernels and libraries of a training step included.
+        workspace_forward, workspace_backward: cuBLAS' workspace of the thread that runs the forward pass, and of
+            autograd's. 0 where PyTorch keeps none.
+    """
+
+    device_name: str
+    context_bytes: int
+    workspace_forward: int
+    workspace_backward: int
+
+
+def calibrate(device: int = 0) -> Calibration:
+    """Measure a CUDA device, and keep the result.
+
+    Nothing else should use the device meanwhile: what other programs take looks like the context.
+
+    Args:
+        device: its number.
+
+    Raises:
+        UserError: there is no such device.
+        MachineError: other programs use it.
+    """
+    if not torch.cuda.is_available() or device >= torch.cuda.device_count():
+        raise UserError("there is no CUDA device to calibrate; run this on the machine that has it")
+    with torch.cuda.device(device):
+        name = torch.cuda.get_device_name(device)
+        forward, backward = measure_workspaces(device)
+        _load_kernels(device)
+        context = context_bytes(device)
+    if context > LARGEST_CONTEXT:
+        raise MachineError(
+            f"{context / 1e9:.2f} GB of {name} are in use beside this process's tensors, more than a CUDA context "
+            "takes: end the other programs that use it, then calibrate again"
+        )
+    measured = Calibration(name, context, forward, backward)
+    write_json(_file(), {**_kept(), _key(name): asdict(measured)})
+    return measured
+
+
+def kept_calibration(device_name: str) -> Calibration | None:
+    """What `calibrate` found on a device of this name with the version of torch that is at work; None if it never
+    ran."""
+    try:
+        return Calibration(**_kept()[_key(device_name)])
+    except (KeyError, TypeError):
+        return None
+
+
+def context_bytes(device: int = 0) -> int:
+    """Bytes of the device that are in use, and not held by this process's caching allocator."""
+    torch.cuda.synchronize(device)
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
+
+
+def measure_workspaces(device: int = 0) -> tuple[int, int]:
+    """Bytes that stay allocated after the first product of a forward pass, and after that of a backward pass."""
+    left = torch.ones(_SIDE, _SIDE, dtype=torch.float16, device=f"cuda:{device}", requires_grad=True)
+    gradient = torch.ones(_SIDE, _SIDE, dtype=torch.float16, device=f"cuda:{device}")
+    torch._C._cuda_clearCublasWorkspaces()  # of products that ran before
+    before = torch.cuda.memory_allocated(device)
+    with torch.no_grad():
+        left @ gradient
+    after_forward = torch.cuda.memory_allocated(device)
+    (left @ gradient).backward(gradient)
+    left.grad = None
+    after_backward = torch.cuda.memory_allocated(device)
+    return after_forward - before, after_backward - after_forward
+
+
+def _load_kernels(device: int) -> None:
+    """Run what a training step runs: kernels are loaded when they are first used, into the context."""
+    from qlora_tool.weights.quantized import quantize
+
+    cuda = torch.device("cuda", device)
+    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    weight = quantize(torch.ones(256, 256, dtype=dtype, device=cuda), "nf4").dequantize(dtype)
+    x = torch.ones(1, 2, 128, 128, dtype=dtype, device=cuda, requires_grad=True)
+    attended = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+    hidden = attended.transpose(1, 2).reshape(128, 256) @ weight
+    hidden = torch.nn.functional.silu(hidden) * hidden.float().pow(2).mean(-1, keepdim=True).rsqrt().to(dtype)
+    targets = torch.zeros(128, dtype=torch.int64, device=cuda)
+    torch.nn.functional.cross_entropy(hidden.float(), targets).backward()
+    master = x.detach().float().requires_grad_()
+    master.grad = x.grad.float()
+    torch.optim.AdamW([master], foreach=False).step()
+
+
+def _file() -> Path:
+    return cache_folder() / "cuda.json"
+
+
+def _key(device_name: str) -> str:
+    return f"{device_name}, torch {torch.__version__}"
+
+
+def _kept() -> dict[str, dict]:
+    try:
+        kept = json.loads(_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # nothing kept yet, or unreadable: measure again
+    return kept if isinstance(kept, dict) else {}

@@ -1,0 +1,198 @@
+"""What a trace made on a CPU would take on a CUDA device.
+
+The births and deaths go through the model of PyTorch's caching allocator. What a CPU does not show is put in: cuBLAS
+workspaces, what operators take inside, results of another size (`cuda_operators`). The CUDA context comes on top.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qlora_tool.memory.allocator.model import CachingAllocator
+from qlora_tool.memory.allocator.operators import (
+    CPU_ATTENTION,
+    CPU_ATTENTION_BACKWARD,
+    ESTIMATED,
+    RANDOM_STATE,
+    Attention,
+    cublas_workspace,
+    estimated_context,
+    temporaries_inside,
+)
+from qlora_tool.memory.trace.classify import part_of
+from qlora_tool.memory.trace.timeline import Event, Timeline
+from qlora_tool.memory.trace.tracer import PRODUCTS, Call, Storage, Trace
+
+if TYPE_CHECKING:
+    from qlora_tool.memory.allocator.blocks import Block
+    from qlora_tool.memory.allocator.calibrate import Calibration
+    from qlora_tool.memory.breakdown import Breakdown
+
+PAGED_FROM = 100_000  # elements: bitsandbytes pages out the state of parameters of this size and more
+
+
+@dataclass(frozen=True)
+class CudaPrediction:
+    """What a run takes on a CUDA device, in bytes.
+
+    Attributes:
+        timeline: by part over time, in blocks of the allocator; what they hold beyond the request is `framework`.
+        allocated_peak, reserved_peak, requested_peak: the most at once, as `torch.cuda.max_memory_allocated`,
+            `max_memory_reserved` and the sum of what tensors asked for.
+        context_bytes: the CUDA context, which the allocator does not count.
+        workspace_bytes: all cuBLAS workspaces together; part of the peaks.
+        estimated: what of this was estimated, in words, rather than read from a source or measured.
+    """
+
+    timeline: Timeline
+    allocated_peak: int
+    reserved_peak: int
+    requested_peak: int
+    context_bytes: int
+    workspace_bytes: int
+    estimated: tuple[str, ...]
+
+    def breakdown(self) -> Breakdown:
+        return self.timeline.breakdown(reserved_bytes=self.reserved_peak, context_bytes=self.context_bytes)
+
+
+def cuda_timeline(
+    trace: Trace,
+    *,
+    expandable_segments: bool = False,
+    limit: int | None = None,
+    compute_capability: tuple[int, int] = (8, 9),
+    calibration: Calibration | None = None,
+    paged_optimizer: bool = False,
+) -> CudaPrediction:
+    """Replay a trace on a modelled CUDA device.
+
+    Args:
+        trace: of fake or real CPU tensors, in the device's compute dtype.
+        expandable_segments: as `PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True`.
+        limit: the most bytes that the allocator may reserve: the card's memory less the context. Near it, cached
+            segments are given back, so that less is reserved than without.
+        compute_capability: of the device; decides the attention kernel and the workspaces.
+        calibration: the context and the workspaces as they were measured on the device.
+        paged_optimizer: the optimizer's state lies in managed memory, which the allocator does not count.
+
+    Raises:
+        qlora_tool.memory.allocator.model.OutOfMemory: `limit` is too little.
+    """
+    allocator = CachingAllocator(expandable_segments, limit)
+    replay = _Replay(allocator, _Differences(trace, compute_capability, paged_optimizer), calibration)
+    replay.run(trace)
+    estimated = replay.differences.estimated
+    context = calibration.context_bytes if calibration else estimated_context(compute_capability)
+    return CudaPrediction(
+        Timeline.from_events(replay.events), allocator.peak_allocated_bytes, allocator.peak_reserved_bytes,
+        allocator.peak_requested_bytes, context, sum(replay.workspaces.values()),
+        (*(() if calibration else ("the CUDA context",)), *estimated),
+    )  # fmt: skip
+
+
+class _Differences:
+    """What the device allocates otherwise than the CPU.
+
+    Attributes:
+        capability: of the device.
+        sizes: bytes of storages that have others on the device, by id; 0 for one that is not on it.
+        companions: bytes of what comes and goes with a storage, by its id.
+        estimated: what is estimated, in words.
+    """
+
+    def __init__(self, trace: Trace, capability: tuple[int, int], paged_optimizer: bool):
+        self.capability = capability
+        self.sizes: dict[int, int] = {}
+        self.companions: dict[int, tuple[int, ...]] = {}
+        names: dict[str, None] = {}
+        for call in trace.calls:
+            if call.operator in (CPU_ATTENTION, CPU_ATTENTION_BACKWARD):
+                attention = Attention.of(call)
+                kernel = attention.kernel(capability)
+                names[kernel] = None
+                if call.operator == CPU_ATTENTION and len(call.results) == 2:
+                    logsumexp = id(call.results[1])
+                    self.sizes[logsumexp] = attention.logsumexp(kernel)
+                    self.companions[logsumexp] = RANDOM_STATE
+            elif call.operator == "aten::bernoulli_":
+                # Dropout on a CPU keeps noise in the dtype of its input, on CUDA a mask of one byte an element.
+                for noise in call.results:
+                    self.sizes[id(noise)] = noise.nbytes // call.itemsize
+            else:
+                names[call.operator] = None
+        self.estimated = tuple(ESTIMATED[name] for name in names if name in ESTIMATED)
+        for storage in trace.storages:
+            if storage.category != "optimizer_state":
+                continue
+            # AdamW's count of steps, one number a parameter, stays on the host.
+            if storage.nbytes == 4 or (paged_optimizer and storage.nbytes >= PAGED_FROM):
+                self.sizes[id(storage)] = 0
+
+    def nbytes(self, storage: Storage) -> list[int]:
+        """The requests that stand for a storage."""
+        return [self.sizes.get(id(storage), storage.nbytes), *self.companions.get(id(storage), ())]
+
+
+class _Replay:
+    def __init__(self, allocator: CachingAllocator, differences: _Differences, calibration: Calibration | None):
+        self.allocator, self.differences = allocator, differences
+        self.events: list[Event] = []
+        self.workspaces: dict[bool, int] = {}  # by whether it is the thread of the backward passes
+        size = cublas_workspace(differences.capability)
+        self._sizes = {
+            False: calibration.workspace_forward if calibration else size,
+            True: calibration.workspace_backward if calibration else size,
+        }
+        self._blocks: dict[int, list[tuple[Block, int, int]]] = {}
+
+    def run(self, trace: Trace) -> None:
+        calls = iter([*trace.calls, None])
+        call = next(calls)
+        for index, ((storage, sign), phase) in enumerate(zip(trace.events, trace.phases(), strict=True)):
+            while call is not None and call.event <= index:
+                self._call(call)
+                call = next(calls)
+            labels = (part_of(storage), phase, storage.module, storage.operator)
+            if sign > 0:
+                held = [self._take(size, *labels) for size in self.differences.nbytes(storage) if size]
+                self._blocks[id(storage)] = held
+            else:
+                for block in self._blocks.pop(id(storage)):
+                    self._give_back(*block, *labels)
+        while call is not None:
+            self._call(call)
+            call = next(calls)
+
+    def _call(self, call: Call) -> None:
+        if call.operator in PRODUCTS:
+            self._workspace(call)
+        labels = ("temporaries", call.phase, call.module, call.operator)
+        inside = [self._take(size, *labels) for size in temporaries_inside(call, self.differences.capability)]
+        for block in inside:
+            self._give_back(*block, *labels)
+
+    def _workspace(self, call: Call) -> None:
+        """Of the thread's cuBLAS handle, with its first product; kept for good."""
+        if call.in_backward not in self.workspaces:
+            size = self.workspaces[call.in_backward] = self._sizes[call.in_backward]
+            if size:
+                self._take(size, "framework", call.phase, call.module, "cublasSetWorkspace")
+
+    def _take(self, nbytes: int, part: str, phase: str, module: str, operator: str) -> tuple[Block, int, int]:
+        """A block, the bytes asked for, and those that it has beyond them."""
+        block = self.allocator.allocate(nbytes)
+        more = block.size - nbytes
+        self.events.append(Event(part, nbytes, phase, module, operator))
+        if more:
+            self.events.append(Event("framework", more, phase, module, operator))
+        return block, nbytes, more
+
+    def _give_back(
+        self, block: Block, nbytes: int, more: int, part: str, phase: str, module: str, operator: str
+    ) -> None:
+        self.allocator.free(block)
+        self.events.append(Event(part, -nbytes, phase, module, operator))
+        if more:
+            self.events.append(Event("framework", -more, phase, module, operator))

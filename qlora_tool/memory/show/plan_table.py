@@ -1,0 +1,109 @@
+"""A plan in a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qlora_tool.memory.show.legend import binary_size, full_size
+
+if TYPE_CHECKING:
+    from qlora_tool.memory.plan.search import Change, Option, Plan
+
+_CHECKPOINTING = "training.gradient_checkpointing"
+_NOTE = "peak: expected; speed: tokens/s against what was asked for, by counting passes, not measured\n"
+
+
+def render_plan(plan: Plan, console: Console) -> None:
+    """Print whether the asked configuration fits, what else does, and last the line to copy, if there is one.
+
+    Args:
+        console: where to; 80 columns are enough, and neither colour nor a terminal is needed.
+    """
+    console.print(Text(_headline(plan)))
+    console.print()
+    console.print(_lengths(plan))
+    console.print()
+    console.print(_alternatives(plan))
+    console.print(Text(_NOTE, style="dim"))
+    if plan.faster:
+        console.print(Text(f"faster, and it fits too: {_peak(plan.faster)}:"))
+        console.print(Text(f"{plan.faster.line}\n"), soft_wrap=True)
+    console.print(Text(_answer(plan)))
+    if plan.line:
+        console.print(Text(plan.line), soft_wrap=True)  # whole, so that it can be copied
+
+
+def _headline(plan: Plan) -> str:
+    asked, free = plan.asked, plan.usable_bytes - plan.asked.peak_bytes
+    kept = f", {plan.margin:.0%} of it kept free" if plan.margin else ", nothing kept free"
+    verdict = f"it fits, {binary_size(free)} left" if plan.fits else f"it does not fit by {binary_size(-free)}"
+    return (
+        f"plan for {binary_size(plan.budget_bytes)} on {plan.device}{kept}\n"
+        f"asked for: {_batch(asked)} take {full_size(asked.peak_bytes)}: {verdict}"
+    )
+
+
+def _batch(option: Option) -> str:
+    return f"{option.rows} x {option.length} tokens"
+
+
+def _plain_table(*headings: str) -> Table:
+    table = Table(box=None, padding=(0, 0, 0, 2), pad_edge=False, header_style="bold")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def _lengths(plan: Plan) -> Table:
+    table = _plain_table("the longest rows that fit", "rows", "tokens a row", "peak", "speed")
+    before = None
+    for option in plan.options:
+        if option.group != "length":
+            continue
+        checkpointing = option.settings[_CHECKPOINTING]
+        name = ("with checkpointing" if checkpointing else "without") if checkpointing != before else ""
+        before = checkpointing
+        length = str(option.length) if option.length else "none fit"
+        speed = f"{option.speed:.2f}" if option.length else ""
+        peak = binary_size(option.peak_bytes) if option.length else ""
+        style = "" if option.length else "dim"
+        table.add_row(Text(name), str(option.rows), length, peak, speed, style=style)
+    return table
+
+
+def _alternatives(plan: Plan) -> Table:
+    table = _plain_table(f"with {_batch(plan.asked)}", "peak", "", "speed", "")
+    for option in plan.options:
+        if option.group == "length":
+            continue
+        fits = "fits" if option.fits else "too much"
+        cells = (_setting(option.settings), binary_size(option.peak_bytes), fits, f"{option.speed:.2f}")
+        table.add_row(Text(cells[0]), *cells[1:], "asked for" if option.asked else "")
+    return table
+
+
+def _setting(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key.partition('.')[2]}={str(value).lower()}" for key, value in settings.items())
+
+
+def _answer(plan: Plan) -> str:
+    if plan.change:
+        return f"this makes it fit: {_peak(plan.change)}:"
+    if plan.longest:
+        return f"nothing has to change; the longest rows that fit: {_peak(plan.longest)}:"
+    if plan.fits:
+        return "nothing has to change, and no longer row fits"
+    weights = f"; the weights alone take {full_size(plan.weights_bytes)}" * (plan.weights_bytes > plan.usable_bytes)
+    return (
+        f"nothing makes it fit: the smallest that was tried takes {full_size(plan.smallest_bytes)}, "
+        f"{binary_size(plan.misses_by)} too much{weights}"
+    )
+
+
+def _peak(change: Change) -> str:
+    how = "traced at full depth" if change.confirmed else "estimated"
+    return f"{full_size(change.peak_bytes)} ({how})"

@@ -1,0 +1,1 @@
+"""A training step watched: on fake tensors, on real ones, on a card."""

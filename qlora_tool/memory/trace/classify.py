@@ -1,0 +1,69 @@
+"""What each storage of a trace was: weights, gradients, activations or temporaries."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from qlora_tool.memory.trace.timeline import Event, Timeline
+from qlora_tool.weights.modules import FrozenWeight
+
+if TYPE_CHECKING:
+    from qlora_tool.adapters.attach import AdapterSet
+    from qlora_tool.memory.trace.tracer import Storage, Trace, Tracer
+    from qlora_tool.training.optimizers import Optimizer
+
+
+def name_weights(tracer: Tracer, module: nn.Module, adapters: AdapterSet) -> None:
+    """Tell the storages of the model's tensors apart."""
+    trained = {id(parameter) for parameter in adapters.parameters()}
+    for handle in module.modules():
+        if isinstance(handle, FrozenWeight) and handle.quantized is not None:
+            for name, tensor in handle.quantized.tensors().items():
+                tracer.adopt(tensor).category = "base_weights" if name == "codes" else "quantization_state"
+    for tensor in [*module.parameters(), *module.buffers()]:
+        storage = tracer.adopt(tensor)
+        if id(tensor) in trained:
+            storage.category = "adapter_weights"
+        elif not storage.category:
+            storage.category = "other_weights"
+
+
+def name_optimizer(tracer: Tracer, optimizer: Optimizer) -> None:
+    """The storages of the optimizer's state: masters and moments."""
+    for master in optimizer.masters or ():
+        tracer.adopt(master).category = "optimizer_state"
+    for state in optimizer.inner.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                storage = tracer.adopt(value)
+                storage.category = storage.category or "optimizer_state"
+
+
+def name_gradients(tracer: Tracer, optimizer: Optimizer) -> None:
+    """The storages of the gradients, once backward is done."""
+    for parameter in optimizer.parameters:
+        if parameter.grad is not None and (storage := tracer.storage_of(parameter.grad)) is not None:
+            storage.category = storage.category or "gradients"
+
+
+def part_of(storage: Storage) -> str:
+    """One of PARTS. What no one named is told by its life: what outlives the forward pass it was born in is an
+    activation, as is what recomputation leaves behind; the rest is temporary."""
+    if storage.category:
+        return storage.category
+    if storage.phase == "forward" and (storage.died_in != "forward" or storage.died_in_step != storage.step):
+        return "saved"
+    if storage.recomputed:
+        return "recomputed"
+    return "temporaries"
+
+
+def timeline(trace: Trace) -> Timeline:
+    """The trace as bytes by part over time."""
+    return Timeline.from_events(
+        Event(part_of(storage), sign * storage.nbytes, phase, storage.module, storage.operator)
+        for (storage, sign), phase in zip(trace.events, trace.phases(), strict=True)
+    )

@@ -1,0 +1,324 @@
+"""The memory of a deep model from the traces of two shallow ones: fast enough to search with.
+
+Layers repeat, so a peak grows by the same bytes with each of them. Which moment is the highest may change with the
+depth, though, and the plain peak is then no line. So the peak of every kind of moment (phase, operator, module, and how
+far the layer is from the first or the last) is extrapolated on its own, and the largest is taken.
+
+The length is not extrapolated as long as it need not be: fake tensors cost the same at any size. What grows with it is
+the number of chunks of the loss, so that batches of more than LONG_BATCH tokens are extrapolated from shorter ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+
+from qlora_tool.memory.breakdown import PHASES
+from qlora_tool.memory.trace.classify import timeline
+from qlora_tool.memory.trace.predict import BatchShape, predict
+from qlora_tool.model.load import build_skeleton
+
+if TYPE_CHECKING:
+    from qlora_tool.config import Config
+    from qlora_tool.memory.trace.timeline import Timeline
+    from qlora_tool.memory.trace.tracer import Trace
+
+LONG_BATCH = 16384  # tokens
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes.
+
+    Attributes:
+        peak_bytes: the most that is allocated at once.
+        phase_peak_bytes: the same within each of PHASES.
+        weights_bytes: what is allocated before the first step: base, scales, adapters, optimizer masters, one batch.
+        traced_layers: depths of the models that were traced; the model's own alone where nothing was extrapolated.
+    """
+
+    peak_bytes: int
+    phase_peak_bytes: dict[str, int]
+    weights_bytes: int
+    traced_layers: tuple[int, ...]
+
+
+class Moment(NamedTuple):
+    """A kind of moment: allocations that are alike in models of any depth.
+
+    Attributes:
+        phase: one of PHASES, or `weights` for the end of loading.
+        span: which of the phases in order it is; forward of the second step is another than that of the first.
+        operator, module: what allocates, and in whose forward pass; a layer's modules without its number.
+        layer: 0, 1, … from the first, -1, -2, … from the last; 0 outside of layers.
+    """
+
+    phase: str
+    span: int = 0
+    operator: str = ""
+    module: str = ""
+    layer: int = 0
+
+
+WEIGHTS = Moment("weights")
+
+
+def estimate_peak(
+    config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype, device: str = "cpu"
+) -> Estimate:
+    """The peak that a full trace (`predict`) would show, from the traces of two shallow models.
+
+    Traces are kept, so that to ask again costs nothing.
+
+    Args:
+        config: the run's configuration.
+        model_config: the model's transformers configuration.
+        shape: of the batch.
+        compute_dtype: what products run in.
+        device: `cpu`, or `cuda`: what the caching allocator has then allocated (not reserved).
+
+    Raises:
+        UserError: no causal language model can be made of `model_config`, it cannot be traced, or it has no layers to
+            recompute.
+    """
+    stack = _layer_stack(_text_of(model_config), config.model.trust_remote_code)
+    make = partial(_Case.of, config, model_config, compute_dtype, stack)
+    if shape.rows * shape.length <= LONG_BATCH:
+        found = _by_phase(_peaks_at_depth(make, shape, device))
+    else:
+        shorter = [max(64, LONG_BATCH * share // 4 // shape.rows // 64 * 64) for share in (2, 3, 4)]
+        shapes = [resized(shape, shape.rows, length) for length in shorter]
+        points = [(shape.length, _peaks_at_depth(make, shape, "cpu")) for shape in shapes]
+        found = _by_phase(_lengthen(points, shape.length))
+        if device != "cpu":  # its allocator rounds, which no line follows; most of what it adds is the weights' share
+            here, there = _by_phase(points[-1][1]), _by_phase(_peaks_at_depth(make, shapes[-1], device))
+            found = {phase: found[phase] + there[phase] - here[phase] for phase in found}
+    weights = found.pop(WEIGHTS.phase)
+    return Estimate(max(found.values()), found, weights, stack.traced)
+
+
+def _by_phase(peaks: Mapping[Moment, int]) -> dict[str, int]:
+    phases = (*PHASES, WEIGHTS.phase)
+    return {phase: max((peaks[at] for at in peaks if at.phase == phase), default=0) for phase in phases}
+
+
+def resized(shape: BatchShape, rows: int, length: int) -> BatchShape:
+    """A batch of another size and the same kind: padded or packed as before, the same share of its tokens trained."""
+    if (rows, length) == (shape.rows, shape.length):
+        return shape
+    if shape == BatchShape.full(shape.rows, shape.length):
+        return BatchShape.full(rows, length)
+    trained = max(1, shape.trained_tokens * rows * length // (shape.rows * shape.length))
+    segments = None if shape.segments is None else (length,)
+    return replace(shape, rows=rows, length=length, trained_tokens=trained, segments=segments)
+
+
+def _peaks_at_depth(make: partial[_Case], shape: BatchShape, device: str) -> Mapping[Moment, int]:
+    """The peaks of a batch at the model's own depth: each on the line through the two that were traced."""
+    stack = make.args[-1]
+    shallow, *deep = (_peaks(make(shape, depth), device) for depth in stack.traced)
+    if not deep:
+        return shallow
+    return _along_line(stack.traced, (shallow, deep[0]), stack.layers)
+
+
+def _along_line(places: tuple[int, ...], peaks: tuple[Mapping[Moment, int], ...], where: int) -> dict[Moment, int]:
+    """Each peak on the line through two places. What only one of the two has stays as it is."""
+    (begin, end), (first, second) = places, peaks
+    found = {**first, **second}
+    for moment in first.keys() & second.keys():
+        slope = (second[moment] - first[moment]) / (end - begin)
+        found[moment] = round(second[moment] + slope * (where - end))
+    return found
+
+
+def _lengthen(points: list[tuple[int, Mapping[Moment, int]]], length: int) -> dict[Moment, int]:
+    """Each peak at a greater length: on the line through the two longest of three lengths, or on the parabola through
+    all three where they do not lie on one line (masks of length × length)."""
+    (s0, p0), (s1, p1), (s2, p2) = points
+    found = _along_line((s1, s2), (p1, p2), length)
+    for moment in p0.keys() & p1.keys() & p2.keys():
+        slope = (p2[moment] - p1[moment]) / (s2 - s1)
+        bend = (slope - (p1[moment] - p0[moment]) / (s1 - s0)) / (s2 - s0)
+        if bend * (s2 - s0) ** 2 > 1e-3 * p2[moment]:
+            found[moment] += round(bend * (length - s1) * (length - s2))  # Newton's form
+    return found
+
+
+# The layers of a model
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """How a model's layers repeat, and which depths are traced in its place.
+
+    Attributes:
+        layers: of the model.
+        path: of the list of layers in the model, e.g. `model.layers`; empty where none was found.
+        first: layers that come once, before the repetition begins (dense ones before experts).
+        period: layers in one repetition: 6 where five with sliding attention precede one with full attention.
+    """
+
+    layers: int
+    path: str
+    first: int
+    period: int
+
+    @property
+    def traced(self) -> tuple[int, ...]:
+        """Two depths whose last layer is of the kind that the model's last is, and that have each kind near either end;
+        the model's own if it is no deeper."""
+        rest = (self.layers - self.first) % self.period
+        shallow = self.first + rest + self.period * (2 if rest == 0 else 1)
+        deep = shallow + max(2, self.period)
+        return (shallow, deep) if self.path and deep < self.layers else (self.layers,)
+
+    def places(self, module: str, depth: int) -> list[tuple[str, int]]:
+        """A module's name without its layer's number, and the layer: 0, 1, … from the first, -1, -2, … from the last.
+
+        The last layer is not counted from the first, nor the other way round, as it may be unlike those in between. A
+        layer far from both ends has no place: what it takes lies between theirs. Where nothing is extrapolated, each
+        layer is a module like any other.
+        """
+        match = re.match(rf"{re.escape(self.path)}\.(\d+)(.*)", module) if self.path else None
+        if match is None or len(self.traced) == 1:
+            return [(module, 0)]
+        number, near = int(match[1]), self.traced[0] - 1
+        places = []
+        if number < near:
+            places.append((match[2], number))
+        if depth - number <= near and number >= max(1, self.first):
+            places.append((match[2], number - depth))
+        return places
+
+
+def layer_stack(model_config, trust_remote_code: bool = False) -> LayerStack:
+    """How the layers of a model repeat: by the shapes of their weights, and by what its configuration lists of each."""
+    text = model_config.get_text_config()
+    layers = text.num_hidden_layers
+    skeleton = build_skeleton(copy.deepcopy(model_config), trust_remote_code)
+    lists = [(name, module) for name, module in skeleton.named_modules() if isinstance(module, nn.ModuleList)]
+    path, found = next(((name, module) for name, module in lists if len(module) == layers), ("", []))
+    listed = [value for _, value in sorted(_layer_lists(text).items())]
+    kinds = [(_weights_of(layer), *(str(value[number]) for value in listed)) for number, layer in enumerate(found)]
+    if not kinds:
+        return LayerStack(layers, "", 0, 1)
+    choices = [(first, period) for first in range(layers) for period in range(1, layers - first + 1)]
+    first, period = next(
+        (first, period) for first, period in sorted(choices, key=lambda choice: (sum(choice), choice))
+        if all(one == other for one, other in zip(kinds[first:], kinds[first + period :], strict=False))
+    )  # fmt: skip
+    return LayerStack(layers, path, first, period)
+
+
+def _weights_of(layer: nn.Module) -> tuple:
+    return tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
+
+
+def _layer_lists(text_config) -> dict[str, list]:
+    """What a configuration says of each layer (`layer_types`, `no_rope_layers`)."""
+    return {
+        name: value for name, value in vars(text_config).items()
+        if isinstance(value, (list, tuple)) and len(value) == text_config.num_hidden_layers
+    }  # fmt: skip
+
+
+def with_layers(model_config, layers: int):
+    """A copy of a model's configuration with its first `layers` layers alone."""
+    copied = copy.deepcopy(model_config)
+    text = copied.get_text_config()
+    if layers != text.num_hidden_layers:
+        for name, value in _layer_lists(text).items():
+            setattr(text, name, value[:layers])
+        text.num_hidden_layers = layers  # by whatever name the family has for it: attribute_map knows
+    return copied
+
+
+# Traces that are kept
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A model's configuration that is equal to another with the same text."""
+
+    text: str
+    model_config: object = field(compare=False)
+
+
+def _text_of(model_config) -> _Text:
+    return _Text(model_config.to_json_string(use_diff=False), model_config)
+
+
+@lru_cache(maxsize=64)
+def _layer_stack(model: _Text, trust_remote_code: bool) -> LayerStack:
+    return layer_stack(model.model_config, trust_remote_code)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """All that a trace depends on; equal cases have equal traces."""
+
+    model: _Text
+    shape: BatchShape
+    compute_dtype: torch.dtype
+    stack: LayerStack
+    depth: int
+    settings: str
+    config: Config = field(compare=False)
+
+    @classmethod
+    def of(
+        cls, config: Config, model_config, compute_dtype: torch.dtype, stack: LayerStack, shape: BatchShape, depth: int
+    ) -> _Case:
+        training = config.training
+        settings = (
+            config.model.quantization, config.model.double_quant, config.model.embeddings,
+            config.model.trust_remote_code,
+            config.adapter.model_dump_json(), training.optim, bool(training.gradient_checkpointing),
+            min(2, training.gradient_accumulation_steps), training.max_grad_norm > 0,
+            training.label_smoothing_factor > 0, training.tiled_mlp, training.optimizer_in_backward,
+        )  # fmt: skip
+        return cls(_text_of(model_config), shape, compute_dtype, stack, depth, repr(settings), config)
+
+
+@lru_cache(maxsize=1024)
+def _peaks(case: _Case, device: str) -> Mapping[Moment, int]:
+    return peaks_of(timeline_on(_trace(case), device), case.stack, case.depth)
+
+
+@lru_cache(maxsize=2)  # of one case for several devices
+def _trace(case: _Case) -> Trace:
+    model_config = with_layers(case.model.model_config, case.depth)
+    return predict(case.config, model_config, case.shape, case.compute_dtype)
+
+
+def timeline_on(trace: Trace, device: str) -> Timeline:
+    """What a trace looks like on a device: `cpu` or `cuda`."""
+    if device == "cpu":
+        return timeline(trace)
+    from qlora_tool.memory.allocator.timeline import cuda_timeline
+
+    return cuda_timeline(trace).timeline
+
+
+def peaks_of(line: Timeline, stack: LayerStack, depth: int) -> dict[Moment, int]:
+    """The most bytes allocated at once at each kind of moment of a model with `depth` layers."""
+    places = [stack.places(module, depth) for module in line.module_names]
+    totals, modules, operators = line.totals.tolist(), line.modules.tolist(), line.operators.tolist()
+    found: dict[Moment, int] = {}
+    for number, span in enumerate(line.phase_spans()):
+        if span.phase == "forward" and WEIGHTS not in found:
+            found[WEIGHTS] = totals[span.start - 1]
+        for index in range(span.start, span.stop):
+            for place in places[modules[index]]:
+                moment = Moment(span.phase, number, line.operator_names[operators[index]], *place)
+                if totals[index] > found.get(moment, 0):
+                    found[moment] = totals[index]
+    return found

@@ -1,0 +1,199 @@
+"""What recomputing each part of each layer costs, and what keeping it takes, seen in shallow models: one trace for each
+choice there is."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from qlora_tool.config import with_values
+from qlora_tool.memory.trace.extrapolate import Estimate, estimate_peak, layer_stack, with_layers
+from qlora_tool.memory.trace.predict import STEPS, BatchShape, predict
+from qlora_tool.memory.trace.tracer import PRODUCTS
+from qlora_tool.model.checkpointing import KEPT, WHOLE, Parts, Recomputation, choices_of, decoder_layers
+from qlora_tool.model.load import build_skeleton
+
+if TYPE_CHECKING:
+    from qlora_tool.config import Config
+    from qlora_tool.memory.trace.tracer import Call, Trace
+
+TURNS = ("forward", "backward")
+_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What it costs to recompute some parts of one layer.
+
+    Attributes:
+        parts: that are recomputed.
+        kept_bytes: of the layer, alive between forward and backward.
+        flops: of what is computed again: products and attention's scores and sums.
+    """
+
+    parts: Parts
+    kept_bytes: int
+    flops: int
+
+
+def upgrades(layers: Sequence[Sequence[Cost]]) -> tuple[list[Cost], list[tuple[int, Cost]]]:
+    """What to keep one after the other, from the least that can be kept to all that saves anything.
+
+    Args:
+        layers: the choices for every layer.
+
+    Returns:
+        For each layer the choice that keeps the least; and (layer, its next choice), that where a byte saves the most
+        first. Among equals the last layer comes first.
+    """
+    start, steps = [], []
+    for number, choices in enumerate(layers):
+        now = min(choices, key=lambda cost: (cost.kept_bytes, cost.flops))
+        start.append(now)
+        while better := [cost for cost in choices if cost.flops < now.flops]:
+            # From one corner of the convex hull to the next: the gain of a byte falls from step to step.
+            then = max(better, key=lambda cost: (_gain(now, cost), -cost.flops))
+            steps.append((_gain(now, then), number, then))
+            now = then
+    steps.sort(key=lambda step: (-step[0], -step[1]))
+    return start, [(number, cost) for _, number, cost in steps]
+
+
+def _gain(now: Cost, then: Cost) -> float:
+    """Operations that each byte saves which is kept in addition."""
+    more = then.kept_bytes - now.kept_bytes
+    return (now.flops - then.flops) / more if more > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What there is to choose from, seen in shallow models.
+
+    Attributes:
+        layers: the choices for every layer of the model.
+        least, steps: see `upgrades`.
+        whole: what the model takes with everything recomputed.
+        turns: by phase (forward, backward) and what is recomputed of a layer: bytes at the peak of its turn above what
+            the layers before it keep and what is there anyway.
+        shallow: the trace of a shallow model with everything recomputed.
+    """
+
+    layers: list[list[Cost]]
+    least: list[Cost]
+    steps: list[tuple[int, Cost]]
+    whole: Estimate
+    turns: Mapping[str, Mapping[Parts, int]]
+    shallow: Trace
+
+    @classmethod
+    def of(cls, config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype) -> Costs:
+        shallow, names, choices, alike = shallow_model(config, model_config, compute_dtype)
+        one_batch = with_values(config, {"training.gradient_accumulation_steps": 1})
+        seen: dict[Parts, _Seen] = {}
+        for parts in dict.fromkeys([WHOLE, *(parts for layer in choices for parts in layer)]):
+            policy = Recomputation(tuple(parts if parts in layer else KEPT for layer in choices))
+            seen[parts] = _Seen.of(predict(one_batch, shallow, shape, compute_dtype, policy), names)
+        costs = [[Cost(parts, seen[parts].kept_bytes[number], seen[parts].flops[number]) for parts in layer]
+                 for number, layer in enumerate(choices)]  # fmt: skip
+        checkpointed = with_values(config, {"training.gradient_checkpointing": bool(costs)})
+        whole = estimate_peak(checkpointed, model_config, shape, compute_dtype)
+        turns = {phase: {parts: found.turns[phase] for parts, found in seen.items()} for phase in TURNS}
+        layers = [costs[number] for number in alike]
+        return cls(layers, *upgrades(layers), whole, turns, seen[WHOLE].trace)
+
+    def peak(self, chosen: Sequence[Cost]) -> int:
+        """The bytes allocated at the peak, estimated."""
+        phases = self.whole.phase_peak_bytes
+        if not chosen:
+            return self.whole.peak_bytes
+        recomputed = [next(cost for cost in layer if cost.parts == WHOLE) for layer in self.layers]
+        before = sum(cost.kept_bytes for cost in recomputed[:-1])
+        highest = max(phases["load"], phases["optimizer"])
+        for phase in TURNS:
+            # Where all layers are alike the last one's turn takes the most, so this is what is there anyway.
+            there = phases[phase] - before - self.turns[phase][WHOLE]
+            for cost in chosen:
+                highest = max(highest, there + self.turns[phase][cost.parts])
+                there += cost.kept_bytes
+        return highest
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a shallow model showed, with the same choice for all its layers.
+
+    Attributes:
+        kept_bytes, flops: by layer; see `Cost`.
+        turns: by phase; see `Costs.turns`.
+    """
+
+    trace: Trace
+    kept_bytes: list[int]
+    flops: list[int]
+    turns: dict[str, int]
+
+    @classmethod
+    def of(cls, trace: Trace, layers: Sequence[str]) -> _Seen:
+        """
+        Args:
+            layers: names, in order.
+        """
+
+        def begin(phase: str) -> int:
+            return next(event for event, name, step in trace.marks if (name, step) == (phase, STEPS))
+
+        def layer_of(module: str) -> int | None:
+            return next((n for n, name in enumerate(layers) if f"{module}.".startswith(f"{name}.")), None)
+
+        forward, backward, end = begin("forward"), begin("backward"), begin("optimizer")
+        kept, flops = Counter(), Counter()
+        for storage in trace.storages:
+            if forward <= storage.birth < backward and (storage.death is None or storage.death >= backward):
+                kept[layer_of(storage.module)] += storage.nbytes
+        for call in trace.calls:
+            if call.recomputed and forward <= call.event:
+                flops[layer_of(call.module)] += flops_of(call)
+        totals = np.cumsum([sign * storage.nbytes for storage, sign in trace.events])
+        numbers = range(len(layers))
+        anyway = int(totals[forward - 1]) + sum(kept[n] for n in numbers[:-1])
+        peaks = totals[forward:backward].max(), totals[backward:end].max()
+        turns = {phase: int(peak) - anyway for phase, peak in zip(TURNS, peaks, strict=True)}
+        return cls(trace, [kept[n] for n in numbers], [flops[n] for n in numbers], turns)
+
+
+def flops_of(call: Call) -> int:
+    """Floating point operations of a call: of a product, or of causal attention."""
+    if call.operator in PRODUCTS:
+        left, right = call.shapes[-2:]  # (…, m, k) · (…, k, n)
+        return 2 * math.prod(left) * right[-1]
+    if call.operator == _ATTENTION:
+        query, key = call.shapes[:2]  # (rows, heads, length, head size)
+        return 2 * math.prod(query) * key[-2]  # scores and sums, half of each as nothing attends to what follows it
+    return 0
+
+
+def shallow_model(config: Config, model_config, compute_dtype: torch.dtype) -> tuple[Any, list[str], list, list[int]]:
+    """The first layers of a model, enough of them to have one of each kind that repeats.
+
+    Returns:
+        Its configuration, the names of its layers and the choices for each; and for every layer of the whole model the
+        number of the one that is like it.
+    """
+    stack = layer_stack(model_config, config.model.trust_remote_code)
+    for depth in (min(stack.layers, stack.first + 2 * stack.period), stack.layers):
+        shallow = with_layers(model_config, depth)
+        skeleton = build_skeleton(copy.deepcopy(shallow), config.model.trust_remote_code, compute_dtype)
+        layers = decoder_layers(skeleton)
+        if stack.path and depth == len(layers):
+            second = stack.first + stack.period  # the first is unlike others: nothing below it wants a gradient
+            alike = [n if n < second else second + (n - second) % stack.period for n in range(stack.layers)]
+            break
+        alike = list(range(len(layers)))
+    return shallow, list(layers), [choices_of(layer) for layer in layers.values()], alike

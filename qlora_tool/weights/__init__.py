@@ -1,0 +1,1 @@
+"""Frozen weights: quantized tensors, the handles that hold them, the modules that compute with them."""

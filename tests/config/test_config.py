@@ -1,0 +1,359 @@
+"""The configuration: its keys and defaults, and what is said of every kind of mistake in one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qlora_tool.config import (
+    SECTIONS,
+    Config,
+    config_schema,
+    config_to_yaml,
+    load_config,
+    parse_size,
+    with_values,
+)
+from qlora_tool.config.recipes import recipe_names, recipes_folder
+from qlora_tool.errors import UserError
+
+# The documented keys, in their order, with their defaults.
+DOCUMENTED = """
+model: {name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct, revision: null, quantization: nf4, double_quant: true,
+  embeddings: as_stored, compute_dtype: auto, device: auto, trust_remote_code: false, keep_quantized: false}
+adapter: {method: lora, r: 16, lora_alpha: 32, lora_dropout: 0.0, target_modules: all-linear, exclude_modules: [],
+  modules_to_save: [], bias: none, use_rslora: false, init_lora_weights: default, rank_pattern: {}, alpha_pattern: {},
+  init_from: null}
+data: {train: data/train.jsonl, eval: null, format: auto, train_on: completion, max_length: 2048, packing: true,
+  padding_free: true, shuffle: true, chat_template: null}
+training: {output_dir: runs/my-model, num_train_epochs: 1, max_steps: -1, per_device_train_batch_size: 4,
+  gradient_accumulation_steps: 1, group_by_length: false, learning_rate: 2.0e-4,
+  lr_scheduler_type: cosine, warmup_steps: 0.03,
+  weight_decay: 0.0, max_grad_norm: 1.0, label_smoothing_factor: 0.0, optim: adamw, optimizer_in_backward: false,
+  gradient_checkpointing: auto,
+  offload_boundaries: false, tiled_mlp: false, max_memory: null, seed: 0, logging_steps: 1, eval_steps: null,
+  save_steps: 100, save_total_limit: 2, report_to: []}
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Write `c.yaml` into the current folder, a temporary one."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(content: str) -> str:
+        Path("c.yaml").write_text(content, encoding="utf-8")
+        return "c.yaml"
+
+    return write
+
+
+def faults(source: str, *overrides: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        load_config(source, overrides)
+    return caught.value.lines
+
+
+def test_keys_and_defaults_are_the_documented_ones():
+    documented = yaml.safe_load(DOCUMENTED)
+    written = yaml.safe_load(config_to_yaml(Config()))
+    assert written == documented
+    assert [*written] == [*documented]
+    assert all([*written[section]] == [*documented[section]] for section in documented)
+
+
+def test_values_of_a_file_and_overrides(write):
+    path = write("adapter: {r: 8, target_modules: [q_proj, v_proj]}\ntraining:\n  learning_rate: 1.0e-3\n")
+    config = load_config(path, ["training.learning_rate=2e-5", "data.eval=0.1", "adapter.target_modules=.*_proj"])
+    assert (config.adapter.r, config.adapter.target_modules) == (8, ".*_proj")
+    assert (config.training.learning_rate, config.data.eval) == (2e-5, 0.1)
+    assert config.training.max_steps == -1
+    assert config.adapter.model_fields_set == {"r", "target_modules"}
+
+
+def test_overrides_reach_into_mappings_with_dotted_names(write):
+    path = write("adapter:\n  rank_pattern: {q_proj: 4}\ndata:\n  eval: 0.5\n")
+    config = load_config(path, ["adapter.rank_pattern.layers.0.v_proj=2", "data.eval.short=short.jsonl"])
+    assert config.adapter.rank_pattern == {"q_proj": 4, "layers.0.v_proj": 2}
+    assert config.data.eval == {"short": "short.jsonl"}
+
+
+def test_three_mistakes_are_three_lines(write):
+    path = write("training:\n  lerning_rate: 2e-4\n  max_steps: many\nadapter:\n  r: 0\n")
+    assert faults(path) == [
+        "c.yaml: adapter.r: expected a whole number of at least 1, found 0",
+        "c.yaml: training.max_steps: expected a whole number of at least 1 or -1, found the text 'many'",
+        "c.yaml: training.lerning_rate: unknown key; did you mean 'learning_rate'?",
+    ]
+
+
+def test_every_kind_of_mistake_is_reported_at_once(write):
+    path = write(
+        "model: {quantization: NF4}\n"
+        "modle: {}\n"
+        "adapter: []\n"
+        "data:\n  format: text\n  train_on: completion\n"
+        "training:\n  max_steps: 3\n  max_steps: 4\n  seed: 1\n"
+    )
+    lines = faults(path, "training.warmup_steps=-1", "optim", "data.train=[", "training.output_dr=x")
+    assert lines == [
+        "c.yaml, line 9: 'max_steps' stands twice; keep one",
+        "c.yaml: modle: unknown key; did you mean 'model'?",
+        "c.yaml: adapter: expected a mapping of keys, found a list",
+        "--set optim: expected KEY=VALUE, such as --set training.max_steps=20",
+        "--set data.train=[: not valid YAML: while parsing a flow node, expected the node content, "
+        "but found '<stream end>'; put it in quotes",
+        "c.yaml: model.quantization: expected one of nf4, fp4, int8, none, found 'NF4'; did you mean 'nf4'?",
+        "--set training.warmup_steps: expected a number of at least 0 (below 1 a share, from 1 on a whole number), "
+        "found -1",
+        "--set training.output_dr: unknown key; did you mean 'output_dir'?",
+        "c.yaml: data.train_on: completion cannot go with data.format text, which is trained whole; "
+        "leave it out, or set it to all",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("training.lerning_rate", "did you mean 'learning_rate'?"),
+        ("training.max_length", "did you mean 'data.max_length'?"),
+        ("learning_rate", "did you mean 'training.learning_rate'?"),
+        ("trainig.learning_rate", "did you mean 'training.learning_rate'?"),
+        ("adapter.use_dorra", "did you mean 'use_dora'?"),
+        ("xyz", "expected one of model, adapter, data, training"),
+        ("data.xyz", "expected one of train, eval, format,"),
+        ("training", "name one of its keys, such as training.output_dir"),
+    ],
+)
+def test_a_key_that_does_not_exist_names_the_closest(write, key, hint):
+    (line,) = faults(write("data: {}"), f"{key}=1")
+    assert line.startswith(f"--set {key}: ")
+    assert hint in line
+
+
+@pytest.mark.parametrize(
+    ("key", "bad", "expected"),
+    [
+        ("adapter.r", ["0", "1.5", "true", "abc", "null", "[1]"], "a whole number of at least 1"),
+        ("adapter.lora_dropout", ["1", "-0.1", ".nan", "false"], "a number of at least 0 and below 1"),
+        ("adapter.lora_alpha", ["0", "x"], "a number above 0"),
+        ("adapter.method", ["lorra", "3"], "one of lora, dora"),
+        ("adapter.exclude_modules", ["null", "[1]", "'['"], "regular expression"),
+        ("adapter.modules_to_save", ["lm_head", "[1]"], "a list of module names"),
+        ("adapter.target_modules", ["[]", "{}", "'('", "''"], "regular expression"),
+        ("adapter.rank_pattern", ["{q: 0}", "[q]", "{'(': 1}"], ""),
+        ("data.max_length", ["0", "-1", "12.5"], "a whole number of at least 1"),
+        ("data.eval", ["1.5", "0", "-0.1", "{}", "{a: 1}", "true"], "a fraction above 0 and below 1"),
+        ("data.packing", ["1", "'yes'"], "true or false"),
+        ("data.train", ["null", "5", "''"], "a file, a folder or a hub id"),
+        ("model.revision", ["2024", "2024-01-01"], "put it in quotes"),
+        ("training.learning_rate", ["0", "-1e-4", ".inf", "2e"], "a number above 0"),
+        ("training.max_steps", ["0", "-2"], "a whole number of at least 1 or -1"),
+        ("training.warmup_steps", ["1.5", "-0.1"], "below 1 a share, from 1 on a whole number"),
+        ("training.save_steps", ["-1", "0", "null"], "a whole number of at least 1"),
+        ("training.eval_steps", ["0", "-5"], "a whole number of at least 1 or null"),
+        ("training.optim", ["sgd", "AdamW"], "one of adamw, adamw_8bit, paged_adamw_8bit"),
+        ("training.gradient_checkpointing", ["maybe", "1"], "one of auto, true, false"),
+        ("training.max_memory", ["24X", "0", "-3", "1.5", "GB"], "a size such as 24GB"),
+        ("training.report_to", ["tensorbord", "[wandbb]"], "one of tensorboard, wandb"),
+    ],
+)
+def test_wrong_values_say_what_was_expected(write, key, bad, expected):
+    path = write("data: {eval: 0.1}")
+    for value in bad:
+        (line,) = faults(path, f"{key}={value}")
+        assert line.startswith(f"--set {key}: ")
+        assert expected in line
+        assert "found" in line
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("training.learning_rate=2e-4", 2e-4),  # text in YAML 1.1, as it has no dot
+        ("training.max_steps='20'", 20),
+        ("training.max_steps=20.0", 20),
+        ("training.warmup_steps=0.1", 0.1),
+        ("training.warmup_steps=5.0", 5),
+        ("training.num_train_epochs=0.5", 0.5),
+        ("training.max_memory=22GiB", "22GiB"),
+        ("training.report_to=wandb", ["wandb"]),
+        ("training.report_to=none", []),
+        ("training.gradient_checkpointing=false", False),
+        ("adapter.init_lora_weights=true", "default"),
+        ("adapter.target_modules=[a]", ["a"]),
+        ("adapter.exclude_modules=.*down_proj", ".*down_proj"),
+        ("data.eval={one: 1.jsonl}", {"one": "1.jsonl"}),
+        ("data.eval=2e-2", 0.02),
+        ("data.train=~/t.jsonl", str(Path.home() / "t.jsonl")),
+    ],
+)
+def test_right_values_in_all_their_spellings(write, assignment, value):
+    section, key = assignment.partition("=")[0].split(".")
+    read = getattr(getattr(load_config(write("data: {}"), [assignment]), section), key)
+    assert read == value
+    assert type(read) is type(value)
+
+
+def test_names_that_other_tools_use(write):
+    path = write("adapter: {use_dora: true, method: lora}\ntraining: {activation_checkpointing: true}\n")
+    config = load_config(path)
+    assert config.adapter.method == "dora"
+    assert config.training.gradient_checkpointing is True
+    assert load_config(write("adapter: {use_dora: false}")).adapter.method == "lora"
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "start"),
+    [
+        ("adapter: {use_dora: false, method: dora}", [], "c.yaml: adapter.use_dora: false, but adapter.method"),
+        ("adapter: {use_dora: 1}", [], "c.yaml: adapter.use_dora: expected true or false"),
+        (
+            "training: {activation_checkpointing: true, gradient_checkpointing: false}",
+            [],
+            "c.yaml: training.activation_checkpointing: true, but gradient_checkpointing, the same thing, is false",
+        ),
+        ("data: {train_on: completion}", ["data.format=text"], "c.yaml: data.train_on: completion cannot go with"),
+        ("training: {eval_steps: 5}", [], "c.yaml: training.eval_steps: 5, but there is nothing to evaluate"),
+        (
+            "adapter: {target_modules: [q_proj, lm_head], modules_to_save: [lm_head]}",
+            [],
+            "c.yaml: adapter.modules_to_save: 'lm_head' is in adapter.target_modules too",
+        ),
+        (
+            "adapter: {modules_to_save: [norm, model.embed_tokens]}",
+            ["model.embeddings=int8"],
+            "--set model.embeddings: int8, but adapter.modules_to_save trains 'model.embed_tokens' whole; leave one",
+        ),
+    ],
+)
+def test_contradictions(write, content, overrides, start):
+    (line,) = faults(write(content), *overrides)
+    assert line.startswith(start)
+
+
+def test_a_key_at_fault_causes_no_second_complaint(write):
+    """With data.eval unreadable, nothing is said of eval_steps, which would be right with a readable one."""
+    (line,) = faults(write("data: {eval: 7}\ntraining: {eval_steps: 5}"))
+    assert line.startswith("c.yaml: data.eval: ")
+
+
+def test_text_is_trained_whole_unless_somebody_asked_otherwise(write):
+    assert load_config(write("data: {format: text}")).data.train_on == "all"
+    assert "train_on" not in load_config(write("data: {format: messages}")).data.model_fields_set
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("model:\n  a: [1\ndata: {}\n", "c.yaml, line 3, column 5: not valid YAML: "),
+        ("model:\n\tname: x\n", "c.yaml, line 2, column 1: not valid YAML: "),
+        ("- a\n", "c.yaml: expected a mapping of sections (model, adapter, data, training), found a list"),
+        ("", "c.yaml: expected a mapping of sections (model, adapter, data, training), found an empty file"),
+        ("a: !!python/object/apply:os.getcwd []", "c.yaml, line 1, column 4: not valid YAML: could not determine"),
+        ("a: \x00", "c.yaml: expected YAML in UTF-8: "),
+    ],
+)
+def test_files_that_are_no_configuration(write, content, line):
+    (found,) = faults(write(content))
+    assert found.startswith(line)
+
+
+def test_a_file_in_another_encoding(write):
+    Path(write("")).write_bytes("data: {train: fran\xe7ais.jsonl}".encode("latin-1"))
+    (line,) = faults("c.yaml")
+    assert line.startswith("c.yaml: expected YAML in UTF-8")
+
+
+def test_a_source_that_is_neither_file_nor_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (line,) = faults("configs/dmeo.yaml")
+    assert line.startswith("configs/dmeo.yaml: neither a file nor a recipe (demo, ")
+    assert line.endswith("did you mean 'demo'?")
+    (line,) = faults(str(tmp_path))
+    assert line.endswith("found a folder")
+
+
+def test_a_folder_of_a_recipes_name_does_not_hide_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("demo").mkdir()
+    assert load_config("demo").model.name_or_path == "demo"
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_a_written_configuration_is_read_back_equal(write, recipe):
+    config = load_config(recipe)
+    assert load_config(write(config_to_yaml(config))) == config
+
+
+def test_odd_values_survive_being_written(write):
+    odd = {
+        "model.revision": "0123456",
+        "model.name_or_path": "été: #1",
+        "training.learning_rate": 1e-7,
+        "training.output_dir": "yes",
+        "training.max_memory": 3 * 10**9,
+        "data.eval": {"a b": "x: y.jsonl"},
+        "adapter.target_modules": r".*\.(q|v)_proj",
+        "adapter.alpha_pattern": {r"layers\.0": 0.5},
+        "adapter.method": "dora",
+    }
+    config = with_values(Config(), odd)
+    assert load_config(write(config_to_yaml(config))) == config
+
+
+def test_with_values_checks_and_remembers_who_set_what():
+    config = with_values(Config(), {"data.train_on": "all", "training.gradient_checkpointing": True})
+    assert config.data.train_on == "all"
+    assert config.data.model_fields_set == {"train_on"}
+    assert config.model.model_fields_set == set()
+    with pytest.raises(UserError, match=r"data\.max_length: expected a whole number"):
+        with_values(config, {"data.max_length": 0})
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        Config().training.seed = 3
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24GB", 24_000_000_000),
+        ("22GiB", 22 * 2**30),
+        ("512MB", 512_000_000),
+        ("800MiB", 800 * 2**20),
+        ("1.5 GB", 1_500_000_000),
+        ("2TB", 2 * 10**12),
+        ("12345", 12345),
+        ("7B", 7),
+        (12345, 12345),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "24 GBs", "-1GB", "0", "24G", "1e9", 0, -5, True, None, 1.5])
+def test_what_is_no_size(text):
+    with pytest.raises(UserError, match="expected a size such as 24GB"):
+        parse_size(text)
+
+
+def test_the_shipped_schema_is_the_models():
+    """Where this fails: `qlora-tool recipes schema > configs/config.schema.json`."""
+    shipped = json.loads((recipes_folder() / "config.schema.json").read_text(encoding="utf-8"))
+    assert shipped == config_schema()
+
+
+def test_the_schema_lists_every_key_and_forbids_others():
+    definitions = config_schema()["$defs"]
+    for section in SECTIONS.values():
+        schema = definitions[section.__name__]
+        other_names = {"use_dora", "activation_checkpointing"}
+        assert set(schema["properties"]) - other_names == set(section.model_fields)
+        assert schema["additionalProperties"] is False
+        assert all("description" in key for key in schema["properties"].values())
