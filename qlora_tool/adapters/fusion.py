@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from qlora_tool.adapters.lora import LoraAdapter
-from qlora_tool.ops.lora import ACTIVATIONS, Activation, lora_gated_mlp, lora_linear
+from qlora_tool.adapters.adapter import Adapter
+from qlora_tool.ops.lora import ACTIVATIONS, Activation, LoraPart, lora_gated_mlp, lora_linear
 from qlora_tool.weights.modules import FrozenLinear
 
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -40,18 +40,19 @@ def tile_mlps(model: nn.Module, tiled: bool, tile: int = TILE) -> int:
     """Let the gated MLPs of `model` make their inner values for `tile` tokens at a time, or for all at once.
 
     Returns:
-        How many MLPs can.
+        How many MLPs do so while training.
     """
     mlps = [module for module in model.modules() if isinstance(vars(module).get("forward"), functools.partial)
             and vars(module)["forward"].func is _gated_forward]  # fmt: skip
     for mlp in mlps:
         mlp.forward = functools.partial(_gated_forward, *mlp.forward.args, tile=tile if tiled else None)
-    return len(mlps)
+    dropping = [mlp for mlp in mlps if any(getattr(mlp, name).adapter.dropout is not None for name in GATED_MLP)]
+    return len(mlps) - len(dropping) if tiled else 0
 
 
 def _adapted(parent: nn.Module, name: str) -> bool:
     child = getattr(parent, name, None)
-    return isinstance(child, FrozenLinear) and isinstance(child.adapter, LoraAdapter)
+    return isinstance(child, FrozenLinear) and fused_part(child) is not None
 
 
 class SharedInput:
@@ -69,8 +70,10 @@ class SharedInput:
     def output(self, x: Tensor, linear: FrozenLinear) -> Tensor:
         """x (…, in) → (…, out) of `linear`, bias and adapter included."""
         if self._input is not x or linear not in self._waiting:
-            together = self.linears if linear is self.linears[0] and all(map(is_fusable, self.linears)) else [linear]
-            outputs = lora_linear(x, [one.adapter.part(one) for one in together])
+            together = {one: fused_part(one) for one in self.linears}
+            if linear is not self.linears[0] or None in together.values():
+                together = {linear: together[linear]}
+            outputs = lora_linear(x, list(together.values()))
             self._input, self._waiting = x, dict(zip(together, outputs, strict=True))
         y = self._waiting.pop(linear)
         if not self._waiting:
@@ -78,16 +81,17 @@ class SharedInput:
         return y
 
 
-def is_fusable(linear: FrozenLinear) -> bool:
-    """Whether the module's adapter can take the fused operation as it is now."""
-    return isinstance(linear.adapter, LoraAdapter) and linear.adapter.is_fusable(linear)
+def fused_part(linear: FrozenLinear) -> LoraPart | None:
+    """What the fused operations take of a module, where they compute what it does as it is now."""
+    adapter = linear.adapter
+    return adapter.method.fused_part(adapter, linear) if isinstance(adapter, Adapter) else None
 
 
 def _gated_forward(mlp: nn.Module, activation: Activation, x: Tensor, *, tile: int | None = None) -> Tensor:
-    linears = [getattr(mlp, name) for name in GATED_MLP]
-    if not all(map(is_fusable, linears)):
+    gate, up, down = (fused_part(getattr(mlp, name)) for name in GATED_MLP)
+    if gate is None or up is None or down is None:
         return type(mlp).forward(mlp, x)
-    return lora_gated_mlp(x, *(linear.adapter.part(linear) for linear in linears), activation, tile)
+    return lora_gated_mlp(x, gate, up, down, activation, tile)
 
 
 def gated_activation(mlp: nn.Module) -> Activation | None:

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_tool.adapters.attach import METHODS, AdapterSet, put_on, tie, train_parameter, transposed_names
-from qlora_tool.adapters.method import Adapter, AdapterSettings
-from qlora_tool.adapters.targets import from_pattern, matches
+from qlora_tool.adapters.adapter import Adapter, placed
+from qlora_tool.adapters.attach import AdapterSet, put_on
+from qlora_tool.adapters.targets import from_pattern, matches, own_keys
+from qlora_tool.adapters.trained_base import tie, train_parameter, transposed_names
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import write_json
 from qlora_tool.files.tensors import TensorSpec, read_all, write_tensors
+from qlora_tool.methods import METHODS
+from qlora_tool.methods.method import Method, SavedWith, Settings
 from qlora_tool.model.parameter_source import tied_names
 from qlora_tool.weights.modules import FrozenLinear
 
@@ -52,28 +56,27 @@ def save_adapter(
 def _peft_config(
     adapters: AdapterSet, config: AdapterConfig, model: nn.Module, base: str, revision: str | None
 ) -> dict[str, Any]:
+    method = METHODS[config.method]
     settings = {name: layer.settings for name, layer in adapters.layers.items()}
+    usual = Settings(config.r, config.lora_alpha, config.lora_dropout, own_keys(config))
+    saved = SavedWith(
+        config.bias,
+        any(model.get_submodule(name).transposed for name in adapters.layers),
+        frozenset(name for layer in adapters.layers.values() for name in layer.tensors),
+    )
     return {
-        "peft_type": "LORA",
+        "peft_type": method.peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "revision": revision,
         "inference_mode": True,
         "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "use_rslora": config.use_rslora,
-        "use_dora": config.method == "dora",
-        "init_lora_weights": "gaussian" if config.init_lora_weights == "gaussian" else True,
-        "bias": config.bias,
-        "lora_bias": any("lora_B.bias" in layer.peft_tensors() for layer in adapters.layers.values()),
-        "fan_in_fan_out": any(model.get_submodule(name).transposed for name in adapters.layers),
         "target_modules": _target_names(adapters, model),
         "modules_to_save": sorted({name.rpartition(".")[0] for name in adapters.saved}) or None,
         # Whole names: no two of them match the same layer, whatever order a reader takes them in.
         "rank_pattern": {name: s.r for name, s in settings.items() if s.r != config.r},
         "alpha_pattern": {name: s.alpha for name, s in settings.items() if s.alpha != config.lora_alpha},
-    }
+    } | method.to_peft(usual, saved)
 
 
 def _target_names(adapters: AdapterSet, model: nn.Module) -> list[str]:
@@ -92,62 +95,67 @@ class StoredAdapter:
         peft: its `adapter_config.json`.
         tensors: by PEFT's names without the prefix.
         provenance: its `qlora_tool.json`, or None where something else made it.
+        method: how its tensors are used.
+        usual: the settings of modules that no pattern names.
     """
 
     folder: Path
     peft: dict[str, Any]
     tensors: dict[str, Tensor]
     provenance: dict[str, Any] | None
+    method: Method
+    usual: Settings
 
     @property
     def base(self) -> str | None:
         return self.peft.get("base_model_name_or_path")
 
-    @property
-    def method(self) -> str:
-        return "dora" if self.peft.get("use_dora") else "lora"
+    @cached_property
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """Each adapted module's tensors by the method's names. Which modules those are is told by the tensors that are
+        there; `target_modules` is not needed for it."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in self.tensors.items():
+            if (owner := self._owner(key)) is not None:
+                found.setdefault(owner[0], {})[owner[1]] = tensor
+        return found
+
+    def _owner(self, key: str) -> tuple[str, str] | None:
+        """The module that a tensor adapts, and the method's name for it; None for one that replaces a tensor."""
+        for name, suffix in self.method.peft_names.items():
+            if key.endswith(f".{suffix}"):
+                return key.removesuffix(f".{suffix}"), name
+        return None
 
     def layers(
         self, dtype: torch.dtype, device: torch.device | str = "cpu", dropout: float | None = None
     ) -> dict[str, Adapter]:
-        """The adapters by the name of their linear module. Which modules those are is told by the tensors that are
-        there; `target_modules` is not needed for it.
+        """The adapters by the name of their linear module.
 
         Args:
             dropout: while training; None: as it was trained before.
         """
         return {
-            name: METHODS[self.method].from_peft(
-                {suffix: tensor.to(device, dtype) for suffix, tensor in parts.items()}, self.settings(name, dropout)
-            )
-            for name, parts in _parts(self.tensors).items()
+            name: Adapter(self.method, placed(self.method, tensors, device, dtype), self.settings(name, dropout))
+            for name, tensors in self.parts.items()
         }
 
-    def settings(self, name: str, dropout: float | None = None) -> AdapterSettings:
-        """The settings of the layer on the linear module `name`."""
-        return AdapterSettings(
-            r=self.tensors[f"{name}.lora_A.weight"].shape[0],
-            alpha=from_pattern(name, self.peft.get("alpha_pattern") or {}, self.peft["lora_alpha"]),
-            dropout=self.peft.get("lora_dropout", 0.0) if dropout is None else dropout,
-            use_rslora=bool(self.peft.get("use_rslora")),
+    def settings(self, name: str, dropout: float | None = None) -> Settings:
+        """The settings of the adapter on the module `name`."""
+        return replace(
+            self.usual,
+            r=self.method.sizes(self.parts[name])[2],
+            alpha=from_pattern(name, self.peft.get("alpha_pattern") or {}, self.usual.alpha),
+            dropout=self.usual.dropout if dropout is None else dropout,
         )
 
     def whole_tensors(self) -> dict[str, Tensor]:
-        """What it replaces whole, by parameter name: `modules_to_save`, biases, and an adapted output layer's weight,
-        which PEFT writes along. As the model keeps them: a Conv1D's (in, out)."""
+        """What it replaces, by parameter name: `modules_to_save`, biases, and an adapted output layer's weight, which
+        PEFT writes along. As the model keeps them: a Conv1D's (in, out)."""
         return {
-            name.replace(".base_layer.", "."): tensor for name, tensor in self.tensors.items() if ".lora_" not in name
-        }
-
-
-def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Each adapted module's tensors by what follows its name: `lora_A.weight` and so on."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, lora, suffix = key.partition(".lora_")
-        if lora:
-            found.setdefault(name, {})[f"lora_{suffix}"] = tensor
-    return found
+            name.replace(".base_layer.", "."): tensor for name, tensor in self.tensors.items()
+            if self._owner(name) is None
+        }  # fmt: skip
 
 
 def is_adapter(folder: Path) -> bool:
@@ -169,11 +177,11 @@ def read_adapter(folder: Path) -> StoredAdapter:
         ).exists() else ""  # fmt: skip
         raise UserError(f"{folder}: no {WEIGHTS_NAME} in it{hint}")
     peft = _read_json(config_file)
+    method, usual = _method_of(config_file, peft)
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in read_all(weights_file).items()}
-    _refuse_unknown_kind(config_file, peft)
     provenance_file = folder / "qlora_tool.json"
     provenance = _read_json(provenance_file) if provenance_file.exists() else None
-    stored = StoredAdapter(folder, peft, tensors, provenance)
+    stored = StoredAdapter(folder, peft, tensors, provenance, method, usual)
     _refuse_incomplete(weights_file, stored)
     return stored
 
@@ -188,60 +196,43 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-# What changes a LoRA layer's forward pass, its places or the base beside A and B, and is not done here.
-_UNKNOWN_KEYS = (
-    "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "layer_replication", "arrow_config",
-    "use_qalora", "use_bdlora", "monteclora_config", "kasa_config",
-)  # fmt: skip
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others take something out of the base
-
-
-def _refuse_unknown_kind(file: Path, peft: dict[str, Any]) -> None:
-    if peft.get("peft_type") != "LORA":
-        raise UserError(f"{file}: peft_type {peft.get('peft_type')!r}; only LORA (with DoRA, rsLoRA) can be read")
-    for key in _UNKNOWN_KEYS:
-        if peft.get(key):
-            raise UserError(f"{file}: {key} is set, which cannot be read here; merge this adapter with PEFT instead")
-    if (start := peft.get("init_lora_weights", True)) not in _PLAIN_STARTS:
-        raise UserError(
-            f"{file}: init_lora_weights {start!r} changed the base too, which cannot be repeated here; save the "
-            "adapter with PEFT's path_initial_model_for_weight_conversion, which makes a plain one of it"
-        )
-    for key in ("r", "lora_alpha"):
-        if key not in peft:
-            raise UserError(f"{file}: no key {key!r}; it is no complete PEFT configuration")
+def _method_of(file: Path, peft: dict[str, Any]) -> tuple[Method, Settings]:
+    """The method of an adapter_config.json, and the settings in it."""
+    for method in METHODS.values():
+        if (settings := method.from_peft(file, peft)) is not None:
+            return method, settings
+    known = ", ".join(dict.fromkeys(method.peft_type for method in METHODS.values()))
+    raise UserError(f"{file}: peft_type {peft.get('peft_type')!r} cannot be read here; expected one of {known}")
 
 
 def _refuse_incomplete(file: Path, stored: StoredAdapter) -> None:
-    """Refuse tensors that do not make up whole LoRA layers, all faults in one report."""
-    needed = ["lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] if stored.method == "dora" else [])]
-    known = {*needed, *(["lora_B.bias"] if stored.method == "lora" else [])}
-    layers = _parts(stored.tensors)
-    if not layers:
-        raise UserError(f"{file}: no LoRA tensors in it; expected names such as {PREFIX}model.layers.0.….lora_A.weight")
-    if any(suffix.startswith("lora_embedding_") for parts in layers.values() for suffix in parts):
+    """Refuse tensors that do not make up whole adapters, all faults in one report."""
+    method, parts = stored.method, stored.parts
+    family = next(iter(method.peft_names.values())).partition("_")[0]  # what all of its tensors begin with
+    if any(".lora_embedding_" in name for name in stored.tensors):
         raise UserError(f"{file}: LoRA on embeddings cannot be read here; merge this adapter with PEFT instead")
-    faults = []
-    for name, parts in layers.items():
-        faults += [f"{file}: tensor {name}.{suffix} is missing" for suffix in needed if suffix not in parts]
-        faults += [f"{file}: tensor {name}.{suffix} cannot be read here" for suffix in parts if suffix not in known]
-        if not faults and not _fit_together(parts):
-            shapes = ", ".join(f"{suffix} {tuple(tensor.shape)}" for suffix, tensor in parts.items())
+    if not parts:
+        example = f"{PREFIX}model.layers.0.….{next(iter(method.peft_names.values()))}"
+        raise UserError(f"{file}: no {method.peft_type} tensors in it; expected names such as {example}")
+    faults = [
+        f"{file}: tensor {name} cannot be read here" for name in stored.whole_tensors() if f".{family}_" in name
+    ]
+    for name, tensors in parts.items():
+        missing = [method.peft_names[key] for key in method.peft_names if key not in {*tensors, *method.optional}]
+        faults += [f"{file}: tensor {name}.{suffix} is missing" for suffix in missing]
+        if not faults and not _fit_together(method, tensors):
+            shapes = ", ".join(f"{method.peft_names[key]} {tuple(tensor.shape)}" for key, tensor in tensors.items())
             faults.append(f"{file}: the tensors of {name} do not fit together: {shapes}")
     if faults:
         more = [f"{file}: and {len(faults) - 5} more such tensors"] if len(faults) > 5 else []
         raise UserError([*faults[:5], *more])
 
 
-def _fit_together(parts: Mapping[str, Tensor]) -> bool:
-    """A (r, in), B (out, r), and what there is one of per output, (out,)."""
-    lora_A, lora_B = parts["lora_A.weight"], parts["lora_B.weight"]
-    per_output = [tensor for suffix, tensor in parts.items() if suffix not in ("lora_A.weight", "lora_B.weight")]
-    return (
-        lora_A.dim() == lora_B.dim() == 2
-        and lora_A.shape[0] == lora_B.shape[1]
-        and all(tensor.shape == lora_B.shape[:1] for tensor in per_output)
-    )
+def _fit_together(method: Method, tensors: Mapping[str, Tensor]) -> bool:
+    if any(tensor.dim() == 0 for tensor in tensors.values()):
+        return False
+    expected = method.shapes(*method.sizes(tensors))
+    return all(tuple(tensor.shape) == expected[name] for name, tensor in tensors.items())
 
 
 def attach_stored(
@@ -318,10 +309,9 @@ def refuse_misfit(stored: StoredAdapter, layers: Mapping[str, Adapter], shapes: 
     """
     faults = []
     for name in layers:
-        lora_A, lora_B = stored.tensors[f"{name}.lora_A.weight"], stored.tensors[f"{name}.lora_B.weight"]
-        found = (lora_B.shape[0], lora_A.shape[1])
+        found = stored.method.sizes(stored.parts[name])[:2]
         if name not in shapes:
-            faults.append(f"{stored.folder}: adapts {name}, which is no linear module of this model")
+            faults.append(f"{stored.folder}: adapts {name}, which is not a linear module of this model")
         elif found != shapes[name]:
             faults.append(f"{stored.folder}: adapts {name} as {found}, but it is {shapes[name]} in this model")
     _refuse(faults, stored)

@@ -6,8 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from qlora_tool.adapters.method import AdapterSettings
 from qlora_tool.errors import UserError, did_you_mean
+from qlora_tool.methods import METHODS
+from qlora_tool.methods.keys import MethodKeys
+from qlora_tool.methods.method import Settings
 from qlora_tool.weights.modules import FrozenLinear
 
 if TYPE_CHECKING:
@@ -72,16 +74,21 @@ def _refuse_unmatched(key: str, wanted: str | Sequence[str], linears: Mapping[st
         raise UserError(faults)
 
 
-def settings_for(name: str, config: AdapterConfig) -> AdapterSettings:
+def settings_for(name: str, config: AdapterConfig) -> Settings:
     """A layer's settings, `rank_pattern` and `alpha_pattern` applied as PEFT applies them: the first key that the name
     ends with (as a regular expression) wins."""
-    return AdapterSettings(
+    return Settings(
         r=from_pattern(name, config.rank_pattern, config.r),
         alpha=from_pattern(name, config.alpha_pattern, config.lora_alpha),
         dropout=config.lora_dropout,
-        use_rslora=config.use_rslora,
-        init=config.init_lora_weights,
+        keys=own_keys(config),
     )
+
+
+def own_keys(config: AdapterConfig) -> MethodKeys:
+    """The keys of the section that belong to the configured method alone."""
+    keys = METHODS[config.method].keys
+    return keys(**{name: getattr(config, name) for name in keys.model_fields if hasattr(config, name)})
 
 
 def from_pattern(name: str, pattern: Mapping[str, float], default: float) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ from qlora_tool.files.tensors import TensorSpec, write_tensors
 
 if TYPE_CHECKING:
     from qlora_tool.artifacts import Artifact
-
-PEFT_METHODS = ("lora", "dora")
+    from qlora_tool.methods.lora import Lora
 
 
 def write_adapter(artifact: Artifact, folder: Path, portable: bool) -> dict[str, Any]:
@@ -45,12 +44,12 @@ def write_adapter(artifact: Artifact, folder: Path, portable: bool) -> dict[str,
     """
     stored = artifact.adapter
     base = base_name(artifact)
-    facts: dict[str, Any] = {"method": stored.method, "layers": len(stored.layers(torch.float32)), "base": base}
+    facts: dict[str, Any] = {"method": stored.method.name, "layers": len(stored.parts), "base": base}
     if portable:
-        if stored.method not in PEFT_METHODS:
+        if stored.method.peft_type != "LORA":
             raise UserError(
-                f"--format adapter-portable: PEFT has no adapter that computes what {stored.method} does; choose "
-                "--format safetensors, which merges it"
+                f"--format adapter-portable: its readers know LoRA alone, and this adapter is {stored.method.name}; "
+                "choose --format adapter, which PEFT reads, or safetensors, which merges it"
             )
         facts |= _write_portable(stored, base, artifact.model.revision, folder)
     else:
@@ -83,8 +82,8 @@ def portable_tensors(stored: StoredAdapter) -> tuple[dict[str, Tensor], int]:
 
     Kept in their dtype where that holds the scaled values exactly (a scale that is a power of two), else in fp32.
     """
-    names = {key.partition(".lora_")[0] for key in stored.tensors if ".lora_" in key}
-    settings = {name: stored.settings(name) for name in names}
+    settings = {name: stored.settings(name) for name in stored.parts}
+    method = cast("Lora", stored.method)
     rank = max(layer.r for layer in settings.values())
     result = {}
     for key, tensor in sorted(stored.tensors.items()):
@@ -92,7 +91,7 @@ def portable_tensors(stored: StoredAdapter) -> tuple[dict[str, Tensor], int]:
         if lora and part == "A.weight":
             tensor = _padded(tensor, rank - tensor.shape[0], 0)
         elif lora and part in ("B.weight", "B.bias"):
-            tensor = _scaled(tensor, settings[name].scaling)
+            tensor = _scaled(tensor, method.scaling(settings[name]))
             tensor = _padded(tensor, rank - tensor.shape[1], 1) if part == "B.weight" else tensor
         result[f"{PREFIX}{key}"] = tensor.contiguous()
     adapted = [tensor for key, tensor in result.items() if ".lora_" in key]
@@ -136,7 +135,7 @@ def _portable_config(stored: StoredAdapter, rank: int, base: str, revision: str 
 
 def _named_modules(stored: StoredAdapter) -> list[str]:
     """The adapted modules: as listed, unless it takes more than the list to tell them."""
-    peft, names = stored.peft, sorted({key.partition(".lora_")[0] for key in stored.tensors if ".lora_" in key})
+    peft, names = stored.peft, sorted(stored.parts)
     listed = peft.get("target_modules")
     further = any(peft.get(key) for key in ("exclude_modules", "layers_to_transform", "layers_pattern"))
     return sorted(listed) if isinstance(listed, list) and not further else names

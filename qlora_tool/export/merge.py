@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qlora_tool.adapters.lora import LoraAdapter
-from qlora_tool.adapters.method import Adapter
+from qlora_tool.adapters.adapter import Adapter
 from qlora_tool.adapters.peft_files import StoredAdapter, refuse_misfit
 from qlora_tool.errors import UserError
 from qlora_tool.export.dtypes import FLOAT16_LIMIT, Unfit
@@ -166,7 +165,7 @@ class MergedModel:
             value = value.float() + self._biases[name]
         if layer is not None:
             value = value.to(torch.float32, copy=name in self.whole)  # (out, in)
-            value = _add_delta(value, layer)
+            value = layer.merge(value)
         if dtype == torch.float16:
             _refuse_unfit(name, value, self.refuse_coarse)
         if slot is not None and slot.transposed:
@@ -202,13 +201,6 @@ class MergedModel:
         if self.dtype is None or (self.keeps_wider and stored.itemsize > 2):
             return stored
         return self.dtype
-
-
-def _add_delta(value: Tensor, layer: Adapter) -> Tensor:
-    """`value` (out, in), fp32, plus what the adapter adds to it; may write into `value`."""
-    if type(layer) is LoraAdapter:  # in one pass, without a Δ of the weight's size beside it
-        return value.addmm_(layer.lora_B.float() * layer.settings.scaling, layer.lora_A.float())
-    return layer.delta(value).add_(value)
 
 
 def _refuse_unfit(name: str, value: Tensor, refuse_coarse: bool) -> None:

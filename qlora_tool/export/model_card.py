@@ -12,7 +12,6 @@ import yaml
 
 from qlora_tool import __version__
 from qlora_tool.artifacts import Artifact
-from qlora_tool.export.adapter_only import PEFT_METHODS
 from qlora_tool.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ def _header(artifact: Artifact, licence: str | None, result: dict[str, Any]) -> 
         header["base_model"] = base
         header["base_model_relation"] = "adapter" if library == "peft" else "finetune"
     header["license"] = licence or "unknown"
-    header["tags"] = ["qlora-tool", artifact.adapter.method]
+    header["tags"] = ["qlora-tool", artifact.adapter.method.name]
     return header
 
 
@@ -122,9 +121,6 @@ def _load(artifact: Artifact, result: dict[str, Any], chat: bool) -> str:
 
 def _load_adapter(artifact: Artifact, result: dict[str, Any]) -> str:
     folder, base, rows = result["output_dir"], result["base"], result.get("resize_token_embeddings")
-    if artifact.adapter.method not in PEFT_METHODS:
-        command = f"qlora-tool generate {folder} --prompt Hello"
-        return f"PEFT knows no {artifact.adapter.method} adapters:\n\n```\n{command}\n```"
     revision = artifact.model.revision
     return _ADAPTER.format(
         folder=folder,
@@ -187,7 +183,7 @@ def _facts(artifact: Artifact, result: dict[str, Any]) -> list[tuple[str, Any]]:
     targets = peft.get("target_modules")
     facts = [
         ("base", artifact.model.name_or_path + (f" at {artifact.model.revision}" if artifact.model.revision else "")),
-        ("adapter", f"{artifact.adapter.method}, r {peft['r']}, alpha {peft['lora_alpha']}{dropout}"),
+        ("adapter", f"{artifact.adapter.method.name}, r {peft['r']}, alpha {artifact.adapter.usual.alpha}{dropout}"),
         ("adapted modules", ", ".join(targets) if isinstance(targets, list) else targets),
     ]
     if not _format(result).startswith("adapter"):

@@ -259,7 +259,7 @@ def _has_chat_template(folder: Path) -> bool:
 
 def _provenance(artifact: Artifact, options: ExportOptions, result: dict[str, Any]) -> dict[str, Any]:
     """What the adapter says of itself, and what it was merged onto in fact: the command line may have named another."""
-    known = artifact.adapter.provenance or {"method": artifact.adapter.method}
+    known = artifact.adapter.provenance or {"method": artifact.adapter.method.name}
     base = {"name_or_path": artifact.model.name_or_path, "revision": artifact.model.revision}
     return known | {
         "base": known.get("base", {}) | base,
@@ -290,7 +290,7 @@ def _report(artifact: Artifact, folder: Path, options: ExportOptions, result: di
                 "files": file_hashes(folder),
             },
             "adapter": {
-                "method": artifact.adapter.method,
+                "method": artifact.adapter.method.name,
                 "files": {file.name: sha256(file) for file in sorted(adapter.glob("adapter_*"))},
             },
             "data": known.get("data"),

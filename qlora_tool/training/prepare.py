@@ -75,7 +75,7 @@ def settings_of(stored: StoredAdapter, config: AdapterConfig) -> dict[str, Any]:
     """
     peft = stored.peft
     decided = {
-        "method": stored.method, "r": peft["r"], "lora_alpha": peft["lora_alpha"],
+        "method": stored.method.name, "r": peft["r"], "lora_alpha": stored.usual.alpha,
         "use_rslora": bool(peft.get("use_rslora")), "bias": peft.get("bias") or "none",
     }  # fmt: skip
     faults = [

@@ -16,7 +16,7 @@ from qlora_tool.ops.linear import frozen_linear
 from qlora_tool.weights.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
-    from qlora_tool.adapters.method import Adapter
+    from qlora_tool.adapters.adapter import Adapter
 
 
 class FrozenWeight(nn.Module):
@@ -44,7 +44,7 @@ class FrozenWeight(nn.Module):
         return replace(self._description, **{name: getattr(self, name) for name in self._description.tensors()})
 
     @property
-    def trainable(self) -> bool:
+    def is_trained(self) -> bool:
         return self._description is None and self.plain.requires_grad
 
     @property
@@ -121,12 +121,15 @@ class FrozenLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.adapter is not None:
             return self.adapter(x, self)
-        y = self.product(x)
+        return self.with_bias(self.product(x))
+
+    def with_bias(self, y: Tensor) -> Tensor:
+        """y (…, out) + b, where there is one."""
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def product(self, x: Tensor) -> Tensor:
         """x (…, in) · Wᵀ → (…, out), without bias or adapter."""
-        if self.weight.trainable:
+        if self.weight.is_trained:
             return nn.functional.linear(x, self.weight.plain.to(x.dtype))
         return frozen_linear(x, self.weight)
 

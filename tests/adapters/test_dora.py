@@ -9,8 +9,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora_tool.adapters.dora import DoraAdapter
-from qlora_tool.adapters.method import AdapterSettings, generator_for
+from qlora_tool.adapters.adapter import Adapter, generator_for
+from qlora_tool.methods import METHODS
+from qlora_tool.methods.dora import weight_norm
+from qlora_tool.methods.lora import LoraKeys
+from qlora_tool.methods.method import Settings
 from qlora_tool.weights.modules import FrozenLinear, FrozenWeight
 from qlora_tool.weights.quantized import quantize
 
@@ -30,10 +33,16 @@ def frozen_linear(*, quantization: str = "none", bias: bool = True) -> FrozenLin
     return linear
 
 
-def adapter(alpha: float = 12.0, **settings) -> DoraAdapter:
-    magnitude = noise(OUT, seed=5).abs() + 0.5
-    lora_A, lora_B = noise(R, IN, seed=3) / IN**0.5, noise(OUT, R, seed=4)
-    return DoraAdapter(lora_A, lora_B, magnitude, AdapterSettings(R, alpha, **settings))
+def adapter(alpha: float = 12.0, dropout: float = 0.0, **keys) -> Adapter:
+    tensors = {
+        "lora_A": noise(R, IN, seed=3) / IN**0.5, "lora_B": noise(OUT, R, seed=4),
+        "magnitude": noise(OUT, seed=5).abs() + 0.5,
+    }  # fmt: skip
+    return Adapter(METHODS["dora"], tensors, Settings(R, alpha, dropout, LoraKeys(**keys)))
+
+
+def start_of(linear: FrozenLinear, dtype: torch.dtype = torch.float32) -> Adapter:
+    return Adapter.start(METHODS["dora"], linear, Settings(R, 12.0), dtype, generator_for(0, "a"))
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -83,7 +92,7 @@ def test_a_layer_computes_as_pefts_does(dropout):
     model = peft.get_peft_model(nn.Sequential(plain), config)
     theirs = model.base_model.model[0]
     # Their start is ours: lengths of the base's rows.
-    start = DoraAdapter.start(linear, AdapterSettings(R, 12.0), torch.float32, generator_for(0, "a"))
+    start = start_of(linear)
     magnitude = theirs.lora_magnitude_vector.default.weight
     assert relative_error(start.magnitude.detach(), magnitude.detach()) < FP32
     tensors = [theirs.lora_A.default.weight, theirs.lora_B.default.weight, magnitude]
@@ -104,10 +113,22 @@ def test_a_layer_computes_as_pefts_does(dropout):
 
 def test_the_start_is_the_base():
     linear = frozen_linear(quantization="nf4")
-    layer = DoraAdapter.start(linear, AdapterSettings(R, 12.0), torch.float32, generator_for(0, "a"))
+    layer = start_of(linear)
     x = noise(4, IN, seed=6)
     assert relative_error(layer(x, linear).detach(), linear(x)) < FP32
     assert relative_error(layer.magnitude.detach(), linear.weight.dense(torch.float32).norm(dim=1)) < FP32
+
+
+def test_the_first_step_is_the_base_in_16_bits_too():
+    """Both multiply in bf16: x·Wᵀ rounded once to a relative 2⁻⁹, and the factor m/‖W₀‖ once, to exactly 1. A bf16
+    magnitude, itself off by up to 2⁻⁹, would move whole rows by as much."""
+    linear = frozen_linear(quantization="nf4")
+    layer = start_of(linear, torch.bfloat16)
+    assert (layer.lora_A.dtype, layer.magnitude.dtype) == (torch.bfloat16, torch.float32)
+    weight = linear.weight.dense(torch.float32).double()
+    assert float((layer.magnitude.detach().double() / weight.norm(dim=1) - 1).abs().max()) < IN * 2**-24
+    x = noise(64, IN, seed=6).bfloat16()
+    assert torch.equal(layer(x, linear), linear(x))
 
 
 def test_the_merged_weight_computes_as_the_layer_does():
@@ -126,7 +147,7 @@ def test_the_norm_is_that_of_the_whole_weight_where_the_update_nearly_cancels_a_
         layer.lora_A[0] = weight[0]
         layer.lora_B[0] = torch.tensor([-0.45, 0, 0, 0, 0, 0])
     exact = (weight.double() + 2.0 * layer.lora_B.detach().double() @ layer.lora_A.detach().double()).norm(dim=1)
-    found = layer.weight_norm(linear.weight, torch.float32)
+    found = weight_norm(linear.weight, layer.tensors, 2.0, torch.float32)
     assert float(exact[0]) == pytest.approx(0.1 * float(weight[0].norm()), rel=1e-5)
     # The squares nearly cancel to a hundredth of themselves: two digits are lost, five are left.
     assert float(((found - exact) / exact).abs().max()) < 100 * FP32

@@ -9,9 +9,11 @@ from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
+from qlora_tool.adapters.adapter import Adapter
 from qlora_tool.adapters.fusion import SharedInput, fuse, gated_activation
-from qlora_tool.adapters.lora import LoraAdapter
-from qlora_tool.adapters.method import AdapterSettings
+from qlora_tool.methods import METHODS
+from qlora_tool.methods.lora import Lora
+from qlora_tool.methods.method import Settings
 from qlora_tool.weights.modules import FrozenLinear, FrozenWeight
 
 
@@ -20,7 +22,7 @@ def linear(out: int, width: int, *, dropout: float = 0.0, seed: int = 0) -> Froz
     module = FrozenLinear(width, out, None)
     module.weight = FrozenWeight(torch.randn(out, width, generator=generator) / width**0.5)
     A, B = torch.randn(2, width, generator=generator), torch.randn(out, 2, generator=generator)
-    module.adapter = LoraAdapter(A, B, AdapterSettings(2, 4, dropout))
+    module.adapter = Adapter(METHODS["lora"], {"lora_A": A, "lora_B": B}, Settings(2, 4, dropout))
     return module
 
 
@@ -61,24 +63,26 @@ class Other(LlamaMLP):
 def test_modules_of_the_right_names_that_compute_something_else_are_left_alone():
     module = mlp(Other)
     assert gated_activation(module) is None
-    x = torch.randn(3, 8, requires_grad=True)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(3)).requires_grad_()
     expected = gradients(module, x)
     fuse(module)
     assert "forward" not in vars(module)
+    # The same sums of at most 12 products, three forward and three backward, in another order.
+    rounding = 6 * 12 * 2**-24
     for value, wanted in zip(gradients(module, x), expected, strict=True):
-        torch.testing.assert_close(value, wanted)
+        assert float((value - wanted).abs().max()) < rounding * float(wanted.abs().max())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_the_fused_mlp_computes_the_same_and_dropout_takes_the_general_path(dropout):
     module = mlp(dropout=dropout)
     x = torch.randn(3, 8, requires_grad=True)
-    LoraAdapter.fused = False
+    Lora.fused = False
     try:
         torch.manual_seed(0)
         expected = gradients(module, x)
     finally:
-        LoraAdapter.fused = True
+        Lora.fused = True
     fuse(module)
     torch.manual_seed(0)
     found = gradients(module, x)
@@ -126,7 +130,7 @@ def test_one_unfusable_module_among_them_keeps_its_own_way():
     q, k, v = (getattr(module, name).adapter for name in ("q_proj", "k_proj", "v_proj"))
     dropped = k.dropout(x)
     expected = [
-        x @ getattr(module, name).weight.plain.T + adapter.branch(dropped if adapter is k else x)
+        x @ getattr(module, name).weight.plain.T + adapter.method.branch(adapter, dropped if adapter is k else x)
         for name, adapter in (("q_proj", q), ("k_proj", k), ("v_proj", v))
     ]
     torch.testing.assert_close(found, expected[0] * expected[1] + expected[2])

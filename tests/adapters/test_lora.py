@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_tool.adapters.lora import LoraAdapter
-from qlora_tool.adapters.method import AdapterSettings, generator_for
+from qlora_tool.adapters.adapter import Adapter, generator_for
+from qlora_tool.methods import METHODS
+from qlora_tool.methods.lora import LoraKeys
+from qlora_tool.methods.method import Settings
 from qlora_tool.weights.modules import FrozenLinear, FrozenWeight
 from qlora_tool.weights.quantized import quantize
 
@@ -30,9 +32,18 @@ def frozen_linear(*, quantization: str = "none", bias: bool = True) -> FrozenLin
     return linear
 
 
-def adapter(settings: AdapterSettings, *, lora_bias: bool = False) -> LoraAdapter:
-    bias = noise(OUT, seed=5) if lora_bias else None
-    return LoraAdapter(noise(settings.r, IN, seed=3) / IN**0.5, noise(OUT, settings.r, seed=4), settings, bias)
+def settings_of(r: int, alpha: float, dropout: float = 0.0, **keys) -> Settings:
+    return Settings(r, alpha, dropout, LoraKeys(**keys))
+
+
+def adapter(settings: Settings, *, lora_bias: bool = False, dtype: torch.dtype = torch.float32) -> Adapter:
+    tensors = {"lora_A": noise(settings.r, IN, seed=3) / IN**0.5, "lora_B": noise(OUT, settings.r, seed=4)}
+    tensors |= {"lora_B_bias": noise(OUT, seed=5)} if lora_bias else {}
+    return Adapter(METHODS["lora"], {name: tensor.to(dtype) for name, tensor in tensors.items()}, settings)
+
+
+def start_of(linear: FrozenLinear, settings: Settings, seed: int, name: str) -> Adapter:
+    return Adapter.start(METHODS["lora"], linear, settings, torch.float32, generator_for(seed, name))
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -58,7 +69,7 @@ def test_output_and_gradients_follow_the_formula(options, scaling):
     options = dict(options)
     linear = frozen_linear(quantization=options.pop("quantization", "none"), bias=options.pop("bias", True))
     lora_bias = options.pop("lora_bias", False)
-    layer = adapter(AdapterSettings(R, **options), lora_bias=lora_bias)
+    layer = adapter(settings_of(R, **options), lora_bias=lora_bias)
     x, grad = noise(2, 5, IN, seed=6).requires_grad_(), noise(2, 5, OUT, seed=7)
     trained = list(layer.parameters())
     found = output_and_gradients(lambda x: layer(x, linear), x, trained, grad)
@@ -82,7 +93,7 @@ def test_output_and_gradients_follow_the_formula(options, scaling):
 @pytest.mark.parametrize("lora_bias", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_a_layer_computes_as_pefts_does(use_rslora, lora_bias, dropout):
-    settings = AdapterSettings(R, 10.0, dropout, use_rslora)
+    settings = settings_of(R, 10.0, dropout, use_rslora=use_rslora)
     ours, linear = adapter(settings, lora_bias=lora_bias), frozen_linear()
     plain = nn.Linear(IN, OUT)
     with torch.no_grad():
@@ -111,7 +122,7 @@ def test_a_layer_computes_as_pefts_does(use_rslora, lora_bias, dropout):
 
 
 def test_dropout_takes_from_the_branch_alone_and_only_while_training():
-    linear, layer = frozen_linear(), adapter(AdapterSettings(R, 12.0, dropout=0.5))
+    linear, layer = frozen_linear(), adapter(settings_of(R, 12.0, dropout=0.5))
     x = noise(4, IN, seed=6)
     torch.manual_seed(0)
     found = layer.train()(x, linear)
@@ -126,7 +137,8 @@ def test_dropout_takes_from_the_branch_alone_and_only_while_training():
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_the_merged_weight_computes_as_the_layer_does(use_rslora):
-    linear, layer = frozen_linear(quantization="nf4"), adapter(AdapterSettings(R, 9.0, 0.3, use_rslora), lora_bias=True)
+    linear = frozen_linear(quantization="nf4")
+    layer = adapter(settings_of(R, 9.0, 0.3, use_rslora=use_rslora), lora_bias=True)
     x, weight = noise(8, IN, seed=6), linear.weight.dense(torch.float32)
     merged = nn.functional.linear(x, weight + layer.delta(weight), linear.bias + layer.bias_delta())
     found = layer.eval()(x, linear)
@@ -139,12 +151,12 @@ def test_the_start_is_the_base_and_its_spread_is_as_published():
     linear.weight = FrozenWeight(noise(8, 4096, seed=1))
     x = noise(2, 4096, seed=2)
     # The deviation of n draws is known to 1/√(2n): 0.3 % here.
-    uniform = LoraAdapter.start(linear, AdapterSettings(16, 32.0), torch.float32, generator_for(0, "a"))
+    uniform = start_of(linear, settings_of(16, 32.0), 0, "a")
     assert uniform.lora_A.shape == (16, 4096)
     assert float(uniform.lora_A.detach().abs().max()) <= 1 / 64  # kaiming_uniform_ with a = √5: ±1/√in
     assert float(uniform.lora_A.detach().std()) == pytest.approx(1 / 64 / math.sqrt(3), rel=0.015)
-    settings = AdapterSettings(16, 32.0, init="gaussian")
-    gaussian = LoraAdapter.start(linear, settings, torch.float32, generator_for(0, "a"))
+    settings = settings_of(16, 32.0, init_lora_weights="gaussian")
+    gaussian = start_of(linear, settings, 0, "a")
     assert float(gaussian.lora_A.detach().std()) == pytest.approx(1 / 16, rel=0.015)
     assert float(gaussian.lora_A.detach().abs().max()) > 3 / 16
     for layer in (uniform, gaussian):
@@ -152,10 +164,10 @@ def test_the_start_is_the_base_and_its_spread_is_as_published():
 
 
 def test_a_start_depends_on_the_seed_and_the_name_alone():
-    linear, settings = frozen_linear(), AdapterSettings(R, 12.0)
+    linear, settings = frozen_linear(), settings_of(R, 12.0)
 
     def start(seed: int, name: str) -> Tensor:
-        return LoraAdapter.start(linear, settings, torch.float32, generator_for(seed, name)).lora_A.detach()
+        return start_of(linear, settings, seed, name).lora_A.detach()
 
     first = start(3, "layers.0.q_proj")
     torch.manual_seed(99)
@@ -169,7 +181,7 @@ def test_a_start_depends_on_the_seed_and_the_name_alone():
 
 def test_weights_in_16_bits_take_part_in_products_of_the_inputs_dtype():
     linear = frozen_linear()
-    layer = LoraAdapter(noise(R, IN, seed=3).bfloat16(), noise(OUT, R, seed=4).bfloat16(), AdapterSettings(R, 12.0))
+    layer = adapter(settings_of(R, 12.0), dtype=torch.bfloat16)
     x = noise(4, IN, seed=6).requires_grad_()
     y = layer(x, linear)
     assert y.dtype == torch.float32

@@ -228,7 +228,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"peft_type": "IA3"}, "peft_type 'IA3'; only LORA (with DoRA, rsLoRA) can be read"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3' cannot be read here; expected one of LORA, LOHA"),
         ({"target_parameters": ["experts.down_proj"]}, "target_parameters is set"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices is set"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4' changed the base too"),
@@ -270,7 +270,7 @@ def test_a_broken_configuration(adapter, text, said):
          f"the tensors of {Q_PROJ} do not fit together: lora_A.weight (3, 64), lora_B.weight (64, 4)"),
         (lambda t: t.update({f"{PREFIX}model.embed_tokens.lora_embedding_A": torch.zeros(4, 131)}),
          "LoRA on embeddings cannot be read here"),
-        (lambda t: t.clear(), "no LoRA tensors in it"),
+        (lambda t: t.clear(), "no LORA tensors in it"),
     ],
 )  # fmt: skip
 def test_tensors_that_do_not_make_up_layers(adapter, change, said):
@@ -291,7 +291,7 @@ def test_an_adapter_for_another_model_is_refused_in_one_report(base, tmp_path, a
     lines = lines_of(attach_stored, read_tiny(base("gpt2")), read_adapter(adapter))
     assert (
         lines[0]
-        == f"{adapter}: adapts {Q_PROJ.replace('self_attn.q', 'mlp.up')}, which is no linear module of this model"
+        == f"{adapter}: adapts {Q_PROJ.replace('self_attn.q', 'mlp.up')}, which is not a linear module of this model"
     )
     assert lines[-2:] == [f"{adapter}: and 1 more like these",
                           f"{adapter}: it was trained on {base('llama')}; name that as its base"]  # fmt: skip

@@ -277,7 +277,7 @@ def test_an_adapter_for_another_base_is_refused_in_one_line(base, tmp_path: Path
         "model.layers.0.self_attn.q_proj as (64, 64), but it is (36, 36) in this model; name the base that it was "
         f"trained on, {base('llama')}, with --model"
     )
-    with pytest.raises(UserError, match=r"adapts model\.layers\.0\.self_attn\.q_proj, which is no linear module"):
+    with pytest.raises(UserError, match=r"adapts model\.layers\.0\.self_attn\.q_proj, which is not a linear module"):
         export_merged(artifact_of(adapter, model=str(base("gpt2"))), tmp_path / "merged", FP32)
     assert not (tmp_path / "merged").exists()
 

@@ -1,0 +1,109 @@
+"""The adapter of one module: a method's tensors, and the settings that they are used with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_tool.methods.method import Method, Settings
+from qlora_tool.weights.modules import FrozenLinear
+
+if TYPE_CHECKING:
+    from qlora_tool.adapters.fusion import SharedInput
+
+
+class Adapter(nn.Module):
+    """What is trained on one linear module, by one method.
+
+    The tensors are kept in one dtype (but for those that the method wants in fp32) and cast to the input's for
+    products.
+
+    Args:
+        method: how they are used.
+        tensors: by the method's names.
+        settings: rank, alpha, dropout.
+
+    Attributes:
+        shared: the modules that this one's input goes to as well, or None.
+    """
+
+    def __init__(self, method: Method, tensors: Mapping[str, Tensor], settings: Settings):
+        super().__init__()
+        self.method, self.settings = method, settings
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor))
+        self.dropout = nn.Dropout(settings.dropout) if settings.dropout else None
+        self.shared: SharedInput | None = None
+
+    @classmethod
+    def start(
+        cls, method: Method, linear: FrozenLinear, settings: Settings, dtype: torch.dtype, generator: torch.Generator
+    ) -> Adapter:
+        """A fresh adapter on `linear`, on its device.
+
+        Args:
+            dtype: what its tensors are kept in.
+            generator: what the start is drawn from, a CPU one; see `generator_for`.
+        """
+        tensors = method.start(linear.out_features, linear.in_features, settings, linear.weight, generator)
+        return cls(method, placed(method, tensors, linear.weight.device, dtype), settings)
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """The trained tensors by the method's names."""
+        return self._parameters
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped now."""
+        return self.dropout is not None and self.training
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """x after dropout; x itself where nothing is dropped."""
+        return self.dropout(x) if self.drops else x
+
+    def forward(self, x: Tensor, linear: FrozenLinear) -> Tensor:
+        """x (…, in) → (…, out): the linear module with this adapter, bias included."""
+        return self.method.forward(self, x, linear)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """What the adapter adds to the module's output, (…, out).
+
+        Raises:
+            NotImplementedError: the method does not add to the output.
+        """
+        return self.method.branch(self, self.dropped(x))
+
+    def merge(self, weight: Tensor) -> Tensor:
+        """The merged weight, fp32, (out, in); `weight`, fp32, may be overwritten."""
+        return self.method.merge(self.tensors, self.settings, weight)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """What merging adds to `weight` (out, in), fp32."""
+        return self.method.delta(self.tensors, self.settings, weight)
+
+    def bias_delta(self) -> Tensor | None:
+        """What merging adds to the module's bias, fp32, (out,); None where nothing."""
+        return self.method.bias_delta(self.tensors, self.settings)
+
+    def peft_tensors(self) -> dict[str, nn.Parameter]:
+        """The trained tensors by the suffix that PEFT's files give them."""
+        return {self.method.peft_names[name]: tensor for name, tensor in self.tensors.items()}
+
+
+def placed(
+    method: Method, tensors: Mapping[str, Tensor], device: torch.device | str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """A method's tensors on a device, in `dtype` but for those that the method keeps in fp32."""
+    kept_in = {name: torch.float32 if name in method.fp32 else dtype for name in tensors}
+    return {name: tensor.to(device, kept_in[name]) for name, tensor in tensors.items()}
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """The source of a module's start: depends on the seed and the module's name alone, not on what was drawn before."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

@@ -1,0 +1,201 @@
+"""What an adapter method is: one file with its keys, its start, what it computes, what it merges, PEFT's form of it.
+
+A method's file imports no torch while it is imported itself, as the configuration reads its keys from there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from qlora_tool.errors import UserError
+from qlora_tool.methods.keys import MethodKeys
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from qlora_tool.ops.lora import LoraPart
+    from qlora_tool.weights.handles import WeightHandle
+    from qlora_tool.weights.modules import FrozenLinear
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One adapter's settings, patterns resolved.
+
+    Attributes:
+        r: rank.
+        alpha: `lora_alpha`.
+        dropout: on the adapter's input, while training.
+        keys: the method's own.
+    """
+
+    r: int
+    alpha: float
+    dropout: float = 0.0
+    keys: MethodKeys = field(default_factory=MethodKeys)
+
+
+@dataclass(frozen=True)
+class SavedWith:
+    """What a PEFT configuration says beside the settings.
+
+    Attributes:
+        bias: none, lora_only or all.
+        transposed: whether a module keeps its weight as (in, out) (transformers' Conv1D).
+        tensors: names of the tensors that the adapters have.
+    """
+
+    bias: str
+    transposed: bool
+    tensors: frozenset[str]
+
+
+class Adapter(Protocol):
+    """What a method sees of the adapter that computes: `adapters.adapter.Adapter`.
+
+    Attributes:
+        tensors: the trained tensors by the method's names for them.
+        drops: whether anything is dropped now.
+        shared: the modules that this one's input goes to as well, or None; see `adapters.fusion`.
+    """
+
+    settings: Settings
+    shared: Any
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def drops(self) -> bool: ...
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """x after dropout."""
+        ...
+
+
+class Method(ABC):
+    """One adapter method. Methods have no state; what is trained is in an `Adapter`.
+
+    Class attributes:
+        name: as `adapter.method` has it.
+        peft_type: as PEFT's adapter_config.json has it.
+        keys: the method's own keys of the configuration.
+        without: general keys of the section `adapter` that the method does not read.
+        peft_names: its tensors, in order, and the suffix that PEFT's files give each.
+        optional: those of its tensors that an adapter may be without.
+        fp32: those of its tensors that are fp32 whatever the others are.
+
+    Raises:
+        TypeError: a subclass is defined that lacks a part; the part is named.
+    """
+
+    name: ClassVar[str]
+    peft_type: ClassVar[str]
+    keys: ClassVar[type[MethodKeys]]
+    without: ClassVar[frozenset[str]] = frozenset()
+    peft_names: ClassVar[Mapping[str, str]]
+    optional: ClassVar[frozenset[str]] = frozenset()
+    fp32: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        attributes = [name for name in ("name", "peft_type", "keys", "peft_names") if not hasattr(cls, name)]
+        functions = [
+            name for name in dir(Method) if getattr(getattr(cls, name, None), "__isabstractmethod__", False)
+        ]  # fmt: skip
+        if missing := [*attributes, *functions]:
+            raise TypeError(
+                f"the adapter method {cls.__qualname__} of {cls.__module__} has no {', '.join(missing)}; each method "
+                "needs all of its life, as qlora_tool.methods.method.Method lists it"
+            )
+
+    # What it starts from
+
+    @abstractmethod
+    def shapes(self, out_features: int, in_features: int, r: int) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor on a weight (out, in), optional ones included."""
+
+    @abstractmethod
+    def start(
+        self, out_features: int, in_features: int, settings: Settings, weight: WeightHandle, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """The tensors that training begins with, fp32, drawn from `generator` (a CPU one)."""
+
+    # What it computes
+
+    @abstractmethod
+    def branch(self, adapter: Adapter, x: Tensor) -> Tensor:
+        """What the adapter adds to the output of its module: x (…, in) → (…, out), in the dtype of x.
+
+        Raises:
+            NotImplementedError: it does not add to the output but changes it.
+        """
+
+    def forward(self, adapter: Adapter, x: Tensor, linear: FrozenLinear) -> Tensor:
+        """x (…, in) → (…, out): the module with this adapter, bias included."""
+        # The branch comes first: it is all that backward needs, so recomputation ends before the base product.
+        branch = self.branch(adapter, adapter.dropped(x))
+        return linear.with_bias(linear.product(x) + branch)
+
+    def fused_part(self, adapter: Adapter, linear: FrozenLinear) -> LoraPart | None:
+        """What LoRA's fused operations take, where they compute what this adapter does."""
+        return None
+
+    def scaling(self, settings: Settings) -> float:
+        """s, what the update is multiplied by: α/r."""
+        return settings.alpha / settings.r
+
+    # How it is trained
+
+    def rates(self, settings: Settings) -> dict[str, float]:
+        """The learning rate of a tensor over the configured one, where that is not 1."""
+        return {}
+
+    # What is merged
+
+    @abstractmethod
+    def delta(self, tensors: Mapping[str, Tensor], settings: Settings, weight: Tensor) -> Tensor:
+        """What merging adds to `weight` (out, in), fp32, (out, in)."""
+
+    def merge(self, tensors: Mapping[str, Tensor], settings: Settings, weight: Tensor) -> Tensor:
+        """The merged weight, fp32, (out, in); `weight` may be overwritten."""
+        return self.delta(tensors, settings, weight).add_(weight)
+
+    def bias_delta(self, tensors: Mapping[str, Tensor], settings: Settings) -> Tensor | None:
+        """What merging adds to the module's bias, fp32, (out,); None where nothing."""
+        return None
+
+    # PEFT's files
+
+    @abstractmethod
+    def to_peft(self, settings: Settings, saved: SavedWith) -> dict[str, Any]:
+        """Its keys of adapter_config.json, but for those that all methods have."""
+
+    @abstractmethod
+    def from_peft(self, file: Path, config: Mapping[str, Any]) -> Settings | None:
+        """The settings that an adapter_config.json gives, the method's own keys among them; None where it is another
+        method's.
+
+        Raises:
+            UserError: it has what cannot be read here.
+        """
+
+    @abstractmethod
+    def sizes(self, tensors: Mapping[str, Tensor]) -> tuple[int, int, int]:
+        """(out, in, r) of the tensors of one adapter, as far as they tell."""
+
+
+def refuse_keys(file: Path, config: Mapping[str, Any], keys: Mapping[str, Any]) -> None:
+    """Refuse a PEFT configuration in which a key has another value than the one that changes nothing.
+
+    Args:
+        keys: names, and that value of each.
+    """
+    for key, harmless in keys.items():
+        if (value := config.get(key)) and value != harmless:
+            raise UserError(f"{file}: {key} is set, which cannot be read here; merge this adapter with PEFT instead")
