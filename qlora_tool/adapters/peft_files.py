@@ -110,6 +110,12 @@ class StoredAdapter:
     def base(self) -> str | None:
         return self.peft.get("base_model_name_or_path")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the adapter's tensors are stored in, but for those that its method keeps in fp32."""
+        return next(tensor.dtype for tensors in self.parts.values() for name, tensor in tensors.items()
+                    if name not in self.method.fp32)  # fmt: skip
+
     @cached_property
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """Each adapted module's tensors by the method's names. Which modules those are is told by the tensors that are
@@ -247,7 +253,7 @@ def attach_stored(
     Raises:
         UserError: it does not fit this model.
     """
-    dtype = dtype or next(iter(stored.tensors.values())).dtype
+    dtype = dtype or stored.dtype
     layers = stored.layers(dtype, next(model.parameters()).device, dropout)
     shapes = {name: (module.out_features, module.in_features) for name, module in model.named_modules()
               if isinstance(module, FrozenLinear)}  # fmt: skip

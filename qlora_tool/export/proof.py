@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qlora_tool.adapters.peft_files import attach_stored
 from qlora_tool.artifacts import Artifact, base_folder
+from qlora_tool.build import open_model
 from qlora_tool.config import DataConfig
 from qlora_tool.data.tokenize import Example, build_dataset, build_evaluation_sets
 from qlora_tool.errors import ToolError
@@ -27,7 +27,7 @@ from qlora_tool.inference.open import tokenizer_folder
 from qlora_tool.memory.allocator.available import free_bytes
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.load import Quantization, build_skeleton, find_embedding_slots, find_slots
-from qlora_tool.model.open import choose_device, open_model, open_tokenizer
+from qlora_tool.model.open import choose_device, open_tokenizer
 from qlora_tool.model.parameter_source import ParameterSource
 from qlora_tool.model.source import read_model_config
 from qlora_tool.weights.modules import FrozenLinear
@@ -192,7 +192,7 @@ def prove(
     give_back()
     try:
         with exported_model(folder, choose_device(artifact.model.device), artifact.model.trust_remote_code) as exported:
-            exported.chunked_loss = not live.whole_logits
+            exported.projects_plainly = not live.whole_logits
             agreement = compare(live, predict(exported, chosen), chosen)
     except Exception as error:  # whatever transformers meets in the files: that is what there is to be told
         logger.debug("verification failed", exc_info=True)
@@ -289,11 +289,8 @@ def _live(
 
 def open_live(artifact: Artifact) -> CausalLM:
     """The quantized base with its adapter, in evaluation, its products in fp32."""
-    model = open_model(artifact.model.model_copy(update={"compute_dtype": "float32"}))
-    if artifact.adapter is not None:
-        attach_stored(model.module, artifact.adapter)
+    model = open_model(artifact.model.model_copy(update={"compute_dtype": "float32"}), artifact.adapter)
     model.module.requires_grad_(False).eval()  # a trained output layer's hidden states do here, too
-    model.choose_loss()
     return model
 
 

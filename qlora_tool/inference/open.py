@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_tool.adapters.peft_files import StoredAdapter, attach_stored
+from qlora_tool.adapters.peft_files import StoredAdapter
 from qlora_tool.artifacts import base_folder
-from qlora_tool.model.open import open_model, open_tokenizer
+from qlora_tool.build import open_model
+from qlora_tool.model.open import open_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,11 +22,8 @@ def open_for_inference(
     config: ModelConfig, adapter: StoredAdapter | None = None
 ) -> tuple[CausalLM, PreTrainedTokenizerBase]:
     """A model ready to answer, with `adapter` on it, and the tokenizer that it was trained with."""
-    model = open_model(config)
+    model = open_model(config, adapter)
     tokenizer = open_tokenizer(tokenizer_folder(model.folder, adapter), config.trust_remote_code)
-    if adapter is not None:
-        attach_stored(model.module, adapter)
-    model.choose_loss()
     return model, tokenizer
 
 

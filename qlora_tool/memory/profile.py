@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from qlora_tool.build import resolve as resolve_run
 from qlora_tool.errors import UserError
 from qlora_tool.memory.allocator.calibrate import Calibration, kept_calibration
 from qlora_tool.memory.allocator.cards import Card, find_card
@@ -166,11 +167,6 @@ def _check_sizes(file: Path, model_config: PreTrainedConfig) -> None:
         raise UserError(f"{file}: {', '.join(wrong)}; expected at least 1; download the model again")
 
 
-def assumed_batch(config: Config) -> BatchShape:
-    """Full rows of `max_length` tokens, every token with a label: what there is to assume without data."""
-    return BatchShape.full(config.training.per_device_train_batch_size, config.data.max_length)
-
-
 def compute_dtype_on(config: Config, device: str, card: Card | None = None) -> torch.dtype:
     """The dtype of products on a device that need not be here: a card's bf16 where it has it; this CPU's faster one."""
     if device == "cuda" and config.model.compute_dtype == "auto":
@@ -201,7 +197,9 @@ def profile(
     """
     if measure and device == "cuda" and not torch.cuda.is_available():
         raise UserError("--measure --device cuda: PyTorch sees no CUDA device here; leave --measure out, or use cpu")
-    model_config, dtype, shape = model_config_of(config), compute_dtype_on(config, device, card), assumed_batch(config)
+    model_config, dtype = model_config_of(config), compute_dtype_on(config, device, card)
+    config = resolve_run(config, model_config, device, dtype)
+    shape = BatchShape.assumed(config, model_config)
 
     run = config, model_config, shape, dtype, recomputation
     target = CudaTarget.of(card) if device == "cuda" else None

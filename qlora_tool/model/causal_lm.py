@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from qlora_tool.data.batches import Batch, Segments
+from qlora_tool.data.batches import Batch
 from qlora_tool.model.checkpointing import Recomputation, checkpoint_layers, checkpointed_modules
 from qlora_tool.model.load import Quantization
 from qlora_tool.model.segments import attending_by, use_segments
@@ -22,9 +20,6 @@ from qlora_tool.weights.modules import FrozenLinear, FrozenWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-logger = logging.getLogger(__name__)
-
 
 @dataclass
 class CausalLM:
@@ -35,7 +30,7 @@ class CausalLM:
         folder: where its checkpoint lies.
         quantization: how the base is kept.
         compute_dtype: what products run in.
-        chunked_loss: whether the loss is taken from the hidden states in chunks, or from whole logits.
+        projects_plainly: whether `project` gives the family's logits; see `behaviour.Behaviour`.
         recomputation: what is recomputed in backward; None where nothing was ever said of it.
         offload_boundaries: whether what goes into recomputed layers waits for backward in host memory.
         by_segment: whether packed examples may be kept apart by attention by segment, or only by transformers' masks.
@@ -45,7 +40,7 @@ class CausalLM:
     folder: Path
     quantization: Quantization
     compute_dtype: torch.dtype
-    chunked_loss: bool = True
+    projects_plainly: bool = True
     recomputation: Recomputation | None = None
     by_segment: bool = True
     offload_boundaries: bool = False
@@ -100,72 +95,12 @@ class CausalLM:
         logits = self.logits(batch).flatten(0, 1)[batch.predicting].float()
         return nn.functional.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=label_smoothing)
 
-    def choose_loss(self) -> None:
-        """Take the loss in chunks if that gives this family's logits, from whole logits otherwise.
-
-        What a family does between its last hidden state and its logits is not declared anywhere; six tokens through
-        both ways tell.
-        """
-        self.chunked_loss = False
-        head = self.module.get_output_embeddings()
-        if head is None or self._head_is_trained():
-            return
-        ids = torch.arange(1, 7, device=self.device).unsqueeze(0) % self.config.get_text_config().vocab_size
-        training = self.module.training
-        self.module.eval()
-        with torch.no_grad():
-            expected = self.module(input_ids=ids, use_cache=False).logits.float()
-            hidden = self.module.base_model(input_ids=ids, use_cache=False)[0]  # llama4's is the whole model: logits
-            found = self.project(hidden).float() if hidden.shape[-1] == head.in_features else None
-        self.module.train(training)
-        # Both run the same operations on the same numbers; a family that adds one differs in the first digits.
-        tolerance = 1e-2 * float(expected.abs().max())
-        self.chunked_loss = found is not None and torch.allclose(found, expected, rtol=1e-2, atol=tolerance)
-        if not self.chunked_loss:
-            logger.warning("%s changes its logits in a way of its own: whole logits are kept for the loss, which takes "
-                           "more memory", self.config.model_type)  # fmt: skip
-
-    def keeps_packed_apart(self) -> bool:
-        """Whether examples packed into one row, their positions beginning anew, give what each gives alone.
-
-        By segment where the family attends so, else by the mask that transformers makes of the positions. Not every
-        family reads position ids, or builds its mask from them; eight tokens in two examples tell.
-        """
-        if "position_ids" not in inspect.signature(self.module.base_model.forward).parameters:
-            return False
-        for self.by_segment in (True, False):
-            if self.by_segment and not use_segments(self.module):
-                continue
-            try:
-                if self._packed_as_alone():
-                    return True
-            except (NotImplementedError, AttributeError, TypeError) as error:  # what a family does with a mask
-                if not self.by_segment:
-                    raise
-                logger.debug("%s: no attention by segment: %s", self.config.model_type, error)
-        return False
-
-    @torch.no_grad()
-    def _packed_as_alone(self) -> bool:
-        ids = torch.arange(1, 9).unsqueeze(0) % self.config.get_text_config().vocab_size
-        none = torch.empty(0, dtype=torch.int64)
-        batch = Batch(
-            input_ids=ids, labels=ids, attention_mask=None, position_ids=torch.arange(4).repeat(1, 2), predicting=none,
-            targets=none, tokens=8, trained_tokens=0, where=[], segments=Segments.of([4, 4]),
-        )  # fmt: skip
-        training = self.module.training
-        self.module.eval()
-        try:
-            packed = self.hidden_states(batch.to(self.device))[:, 4:]
-            alone = self.module.base_model(input_ids=ids[:, 4:].to(self.device), use_cache=False)[0]
-        finally:
-            self.module.train(training)
-        tolerance = 1e-2 * (alone.abs() + alone.abs().max())
-        return not bool(((packed - alone).abs() > tolerance).any())  # a broken weight is for the first step to find
-
-    def _head_is_trained(self) -> bool:
-        head = self.module.get_output_embeddings()
-        return any(parameter.requires_grad for parameter in head.parameters())
+    @property
+    def chunked_loss(self) -> bool:
+        """Whether the loss is taken from the hidden states in chunks, or from whole logits: where the family changes
+        its logits in a way of its own, or the output projection is trained."""
+        head = self.module.get_output_embeddings() if self.projects_plainly else None
+        return head is not None and not any(parameter.requires_grad for parameter in head.parameters())
 
     def checkpoint_layers(
         self,

@@ -9,16 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_tool.errors import UserError
-from qlora_tool.model.causal_lm import CausalLM
-from qlora_tool.model.kept_base import keep_base, kept_base
-from qlora_tool.model.load import Quantization, load_base
-from qlora_tool.model.source import read_model_config, resolve
 from qlora_tool.ops.precision import COMPUTE_DTYPES, choose_compute_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qlora_tool.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -54,28 +49,6 @@ def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{folder}: its tokenizer cannot be read: {reason}; download the model again") from error
-
-
-def open_model(config: ModelConfig) -> CausalLM:
-    """Read the model that the configuration names, quantized as it says.
-
-    Raises:
-        UserError, MachineError: see `resolve`, `read_model_config` and `load_base`.
-    """
-    device = choose_device(config.device)
-    compute_dtype = choose_dtype(config.compute_dtype, device)
-    folder = resolve(config.name_or_path, config.revision)
-    model_config = read_model_config(folder, config.trust_remote_code)
-    quantization = Quantization.of(config)
-    kept = kept_base(folder, quantization, compute_dtype) if config.keep_quantized else None
-    if kept is not None:
-        logger.info("quantized base kept from an earlier run: %s", kept.folder)
-    module = load_base(folder, model_config, quantization, device, compute_dtype,
-                       trust_remote_code=config.trust_remote_code, checkpoint=kept)  # fmt: skip
-    if config.keep_quantized and kept is None:
-        kept_folder = keep_base(module, folder, quantization, compute_dtype)
-        logger.info("quantized base kept for the next run: %s", kept_folder)
-    return CausalLM(module, folder, quantization, compute_dtype)
 
 
 def check_length(model_config, max_length: int, key: str = "data.max_length") -> None:

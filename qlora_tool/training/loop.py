@@ -14,7 +14,8 @@ import torch
 
 from qlora_tool.adapters.attach import AdapterSet
 from qlora_tool.adapters.peft_files import save_adapter
-from qlora_tool.config import Config, TrainingConfig, with_values
+from qlora_tool.build import Setup
+from qlora_tool.config import Config, TrainingConfig
 from qlora_tool.data.batches import Batch, collate, plan_epoch
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.atomic import replacing_folder, write_json
@@ -24,7 +25,7 @@ from qlora_tool.run_folder import RunFolder
 from qlora_tool.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from qlora_tool.training.interrupt import Interrupted, StopRequest
 from qlora_tool.training.optimizers import LOSS_SCALE_FLOOR, Optimizer, make_optimizer
-from qlora_tool.training.prepare import RunData, prepare_data, prepare_model, provenance, resolve_config
+from qlora_tool.training.prepare import RunData, describe, prepare_data, provenance
 from qlora_tool.training.progress import LiveLine, Metrics, Speed, peak_memory_bytes
 from qlora_tool.training.resume import checkpoint_to_resume, refuse_another_run
 from qlora_tool.training.schedule import learning_rate, warmup_length
@@ -142,25 +143,22 @@ def train(
         UserError, MachineError: see the contract.
         Interrupted: a signal asked to stop; a checkpoint was saved.
     """
-    config = resolve_config(config)
     _refuse_missing_trackers(config.training.report_to)
+    setup = Setup.of(config)
     folder = RunFolder(Path(config.training.output_dir))
-    checkpoint = checkpoint_to_resume(folder, config, resume, overwrite)
-    data = prepare_data(config)
-    config = with_values(config, {"data.train_on": data.train.report.train_on})  # a text found as such is trained whole
-    largest = _largest_batch(config, data)
-    recomputation = watcher.check(config, largest) if watcher is not None else None
-    model, adapters = prepare_model(config, recomputation)
-    apart = (config.data.packing or config.data.padding_free) and model.keeps_packed_apart()
-    if config.data.packing and not apart:
-        logger.warning("%s cannot keep packed examples apart: rows are padded instead", model.config.model_type)
-        config = with_values(config, {"data.packing": False})
-    if recomputation and largest.position_ids is not None and not apart:  # chosen for rows of another shape
-        padded = with_values(config, {"data.padding_free": False})
-        model.checkpoint_layers(watcher.check(padded, _largest_batch(padded, data)))
+    checkpoint = checkpoint_to_resume(folder, setup.config, resume, overwrite)
+    data, setup = prepare_data(setup)
+    config = setup.config
+    largest = _largest_batch(config, data, setup.padding_free)
+    built = setup.build(recomputation=watcher.check(config, largest) if watcher is not None else None)
+    model, adapters = built.model, built.adapters
+    for line in describe(built, config.adapter.init_from):
+        logger.info(line)
+    for remark in built.remarks:
+        logger.warning(remark)
     optimizer = make_optimizer(config.training, adapters.parameters())
     plan = StepPlan.of(config, data.train.lengths)
-    run = Run(config, folder, data, model, adapters, optimizer, plan, padding_free=apart and config.data.padding_free)
+    run = Run(config, folder, data, model, adapters, optimizer, plan, setup.padding_free)
     logger.info("run: %d steps (%d an epoch) into %s", plan.total_steps, plan.steps_per_epoch, folder.path)
     if checkpoint is not None:
         refuse_another_run(checkpoint, config)
@@ -174,11 +172,11 @@ def train(
     return run
 
 
-def _largest_batch(config: Config, data: RunData) -> Batch:
+def _largest_batch(config: Config, data: RunData, padding_free: bool) -> Batch:
     """Of all epochs, the batch whose tensor has the most tokens; each epoch deals the rows anew."""
     lengths, examples = data.train.lengths, data.train.examples
     epochs = math.ceil(StepPlan.of(config, lengths).epochs)
-    packing, padding_free = config.data.packing, config.data.padding_free
+    packing = config.data.packing
 
     def size(rows: list[list[int]]) -> int:
         tokens = [sum(lengths[index] for index in row) for row in rows]

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool import __version__
-from qlora_tool.adapters.attach import AdapterSet, attach
-from qlora_tool.adapters.fusion import tile_mlps
-from qlora_tool.adapters.peft_files import StoredAdapter, attach_stored, read_adapter
-from qlora_tool.adapters.targets import find_targets, settings_for
+from qlora_tool.build import Built, Setup
 from qlora_tool.config import Config, with_values
 from qlora_tool.data.tokenize import Dataset, build_dataset, build_evaluation_sets
 from qlora_tool.errors import UserError
 from qlora_tool.model.causal_lm import CausalLM
-from qlora_tool.model.open import check_length, choose_device, choose_dtype, open_model, open_tokenizer
-from qlora_tool.model.source import read_model_config, resolve
+from qlora_tool.model.open import check_length, open_tokenizer
+from qlora_tool.model.source import resolve as resolve_model
 from qlora_tool.weights.quantized import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qlora_tool.config import AdapterConfig
-    from qlora_tool.model.checkpointing import Recomputation
 
 logger = logging.getLogger(__name__)
 
@@ -46,55 +40,14 @@ class RunData:
         return 0
 
 
-def resolve_config(config: Config) -> Config:
-    """The configuration with every `auto` decided, so that training it again repeats the run.
+def prepare_data(setup: Setup) -> tuple[RunData, Setup]:
+    """Read and tokenize the data, and check it against the model's configuration.
 
-    `gradient_checkpointing: auto` stays where it depends on memory: the numbers are the same whatever is recomputed.
+    Returns:
+        The data, and the setup with what they decide: a text found as such is trained on every token.
     """
-    device = choose_device(config.model.device)
-    values: dict[str, Any] = {
-        "model.compute_dtype": str(choose_dtype(config.model.compute_dtype, device)).split(".")[1]
-    }
-    chosen_later = config.training.max_memory is not None or device.type == "cuda"  # when the data is there
-    if config.training.gradient_checkpointing == "auto" and not chosen_later:
-        values["training.gradient_checkpointing"] = True
-    if config.adapter.init_from:
-        values |= settings_of(read_adapter(Path(config.adapter.init_from)), config.adapter)
-    return with_values(config, values)
-
-
-def settings_of(stored: StoredAdapter, config: AdapterConfig) -> dict[str, Any]:
-    """The keys of the configuration that an adapter to start from decides.
-
-    Args:
-        stored: the adapter.
-        config: what was asked for; keys that nobody set are free to follow.
-
-    Raises:
-        UserError: keys that somebody set and that contradict the adapter.
-    """
-    peft = stored.peft
-    decided = {
-        "method": stored.method.name, "r": peft["r"], "lora_alpha": stored.usual.alpha,
-        "use_rslora": bool(peft.get("use_rslora")), "bias": peft.get("bias") or "none",
-    }  # fmt: skip
-    faults = [
-        f"adapter.{key}: {getattr(config, key)}, but {stored.folder}, which adapter.init_from names, has {value}; "
-        f"leave adapter.{key} out"
-        for key, value in decided.items() if key in config.model_fields_set and getattr(config, key) != value
-    ]  # fmt: skip
-    if faults:
-        raise UserError(faults)
-    for key in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
-        if peft.get(key) and key not in config.model_fields_set:
-            decided[key] = peft[key]
-    return {f"adapter.{key}": value for key, value in decided.items()}
-
-
-def prepare_data(config: Config) -> RunData:
-    """Read and tokenize the data, and check it against the model's configuration."""
-    folder = resolve(config.model.name_or_path, config.model.revision)
-    model_config = read_model_config(folder, config.model.trust_remote_code)
+    config, model_config = setup.config, setup.model_config
+    folder = resolve_model(config.model.name_or_path, config.model.revision, weights=False)
     check_length(model_config, config.data.max_length)
     tokenizer = open_tokenizer(folder, config.model.trust_remote_code)
     train = build_dataset(config.data.train, config.data, tokenizer)
@@ -110,57 +63,13 @@ def prepare_data(config: Config) -> RunData:
     for dataset in datasets:
         for line in dataset.report.lines():
             logger.info(line)
-    return RunData(tokenizer, train, evaluations)
+    decided = with_values(config, {"data.train_on": train.report.train_on})
+    return RunData(tokenizer, train, evaluations), replace(setup, config=decided)
 
 
-def prepare_model(config: Config, recomputation: Recomputation | None = None) -> tuple[CausalLM, AdapterSet]:
-    """Read the base and put the adapters on it, ready to train.
-
-    Args:
-        recomputation: what is recomputed in backward; by default what `gradient_checkpointing` says of all layers.
-    """
-    model = open_model(config.model)
-    if config.adapter.init_from:
-        stored = read_adapter(Path(config.adapter.init_from))
-        adapters = attach_stored(model.module, stored, model.compute_dtype, config.adapter.lora_dropout)
-        _refuse_other_places(model, adapters, config.adapter, stored)
-        logger.info("adapter: starts from %s", stored.folder)
-    else:
-        adapters = attach(model.module, config.adapter, model.compute_dtype, config.training.seed)
-    if not tile_mlps(model.module, config.training.tiled_mlp) and config.training.tiled_mlp:
-        logger.warning("training.tiled_mlp: nothing is tiled, as %s has no gated MLPs with plain LoRA on all of their "
-                       "modules", model.config.model_type)  # fmt: skip
-    model.choose_loss()
-    model.offload_boundaries = config.training.offload_boundaries and model.device.type == "cuda"
-    if config.training.offload_boundaries and not model.offload_boundaries:
-        logger.warning("training.offload_boundaries: the model is in host memory already; nothing is moved")
-    model.checkpoint_layers(recomputation or bool(config.training.gradient_checkpointing))
-    for line in describe(model, adapters):
-        logger.info(line)
-    return model, adapters
-
-
-def _refuse_other_places(model: CausalLM, adapters: AdapterSet, config: AdapterConfig, stored: StoredAdapter) -> None:
-    """Refuse a configuration that names other modules than the adapter to start from is on, or other ranks."""
-    wanted = {name: settings_for(name, config) for name in find_targets(model.module, config)}
-    faults = [
-        f"adapter.target_modules: {name} is {'' if name in wanted else 'not '}among them, but {stored.folder}, which "
-        f"adapter.init_from names, is {'' if name in adapters.layers else 'not '}on it; leave target_modules out"
-        for name in sorted(wanted.keys() ^ adapters.layers.keys())
-    ]
-    for name in wanted.keys() & adapters.layers.keys():
-        found = adapters.layers[name].settings
-        if (found.r, found.alpha) != (wanted[name].r, wanted[name].alpha):
-            faults.append(
-                f"adapter.rank_pattern, adapter.alpha_pattern: {name} would have r {wanted[name].r} and lora_alpha "
-                f"{wanted[name].alpha}, but has {found.r} and {found.alpha} in {stored.folder}; leave the patterns out"
-            )
-    if faults:
-        raise UserError(faults[:3])
-
-
-def describe(model: CausalLM, adapters: AdapterSet) -> list[str]:
+def describe(built: Built, init_from: str | None) -> list[str]:
     """What is kept and what is trained, in bytes, for the log."""
+    model, adapters = built.model, built.adapters
     plain = model.unquantized_bytes()
     largest = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in list(plain.items())[:3])
     kind = model.quantization.kind
@@ -175,6 +84,7 @@ def describe(model: CausalLM, adapters: AdapterSet) -> list[str]:
         f"{sum(plain.values()) / 1e6:.1f} MB ({largest}{', ...' if len(plain) > 3 else ''})",
         f"adapter: {len(adapters.layers)} linear modules, {sum(p.numel() for p in trained) / 1e6:.2f} M trained "
         f"weights in {dtype}; products in {str(model.compute_dtype).removeprefix('torch.')} on {model.device}",
+        *([f"adapter: starts from {init_from}"] if init_from else []),
     ]
 
 

@@ -20,7 +20,7 @@ _FREE_KEYS = {
     },
 }
 # What a run may decide otherwise than it was asked to, once data and model are read; checked when it has.
-_DECIDED_LATER = {"train_on", "packing"}
+_DECIDED_LATER = {"train_on"}
 # What may differ where a checkpoint is named: the run may go on for longer.
 _LENGTH = {"max_steps", "num_train_epochs"}
 

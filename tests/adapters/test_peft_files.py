@@ -16,10 +16,10 @@ from tiny_models import logits, read_by_transformers, read_tiny, tokens, write_t
 from torch import Tensor
 
 from qlora_tool.adapters.attach import attach
+from qlora_tool.adapters.initial import initial_settings
 from qlora_tool.adapters.peft_files import attach_stored, read_adapter, save_adapter
 from qlora_tool.config import AdapterConfig
 from qlora_tool.errors import UserError
-from qlora_tool.training.prepare import settings_of
 from qlora_tool.weights.modules import FrozenLinear
 
 IDS = tokens()
@@ -110,7 +110,7 @@ def test_what_peft_writes_is_read_here_and_written_back(base, tmp_path, family, 
 
     # As a start: what is read is trained on, and saved again it is the same adapter to PEFT.
     model, stored = read_tiny(folder), read_adapter(adapter)
-    values = settings_of(stored, AdapterConfig())
+    values = initial_settings(stored, AdapterConfig())
     config = AdapterConfig(**{key.removeprefix("adapter."): value for key, value in values.items()})
     again = tmp_path / "again"
     again.mkdir()

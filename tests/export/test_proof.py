@@ -17,6 +17,7 @@ from tiny_adapters import FP32, artifact_of, live_logits, plain_logits, write_ad
 from transformers.utils import logging as transformers_logging
 
 from qlora_tool.artifacts import Artifact
+from qlora_tool.build import open_model
 from qlora_tool.config import ModelConfig
 from qlora_tool.data.tokenize import build_dataset, build_evaluation_sets
 from qlora_tool.errors import UserError
@@ -24,7 +25,7 @@ from qlora_tool.export import proof
 from qlora_tool.export.proof import Proof, Update, find_rows, prove
 from qlora_tool.export.verify import Agreement, choose_rows, compare, predict
 from qlora_tool.export.write import ExportOptions, export_merged
-from qlora_tool.model.open import open_model, open_tokenizer
+from qlora_tool.model.open import open_tokenizer
 
 TOKENS = 120
 FAMILIES = ["llama", "gpt2", "mixtral"]  # gpt2's weights are (in, out), mixtral's experts are fused on load

@@ -10,12 +10,12 @@ import pytest
 import torch
 from tiny_adapters import FP32, write_chat_base
 
+from qlora_tool.build import open_model
 from qlora_tool.config import ModelConfig
 from qlora_tool.data.tokenize import Dataset, Example
 from qlora_tool.export import verify
 from qlora_tool.export.verify import Predictions, choose_rows, compare, predict
 from qlora_tool.inference.evaluation import evaluate_loss
-from qlora_tool.model.open import open_model
 
 LIVE = [[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]
 EXPORTED = [[0.25, 0.5, 0.25], [0.1, 0.2, 0.7]]
@@ -106,7 +106,7 @@ def test_the_loss_is_evaluations_own(model):
 def test_whole_logits_and_hidden_states_tell_the_same(model, monkeypatch):
     rows = choose_rows([example([5, 17, 99, 3]), example([8, 77])], 100)
     hidden = predict(model, rows)
-    monkeypatch.setattr(model, "chunked_loss", False)
+    monkeypatch.setattr(model, "projects_plainly", False)
     whole = predict(model, rows)
     assert (hidden.whole_logits, whole.whole_logits) == (False, True)
     assert hidden.features.shape == (6, model.config.hidden_size)

@@ -15,10 +15,10 @@ from torch import nn
 from qlora_tool.adapters.attach import attach
 from qlora_tool.adapters.peft_files import attach_stored, save_adapter
 from qlora_tool.artifacts import Artifact, BaseOptions, find_artifact
+from qlora_tool.build import open_model
 from qlora_tool.config import AdapterConfig, Config, ModelConfig
 from qlora_tool.files.atomic import write_json
 from qlora_tool.files.hashes import file_hashes
-from qlora_tool.model.open import open_model
 from qlora_tool.training.loop import train
 
 # What runs in fp32 on the CPU is compared; the options only say how.

@@ -15,13 +15,12 @@ from torch import nn
 from transformers import LlamaConfig, masking_utils
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from qlora_tool.build import Random, build
 from qlora_tool.config import Config, with_values
 from qlora_tool.errors import UserError
 from qlora_tool.memory.trace.classify import timeline
-from qlora_tool.memory.trace.predict import BatchShape, RandomSource, loss_fits_in_chunks, predict
+from qlora_tool.memory.trace.predict import BatchShape, predict
 from qlora_tool.memory.trace.tracer import Trace
-from qlora_tool.model.causal_lm import CausalLM
-from qlora_tool.model.load import Quantization, load_base
 from qlora_tool.ops import loss
 from qlora_tool.weights import quantized
 
@@ -38,14 +37,6 @@ def settings(**values) -> Config:
 def parts(trace: Trace) -> dict[str, int]:
     """Bytes at the peak by part, the activations split."""
     return timeline(trace).breakdown().parts
-
-
-def tiny_model(family: str) -> CausalLM:
-    module = load_base(
-        Path(), tiny_config(family), Quantization("nf4"), torch.device("cpu"), torch.float32,
-        open_source=lambda model, device: RandomSource(model, device, torch.bfloat16),
-    )  # fmt: skip
-    return CausalLM(module, Path(), Quantization("nf4"), torch.float32)
 
 
 # ------------------------------------------------------------------------------------- against the same steps for real
@@ -166,7 +157,8 @@ def test_adamw_8bit_by_hand():
 def test_unquantized_tensors_are_never_left_out():
     """What the loaded model says of itself, for families that keep more than embeddings and norms."""
     for family in ("gpt2", "gpt_oss", "phimoe", "opt-projected", "mamba"):
-        model = tiny_model(family)
+        model = build(settings(), tiny_config(family), Random(), device=torch.device("cpu"),
+                      compute_dtype=torch.float32).model  # fmt: skip
         found = parts(predict(settings(), tiny_config(family), BatchShape.full(1, 16), torch.float32))
         assert found["other_weights"] == sum(model.unquantized_bytes().values()), family
         assert found["base_weights"] + found["quantization_state"] == model.quantized_bytes(), family
@@ -206,16 +198,6 @@ def test_batches_have_the_shape_that_they_say():
 
 
 # ------------------------------------------------------------------------------------------------------- whole logits
-
-
-# granite divides its logits; gemma2 caps them; opt's body is not the module that its forward pass calls; modernbert's
-# decoder has a layer before its head; llama4's body is the whole model.
-@pytest.mark.parametrize("family", ["llama", "granite", "gemma2", "opt", "modernbert-decoder", "llama4_text"])
-def test_operators_tell_what_numbers_tell(family):
-    model = tiny_model(family)
-    found = loss_fits_in_chunks(model)
-    model.choose_loss()
-    assert found == model.chunked_loss == (family not in ("modernbert-decoder", "llama4_text"))
 
 
 def test_a_trained_head_is_predicted_with_whole_logits(monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import tiny_config, write_tiny
 
+from qlora_tool.build import open_model
 from qlora_tool.config import Config, with_values
 from qlora_tool.errors import UserError
 from qlora_tool.memory import profile as profile_module
@@ -18,7 +19,6 @@ from qlora_tool.memory.allocator.cards import find_card
 from qlora_tool.memory.profile import (
     CudaTarget,
     Prediction,
-    assumed_batch,
     compute_dtype_on,
     model_config_of,
     profile,
@@ -26,8 +26,7 @@ from qlora_tool.memory.profile import (
     unquantized_bytes,
 )
 from qlora_tool.memory.trace import measure_cuda
-from qlora_tool.memory.trace.predict import predict
-from qlora_tool.model.open import open_model
+from qlora_tool.memory.trace.predict import BatchShape, predict
 
 
 def write_config(folder: Path, family: str = "llama", without: tuple[str, ...] = (), **changes) -> Path:
@@ -179,7 +178,8 @@ def test_a_card_that_is_not_here(monkeypatch: pytest.MonkeyPatch):
 def test_calibration_and_optimizer_reach_the_prediction(tmp_path: Path):
     folder = write_config(tmp_path, hidden_size=512, intermediate_size=1024)
     config = run_config(folder, **{"training.optim": "paged_adamw_8bit", "adapter.r": 256})
-    trace = predict(config, model_config_of(config), assumed_batch(config), torch.bfloat16)
+    sizes = model_config_of(config)
+    trace = predict(config, sizes, BatchShape.assumed(config, sizes), torch.bfloat16)
     plain = Prediction.of(trace, CudaTarget((9, 0), None, False), "adamw_8bit")
     paged = Prediction.of(trace, CudaTarget((9, 0), None, False), "paged_adamw_8bit")
     assert paged.breakdown.at_peak["optimizer_state"] < plain.breakdown.at_peak["optimizer_state"]

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from kept_traces import once
 from tiny_runs import run_config, write_model, write_rows
 
+from qlora_tool.build import Setup
 from qlora_tool.cli import main
 from qlora_tool.config import Config, config_to_yaml, with_values
 from qlora_tool.data.batches import collate
@@ -23,7 +24,6 @@ from qlora_tool.memory.allocator.available import available_bytes
 from qlora_tool.memory.breakdown import CATEGORIES, MemoryReport
 from qlora_tool.memory.run_report import RunMemory, kept_prediction
 from qlora_tool.memory.trace.predict import BatchShape, predict
-from qlora_tool.training.prepare import resolve_config
 
 CPU = torch.device("cpu")
 _predict = once(predict)
@@ -207,7 +207,7 @@ def trained(config: Config) -> MemoryReport:
     assert "memory: this step is traced, and so is slower" in result.stderr
     written = json.loads((Path(config.training.output_dir) / "memory.json").read_text())
     assert written["schema"] == 1 and written["device"] == "cpu"
-    assert written["config"] == resolve_config(config).model_dump(mode="json")
+    assert written["config"] == Setup.of(config).config.model_dump(mode="json")
     for name in ("predicted", "measured"):
         found = written[name]
         assert sum(found["at_peak"].values()) == found["peak_bytes"] == max(found["phase_peak_bytes"].values())

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 
 import pytest
 import torch
-from tiny_models import FAMILIES, logits, read_by_transformers, read_tiny, relative_error, tokens, write_tiny
+from tiny_models import FAMILIES, logits, read_by_transformers, relative_error, tiny_config, tokens, write_tiny
 from torch import nn
 
+from qlora_tool.build import open_model
+from qlora_tool.config import ModelConfig
 from qlora_tool.data.batches import collate
 from qlora_tool.data.tokenize import Example
+from qlora_tool.model.behaviour import behaviour_of
 from qlora_tool.model.causal_lm import CausalLM, logits_transform
-from qlora_tool.model.load import Quantization
 from qlora_tool.weights.modules import FrozenLinear, FrozenWeight
 
 
 def open_tiny(family: str, folder, kind: str = "none", **changes) -> CausalLM:
     write_tiny(family, folder, **changes)
-    return CausalLM(read_tiny(folder, kind), folder, Quantization(kind), torch.float32)
+    return open_model(ModelConfig(name_or_path=str(folder), quantization=kind, compute_dtype="float32"))
 
 
 def example(length: int, seed: int, prompt: int = 1) -> Example:
@@ -43,34 +44,20 @@ def test_hidden_states_projected_are_the_models_logits(family, tmp_path):
         found = model.project(model.hidden_states(batch))
         assert relative_error(found, model.logits(batch)) <= 1e-6
     assert relative_error(found, logits(read_by_transformers(tmp_path), batch.input_ids)) <= 1e-5
-    model.choose_loss()
     assert model.chunked_loss
 
 
-def test_a_family_with_something_between_takes_whole_logits_and_says_so(tmp_path, caplog):
+def test_a_family_with_something_between_takes_whole_logits(tmp_path):
     """modernbert's decoder has a dense layer and a norm before its head."""
     model = open_tiny("modernbert-decoder", tmp_path)
-    with caplog.at_level(logging.WARNING):
-        model.choose_loss()
     assert not model.chunked_loss
-    assert "whole logits are kept" in caplog.text
     batch = collate([[example(12, 1)]], pad_token_id=0, packing=False)
     assert relative_error(model.loss_sum(batch).detach(), reference_loss(tmp_path, [example(12, 1)])) <= 1e-5
 
 
 def test_a_body_that_is_the_whole_model_takes_whole_logits(tmp_path):
     model = open_tiny("llama4_text", tmp_path)
-    model.choose_loss()
     assert not model.chunked_loss
-
-
-def test_choosing_leaves_the_mode_as_it_was(tmp_path):
-    model = open_tiny("llama", tmp_path)
-    for training in (True, False):
-        model.module.train(training)
-        model.choose_loss()
-        model.keeps_packed_apart()
-        assert model.module.training == training
 
 
 def test_a_trained_head_takes_whole_logits(tmp_path):
@@ -78,7 +65,6 @@ def test_a_trained_head_takes_whole_logits(tmp_path):
     model = open_tiny("llama", tmp_path)
     head = model.module.get_output_embeddings()
     head.weight.plain.requires_grad_()
-    model.choose_loss()
     assert not model.chunked_loss
     model.loss_sum(collate([[example(8, 1)]], pad_token_id=0, packing=False)).backward()
     assert head.weight.plain.grad.abs().sum() > 0
@@ -118,7 +104,7 @@ def test_the_loss_is_the_sum_over_the_trained_tokens_of_every_example(
     family, packing, chunked, label_smoothing, tmp_path
 ):
     model = open_tiny(family, tmp_path)
-    model.chunked_loss = chunked
+    model.projects_plainly = chunked
     examples = [one for row in ROWS for one in row]
     batch = collate(ROWS if packing else [[one] for one in examples], pad_token_id=0, packing=packing)
     with torch.no_grad():
@@ -132,7 +118,7 @@ def test_a_batch_without_a_trained_token_has_no_loss(tmp_path):
     model = open_tiny("llama", tmp_path)
     batch = collate([[example(5, 1, prompt=5)]], pad_token_id=0, packing=False)
     assert batch.trained_tokens == 0
-    for model.chunked_loss in (True, False):
+    for model.projects_plainly in (True, False):
         assert model.loss_sum(batch).item() == 0.0
 
 
@@ -143,7 +129,7 @@ def test_gradients_are_the_same_in_chunks_and_checkpointed(family, tmp_path):
     results = []
     for chunked, checkpointed in ((False, False), (True, False), (True, True)):
         model = open_tiny(family, tmp_path, "nf4")
-        model.chunked_loss = chunked
+        model.projects_plainly = chunked
         model.module.train()
         norms = [p.requires_grad_() for name, p in model.module.named_parameters() if name.endswith("norm.weight")]
         model.checkpoint_layers(checkpointed)
@@ -212,15 +198,15 @@ def packed_states_differ(model: CausalLM) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keeping_packed_examples_apart_is_said_truly(family, tmp_path):
     model = open_tiny(family, tmp_path)
-    if model.keeps_packed_apart():
+    if behaviour_of(model.config).keeps_apart:
         assert packed_states_differ(model) <= 1e-5
     elif family not in ("bloom", "mpt"):  # these take no positions, so nothing can be told apart
         assert packed_states_differ(model) > 1e-2
 
 
-def test_ordinary_families_are_packed(tmp_path):
+def test_ordinary_families_are_packed():
     for family in ("llama", "qwen3", "gemma2", "mistral", "phi3", "mixtral", "gpt2"):
-        assert open_tiny(family, tmp_path / family).keeps_packed_apart()
+        assert behaviour_of(tiny_config(family)).keeps_apart == ("masks" if family == "gemma2" else "segments")
 
 
 # -------------------------------------------------------------------------------------------------------------- bytes

@@ -136,10 +136,9 @@ def test_loss_and_gradients_are_those_of_the_dequantized_values(family, tmp_path
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
         model = CausalLM(module, source, quantization, torch.float32)
         if quantization is INT8:
-            model.choose_loss()
             assert model.chunked_loss
         else:
-            model.chunked_loss = False
+            model.projects_plainly = False
         loss = model.loss_sum(batch)
         loss.backward()
         results.append((loss.detach(), [parameter.grad for parameter in adapters.parameters()]))

@@ -10,12 +10,12 @@ import pytest
 import torch
 from tiny_models import FAMILIES, logits, read_tiny, tokens, write_tiny
 
+from qlora_tool.build import open_model
 from qlora_tool.config import ModelConfig
 from qlora_tool.files.hashes import file_hashes
 from qlora_tool.model import load as load_module
 from qlora_tool.model.kept_base import base_identity, keep_base, kept_base
 from qlora_tool.model.load import Quantization
-from qlora_tool.model.open import open_model
 
 NF4 = Quantization("nf4")
 

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from test_causal_lm import ROWS, example, open_tiny
-from tiny_models import FAMILIES, read_by_transformers, read_tiny, relative_error, tokens
+from tiny_models import FAMILIES, read_by_transformers, read_tiny, relative_error, tiny_config, tokens
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_tool.data.batches import Segments, collate
 from qlora_tool.model import segments
+from qlora_tool.model.behaviour import behaviour_of
 from qlora_tool.model.segments import NAME, SegmentMask, plain_attention, segment_attention, use_segments
 
 # Some of these have windows of four tokens, and deepseek's values have another width than its keys.
@@ -59,7 +60,7 @@ def test_each_examples_loss_and_gradient_are_those_it_has_alone(family, tmp_path
     examples = [one for row in ROWS for one in row]
     for index, one in enumerate(examples):
         batch = trained_alone(index)
-        assert model.keeps_packed_apart() and model.by_segment
+        assert model.by_segment
         loss = model.loss_sum(batch)
         logits = reference(input_ids=torch.tensor([one.input_ids]), use_cache=False).logits[0, :-1]
         alone = nn.functional.cross_entropy(logits, torch.tensor(one.labels[1:]), reduction="sum")
@@ -150,7 +151,9 @@ def test_a_family_that_cannot_do_with_segments_gets_masks(tmp_path, monkeypatch)
         segments = segments.setter(lambda *_: None)
 
     monkeypatch.setattr(segments, "SegmentMask", Touched)
-    assert model.keeps_packed_apart() and not model.by_segment
+    behaviour = behaviour_of(tiny_config("llama", max_position_embeddings=99))  # of no other test
+    assert behaviour.keeps_apart == "masks"
+    model.by_segment = False
     monkeypatch.undo()
     batch = collate(ROWS, pad_token_id=0, packing=True)
     by_mask = model.loss_sum(batch)

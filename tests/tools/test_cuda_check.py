@@ -119,8 +119,8 @@ def test_the_longest_sequence_is_bracketed(tools, fits: int, guess: int):
 
 
 def test_made_up_weights_are_read_as_any_quantized_checkpoint(tools, tmp_path: Path):
+    from qlora_tool.build import open_model
     from qlora_tool.config import ModelConfig
-    from qlora_tool.model.open import open_model
 
     shape = tools("make_random_model").SHAPES["tiny-llama"]
     size = tools("made_up_nf4").write_made_up_nf4(tmp_path / "nf4", shape, "cpu")

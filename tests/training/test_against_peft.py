@@ -11,10 +11,11 @@ from tiny_runs import run_config, write_model, write_rows
 from transformers import AutoModelForCausalLM
 
 from qlora_tool.adapters.peft_files import save_adapter
+from qlora_tool.build import Setup
 from qlora_tool.data.batches import collate
 from qlora_tool.inference.evaluation import evaluate_loss
 from qlora_tool.training.optimizers import Optimizer
-from qlora_tool.training.prepare import prepare_data, prepare_model
+from qlora_tool.training.prepare import prepare_data
 from qlora_tool.training.step import StepSettings, train_step
 from qlora_tool.weights.modules import FrozenLinear
 
@@ -29,8 +30,9 @@ def test_training_as_peft_trains(tmp_path: Path, method: str, quantization: str)
     values = {"data.eval": str(held_out), "adapter.lora_dropout": 0.0, "adapter.method": method,
               "model.quantization": quantization}  # fmt: skip
     config = run_config(model_folder, rows, tmp_path / "run", values)
-    data = prepare_data(config)
-    ours, adapters = prepare_model(config)
+    data, setup = prepare_data(Setup.of(config))
+    built = setup.build()
+    ours, adapters = built.model, built.adapters
     (tmp_path / "start").mkdir()
     save_adapter(tmp_path / "start", adapters, config.adapter, ours.module, str(model_folder), None)
     theirs = peft_model(model_folder, tmp_path / "start", ours.module)

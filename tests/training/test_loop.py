@@ -17,6 +17,7 @@ from tiny_runs import adapter_bytes, comparable, read_metrics, run_config, write
 from torch import nn
 from transformers import AutoTokenizer
 
+from qlora_tool.build import Setup
 from qlora_tool.config import load_config
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.training import loop
@@ -280,12 +281,12 @@ def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path, inputs):
 
 
 def test_a_broken_weight_stops_the_run_at_its_first_step(config, tmp_path, monkeypatch):
-    def prepare(*arguments, prepare_model=loop.prepare_model):
-        model, adapters = prepare_model(*arguments)
-        model.module.model.norm.weight.data[3] = float("nan")
-        return model, adapters
+    def broken(setup, tensors=None, recomputation=None, build=Setup.build):
+        built = build(setup, tensors, recomputation)
+        built.model.module.model.norm.weight.data[3] = float("nan")
+        return built
 
-    monkeypatch.setattr(loop, "prepare_model", prepare)
+    monkeypatch.setattr(Setup, "build", broken)
     with pytest.raises(MachineError, match=r"step 1: the loss is nan, .* the last good checkpoint is none yet"):
         train(config())
     assert not (tmp_path / "run" / "checkpoints").exists()

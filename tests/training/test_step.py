@@ -65,7 +65,6 @@ def trained(folder, family: str = "llama", quantization: str = "none", **config)
         for layer in adapters.layers.values():
             layer.lora_B.copy_(0.1 * torch.randn(layer.lora_B.shape, generator=generator))
     model = CausalLM(module, folder(family), Quantization(quantization), torch.float32)
-    model.choose_loss()
     module.train()
     return model, adapters
 
@@ -175,7 +174,7 @@ def test_chunked_and_whole_logits_give_the_same(folder):
     batches = [padded(examples())]
     settings = StepSettings(0.0, label_smoothing=0.2)
     chunked = loss_and_gradients(model, adapters, batches, settings)
-    model.chunked_loss = False
+    model.projects_plainly = False
     assert_same(loss_and_gradients(model, adapters, batches, settings), chunked)
 
 

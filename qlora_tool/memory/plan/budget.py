@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_tool import __version__
+from qlora_tool.build import resolve as resolve_run
 from qlora_tool.config import parse_size, with_values
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import write_json
 from qlora_tool.files.cache import cache_folder
 from qlora_tool.memory.allocator.available import available_bytes
 from qlora_tool.memory.breakdown import Breakdown
-from qlora_tool.memory.profile import CudaTarget, Prediction, assumed_batch, compute_dtype_on, model_config_of
+from qlora_tool.memory.profile import CudaTarget, Prediction, compute_dtype_on, model_config_of
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.predict import BatchShape, predict
 from qlora_tool.memory.trace.recomputation_cost import Cost, Costs
@@ -131,8 +132,10 @@ def choose_for_profile(config: Config, device: str, card: Card | None, device_by
     if budget is None:
         return None
     dtype, target = compute_dtype_on(config, device, card), CudaTarget.of(card) if device == "cuda" else None
+    model_config = model_config_of(config)
+    config = resolve_run(config, model_config, device, dtype)
     try:
-        choice = choose(config, model_config_of(config), assumed_batch(config), dtype, budget, target)
+        choice = choose(config, model_config, BatchShape.assumed(config, model_config), dtype, budget, target)
     except BudgetTooSmall as error:
         logger.warning("%s", error)
         return None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from qlora_tool.build import resolve as resolve_run
 from qlora_tool.config import with_values
 from qlora_tool.errors import UserError
 from qlora_tool.memory.plan.length import longest_length, step_of
@@ -182,15 +183,18 @@ def plan(
         compute_dtype: what products run in.
         device: cpu or cuda.
         margin: share of the budget to keep free; by default none on a CPU, CUDA_MARGIN on CUDA.
-        shape: the kind of batch that is asked for; by default full rows of `max_length` tokens, all of them trained.
+        shape: the kind of batch that is asked for; by default what training would make of full rows.
         confirm: trace the answer at the model's full depth. Takes as long as a prediction.
 
     Raises:
         UserError: the model cannot be traced as it is asked for.
     """
     margin = margin_on(device) if margin is None else margin
+    config = resolve_run(config, model_config, device, compute_dtype)
+    assumed = shape is None
     shape = shape or BatchShape.full(config.training.per_device_train_batch_size, config.data.max_length)
     search = _Search.of_run(config, model_config, usable(budget_bytes, margin), compute_dtype, device, shape)
+    search.assumed = assumed
     if device != "cpu":
         search.calibrate({})
     config, asked, options = search.config, search.option("asked", {}), tuple(search.options())
@@ -258,6 +262,7 @@ class _Search:
         limit: bytes that may be used.
         context: bytes that the device takes for itself.
         share: bytes that it holds for every one that is allocated; seen in full traces.
+        assumed: whether the batch is what training would make of full rows, or of the kind that `shape` is.
         deadline: of `time.monotonic`; after it TimeoutError ends the search.
     """
 
@@ -269,6 +274,7 @@ class _Search:
     shape: BatchShape
     context: int = 0
     share: float = 1.0
+    assumed: bool = False
     deadline: float = math.inf
     _slopes: dict[bool, float] = field(default_factory=dict)  # bytes a token, by checkpointing
 
@@ -283,6 +289,8 @@ class _Search:
         return with_values(self.config, settings)
 
     def _shape(self, config: Config) -> BatchShape:
+        if self.assumed:
+            return BatchShape.assumed(config, self.model_config)
         return resized(self.shape, config.training.per_device_train_batch_size, config.data.max_length)
 
     def _estimate(self, settings: Mapping[str, Any]) -> Estimate:

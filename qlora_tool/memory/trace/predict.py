@@ -6,43 +6,35 @@ adapters, `train_step`, the optimizer. Two steps are run, as the optimizer's sta
 
 from __future__ import annotations
 
-import copy
 import functools
 import sys
 import traceback
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from unittest.mock import patch
 
 import bitsandbytes.functional as bnb
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_tool.adapters.attach import attach
-from qlora_tool.adapters.fusion import tile_mlps
+from qlora_tool.build import Random, build, packs_apart
 from qlora_tool.data.batches import Batch, Segments
 from qlora_tool.errors import ToolError, UserError
 from qlora_tool.memory.trace.classify import name_gradients, name_optimizer, name_weights
 from qlora_tool.memory.trace.tracer import Trace, Tracer
 from qlora_tool.model.causal_lm import CausalLM
-from qlora_tool.model.load import Quantization, load_base
 from qlora_tool.ops import quantize_cpu
 from qlora_tool.training.optimizers import Optimizer, make_optimizer
 from qlora_tool.training.step import StepSettings, train_step
 from qlora_tool.weights import quantized
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
     from qlora_tool.adapters.attach import AdapterSet
     from qlora_tool.config import Config
@@ -70,8 +62,24 @@ class BatchShape:
 
     @classmethod
     def full(cls, rows: int, length: int) -> BatchShape:
-        """Full rows, every token with a label: what is assumed where there is no data."""
+        """Full rows of one example each, every token with a label, in a batch that is laid out by rows."""
         return cls(rows, length, rows * (length - 1))
+
+    @classmethod
+    def assumed(cls, config: Config, model_config) -> BatchShape:
+        """What there is to assume without data: full rows of `max_length` tokens, one example each and every token with
+        a label, in the batch that training would make of them.
+
+        Args:
+            config: of the run; where the model cannot keep packed examples apart, they are padded.
+        """
+        rows, length = config.training.per_device_train_batch_size, config.data.max_length
+        full = cls.full(rows, length)
+        if not (config.data.packing or config.data.padding_free) or not packs_apart(config, model_config):
+            return full
+        if config.data.packing:
+            return replace(full, segments=(length,))
+        return replace(full, rows=1, length=rows * length, segments=(length,) * rows)
 
     @classmethod
     def of(cls, batch: Batch) -> BatchShape:
@@ -101,23 +109,6 @@ class BatchShape:
         )  # fmt: skip
 
 
-class RandomSource:
-    """A skeleton's tensors, made up: fake ones where fake tensors are being made."""
-
-    def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype):
-        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-        self.names = list(self.shapes)
-        self._device, self._dtype = device, dtype
-        self._integers = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
-
-    def read(self, name: str) -> Tensor:
-        if name in self._integers:
-            return torch.zeros(self.shapes[name], dtype=torch.int64, device=self._device)
-        # Small, so that nothing overflows and the optimizer takes its steps.
-        return torch.randn(self.shapes[name], dtype=self._dtype, device=self._device).mul_(0.02)
-
-
 def made_up_run(
     config: Config,
     model_config,
@@ -139,81 +130,19 @@ def made_up_run(
         recomputation: what is recomputed of each layer; by default what `gradient_checkpointing` says of all of them.
     """
     watch, device = watch or TracerWatch(tracer), torch.device(device)
-    model_config = copy.deepcopy(model_config)  # transformers writes its dtype into what it loads by
-    quantization = Quantization.of(config.model)
-    stored = getattr(model_config, "dtype", None) or torch.bfloat16
     with watch.phase("load", 0):
-        module = load_base(
-            Path(), model_config, quantization, device, compute_dtype,
-            open_source=lambda model, device: RandomSource(model, device, stored),
+        built = build(
+            config, model_config, Random(), device=device, compute_dtype=compute_dtype, recomputation=recomputation,
+            around_recomputation=watch.recomputation,
         )  # fmt: skip
-        model = CausalLM(module, Path(), quantization, compute_dtype)
-        adapters = attach(module, config.adapter, compute_dtype, config.training.seed)
+        model, adapters = built.model, built.adapters
         optimizer = make_optimizer(config.training, adapters.parameters())
-    tile_mlps(module, config.training.tiled_mlp)
-    model.chunked_loss = loss_fits_in_chunks(model)
-    model.by_segment = shape.segments is None or attends_by_segment(model)
-    model.checkpoint_layers(recomputation or bool(config.training.gradient_checkpointing), watch.recomputation)
-    module.train()
     watch.loaded(model, adapters)
     settings = StepSettings(config.training.max_grad_norm, config.training.label_smoothing_factor)
     batches = [shape.batch().to(device) for _ in range(min(2, config.training.gradient_accumulation_steps))]
     for step in range(1, STEPS + 1):
         train_step(model, optimizer, batches, settings, 1e-4, partial(watch.during, optimizer, step))
     watch.finished()
-
-
-def loss_fits_in_chunks(model: CausalLM) -> bool:
-    """What `CausalLM.choose_loss` finds out by comparing numbers, told from the operators alone: whether the model
-    does to its hidden states just what `project` does."""
-    head, body = model.module.get_output_embeddings(), model.module.base_model
-    if head is None or body is model.module or any(parameter.requires_grad for parameter in head.parameters()):
-        return False
-    ids = torch.ones(1, 6, dtype=torch.int64, device=model.device)
-    with torch.no_grad(), _first_layer_only(model.module):
-        with _Operators() as whole:
-            model.module(input_ids=ids, use_cache=False)
-        with _Operators() as parts:
-            hidden = body(input_ids=ids, use_cache=False)[0]
-            if hidden.shape[-1] != head.in_features:
-                return False
-            model.project(hidden)
-    return whole.names == parts.names
-
-
-def attends_by_segment(model: CausalLM) -> bool:
-    """What `CausalLM.keeps_packed_apart` finds out by numbers too: whether the family's code takes segments for a
-    mask."""
-    batch = BatchShape(1, 8, 1, segments=(4, 4)).batch().to(model.device)
-    try:
-        with torch.no_grad():
-            model.hidden_states(batch)
-    except (NotImplementedError, AttributeError, TypeError):
-        return False
-    return True
-
-
-@contextmanager
-def _first_layer_only(module: nn.Module) -> Iterator[None]:
-    """Leave out the other layers meanwhile: they are alike, and each takes its time."""
-    with ExitStack() as changes:
-        for stack in [part for part in module.modules() if isinstance(part, nn.ModuleList)]:
-            if len(stack) > 1 and all(isinstance(layer, GradientCheckpointingLayer) for layer in stack):
-                changes.enter_context(patch.object(stack, "_modules", {"0": stack[0]}))
-        yield
-
-
-class _Operators(TorchDispatchMode):
-    """The names of what runs meanwhile, views left out."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace != "prim" and not any(result.alias_info for result in func._schema.returns):
-            self.names[func._schema.name.replace("aten::div", "aten::mul")] += 1  # by a scale, or by its inverse
-        return func(*args, **(kwargs or {}))
 
 
 class Watch(Protocol):

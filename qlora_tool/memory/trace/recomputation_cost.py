@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from qlora_tool.config import with_values
-from qlora_tool.memory.trace.extrapolate import Estimate, estimate_peak, layer_stack, with_layers
+from qlora_tool.memory.trace.extrapolate import Estimate, estimate_peak
 from qlora_tool.memory.trace.predict import STEPS, BatchShape, predict
 from qlora_tool.memory.trace.tracer import PRODUCTS
 from qlora_tool.model.checkpointing import KEPT, WHOLE, Parts, Recomputation, choices_of, decoder_layers
+from qlora_tool.model.layer_stack import layer_stack, with_layers
 from qlora_tool.model.load import build_skeleton
 
 if TYPE_CHECKING:

@@ -1,0 +1,68 @@
+"""The adapter that a run starts from (`adapter.init_from`), and what it leaves to the configuration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from qlora_tool.adapters.attach import AdapterSet
+from qlora_tool.adapters.peft_files import StoredAdapter
+from qlora_tool.adapters.targets import find_targets, settings_for
+from qlora_tool.errors import UserError
+
+if TYPE_CHECKING:
+    from qlora_tool.config import AdapterConfig
+
+
+def initial_settings(stored: StoredAdapter, config: AdapterConfig) -> dict[str, Any]:
+    """The keys of the configuration that an adapter to start from decides.
+
+    Args:
+        stored: the adapter.
+        config: what was asked for; keys that nobody set are free to follow.
+
+    Raises:
+        UserError: keys that somebody set and that contradict the adapter.
+    """
+    peft, usual = stored.peft, stored.usual
+    decided: dict[str, Any] = {
+        "method": stored.method.name, "r": usual.r, "lora_alpha": usual.alpha, "bias": peft.get("bias") or "none",
+        **{key: getattr(usual.keys, key) for key in usual.keys.model_fields_set},
+    }  # fmt: skip
+    faults = [
+        f"adapter.{key}: {getattr(config, key)}, but {stored.folder}, which adapter.init_from names, has {value}; "
+        f"leave adapter.{key} out"
+        for key, value in decided.items() if key in config.model_fields_set and getattr(config, key) != value
+    ]  # fmt: skip
+    if faults:
+        raise UserError(faults)
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        if peft.get(key) and key not in config.model_fields_set:
+            decided[key] = peft[key]
+    return {f"adapter.{key}": value for key, value in decided.items()}
+
+
+def refuse_other_places(
+    module: nn.Module, adapters: AdapterSet, config: AdapterConfig, stored: StoredAdapter
+) -> None:
+    """Refuse a configuration that names other modules than the adapter to start from is on, or other ranks.
+
+    Raises:
+        UserError: naming at most three of them.
+    """
+    wanted = {name: settings_for(name, config) for name in find_targets(module, config)}
+    faults = [
+        f"adapter.target_modules: {name} is {'' if name in wanted else 'not '}among them, but {stored.folder}, which "
+        f"adapter.init_from names, is {'' if name in adapters.layers else 'not '}on it; leave target_modules out"
+        for name in sorted(wanted.keys() ^ adapters.layers.keys())
+    ]
+    for name in wanted.keys() & adapters.layers.keys():
+        found = adapters.layers[name].settings
+        if (found.r, found.alpha) != (wanted[name].r, wanted[name].alpha):
+            faults.append(
+                f"adapter.rank_pattern, adapter.alpha_pattern: {name} would have r {wanted[name].r} and lora_alpha "
+                f"{wanted[name].alpha}, but has {found.r} and {found.alpha} in {stored.folder}; leave the patterns out"
+            )
+    if faults:
+        raise UserError(faults[:3])

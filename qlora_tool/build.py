@@ -1,0 +1,272 @@
+"""From a configuration to a model with its adapters on it: the one way, whether its tensors are read, random or fake.
+
+Training, predicting, measuring, evaluating and the export's live side all come here. What differs between them is where
+tensors come from, and is passed in. Everything that a run may decide otherwise than it was asked to is decided in
+`resolve`, from the model's configuration alone, before weights or data are read.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
+
+from qlora_tool.adapters.attach import AdapterSet, attach
+from qlora_tool.adapters.fusion import tile_mlps
+from qlora_tool.adapters.initial import initial_settings, refuse_other_places
+from qlora_tool.adapters.peft_files import StoredAdapter, attach_stored, read_adapter
+from qlora_tool.config import Config, ModelConfig, with_values
+from qlora_tool.model.behaviour import behaviour_of
+from qlora_tool.model.causal_lm import CausalLM
+from qlora_tool.model.kept_base import keep_base, kept_base
+from qlora_tool.model.load import Quantization, load_base
+from qlora_tool.model.open import choose_device, choose_dtype
+from qlora_tool.model.random_source import RandomSource
+from qlora_tool.model.source import read_model_config
+from qlora_tool.model.source import resolve as resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qlora_tool.model.checkpointing import Recomputation
+
+logger = logging.getLogger(__name__)
+
+
+class Tensors(Protocol):
+    """Where the tensors of a run come from.
+
+    Attributes:
+        folder: the model's; a path to nothing where there is none.
+    """
+
+    folder: Path
+
+    def base(
+        self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype
+    ) -> PreTrainedModel:
+        """The frozen base, quantized."""
+        ...
+
+    def adapter(self, folder: Path) -> StoredAdapter:
+        """The adapter in `folder`, which the run starts from."""
+        ...
+
+
+class FromFiles:
+    """Tensors read from the folder of the model that a configuration names, or from its quantized form that was kept.
+
+    Raises:
+        UserError, MachineError: see `resolve_model`.
+    """
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        self.folder = resolve_model(config.name_or_path, config.revision)
+
+    def base(
+        self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype
+    ) -> PreTrainedModel:
+        config = self.config
+        cached = kept_base(self.folder, quantization, compute_dtype) if config.keep_quantized else None
+        if cached is not None:
+            logger.info("quantized base read from the cache: %s", cached.folder)
+        module = load_base(self.folder, model_config, quantization, device, compute_dtype,
+                           trust_remote_code=config.trust_remote_code, checkpoint=cached)  # fmt: skip
+        if config.keep_quantized and cached is None:
+            logger.info("quantized base written to the cache for the next run: %s",
+                        keep_base(module, self.folder, quantization, compute_dtype))  # fmt: skip
+        return module
+
+    def adapter(self, folder: Path) -> StoredAdapter:
+        return read_adapter(folder)
+
+
+class Random:
+    """Random tensors, of which only shapes and dtypes count; fake ones under a fake mode."""
+
+    folder = Path()
+
+    def base(
+        self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype
+    ) -> PreTrainedModel:
+        stored = getattr(model_config, "dtype", None) or torch.bfloat16
+        return load_base(
+            self.folder, copy.deepcopy(model_config), quantization, device, compute_dtype,
+            open_source=lambda model, device: RandomSource(model, device, stored),
+        )  # fmt: skip
+
+    def adapter(self, folder: Path) -> StoredAdapter:
+        with unset_fake_temporarily(), _disable_current_modes():
+            stored = read_adapter(folder)
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in stored.tensors.items()}
+        made = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+        return replace(stored, tensors=made)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model with what is trained on it.
+
+    Attributes:
+        remarks: what was asked for and could not be done, or costs more than usual, a line each.
+    """
+
+    model: CausalLM
+    adapters: AdapterSet
+    remarks: list[str]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is known of a run on this machine before weights or data are read.
+
+    Attributes:
+        config: resolved.
+        model_config: the model's transformers configuration.
+        device, compute_dtype: where it runs, and what products run in.
+    """
+
+    config: Config
+    model_config: Any
+    device: torch.device
+    compute_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: Config) -> Setup:
+        """Decide all that can be decided.
+
+        Raises:
+            UserError, MachineError: no such device or model, or what `resolve` refuses.
+        """
+        device = choose_device(config.model.device)
+        dtype = choose_dtype(config.model.compute_dtype, device)
+        folder = resolve_model(config.model.name_or_path, config.model.revision, weights=False)
+        model_config = read_model_config(folder, config.model.trust_remote_code)
+        return cls(resolve(config, model_config, device.type, dtype), model_config, device, dtype)
+
+    @property
+    def padding_free(self) -> bool:
+        """Whether rows that are not packed are laid one after the other, as asked for and as the family allows."""
+        return self.config.data.padding_free and packs_apart(self.config, self.model_config)
+
+    def build(self, tensors: Tensors | None = None, recomputation: Recomputation | None = None) -> Built:
+        """The model with its adapters; see `build`. Read from the model's files unless `tensors` says otherwise."""
+        tensors = tensors or FromFiles(self.config.model)
+        return build(self.config, self.model_config, tensors, device=self.device, compute_dtype=self.compute_dtype,
+                     recomputation=recomputation)  # fmt: skip
+
+
+def resolve(config: Config, model_config: Any, device_type: str, compute_dtype: torch.dtype) -> Config:
+    """The configuration as it will be run, so that training it again repeats the run.
+
+    `gradient_checkpointing: auto` stays where it depends on memory: the numbers are the same whatever is recomputed.
+
+    Args:
+        model_config: the model's transformers configuration.
+        device_type: cuda or cpu.
+        compute_dtype: what products run in there.
+
+    Raises:
+        UserError: an adapter to start from that contradicts what was asked for.
+    """
+    values: dict[str, Any] = {"model.compute_dtype": str(compute_dtype).removeprefix("torch.")}
+    chosen_later = config.training.max_memory is not None or device_type == "cuda"  # when the largest batch is known
+    if config.training.gradient_checkpointing == "auto" and not chosen_later:
+        values["training.gradient_checkpointing"] = True
+    if config.adapter.init_from:
+        values |= initial_settings(read_adapter(Path(config.adapter.init_from)), config.adapter)
+    if config.data.packing and not packs_apart(config, model_config):
+        logger.warning("%s cannot keep packed examples apart: rows are padded instead", model_config.model_type)
+        values["data.packing"] = False
+    return with_values(config, values)
+
+
+def packs_apart(config: Config, model_config: Any) -> bool:
+    """Whether the model keeps examples apart that lie in one row."""
+    return behaviour_of(model_config, config.model.trust_remote_code).keeps_apart is not None
+
+
+def build(
+    config: Config,
+    model_config: Any,
+    tensors: Tensors,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    recomputation: Recomputation | None = None,
+    around_recomputation: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Built:
+    """A model with its adapters, ready to train.
+
+    Args:
+        config: resolved.
+        model_config: the model's transformers configuration; it stays as it is.
+        tensors: where they come from.
+        device: where everything lives.
+        compute_dtype: what products run in.
+        recomputation: what is recomputed in backward; by default what `gradient_checkpointing` says of all layers.
+        around_recomputation: a context that is open while something is computed again.
+
+    Raises:
+        UserError, MachineError: the base cannot be read, or the adapter does not fit it.
+    """
+    model = _open_base(config.model, model_config, tensors, device, compute_dtype)
+    if config.adapter.init_from:
+        stored = tensors.adapter(Path(config.adapter.init_from))
+        adapters = attach_stored(model.module, stored, compute_dtype, config.adapter.lora_dropout)
+        refuse_other_places(model.module, adapters, config.adapter, stored)
+    else:
+        adapters = attach(model.module, config.adapter, compute_dtype, config.training.seed)
+    remarks = []
+    if not tile_mlps(model.module, config.training.tiled_mlp) and config.training.tiled_mlp:
+        remarks.append(
+            f"training.tiled_mlp: nothing is tiled, as {model.config.model_type} with {config.adapter.method} has no "
+            "gated MLP that runs as one operation (plain LoRA without dropout on all of its modules)"
+        )
+    if not model.projects_plainly:
+        remarks.append(
+            f"{model.config.model_type} changes its logits in a way of its own: whole logits are kept for the loss, "
+            "which takes more memory"
+        )
+    if config.training.offload_boundaries and device.type != "cuda":
+        remarks.append("training.offload_boundaries: the model is in host memory already; nothing is moved")
+    model.offload_boundaries = config.training.offload_boundaries and device.type == "cuda"
+    model.checkpoint_layers(recomputation or bool(config.training.gradient_checkpointing), around_recomputation)
+    model.module.train()
+    return Built(model, adapters, remarks)
+
+
+def open_model(config: ModelConfig, adapter: StoredAdapter | None = None) -> CausalLM:
+    """A model as it answers and is evaluated, with a stored adapter on it where there is one.
+
+    Raises:
+        UserError, MachineError: the base cannot be read, or the adapter does not fit it.
+    """
+    device = choose_device(config.device)
+    tensors = FromFiles(config)
+    model_config = read_model_config(tensors.folder, config.trust_remote_code)
+    model = _open_base(config, model_config, tensors, device, choose_dtype(config.compute_dtype, device))
+    if adapter is not None:
+        attach_stored(model.module, adapter)
+    return model
+
+
+def _open_base(
+    config: ModelConfig, model_config: Any, tensors: Tensors, device: torch.device, compute_dtype: torch.dtype
+) -> CausalLM:
+    behaviour = behaviour_of(model_config, config.trust_remote_code)
+    quantization = Quantization.of(config)
+    module = tensors.base(model_config, quantization, device, compute_dtype)
+    return CausalLM(
+        module, tensors.folder, quantization, compute_dtype,
+        projects_plainly=behaviour.projects_plainly, by_segment=behaviour.keeps_apart != "masks",
+    )  # fmt: skip

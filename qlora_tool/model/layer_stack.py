@@ -1,0 +1,97 @@
+"""How a model's layers repeat, told by the shapes of their weights and by what its configuration lists of each."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from qlora_tool.model.load import build_skeleton
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """How a model's layers repeat, and which depths are traced in its place.
+
+    Attributes:
+        layers: of the model.
+        path: of the list of layers in the model, e.g. `model.layers`; empty where none was found.
+        first: layers that come once, before the repetition begins (dense ones before experts).
+        period: layers in one repetition: 6 where five with sliding attention precede one with full attention.
+    """
+
+    layers: int
+    path: str
+    first: int
+    period: int
+
+    @property
+    def traced(self) -> tuple[int, ...]:
+        """Two depths whose last layer is of the kind that the model's last is, and that have each kind near either end;
+        the model's own if it is no deeper."""
+        rest = (self.layers - self.first) % self.period
+        shallow = self.first + rest + self.period * (2 if rest == 0 else 1)
+        deep = shallow + max(2, self.period)
+        return (shallow, deep) if self.path and deep < self.layers else (self.layers,)
+
+    def places(self, module: str, depth: int) -> list[tuple[str, int]]:
+        """A module's name without its layer's number, and the layer: 0, 1, … from the first, -1, -2, … from the last.
+
+        The last layer is not counted from the first, nor the other way round, as it may be unlike those in between. A
+        layer far from both ends has no place: what it takes lies between theirs. Where nothing is extrapolated, each
+        layer is a module like any other.
+        """
+        match = re.match(rf"{re.escape(self.path)}\.(\d+)(.*)", module) if self.path else None
+        if match is None or len(self.traced) == 1:
+            return [(module, 0)]
+        number, near = int(match[1]), self.traced[0] - 1
+        places = []
+        if number < near:
+            places.append((match[2], number))
+        if depth - number <= near and number >= max(1, self.first):
+            places.append((match[2], number - depth))
+        return places
+
+
+def layer_stack(model_config, trust_remote_code: bool = False) -> LayerStack:
+    """How the layers of a model repeat: by the shapes of their weights, and by what its configuration lists of each."""
+    text = model_config.get_text_config()
+    layers = text.num_hidden_layers
+    skeleton = build_skeleton(copy.deepcopy(model_config), trust_remote_code)
+    lists = [(name, module) for name, module in skeleton.named_modules() if isinstance(module, nn.ModuleList)]
+    path, found = next(((name, module) for name, module in lists if len(module) == layers), ("", []))
+    listed = [value for _, value in sorted(_layer_lists(text).items())]
+    kinds = [(_weights_of(layer), *(str(value[number]) for value in listed)) for number, layer in enumerate(found)]
+    if not kinds:
+        return LayerStack(layers, "", 0, 1)
+    choices = [(first, period) for first in range(layers) for period in range(1, layers - first + 1)]
+    first, period = next(
+        (first, period) for first, period in sorted(choices, key=lambda choice: (sum(choice), choice))
+        if all(one == other for one, other in zip(kinds[first:], kinds[first + period :], strict=False))
+    )  # fmt: skip
+    return LayerStack(layers, path, first, period)
+
+
+def _weights_of(layer: nn.Module) -> tuple:
+    return tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
+
+
+def _layer_lists(text_config) -> dict[str, list]:
+    """What a configuration says of each layer (`layer_types`, `no_rope_layers`)."""
+    return {
+        name: value for name, value in vars(text_config).items()
+        if isinstance(value, (list, tuple)) and len(value) == text_config.num_hidden_layers
+    }  # fmt: skip
+
+
+def with_layers(model_config, layers: int):
+    """A copy of a model's configuration with its first `layers` layers alone."""
+    copied = copy.deepcopy(model_config)
+    text = copied.get_text_config()
+    if layers != text.num_hidden_layers:
+        for name, value in _layer_lists(text).items():
+            setattr(text, name, value[:layers])
+        text.num_hidden_layers = layers  # by whatever name the family has for it: attribute_map knows
+    return copied

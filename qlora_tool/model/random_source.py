@@ -1,0 +1,36 @@
+"""A model's tensors where there is no checkpoint: random ones, and fake ones where fake tensors are being made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class RandomSource:
+    """A skeleton's tensors by name, small random numbers in one dtype.
+
+    Args:
+        model: a skeleton.
+        device: where they are made.
+        dtype: what a checkpoint would store.
+    """
+
+    has_values = False
+
+    def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype):
+        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+        self.names = list(self.shapes)
+        self._device, self._dtype = device, dtype
+        self._integers = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
+
+    def read(self, name: str) -> Tensor:
+        if name in self._integers:
+            return torch.zeros(self.shapes[name], dtype=torch.int64, device=self._device)
+        # Small, so that nothing overflows and the optimizer takes its steps.
+        return torch.randn(self.shapes[name], dtype=self._dtype, device=self._device).mul_(0.02)
