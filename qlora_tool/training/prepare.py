@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_tool import __version__
+from qlora_tool._version import __version__
 from qlora_tool.adapters.attach import AdapterSet, attach
 from qlora_tool.adapters.fusion import tile_mlps
 from qlora_tool.adapters.peft_files import StoredAdapter, attach_stored, read_adapter
