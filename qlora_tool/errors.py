@@ -31,6 +31,10 @@ class UserError(ToolError):
     exit_code = 2
 
 
+class OptionError(UserError):
+    """Options that contradict one another, or one that is missing; on the command line it points to `--help`."""
+
+
 class MachineError(ToolError):
     """The disk, the device or the network is at fault, or the loss is no number: exit code 1."""
 

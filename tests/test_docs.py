@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import click
 import pytest
 
+import qlora_tool
 from qlora_tool.cli import main
 from qlora_tool.config import SECTIONS
 
@@ -50,6 +53,16 @@ def test_what_verification_prints_is_shown_as_it_is(page: str):
     rows = "shell_commands_eval.jsonl (evaluation)"
     proof = Proof("dequantized", "bfloat16", rows, found, Update(0.998259, 0.325003))
     assert "\n".join(proof.lines()) in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_python_in_the_readme_calls_what_there_is():
+    """Every name that is imported, and every argument that is given by name."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    calls = [node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
+    assert {call.func.id for call in calls} == {"evaluate", "export_merged", "generate", "profile_memory", "train"}
+    for call in calls:
+        arguments = {keyword.arg: None for keyword in call.keywords}
+        inspect.signature(getattr(qlora_tool, call.func.id)).bind(*call.args, **arguments)
 
 
 def code(page: Path) -> list[str]:

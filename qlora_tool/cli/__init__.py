@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 
 import click
 
-from qlora_tool import __version__
-from qlora_tool.errors import ToolError, did_you_mean
+from qlora_tool._version import __version__
+from qlora_tool.errors import OptionError, ToolError, did_you_mean
+from qlora_tool.training.interrupt import Interrupted
 
 
 class Entry(NamedTuple):
@@ -90,6 +91,12 @@ class ToolCommand(click.Command):
         self.groups = dict(groups or {})
         self.params.append(_debug_option())
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OptionError as error:
+            raise click.UsageError(str(error), ctx) from error
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         titles = {name: title for title, parameters in self.groups.items() for name in parameters}
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in [*self.groups, "Options"]}
@@ -149,7 +156,9 @@ class ToolGroup(ExampleGroup):
     def invoke(self, ctx: click.Context) -> None:
         super().invoke(ctx)  # what a command returns is not an exit code; `ctx.exit(code)` is
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **settings: Any) -> Any:
+    def main(  # type: ignore[override]  # click has an overload for each value of standalone_mode, which is decided here
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **settings: Any
+    ) -> Any:
         """Run a command line and exit.
 
         Args:
@@ -198,6 +207,8 @@ def describe_failure(error: BaseException, args: Sequence[str] = ()) -> tuple[li
         return ["interrupted"], 130
     if isinstance(error, Terminated):
         return ["terminated"], 143
+    if isinstance(error, Interrupted):
+        return error.lines, error.exit_code
     if isinstance(error, ToolError):
         return [f"error: {line}" for line in error.lines], error.exit_code
     if isinstance(error, click.ClickException):

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from qlora_tool import __version__
+from qlora_tool._version import __version__
 from qlora_tool.cli import ToolCommand
 
 REQUIRED = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors")

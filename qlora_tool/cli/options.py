@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import click
 
-if TYPE_CHECKING:
-    from qlora_tool.artifacts import BaseOptions
-
 _QUANTIZATIONS = click.Choice(["nf4", "fp4", "int8", "none"])
 
+Command = TypeVar("Command", bound=Callable[..., Any])
 
-def base_options(command: Callable) -> Callable:
+
+def base_options(command: Command) -> Command:
     """`--model`, `--quantization` and `--double-quant`: the base of an adapter that does not say it all."""
     for option in (
         click.option("--double-quant/--no-double-quant", default=None, help="Whether its scales were quantized too."),
@@ -24,7 +23,7 @@ def base_options(command: Callable) -> Callable:
     return command
 
 
-def device_options(command: Callable) -> Callable:
+def device_options(command: Command) -> Command:
     """`--device` and `--compute-dtype`."""
     for option in (
         click.option("--compute-dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto",
@@ -34,10 +33,3 @@ def device_options(command: Callable) -> Callable:
     ):  # fmt: skip
         command = option(command)
     return command
-
-
-def base_options_of(values: dict[str, Any]) -> BaseOptions:
-    """The parsed options as one value."""
-    from qlora_tool.artifacts import BaseOptions
-
-    return BaseOptions(**values)

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from qlora_tool.cli import ExampleGroup
-
-if TYPE_CHECKING:
-    from qlora_tool.config.recipes import Recipe
 
 
 @click.group(
@@ -48,26 +44,22 @@ def list_recipes() -> None:
 @click.argument("name")
 def show_recipe(name: str) -> None:
     """Print a recipe."""
-    click.echo(_find(name).text, nl=False)
+    from qlora_tool.config.recipes import recipe_called
+
+    click.echo(recipe_called(name).text, nl=False)
 
 
 @recipes.command("copy", examples="qlora-tool recipes copy llama-2-7b-24gb my.yaml")
 @click.argument("name")
 @click.argument("file", type=click.Path(path_type=Path))
-def copy_recipe(name: str, file: Path) -> None:
+def copy(name: str, file: Path) -> None:
     """Write a recipe to FILE, or into it.
 
     FILE is the file to write, or a folder. It is the start for a configuration of your own, and never overwritten.
     """
-    from qlora_tool.errors import UserError
-    from qlora_tool.files.atomic import write_text
+    from qlora_tool.config.recipes import copy_recipe
 
-    recipe = _find(name)
-    target = file / f"{recipe.name}.yaml" if file.is_dir() else file
-    if target.exists():
-        raise UserError(f"{target}: exists already; choose another name, or delete it first")
-    write_text(target, recipe.text)
-    click.echo(target)
+    click.echo(copy_recipe(name, file))
 
 
 @recipes.command("schema", examples="qlora-tool recipes schema > config.schema.json")
@@ -81,14 +73,3 @@ def print_schema() -> None:
     from qlora_tool.config import config_schema
 
     click.echo(json.dumps(config_schema(), indent=2))
-
-
-def _find(name: str) -> Recipe:
-    from qlora_tool.config.recipes import all_recipes
-    from qlora_tool.errors import UserError, did_you_mean
-
-    known = {recipe.name: recipe for recipe in all_recipes()}
-    if name not in known:
-        close = did_you_mean(name, known)
-        raise UserError(f"no recipe '{name}' among {', '.join(known)}{close}")
-    return known[name]

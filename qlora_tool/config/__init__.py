@@ -10,6 +10,7 @@ defaults. This module imports neither torch nor transformers.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -232,20 +233,33 @@ OTHER_NAMES = {"adapter": ("use_dora",), "model": (), "data": (), "training": ("
 MAPPINGS = ("adapter.rank_pattern", "adapter.alpha_pattern", "data.eval")
 
 
-def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    source: str | os.PathLike[str] | Mapping[str, Any] | Config, overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> Config:
     """Read a configuration and check all of it.
 
     Args:
-        source: a YAML file, or the name of a shipped recipe.
-        overrides: `KEY=VALUE` each, such as `training.max_steps=20`; values are parsed as YAML.
+        source: a YAML file, or the name of a shipped recipe; or its sections as a mapping; or a configuration.
+        overrides: `KEY=VALUE` each, such as `training.max_steps=20`; values are parsed as YAML. Or a mapping from
+            dotted keys to values.
 
     Raises:
         UserError: with one line for every fault found, each naming the file (or `--set`) and the key.
     """
-    draft = _Draft(source)
-    draft.read_file()
-    for override in overrides:
-        draft.override(override)
+    draft = _Draft("configuration" if isinstance(source, Mapping | Config) else os.fspath(source))
+    if isinstance(source, Config):
+        draft.take(source)
+    elif isinstance(source, Mapping):
+        draft.read(source)
+    else:
+        draft.read_file()
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            draft.overridden.add(key)
+            draft.set(key, _plain(value))
+    else:
+        for override in [overrides] if isinstance(overrides, str) else overrides:
+            draft.override(override)
     draft.read_other_names()
     config = draft.check()
     if draft.faults:
@@ -260,10 +274,7 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     written, so that loading that file again repeats the run.
     """
     draft = _Draft("configuration")
-    draft.values = {
-        name: {key: getattr(section, key) for key in section.model_fields_set}
-        for name, section in ((name, getattr(config, name)) for name in SECTIONS)
-    }
+    draft.take(config)
     for key, value in values.items():
         draft.set(key, value)
     changed = draft.check()
@@ -297,15 +308,28 @@ class _Draft:
         start = f"--set {key}" if key in self.overridden else f"{self.source}: {key}"
         self.faults.append(f"{start}: {message}")
 
+    def take(self, config: Config) -> None:
+        """Take in a configuration: the keys that somebody set."""
+        sections = {name: getattr(config, name) for name in SECTIONS}
+        self.values = {
+            name: {key: getattr(section, key) for key in section.model_fields_set} for name, section in sections.items()
+        }
+
     def read_file(self) -> None:
-        """Take in the source: a mapping of sections. A section with nothing in it is one of defaults."""
+        """Take in the source, a file or a recipe."""
         content, duplicates = parse_file(self.source)
         self.faults += [f"{self.source}, line {line}: '{key}' stands twice; keep one" for key, line in duplicates]
+        self.read(content)
+
+    def read(self, content: Mapping[Any, Any]) -> None:
+        """Take in a mapping of sections. A section with nothing in it is one of defaults."""
         for name, section in content.items():
             if name not in SECTIONS:
                 self.fault(str(name), _unknown_key(str(name)))
-            elif isinstance(section, dict):
-                self.values[name] = dict(section)
+            elif isinstance(section, _Section):
+                self.values[name] = {key: getattr(section, key) for key in section.model_fields_set}
+            elif isinstance(section, Mapping):
+                self.values[name] = {key: _plain(value) for key, value in section.items()}
             elif section is not None:
                 self.fault(name, f"expected a mapping of keys, found {found(section)}")
 
@@ -383,6 +407,15 @@ class _Draft:
             if not faulty & set(keys):
                 self.fault(keys[0], message)
         return config
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML would have it: a program may give paths and tuples."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _message(problem: Any) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_tool.errors import UserError, did_you_mean
+from qlora_tool.files.atomic import write_text
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -43,6 +46,32 @@ def all_recipes() -> list[Recipe]:
 def recipe_names() -> list[str]:
     """The names of the shipped recipes."""
     return [recipe.name for recipe in all_recipes()]
+
+
+def recipe_called(name: str) -> Recipe:
+    """The recipe of a name.
+
+    Raises:
+        UserError: there is none.
+    """
+    known = {recipe.name: recipe for recipe in all_recipes()}
+    if name not in known:
+        raise UserError(f"no recipe '{name}' among {', '.join(known)}{did_you_mean(name, known)}")
+    return known[name]
+
+
+def copy_recipe(name: str, target: Path) -> Path:
+    """Write a recipe to a file, or into a folder under its own name, and give the file.
+
+    Raises:
+        UserError: there is no such recipe, or the file exists.
+    """
+    recipe = recipe_called(name)
+    file = target / f"{recipe.name}.yaml" if target.is_dir() else target
+    if file.exists():
+        raise UserError(f"{file}: exists already; choose another name, or delete it first")
+    write_text(file, recipe.text)
+    return file
 
 
 def find_recipe(name: str) -> Path | None:

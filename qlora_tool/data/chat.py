@@ -49,7 +49,7 @@ def install_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None =
     """
     plain = ("{{ bos_token }}" if adds_bos(tokenizer) else "") + PLAIN_TEMPLATE_TEXT
     if path is not None:
-        tokenizer.chat_template = _read_template(Path(path))
+        tokenizer.chat_template = read_chat_template(Path(path))
         return path
     if not tokenizer.chat_template:
         tokenizer.chat_template = plain
@@ -61,7 +61,11 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def _read_template(path: Path) -> str:
+def read_chat_template(path: Path) -> str:
+    """
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from qlora_tool import __version__
+from qlora_tool._version import __version__
 from qlora_tool.artifacts import Artifact
 from qlora_tool.run_folder import RunFolder
 

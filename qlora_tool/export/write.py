@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_tool import __version__
+from qlora_tool._version import __version__
 from qlora_tool.artifacts import Artifact, base_folder
-from qlora_tool.errors import UserError
+from qlora_tool.errors import UserError, did_you_mean
 from qlora_tool.export.dtypes import Choice, Unfit, choices, refuse_unfit
 from qlora_tool.export.formats import FORMATS, Job
 from qlora_tool.export.merge import MergedModel
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VERIFIED_TOKENS = 5000  # at most
+BASES = ("dequantized", "original")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+GGUF_TYPES = ("f16", "bf16", "q8_0")
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ class ExportOptions:
         gguf_type: f16, bf16 or q8_0.
         verify: hold the files against the live model before they get their name.
         verify_data: rows for that; None: the run's own.
+
+    Raises:
+        UserError: a value that is none of these.
     """
 
     base: str = "dequantized"
@@ -69,16 +75,56 @@ class ExportOptions:
     verify: bool = False
     verify_data: str | None = None
 
+    def __post_init__(self) -> None:
+        allowed = {"base": BASES, "dtype": DTYPES, "format": tuple(FORMATS), "gguf_type": GGUF_TYPES}
+        faults = [
+            f"--{name.replace('_', '-')}: expected one of {', '.join(names)}, found {getattr(self, name)!r}"
+            f"{did_you_mean(str(getattr(self, name)), names)}"
+            for name, names in allowed.items()
+            if getattr(self, name) not in names
+        ]
+        if faults:
+            raise UserError(faults)
 
-def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was exported, and how it was proven.
+
+    Attributes:
+        folder: that was written.
+        format: a key of `formats.FORMATS`.
+        files: those with weights, in the folder.
+        bytes: of their tensors.
+        dtype: of the weights; a quantized format's own name for it, None for an adapter.
+        dtype_reason: why that one; None where the format leaves no choice.
+        base: dequantized or original.
+        seconds: for all of it.
+        proof: how the files compare with the model that was trained; None where nothing was compared.
+        not_verified: why nothing was, None where something was.
+        facts: all that `--json` writes.
+        uploaded: the address on the hub, where it was uploaded.
+    """
+
+    folder: Path
+    format: str
+    files: tuple[str, ...]
+    bytes: int
+    dtype: str | None
+    dtype_reason: str | None
+    base: str
+    seconds: float
+    proof: Proof | None
+    not_verified: str | None
+    facts: dict[str, Any]
+    uploaded: str | None = None
+
+
+def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> ExportResult:
     """Merge an adapter into its base and write the result to `output`, whole or not at all.
 
     Killed at any moment and called again with the same arguments, it goes on where it stopped, and the result is the
     same, byte for byte.
-
-    Returns:
-        What was written: folder, format, dtype and why, files, bytes, seconds; `verification`, and the `Proof` itself
-        under `proof` (None where none was asked for).
 
     Raises:
         UserError: nothing to merge, an existing folder, an adapter for another base, rows that cannot be read, values
@@ -121,7 +167,11 @@ def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> d
         write_json(staging.folder / "export.json", _report(artifact, folder, options, result))
         card = model_card(artifact, folder, result, chat=_has_chat_template(job.tokenizer_folder), proof=proof)
         write_text(staging.folder / "README.md", card)
-    return result | {"seconds": round(time.perf_counter() - started, 2), "proof": proof}
+    facts = result | {"seconds": round(time.perf_counter() - started, 2)}
+    return ExportResult(
+        output, options.format, tuple(facts["files"]), facts["bytes"], facts["dtype"], facts["dtype_reason"],
+        options.base, facts["seconds"], proof, proof.left_out if proof else _no_proof(options), facts,
+    )  # fmt: skip
 
 
 def _refuse_options(options: ExportOptions) -> None:

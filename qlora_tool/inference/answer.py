@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_tool.errors import UserError
+from qlora_tool.inference.sampling import Sampling
 from qlora_tool.weights.modules import FrozenWeight
 
 if TYPE_CHECKING:
@@ -20,33 +21,6 @@ if TYPE_CHECKING:
 
     from qlora_tool.data.prompts import Prompt
     from qlora_tool.model.causal_lm import CausalLM
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen: greedily unless a temperature is given.
-
-    Attributes:
-        max_new_tokens: of an answer at most.
-        temperature: 0 is greedy.
-        top_p, top_k: what sampling is restricted to; 1.0 and 0 restrict nothing.
-        seed: of the sampling.
-        batch_size: prompts at a time.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    batch_size: int = 16
-
-    def arguments(self) -> dict[str, object]:
-        """As `generate` of transformers takes them."""
-        if not self.temperature:
-            # Spelled out, so that a model's own sampling defaults do not linger and warn.
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
 
 
 @dataclass(frozen=True)

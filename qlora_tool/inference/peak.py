@@ -18,7 +18,7 @@ class PeakMemory:
         bytes: the peak, set when it closes.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.bytes = 0
         self._device: torch.device | None = None
         self._stop = threading.Event()

@@ -1,22 +1,30 @@
-"""What `evaluate` measures of one data set: the loss, and how many answers are right to the letter."""
+"""What `evaluate` measures of data sets: the loss, and how many answers are right to the letter."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool.config import DataConfig
+from qlora_tool.data.formats import find_format
 from qlora_tool.data.prompts import Prompt, read_prompts
+from qlora_tool.data.sources import read_rows
 from qlora_tool.data.tokenize import build_dataset
 from qlora_tool.errors import UserError
-from qlora_tool.inference.answer import Answers, Sampling, answer
+from qlora_tool.inference.answer import Answers, answer
 from qlora_tool.inference.evaluation import evaluate_loss
+from qlora_tool.inference.open import open_artifact
+from qlora_tool.inference.sampling import Sampling
+from qlora_tool.model.open import check_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from qlora_tool.artifacts import Artifact
     from qlora_tool.model.causal_lm import CausalLM
 
 logger = logging.getLogger(__name__)
@@ -40,6 +48,72 @@ class Score:
 
     def as_json(self) -> dict[str, Any]:
         return {key: getattr(self, key) for key in ("loss", "perplexity", "tokens", "exact_match")}
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """The scores of every data set, by name."""
+
+    scores: dict[str, Score]
+
+    def as_json(self) -> dict[str, Any]:
+        """The scores; by name where there are several sets."""
+        found = {name: score.as_json() for name, score in self.scores.items()}
+        return found if len(found) > 1 else next(iter(found.values()))
+
+
+def evaluate(
+    artifact: Artifact,
+    sources: Mapping[str, str],
+    data: DataConfig,
+    *,
+    max_length: int | None = None,
+    sampling: Sampling | None = None,
+    batch_size: int = 16,
+) -> EvaluateResult:
+    """Score a model on data sets.
+
+    Args:
+        sources: what to score, by name.
+        data: its `format` is how rows are read; what is trained and how long rows may be is as the artifact's run says.
+        max_length: tokens of a row at most, in the place of the run's.
+        sampling: generate answers too and count the exact matches; None leaves that out.
+        batch_size: rows of a forward pass.
+
+    Raises:
+        UserError: see `read_rows`, `find_format`, `open_artifact`, `check_length`, `score`.
+    """
+    for source in sources.values():
+        find_format(read_rows(source), data.format)  # a fault of the data is told before the model is read
+    model, tokenizer = open_artifact(artifact)
+    own = artifact.run.data if artifact.run else DataConfig()
+    if max_length:
+        check_length(model.config, max_length, "--max-length")
+    else:
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        max_length = min(own.max_length, positions or own.max_length)
+    data = DataConfig(format=data.format, max_length=max_length, train_on=own.train_on)
+    return EvaluateResult({
+        name: score(model, tokenizer, source, data, sampling=sampling, batch_size=batch_size)
+        for name, source in sources.items()
+    })  # fmt: skip
+
+
+def named_sources(sources: Sequence[str | os.PathLike[str]]) -> dict[str, str]:
+    """{name: source} of sources given as NAME=FILE, or as FILE, which is called by the file's name.
+
+    Raises:
+        UserError: two have one name.
+    """
+    named: dict[str, str] = {}
+    for source in (os.fspath(source) for source in sources):
+        name, equals, rest = source.partition("=")
+        if not equals or Path(source).exists():
+            name, rest = Path(source).stem or source, source
+        if name in named:
+            raise UserError(f"--data: two sets are called {name!r}; name them apart, as NAME=FILE")
+        named[name] = rest
+    return named
 
 
 def score(
@@ -72,7 +146,7 @@ def score(
     if sampling is None:
         return Score(result.loss, result.perplexity, result.tokens)
     answers = answer(model, tokenizer, prompts, sampling, done)
-    right = sum(exact_match(text, prompt.answer) for text, prompt in zip(answers.texts, prompts, strict=True))
+    right = sum(exact_match(text, prompt.answer or "") for text, prompt in zip(answers.texts, prompts, strict=True))
     return Score(result.loss, result.perplexity, result.tokens, right / len(prompts), answers)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qlora_tool import __version__
+from qlora_tool._version import __version__
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import write_json
 from qlora_tool.files.cache import cache_folder
@@ -45,7 +45,7 @@ SECONDS_FOR_A_CHANGE = 5.0
 class RunMemory:
     """A `Watcher` of a run: refuses what will not fit, and writes `memory.json`."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.predicted: Breakdown | None = None
 
     def check(self, config: Config, batch: Batch) -> Recomputation | None:

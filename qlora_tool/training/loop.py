@@ -25,6 +25,7 @@ from qlora_tool.run_folder import RunFolder
 from qlora_tool.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from qlora_tool.training.interrupt import Interrupted, StopRequest
 from qlora_tool.training.optimizers import LOSS_SCALE_FLOOR, Optimizer, make_optimizer
+from qlora_tool.training.preconditions import refuse_at_once
 from qlora_tool.training.prepare import RunData, describe, prepare_data, provenance
 from qlora_tool.training.progress import LiveLine, Metrics, Speed, peak_memory_bytes
 from qlora_tool.training.resume import checkpoint_to_resume, refuse_another_run
@@ -143,7 +144,7 @@ def train(
         UserError, MachineError: see the contract.
         Interrupted: a signal asked to stop; a checkpoint was saved.
     """
-    _refuse_missing_trackers(config.training.report_to)
+    refuse_at_once(config)
     setup = Setup.of(config)
     folder = RunFolder(Path(config.training.output_dir))
     checkpoint = checkpoint_to_resume(folder, setup.config, resume, overwrite)
@@ -311,28 +312,12 @@ def _refuse_no_number(run: Run, result: StepResult, batches: list[Batch]) -> Non
     )
 
 
-def _refuse_missing_trackers(names: list[str]) -> None:
-    if not names:
-        return
-    from accelerate.tracking import get_available_trackers
-
-    installed = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
-    if missing := [name for name in names if name not in installed]:
-        raise UserError(
-            f"training.report_to: {', '.join(missing)}: not installed; `pip install {' '.join(missing)}` or leave out"
-        )
-
-
 def _start_trackers(run: Run) -> Accelerator:
     """accelerate's view of the run: its process and the trackers of `report_to`."""
     from accelerate import Accelerator
 
     names = run.training.report_to
     accelerator = Accelerator(cpu=run.model.device.type == "cpu", log_with=names or None, project_dir=run.folder.path)
-    if accelerator.num_processes > 1:
-        raise UserError(
-            f"started as {accelerator.num_processes} processes; training runs in one: start it without a launcher"
-        )
     if names:
         flat = {f"{section}.{key}": value if isinstance(value, (int, float, str, bool)) else str(value)
                 for section, values in run.config.model_dump().items() for key, value in values.items()}  # fmt: skip

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from qlora_tool import __version__
+from qlora_tool._version import __version__
 from qlora_tool.build import Built, Setup
 from qlora_tool.config import Config, with_values
 from qlora_tool.data.tokenize import Dataset, build_dataset, build_evaluation_sets

@@ -169,8 +169,8 @@ def test_auto_takes_float16_and_leaves_what_is_wider(tmp_path: Path):
     result = export_merged(artifact_of(adapter), tmp_path / "merged", ExportOptions())
     expected = {name: torch.float32 if "norm" in name else torch.float16 for name in dtypes_of(stored)}
     assert dtypes_of(tmp_path / "merged") == expected
-    assert result["dtype"] == json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float16"
-    assert result["dtype_reason"] == "every value fits, and it rounds eight times finer than bfloat16"
+    assert result.dtype == json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float16"
+    assert result.dtype_reason == "every value fits, and it rounds eight times finer than bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -182,9 +182,9 @@ def test_auto_leaves_fp32_bases_and_families_that_overflow(tmp_path: Path, famil
     stored = write_tiny(family, tmp_path / "base", dtype=dtype)
     artifact = artifact_of(write_adapter(tmp_path / "adapter", stored))
     result = export_merged(artifact, tmp_path / "merged", ExportOptions())
-    assert result["dtype"] == chosen
+    assert result.dtype == chosen
     assert set(dtypes_of(tmp_path / "merged").values()) == {getattr(torch, chosen)}
-    assert ("gemma2 models overflow" in result["dtype_reason"]) == (chosen == "bfloat16")
+    assert ("gemma2 models overflow" in result.dtype_reason) == (chosen == "bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -201,10 +201,10 @@ def test_auto_turns_to_bfloat16_where_float16_does_not_hold_all(tmp_path: Path, 
         scale_tensor(stored / "model.safetensors", "model.embed_tokens.weight", 1e-6)
     artifact = artifact_of(adapter, model=str(stored))
     result = export_merged(artifact, tmp_path / "merged", ExportOptions(max_shard_size=20_000))
-    assert result["dtype"] == "bfloat16"
-    assert re.search(reason, result["dtype_reason"])
+    assert result.dtype == "bfloat16"
+    assert re.search(reason, result.dtype_reason)
     export_merged(artifact, tmp_path / "asked", ExportOptions(dtype="bfloat16", max_shard_size=20_000))
-    for file in result["files"]:
+    for file in result.files:
         assert (tmp_path / "merged" / file).read_bytes() == (tmp_path / "asked" / file).read_bytes()
 
 
@@ -216,7 +216,7 @@ def test_a_few_tiny_values_do_not_turn_auto_away_from_float16(tmp_path: Path):
     tensors[name][:, ::8] = 1.1e-7
     save_file(tensors, file, {"format": "pt"})
     adapter = write_adapter(tmp_path / "adapter", stored)
-    assert export_merged(artifact_of(adapter), tmp_path / "merged", ExportOptions())["dtype"] == "float16"
+    assert export_merged(artifact_of(adapter), tmp_path / "merged", ExportOptions()).dtype == "float16"
 
 
 def scale_tensor(file: Path, name: str, factor: float) -> None:

@@ -63,10 +63,11 @@ def test_a_run_becomes_a_model_folder(base: Path, run: Path, tmp_path: Path):
     assert config == json.loads((base / "config.json").read_text()) | {"dtype": "float32"}
     assert not {"quantization_config", "torch_dtype"} & config.keys()
     sizes = sum(tensor.nbytes for tensor in tensors.values())
-    assert result.pop("seconds") < 600
-    assert result == {
+    assert result.facts.pop("seconds") < 600
+    assert result.proof is None
+    assert result.facts == {
         "output_dir": str(tmp_path / "merged"), "format": "safetensors", "dtype": "float32", "base": "dequantized",
-        "dtype_reason": "the base's own", "files": ["model.safetensors"], "bytes": sizes, "proof": None,
+        "dtype_reason": "the base's own", "files": ["model.safetensors"], "bytes": sizes,
         "verification": {"left_out": "not asked for"},
     }  # fmt: skip
     assert_close(plain_logits(tmp_path / "merged"), live_logits(artifact_of(run)))
@@ -111,12 +112,12 @@ def test_several_shards_and_their_index(adapter: Path, tmp_path: Path):
     result = export_merged(artifact_of(adapter), cut, ExportOptions(max_shard_size=50_000))
     expected = load_file(whole / "model.safetensors")
     index = json.loads((cut / "model.safetensors.index.json").read_text())
-    assert len(result["files"]) > 2
-    assert result["files"] == sorted(path.name for path in cut.glob("*.safetensors"))
-    assert result["files"][0] == f"model-00001-of-{len(result['files']):05d}.safetensors"
-    assert index["metadata"]["total_size"] == result["bytes"] == sum(t.nbytes for t in expected.values())
+    assert len(result.files) > 2
+    assert list(result.files) == sorted(path.name for path in cut.glob("*.safetensors"))
+    assert result.files[0] == f"model-00001-of-{len(result.files):05d}.safetensors"
+    assert index["metadata"]["total_size"] == result.bytes == sum(t.nbytes for t in expected.values())
     found = {}
-    for name in result["files"]:
+    for name in result.files:
         tensors = load_file(cut / name)
         assert sum(t.nbytes for t in tensors.values()) <= 50_000 or len(tensors) == 1
         assert {index["weight_map"][key] for key in tensors} == {name}
@@ -180,7 +181,7 @@ def test_a_base_that_bitsandbytes_quantized(tmp_path: Path, family: str, setting
     found = load_file(tmp_path / "merged" / "model.safetensors")
     assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in expected.items()}
     result = export_merged(artifact, tmp_path / "auto", ExportOptions())
-    assert result["dtype"] == "float16"
+    assert result.dtype == "float16"
     assert {t.dtype for t in load_file(tmp_path / "auto" / "model.safetensors").values()} == {torch.float16}
     with pytest.raises(UserError, match=f"--base original: {base} is itself quantized"):
         export_merged(artifact, tmp_path / "original", ExportOptions(base="original"))

@@ -14,8 +14,9 @@ from qlora_tool.data.prompts import Prompt, prompts_from_texts
 from qlora_tool.errors import UserError
 from qlora_tool.export.write import ExportOptions, export_merged
 from qlora_tool.inference import answer as module
-from qlora_tool.inference.answer import Sampling, answer, dense_weights, end_tokens
+from qlora_tool.inference.answer import answer, dense_weights, end_tokens
 from qlora_tool.inference.open import open_artifact, open_for_inference
+from qlora_tool.inference.sampling import Sampling
 from qlora_tool.weights.modules import FrozenWeight
 
 QUESTIONS = ["List all files", "a", "What is the capital of France? " * 3, "Who?", "how many boats are there", "b", "?"]

@@ -15,8 +15,9 @@ from qlora_tool.config import DataConfig, ModelConfig
 from qlora_tool.data.prompts import read_prompts
 from qlora_tool.errors import UserError
 from qlora_tool.inference import score as module
-from qlora_tool.inference.answer import Sampling, answer
+from qlora_tool.inference.answer import answer
 from qlora_tool.inference.open import open_for_inference
+from qlora_tool.inference.sampling import Sampling
 from qlora_tool.inference.score import Score, exact_match, score
 
 DATA = DataConfig(max_length=128)

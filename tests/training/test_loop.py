@@ -313,15 +313,6 @@ def test_gradients_that_are_no_numbers_stop_the_run(config, tmp_path, monkeypatc
     assert all(tensor.isfinite().all() for tensor in saved.values())
 
 
-def test_a_tracker_that_is_not_installed(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
-    with pytest.raises(UserError) as error:
-        train(config(training__report_to=["tensorboard", "wandb"]))
-    (line,) = error.value.lines
-    assert line.startswith("training.report_to: tensorboard, wandb: not installed; `pip install tensorboard wandb`")
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("scaled", [False, True])
 def test_rows_longer_than_the_models_positions(config, tmp_path, inputs, scaled):
     model = tmp_path / "model"

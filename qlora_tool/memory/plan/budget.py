@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_tool import __version__
+from qlora_tool._version import __version__
 from qlora_tool.build import resolve as resolve_run
 from qlora_tool.config import parse_size, with_values
 from qlora_tool.errors import UserError

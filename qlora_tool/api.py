@@ -1,0 +1,346 @@
+"""What the commands do, as functions: each takes what its command takes, by name, and returns a typed result.
+
+    result = train("demo", set={"training.max_steps": 20}, output_dir="runs/demo")
+    export_merged(result.folder, "merged/demo")
+
+Configurations are files, names of recipes, mappings of sections or `Config` objects. All of these functions raise
+`UserError` where the command ends with exit code 2 and `MachineError` where it ends with 1; its `lines` say what to do.
+Heavy libraries are imported when a function is called and what it was given is in order.
+"""
+
+from __future__ import annotations
+
+import json as _json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_tool.config import Config, ModelConfig, load_config, parse_size, with_values
+from qlora_tool.errors import OptionError, UserError
+
+if TYPE_CHECKING:
+    from qlora_tool.artifacts import Artifact
+    from qlora_tool.export.write import ExportResult
+    from qlora_tool.inference.generate import GenerateResult
+    from qlora_tool.inference.score import EvaluateResult
+    from qlora_tool.memory.profile_run import MemoryProfile
+    from qlora_tool.training.result import TrainResult
+
+__all__ = ["evaluate", "export_merged", "generate", "profile_memory", "train"]
+
+AnyPath = str | os.PathLike[str]
+AnyConfig = AnyPath | Mapping[str, Any] | Config
+Overrides = Sequence[str] | Mapping[str, Any]
+
+
+def train(
+    config: AnyConfig,
+    *,
+    set: Overrides = (),
+    output_dir: AnyPath | None = None,
+    resume: AnyPath = "auto",
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> TrainResult:
+    """Train an adapter on a quantized base, and leave a run's folder behind.
+
+    Memory is predicted before the weights are read: on CUDA a run that will not fit is refused.
+
+    Args:
+        config: a configuration.
+        set: keys that are to have other values: `{"training.max_steps": 20}`, or `["training.max_steps=20"]`.
+        output_dir: the run's folder, in the place of `training.output_dir`.
+        resume: auto (go on with this folder's unfinished run), never, or a checkpoint's or run's folder.
+        overwrite: replace a run that the folder holds.
+        dry_run: check everything, read data and model, and stop before the first step; nothing is written.
+
+    Raises:
+        UserError: the configuration, the data or the model is at fault, or the run will not fit.
+        MachineError: the disk, the network or the device is, or the loss is no number.
+        Interrupted: SIGINT or SIGTERM asked to stop; a checkpoint was saved, and its `lines` say how to go on.
+    """
+    configuration = load_config(config, _with_output_dir(set, output_dir))
+    started = time.perf_counter()
+    from qlora_tool.memory.run_report import RunMemory
+    from qlora_tool.training.loop import train as run_training
+    from qlora_tool.training.result import TrainResult
+
+    run = run_training(
+        configuration, resume=os.fspath(resume), overwrite=overwrite, dry_run=dry_run, watcher=RunMemory()
+    )
+    return TrainResult.of(run, time.perf_counter() - started, finished=not dry_run)
+
+
+def profile_memory(
+    config: AnyConfig,
+    *,
+    set: Overrides = (),
+    device: str | None = None,
+    device_memory: str | int | None = None,
+    measure: bool = False,
+    plan: bool = False,
+    calibrate: bool = False,
+    json: AnyPath | None = None,
+    plot: AnyPath | None = None,
+    on_profile: Callable[[MemoryProfile], None] | None = None,
+) -> MemoryProfile:
+    """Predict where every byte of a run goes, without weights, data or a GPU.
+
+    Full batches of `data.max_length` tokens are assumed.
+
+    Args:
+        config: a configuration.
+        set: keys that are to have other values; see `train`.
+        device: cuda or cpu; None: cuda, unless the configuration says cpu.
+        device_memory: what must suffice: a size such as 24GB, bytes, or a card such as rtx-4090.
+        measure: also run real steps, on random weights, on the device that is here.
+        plan: also look for what fits into `device_memory`: lengths, batches, checkpointing, quantization.
+        calibrate: first measure the context and the workspaces of the card that is here, for later predictions too.
+        json: where to write the breakdown.
+        plot: where to draw the step's memory over time: a .png or .html file.
+        on_profile: told the profile before a plan is looked for, which may take minutes.
+
+    Raises:
+        UserError: the configuration, the model or an option is at fault, or the base's weights alone exceed
+            `device_memory`.
+        NothingFits: nothing that the plan tried fits; a `UserError`.
+        MachineError: the hub is out of reach.
+    """
+    configuration = load_config(config, set)
+    from qlora_tool.memory.allocator.cards import parse_device_memory
+
+    if device not in (None, "cuda", "cpu"):
+        raise UserError(f"--device: expected cuda or cpu, found {device!r}")
+    named = f"{device_memory}B" if isinstance(device_memory, int) else device_memory
+    budget = parse_device_memory(named) if named else None
+    if plot is not None and Path(plot).suffix not in (".png", ".html"):
+        raise OptionError(f"invalid value for --plot: {os.fspath(plot)}: expected a name that ends in .png or .html")
+    if plan and budget is None:
+        raise OptionError("--plan needs to know what must suffice: give --device-memory, such as 24GB or rtx-4090")
+    device = device or ("cpu" if configuration.model.device == "cpu" else "cuda")
+    from qlora_tool.memory.profile_run import draw, planned, profile_run
+
+    profiled = profile_run(configuration, device, budget, measure=measure, calibrate=calibrate, may_change=plan)
+    if on_profile is not None:
+        on_profile(profiled)
+    _write_json(json, profiled.report.to_json())
+    if plot is not None:
+        draw(Path(plot), profiled)
+    return planned(profiled) if plan else profiled
+
+
+def export_merged(
+    run_or_adapter: AnyPath,
+    output_dir: AnyPath,
+    *,
+    base: str = "dequantized",
+    dtype: str = "auto",
+    format: str = "safetensors",
+    gguf_type: str = "f16",
+    max_shard_size: str | int = "5GB",
+    verify: bool = True,
+    verify_data: AnyPath | None = None,
+    overwrite: bool = False,
+    json: AnyPath | None = None,
+    push_to_hub: str | None = None,
+    model: AnyPath | None = None,
+    quantization: str | None = None,
+    double_quant: bool | None = None,
+    on_written: Callable[[ExportResult], None] | None = None,
+) -> ExportResult:
+    """Merge an adapter into its base: W = dequantize(W₄) + Δ, a model that plain transformers loads.
+
+    Killed at any moment and called again with the same arguments, it goes on where it stopped.
+
+    Args:
+        run_or_adapter: a run's folder, or an adapter's, ours or PEFT's.
+        output_dir: where the model goes; it must not exist.
+        base: dequantized (merge onto what was trained against) or original (onto the 16-bit weights).
+        dtype: auto, bfloat16, float16 or float32; auto takes what keeps more.
+        format: safetensors, gguf, adapter, adapter-portable or nf4.
+        gguf_type: f16, bf16 or q8_0.
+        max_shard_size: of one file at most, such as 5GB, or bytes.
+        verify: hold the files against the model that was trained, token by token, before they get their name.
+        verify_data: rows for that; None: the run's evaluation rows.
+        overwrite: replace an existing folder.
+        json: where to write what was done.
+        push_to_hub: upload the folder, too, as OWNER/NAME.
+        model, quantization, double_quant: the base of an adapter that does not say it all.
+        on_written: told the result before it is uploaded.
+
+    Raises:
+        UserError: nothing to merge, an existing folder, an adapter for another base, an option at fault.
+        MachineError: not enough space, or the hub is out of reach; the folder stays then.
+    """
+    try:
+        size = parse_size(max_shard_size)
+    except UserError as error:
+        raise UserError(f"--max-shard-size: {error}") from error
+    if push_to_hub:
+        from qlora_tool.export.upload import refuse_bad_name
+
+        refuse_bad_name(push_to_hub)
+    artifact = _artifact(run_or_adapter, model, quantization, double_quant)
+    from qlora_tool.export.upload import push_to_hub as upload
+    from qlora_tool.export.write import ExportOptions
+    from qlora_tool.export.write import export_merged as export
+
+    rows = None if verify_data is None else os.fspath(verify_data)
+    result = export(
+        artifact, Path(output_dir), ExportOptions(base, dtype, size, overwrite, format, gguf_type, verify, rows)
+    )
+    _write_json(json, result.facts)
+    if on_written is not None:
+        on_written(result)
+    return replace(result, uploaded=upload(result.folder, push_to_hub)) if push_to_hub else result
+
+
+def generate(
+    run_or_model: AnyPath,
+    *,
+    prompt: str | Sequence[str] = (),
+    prompts: AnyPath | None = None,
+    compare_base: bool = False,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    batch_size: int = 16,
+    model: AnyPath | None = None,
+    quantization: str | None = None,
+    double_quant: bool | None = None,
+    device: str = "auto",
+    compute_dtype: str = "auto",
+) -> GenerateResult:
+    """Answer prompts with a run, an adapter, an exported model or any model.
+
+    Args:
+        run_or_model: a folder, a hub id, or demo.
+        prompt: what to ask: one text or several.
+        prompts: a data file, or a .txt with one prompt a line.
+        compare_base: let the base answer first.
+        max_new_tokens: of an answer at most.
+        temperature: 0 is greedy.
+        top_p, top_k: what sampling is restricted to; 1.0 and 0 restrict nothing.
+        seed: of the sampling.
+        batch_size: prompts at a time.
+        model, quantization, double_quant: the base of an adapter that does not say it all.
+        device: auto, cuda or cpu.
+        compute_dtype: of the matrix products: auto, bfloat16, float16 or float32.
+
+    Raises:
+        UserError: nothing to ask, a prompt that is too long, a model that cannot be opened, an option at fault.
+        MachineError: the hub is out of reach.
+    """
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    file = None if prompts is None else os.fspath(prompts)
+    if not texts and file is None:
+        raise OptionError("nothing to answer: give --prompt TEXT or --prompts FILE")
+    from qlora_tool.inference.sampling import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, batch_size)
+    if file is not None:
+        from qlora_tool.data.sources import read_rows
+
+        read_rows(file)  # a fault of the file is told before the model is read
+    artifact = _artifact(run_or_model, model, quantization, double_quant, device, compute_dtype)
+    from qlora_tool.inference.generate import generate as answer
+
+    return answer(artifact, texts, file, sampling, compare_base)
+
+
+def evaluate(
+    run_or_model: AnyPath,
+    data: AnyPath | Sequence[AnyPath] | Mapping[str, AnyPath],
+    *,
+    format: str = "auto",
+    max_length: int | None = None,
+    generate: bool = False,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    json: AnyPath | None = None,
+    model: AnyPath | None = None,
+    quantization: str | None = None,
+    double_quant: bool | None = None,
+    device: str = "auto",
+    compute_dtype: str = "auto",
+) -> EvaluateResult:
+    """Loss, perplexity and exact match of a model on data.
+
+    Args:
+        run_or_model: a run's folder, an adapter's, an exported model, any model folder, a hub id, or demo.
+        data: what to score: a file; several, each with the file's name or as NAME=FILE; or a mapping from names.
+        format: how rows are read, as in `data.format`.
+        max_length: tokens of a row at most; None: the run's, else 2048.
+        generate: also generate answers, greedily, and count the exact matches.
+        max_new_tokens: of an answer at most.
+        batch_size: rows at a time.
+        json: where to write the scores.
+        model, quantization, double_quant: the base of an adapter that does not say it all.
+        device: auto, cuda or cpu.
+        compute_dtype: of the matrix products: auto, bfloat16, float16 or float32.
+
+    Raises:
+        UserError: data that cannot be read, a model that cannot be opened, an option at fault.
+        MachineError: the hub is out of reach.
+    """
+    from qlora_tool.inference.sampling import Sampling
+
+    settings = with_values(Config(), {"data.format": format, **({"data.max_length": max_length} if max_length else {})})
+    sampling = Sampling(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    from qlora_tool.inference.score import evaluate as score
+    from qlora_tool.inference.score import named_sources
+
+    if isinstance(data, Mapping):
+        sources = {name: os.fspath(source) for name, source in data.items()}
+    else:
+        sources = named_sources([data] if isinstance(data, str | os.PathLike) else data)
+    if not sources:
+        raise OptionError("nothing to score: give --data FILE")
+    artifact = _artifact(run_or_model, model, quantization, double_quant, device, compute_dtype)
+    result = score(artifact, sources, settings.data, max_length=max_length, sampling=sampling if generate else None,
+                   batch_size=batch_size)  # fmt: skip
+    _write_json(json, result.as_json())
+    return result
+
+
+def _with_output_dir(overrides: Overrides, output_dir: AnyPath | None) -> Overrides:
+    if output_dir is None:
+        return overrides
+    if isinstance(overrides, Mapping):
+        return {**overrides, "training.output_dir": os.fspath(output_dir)}
+    given = [overrides] if isinstance(overrides, str) else overrides
+    return [*given, f"training.output_dir={_json.dumps(os.fspath(output_dir))}"]
+
+
+def _artifact(
+    name: AnyPath,
+    model: AnyPath | None,
+    quantization: str | None,
+    double_quant: bool | None,
+    device: str = "auto",
+    compute_dtype: str = "auto",
+) -> Artifact:
+    """What a name and the options about its base stand for.
+
+    Raises:
+        UserError: an option has a value that its key in a configuration could not have; and see `find_artifact`.
+    """
+    given = {"quantization": quantization, "double_quant": double_quant, "device": device,
+             "compute_dtype": compute_dtype}  # fmt: skip
+    with_values(Config(model=ModelConfig()), {f"model.{k}": value for k, value in given.items() if value is not None})
+    from qlora_tool.artifacts import BaseOptions, find_artifact
+
+    base = None if model is None else os.fspath(model)
+    return find_artifact(os.fspath(name), BaseOptions(base, quantization, double_quant, device, compute_dtype))
+
+
+def _write_json(file: AnyPath | None, content: dict[str, Any]) -> None:
+    if file is not None:
+        from qlora_tool.files.atomic import write_json
+
+        write_json(Path(file), content)

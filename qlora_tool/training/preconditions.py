@@ -1,0 +1,47 @@
+"""What `train` refuses before it reads data or weights or writes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_tool.data.chat import read_chat_template
+from qlora_tool.errors import UserError
+from qlora_tool.world import World
+
+if TYPE_CHECKING:
+    from qlora_tool.config import Config
+
+
+def refuse_at_once(config: Config) -> None:
+    """Refuse several processes, trackers that are not installed, and a chat template that cannot be read.
+
+    Raises:
+        UserError: with a line for each.
+    """
+    if faults := list(_faults(config)):
+        raise UserError(faults)
+
+
+def _faults(config: Config) -> Iterator[str]:
+    size = World.launched().size
+    if size > 1:
+        yield f"started as {size} processes; training runs in one: start it without a launcher"
+    if missing := _missing_trackers(config.training.report_to):
+        install = f"`pip install {' '.join(missing)}` or leave out"
+        yield f"training.report_to: {', '.join(missing)}: not installed; {install}"
+    if config.data.chat_template is not None:
+        try:
+            read_chat_template(Path(config.data.chat_template))
+        except UserError as error:
+            yield from error.lines
+
+
+def _missing_trackers(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    from accelerate.tracking import get_available_trackers
+
+    installed = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    return [name for name in names if name not in installed]

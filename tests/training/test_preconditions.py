@@ -1,0 +1,86 @@
+"""What `train` refuses before it reads data or weights or writes anything, whatever else is wrong with the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_runs import run_config
+
+from qlora_tool.config import config_to_yaml, with_values
+from qlora_tool.errors import UserError
+from qlora_tool.training.loop import train
+
+PROCESSES = "started as 2 processes; training runs in one: start it without a launcher"
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run whose model and data do not exist, and a cache that is not there yet."""
+    monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
+    missing = tmp_path / "no-model", tmp_path / "no-rows.jsonl"
+    return lambda **values: run_config(*missing, tmp_path / "run", {"model.compute_dtype": "auto"} | {
+        key.replace("__", "."): value for key, value in values.items()
+    })  # fmt: skip
+
+
+def refused(config, tmp_path: Path) -> list[str]:
+    """The lines of the refusal; nothing was written."""
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        train(config)
+    assert sorted(tmp_path.rglob("*")) == before
+    return caught.value.lines
+
+
+def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_several_processes(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    two_processes(monkeypatch)
+    assert refused(config(), tmp_path) == [PROCESSES]
+
+
+def test_a_tracker_that_is_not_installed(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    assert refused(config(training__report_to=["tensorboard", "wandb"]), tmp_path) == [
+        "training.report_to: tensorboard, wandb: not installed; `pip install tensorboard wandb` or leave out"
+    ]
+
+
+def test_a_chat_template_that_is_not_there(config, tmp_path: Path):
+    (tmp_path / "short.jinja").write_text("")
+    [line] = refused(config(data__chat_template=str(tmp_path / "shrot.jinja")), tmp_path)
+    assert line.endswith("shrot.jinja: no such file; did you mean 'short.jinja'?")
+
+
+def test_all_of_them_at_once(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    two_processes(monkeypatch)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    lines = refused(config(training__report_to=["wandb"], data__chat_template="gone.jinja"), tmp_path)
+    first, *others = lines
+    assert (first, [line.split(":")[0] for line in others]) == (PROCESSES, ["training.report_to", "data.chat_template"])
+
+
+@pytest.mark.parametrize("value", ["[tensorbord]", "{}"])
+def test_a_broken_key(config, tmp_path: Path, value: str):
+    """Through the function that a program calls."""
+    import qlora_tool
+
+    file = tmp_path / "run.yaml"
+    file.write_text(config_to_yaml(config()))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        qlora_tool.train(file, set=[f"training.report_to={value}"])
+    assert caught.value.lines[0].startswith("--set training.report_to: expected")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_start_that_is_not_there_and_a_checkpoint_that_is_not_there(config, tmp_path: Path):
+    values = {"adapter.init_from": str(tmp_path / "no-adapter"), "model.compute_dtype": "float32"}
+    assert "no-adapter" in refused(with_values(config(), values), tmp_path)[0]
+    with pytest.raises(UserError, match="--resume nowhere: no checkpoint"):
+        train(config(model__compute_dtype="float32"), resume="nowhere")
+    assert not (tmp_path / "run").exists()
