@@ -95,15 +95,15 @@ def _header(artifact: Artifact, licence: str | None, result: dict[str, Any]) -> 
     from huggingface_hub import ModelCardData
 
     library = {"gguf": "gguf", "adapter": "peft", "adapter-portable": "peft"}.get(_format(result), "transformers")
-    base, linked = artifact.model.name_or_path, {}
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
-        linked = {"base_model": base, "base_model_relation": "adapter" if library == "peft" else "finetune"}
+    base = artifact.model.name_or_path
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
     return ModelCardData(
+        base_model=base if on_hub else None,
+        base_model_relation=("adapter" if library == "peft" else "finetune") if on_hub else None,
         library_name=library,
         pipeline_tag="text-generation",
         license=licence or "unknown",
         tags=["qlora-tool", artifact.adapter.method],
-        **linked,
     )
 
 
