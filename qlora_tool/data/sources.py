@@ -194,7 +194,7 @@ class _LocatingDecoder(json.JSONDecoder):
         super().__init__()
         self.positions: dict[int, list[int]] = {}
         # Around the items the module's scanner in Python, which calls `parse_array`; the items by that in C.
-        self._scan_item: Callable[[str, int], tuple[Any, int]] = self.scan_once
+        self._scan_item: Callable[[str, int], tuple[Any, int]] = self.scan_once  # type: ignore[has-type]
         self.parse_array = self._parse_list
         self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
 
