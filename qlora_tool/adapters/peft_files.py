@@ -21,7 +21,7 @@ from qlora_tool.adapters.targets import from_pattern, matches, own_keys
 from qlora_tool.adapters.trained_base import tie, train_parameter, transposed_names
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import write_json
-from qlora_tool.files.tensors import TensorSpec, read_all, write_tensors
+from qlora_tool.files.tensors import read_all, write_all
 from qlora_tool.methods import METHODS
 from qlora_tool.methods.method import Method, SavedWith, Settings
 from qlora_tool.model.parameter_source import tied_names
@@ -47,9 +47,8 @@ def save_adapter(
         base: the base's hub id or folder.
         revision: of the hub id.
     """
-    tensors = {f"{PREFIX}{name}": tensor.detach() for name, tensor in sorted(adapters.tensors().items())}
-    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    write_tensors(folder / WEIGHTS_NAME, specs, tensors.items(), {"format": "pt"})
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in adapters.tensors().items()}
+    write_all(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
     write_json(folder / CONFIG_NAME, _peft_config(adapters, config, model, base, revision), sort_keys=True)
 
 

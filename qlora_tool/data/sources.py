@@ -6,8 +6,10 @@ import csv
 import hashlib
 import io
 import json
+import json.decoder
+import json.scanner
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,7 +137,8 @@ def _read_jsonl(file: Path) -> list[Row]:
 
 
 def _json_lines(file: Path, text: str) -> list[Row]:
-    rows, faults = [], RowFaults()
+    rows: list[Row] = []
+    faults = RowFaults()
     # Split at line feeds alone: JSON strings may hold other characters that str.splitlines takes for line ends.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -160,61 +163,51 @@ def _read_json(file: Path) -> list[Row]:
     text = _text(file)
     if not text.strip():
         return []
-    rows, faults = [], RowFaults()
+    decoder = _LocatingDecoder()
     try:
-        for number, (position_line, value) in enumerate(_json_items(file, text), start=1):
-            _add_row(rows, faults, value, f"{file}, line {position_line} (row {number})")
+        content = decoder.decode(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             return _json_lines(file, text)
         raise UserError(f"{file}, line {error.lineno}: {_not_json(error)}") from error
+    items = content.get("data") if isinstance(content, dict) else content
+    if not isinstance(items, list):
+        keys = f" with the keys {', '.join(map(str, content))}" if isinstance(content, dict) else ""
+        raise UserError(f'{file}: {_json_kind(content)}{keys}; expected a list of objects, or {{"data": [...]}}')
+    rows: list[Row] = []
+    faults, line, counted = RowFaults(), 1, 0
+    for number, (position, item) in enumerate(zip(decoder.positions[id(items)], items, strict=True), start=1):
+        line, counted = line + text.count("\n", counted, position), position
+        _add_row(rows, faults, item, f"{file}, line {line} (row {number})")
     faults.raise_any()
     return rows
 
 
-def _json_items(file: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """The items of the list that is the file, or that is its `data`, each with the line that it begins on."""
-    whole = json.loads(text)
-    if isinstance(whole, dict) and isinstance(whole.get("data"), list):
-        position = _position_of_data(text)
-    elif isinstance(whole, list):
-        position = _skip_space(text, 0)
-    else:
-        keys = f" with the keys {', '.join(map(str, whole))}" if isinstance(whole, dict) else ""
-        raise UserError(f'{file}: {_json_kind(whole)}{keys}; expected a list of objects, or {{"data": [...]}}')
-    decoder = json.JSONDecoder()
-    line, counted = 1, 0
-    position = _skip_space(text, position + 1)
-    while text[position] != "]":
-        line += text.count("\n", counted, position)
-        counted = position
-        value, position = decoder.raw_decode(text, position)
-        yield line, value
-        position = _skip_space(text, position)
-        if text[position] == ",":
-            position = _skip_space(text, position + 1)
+class _LocatingDecoder(json.JSONDecoder):
+    """The standard decoder, which notes besides where the items of the outermost lists begin.
 
+    Attributes:
+        positions: by the id of a list, an offset for each of its items.
+    """
 
-def _position_of_data(text: str) -> int:
-    """Where the value of an object's `data` begins. The last one counts where there are several, as for json."""
-    decoder, found = json.JSONDecoder(), 0
-    position = _skip_space(text, _skip_space(text, 0) + 1)
-    while text[position] != "}":
-        key, position = decoder.raw_decode(text, position)
-        position = _skip_space(text, _skip_space(text, position) + 1)  # over the colon
-        if key == "data":
-            found = position
-        _, position = decoder.raw_decode(text, position)
-        position = _skip_space(text, position)
-        if text[position] == ",":
-            position = _skip_space(text, position + 1)
-    return found
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions: dict[int, list[int]] = {}
+        # Around the items the module's scanner in Python, which calls `parse_array`; the items by that in C.
+        self._scan_item: Callable[[str, int], tuple[Any, int]] = self.scan_once  # type: ignore[has-type]
+        self.parse_array = self._parse_list
+        self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
 
+    def _parse_list(self, text_and_start: tuple[str, int], _: Any) -> tuple[list[Any], int]:
+        positions: list[int] = []
 
-def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
+        def scan_item(text: str, position: int) -> tuple[Any, int]:
+            positions.append(position)
+            return self._scan_item(text, position)
+
+        items, end = json.decoder.JSONArray(text_and_start, scan_item)  # type: ignore[attr-defined]
+        self.positions[id(items)] = positions
+        return items, end
 
 
 def _read_csv(file: Path) -> list[Row]:

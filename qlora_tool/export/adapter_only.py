@@ -20,7 +20,7 @@ from qlora_tool.artifacts import base_folder
 from qlora_tool.errors import UserError
 from qlora_tool.export.beside import TOKENIZER_FILES, copy_files
 from qlora_tool.files.atomic import write_json
-from qlora_tool.files.tensors import TensorSpec, write_tensors
+from qlora_tool.files.tensors import write_all
 
 if TYPE_CHECKING:
     from qlora_tool.artifacts import Artifact
@@ -71,10 +71,9 @@ def base_name(artifact: Artifact) -> str:
 
 def _write_portable(stored: StoredAdapter, base: str, revision: str | None, folder: Path) -> dict[str, Any]:
     tensors, rank = portable_tensors(stored)
-    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    write_tensors(folder / WEIGHTS_NAME, specs, tensors.items(), {"format": "pt"})
+    write_all(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
     write_json(folder / CONFIG_NAME, _portable_config(stored, rank, base, revision), sort_keys=True)
-    return {"r": rank, "dtype": str(specs[0].dtype).removeprefix("torch.")}
+    return {"r": rank, "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch.")}
 
 
 def portable_tensors(stored: StoredAdapter) -> tuple[dict[str, Tensor], int]:

@@ -8,13 +8,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+from yaml import YAMLError
 
 from qlora_tool._version import __version__
 from qlora_tool.artifacts import Artifact
 from qlora_tool.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
     from qlora_tool.export.proof import Proof
 
 _PIPELINE = """```python
@@ -69,10 +71,12 @@ def model_card(
         chat: whether the tokenizer has a chat template.
         proof: how the files compare with the live model; None where nobody asked.
     """
+    from huggingface_hub import ModelCard
+
     base = result["base"] if _format(result).startswith("adapter") else artifact.model.name_or_path
     licence = _licence(base_folder)
     sections = [
-        f"---\n{yaml.safe_dump(_header(artifact, licence, result), sort_keys=False)}---",
+        f"---\n{_header(artifact, licence, result)}\n---",
         f"# {Path(result['output_dir']).name}",
         f"`{base}`, fine-tuned with its weights {_quantization(artifact)} and {_exported(result)} by qlora-tool "
         f"{__version__}.",
@@ -83,19 +87,23 @@ def model_card(
     ]
     if licence is None:
         sections.append("The base states no licence in its files: see where it comes from before you pass this on.")
-    return "\n\n".join(sections) + "\n"
+    return str(ModelCard("\n\n".join(sections) + "\n"))
 
 
-def _header(artifact: Artifact, licence: str | None, result: dict[str, Any]) -> dict[str, Any]:
+def _header(artifact: Artifact, licence: str | None, result: dict[str, Any]) -> ModelCardData:
+    from huggingface_hub import ModelCardData
+
     library = {"gguf": "gguf", "adapter": "peft", "adapter-portable": "peft"}.get(_format(result), "transformers")
-    header: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     base = artifact.model.name_or_path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
-        header["base_model"] = base
-        header["base_model_relation"] = "adapter" if library == "peft" else "finetune"
-    header["license"] = licence or "unknown"
-    header["tags"] = ["qlora-tool", artifact.adapter.method.name]
-    return header
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    return ModelCardData(
+        base_model=base if on_hub else None,
+        base_model_relation=("adapter" if library == "peft" else "finetune") if on_hub else None,
+        library_name=library,
+        pipeline_tag="text-generation",
+        license=licence or "unknown",
+        tags=["qlora-tool", artifact.adapter.method.name],
+    )
 
 
 def _format(result: dict[str, Any]) -> str:
@@ -167,12 +175,15 @@ def _quantization(artifact: Artifact) -> str:
 
 def _licence(folder: Path) -> str | None:
     """What the header of the base's card says, else its config.json."""
+    from huggingface_hub import metadata_load
+
     card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
-    header = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
-    found = re.search(r"^license:[ \t]*[\"']?([^\s\"']+)", header[1], re.MULTILINE) if header else None
-    if found:
-        return found[1]
+    try:
+        header = metadata_load(card) if card.exists() else None
+    except (ValueError, YAMLError):  # not UTF-8, not YAML or no mapping: as good as none
+        header = None
+    if isinstance(found := (header or {}).get("license"), str):
+        return found
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return config.get("license")
 

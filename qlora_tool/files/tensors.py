@@ -1,8 +1,9 @@
-"""safetensors files read and written one tensor at a time.
+"""safetensors files: small ones in one call by the library, large ones one tensor at a time.
 
-The library's reader maps a file into memory, where every page touched counts as the process's own; its writer takes
-all tensors of a file at once. Here a tensor is read into its own buffer, and written as soon as it is made: memory
-holds one tensor, whatever the size of the file.
+`read_all` and `write_all` serve adapters and checkpoints. Models are streamed: a tensor is written as soon as it is
+made, where the library's writer takes all of a file at once; and it is read into a buffer of PyTorch's, where the
+library's reader maps the file (every page touched counts as the process's own) or reads into memory of Python's, which
+is not aligned to the 64 bytes that oneMKL asks for to give the same bits again.
 
 Format: 8 bytes little-endian length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, the data
 (https://github.com/huggingface/safetensors#format).
@@ -14,11 +15,15 @@ import contextlib
 import ctypes
 import json
 import math
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora_tool.errors import UserError, did_you_mean
@@ -126,44 +131,37 @@ def _checkpoint_files(folder: Path) -> list[Path]:
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
-    """The entries of one safetensors file, checked against the file's size."""
-    size = file.stat().st_size
+    """The tensors of one safetensors file, in its order.
+
+    Raises:
+        UserError: the library refuses the header, or the file is not as long as its header says; a dtype without
+            counterpart in PyTorch.
+    """
+    with _refusals(file), safe_open(file, "pt", backend="pread"):
+        pass
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise UserError(f"{file}: truncated or no safetensors file ({size} bytes); download it again")
-        try:
-            header = dict(json.loads(stream.read(length)))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{file}: its header is not JSON ({error}); download it again") from error
+        header: dict[str, dict] = json.loads(stream.read(length))
     header.pop("__metadata__", None)
-    entries = {name: _read_entry(file, name, entry, 8 + length) for name, entry in header.items()}
-    expected = max((entry.stop for entry in entries.values()), default=8 + length)
-    if size < expected:
-        raise UserError(
-            f"{file}: truncated: its header promises {expected} bytes, the file has {size}; download it again"
-        )
+    entries = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(f"{file}: tensor {name} has dtype {entry['dtype']}, which is not supported")
+        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        entries[name] = TensorEntry(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start, stop)
     return entries
 
 
-def _read_entry(file: Path, name: str, entry: dict, data: int) -> TensorEntry:
-    """What the header says of one tensor; `data` is where the data begin."""
+@contextlib.contextmanager
+def _refusals(file: Path) -> Iterator[None]:
+    """Turn the library's refusal of `file` into a line."""
     try:
-        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if dtype not in _DTYPES:
-            raise UserError(f"{file}: tensor {name} has dtype {dtype}, which is not supported")
-        if start < 0 or stop - start != math.prod(shape) * _DTYPES[dtype].itemsize:
-            raise ValueError(f"{stop - start} bytes from {start} for {dtype} {list(shape)}")
-        return TensorEntry(file, _DTYPES[dtype], shape, data + start, data + stop)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: its header is broken at tensor {name} ({error!r}); download it again") from error
-
-
-def read_metadata(file: Path) -> dict[str, str]:
-    """The file's `__metadata__`, empty where it has none."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return header.get("__metadata__", {})
+        yield
+    except SafetensorError as error:
+        reason = " ".join(str(error).split()).removeprefix("Error while deserializing header: ")
+        raise UserError(
+            f"{file}: truncated, or not a safetensors file ({reason}; {file.stat().st_size} bytes); download it again"
+        ) from error
 
 
 def read_tensor(entry: TensorEntry, device: torch.device | str = "cpu") -> Tensor:
@@ -180,9 +178,50 @@ def read_tensor(entry: TensorEntry, device: torch.device | str = "cpu") -> Tenso
     return buffer.view(entry.dtype).reshape(entry.shape).to(device)
 
 
-def read_all(file: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Every tensor of one (small) file."""
-    return {name: read_tensor(entry, device) for name, entry in read_header(file).items()}
+def read_all(file: Path) -> dict[str, Tensor]:
+    """Every tensor of one (small) file, on the CPU, in the order of their names.
+
+    Raises:
+        UserError: as `read_header`.
+    """
+    names = sorted(read_header(file))
+    with _refusals(file), safe_open(file, "pt", backend="pread") as stored:
+        return {name: stored.get_tensor(name).clone() for name in names}  # a clone's memory is aligned
+
+
+def write_all(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one (small) file, in the library's order: by dtype, then by name. The caller hands in a path that is
+    renamed afterwards, itself or its folder.
+
+    Args:
+        tensors: on any device; views and shared memory are written out.
+        metadata: with one entry at most, the same tensors give the same bytes; the library shuffles several.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    file.touch()
+    mode = file.stat().st_mode
+    try:
+        save_file(_apart(tensors), file, dict(metadata))
+    except SafetensorError as error:
+        if code := re.search(r"os error (\d+)", str(error)):
+            number = int(code[1])
+            raise OSError(number, os.strerror(number), str(file), number) from error
+        raise
+    file.chmod(mode)  # the library's file is its owner's alone
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors contiguous, each in memory of its own: the library refuses others."""
+    result: dict[str, Tensor] = {}
+    storages = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return result
 
 
 @dataclass(frozen=True)
@@ -228,7 +267,7 @@ def encoded_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> 
             "shape": list(spec.shape),
             "data_offsets": [offset, offset := offset + spec.nbytes],
         }
-    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)  # the data begins on 8 bytes
     return len(encoded).to_bytes(8, "little") + encoded
 

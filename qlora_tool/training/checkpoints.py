@@ -13,7 +13,7 @@ import torch
 
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import replacing_folder, write_json
-from qlora_tool.files.tensors import TensorSpec, read_all, write_tensors
+from qlora_tool.files.tensors import read_all, write_all
 
 if TYPE_CHECKING:
     from qlora_tool.adapters.attach import AdapterSet
@@ -56,10 +56,8 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `progress.step`, then remove the oldest ones beyond `limit`."""
     path = folder.checkpoint(progress.step)
-    tensors = {name: tensor.detach() for name, tensor in adapters.tensors().items()}
     with replacing_folder(path) as temporary:
-        specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-        write_tensors(temporary / "adapter.safetensors", specs, tensors.items(), {"format": "pt"})
+        write_all(temporary / "adapter.safetensors", adapters.tensors(), {"format": "pt"})
         # Given a path, torch.save tells a full disk by an error that does not say so.
         with (temporary / "optimizer.pt").open("wb") as stream:
             torch.save({"optimizer": optimizer.state_dict(), "random": _random_state()}, stream)

@@ -77,10 +77,26 @@ def test_json_with_a_data_list_and_json_with_a_row_a_line(tmp_path):
     assert places(source) == [(", line 1", rows[0]), (", line 2", rows[1])]
 
 
+def test_json_in_spite_of_bom_odd_line_ends_and_long_rows(tmp_path):
+    rows = [{"text": "a\u2028b\x85"}, {"text": "c" * 5_000_000, "deep": [[{"data": [1]}]]}, {"text": ""}]
+    first, second, third = (json.dumps(row, ensure_ascii=False) for row in rows)
+    text = f"\r\n[{first},\r\n\r\n\t{second} ,{third}\r\n]\r\n"
+    source = write(tmp_path, "rows.json", b"\xef\xbb\xbf" + text.encode())
+    assert places(source) == [(f", line {n} (row {i + 1})", rows[i]) for i, n in enumerate([2, 4, 4])]
+
+
+def test_of_two_data_lists_the_last_one_counts_as_for_json(tmp_path):
+    text = '{"data": [{"text": "a"}, {"text": "b"}],\n "d\\u0061ta": [\n{"text": "c"}]}'
+    assert json.loads(text) == {"data": [{"text": "c"}]}
+    assert places(write(tmp_path, "rows.json", text)) == [(", line 3 (row 1)", {"text": "c"})]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ('[{"text": "a"},\n {"text": }]', ", line 2: not JSON (Expecting value, column 11)"),
+        ('[{"text": "a"},\n {"text": "b"}', ", line 2: not JSON (Expecting ',' delimiter, column 15)"),
+        ('[{"text": "a"}]\n[]', ", line 2: not JSON (Extra data, column 1)"),
         ('[{"text": "a"},\n 5]', ", line 2 (row 2): a number, expected an object"),
         ('{"rows": [], "size": 3}', ": an object with the keys rows, size; expected a list of objects"),
         ('"text"', ": a string; expected a list of objects"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import warnings
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from tiny_adapters import IDS, artifact_of, write_adapter, write_chat_base, write_peft_adapter
@@ -20,7 +22,7 @@ from qlora_tool.errors import UserError
 from qlora_tool.export.gguf.families import FAMILIES, find_family
 from qlora_tool.export.gguf.settings import rope_tensors
 from qlora_tool.export.gguf.tokenizer import BYTE, CONTROL, UNUSED, USER_DEFINED, read_tokenizer
-from qlora_tool.export.gguf.write import _q8_0, refuse_unwritable, write_gguf
+from qlora_tool.export.gguf.write import quantized_blocks, refuse_unwritable, write_gguf
 
 
 @torch.no_grad()
@@ -65,13 +67,48 @@ def test_the_other_types_round_as_they_should(gguf_type, rounding, tmp_path):
     assert relative_error(logits_of(file), rounded_reference(artifact, base, tmp_path, rounding)) < 1e-5
 
 
-def test_eight_bits_are_the_gguf_packages_own(tmp_path):
-    values = torch.randn(7, 96, generator=torch.Generator().manual_seed(0))
-    values[0, :32], values[1, 0] = 0, 300
-    values[2, :32] = torch.arange(32) - 15.5  # halves, which are rounded away from zero
-    values[2, 0] = 127
-    expected = gguf.quantize(values.numpy(), gguf.GGMLQuantizationType.Q8_0)
-    assert _q8_0(values).tobytes() == expected.tobytes()
+def q8_0_by_formula(values: torch.Tensor) -> np.ndarray:
+    """As ggml-quants.c writes it (quantize_row_q8_0_ref), number by number in fp32: d = max |x| / 127, halves of x / d
+    rounded away from zero."""
+    blocks = []
+    for block in values.numpy().reshape(-1, 32):
+        d = np.abs(block).max() / np.float32(127)
+        inverse = np.float32(1) / d if d else np.float32(0)
+        scaled = [float(x * inverse) for x in block]  # exact in double, as are the sums with a half
+        whole = [int(math.copysign(math.floor(abs(x) + 0.5), x)) for x in scaled]
+        blocks.append(d.astype(np.float16).tobytes() + np.array(whole, np.int8).tobytes())
+    return np.frombuffer(b"".join(blocks), np.uint8)
+
+
+def edge_values() -> torch.Tensor:
+    values = torch.randn(2000, 96, generator=torch.Generator().manual_seed(0))
+    values[0, :32], values[1, 0], values[2, :32] = 0, 300, -0.0
+    values[3, :32] = torch.arange(32) - 15.5  # halves
+    values[4, :32] = 0.49999997  # the number below a half: added to one, it rounds up in fp32
+    values[3:5, 0] = 127
+    values[5] *= 1e-30
+    values[6] = values[6].bfloat16().float()
+    values[7] *= 8e6  # a scale at the edge of fp16
+    return values
+
+
+@pytest.mark.parametrize("rows", [700, 2000])  # three pieces, the last one smaller; or all at once
+def test_eight_bits_are_llama_cpps(rows):
+    with warnings.catch_warnings(), np.errstate(over="ignore"):
+        warnings.simplefilter("error")
+        found = quantized_blocks(edge_values(), gguf.GGMLQuantizationType.Q8_0, at_a_time=rows * 96)
+        assert found.shape == (2000, 96 // 32 * 34)
+        assert np.array_equal(found.ravel(), q8_0_by_formula(edge_values()))
+
+
+@pytest.mark.parametrize("size", [1e-40, 1.4e-45])
+def test_weights_too_small_for_a_scale_become_zero_without_a_word(size):
+    values = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)) * size
+    kind = gguf.GGMLQuantizationType.Q8_0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        blocks = quantized_blocks(values, kind)
+    assert not gguf.dequantize(blocks, kind).any()
 
 
 def test_types_of_tensors(tmp_path):

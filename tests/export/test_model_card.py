@@ -123,6 +123,11 @@ def test_an_adapter_by_itself_tells_what_it_knows(base: Path, tmp_path: Path):
         ('---\ntags: [a]\nlicense: "mit"\n---\n', {}, "mit"),
         ("---\nlicense:\n- mit\n---\n", {"license": "cc-by-4.0"}, "cc-by-4.0"),
         ("# No header\n\nlicense: see below\n", {}, None),
+        ("---\nlicense: [\n---\n", {"license": "mit"}, "mit"),
+        ("---\n- license\n---\n", {}, None),
+        ("---\nlicense: caf\xe9\n---\n", {}, None),
+        ("---\r\nlicense: mit\r\n---\r\n# Text\r\n", {}, "mit"),
+        ("---\n---\n", {}, None),
         (None, {"license": "mit"}, "mit"),
     ],
 )
@@ -131,7 +136,7 @@ def test_the_licence_is_the_bases(base: Path, run: Path, tmp_path: Path, readme,
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     if readme is not None:
-        (folder / "README.md").write_text(readme)
+        (folder / "README.md").write_bytes(readme.encode("latin-1"))
     card = model_card(artifact_of(run), folder, RESULT, chat=True)
     assert header(card)["license"] == (expected or "unknown")
     assert ("The base states no licence" in card) == (expected is None)
@@ -147,10 +152,15 @@ def test_a_base_from_the_hub_is_linked(base: Path, run: Path):
 
 
 def test_hubs_read_the_header(base: Path, run: Path):
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import ModelCard
 
-    read = ModelCardData(**header(model_card(artifact_of(run), base, RESULT, chat=True)))
-    assert (read.library_name, read.license, read.pipeline_tag) == ("transformers", "unknown", "text-generation")
+    card = model_card(artifact_of(run), base, RESULT, chat=True)
+    read = ModelCard(card)
+    assert (read.data.library_name, read.data.license, read.data.pipeline_tag) == (
+        "transformers", "unknown", "text-generation",
+    )  # fmt: skip
+    assert read.text.startswith("\n# mine\n\n`") and not read.text.endswith("\n\n")
+    assert model_card(artifact_of(run), base, RESULT, chat=True) == card
 
 
 def test_gguf_is_loaded_by_ollama_and_transformers(base: Path, run: Path):

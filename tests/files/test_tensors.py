@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 
 import pytest
@@ -17,10 +19,10 @@ from qlora_tool.files.tensors import (
     missing_names,
     read_all,
     read_header,
-    read_metadata,
     read_tensor,
     shard_name,
     shards,
+    write_all,
     write_tensors,
 )
 
@@ -82,11 +84,21 @@ def test_the_library_reads_what_is_written(tmp_path):
 
 
 def test_what_the_library_writes_is_read(tmp_path):
-    safetensors.torch.save_file(tensors(), tmp_path / "theirs.safetensors", {"format": "pt", "key": "ü"})
-    assert_same(read_all(tmp_path / "theirs.safetensors"), tensors())
-    assert read_metadata(tmp_path / "theirs.safetensors") == {"format": "pt", "key": "ü"}
-    safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "bare.safetensors")
-    assert read_metadata(tmp_path / "bare.safetensors") == {}
+    safetensors.torch.save_file(tensors(), tmp_path / "model.safetensors", {"format": "pt", "key": "ü"})
+    assert_same(read_all(tmp_path / "model.safetensors"), tensors())
+    checkpoint = Checkpoint(tmp_path)
+    assert_same({name: checkpoint.read(name) for name in checkpoint}, tensors())
+    assert list(read_all(tmp_path / "model.safetensors")) == sorted(tensors())
+
+
+def test_a_streamed_file_is_the_librarys_byte_for_byte(tmp_path):
+    """Written in the order that the library chose."""
+    named = tensors()
+    content = safetensors.torch.save(named, {"format": "pt"})
+    (length,) = struct.unpack("<Q", content[:8])
+    order = [name for name in json.loads(content[8 : 8 + length]) if name != "__metadata__"]
+    write(tmp_path / "ours", {name: named[name] for name in order})
+    assert (tmp_path / "ours").read_bytes() == content
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path):
@@ -98,6 +110,55 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
     (length,) = struct.unpack("<Q", content[:8])
     assert (8 + length) % 8 == 0
     assert list(json.loads(content[8 : 8 + length])) == ["__metadata__", *named]
+
+
+# -------------------------------------------------------------------------------------------- files written in one go
+
+
+def test_a_small_file_is_the_librarys(tmp_path):
+    write_all(tmp_path / "ours", tensors(), {"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == safetensors.torch.save(tensors(), {"format": "pt"})
+    backwards = dict(reversed([(name, tensor.clone()) for name, tensor in tensors().items()]))
+    write_all(tmp_path / "again", backwards, {"format": "pt"})
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "ours").read_bytes()
+
+
+def test_tensors_that_share_memory_are_written_each(tmp_path):
+    """As tied parameters, slices and turned weights do; nothing of autograd is in the way."""
+    value = torch.arange(24.0).view(4, 6)
+    parameter = torch.nn.Parameter(value)
+    named = {"one": parameter, "two": parameter, "turned": value.t(), "rows": value[1:3], "columns": value[:, ::2]}
+    write_all(tmp_path / "file", named, {"format": "pt"})
+    expected = {name: tensor.detach().contiguous().clone() for name, tensor in named.items()}
+    assert_same(safetensors.torch.load_file(tmp_path / "file"), expected)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_a_small_file_may_be_read_by_whom_other_files_may(tmp_path):
+    (tmp_path / "other").touch()
+    write_all(tmp_path / "file", {"a": torch.ones(1)}, {"format": "pt"})
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_what_the_disk_refuses_is_an_error_of_the_system(tmp_path):
+    """By which a full disk is told from other faults; the library puts the number into words."""
+    resource = pytest.importorskip("resource")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limit[1]))
+        with pytest.raises(OSError) as raised:
+            write_all(tmp_path / "file", {"a": torch.ones(1 << 16)}, {"format": "pt"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(tmp_path / "file"))
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_tensor_of_a_small_file_is_in_aligned_memory_of_its_own(tmp_path):
+    write_all(tmp_path / "file", {str(size): torch.ones(size) for size in range(1, 40)}, {"format": "pt"})
+    before = (tmp_path / "file").read_bytes()
+    assert {tensor.add_(1).data_ptr() % 64 for tensor in read_all(tmp_path / "file").values()} == {0}
+    assert (tmp_path / "file").read_bytes() == before
 
 
 def test_a_tensor_that_is_a_view_is_written_as_it_reads(tmp_path):
@@ -238,21 +299,21 @@ def test_a_truncated_file_is_named(tmp_path, keep):
     write(file, {"a": torch.ones(100), "b": torch.ones(100)})
     content = file.read_bytes()
     file.write_bytes(content[:keep])
-    line = fault(Checkpoint, tmp_path)
-    assert line.startswith(f"{file}: truncated")
-    assert "download it again" in line
+    for line in (fault(Checkpoint, tmp_path), fault(read_all, file)):
+        assert line.startswith(f"{file}: truncated")
+        assert line.endswith(f"{len(content[:keep])} bytes); download it again")
 
 
 def test_a_pointer_of_git_lfs_is_no_safetensors_file(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
-    assert "no safetensors file" in fault(Checkpoint, tmp_path)
+    assert "not a safetensors file" in fault(Checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"not json", b"[1, 2]", b"3", b"\xff\xfe{}", b"null"])
 def test_a_header_that_is_no_object_is_named(tmp_path, content):
     header(tmp_path / "file", content)
-    assert fault(read_header, tmp_path / "file").startswith(f"{tmp_path / 'file'}: its header is not")
+    assert fault(read_header, tmp_path / "file").startswith(f"{tmp_path / 'file'}: truncated, or not a safetensors")
 
 
 @pytest.mark.parametrize(
@@ -272,14 +333,25 @@ def test_a_header_that_is_no_object_is_named(tmp_path, content):
         {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]},
     ],
 )
-def test_a_header_with_a_broken_entry_names_the_tensor(tmp_path, entry):
+def test_a_header_with_a_broken_entry_is_refused(tmp_path, entry):
     header(tmp_path / "file", {"__metadata__": {}, "the.tensor": entry}, b"\0" * 8)
-    assert "broken at tensor the.tensor" in fault(read_header, tmp_path / "file")
+    for read in (read_header, read_all):
+        assert fault(read, tmp_path / "file").startswith(f"{tmp_path / 'file'}: truncated, or not a safetensors file (")
+
+
+@pytest.mark.parametrize(("start", "size"), [(4, 8), (0, 9)])
+def test_bytes_that_belong_to_no_tensor_are_refused(tmp_path, start, size):
+    entry = {"dtype": "U8", "shape": [4], "data_offsets": [start, start + 4]}
+    header(tmp_path / "file", {"a": entry}, b"\0" * size)
+    assert "truncated, or not a safetensors file" in fault(read_header, tmp_path / "file")
 
 
 def test_an_unknown_dtype_is_named(tmp_path):
     header(tmp_path / "file", {"a": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}, b"\0\0")
-    assert "tensor a has dtype F4" in fault(read_header, tmp_path / "file")
+    for read in (read_header, read_all):
+        assert "tensor a has dtype F4" in fault(read, tmp_path / "file")
+    header(tmp_path / "file", {"a": {"dtype": "Q9", "shape": [4], "data_offsets": [0, 2]}}, b"\0\0")
+    assert "`Q9`" in fault(read_header, tmp_path / "file")
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path):

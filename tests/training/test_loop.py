@@ -10,6 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_adapters import write_peft_adapter
 from tiny_models import read_by_transformers
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer
 from qlora_tool.build import Setup
 from qlora_tool.config import load_config
 from qlora_tool.errors import MachineError, UserError
+from qlora_tool.files import tensors
 from qlora_tool.training import loop
 from qlora_tool.training.loop import train
 from qlora_tool.training.progress import Speed
@@ -205,20 +207,29 @@ def test_only_the_newest_checkpoints_are_kept(config, tmp_path, limit, kept):
 
 
 class DiskFullAt:
-    """Lets the kernel refuse what is written to files of a name, from the `count`-th one on: they are /dev/full."""
+    """Lets the kernel refuse what is written to files of a name, from the `count`-th one on: they are /dev/full.
+    safetensors puts a new file in a name's place, a device's too; its error on a full disk is raised in its stead."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, count: int):
         self.name, self.count = name, count
-        self.open = Path.open
+        self.open, self.save = Path.open, tensors.save_file
         monkeypatch.setattr(Path, "open", lambda path, *arguments, **options: self(path, *arguments, **options))
+        monkeypatch.setattr(tensors, "save_file", self.save_file)
 
     def __call__(self, path: Path, mode: str = "r", *arguments, **options):
-        if path.name == self.name and mode[0] in "wa":
-            self.count -= 1
-            if self.count <= 0:
-                path.touch()
-                return self.open(Path("/dev/full"), mode, *arguments, **options)
+        if mode[0] in "wa" and self.refuses(path):
+            path.touch()
+            return self.open(Path("/dev/full"), mode, *arguments, **options)
         return self.open(path, mode, *arguments, **options)
+
+    def save_file(self, named, path: Path, metadata):
+        if self.refuses(path):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        self.save(named, path, metadata)
+
+    def refuses(self, path: Path) -> bool:
+        self.count -= path.name == self.name
+        return path.name == self.name and self.count <= 0
 
 
 full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")

@@ -293,7 +293,7 @@ def test_a_checkpoint_by_itself_that_does_not_fit(config, tmp_path):
     with pytest.raises(UserError) as error:
         train(config("other", adapter__target_modules=["q_proj"]), resume=str(alone))
     assert error.value.lines[0].startswith(
-        f"{alone}: tensor model.layers.0.self_attn.k_proj.lora_A.weight fits nothing"
+        f"{alone}: tensor model.layers.0.mlp.down_proj.lora_A.weight fits nothing"
     )
 
 

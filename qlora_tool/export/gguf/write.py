@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from qlora_tool.export.merge import MergedModel
 
 GGUF_TYPES = ("f16", "bf16", "q8_0")
-_Q8_0_ROWS = 1 << 22  # weights quantized at a time
 
 
 def refuse_unwritable(config) -> None:
@@ -138,10 +137,9 @@ def _stored_type(name: str, shape: tuple[int, ...], gguf_type: str) -> GGMLQuant
 
 
 def _nbytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
-    import gguf
+    from gguf.quants import quant_shape_to_byte_shape
 
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    return math.prod(shape) // block * size
+    return math.prod(quant_shape_to_byte_shape(shape, kind))
 
 
 def _file_type(gguf_type: str) -> int:
@@ -178,22 +176,30 @@ def _write_group(writer, tensors: dict[str, Tensor], expected: Iterator[tuple[st
 
 def _encoded(tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
     """The bytes of one tensor as an array."""
-    if kind.name == "Q8_0":
-        return _q8_0(tensor.float().contiguous())
-    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind.name]
+    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(kind.name)
+    if dtype is None:
+        return quantized_blocks(tensor.float(), kind)
     rounded = tensor.to(dtype).contiguous()
     return rounded.view(torch.int16).numpy() if dtype == torch.bfloat16 else rounded.numpy()
 
 
-def _q8_0(tensor: Tensor) -> np.ndarray:
-    """fp32 → blocks of 32: a scale in fp16 (largest value / 127) and 32 whole numbers, 34 bytes."""
-    flat = tensor.view(-1, 32)
-    result = torch.empty(flat.shape[0], 34, dtype=torch.uint8)
-    for part, out in zip(flat.split(_Q8_0_ROWS // 32), result.split(_Q8_0_ROWS // 32), strict=True):
-        scale = part.abs().amax(1, keepdim=True) / 127  # (blocks, 1)
-        inverse = torch.where(scale == 0, 0, 1 / scale)
-        values = part * inverse
-        values = (values.abs() + 0.5).floor_().copysign_(values)  # halves away from zero, as llama.cpp rounds
-        out[:, :2] = scale.half().view(torch.uint8)
-        out[:, 2:] = values.to(torch.int8).view(torch.uint8)
-    return result.numpy()
+def quantized_blocks(tensor: Tensor, kind: GGMLQuantizationType, at_a_time: int = 1 << 22) -> np.ndarray:
+    """Quantize by the gguf package, some rows at a time: a block is a scale in fp16 and small whole numbers.
+
+    Args:
+        tensor: fp32, (…, columns), columns a multiple of the block's size.
+        kind: what the package quantizes to, such as Q8_0.
+        at_a_time: weights; bounds the package's temporary arrays.
+
+    Returns:
+        uint8, (rows, bytes of a row).
+    """
+    from gguf import quants
+
+    rows = tensor.reshape(-1, tensor.shape[-1]).numpy()
+    result = np.empty(quants.quant_shape_to_byte_shape(rows.shape, kind), np.uint8)
+    step = max(1, at_a_time // rows.shape[1])
+    with np.errstate(over="ignore", invalid="ignore"):  # a block of denormals, whose scale is 0 in fp16
+        for start in range(0, len(rows), step):
+            result[start : start + step] = quants.quantize(rows[start : start + step], kind)
+    return result
