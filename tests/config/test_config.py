@@ -25,8 +25,8 @@ DOCUMENTED = """
 model: {name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct, revision: null, quantization: nf4, double_quant: true,
   embeddings: as_stored, compute_dtype: auto, device: auto, trust_remote_code: false, keep_quantized: false}
 adapter: {method: lora, r: 16, lora_alpha: 32, lora_dropout: 0.0, target_modules: all-linear, exclude_modules: [],
-  modules_to_save: [], bias: none, use_rslora: false, init_lora_weights: default, rank_pattern: {}, alpha_pattern: {},
-  init_from: null}
+  modules_to_save: [], bias: none, rank_pattern: {}, alpha_pattern: {}, init_from: null,
+  use_rslora: false, init_lora_weights: default}
 data: {train: data/train.jsonl, eval: null, format: auto, train_on: completion, max_length: 2048, packing: true,
   padding_free: true, shuffle: true, chat_template: null}
 training: {output_dir: runs/my-model, num_train_epochs: 1, max_steps: -1, per_device_train_batch_size: 4,
@@ -102,7 +102,7 @@ def test_every_kind_of_mistake_is_reported_at_once(write):
     assert lines == [
         "c.yaml, line 9: 'max_steps' stands twice; keep one",
         "c.yaml: modle: unknown key; did you mean 'model'?",
-        "c.yaml: adapter: expected a mapping of keys, found a list",
+        "c.yaml: adapter: expected a mapping of keys, found an empty list",
         "--set optim: expected KEY=VALUE, such as --set training.max_steps=20",
         "--set data.train=[: not valid YAML: while parsing a flow node, expected the node content, "
         "but found '<stream end>'; put it in quotes",
@@ -110,8 +110,8 @@ def test_every_kind_of_mistake_is_reported_at_once(write):
         "--set training.warmup_steps: expected a number of at least 0 (below 1 a share, from 1 on a whole number), "
         "found -1",
         "--set training.output_dr: unknown key; did you mean 'output_dir'?",
-        "c.yaml: data.train_on: completion cannot go with data.format text, which is trained whole; "
-        "leave it out, or set it to all",
+        "c.yaml: data.train_on: completion cannot go with data.format text, which is trained on every token; "
+        "leave it out or set all",
     ]
 
 
@@ -226,7 +226,7 @@ def test_names_that_other_tools_use(write):
         (
             "adapter: {modules_to_save: [norm, model.embed_tokens]}",
             ["model.embeddings=int8"],
-            "--set model.embeddings: int8, but adapter.modules_to_save trains 'model.embed_tokens' whole; leave one",
+            "--set model.embeddings: int8, but adapter.modules_to_save trains 'model.embed_tokens' in full; leave one",
         ),
     ],
 )

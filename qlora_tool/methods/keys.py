@@ -1,0 +1,93 @@
+"""What classes of configuration keys are made of: their base, and the kinds of numbers.
+
+    class LohaKeys(MethodKeys):
+        rank_dropout: Share = 0.0
+        \"\"\"Shown in docs/configuration.md and by editors.\"\"\"
+
+`qlora_tool.config` builds its sections from the same; it is above the methods, which therefore do not import it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from enum import Enum
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WrapValidator
+
+# YAML 1.1 reads `2e-4`, which has no dot, as text.
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+class Mark(Enum):
+    """What else is known of a key, written in its annotation: `Annotated[Count, Mark.NOT_IN_MEMORY]`."""
+
+    NOT_IN_MEMORY = "no tensor of a training step depends on it, or only through the shape of the batch"
+    FREE_ON_RESUME = "a run may be resumed with another value: its numbers stay the same"
+
+
+class Keys(BaseModel):
+    """A class of keys: values cannot be changed, unknown keys are errors, the text below a key describes it.
+
+    Values are taken as YAML gives them: true is no number, 16 no text.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+    marks: ClassVar[frozenset[Mark]] = frozenset()
+    """Marks of every key of the class."""
+
+
+class MethodKeys(Keys):
+    """Keys of the section `adapter` that not every method reads. Methods may share a class, or a base of it."""
+
+    not_read: ClassVar[frozenset[str]] = frozenset()
+    """Keys of every adapter that this method does not read all the same, such as `bias`."""
+
+
+def to_number(value: Any) -> Any:
+    """Text that is a finite number (`2e-4`, `16`) as that number, anything else as it is."""
+    if not isinstance(value, str) or not _NUMBER.fullmatch(text := value.strip()):
+        return value
+    number = int(text) if text.lstrip("+-").isdigit() else float(text)
+    return number if math.isfinite(number) else value
+
+
+def _to_whole(value: Any) -> Any:
+    value = to_number(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _as_written(value: Any, check: Callable[[Any], float]) -> float:
+    """32 stays 32, and is written back so, where a float is as good."""
+    value = to_number(value)
+    checked = check(value)
+    return value if isinstance(value, int) else checked
+
+
+WHOLE, AS_WRITTEN = BeforeValidator(_to_whole), WrapValidator(_as_written)
+Count = Annotated[int, Field(ge=1), WHOLE]
+Positive = Annotated[float, Field(gt=0), AS_WRITTEN]
+NotNegative = Annotated[float, Field(ge=0), AS_WRITTEN]
+Share = Annotated[float, Field(ge=0, lt=1), AS_WRITTEN]
+_Start = Literal["default", "gaussian"]
+
+
+def _to_start(value: Any) -> Any:
+    """PEFT's true is what we call default."""
+    return "default" if value is True else value
+
+
+class LoraKeys(MethodKeys):
+    """Keys that LoRA and DoRA read."""
+
+    use_rslora: bool = False
+    """Scale the update by lora_alpha / sqrt(r) instead."""
+    init_lora_weights: Annotated[
+        _Start,
+        BeforeValidator(_to_start, json_schema_input_type=_Start | Literal[True]),
+    ] = "default"
+    """How A and B start."""
