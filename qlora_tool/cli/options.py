@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from qlora_tool.choices import ComputeDtype, Device, Quantization
+
 if TYPE_CHECKING:
     from qlora_tool.artifacts import BaseOptions
-
-_QUANTIZATIONS = click.Choice(["nf4", "fp4", "int8", "none"])
 
 
 def base_options(command: Callable) -> Callable:
     """`--model`, `--quantization` and `--double-quant`: the base of an adapter that does not say it all."""
     for option in (
         click.option("--double-quant/--no-double-quant", default=None, help="Whether its scales were quantized too."),
-        click.option("--quantization", type=_QUANTIZATIONS, help="How the base was quantized."),
+        click.option("--quantization", type=click.Choice(get_args(Quantization)), help="How the base was quantized."),
         click.option("--model", metavar="BASE", help="The base; by default what the adapter names."),
     ):
         command = option(command)
@@ -27,9 +27,9 @@ def base_options(command: Callable) -> Callable:
 def device_options(command: Callable) -> Callable:
     """`--device` and `--compute-dtype`."""
     for option in (
-        click.option("--compute-dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto",
-                     show_default=True, help="What products run in."),
-        click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
+        click.option("--compute-dtype", type=click.Choice(get_args(ComputeDtype)), default="auto", show_default=True,
+                     help="The dtype of matrix products."),
+        click.option("--device", type=click.Choice(get_args(Device)), default="auto", show_default=True,
                      help="Where it runs."),
     ):  # fmt: skip
         command = option(command)

@@ -21,12 +21,14 @@ from qlora_tool.config.keys import (
 )
 from qlora_tool.config.reading import config_to_yaml, load_config, with_values
 from qlora_tool.config.types import parse_size
+from qlora_tool.methods.keys import Mark
 
 __all__ = [
     "SECTIONS",
     "AdapterConfig",
     "Config",
     "DataConfig",
+    "Mark",
     "ModelConfig",
     "TrainingConfig",
     "choices",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, ca
 
 from pydantic import BeforeValidator, ConfigDict, Field, create_model
 
+from qlora_tool.choices import ComputeDtype, DataFormat, Device, Quantization
 from qlora_tool.config.schema import choices_of, expected, json_schema, name_of, schemas_of
 from qlora_tool.config.types import Evaluation, ModuleNames, Pattern, Size, StepsOrShare, Text
 from qlora_tool.methods import method_keys
@@ -38,15 +39,15 @@ class ModelConfig(Keys):
     """Hub id, local folder, or `demo` (a small model that needs no hub)."""
     revision: Annotated[Text, Field(title="a branch, tag or commit of the hub")] | None = None
     """Branch, tag or commit on the hub."""
-    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    quantization: Quantization = "nf4"
     """How the base's linear weights are stored: 4-bit NormalFloat or float, 8-bit integers, or as they are."""
     double_quant: bool = True
     """Quantize the scales of the 4-bit weights too."""
     embeddings: Literal["as_stored", "int8"] = "as_stored"
     """How the input embeddings and the output projection are stored: as they are, or in 8-bit integers."""
-    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    compute_dtype: ComputeDtype = "auto"
     """The dtype of matrix products; auto picks what the device is fast in."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Device = "auto"
     """Where to run; auto is CUDA where there is a card."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
@@ -121,10 +122,11 @@ def adapter_config(methods: Mapping[str, type[MethodKeys]]) -> type[AdapterKeys]
             home = next(base for base in kind.__mro__ if key in inspect.get_annotations(base))
             if homes.setdefault(key, home) is not home:
                 raise TypeError(f"{home.__name__}.{key}: {homes[key].__name__} has a key of this name; share a base")
+    bases = [kind for kind in reversed(kinds) if not any(kind in other.__mro__[1:] for other in kinds)]
     names: Any = Literal[tuple(methods)]
     made: type[AdapterKeys] = create_model(
         "AdapterConfig",
-        __base__=cast(tuple[type[AdapterKeys], ...], (*reversed(kinds), AdapterKeys)),
+        __base__=cast(tuple[type[AdapterKeys], ...], (*bases, AdapterKeys)),
         __module__=__name__,
         __doc__="What is trained.",
         method=(names, AdapterKeys.model_fields["method"]),
@@ -152,7 +154,7 @@ class DataConfig(Keys):
     """A .json, .jsonl, .csv, .parquet or .txt file, a folder, or a hub id. Paths are relative to the current folder."""
     eval: Evaluation = None
     """The same; or a fraction of the training data, such as 0.02; or a mapping from names to files."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "dolly", "prompt_completion", "text"] = "auto"
+    format: DataFormat = "auto"
     """How rows are read; auto tells by their columns."""
     train_on: Literal["completion", "all"] = "completion"
     """Loss on the answers alone, or on every token. Of format text, every token is trained."""
@@ -183,7 +185,7 @@ class TrainingConfig(Keys):
     """Passes over the training data."""
     max_steps: Annotated[Count | Literal[-1], WHOLE, Mark.NOT_IN_MEMORY] = -1
     """Stop after this many optimizer steps; -1: num_train_epochs decides."""
-    per_device_train_batch_size: Count = 4
+    per_device_train_batch_size: Annotated[Count, Mark.NOT_IN_MEMORY] = 4
     """Rows in a forward and backward pass."""
     gradient_accumulation_steps: Count = 1
     """Passes in one optimizer step."""

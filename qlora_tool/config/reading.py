@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from qlora_tool.config.contradictions import contradictions
 from qlora_tool.config.keys import MAPPINGS, OTHER_NAMES, SECTIONS, Config
@@ -17,6 +16,9 @@ from qlora_tool.config.schema import schemas_of
 from qlora_tool.config.yaml_file import parse_file, yaml_problem
 from qlora_tool.errors import UserError, did_you_mean
 from qlora_tool.methods.keys import Keys
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
