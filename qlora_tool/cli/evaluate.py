@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import click
 
+from qlora_tool.choices import DataFormat
 from qlora_tool.cli import ToolCommand
 from qlora_tool.cli.options import base_options, device_options
-
-FORMATS = ("auto", "messages", "sharegpt", "alpaca", "dolly", "prompt_completion", "text")  # config.DATA_FORMATS
 
 
 @click.command(
@@ -23,7 +22,7 @@ FORMATS = ("auto", "messages", "sharegpt", "alpaca", "dolly", "prompt_completion
 @click.argument("run_or_model")
 @click.option("--data", multiple=True, required=True, metavar="FILE",
               help="What to score; repeatable, as NAME=FILE, for several sets.")  # fmt: skip
-@click.option("--format", type=click.Choice(FORMATS), default="auto", show_default=True,
+@click.option("--format", type=click.Choice(get_args(DataFormat)), default="auto", show_default=True,
               help="How rows are read, as in data.format.")  # fmt: skip
 @click.option("--max-length", type=click.IntRange(min=2), metavar="TOKENS",
               help="Tokens of a row at most; by default the run's, else 2048.")  # fmt: skip

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from qlora_tool.choices import Device
 from qlora_tool.cli import ToolCommand
 from qlora_tool.errors import UserError
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 )
 @click.argument("config")
 @click.option("--set", multiple=True, metavar="KEY=VALUE", help="Override one key; repeatable.")
-@click.option("--device", type=click.Choice(["cuda", "cpu"]),
+@click.option("--device", type=click.Choice([device for device in get_args(Device) if device != "auto"]),
               help="What to predict for; by default cuda, unless the configuration says cpu.")  # fmt: skip
 @click.option("--device-memory", metavar="24GB|CARD", help="What must suffice: a size, or a card such as rtx-4090.")
 @click.option("--measure", is_flag=True, help="Also run real steps, with made-up weights, and compare.")

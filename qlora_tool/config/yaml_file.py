@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
+from qlora_tool.config.messages import found
 from qlora_tool.config.recipes import find_recipe, recipe_names
-from qlora_tool.config.values import found
 from qlora_tool.errors import UserError, did_you_mean
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_tool._version import __version__
+from qlora_tool.config import memory_settings
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import write_json
 from qlora_tool.files.cache import cache_folder
@@ -131,13 +132,9 @@ def kept_prediction(config: Config, shape: BatchShape, device: torch.device) -> 
     """The prediction for a run's largest batch, made once: the same run asks again each time it is resumed."""
     dtype = choose_dtype(config.model.compute_dtype, device)
     model_config = _model_config(config)
-    settings = config.model_dump(mode="json")
-    for section, keys in {"data": ("train", "eval"), "training": ("output_dir", "learning_rate", "seed")}.items():
-        for key in keys:
-            settings[section].pop(key)
     target = CudaTarget.of(None) if device.type == "cuda" else None
-    identity = [__version__, torch.__version__, model_config.to_json_string(), settings, dataclasses.astuple(shape),
-                str(dtype), target and dataclasses.astuple(target)]  # fmt: skip
+    identity = [__version__, torch.__version__, model_config.to_json_string(), memory_settings(config),
+                dataclasses.astuple(shape), str(dtype), target and dataclasses.astuple(target)]  # fmt: skip
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
     file = cache_folder() / "predictions" / f"{digest}.json"
     try:

@@ -1,11 +1,75 @@
-"""The keys of a configuration that belong to one adapter method alone."""
+"""What classes of configuration keys are made of: their base, and the kinds of numbers.
+
+    class LohaKeys(MethodKeys):
+        rank_dropout: Share = 0.0
+        \"\"\"Shown in docs/configuration.md and by editors.\"\"\"
+
+`qlora_tool.config` builds its sections from the same; it is above the methods, which therefore do not import it.
+"""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import math
+import re
+from collections.abc import Callable
+from enum import Enum
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WrapValidator
+
+# YAML 1.1 reads `2e-4`, which has no dot, as text.
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
-class MethodKeys(BaseModel):
-    """A method's own keys of the section `adapter`, each with its type, bounds, default and docstring."""
+class Mark(Enum):
+    """What else is known of a key, written in its annotation: `Annotated[Count, Mark.NOT_IN_MEMORY]`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    NOT_IN_MEMORY = "no tensor of a training step depends on it, or only through the shape of the batch"
+    FREE_ON_RESUME = "a run may be resumed with another value: its numbers stay the same"
+
+
+class Keys(BaseModel):
+    """A class of keys: values cannot be changed, unknown keys are errors, the text below a key describes it.
+
+    Values are taken as YAML gives them: true is no number, 16 no text.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+    marks: ClassVar[frozenset[Mark]] = frozenset()
+    """Marks of every key of the class."""
+
+
+class MethodKeys(Keys):
+    """Keys of the section `adapter` that not every method reads. Methods may share a class, or a base of it."""
+
+    not_read: ClassVar[frozenset[str]] = frozenset()
+    """Keys of every adapter that this method does not read all the same, such as `bias`."""
+
+
+def to_number(value: Any) -> Any:
+    """Text that is a finite number (`2e-4`, `16`) as that number, anything else as it is."""
+    if not isinstance(value, str) or not _NUMBER.fullmatch(text := value.strip()):
+        return value
+    number = int(text) if text.lstrip("+-").isdigit() else float(text)
+    return number if math.isfinite(number) else value
+
+
+def _to_whole(value: Any) -> Any:
+    value = to_number(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _as_written(value: Any, check: Callable[[Any], float]) -> float:
+    """32 stays 32, and is written back so, where a float is as good."""
+    value = to_number(value)
+    checked = check(value)
+    return value if isinstance(value, int) else checked
+
+
+WHOLE, AS_WRITTEN = BeforeValidator(_to_whole), WrapValidator(_as_written)
+Count = Annotated[int, Field(ge=1), WHOLE]
+Positive = Annotated[float, Field(gt=0), AS_WRITTEN]
+NotNegative = Annotated[float, Field(ge=0), AS_WRITTEN]
+Share = Annotated[float, Field(ge=0, lt=1), AS_WRITTEN]

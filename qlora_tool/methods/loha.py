@@ -22,6 +22,12 @@ CHUNK = 1 << 20  # values of Δ that are made at a time
 _NOT_READ = {"rank_dropout": 0.0, "module_dropout": 0.0, "layer_replication": None}
 
 
+class LohaKeys(MethodKeys):
+    """LoHa has no keys of its own; PEFT's has neither dropout on the input nor biases."""
+
+    not_read = frozenset({"lora_dropout", "bias"})
+
+
 class Loha(Method):
     """y = x·W₀ᵀ + x·Δᵀ, Δ = s·(A₁B₁)∘(A₂B₂), A (out, r), B (r, in), s = α/r: of rank up to r².
 
@@ -31,8 +37,7 @@ class Loha(Method):
 
     name = "loha"
     peft_type = "LOHA"
-    keys = MethodKeys
-    without = frozenset({"lora_dropout", "bias"})  # PEFT's LoHa has neither
+    keys = LohaKeys
     peft_names: ClassVar[Mapping[str, str]] = {
         name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     }

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator
 
 from qlora_tool.errors import UserError
-from qlora_tool.methods.keys import MethodKeys
+from qlora_tool.methods.keys import Mark, MethodKeys, Positive
 from qlora_tool.methods.method import Adapter, Method, SavedWith, Settings, refuse_keys
 
 if TYPE_CHECKING:
@@ -32,14 +32,24 @@ _NOT_READ = dict.fromkeys(
 _STARTS_READ = (True, False, None, "gaussian", "eva", "orthogonal")  # the others take something out of the base
 
 
+_Start = Literal["default", "gaussian"]
+
+
+def _to_start(value: Any) -> Any:
+    """PEFT's true is what we call default."""
+    return "default" if value is True else value
+
+
 class LoraKeys(MethodKeys):
-    """LoRA's own keys."""
+    """Keys that LoRA and DoRA read."""
 
     use_rslora: bool = False
     """Scale the update by lora_alpha / sqrt(r) instead."""
-    init_lora_weights: Literal["default", "gaussian"] = "default"
+    init_lora_weights: Annotated[
+        _Start, BeforeValidator(_to_start, json_schema_input_type=_Start | Literal[True])
+    ] = "default"
     """How A and B start."""
-    loraplus_lr_ratio: Annotated[float | None, Field(gt=0)] = None
+    loraplus_lr_ratio: Annotated[Positive | None, Mark.NOT_IN_MEMORY] = None
     """LoRA+: the learning rate of B over that of A; null: one for both."""
 
 

@@ -85,7 +85,6 @@ class Method(ABC):
         name: as `adapter.method` has it.
         peft_type: as PEFT's adapter_config.json has it.
         keys: the method's own keys of the configuration.
-        without: general keys of the section `adapter` that the method does not read.
         peft_names: its tensors, in order, and the suffix that PEFT's files give each.
         optional: those of its tensors that an adapter may be without.
         fp32: those of its tensors that are fp32 whatever the others are.
@@ -97,7 +96,6 @@ class Method(ABC):
     name: ClassVar[str]
     peft_type: ClassVar[str]
     keys: ClassVar[type[MethodKeys]]
-    without: ClassVar[frozenset[str]] = frozenset()
     peft_names: ClassVar[Mapping[str, str]]
     optional: ClassVar[frozenset[str]] = frozenset()
     fp32: ClassVar[frozenset[str]] = frozenset()

@@ -7,22 +7,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from qlora_tool.config import Config
+from qlora_tool.config import Config, Mark, differences, marked
 from qlora_tool.errors import UserError
 from qlora_tool.run_folder import RunFolder
 
-# What may differ between a run and its resumption without making it another run.
-_FREE_KEYS = {
-    "model": {"keep_quantized"},
-    "training": {
-        "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "max_memory",
-        "gradient_checkpointing", "offload_boundaries",  # what is computed again, or fetched, gives the same numbers
-    },
-}
 # What a run may decide otherwise than it was asked to, once data and model are read; checked when it has.
-_DECIDED_LATER = {"train_on"}
+_DECIDED_LATER = {"data.train_on"}
 # What may differ where a checkpoint is named: the run may go on for longer.
-_LENGTH = {"max_steps", "num_train_epochs"}
+_LENGTH = {"training.max_steps", "training.num_train_epochs"}
 
 
 def checkpoint_to_resume(folder: RunFolder, config: Config, resume: str, overwrite: bool) -> Path | None:
@@ -53,17 +45,17 @@ def checkpoint_to_resume(folder: RunFolder, config: Config, resume: str, overwri
         return None
     if resume == "never":
         raise UserError(f"{folder.path}: holds a run; give --overwrite to replace it, or another --output-dir")
-    if differences := _differences(folder.config(), config, _DECIDED_LATER):
+    if found := _differences(folder.config(), config, _DECIDED_LATER):
         raise UserError(
-            f"{folder.path}: holds another run ({', '.join(differences[:3])}); give another --output-dir, or "
+            f"{folder.path}: holds another run ({', '.join(found[:3])}); give another --output-dir, or "
             "--overwrite to replace it"
         )
     if folder.is_finished():
         raise UserError(
             f"{folder.path}: holds this run, finished; give --overwrite to run it again, or another --output-dir"
         )
-    found = folder.checkpoint_folders()
-    return found[-1] if found else None
+    checkpoints = folder.checkpoint_folders()
+    return checkpoints[-1] if checkpoints else None
 
 
 def refuse_another_run(checkpoint: Path, config: Config) -> None:
@@ -88,21 +80,19 @@ def _refuse_differences(checkpoint: Path, config: Config, also_free: Collection[
     run = RunFolder(checkpoint.absolute().parent.parent)
     if not run.holds_run():  # a checkpoint by itself: what does not fit is found when it is loaded
         return
-    if differences := _differences(run.config(), config, {*_LENGTH, *also_free}):
+    if found := _differences(run.config(), config, {*_LENGTH, *also_free}):
         raise UserError(
-            f"{checkpoint}: its run was configured otherwise ({', '.join(differences[:3])}); resume with "
+            f"{checkpoint}: its run was configured otherwise ({', '.join(found[:3])}); resume with "
             f"{run.config_file}"
         )
 
 
 def _differences(left: Config, right: Config, also_free: Collection[str] = ()) -> list[str]:
     """Keys whose values tell two runs apart, each as `key: theirs, not ours`."""
-    one, other = left.model_dump(), right.model_dump()
     return [
-        f"{section}.{key}: {_short(value)} there, {_short(other[section][key])} here"
-        for section, values in one.items()
-        for key, value in values.items()
-        if other[section][key] != value and key not in _FREE_KEYS.get(section, ()) and key not in also_free
+        f"{key}: {_short(there)} there, {_short(here)} here"
+        for key, (there, here) in differences(left, right).items()
+        if key not in marked(Mark.FREE_ON_RESUME) and key not in also_free
     ]
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from tiny_adapters import write_chat_base, write_peft_adapter, write_run
 
 from qlora_tool.cli import main
-from qlora_tool.config import DATA_FORMATS
+from qlora_tool.config import choices
 
 ROWS = [{"prompt": f"What is {n} and {n}?", "completion": f"It is {n + n}."} for n in range(20)]
 CPU = ("--device", "cpu", "--compute-dtype", "float32")
@@ -434,7 +434,7 @@ def test_what_evaluate_refuses(here: Path):
     assert line.startswith("nothing.jsonl: no such file or folder")
     line = error(here, "evaluate", "run", "--data", "good.jsonl", "--format", "alpacca")
     assert line.startswith("'--format': 'alpacca' is not one of 'auto', ") and "did you mean 'alpaca'?" in line
-    assert all(f"'{name}'" in line for name in DATA_FORMATS)
+    assert all(f"'{name}'" in line for name in choices("data.format"))
     line = error(here, "evaluate", "run", "--data", "good.jsonl", "--format", "alpaca", *CPU)
     assert line.startswith("good.jsonl, line 1: the columns (prompt, completion) are not those of the format alpaca; ")
     (here / "text.txt").write_text("The capital of France is Paris.")

@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 import yaml
 
 from qlora_tool.config import (
     SECTIONS,
+    AdapterConfig,
     Config,
+    Mark,
+    choices,
     config_schema,
     config_to_yaml,
+    differences,
     load_config,
+    marked,
+    memory_settings,
     parse_size,
     with_values,
 )
+from qlora_tool.config.keys import AdapterKeys, adapter_config
 from qlora_tool.config.recipes import recipe_names, recipes_folder
 from qlora_tool.errors import UserError
+from qlora_tool.methods import method_keys
+from qlora_tool.methods.keys import MethodKeys, Share
 
 # The documented keys, in their order, with their defaults.
 DOCUMENTED = """
 model: {name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct, revision: null, quantization: nf4, double_quant: true,
   embeddings: as_stored, compute_dtype: auto, device: auto, trust_remote_code: false, keep_quantized: false}
 adapter: {method: lora, r: 16, lora_alpha: 32, lora_dropout: 0.0, target_modules: all-linear, exclude_modules: [],
-  modules_to_save: [], bias: none, use_rslora: false, init_lora_weights: default, rank_pattern: {}, alpha_pattern: {},
-  init_from: null}
+  modules_to_save: [], bias: none, rank_pattern: {}, alpha_pattern: {}, init_from: null,
+  use_rslora: false, init_lora_weights: default}
 data: {train: data/train.jsonl, eval: null, format: auto, train_on: completion, max_length: 2048, packing: true,
   padding_free: true, shuffle: true, chat_template: null}
 training: {output_dir: runs/my-model, num_train_epochs: 1, max_steps: -1, per_device_train_batch_size: 4,
@@ -102,7 +112,7 @@ def test_every_kind_of_mistake_is_reported_at_once(write):
     assert lines == [
         "c.yaml, line 9: 'max_steps' stands twice; keep one",
         "c.yaml: modle: unknown key; did you mean 'model'?",
-        "c.yaml: adapter: expected a mapping of keys, found a list",
+        "c.yaml: adapter: expected a mapping of keys, found an empty list",
         "--set optim: expected KEY=VALUE, such as --set training.max_steps=20",
         "--set data.train=[: not valid YAML: while parsing a flow node, expected the node content, "
         "but found '<stream end>'; put it in quotes",
@@ -110,8 +120,8 @@ def test_every_kind_of_mistake_is_reported_at_once(write):
         "--set training.warmup_steps: expected a number of at least 0 (below 1 a share, from 1 on a whole number), "
         "found -1",
         "--set training.output_dr: unknown key; did you mean 'output_dir'?",
-        "c.yaml: data.train_on: completion cannot go with data.format text, which is trained whole; "
-        "leave it out, or set it to all",
+        "c.yaml: data.train_on: completion cannot go with data.format text, which is trained on every token; "
+        "leave it out or set all",
     ]
 
 
@@ -226,7 +236,7 @@ def test_names_that_other_tools_use(write):
         (
             "adapter: {modules_to_save: [norm, model.embed_tokens]}",
             ["model.embeddings=int8"],
-            "--set model.embeddings: int8, but adapter.modules_to_save trains 'model.embed_tokens' whole; leave one",
+            "--set model.embeddings: int8, but adapter.modules_to_save trains 'model.embed_tokens' in full; leave one",
         ),
     ],
 )
@@ -312,6 +322,133 @@ def test_with_values_checks_and_remembers_who_set_what():
     assert config.model.model_fields_set == set()
     with pytest.raises(UserError, match=r"data\.max_length: expected a whole number"):
         with_values(config, {"data.max_length": 0})
+
+
+def test_a_key_by_its_other_name_is_blamed_by_that_name(write):
+    (line,) = faults(write("data: {}"), "training.activation_checkpointing=.nan")
+    assert line == "--set training.activation_checkpointing: expected one of auto, true, false, found nan"
+    (line,) = faults(write("training: {activation_checkpointing: 'true'}"))
+    assert line.endswith("found 'true'; write it without quotes")
+
+
+def test_every_entry_of_a_mapping_that_is_at_fault_is_named(write):
+    (line,) = faults(write("adapter: {rank_pattern: {q: 0, '(': 4, v: 8, k: x}}"))
+    assert line == (
+        "c.yaml: adapter.rank_pattern: 'q': expected a whole number of at least 1, found 0; "
+        "'(': expected a name or a regular expression, found the text '(' (missing ), unterminated subpattern at "
+        "position 0); 'k': expected a whole number of at least 1, found the text 'x'"
+    )
+
+
+def test_a_key_that_is_no_text_is_unknown(write):
+    assert faults(write("training: {5: 1}"))[0].startswith("c.yaml: training.5: unknown key")
+
+
+def test_the_choices_of_a_key():
+    assert choices("model.quantization") == ("nf4", "fp4", "int8", "none")
+    assert choices("training.gradient_checkpointing") == ("auto", "true", "false")
+    assert choices("adapter.method") == tuple(method_keys())
+    with pytest.raises(KeyError, match="takes a whole number of at least 1"):
+        choices("adapter.r")
+    with pytest.raises(KeyError):
+        choices("adapter.rr")
+
+
+# ------------------------------------------------------------------------------------------- keys of the methods
+
+
+class Small(MethodKeys):
+    """Keys of a method."""
+
+    rank_dropout: Share = 0.0
+    """Dropout over ranks."""
+
+
+class Smaller(Small):
+    """A method that reads what `Small` does, and one key more."""
+
+    not_read = frozenset({"bias"})
+    start: Annotated[Literal["zero", "one"], Mark.NOT_IN_MEMORY] = "zero"
+    """Where it starts."""
+
+
+def test_the_section_adapter_has_the_keys_of_its_methods():
+    section = adapter_config({"small": Small, "smaller": Smaller, "lora": MethodKeys})
+    assert [*section.model_fields] == [*AdapterKeys.model_fields, "rank_dropout", "start"]
+    assert section.model_fields["method"].description == AdapterKeys.model_fields["method"].description
+    made = section.model_validate({"method": "smaller", "rank_dropout": "5e-1"})
+    assert (made.of_method(Smaller).rank_dropout, made.of_method(Smaller).start, made.r) == (0.5, "zero", 16)
+    for values in ({"method": "dora"}, {"rank_dropout": 1}, {"rank_dropuot": 0.1}):
+        with pytest.raises(ValueError, match=next(iter(values))):
+            section.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "unread"),
+    [
+        ({"method": "small", "rank_dropout": 0.5}, []),
+        ({"method": "small", "start": "one"}, ["start"]),
+        ({"method": "small", "start": "zero"}, []),  # written out, as a run's config.yaml has it
+        ({"method": "smaller", "start": "one", "bias": "all"}, ["bias"]),
+        ({"start": "one", "rank_dropout": 0.5, "bias": "all"}, ["rank_dropout", "start"]),
+    ],
+)
+def test_keys_that_the_chosen_method_does_not_read(values, unread):
+    section = adapter_config({"small": Small, "smaller": Smaller, "lora": MethodKeys})
+    assert section.model_validate(values).unread() == unread
+
+
+def test_two_methods_with_one_key_share_its_class():
+    class Other(MethodKeys):
+        rank_dropout: Share = 0.5
+
+    class Own(MethodKeys):
+        r: int = 3
+
+    with pytest.raises(TypeError, match=r"Other\.rank_dropout: Small has a key of this name"):
+        adapter_config({"lora": Small, "other": Other})
+    with pytest.raises(TypeError, match=r"Own\.r: AdapterKeys has a key of this name"):
+        adapter_config({"lora": Own})
+
+
+def test_a_key_that_the_method_does_not_read_is_a_fault(write, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(AdapterConfig, "methods", {**AdapterConfig.methods, "dora": MethodKeys})
+    path = write("adapter: {use_rslora: true, init_lora_weights: default}")
+    assert load_config(path).adapter.unread() == []
+    assert faults(path, "adapter.method=dora") == [
+        "c.yaml: adapter.use_rslora: true, but method dora does not read it; leave it out"
+    ]
+
+
+# ------------------------------------------------------------------------------- what configurations are compared by
+
+
+def test_the_keys_that_the_memory_of_a_step_depends_on():
+    """Each by whether a tensor of the step does; a batch's shape is known beside them."""
+    assert set(memory_settings(Config())) == {
+        *(f"model.{key}" for key in SECTIONS["model"].model_fields),
+        *(f"adapter.{key}" for key in SECTIONS["adapter"].model_fields),
+        *(f"training.{key}" for key in (
+            "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "label_smoothing_factor", "optim",
+            "optimizer_in_backward", "gradient_checkpointing", "offload_boundaries", "tiled_mlp",
+        )),
+    }  # fmt: skip
+    assert memory_settings(with_values(Config(), {"adapter.r": 8}))["adapter.r"] == 8
+    json.dumps(memory_settings(Config()))
+
+
+def test_the_keys_that_may_differ_when_a_run_is_resumed():
+    assert marked(Mark.FREE_ON_RESUME) == {
+        "model.keep_quantized", "training.gradient_checkpointing", "training.offload_boundaries",
+        *(f"training.{key}" for key in (
+            "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "max_memory"
+        )),
+    }  # fmt: skip
+
+
+def test_what_differs_between_two_configurations():
+    other = with_values(Config(), {"adapter.lora_alpha": 32.0, "data.eval": {"a": "b"}, "training.seed": 3})
+    assert differences(Config(), other) == {"data.eval": (None, {"a": "b"}), "training.seed": (0, 3)}
 
 
 def test_a_configuration_cannot_be_changed():

@@ -17,7 +17,7 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from qlora_tool.config.values import parse_size
+from qlora_tool.config import parse_size
 from qlora_tool.errors import UserError
 
 GB = 10**9

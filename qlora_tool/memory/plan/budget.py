@@ -22,7 +22,7 @@ import torch
 
 from qlora_tool._version import __version__
 from qlora_tool.build import resolve as resolve_run
-from qlora_tool.config import parse_size, with_values
+from qlora_tool.config import memory_settings, parse_size, with_values
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import write_json
 from qlora_tool.files.cache import cache_folder
@@ -46,10 +46,6 @@ logger = logging.getLogger(__name__)
 CUDA_MARGIN = 0.05  # of what is free on a card: reserved memory is modelled
 CONFIRMATIONS = 4  # whole predictions at most, but for one of everything recomputed
 MIN_GAIN = 0.02  # of all recomputation: what another whole prediction must promise to save
-_OF_NO_ACCOUNT = (
-    "output_dir", "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "seed",
-    "logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "max_memory",
-)  # fmt: skip
 _FREE_STEP = 100_000_000  # bytes: what is free differs a little each time, and the choice should not
 
 
@@ -162,11 +158,9 @@ def choose(
         UserError: the model cannot be traced.
     """
     config = with_values(config, {"training.gradient_checkpointing": True})
-    settings = config.model_dump(mode="json", include={"model", "adapter", "training"})
-    for key in _OF_NO_ACCOUNT:
-        settings["training"].pop(key)
-    identity = [__version__, torch.__version__, model_config.to_json_string(), settings, dataclasses.astuple(shape),
-                str(compute_dtype), target and dataclasses.astuple(target), budget_bytes]  # fmt: skip
+    identity = [__version__, torch.__version__, model_config.to_json_string(), memory_settings(config),
+                dataclasses.astuple(shape), str(compute_dtype), target and dataclasses.astuple(target),
+                budget_bytes]  # fmt: skip
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
     file = cache_folder() / "predictions" / f"recomputed-{digest}.json"
     try:

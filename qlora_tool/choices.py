@@ -1,0 +1,13 @@
+"""The values of configuration keys that options of the command line take too.
+
+They stand here, by themselves, so that `--help` answers without importing pydantic.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Quantization = Literal["nf4", "fp4", "int8", "none"]
+ComputeDtype = Literal["auto", "bfloat16", "float16", "float32"]
+Device = Literal["auto", "cuda", "cpu"]
+DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "dolly", "prompt_completion", "text"]

@@ -1,0 +1,54 @@
+"""Keys that are right by themselves and wrong together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qlora_tool.config.keys import Config
+from qlora_tool.config.messages import found
+
+# What most families call their input embeddings and output projection.
+_EMBEDDING_MODULES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+
+
+def contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Each contradiction: its keys, the one to blame first, and what to say of that one."""
+    yield from _of_adapter(config)
+    yield from _of_training(config)
+
+
+def _of_adapter(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    adapter = config.adapter
+    for key in adapter.unread():
+        message = f"{found(getattr(adapter, key))}, but method {adapter.method} does not read it; leave it out"
+        yield (f"adapter.{key}", "adapter.method"), message
+    in_full = [name for name in adapter.modules_to_save if name.rpartition(".")[2] in _EMBEDDING_MODULES]
+    if config.model.embeddings == "int8" and in_full:
+        message = f"int8, but adapter.modules_to_save trains '{in_full[0]}' in full; leave one of the two out"
+        yield ("model.embeddings", "adapter.modules_to_save"), message
+    both = [name for name in adapter.modules_to_save if name in adapter.target_modules]
+    if both and not isinstance(adapter.target_modules, str):
+        message = f"'{both[0]}' is in adapter.target_modules too; a module is either trained in full or adapted"
+        yield ("adapter.modules_to_save", "adapter.target_modules"), message
+
+
+def _of_training(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    data, training = config.data, config.training
+    if data.format == "text" and data.train_on == "completion":
+        message = "completion cannot go with data.format text, which is trained on every token; leave it out or set all"
+        yield ("data.train_on", "data.format"), message
+    if training.eval_steps is not None and data.eval is None:
+        message = f"{training.eval_steps}, but there is nothing to evaluate; set data.eval, or leave eval_steps out"
+        yield ("training.eval_steps", "data.eval"), message
+    if training.group_by_length and data.packing:
+        message = "true, but packed rows are of one length already; set data.packing: false, or leave it out"
+        yield ("training.group_by_length", "data.packing"), message
+    if training.group_by_length and not data.shuffle:
+        message = "true, but data.shuffle: false keeps the file's order; leave one of the two out"
+        yield ("training.group_by_length", "data.shuffle"), message
+    if training.optimizer_in_backward and training.gradient_accumulation_steps > 1:
+        message = "true, but gradients of several passes are summed before a step; leave one of the two out"
+        yield ("training.optimizer_in_backward", "training.gradient_accumulation_steps"), message
+    if training.optimizer_in_backward and training.max_grad_norm:
+        message = "true, but clipping needs all gradients before the first step; set training.max_grad_norm: 0"
+        yield ("training.optimizer_in_backward", "training.max_grad_norm"), message

@@ -1,0 +1,101 @@
+"""The kinds of values that a configuration's keys hold, beside pydantic's own and the numbers of `methods.keys`.
+
+A `title` is what messages and documents call the kind. A validator's ValueError says why, if that is not plain from it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from qlora_tool.config.messages import found
+from qlora_tool.errors import UserError
+from qlora_tool.methods.keys import AS_WRITTEN, to_number
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", re.IGNORECASE)
+_SIZE_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _SIZE_UNITS[f"{_letter}B"] = 1000**_power
+    _SIZE_UNITS[f"{_letter}IB"] = 1024**_power
+
+
+def parse_size(value: str | int) -> int:
+    """A size in bytes: `24GB` is 24·10⁹, `22GiB` 22·2³⁰, `512MB`, `800MiB`; a whole number is bytes.
+
+    Raises:
+        UserError: `value` is none of these, or is not more than zero.
+    """
+    size = 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    elif isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
+        size = int(float(match[1]) * _SIZE_UNITS[(match[2] or "").upper()])
+    if size <= 0:
+        raise UserError(
+            "expected a size such as 24GB (10^9 bytes each), 22GiB (2^30 bytes each) or a whole number of bytes, "
+            f"found {found(value)}"
+        )
+    return size
+
+
+def _expand_home(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~/") else path
+
+
+def _check_pattern(pattern: str) -> str:
+    if not pattern.strip():
+        raise ValueError
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(str(error)) from None
+    return pattern
+
+
+def _check_size(size: str) -> str:
+    try:
+        parse_size(size)
+    except UserError:
+        raise ValueError from None
+    return size
+
+
+def _share_or_count(value: float) -> float:
+    if value >= 1 and not value.is_integer():
+        raise ValueError
+    return value if value < 1 else int(value)
+
+
+def _to_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+NotEmpty = Annotated[str, Field(pattern=r"\S")]
+Text = Annotated[NotEmpty, AfterValidator(_expand_home)]
+Pattern = Annotated[str, AfterValidator(_check_pattern), Field(title="one regular expression")]
+ModuleNames = Annotated[list[NotEmpty], BeforeValidator(_to_list), Field(title="a list of module names")]
+Size = (
+    Annotated[
+        str,
+        AfterValidator(_check_size),
+        Field(title="a size such as 24GB (10^9 bytes each) or 22GiB (2^30 bytes each)"),
+    ]
+    | Annotated[int, Field(gt=0, title="a whole number of bytes")]
+)
+Fraction = Annotated[float, Field(gt=0, lt=1, title="a fraction above 0 and below 1"), AS_WRITTEN]
+Evaluation = Annotated[
+    Fraction
+    | Annotated[Text, Field(title="a file, a folder, a hub id")]
+    | Annotated[dict[NotEmpty, Text], Field(min_length=1, title="a mapping from names to such")]
+    | None,
+    BeforeValidator(to_number),
+]
+StepsOrShare = Annotated[
+    float,
+    Field(ge=0, title="a number of at least 0 (below 1 a share, from 1 on a whole number)"),
+    AfterValidator(_share_or_count),
+    AS_WRITTEN,
+]
