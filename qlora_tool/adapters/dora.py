@@ -12,7 +12,8 @@ from qlora_tool.adapters.lora import LoraAdapter
 from qlora_tool.adapters.method import AdapterSettings
 
 if TYPE_CHECKING:
-    from qlora_tool.weights.modules import FrozenLinear, FrozenWeight
+    from qlora_tool.weights.handles import WeightHandle
+    from qlora_tool.weights.modules import FrozenLinear
 
 
 class DoraAdapter(LoraAdapter):
@@ -23,6 +24,7 @@ class DoraAdapter(LoraAdapter):
     """
 
     method = "dora"
+    branch = None  # its effect is no sum: no other adapter can be active beside it
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, settings: AdapterSettings):
         super().__init__(lora_A, lora_B, settings)
@@ -44,14 +46,14 @@ class DoraAdapter(LoraAdapter):
     def forward(self, x: Tensor, linear: FrozenLinear) -> Tensor:
         factor = (self.magnitude / self.weight_norm(linear.weight, x.dtype)).to(x.dtype)  # (out,)
         if self.dropout is None or not self.training:
-            y = factor * (self.branch(x) + linear.product(x))
+            y = factor * (self.update(x) + linear.product(x))
         else:
             dropped = self.dropout(x)  # the base keeps the whole input, what training adds to it does not
-            y = linear.product(x) + (factor - 1) * linear.product(dropped) + factor * self.branch(dropped)
+            y = linear.product(x) + (factor - 1) * linear.product(dropped) + factor * self.update(dropped)
         return y if linear.bias is None else y + linear.bias.to(y.dtype)
 
     @torch.no_grad()
-    def weight_norm(self, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
+    def weight_norm(self, weight: WeightHandle, dtype: torch.dtype) -> Tensor:
         """‖W₀ + s·BA‖ by row, fp32, (out,)."""
         s = self.settings.scaling
         dense = weight.dense(dtype)

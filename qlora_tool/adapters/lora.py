@@ -65,17 +65,21 @@ class LoraAdapter(Adapter):
         """Whether the fused operations compute what this adapter does."""
         drops = self.dropout is not None and self.training
         plain = type(self) is LoraAdapter and self.lora_B_bias is None
-        return self.fused and plain and not drops and not linear.weight.trainable
+        return self.fused and plain and not drops and not linear.weight.is_trained
 
     def forward(self, x: Tensor, linear: FrozenLinear) -> Tensor:
         if self.is_fusable(linear):
             return lora_linear(x, [self.part(linear)])[0] if self.shared is None else self.shared.output(x, linear)
         # The branch comes first: it is all that backward needs, so recomputation ends before the base product.
-        branch = self.branch(x if self.dropout is None else self.dropout(x))
+        branch = self.branch(x)
         y = linear.product(x) + branch
         return y if linear.bias is None else y + linear.bias.to(y.dtype)
 
     def branch(self, x: Tensor) -> Tensor:
+        """What the adapter adds to the product, dropout included: (…, in) → (…, out)."""
+        return self.update(x if self.dropout is None else self.dropout(x))
+
+    def update(self, x: Tensor) -> Tensor:
         """s·(x·Aᵀ)·Bᵀ: (…, in) → (…, out)."""
         z = nn.functional.linear(x, self.lora_A.to(x.dtype))  # (…, r)
         bias = None if self.lora_B_bias is None else self.lora_B_bias.to(x.dtype)

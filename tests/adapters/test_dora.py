@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from qlora_tool.adapters.dora import DoraAdapter
 from qlora_tool.adapters.method import AdapterSettings, generator_for
-from qlora_tool.weights.modules import FrozenLinear, FrozenWeight
+from qlora_tool.weights.handles import WeightHandle
+from qlora_tool.weights.modules import FrozenLinear
 from qlora_tool.weights.quantized import quantize
 
 IN, OUT, R = 64, 96, 6
@@ -26,7 +27,7 @@ def noise(*shape: int, seed: int) -> Tensor:
 def frozen_linear(*, quantization: str = "none", bias: bool = True) -> FrozenLinear:
     linear = FrozenLinear(IN, OUT, nn.Parameter(noise(OUT, seed=2), requires_grad=False) if bias else None)
     weight = noise(OUT, IN, seed=1) / IN**0.5
-    linear.weight = FrozenWeight(weight if quantization == "none" else quantize(weight, quantization))
+    linear.weight = WeightHandle(weight if quantization == "none" else quantize(weight, quantization))
     return linear
 
 

@@ -104,6 +104,8 @@ class BatchShape:
 class RandomSource:
     """A skeleton's tensors, made up: fake ones where fake tensors are being made."""
 
+    has_values = False
+
     def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype):
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
