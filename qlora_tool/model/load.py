@@ -145,7 +145,7 @@ def find_embedding_slots(model: PreTrainedModel, quantization: Quantization) -> 
         (embedding, FrozenEmbedding.can_take_over(embedding), "the input embeddings"),
         (head, head is not None and is_linear(head), "the output projection"),
     ):
-        name = names.get(id(module))
+        name = names.get(id(module), "")
         if fits and not _stays_in_fp32(model, name):
             slots[name] = Slot(name.removesuffix(".weight"), "weight", not isinstance(module, nn.Embedding | nn.Linear),
                                "int8")  # fmt: skip
@@ -300,33 +300,47 @@ def _replace_linears(model: PreTrainedModel) -> None:
 def _place(
     model: PreTrainedModel, name: str, value: Tensor | QuantizedTensor | WeightHandle, compute_dtype: torch.dtype
 ) -> None:
-    """Put the value of a parameter or persistent buffer in its place, in the dtype and form it has there.
+    """Put the value of a parameter or persistent buffer in its place, in the form and dtype it has there.
 
-    Behind handles: linear weights, int8 embeddings, experts. In the dtype of the products: other parameters. As stored,
-    where that is not wider than the products need: linear weights, experts, embeddings, of which looked up rows take
-    the products' dtype. In fp32: small parameters and buffers that the family insists on. A parameter that is in its
-    dtype already stays the same object, so that tied modules share it.
+    - Linear weights, int8 embeddings and experts: behind handles, as stored where that is not wider than products need.
+    - What the family insists on in fp32: in fp32.
+    - Embeddings: as stored, too, and looked up rows in the products' dtype.
+    - Other parameters: in the products' dtype; buffers as stored.
+
+    A parameter that is in its dtype already stays the same object, so that tied modules share it.
     """
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
     is_weight = isinstance(module, FrozenLinear | FrozenEmbedding) and attribute == "weight"
-    behind_handle = is_weight or is_expert_weight(module, value.shape)
-    if isinstance(value, Tensor) and value.is_floating_point():
-        strict = not behind_handle and any(re.search(rule, name) for rule in model._keep_in_fp32_modules_strict or ())
-        wanted = torch.float32 if strict else compute_dtype
-        large = (behind_handle or type(module) is nn.Embedding) and value.dtype.itemsize <= 2
-        if strict or not (large or attribute in module._buffers):
-            value = value.to(wanted)
-        if type(module) is nn.Embedding and value.dtype != wanted:
-            module.register_forward_hook(lambda _module, _input, rows: rows.to(compute_dtype))
-    if behind_handle:
+    if is_weight or is_expert_weight(module, value.shape):
+        value = _narrowed(value, compute_dtype) if isinstance(value, Tensor) else value
         module._parameters.pop(attribute, None)
         setattr(module, attribute, value if isinstance(value, WeightHandle) else WeightHandle(value))
-    elif attribute in module._buffers:
+        return
+    if isinstance(value, QuantizedTensor):  # of a module that does more with its weight than multiply by it
+        value = value.dequantize(value.dtype)
+    elif isinstance(value, WeightHandle):
+        value = value.dense(value.dtype)
+    if value.is_floating_point():
+        if any(re.search(rule, name) for rule in model._keep_in_fp32_modules_strict or ()):
+            value = value.float()
+        elif type(module) is nn.Embedding:
+            value = _narrowed(value, compute_dtype)
+            if value.dtype != compute_dtype:
+                module.register_forward_hook(lambda _module, _input, rows: rows.to(compute_dtype))
+        elif attribute not in module._buffers:
+            value = value.to(compute_dtype)
+    if attribute in module._buffers:
         module._buffers[attribute] = value
     else:
         is_parameter = isinstance(value, nn.Parameter)
         setattr(module, attribute, value if is_parameter else nn.Parameter(value, requires_grad=False))
+
+
+def _narrowed(value: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """A large weight as it is stored, unless that is wider than the products need."""
+    wide = value.is_floating_point() and value.dtype.itemsize > 2
+    return value.to(compute_dtype) if wide else value
 
 
 def _tie(model: PreTrainedModel, source: TensorSource, compute_dtype: torch.dtype) -> None:
@@ -349,14 +363,15 @@ def _tie(model: PreTrainedModel, source: TensorSource, compute_dtype: torch.dtyp
             _place(model, target, _placed(model, origin), compute_dtype)
 
 
-def _placed(model: PreTrainedModel, name: str) -> nn.Parameter | WeightHandle:
+def _placed(model: PreTrainedModel, name: str) -> Tensor | WeightHandle:
     """What holds the value of a parameter: itself, also where it lies in a handle, or the handle of a quantized one."""
     owner, _, attribute = name.rpartition(".")
     value = getattr(model.get_submodule(owner), attribute)
-    return value.stored() if isinstance(value, WeightHandle) and value.kind == "none" else value
+    stored = value.stored() if isinstance(value, WeightHandle) else value
+    return stored if isinstance(stored, Tensor) else value
 
 
-def _differ(one: nn.Parameter | WeightHandle, other: nn.Parameter | WeightHandle) -> bool:
+def _differ(one: Tensor | WeightHandle, other: Tensor | WeightHandle) -> bool:
     """Whether two stored weights do; one that is quantized and one that is not are not compared."""
     if isinstance(one, WeightHandle) and isinstance(other, WeightHandle):
         return any(not torch.equal(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())

@@ -64,9 +64,11 @@ class ParameterSource:
         if plan.unexpected:
             logger.warning("%d tensors of the checkpoint have no place in the model: %s", len(plan.unexpected),
                            missing_names(plan.unexpected, {}))  # fmt: skip
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
+        }
         self._groups = {name: group for group in plan.groups for name in group.targets()}
-        self.names = list(self._groups)
+        self.names: Sequence[str] = list(self._groups)
         self._waiting: dict[str, Tensor] = {}  # read along with another one, not asked for yet
         _refuse_missing(self, plan.unexpected)
 

@@ -28,7 +28,7 @@ from qlora_tool.model import load as load_module
 from qlora_tool.model.load import build_skeleton, find_slots
 from qlora_tool.weights.handles import WeightHandle, model_tensors
 from qlora_tool.weights.modules import FrozenLinear
-from qlora_tool.weights.quantized import QuantizedTensor
+from qlora_tool.weights.quantized import QuantizedTensor, quantize
 
 # Where both run the same operations in the same order nothing differs; Conv1D's product is a transposed one here.
 FP32 = 1e-5
@@ -483,3 +483,48 @@ def test_a_broken_quantized_weight_is_named(tmp_path):
     del named[f"{name}.quant_state.bitsandbytes__nf4"]
     write_weights(folder, named)
     assert f"{folder}: cannot read the quantized weight {name}" in fault(folder, "nf4")
+
+
+# ------------------------------------------------------------------------------------ tensors that come from elsewhere
+
+
+class Drawn:
+    """Every tensor of a model from random numbers, under both names of tied ones."""
+
+    def __init__(self, model, has_values: bool):
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self.names = list(self.shapes)
+        self.has_values = has_values
+
+    def read(self, name: str) -> torch.Tensor:
+        return torch.randn(self.shapes[name])
+
+
+@pytest.mark.parametrize("has_values", [False, True])
+def test_a_source_without_values_leaves_tied_weights_tied(has_values, tmp_path):
+    """What it gives under the two names differs, and says nothing."""
+    model = read_tiny(write_tiny("llama-tied", tmp_path), open_source=lambda model, device: Drawn(model, has_values))
+    assert same_storage(model) is not has_values
+
+
+@pytest.mark.parametrize(
+    ("family", "stored", "module"),
+    [
+        ("phimoe", "model.layers.0.mlp.router.weight", "model.layers.0.mlp.router"),  # derives from nn.Linear
+        ("llama-tied", "lm_head.weight", "model.embed_tokens"),
+    ],
+)
+def test_a_quantized_weight_in_a_place_without_a_handle_is_dequantized(family, stored, module, tmp_path):
+    class Quantized(Drawn):
+        def __init__(self, model, device):
+            super().__init__(model, True)
+            self.value = quantize(torch.randn(self.shapes[stored]), "nf4")
+            self.names = [name for name in self.names if name == stored or name != f"{module}.weight"]
+            sources.append(self)
+
+        def read(self, name):
+            return self.value if name == stored else super().read(name)
+
+    sources = []
+    weight = read_tiny(write_tiny(family, tmp_path), "nf4", open_source=Quantized).get_submodule(module).weight
+    assert torch.equal(weight, sources[0].value.dequantize(torch.float32))
