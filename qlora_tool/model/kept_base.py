@@ -79,5 +79,6 @@ def _module_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             yield name, value.transpose(-1, -2).contiguous() if transposed else value
     persistent = model.state_dict(keep_vars=True)
     for name, tensor in persistent.items():
-        if name not in tied and name.rpartition(".")[0] not in handles and isinstance(tensor, torch.Tensor):
+        in_handle = name in tied or name.rpartition(".")[0] in handles
+        if not in_handle and isinstance(tensor, Tensor) and tensor.numel():
             yield name, tensor.detach()

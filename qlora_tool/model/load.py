@@ -272,7 +272,7 @@ def load_base(
     _replace_linears(model)
     for slot in embeddings.values():
         if isinstance(module := model.get_submodule(slot.module), nn.Embedding):
-            FrozenEmbedding.take_over(module)
+            FrozenEmbedding.take_over(module, compute_dtype, device)
     for name in source.names:
         value = source.read(name)
         if name in slots:

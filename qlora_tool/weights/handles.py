@@ -150,11 +150,12 @@ class ModelTensor(NamedTuple):
 
 
 def model_tensors(model: nn.Module) -> Iterator[ModelTensor]:
-    """Every parameter and buffer of a model, those inside of handles too; tied ones once, under their first name."""
+    """Every parameter and buffer of a model that has elements, those inside of handles too; tied ones once, under their
+    first name."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for found in _own_tensors(prefix, module):
-            if id(found.tensor) not in seen:
+            if id(found.tensor) not in seen and found.tensor.numel():
                 seen.add(id(found.tensor))
                 yield found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 from qlora_tool.errors import UserError
@@ -22,13 +23,16 @@ class FrozenEmbedding(nn.Embedding):
     weight: WeightHandle  # type: ignore[assignment]  # set when the weight is read
 
     @staticmethod
-    def take_over(embedding: nn.Embedding) -> None:
-        """Make one of `embedding` itself, without a weight yet. What a subclass adds to `super().forward` (gemma's
-        scale) it goes on to add."""
+    def take_over(embedding: nn.Embedding, dtype: torch.dtype, device: torch.device) -> None:
+        """Make one of `embedding` itself, without a weight yet, to give rows in `dtype`. What a subclass adds to
+        `super().forward` (gemma's scale) it goes on to add."""
         kind = type(embedding)
         bases = (FrozenEmbedding,) if kind is nn.Embedding else (kind, FrozenEmbedding)
         embedding.__class__ = FrozenEmbedding if kind is nn.Embedding else type(kind.__name__, bases, {})
         del embedding.weight
+        # Models take the dtype of their first parameter for their own (openai-gpt does): this one, without elements,
+        # goes before the codes.
+        embedding.row_dtype = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
 
     @staticmethod
     def can_take_over(embedding: nn.Module | None) -> bool:

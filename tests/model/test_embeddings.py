@@ -228,6 +228,19 @@ def test_a_missing_head_is_told(tmp_path, caplog):
     assert "the output projection (none) cannot be kept so" in caplog.text
 
 
+@pytest.mark.parametrize("embeddings", ["as_stored", "int8"])
+def test_a_family_that_asks_its_parameters_for_its_dtype_gets_that_of_products(embeddings, tmp_path):
+    """openai-gpt makes its mask in the dtype of its first parameter, and of the first that is no integer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("openai-gpt", vocab_size=131, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model = read(tmp_path, Quantization("nf4", True, embeddings), dtype=torch.bfloat16)
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[0, 9:] = 0
+    assert model.dtype == logits(model, tokens(), attention_mask=mask).dtype == torch.bfloat16
+
+
 def test_embeddings_that_renormalize_are_not_taken_over():
     assert not FrozenEmbedding.can_take_over(nn.Embedding(3, 4, max_norm=1.0))
     assert not FrozenEmbedding.can_take_over(SimpleNamespace(max_norm=None))

@@ -22,14 +22,19 @@ _CATEGORIES = {"codes": "base_weights", "quantization_state": "quantization_stat
 def name_weights(tracer: Tracer, module: nn.Module, adapters: AdapterSet) -> None:
     """Tell the storages of the model's tensors apart."""
     for tensor, category in weights_by_category(module, adapters.parameters()):
-        tracer.adopt(tensor).category = category
+        storage = tracer.adopt(tensor)
+        storage.category = storage.category or category
 
 
 def weights_by_category(module: nn.Module, trained: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, str]]:
-    """Every tensor of a model, once, with its part of the breakdown."""
-    trained_ids = {id(parameter) for parameter in trained}
+    """What is trained, and every other tensor of a model, with their parts of the breakdown."""
+    seen = set()
+    for parameter in trained:
+        seen.add(id(parameter))
+        yield parameter, "adapter_weights"
     for _, tensor, role in model_tensors(module):
-        yield tensor, "adapter_weights" if id(tensor) in trained_ids else _CATEGORIES[role]
+        if id(tensor) not in seen:
+            yield tensor, _CATEGORIES[role]
 
 
 def name_optimizer(tracer: Tracer, optimizer: Optimizer) -> None:
