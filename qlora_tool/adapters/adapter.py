@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,12 +70,13 @@ class Adapter(nn.Module):
         """x (…, in) → (…, out): the linear module with this adapter, bias included."""
         return self.method.forward(self, x, linear)
 
-    def branch(self, x: Tensor) -> Tensor:
-        """What the adapter adds to the module's output, (…, out).
+    @property
+    def branch(self) -> Callable[[Tensor], Tensor] | None:
+        """What gives the adapter's addition to the module's output, dropout included: x (…, in) → (…, out). None where
+        the method does more than add."""
+        return self._branch if self.method.additive else None
 
-        Raises:
-            NotImplementedError: the method does not add to the output.
-        """
+    def _branch(self, x: Tensor) -> Tensor:
         return self.method.branch(self, self.dropped(x))
 
     def merge(self, weight: Tensor) -> Tensor:

@@ -112,5 +112,5 @@ def attach(model: nn.Module, config: AdapterConfig, compute_dtype: torch.dtype, 
 def put_on(model: nn.Module, layers: Mapping[str, Adapter]) -> None:
     """Let each linear module compute with its adapter."""
     for name, layer in layers.items():
-        model.get_submodule(name).adapter = layer.train(model.training)
+        model.get_submodule(name).add_adapter("default", layer.train(model.training))
     fuse(model)

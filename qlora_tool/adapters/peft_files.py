@@ -25,6 +25,7 @@ from qlora_tool.files.tensors import read_all, write_all
 from qlora_tool.methods import METHODS
 from qlora_tool.methods.method import Method, SavedWith, Settings
 from qlora_tool.model.parameter_source import tied_names
+from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import FrozenLinear
 
 if TYPE_CHECKING:
@@ -283,15 +284,16 @@ def _is_bias(name: str, stored: StoredAdapter) -> bool:
 
 def _refuse_misfit_whole(model: nn.Module, stored: StoredAdapter, whole: Mapping[str, Tensor]) -> None:
     faults = []
-    names = {name.removesuffix(".plain") for name, _ in model.named_parameters(remove_duplicate=False)}
     transposed = transposed_names(model, whole)
     for name, tensor in whole.items():
         owner, _, attribute = name.rpartition(".")
-        is_linear_weight = attribute == "weight" and isinstance(_submodule(model, owner), FrozenLinear)
-        if name not in names and not is_linear_weight:
+        module = _submodule(model, owner)
+        parameter = getattr(module, attribute, None)
+        is_linear_weight = isinstance(parameter, WeightHandle) and isinstance(module, FrozenLinear)
+        if not isinstance(parameter, torch.nn.Parameter) and not is_linear_weight:
             faults.append(f"{stored.folder}: replaces {name}, which is no parameter of this model")
             continue
-        shape = tuple(getattr(model.get_submodule(owner), attribute).shape)
+        shape = tuple(parameter.shape)
         shape = shape[::-1] if name in transposed else shape
         if tuple(tensor.shape) != shape:
             faults.append(f"{stored.folder}: replaces {name} as {tuple(tensor.shape)}, but it is {shape} in this model")

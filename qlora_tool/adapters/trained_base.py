@@ -9,7 +9,8 @@ from torch import nn
 
 from qlora_tool.errors import UserError, did_you_mean
 from qlora_tool.model.parameter_source import tied_names
-from qlora_tool.weights.modules import FrozenEmbedding, FrozenLinear, FrozenWeight
+from qlora_tool.weights.handles import WeightHandle
+from qlora_tool.weights.modules import FrozenEmbedding, FrozenLinear
 
 
 def train_whole(model: nn.Module, names: list[str], dtype: torch.dtype) -> dict[str, nn.Parameter]:
@@ -56,9 +57,9 @@ def parameter_names(module: nn.Module, prefix: str) -> list[str]:
     for name, part in module.named_modules(prefix=prefix):
         if isinstance(part, FrozenLinear | FrozenEmbedding):
             found += [f"{name}.weight"] + ([] if getattr(part, "bias", None) is None else [f"{name}.bias"])
-        elif not isinstance(part, FrozenWeight):
+        elif not isinstance(part, WeightHandle):
             found += [f"{name}.{attribute}" for attribute, _ in part.named_parameters(recurse=False)]
-            if any(isinstance(child, FrozenWeight) for child in part.children()):
+            if any(isinstance(child, WeightHandle) for child in part.children()):
                 raise UserError(f"adapter.modules_to_save: {name} holds experts, which cannot be trained whole")
     return found
 
@@ -68,7 +69,7 @@ def train_parameter(model: nn.Module, name: str, dtype: torch.dtype) -> nn.Param
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
     frozen = getattr(module, attribute)
-    value = frozen.dense(dtype) if isinstance(frozen, FrozenWeight) else frozen.detach()
+    value = frozen.dense(dtype) if isinstance(frozen, WeightHandle) else frozen.detach()
     parameter = nn.Parameter(value.to(dtype, copy=True))
     _set_parameter(model, name, parameter)
     return parameter
@@ -83,7 +84,7 @@ def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None
             "of the two out"
         )
     linear_weight = isinstance(module, FrozenLinear) and attribute == "weight"
-    setattr(module, attribute, FrozenWeight(parameter) if linear_weight else parameter)
+    setattr(module, attribute, WeightHandle(parameter) if linear_weight else parameter)
 
 
 def transposed_names(model: nn.Module, names: Iterable[str]) -> frozenset[str]:

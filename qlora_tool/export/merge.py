@@ -7,7 +7,7 @@ into the original 16-bit ones, would lose what was learned: neither is what trai
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from qlora_tool.errors import UserError
 from qlora_tool.export.dtypes import FLOAT16_LIMIT, Unfit
 from qlora_tool.files.tensors import Checkpoint, TensorSpec
 from qlora_tool.model.load import (
+    Prepare,
     Quantization,
     Slot,
     find_embedding_slots,
@@ -45,8 +46,10 @@ class MergedModel:
         base: `dequantized`: onto what was trained against; `original`: onto the checkpoint's own weights.
         dtype: of the files; None keeps the base's dtypes.
         keeps_wider: tensors that the base stores in more than 16 bits stay so, whatever `dtype` is.
-        kept: the quantized base from an earlier run, which spares quantizing; it holds what was trained against.
+        kept: the quantized base from an earlier run, which spares quantizing; it holds what was trained against, unless
+            weights were prepared.
         refuse_coarse: refuse a matrix, too, that float16 rounds worse than bfloat16 does: most of it lies below 1e-5.
+        prepare: the step before quantizing that the adapter was trained with; see `quantize_parameter`.
 
     Attributes:
         unties: whether the adapter changes one of two tied tensors alone, so that the files hold both.
@@ -64,6 +67,7 @@ class MergedModel:
     keeps_wider: bool = False
     kept: Checkpoint | None = None
     refuse_coarse: bool = False
+    prepare: Prepare | None = None
     layers: Mapping[str, Adapter] = field(init=False)
     whole: Mapping[str, Tensor] = field(init=False)
     unties: bool = field(init=False, default=False)
@@ -174,9 +178,11 @@ class MergedModel:
 
     def _base_value(self, name: str, slot: Slot | None) -> Tensor:
         """What the adapter was trained on top of, (out, in) where it is a linear module's."""
-        if slot is not None and self.base == "dequantized" and (parts := disk_group(name, self.kept or {})):
-            return from_disk(name, {part: self.kept.read(part) for part in parts}).dequantize(torch.float32)
-        value = self.source.read(self._twins.get(name, name))
+        name = self._twins.get(name, name)  # a tied one is quantized, and prepared, under the name it is stored by
+        kept = self.kept if self.base == "dequantized" and self.prepare is None else None
+        if slot is not None and kept is not None and (parts := disk_group(name, kept)):
+            return from_disk(name, {part: kept.read(part) for part in parts}).dequantize(torch.float32)
+        value = self.source.read(name)
         if slot is not None:
             return self._as_trained_against(name, value, slot)
         return value.dequantize(torch.float32) if isinstance(value, QuantizedTensor) else value
@@ -188,8 +194,8 @@ class MergedModel:
                     f"--base original: {self.checkpoint.folder} is itself quantized; merge onto a 16-bit checkpoint, "
                     "or leave --base at dequantized"
                 )
-            return value.transpose(-1, -2).contiguous() if slot.transposed else value
-        kept = quantize_parameter(name, value, slot, self.quantization)
+            slot = replace(slot, kind="none")
+        kept = quantize_parameter(name, value, slot, self.quantization, self.prepare)
         return kept.dequantize(torch.float32) if isinstance(kept, QuantizedTensor) else kept
 
     def _file_dtype(self, name: str) -> torch.dtype:

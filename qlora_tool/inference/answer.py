@@ -14,7 +14,7 @@ import torch
 
 from qlora_tool.errors import UserError
 from qlora_tool.inference.sampling import Sampling
-from qlora_tool.weights.modules import FrozenWeight
+from qlora_tool.weights.handles import WeightHandle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,7 +102,7 @@ def _batches(lengths: Sequence[int], sampling: Sampling, limit: int | None) -> I
 def dense_weights(model: CausalLM) -> Iterator[None]:
     """Keep the weights dense meanwhile, where they take at most half of the free memory: each token needs all of them,
     and a token of a small batch takes less time than dequantizing them."""
-    weights = [module for module in model.module.modules() if isinstance(module, FrozenWeight)]
+    weights = [module for module in model.module.modules() if isinstance(module, WeightHandle)]
     needed = sum(weight.shape.numel() for weight in weights) * model.compute_dtype.itemsize
     held = weights if 2 * needed <= free_memory(model.device) else []
     try:

@@ -30,6 +30,7 @@ class Dora(Lora):
         "lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"
     }  # fmt: skip
     optional = frozenset()
+    additive = False  # it scales the whole output
     fp32 = frozenset({"magnitude"})
 
     def shapes(self, out_features: int, in_features: int, r: int) -> dict[str, tuple[int, ...]]:
@@ -44,17 +45,14 @@ class Dora(Lora):
         magnitude = weight.dense(torch.float32).norm(dim=1)
         return super().start(out_features, in_features, settings, weight, generator) | {"magnitude": magnitude}
 
-    def branch(self, adapter: Adapter, x: Tensor) -> Tensor:
-        raise NotImplementedError("DoRA scales the whole output")
-
     def forward(self, adapter: Adapter, x: Tensor, linear: FrozenLinear) -> Tensor:
         norm = weight_norm(linear.weight, adapter.tensors, self.scaling(adapter.settings), x.dtype)
         factor = (adapter.tensors["magnitude"] / norm).to(x.dtype)  # (out,)
         dropped = adapter.dropped(x)
         if dropped is x:
-            return linear.with_bias(factor * (super().branch(adapter, x) + linear.product(x)))
+            return linear.with_bias(factor * (self.branch(adapter, x) + linear.product(x)))
         # The base keeps the whole input, what training adds to it does not.
-        y = linear.product(x) + (factor - 1) * linear.product(dropped) + factor * super().branch(adapter, dropped)
+        y = linear.product(x) + (factor - 1) * linear.product(dropped) + factor * self.branch(adapter, dropped)
         return linear.with_bias(y)
 
     def fused_part(self, adapter: Adapter, linear: FrozenLinear) -> LoraPart | None:

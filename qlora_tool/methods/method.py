@@ -87,6 +87,7 @@ class Method(ABC):
         keys: the method's own keys of the configuration.
         peft_names: its tensors, in order, and the suffix that PEFT's files give each.
         optional: those of its tensors that an adapter may be without.
+        additive: whether it adds to the output of its module, so that several can be active together.
         fp32: those of its tensors that are fp32 whatever the others are.
 
     Raises:
@@ -98,6 +99,7 @@ class Method(ABC):
     keys: ClassVar[type[MethodKeys]]
     peft_names: ClassVar[Mapping[str, str]]
     optional: ClassVar[frozenset[str]] = frozenset()
+    additive: ClassVar[bool] = True
     fp32: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls) -> None:
@@ -111,6 +113,9 @@ class Method(ABC):
                 f"the adapter method {cls.__qualname__} of {cls.__module__} has no {', '.join(missing)}; each method "
                 "needs all of its life, as qlora_tool.methods.method.Method lists it"
             )
+
+    def __str__(self) -> str:
+        return self.name
 
     # What it starts from
 
@@ -130,8 +135,7 @@ class Method(ABC):
     def branch(self, adapter: Adapter, x: Tensor) -> Tensor:
         """What the adapter adds to the output of its module: x (…, in) → (…, out), in the dtype of x.
 
-        Raises:
-            NotImplementedError: it does not add to the output but changes it.
+        Of a method that is not additive it is what `forward` makes use of.
         """
 
     def forward(self, adapter: Adapter, x: Tensor, linear: FrozenLinear) -> Tensor:

@@ -16,7 +16,8 @@ from qlora_tool.model.checkpointing import Recomputation, checkpoint_layers, che
 from qlora_tool.model.load import Quantization
 from qlora_tool.model.segments import attending_by, use_segments
 from qlora_tool.ops.loss import LogitsTransform, frozen_cross_entropy, linear_cross_entropy
-from qlora_tool.weights.modules import FrozenLinear, FrozenWeight
+from qlora_tool.weights.handles import model_tensors
+from qlora_tool.weights.modules import FrozenLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,7 +87,7 @@ class CausalLM:
         if self.chunked_loss:
             hidden = self.hidden_states(batch).flatten(0, 1)[batch.predicting]  # (trained tokens, hidden)
             head = self.module.get_output_embeddings()
-            if not isinstance(head, FrozenLinear) or head.adapter is not None:
+            if not isinstance(head, FrozenLinear) or head.active_adapters:
                 return linear_cross_entropy(hidden, batch.targets, self.project, label_smoothing=label_smoothing)
             transform = logits_transform(self.config)
             return frozen_cross_entropy(
@@ -116,24 +117,13 @@ class CausalLM:
 
     def unquantized_bytes(self) -> dict[str, int]:
         """Bytes of every module tensor that is kept unquantized, largest first; tied ones once."""
-        found: dict[str, int] = {}
-        seen: set[int] = set()
-        quantized = {id(tensor) for module in self.module.modules() if isinstance(module, FrozenWeight)
-                     for tensor in module.buffers(recurse=False)}  # fmt: skip
-        for name, tensor in [*self.module.named_parameters(), *self.module.named_buffers()]:
-            if id(tensor) in quantized or id(tensor) in seen or tensor.requires_grad:
-                continue
-            seen.add(id(tensor))
-            found[name.removesuffix(".plain")] = tensor.nbytes
+        found = {name: tensor.nbytes for name, tensor, role in model_tensors(self.module)
+                 if role == "unquantized" and not tensor.requires_grad}  # fmt: skip
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def quantized_bytes(self) -> int:
         """Bytes of all quantized weights, scales included."""
-        return sum(
-            tensor.nbytes
-            for module in self.module.modules() if isinstance(module, FrozenWeight) and module.quantized
-            for tensor in module.buffers(recurse=False)
-        )  # fmt: skip
+        return sum(tensor.nbytes for _, tensor, role in model_tensors(self.module) if role != "unquantized")
 
 
 def logits_transform(config) -> LogitsTransform:

@@ -6,13 +6,14 @@ name; this one asks for one expert's matrix at a time, so a layer never holds al
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qlora_tool.ops.linear import frozen_linear
-from qlora_tool.weights.modules import FrozenWeight
 
 IMPLEMENTATION = "qlora_tool"
 
@@ -21,7 +22,7 @@ def experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_
     """Each token through its experts, weighted and summed.
 
     Args:
-        module: transformers' experts module; its `gate_up_proj` (or `up_proj`) and `down_proj` are `FrozenWeight`s.
+        module: transformers' experts module; its `gate_up_proj` (or `up_proj`) and `down_proj` are `WeightHandle`s.
         hidden: (tokens, hidden).
         top_k_index: (tokens, k), which experts.
         top_k_weights: (tokens, k), their weights.
@@ -71,14 +72,13 @@ def is_experts_module(module: nn.Module) -> bool:
 
 def expert_weight_names(module: nn.Module) -> list[str]:
     """The three-dimensional parameters of an experts module."""
-    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
+    return [name for name, parameter in module.named_parameters(recurse=False)
+            if is_expert_weight(module, parameter.shape)]  # fmt: skip
 
 
-def set_expert_weight(module: nn.Module, name: str, weight: FrozenWeight) -> None:
-    """Put a handle in the place of an expert parameter."""
-    if name in module._parameters:
-        del module._parameters[name]
-    setattr(module, name, weight)
+def is_expert_weight(module: nn.Module, shape: Sequence[int]) -> bool:
+    """Whether a parameter of this shape, of this module, holds experts' matrices: `experts_forward` asks a handle."""
+    return len(shape) == 3 and is_experts_module(module)
 
 
 def use_expert_handles(model: nn.Module) -> None:

@@ -19,8 +19,9 @@ from qlora_tool.files.atomic import replacing_folder
 from qlora_tool.files.cache import cache_folder
 from qlora_tool.files.tensors import SINGLE_NAME, Checkpoint, TensorSpec, write_tensors
 from qlora_tool.model.parameter_source import tied_names
-from qlora_tool.weights.modules import FrozenLinear, FrozenWeight
-from qlora_tool.weights.quantized import to_disk
+from qlora_tool.weights.handles import WeightHandle
+from qlora_tool.weights.modules import FrozenLinear
+from qlora_tool.weights.quantized import QuantizedTensor, to_disk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,19 +65,20 @@ def keep_base(model: PreTrainedModel, folder: Path, quantization: Quantization, 
 def _module_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model by its module name, tied ones once; quantized ones in bitsandbytes' form."""
     modules = model.named_modules(remove_duplicate=False)  # tied embeddings share one handle, under two names
-    handles = {name: module for name, module in modules if isinstance(module, FrozenWeight)}
+    handles = {name: module for name, module in modules if isinstance(module, WeightHandle)}
     tied = tied_names(model)
     for name, handle in handles.items():
         if name in tied:
             continue
-        value = handle.quantized
+        value = handle.stored()
         owner = model.get_submodule(name.rpartition(".")[0])
-        if value is not None:
+        if isinstance(value, QuantizedTensor):
             yield from to_disk(name, value).items()
         else:
-            transposed = getattr(owner, "transposed", False) if isinstance(owner, FrozenLinear) else owner.is_transposed
-            yield name, handle.plain.transpose(-1, -2).contiguous() if transposed else handle.plain
+            transposed = owner.transposed if isinstance(owner, FrozenLinear) else owner.is_transposed
+            yield name, value.transpose(-1, -2).contiguous() if transposed else value
     persistent = model.state_dict(keep_vars=True)
     for name, tensor in persistent.items():
-        if name not in tied and name.rpartition(".")[0] not in handles and isinstance(tensor, torch.Tensor):
+        in_handle = name in tied or name.rpartition(".")[0] in handles
+        if not in_handle and isinstance(tensor, Tensor) and tensor.numel():
             yield name, tensor.detach()

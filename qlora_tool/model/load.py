@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_tool.errors import UserError
 from qlora_tool.files.tensors import Checkpoint
-from qlora_tool.model.experts import expert_weight_names, is_experts_module, set_expert_weight, use_expert_handles
-from qlora_tool.model.parameter_source import ParameterSource, tied_names
-from qlora_tool.weights.modules import FrozenEmbedding, FrozenLinear, FrozenWeight
+from qlora_tool.model.experts import expert_weight_names, is_expert_weight, is_experts_module, use_expert_handles
+from qlora_tool.model.parameter_source import ParameterSource, TensorSource, tied_names
+from qlora_tool.weights.handles import WeightHandle
+from qlora_tool.weights.modules import FrozenEmbedding, FrozenLinear
 from qlora_tool.weights.quantized import QuantizedTensor, quantize
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from qlora_tool.config import ModelConfig
 
 logger = logging.getLogger(__name__)
+
+Prepare = Callable[[str, Tensor], Tensor]  # (name, weight) → the weight to quantize in its place
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ def build_skeleton(config, trust_remote_code: bool = False, dtype: torch.dtype |
         _refuse_other_quantizers(config.model_type, stored)
         del config.quantization_config  # the weights are read by us, whatever they are stored as
     try:
-        # Outside of any mode: a skeleton weighs nothing, and a prediction must not see transformers fill it first.
+        # accelerate moves each parameter to meta once its module has made it, so it exists for a moment. Under a
+        # prediction's modes that moment would count as memory of the run; a process that trains does not see it either,
+        # as the memory is never touched. And buffers stay real, so that what they are computed from can be read off.
         with _disable_current_modes(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code, dtype=dtype or config.dtype
@@ -141,7 +145,7 @@ def find_embedding_slots(model: PreTrainedModel, quantization: Quantization) -> 
         (embedding, FrozenEmbedding.can_take_over(embedding), "the input embeddings"),
         (head, head is not None and is_linear(head), "the output projection"),
     ):
-        name = names.get(id(module))
+        name = names.get(id(module), "")
         if fits and not _stays_in_fp32(model, name):
             slots[name] = Slot(name.removesuffix(".weight"), "weight", not isinstance(module, nn.Embedding | nn.Linear),
                                "int8")  # fmt: skip
@@ -172,36 +176,58 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def quantize_parameter(
-    name: str, value: Tensor | QuantizedTensor, slot: Slot, quantization: Quantization
+    name: str, value: Tensor | QuantizedTensor, slot: Slot, quantization: Quantization, prepare: Prepare | None = None
 ) -> QuantizedTensor | Tensor:
-    """What a slot holds as it is kept: (out, in) or (experts, out, in), quantized unless `kind` is none.
+    """What a slot holds: (out, in) or (experts, out, in), quantized unless `kind` is none.
+
+    The loader and the merge both come here, so that what is merged onto is what was trained against.
+
+    Args:
+        name: of the parameter.
+        value: as the checkpoint has it, in the model's own orientation; a `QuantizedTensor` as `quantize` makes it.
+        slot: its place.
+        quantization: how the base is kept.
+        prepare: a step before quantizing, given the name and the unquantized weight (out, in), or (experts, out, in),
+            in the checkpoint's dtype; what it returns, of the same shape, is quantized in the weight's place.
 
     Raises:
-        UserError: the checkpoint is quantized in another way than asked for.
+        UserError: the checkpoint is quantized in another way than asked for, or is quantized and `prepare` is given.
     """
     kind = slot.kind or quantization.kind
-    if isinstance(value, QuantizedTensor) and slot.kind not in (None, value.kind):
-        value = value.dequantize(value.dtype)
-        slot = replace(slot, transposed=False)
     if isinstance(value, QuantizedTensor):
-        if (value.kind, value.double_quant) != (quantization.kind, quantization.double_quant) and not (
-            value.kind == kind == "int8"
-        ):
-            double = " with double quantization" if value.double_quant else ""
+        if prepare is not None:
             raise UserError(
-                f"{name}: the checkpoint is already quantized as {value.kind}{double}; set "
-                f"model.quantization: {value.kind} and model.double_quant: {str(value.double_quant).lower()}"
+                f"{name}: the checkpoint is already quantized as {value.kind}, but the adapter's start changes weights "
+                "before they are quantized; use the 16-bit model that the checkpoint was made from"
             )
-        return value
+        if slot.kind not in (None, value.kind):
+            value, slot = value.dequantize(value.dtype), replace(slot, transposed=False)
+        else:
+            return _as_asked_for(name, value, kind, quantization)
     if slot.transposed:
         value = value.transpose(-1, -2).contiguous()
+    dtype = value.dtype
+    if prepare is not None:
+        value = prepare(name, value)
     if kind == "none":
-        return value
+        return value.to(dtype)
     try:
-        return quantize(value, kind, quantization.double_quant)
+        return replace(quantize(value, kind, quantization.double_quant), dtype=dtype)
     except ValueError as error:
         key = "model.embeddings" if slot.kind else "model.quantization"
         raise UserError(f"{name}: {error}; choose another {key}") from error
+
+
+def _as_asked_for(name: str, value: QuantizedTensor, kind: str, quantization: Quantization) -> QuantizedTensor:
+    """A weight that the checkpoint holds quantized, refused where the configuration asks for another quantization."""
+    found, asked = (value.kind, value.double_quant), (quantization.kind, quantization.double_quant)
+    if found != asked and not value.kind == kind == "int8":
+        double = " with double quantization" if value.double_quant else ""
+        raise UserError(
+            f"{name}: the checkpoint is already quantized as {value.kind}{double}; set "
+            f"model.quantization: {value.kind} and model.double_quant: {str(value.double_quant).lower()}"
+        )
+    return value
 
 
 def load_base(
@@ -213,7 +239,8 @@ def load_base(
     *,
     trust_remote_code: bool = False,
     checkpoint: Checkpoint | None = None,
-    open_source: Callable[[PreTrainedModel, torch.device], ParameterSource] | None = None,
+    open_source: Callable[[PreTrainedModel, torch.device], TensorSource] | None = None,
+    prepare: Prepare | None = None,
 ) -> PreTrainedModel:
     """Read a model folder into a frozen model on `device`, its linear weights quantized as they are read.
 
@@ -226,15 +253,16 @@ def load_base(
         quantization: how its weights are kept.
         device: where everything lives.
         compute_dtype: what products run in.
-        checkpoint: the weights, where they are not the folder's own (a quantized base that was kept).
-        open_source: what gives the tensors of a skeleton where no file does (a prediction has shapes alone).
+        checkpoint: the weights, where they are not the folder's own (a cached quantized base).
+        open_source: gives the tensors of a skeleton in the place of a checkpoint (a prediction has shapes alone).
+        prepare: a step before quantizing; see `quantize_parameter`.
 
     Raises:
         UserError: the configuration, the weights, or both together cannot be read as a causal language model.
     """
     model = build_skeleton(config, trust_remote_code, compute_dtype)
     slots = find_slots(model) | (embeddings := find_embedding_slots(model, quantization))
-    if any(isinstance(module, nn.Module) and is_experts_module(module) for module in model.modules()):
+    if any(is_experts_module(module) for module in model.modules()):
         use_expert_handles(model)
     # The source plans on the skeleton's own names, before its modules change.
     if open_source is not None:
@@ -244,34 +272,19 @@ def load_base(
     _replace_linears(model)
     for slot in embeddings.values():
         if isinstance(module := model.get_submodule(slot.module), nn.Embedding):
-            FrozenEmbedding.take_over(module)
+            FrozenEmbedding.take_over(module, compute_dtype, device)
     for name in source.names:
         value = source.read(name)
         if name in slots:
-            value = quantize_parameter(name, value, slots[name], quantization)
-            if isinstance(value, Tensor):
-                value = value.to(_kept_dtype(value, compute_dtype))
-            elif name in embeddings:
-                value = replace(value, dtype=compute_dtype)  # what rows are looked up in
-            _place(model, name, FrozenWeight(value))
-        elif isinstance(model.get_submodule(name.rpartition(".")[0]), FrozenLinear) and name.endswith(".weight"):
-            if isinstance(value, Tensor):
-                value = value.to(_kept_dtype(value, compute_dtype))
-            _place(model, name, FrozenWeight(value))
-        else:
-            _place_plain(model, name, value, compute_dtype)
-    _tie(model, compute_dtype)
+            value = quantize_parameter(name, value, slots[name], quantization, prepare)
+        if name in embeddings and isinstance(value, QuantizedTensor):
+            value = replace(value, dtype=compute_dtype)  # what rows are looked up in
+        _place(model, name, value, compute_dtype)
+    _tie(model, source, compute_dtype)
     _place_buffers(model, device)
     model.requires_grad_(False)
     model.eval()
     return model
-
-
-def _kept_dtype(value: Tensor, compute_dtype: torch.dtype) -> torch.dtype:
-    """Large plain weights stay as they are stored, unless that is wider than the products need."""
-    if not value.is_floating_point() or value.dtype.itemsize <= 2:
-        return value.dtype
-    return compute_dtype
 
 
 def _replace_linears(model: PreTrainedModel) -> None:
@@ -284,77 +297,87 @@ def _replace_linears(model: PreTrainedModel) -> None:
             model.set_submodule(name, FrozenLinear(in_features, out_features, bias, transposed))
 
 
-def _place(model: nn.Module, name: str, weight: FrozenWeight) -> None:
+def _place(
+    model: PreTrainedModel, name: str, value: Tensor | QuantizedTensor | WeightHandle, compute_dtype: torch.dtype
+) -> None:
+    """Put the value of a parameter or persistent buffer in its place, in the form and dtype it has there.
+
+    - Linear weights, int8 embeddings and experts: behind handles, as stored where that is not wider than products need.
+    - What the family insists on in fp32: in fp32.
+    - Embeddings: as stored, too, and looked up rows in the products' dtype.
+    - Other parameters: in the products' dtype; buffers as stored.
+
+    A parameter that is in its dtype already stays the same object, so that tied modules share it.
+    """
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
-    if isinstance(module, FrozenLinear | FrozenEmbedding):
-        module.weight = weight
-    else:
-        set_expert_weight(module, attribute, weight)
-
-
-def _place_plain(model: nn.Module, name: str, value: Tensor, compute_dtype: torch.dtype) -> None:
-    """A parameter or persistent buffer that is neither a linear weight nor experts."""
-    owner, _, attribute = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if value.is_floating_point() and any(re.search(rule, name) for rule in model._keep_in_fp32_modules_strict or ()):
-        value, compute_dtype = value.float(), torch.float32
+    is_weight = isinstance(module, FrozenLinear | FrozenEmbedding) and attribute == "weight"
+    if is_weight or is_expert_weight(module, value.shape):
+        value = _narrowed(value, compute_dtype) if isinstance(value, Tensor) else value
+        module._parameters.pop(attribute, None)
+        setattr(module, attribute, value if isinstance(value, WeightHandle) else WeightHandle(value))
+        return
+    if isinstance(value, QuantizedTensor):  # of a module that does more with its weight than multiply by it
+        value = value.dequantize(value.dtype)
+    elif isinstance(value, WeightHandle):
+        value = value.dense(value.dtype)
+    if value.is_floating_point():
+        if any(re.search(rule, name) for rule in model._keep_in_fp32_modules_strict or ()):
+            value = value.float()
+        elif type(module) is nn.Embedding:
+            value = _narrowed(value, compute_dtype)
+            if value.dtype != compute_dtype:
+                module.register_forward_hook(lambda _module, _input, rows: rows.to(compute_dtype))
+        elif attribute not in module._buffers:
+            value = value.to(compute_dtype)
     if attribute in module._buffers:
         module._buffers[attribute] = value
-        return
-    if type(module) is nn.Embedding:
-        # Stored in 16 bits, looked up, and only then brought to the dtype of the products.
-        value = value.to(_kept_dtype(value, compute_dtype))
-        if value.dtype != compute_dtype:
-            module.register_forward_hook(lambda _module, _input, output: output.to(compute_dtype))
-    elif value.is_floating_point():
-        value = value.to(compute_dtype)
-    setattr(module, attribute, nn.Parameter(value, requires_grad=False))
+    else:
+        is_parameter = isinstance(value, nn.Parameter)
+        setattr(module, attribute, value if is_parameter else nn.Parameter(value, requires_grad=False))
 
 
-def _tie(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
-    """Give tied modules the one parameter they share.
+def _narrowed(value: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """A large weight as it is stored, unless that is wider than the products need."""
+    wide = value.is_floating_point() and value.dtype.itemsize > 2
+    return value.to(compute_dtype) if wide else value
+
+
+def _tie(model: PreTrainedModel, source: TensorSource, compute_dtype: torch.dtype) -> None:
+    """Give tied modules the one weight they share.
 
     A checkpoint may hold it under either name, or under both; where the two differ the configuration is wrong, and they
     stay apart, as transformers leaves them.
     """
-    for target, source in tied_names(model).items():
-        found = _placed(model, target)
-        if _placed(model, source) is None and isinstance(found, Tensor):
-            _place_plain(model, source, found, compute_dtype)
-        elif _placed(model, source) is None and found is not None:
-            _place(model, source, found)
-        shared = _placed(model, source)
-        if shared is None:  # on meta, where nothing looks read
-            shared = model.get_parameter(source)
-        if _differ(found, shared):
+    stored = set(source.names)
+    for target, origin in tied_names(model).items():
+        found = stored & {target, origin}
+        if found == {target}:
+            _place(model, origin, _placed(model, target), compute_dtype)
+        elif len(found) == 2 and source.has_values and _differ(_placed(model, target), _placed(model, origin)):
             logger.warning("config.json ties %s to %s, but the checkpoint has both, and they differ: they stay apart",
-                           target, source)  # fmt: skip
+                           target, origin)  # fmt: skip
             model.all_tied_weights_keys.pop(target)
             continue
-        module = model.get_submodule(target.rpartition(".")[0])
-        if isinstance(module, FrozenLinear) and isinstance(shared, Tensor) and target.endswith(".weight"):
-            shared = FrozenWeight(shared)
-        setattr(module, target.rpartition(".")[2], shared)
+        if found:
+            _place(model, target, _placed(model, origin), compute_dtype)
 
 
-def _differ(one: Tensor | FrozenWeight | None, other: Tensor | FrozenWeight) -> bool:
-    if isinstance(one, FrozenWeight) and isinstance(other, FrozenWeight):
-        return any(_differ(tensor, getattr(other, name)) for name, tensor in one.quantized.tensors().items())
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return False
-    if one.is_meta or is_fake(one):
-        return False  # shapes are all there is
-    return not torch.equal(one.to(other.dtype), other)
-
-
-def _placed(model: nn.Module, name: str) -> nn.Parameter | FrozenWeight | None:
-    """What was read for a parameter: itself (a linear module's too, where it is plain), a quantized weight, or None."""
+def _placed(model: PreTrainedModel, name: str) -> Tensor | WeightHandle:
+    """What holds the value of a parameter: itself, also where it lies in a handle, or the handle of a quantized one."""
     owner, _, attribute = name.rpartition(".")
     value = getattr(model.get_submodule(owner), attribute)
-    if isinstance(value, FrozenWeight):
-        return value if value.quantized else value.plain
-    return None if value is None or value.is_meta else value
+    stored = value.stored() if isinstance(value, WeightHandle) else value
+    return stored if isinstance(stored, Tensor) else value
+
+
+def _differ(one: Tensor | WeightHandle, other: Tensor | WeightHandle) -> bool:
+    """Whether two stored weights do; one that is quantized and one that is not are not compared."""
+    if isinstance(one, WeightHandle) and isinstance(other, WeightHandle):
+        return any(not torch.equal(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return not torch.equal(one.to(other.dtype), other)
+    return False
 
 
 def _place_buffers(model: nn.Module, device: torch.device) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +21,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class TensorSource(Protocol):
+    """Where the tensors of a model come from: a checkpoint, or, for a prediction, nowhere.
+
+    Attributes:
+        names: of the parameters and persistent buffers that it gives, in the order they are read in.
+        shapes: of the model's tensors, as its modules have them.
+        has_values: whether they are a model's values; False: fake or random tensors, whose values say nothing.
+    """
+
+    names: Sequence[str]
+    shapes: Mapping[str, tuple[int, ...]]
+    has_values: bool
+
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        """One tensor, in the orientation of the model; a `QuantizedTensor` (out, in) where it is stored quantized."""
+        ...
+
+
 class ParameterSource:
-    """A checkpoint's tensors under the model's names, each read and converted when it is asked for.
+    """A checkpoint's tensors under the model's names, each read and converted when it is asked for: a `TensorSource`.
 
     Args:
         model: a skeleton.
@@ -35,6 +54,8 @@ class ParameterSource:
         UserError: tensors are missing.
     """
 
+    has_values = True
+
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device | str):
         self.model, self.checkpoint, self.device = model, checkpoint, device
         self._stored = {name: group for name in checkpoint if (group := disk_group(name, checkpoint))}
@@ -43,9 +64,11 @@ class ParameterSource:
         if plan.unexpected:
             logger.warning("%d tensors of the checkpoint have no place in the model: %s", len(plan.unexpected),
                            missing_names(plan.unexpected, {}))  # fmt: skip
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
+        }
         self._groups = {name: group for group in plan.groups for name in group.targets()}
-        self.names = list(self._groups)
+        self.names: Sequence[str] = list(self._groups)
         self._waiting: dict[str, Tensor] = {}  # read along with another one, not asked for yet
         _refuse_missing(self, plan.unexpected)
 

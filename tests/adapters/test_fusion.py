@@ -14,15 +14,16 @@ from qlora_tool.adapters.fusion import SharedInput, fuse, gated_activation
 from qlora_tool.methods import METHODS
 from qlora_tool.methods.lora import Lora
 from qlora_tool.methods.method import Settings
-from qlora_tool.weights.modules import FrozenLinear, FrozenWeight
+from qlora_tool.weights.handles import WeightHandle
+from qlora_tool.weights.modules import FrozenLinear
 
 
 def linear(out: int, width: int, *, dropout: float = 0.0, seed: int = 0) -> FrozenLinear:
     generator = torch.Generator().manual_seed(seed)
     module = FrozenLinear(width, out, None)
-    module.weight = FrozenWeight(torch.randn(out, width, generator=generator) / width**0.5)
+    module.weight = WeightHandle(torch.randn(out, width, generator=generator) / width**0.5)
     A, B = torch.randn(2, width, generator=generator), torch.randn(out, 2, generator=generator)
-    module.adapter = Adapter(METHODS["lora"], {"lora_A": A, "lora_B": B}, Settings(2, 4, dropout))
+    module.add_adapter("default", Adapter(METHODS["lora"], {"lora_A": A, "lora_B": B}, Settings(2, 4, dropout)))
     return module
 
 
@@ -130,7 +131,7 @@ def test_one_unfusable_module_among_them_keeps_its_own_way():
     q, k, v = (getattr(module, name).adapter for name in ("q_proj", "k_proj", "v_proj"))
     dropped = k.dropout(x)
     expected = [
-        x @ getattr(module, name).weight.plain.T + adapter.method.branch(adapter, dropped if adapter is k else x)
+        x @ getattr(module, name).weight.stored().T + adapter.method.branch(adapter, dropped if adapter is k else x)
         for name, adapter in (("q_proj", q), ("k_proj", k), ("v_proj", v))
     ]
     torch.testing.assert_close(found, expected[0] * expected[1] + expected[2])

@@ -17,7 +17,8 @@ from qlora_tool.config import AdapterConfig, load_config
 from qlora_tool.errors import UserError
 from qlora_tool.methods import METHODS, loha
 from qlora_tool.methods.method import Settings
-from qlora_tool.weights.modules import FrozenLinear, FrozenWeight
+from qlora_tool.weights.handles import WeightHandle
+from qlora_tool.weights.modules import FrozenLinear
 from qlora_tool.weights.quantized import quantize
 
 IN, OUT, R = 64, 96, 6
@@ -33,7 +34,7 @@ def noise(*shape: int, seed: int) -> Tensor:
 def frozen_linear(*, quantization: str = "none") -> FrozenLinear:
     linear = FrozenLinear(IN, OUT, nn.Parameter(noise(OUT, seed=2), requires_grad=False))
     weight = noise(OUT, IN, seed=1) / IN**0.5
-    linear.weight = FrozenWeight(weight if quantization == "none" else quantize(weight, quantization))
+    linear.weight = WeightHandle(weight if quantization == "none" else quantize(weight, quantization))
     return linear
 
 

@@ -13,7 +13,8 @@ from qlora_tool.adapters.adapter import Adapter, generator_for
 from qlora_tool.methods import METHODS
 from qlora_tool.methods.lora import LoraKeys
 from qlora_tool.methods.method import Settings
-from qlora_tool.weights.modules import FrozenLinear, FrozenWeight
+from qlora_tool.weights.handles import WeightHandle
+from qlora_tool.weights.modules import FrozenLinear
 from qlora_tool.weights.quantized import quantize
 
 IN, OUT, R = 64, 96, 6
@@ -28,7 +29,7 @@ def noise(*shape: int, seed: int) -> Tensor:
 def frozen_linear(*, quantization: str = "none", bias: bool = True) -> FrozenLinear:
     linear = FrozenLinear(IN, OUT, nn.Parameter(noise(OUT, seed=2), requires_grad=False) if bias else None)
     weight = noise(OUT, IN, seed=1) / IN**0.5
-    linear.weight = FrozenWeight(weight if quantization == "none" else quantize(weight, quantization))
+    linear.weight = WeightHandle(weight if quantization == "none" else quantize(weight, quantization))
     return linear
 
 
@@ -148,7 +149,7 @@ def test_the_merged_weight_computes_as_the_layer_does(use_rslora):
 
 def test_the_start_is_the_base_and_its_spread_is_as_published():
     linear = FrozenLinear(4096, 8, None)
-    linear.weight = FrozenWeight(noise(8, 4096, seed=1))
+    linear.weight = WeightHandle(noise(8, 4096, seed=1))
     x = noise(2, 4096, seed=2)
     # The deviation of n draws is known to 1/√(2n): 0.3 % here.
     uniform = start_of(linear, settings_of(16, 32.0), 0, "a")

@@ -100,7 +100,7 @@ def test_the_update_is_measured_in_the_weights(runs, exported, tmp_path):
         tensors = load_file(exported / "model.safetensors")
         for name, module in live.module.named_modules():
             if getattr(module, "adapter", None) is not None:
-                start = module.weight.quantized.dequantize(torch.float32)
+                start = module.weight.stored().dequantize(torch.float32)
                 a, b = module.adapter.lora_A.float(), module.adapter.lora_B.float()
                 tensors[f"{name}.weight"] = start + share * (b @ a) * (32 / 4)
         save_file({name: tensor.float() for name, tensor in tensors.items()}, damaged / "model.safetensors")

@@ -17,7 +17,7 @@ from qlora_tool.inference import answer as module
 from qlora_tool.inference.answer import answer, dense_weights, end_tokens
 from qlora_tool.inference.open import open_artifact, open_for_inference
 from qlora_tool.inference.sampling import Sampling
-from qlora_tool.weights.modules import FrozenWeight
+from qlora_tool.weights.handles import WeightHandle
 
 QUESTIONS = ["List all files", "a", "What is the capital of France? " * 3, "Who?", "how many boats are there", "b", "?"]
 NEVER = 409  # an end that does not come
@@ -180,7 +180,7 @@ def test_sampling_depends_on_the_seed_alone(opened):
 
 def test_weights_are_held_dense_meanwhile_where_memory_allows(bases, monkeypatch):
     model, tokenizer = open_for_inference(ModelConfig(name_or_path=str(bases("llama")), **FP32))
-    handles = [part for part in model.module.modules() if isinstance(part, FrozenWeight)]
+    handles = [part for part in model.module.modules() if isinstance(part, WeightHandle)]
     prompts = prompts_from_texts(QUESTIONS, tokenizer)
     needed = sum(handle.shape.numel() for handle in handles) * 4
     monkeypatch.setattr(module, "free_memory", lambda device: 2 * needed - 1)

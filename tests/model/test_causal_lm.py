@@ -15,7 +15,8 @@ from qlora_tool.data.batches import collate
 from qlora_tool.data.tokenize import Example
 from qlora_tool.model.behaviour import behaviour_of
 from qlora_tool.model.causal_lm import CausalLM, logits_transform
-from qlora_tool.weights.modules import FrozenLinear, FrozenWeight
+from qlora_tool.weights.handles import WeightHandle
+from qlora_tool.weights.modules import FrozenLinear
 
 
 def open_tiny(family: str, folder, kind: str = "none", **changes) -> CausalLM:
@@ -64,10 +65,10 @@ def test_a_trained_head_takes_whole_logits(tmp_path):
     """In chunks it would get no gradient."""
     model = open_tiny("llama", tmp_path)
     head = model.module.get_output_embeddings()
-    head.weight.plain.requires_grad_()
+    head.weight.stored().requires_grad_()
     assert not model.chunked_loss
     model.loss_sum(collate([[example(8, 1)]], pad_token_id=0, packing=False)).backward()
-    assert head.weight.plain.grad.abs().sum() > 0
+    assert head.weight.stored().grad.abs().sum() > 0
 
 
 def test_what_families_do_to_their_logits_is_read_from_their_configuration():
@@ -160,13 +161,13 @@ def test_checkpointed_layers_do_not_recompute_their_last_product(tmp_path, monke
     names = {}
     for name, module in model.module.named_modules():
         if isinstance(module, FrozenLinear) and name != "lm_head":
-            module.adapter = Branch(module)
+            module.add_adapter("default", Branch(module))
             names[module.weight] = name.rpartition(".")[2]
     model.module.train()
     model.checkpoint_layers(True)
-    asked, dense = Counter(), FrozenWeight.dense
+    asked, dense = Counter(), WeightHandle.dense
     monkeypatch.setattr(
-        FrozenWeight, "dense", lambda self, *rest: asked.update([names.get(self)]) or dense(self, *rest)
+        WeightHandle, "dense", lambda self, *rest: asked.update([names.get(self)]) or dense(self, *rest)
     )
     model.loss_sum(collate(ROWS, pad_token_id=0, packing=True)).backward()
     del asked[None]  # the output projection

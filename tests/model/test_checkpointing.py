@@ -25,7 +25,7 @@ from qlora_tool.model.checkpointing import (
 from qlora_tool.model.load import Quantization, load_base
 from qlora_tool.model.source import read_model_config
 from qlora_tool.ops.loss import linear_cross_entropy
-from qlora_tool.weights.modules import FrozenWeight
+from qlora_tool.weights.handles import WeightHandle
 
 BOTH, ATTENTION, MLP = ("self_attn", "mlp"), ("self_attn",), ("mlp",)
 
@@ -99,9 +99,9 @@ def test_parts_are_found_by_what_they_hold(family, parts, tmp_path):
 @pytest.mark.parametrize("dropout", [0.0, 0.2])  # fused, and not
 def test_no_product_is_recomputed_that_nobody_needs(parts, expected, dropout, tmp_path, monkeypatch):
     model, adapters = adapted("llama", tmp_path, dropout)
-    recomputing, asked, dense = [], Counter(), FrozenWeight.dense
+    recomputing, asked, dense = [], Counter(), WeightHandle.dense
     names = {module: name.removesuffix(".weight").rpartition(".")[2] for name, module in model.module.named_modules()
-             if isinstance(module, FrozenWeight)}  # fmt: skip
+             if isinstance(module, WeightHandle)}  # fmt: skip
 
     @contextmanager
     def around():
@@ -115,7 +115,7 @@ def test_no_product_is_recomputed_that_nobody_needs(parts, expected, dropout, tm
         asked.update([names[self]] if recomputing else [])
         return dense(self, *rest)
 
-    monkeypatch.setattr(FrozenWeight, "dense", counted)
+    monkeypatch.setattr(WeightHandle, "dense", counted)
     model.checkpoint_layers(Recomputation.uniform(parts, 2), around)
     gradients(model, adapters)
     assert asked == dict.fromkeys(expected, 2)

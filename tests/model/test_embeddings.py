@@ -57,7 +57,7 @@ def test_logits_are_those_of_the_dequantized_values(family, tmp_path):
     folder = write_tiny(family, tmp_path, dtype=torch.bfloat16)
     model, expected = read(folder), expected_model(folder)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    assert embedding.weight.quantized.kind == head.weight.quantized.kind == "int8"
+    assert embedding.weight.kind == head.weight.kind == "int8"
     tied = expected.get_input_embeddings().weight is expected.get_output_embeddings().weight
     assert (embedding.weight is head.weight) == tied
     for found, kept in ((embedding, expected.get_input_embeddings()), (head, expected.get_output_embeddings())):
@@ -211,7 +211,7 @@ def test_what_cannot_be_kept_so_stays_as_stored_with_a_line(tied, tmp_path, monk
         read(folder)
     assert caplog.text.count("model.embeddings: int8, but in llama the input embeddings (Decoupled)") == 1
     assert isinstance(model.get_input_embeddings().weight, nn.Parameter)
-    assert (model.get_output_embeddings().weight.quantized is None) == tied
+    assert (model.get_output_embeddings().weight.kind == "none") == tied
     expected = read_by_transformers(folder)
     if not tied:
         expected.lm_head.weight.data = through_int8(expected.lm_head.weight.data)
@@ -225,6 +225,19 @@ def test_a_missing_head_is_told(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert find_embedding_slots(model, INT8).keys() == {"model.embed_tokens.weight"}
     assert "the output projection (none) cannot be kept so" in caplog.text
+
+
+@pytest.mark.parametrize("embeddings", ["as_stored", "int8"])
+def test_a_family_that_asks_its_parameters_for_its_dtype_gets_that_of_products(embeddings, tmp_path):
+    """openai-gpt makes its mask in the dtype of its first parameter, and of the first that is no integer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("openai-gpt", vocab_size=131, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model = read(tmp_path, Quantization("nf4", True, embeddings), dtype=torch.bfloat16)
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[0, 9:] = 0
+    assert model.dtype == logits(model, tokens(), attention_mask=mask).dtype == torch.bfloat16
 
 
 def test_embeddings_that_renormalize_are_not_taken_over():

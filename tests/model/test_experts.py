@@ -8,7 +8,7 @@ from tiny_models import logits, read_by_transformers, read_tiny, relative_error,
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_tool.model.experts import expert_weight_names, experts_forward, is_experts_module
-from qlora_tool.weights.modules import FrozenWeight
+from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.quantized import quantize
 
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe", "olmoe", "phimoe", "deepseek_v3"]
@@ -62,12 +62,12 @@ def test_all_three_dimensional_weights_are_quantized(family, tmp_path):
     assert experts_of(model)
     for module in experts_of(model):
         assert expert_weight_names(module) == []  # none is left a parameter
-        handles = {name: child for name, child in module.named_children() if isinstance(child, FrozenWeight)}
+        handles = {name: child for name, child in module.named_children() if isinstance(child, WeightHandle)}
         assert handles.keys() == {"gate_up_proj", "down_proj"}
         width = module.down_proj.shape[-1]
         assert tuple(module.gate_up_proj.shape) == (4, 2 * width, 64)  # (experts, out, in), however transformers has it
         assert tuple(module.down_proj.shape) == (4, 64, width)
-        assert all(handle.quantized.kind == "nf4" for handle in handles.values())
+        assert all(handle.kind == "nf4" for handle in handles.values())
     assert not [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
 
 
@@ -113,7 +113,7 @@ def test_one_expert_at_a_time_is_dequantized(tmp_path):
 def test_an_expert_nobody_chose_is_not_asked_for(tmp_path):
     module = experts_of(read_tiny(write_tiny("mixtral", tmp_path), "nf4"))[0]
     asked = []
-    dense = FrozenWeight.dense
+    dense = WeightHandle.dense
 
     def watched(self, dtype, expert=None):
         asked.append(expert)
@@ -121,14 +121,14 @@ def test_an_expert_nobody_chose_is_not_asked_for(tmp_path):
 
     hidden, index, weights = routed(2, [[1, 3], [3, 1]])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FrozenWeight, "dense", watched)
+        patch.setattr(WeightHandle, "dense", watched)
         experts_forward(module, hidden, index, weights)
     assert asked == [1, 1, 3, 3]
 
 
 def test_an_experts_handle_gives_each_experts_matrix():
     weight = torch.randn(3, 20, 64, generator=torch.Generator().manual_seed(0))
-    plain, quantized = FrozenWeight(weight), FrozenWeight(quantize(weight, "nf4"))
+    plain, quantized = WeightHandle(weight), WeightHandle(quantize(weight, "nf4"))
     for index in range(3):
         assert torch.equal(plain.dense(torch.bfloat16, index), weight[index].to(torch.bfloat16))
         alone = quantize(weight[index], "nf4").dequantize(torch.bfloat16)

@@ -26,8 +26,9 @@ from qlora_tool.errors import UserError
 from qlora_tool.files.tensors import Checkpoint
 from qlora_tool.model import load as load_module
 from qlora_tool.model.load import build_skeleton, find_slots
-from qlora_tool.weights.modules import FrozenLinear, FrozenWeight
-from qlora_tool.weights.quantized import QuantizedTensor
+from qlora_tool.weights.handles import WeightHandle, model_tensors
+from qlora_tool.weights.modules import FrozenLinear
+from qlora_tool.weights.quantized import QuantizedTensor, quantize
 
 # Where both run the same operations in the same order nothing differs; Conv1D's product is a transposed one here.
 FP32 = 1e-5
@@ -103,7 +104,7 @@ def test_quantized_every_family_gives_the_logits_of_its_quantized_weights(family
     model = read_tiny(folder, "nf4")
     assert relative_error(logits(model, tokens()), expected) <= FP32
     assert relative_error(expected, unquantized) > 100 * FP32  # so that the line above says something
-    handles = {name for name, m in model.named_modules() if isinstance(m, FrozenWeight) and m.quantized is not None}
+    handles = {name for name, m in model.named_modules() if isinstance(m, WeightHandle) and m.kind != "none"}
     assert handles == set(changed)
 
 
@@ -136,12 +137,13 @@ def test_a_checkpoint_in_16_bits_gives_what_transformers_gives_in_fp32(family, t
 
 def test_what_is_large_stays_in_16_bits_and_what_is_small_does_not(tmp_path):
     model = read_tiny(write_tiny("llama-biased", tmp_path, dtype=torch.bfloat16), "nf4")
-    dtypes = {name: tensor.dtype for name, tensor in model.named_parameters()}
+    dtypes = {name: tensor.dtype for name, tensor, role in model_tensors(model) if role == "unquantized"}
+    assert dtypes.pop("model.rotary_emb.inv_freq") == dtypes.pop("model.rotary_emb.original_inv_freq") == torch.float32
     assert dtypes.pop("model.embed_tokens.weight") == torch.bfloat16
-    assert dtypes.pop("lm_head.weight.plain") == torch.bfloat16
+    assert dtypes.pop("lm_head.weight") == torch.bfloat16
     assert set(dtypes.values()) == {torch.float32}
     assert {name.rpartition(".")[2] for name in dtypes} == {"weight", "bias"}  # norms and biases are left
-    weights = [m for m in model.modules() if isinstance(m, FrozenWeight) and m.quantized is not None]
+    weights = [m for m in model.modules() if isinstance(m, WeightHandle) and m.kind != "none"]
     assert len(weights) == 2 * 7
     assert {weight.dtype for weight in weights} == {torch.bfloat16}
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -187,7 +189,7 @@ def test_a_router_that_derives_from_linear_stays_what_it_is(tmp_path):
 
 def test_falcons_own_linear_class_is_quantized(tmp_path):
     model = read_tiny(write_tiny("falcon", tmp_path), "nf4")
-    assert model.get_submodule("transformer.h.0.self_attention.query_key_value").weight.quantized.kind == "nf4"
+    assert model.get_submodule("transformer.h.0.self_attention.query_key_value").weight.kind == "nf4"
 
 
 def test_a_family_that_multiplies_by_a_weight_itself_gets_the_product(tmp_path):
@@ -254,7 +256,7 @@ def test_a_group_of_experts_is_gone_before_the_next_is_read(tmp_path, monkeypatc
 
 
 def same_storage(model) -> bool:
-    return model.get_input_embeddings().weight is model.get_output_embeddings().weight.plain
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight.stored()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -439,12 +441,12 @@ def test_a_checkpoint_that_bitsandbytes_quantized_is_read_bit_for_bit(kind, doub
     found = read_tiny(folder, kind, double_quant)
     compared = 0
     for name, module in found.named_modules():
-        if not isinstance(module, FrozenWeight) or module.quantized is None:
+        if not isinstance(module, WeightHandle) or module.kind == "none":
             continue
-        assert_same_bits(module.quantized, expected.get_submodule(name).quantized)
+        assert_same_bits(module.stored(), expected.get_submodule(name).stored())
         weight = theirs.get_parameter(name)
         if kind == "int8":
-            assert torch.equal(module.quantized.codes, weight.data)
+            assert torch.equal(module.stored().codes, weight.data)
         else:
             expected_weight = bnb.dequantize_4bit(weight.data, weight.quant_state)
             assert torch.equal(module.dense(torch.float32), expected_weight)
@@ -481,3 +483,48 @@ def test_a_broken_quantized_weight_is_named(tmp_path):
     del named[f"{name}.quant_state.bitsandbytes__nf4"]
     write_weights(folder, named)
     assert f"{folder}: cannot read the quantized weight {name}" in fault(folder, "nf4")
+
+
+# ------------------------------------------------------------------------------------ tensors that come from elsewhere
+
+
+class Drawn:
+    """Every tensor of a model from random numbers, under both names of tied ones."""
+
+    def __init__(self, model, has_values: bool):
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self.names = list(self.shapes)
+        self.has_values = has_values
+
+    def read(self, name: str) -> torch.Tensor:
+        return torch.randn(self.shapes[name])
+
+
+@pytest.mark.parametrize("has_values", [False, True])
+def test_a_source_without_values_leaves_tied_weights_tied(has_values, tmp_path):
+    """What it gives under the two names differs, and says nothing."""
+    model = read_tiny(write_tiny("llama-tied", tmp_path), open_source=lambda model, device: Drawn(model, has_values))
+    assert same_storage(model) is not has_values
+
+
+@pytest.mark.parametrize(
+    ("family", "stored", "module"),
+    [
+        ("phimoe", "model.layers.0.mlp.router.weight", "model.layers.0.mlp.router"),  # derives from nn.Linear
+        ("llama-tied", "lm_head.weight", "model.embed_tokens"),
+    ],
+)
+def test_a_quantized_weight_in_a_place_without_a_handle_is_dequantized(family, stored, module, tmp_path):
+    class Quantized(Drawn):
+        def __init__(self, model, device):
+            super().__init__(model, True)
+            self.value = quantize(torch.randn(self.shapes[stored]), "nf4")
+            self.names = [name for name in self.names if name == stored or name != f"{module}.weight"]
+            sources.append(self)
+
+        def read(self, name):
+            return self.value if name == stored else super().read(name)
+
+    sources = []
+    weight = read_tiny(write_tiny(family, tmp_path), "nf4", open_source=Quantized).get_submodule(module).weight
+    assert torch.equal(weight, sources[0].value.dequantize(torch.float32))

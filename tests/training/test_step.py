@@ -19,7 +19,7 @@ from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.load import Quantization
 from qlora_tool.training.optimizers import Optimizer
 from qlora_tool.training.step import StepSettings, train_step
-from qlora_tool.weights.modules import FrozenWeight
+from qlora_tool.weights.handles import WeightHandle
 
 # Rounding errors of 2⁻²⁴ each in sums of up to 128 products, through two layers there and back.
 FP32 = 4 * 128 * 2**-24
@@ -152,7 +152,7 @@ def test_the_loss_is_that_of_transformers(folder, family):
     model, _ = trained(folder, family)
     for module in model.module.modules():
         if getattr(module, "adapter", None) is not None:
-            module.adapter = None
+            module.set_adapters([])
     reference = read_by_transformers(folder(family))
     batch = padded(examples())
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
@@ -245,5 +245,5 @@ def test_five_steps_are_those_of_peft_and_torch(folder):
 
 def frozen_tensors(model: CausalLM):
     for name, module in model.module.named_modules():
-        if isinstance(module, FrozenWeight):
+        if isinstance(module, WeightHandle):
             yield from ((f"{name}.{key}", tensor) for key, tensor in module.state_dict().items())

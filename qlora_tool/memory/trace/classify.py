@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from qlora_tool.memory.trace.timeline import Event, Timeline
-from qlora_tool.weights.modules import FrozenWeight
+from qlora_tool.weights.handles import model_tensors
 
 if TYPE_CHECKING:
     from qlora_tool.adapters.attach import AdapterSet
     from qlora_tool.memory.trace.tracer import Storage, Trace, Tracer
     from qlora_tool.training.optimizers import Optimizer
 
+_CATEGORIES = {"codes": "base_weights", "quantization_state": "quantization_state", "unquantized": "other_weights"}
+
 
 def name_weights(tracer: Tracer, module: nn.Module, adapters: AdapterSet) -> None:
     """Tell the storages of the model's tensors apart."""
-    trained = {id(parameter) for parameter in adapters.parameters()}
-    for handle in module.modules():
-        if isinstance(handle, FrozenWeight) and handle.quantized is not None:
-            for name, tensor in handle.quantized.tensors().items():
-                tracer.adopt(tensor).category = "base_weights" if name == "codes" else "quantization_state"
-    for tensor in [*module.parameters(), *module.buffers()]:
+    for tensor, category in weights_by_category(module, adapters.parameters()):
         storage = tracer.adopt(tensor)
-        if id(tensor) in trained:
-            storage.category = "adapter_weights"
-        elif not storage.category:
-            storage.category = "other_weights"
+        storage.category = storage.category or category
+
+
+def weights_by_category(module: nn.Module, trained: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, str]]:
+    """What is trained, and every other tensor of a model, with their parts of the breakdown."""
+    seen = set()
+    for parameter in trained:
+        seen.add(id(parameter))
+        yield parameter, "adapter_weights"
+    for _, tensor, role in model_tensors(module):
+        if id(tensor) not in seen:
+            yield tensor, _CATEGORIES[role]
 
 
 def name_optimizer(tracer: Tracer, optimizer: Optimizer) -> None:

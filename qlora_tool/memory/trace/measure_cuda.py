@@ -24,10 +24,9 @@ from qlora_tool.memory.allocator.blocks import round_size
 from qlora_tool.memory.allocator.calibrate import LARGEST_CONTEXT, context_bytes
 from qlora_tool.memory.allocator.operators import cublas_workspace
 from qlora_tool.memory.breakdown import Breakdown
-from qlora_tool.memory.trace.classify import timeline
+from qlora_tool.memory.trace.classify import timeline, weights_by_category
 from qlora_tool.memory.trace.predict import BatchShape, made_up_run
 from qlora_tool.memory.trace.tracer import Storage, Trace
-from qlora_tool.weights.modules import FrozenWeight
 
 if TYPE_CHECKING:
     from torch import nn
@@ -172,16 +171,6 @@ class History:
         for tensor, category in tensors:
             if tensor.is_cuda:
                 self.names.append((number, tensor.untyped_storage().data_ptr(), category))
-
-
-def weights_by_category(module: nn.Module, trained: Iterable[Tensor]) -> list[tuple[Tensor, str]]:
-    """Every tensor of a model with its part of the breakdown; the most particular name of one comes first."""
-    named = [(tensor, "adapter_weights") for tensor in trained]
-    for handle in module.modules():
-        if isinstance(handle, FrozenWeight) and handle.quantized is not None:
-            for name, tensor in handle.quantized.tensors().items():
-                named.append((tensor, "base_weights" if name == "codes" else "quantization_state"))
-    return named + [(tensor, "other_weights") for tensor in [*module.parameters(), *module.buffers()]]
 
 
 class RunningStep:
