@@ -1,16 +1,18 @@
-#!/usr/bin/env python3
-"""Everything that needs a CUDA device, in one run of at most nine minutes: what was found is in FOLDER as it comes.
+"""Everything that needs a CUDA device, in one run of at most nine minutes, on a card of 24 GB or more.
 
-    tools/cuda_check results/
+What was found is in FOLDER as it comes:
 
-The parts, each with a time limit of its own: the device as `doctor` sees it, the tests marked cuda, a made-up 7B in
-NF4 (3.9 GB in FOLDER, removed at the end), its training step at 1 x 2048 and 4 x 1024 against transformers + PEFT
-(tools/benchmark cuda), the longest sequence that trains under 8, 12, 16 and 24 GB, the predicted memory against the
-measured (tools/check_memory_cuda), and PEFT's longest sequences in the time that is left. A part that takes too long is
-cut; what it wrote until then stays, and the next one begins. cuda_check.json is written anew after each.
+    tools/measure cuda results/
 
-Needs a card of 24 GB or more, 16 GB of memory, 5 GB of disk, and bitsandbytes and PEFT beside torch. The exit code is 1
-where a part failed or was cut, or where there is no CUDA device.
+The parts, each with a time limit of its own: the device as `doctor` sees it, the tests marked cuda, a 7B of random
+weights in NF4 (3.9 GB in FOLDER, removed at the end), its training step at 1 x 2048 and 4 x 1024 against transformers +
+PEFT (`tools/measure benchmark cuda`), the longest sequence that trains under 8, 12, 16 and 24 GB, the predicted memory
+against the measured (`tools/measure memory-cuda`), and PEFT's longest sequences in the time that is left. A part that
+takes too long is cut; what it wrote until then stays, and the next one begins. cuda_check.json is written anew after
+each.
+
+Needs 16 GB of memory, 5 GB of disk, and bitsandbytes and PEFT beside torch. Asked for: no part failed or was cut, and
+there is a CUDA device.
 """
 
 from __future__ import annotations
@@ -29,15 +31,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from environment import ROOT
-from results import machine, run_tool, show_table
+from making.environment import ROOT
 
+from measuring.results import machine, say, show_table
 from qlora_tool.errors import MachineError
 from qlora_tool.files.atomic import write_json
 
 SECONDS = 540.0
 LEAST = 10.0  # seconds: with less a part is not begun
-TOOLS = ROOT / "tools"
+MODEL = "random-7b"  # its folder
 NO_TESTS = 5  # pytest's exit code where nothing was selected
 
 
@@ -124,7 +126,7 @@ def run_parts(parts: Sequence[Part], folder: Path, budget: TimeBudget, facts: di
         elif seconds == 0:
             outcomes[part.name] = Outcome("left out", last_line="no time was left")
         else:
-            print(f"{part.name}: at most {seconds:.0f} s", file=sys.stderr, flush=True)
+            say(f"{part.name}: at most {seconds:.0f} s")
             outcomes[part.name] = run_part(part, seconds, folder / f"{part.name}.log")
         save()
     return outcomes
@@ -132,27 +134,29 @@ def run_parts(parts: Sequence[Part], folder: Path, budget: TimeBudget, facts: di
 
 def parts_for(folder: Path) -> list[Part]:
     """What there is to run, the most important first."""
-    python, model = sys.executable, folder / "made-up-7b"
+    python, model = sys.executable, folder / MODEL
+    measure = [python, str(ROOT / "tools" / "measure")]
     plot = ["--plot", str(folder / "benchmark.png")] if importlib.util.find_spec("matplotlib") else []
-    caps = [python, str(TOOLS / "cuda_caps.py"), str(model)]
+    longest = [*measure, "longest", str(model), "--json"]
     return [
         Part("device", [python, "-m", "qlora_tool", "doctor"], 40),
         Part("tests", [python, "-m", "pytest", "tests", "-m", "cuda", "--durations=10"], 110),
-        Part("model", [python, str(TOOLS / "made_up_nf4.py"), str(model), "llama-2-7b", "cuda", "131072"], 60),
-        Part("benchmark", [python, str(TOOLS / "benchmark"), "cuda", str(model), "--json",
-                           str(folder / "benchmark.json"), *plot], 160, model),
-        Part("caps", [*caps, str(folder / "caps.json")], 110, model),
-        Part("memory", [python, str(TOOLS / "check_memory_cuda"), str(folder / "memory")], 150),
-        Part("caps-peft", [*caps, str(folder / "caps-peft.json"), "--side", "peft"], 120, model),
+        Part("model", [python, str(ROOT / "tools" / "make"), "nf4-model", str(model), "--device", "cuda"], 60),
+        Part("benchmark", [*measure, "benchmark", "cuda", str(model), "--json", str(folder / "benchmark.json"), *plot],
+             160, model),
+        Part("caps", [*longest, str(folder / "caps.json")], 110, model),
+        Part("memory", [*measure, "memory-cuda", str(folder / "memory")], 150),
+        Part("caps-peft", [*longest, str(folder / "caps-peft.json"), "--side", "peft"], 120, model),
     ]  # fmt: skip
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where everything goes")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it (default: 540)")
     parser.add_argument("--only", nargs="+", metavar="PART", help="some parts: device, tests, model, ...")
-    options = parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
     budget = TimeBudget(options.seconds)
 
     import torch
@@ -167,11 +171,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         outcomes = run_parts(parts, folder, budget, facts)
     finally:
-        shutil.rmtree(folder / "made-up-7b", ignore_errors=True)
-    rows = [(name, one.status, f"{one.seconds:.0f}", one.last_line[:90]) for name, one in outcomes.items()]
+        shutil.rmtree(folder / MODEL, ignore_errors=True)
+    return {"parts": outcomes, "passed": all(outcome.status == "passed" for outcome in outcomes.values())}
+
+
+def show(results: dict[str, Any]) -> None:
+    rows = [(name, one.status, f"{one.seconds:.0f}", one.last_line[:90]) for name, one in results["parts"].items()]
     show_table([("part", "ended", "seconds", "last line"), *rows])
-    return 0 if all(outcome.status == "passed" for outcome in outcomes.values()) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(run_tool(main))

@@ -1,4 +1,4 @@
-"""The trainings that `tools/benchmark` compares, and how the memory of a step is counted, for all in the same way."""
+"""The trainings that are compared, each a step at a time, and how the memory of a step is counted, for all alike."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import contextlib
 import gc
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
-import results  # noqa: F401 -- makes qlora_tool importable from the checkout
-
+from measuring.ours import OurSide, PlainSide, allocations, device_and_dtype, model_folder
 from qlora_tool.config import Config
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from qlora_tool.data.batches import Batch
 
@@ -26,109 +23,23 @@ if TYPE_CHECKING:
 class Side(Protocol):
     """A training that can take one step at a time."""
 
+    device: torch.device
+
     def step(self, batch: Batch) -> float:
         """An optimizer step on a batch; the loss before it, the mean over its trained tokens."""
+        ...
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """The loss summed over the batch's trained tokens."""
         ...
 
     def trained(self) -> list[Tensor]:
         """The parameters that are trained."""
         ...
 
-    def save(self, folder: str) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write the adapter as it is now, in PEFT's form."""
         ...
-
-
-class OurSide:
-    """qlora-tool, by the functions that `qlora-tool train` runs.
-
-    Args:
-        config: of the run; `auto` settings are decided for `largest`.
-        largest: the largest batch that will come.
-    """
-
-    def __init__(self, config: Config, largest: Batch):
-        from qlora_tool.memory.plan.budget import choose_for_run
-        from qlora_tool.training.optimizers import Optimizer
-        from qlora_tool.training.prepare import prepare_model, resolve_config
-        from qlora_tool.training.step import StepSettings
-
-        self.config = resolve_config(config)
-        choice = choose_for_run(self.config, largest)
-        self.predicted_bytes = choice.predicted.peak_bytes if choice else None
-        self.model, self.adapters = prepare_model(self.config, choice and choice.recomputation)
-        self.packs = self.model.keeps_packed_apart()  # also finds out how
-        self.model.module.train()
-        training = self.config.training
-        self.optimizer = Optimizer(training.optim, self.adapters.parameters(), training.weight_decay)
-        self.settings = StepSettings(training.max_grad_norm, training.label_smoothing_factor)
-        self.device = self.model.device
-
-    def facts(self) -> dict[str, Any]:
-        """What was decided for the run: the whole configuration, and what is recomputed in backward."""
-        return {
-            "config": self.config.model_dump(mode="json"),
-            "recomputation": str(self.model.recomputation),
-            "recomputed_share": recomputed_share(self.model),
-            "predicted_bytes": self.predicted_bytes,
-        }
-
-    def step(self, batch: Batch) -> float:
-        from qlora_tool.training.step import no_phases
-
-        return self._step(batch, no_phases)
-
-    def _step(self, batch: Batch, during) -> float:
-        from qlora_tool.training.step import train_step
-
-        rate = self.config.training.learning_rate
-        return float(train_step(self.model, self.optimizer, [batch], self.settings, rate, during).loss)
-
-    def trained(self) -> list[Tensor]:
-        return self.adapters.parameters()
-
-    def save(self, folder: str) -> None:
-        from qlora_tool.adapters.peft_files import save_adapter
-
-        name = self.config.model.name_or_path
-        save_adapter(Path(folder), self.adapters, self.config.adapter, self.model.module, name, None)
-
-    def categories(self, batch: Batch) -> dict[str, Any] | None:
-        """The memory of one step by category, as `qlora-tool train` writes it into `memory.json`; None on CUDA."""
-        from qlora_tool.memory.run_report import RunMemory
-
-        with tempfile.TemporaryDirectory() as folder:
-            run = SimpleNamespace(model=self.model, adapters=self.adapters, optimizer=self.optimizer,
-                                  progress=SimpleNamespace(step=1), config=self.config,
-                                  folder=SimpleNamespace(path=Path(folder)))  # fmt: skip
-            with RunMemory().watch(run) as during:
-                self._step(batch, during)
-            return json.loads((Path(folder) / "memory.json").read_text(encoding="utf-8"))["measured"]
-
-
-class PlainSide(OurSide):
-    """The same without the fused LoRA operations."""
-
-    def __init__(self, config: Config, largest: Batch):
-        from qlora_tool.adapters.lora import LoraAdapter
-
-        LoraAdapter.fused = False  # for all of this process
-        super().__init__(config, largest)
-
-
-def recomputed_share(model) -> float:
-    """Of the products with frozen weights inside the decoder layers, the share that is computed again in backward."""
-    from qlora_tool.model.checkpointing import decoder_layers
-    from qlora_tool.weights.modules import FrozenLinear
-
-    total = recomputed = 0
-    for layer, parts in zip(decoder_layers(model.module).values(), model.recomputation.layers, strict=True):
-        for name, module in layer.named_modules():
-            if isinstance(module, FrozenLinear):
-                work = module.in_features * module.out_features
-                total += work
-                recomputed += work * any(part == "" or f"{name}.".startswith(f"{part}.") for part in parts)
-    return recomputed / total if total else 0.0
 
 
 class PeftSide:
@@ -136,27 +47,16 @@ class PeftSide:
 
     `prepare_model_for_kbit_training`, with non-reentrant checkpointing (transformers 5's default) where
     `gradient_checkpointing` is on; 16-bit products under autocast, as the Trainer's `bf16` has them. In training mode
-    throughout: in evaluation mode on a CPU, bitsandbytes 0.50's Linear4bit repacks its weight for good and computes in
-    bf16 whatever was asked for.
+    throughout, evaluation included: in evaluation mode on a CPU with bf16 instructions, bitsandbytes 0.50's Linear4bit
+    repacks its weight for good and computes in bf16 whatever was asked for (0.3 % off).
     """
 
-    def __init__(self, config: Config, _largest: Batch):
+    def __init__(self, config: Config, _largest: Batch | None = None):
         import torch
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-        from transformers import AutoModelForCausalLM
 
-        from qlora_tool.model.open import choose_device, choose_dtype
-        from qlora_tool.model.source import resolve
-
-        self.device = choose_device(config.model.device)
-        self.dtype = choose_dtype(config.model.compute_dtype, self.device)
-        self.rate, self.max_grad_norm = config.training.learning_rate, config.training.max_grad_norm
-        base = AutoModelForCausalLM.from_pretrained(
-            resolve(config.model.name_or_path, config.model.revision),
-            dtype=self.dtype,
-            device_map={"": 0 if self.device.type == "cuda" else "cpu"},
-            **_quantization(config, self.dtype),
-        )
+        self._common(config)
+        base = quantized_by_transformers(config)
         checkpointing = config.training.gradient_checkpointing
         base = prepare_model_for_kbit_training(
             base,
@@ -166,23 +66,35 @@ class PeftSide:
         torch.manual_seed(config.training.seed)
         adapter = config.adapter
         lora = LoraConfig(
-            r=adapter.r, lora_alpha=adapter.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+            r=adapter.r, lora_alpha=adapter.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM",
+            use_rslora=adapter.use_rslora, use_dora=adapter.method == "dora", rank_pattern=dict(adapter.rank_pattern),
+            alpha_pattern=dict(adapter.alpha_pattern),
+        )  # fmt: skip
         self.model = get_peft_model(base, lora)
         self.model.train()
         self.optimizer = _plain_optimizer(config, self.trained())
 
+    def _common(self, config: Config) -> None:
+        self.device, self.dtype = device_and_dtype(config)
+        self.max_grad_norm = config.training.max_grad_norm
+
     def trained(self) -> list[Tensor]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def step(self, batch: Batch) -> float:
+    def _loss(self, batch: Batch) -> Tensor:
+        """As transformers computes it: the mean over the labels that are not -100, once shifted."""
         import torch
 
         half = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype) if half else contextlib.nullcontext():
-            loss = self.model(
+            return self.model(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
             ).loss
+
+    def step(self, batch: Batch) -> float:
+        import torch
+
+        loss = self._loss(batch)
         loss.backward()
         if self.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.trained(), self.max_grad_norm)
@@ -190,7 +102,10 @@ class PeftSide:
         self.optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
-    def save(self, folder: str) -> None:
+    def loss_sum(self, batch: Batch) -> Tensor:
+        return self._loss(batch) * batch.trained_tokens
+
+    def save(self, folder: str | Path) -> None:
         self.model.save_pretrained(folder)
 
 
@@ -200,14 +115,9 @@ class UnslothSide(PeftSide):
     def __init__(self, config: Config, largest: Batch):
         from unsloth import FastLanguageModel  # first of all: it patches transformers
 
-        from qlora_tool.model.open import choose_device, choose_dtype
-        from qlora_tool.model.source import resolve
-
-        self.device = choose_device(config.model.device)
-        self.dtype = choose_dtype(config.model.compute_dtype, self.device)
-        self.rate, self.max_grad_norm = config.training.learning_rate, config.training.max_grad_norm
+        self._common(config)
         base, _tokenizer = FastLanguageModel.from_pretrained(
-            str(resolve(config.model.name_or_path, config.model.revision)),
+            str(model_folder(config)),
             max_seq_length=largest.input_ids.shape[1],
             dtype=self.dtype,
             load_in_4bit=config.model.quantization == "nf4",
@@ -222,16 +132,37 @@ class UnslothSide(PeftSide):
         self.optimizer = _plain_optimizer(config, self.trained())
 
 
+SIDES: dict[str, type] = {"ours": OurSide, "plain": PlainSide, "peft": PeftSide, "unsloth": UnslothSide}
+
+
+def quiet_transformers() -> None:
+    """No warnings and no progress bars of its own between our lines."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def quantized_by_transformers(config: Config) -> nn.Module:
+    """The base as transformers and bitsandbytes read and quantize it."""
+    from transformers import AutoModelForCausalLM
+
+    device, dtype = device_and_dtype(config)
+    return AutoModelForCausalLM.from_pretrained(
+        model_folder(config),
+        dtype=dtype,
+        device_map={"": 0 if device.type == "cuda" else "cpu"},
+        **_quantization(config, dtype),
+    )
+
+
 def _quantization(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     """What tells transformers how to quantize; nothing where the folder says how it was (None would overrule it)."""
     from transformers import BitsAndBytesConfig
 
-    from qlora_tool.model.source import resolve
-
     settings = config.model
-    folder = resolve(settings.name_or_path, settings.revision)
     if settings.quantization == "none" or "quantization_config" in json.loads(
-        (Path(folder) / "config.json").read_text(encoding="utf-8")
+        (model_folder(config) / "config.json").read_text(encoding="utf-8")
     ):
         return {}
     if settings.quantization == "int8":
@@ -246,7 +177,7 @@ def _quantization(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _plain_optimizer(config: Config, parameters: list[Tensor]):
+def _plain_optimizer(config: Config, parameters: list[Tensor]) -> Any:
     """torch's AdamW, or bitsandbytes' in 8 bits, at the configuration's constant rate."""
     import torch
 
@@ -258,9 +189,6 @@ def _plain_optimizer(config: Config, parameters: list[Tensor]):
 
     kind = bnb.optim.PagedAdamW8bit if training.optim == "paged_adamw_8bit" else bnb.optim.AdamW8bit
     return kind(parameters, **settings)
-
-
-SIDES: dict[str, type] = {"ours": OurSide, "plain": PlainSide, "peft": PeftSide, "unsloth": UnslothSide}
 
 
 # ------------------------------------------------------------------------------------------------- measuring a step
@@ -287,13 +215,11 @@ def peak_tensor_bytes(step: Callable[[], Any], device: torch.device) -> dict[str
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own lines about when it starts and stops
     from torch.profiler import ProfilerActivity, profile
 
-    from qlora_tool.memory.trace.measure import allocations
-
     before = live_tensor_bytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     total = peak = 0
-    for _, size in sorted(allocations(profiler)):
+    for _, size in allocations(profiler):
         total += size
         peak = max(peak, total)
     return {"peak_bytes": before + peak, "before_bytes": before}

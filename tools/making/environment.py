@@ -1,4 +1,4 @@
-"""The virtual environment that tools/test and tools/quickstart work in: `.venv` in the checkout, made when missing.
+"""The virtual environment that the tools work in: `.venv` in the checkout, made when missing.
 
 Only the standard library is used here, since nothing else is there yet.
 """
@@ -14,7 +14,7 @@ import venv
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv"
 CONSTRAINTS = ROOT / "tools" / "constraints.txt"
 STAMP = VENV / "installed.sha256"

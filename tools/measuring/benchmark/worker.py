@@ -1,7 +1,7 @@
 """A side of the benchmark alive in a process of its own, told through a pipe when to step.
 
-Run as a program this is that process: it reads JSON lines, the first of which says what to build, and answers each with
-one. `Worker` is the other end. Memory, threads and caches of the sides never mix, and only one of them runs at a time.
+`serve` is that process: it reads JSON lines, the first of which says what to build, and answers each with one. `Worker`
+is the other end. Memory, threads and caches of the sides never mix, and only one of them runs at a time.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmark_sides import SIDES, OurSide, peak_tensor_bytes
-
+from measuring.processes import environment
+from measuring.sides import SIDES, OurSide, peak_tensor_bytes, quiet_transformers
 from qlora_tool.config import Config, with_values
 from qlora_tool.errors import MachineError, ToolError
 
@@ -30,10 +30,8 @@ class _Served:
 
     def __init__(self, kind: str, config: dict[str, Any], batches: str):
         import torch
-        import transformers
 
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
+        quiet_transformers()
         sets = torch.load(batches, weights_only=False)  # written by our own parent
         every = [batch for batch_set in sets.values() for batch in batch_set]
         largest = max(every, key=lambda batch: batch.input_ids.numel())
@@ -130,8 +128,8 @@ class Worker:
         self.name = name
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 -- `close` does
         self._process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self._log, text=True, encoding="utf-8",
+            [sys.executable, "-c", "from measuring.benchmark.worker import serve; serve()"], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self._log, text=True, encoding="utf-8", env=environment(),
         )  # fmt: skip
         try:
             set_by_hand = config.model_dump(mode="json", exclude_unset=True)
@@ -181,7 +179,3 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-if __name__ == "__main__":
-    serve()

@@ -1,48 +1,32 @@
-#!/usr/bin/env python3
-"""Train on one row of 256 to 4096 tokens and see how memory and time grow with it.
+"""How memory and time of a step grow with the row, 256 to 4096 tokens; a straight line, and attention's n^2; 15 minutes.
 
 Every layer is recomputed, products are in fp32, the base is NF4. Asked for: the peak of a step is a straight line (the
 bytes a token, over what is there at no length, within 5 % of the fit at every length), and a step's time is
 a + b n + c n^2, the quadratic part being attention's: the fits of the step and of attention alone, timed at the same
-lengths in the same run, differ in it by at most 10 % of the longest step. The exit code is 1 where that is missed.
+lengths in the same run, differ in it by at most 10 % of the longest step.
 
-    tools/check_long_context demo --json long.json --plot long.png
+    tools/measure long-context demo --json long.json --plot long.png
 
-Takes about 15 minutes with SmolLM2-135M on two idle cores and 5 GB of memory; `--lengths 256 512 1024 --repeats 1`
-takes one. Times are the fastest of the repeats; what else the machine does shows in them. MB are 10^6 bytes.
+The time is for SmolLM2-135M on two idle cores with 5 GB of memory; `--lengths 256 512 1024 --repeats 1` takes a minute.
+Times are the fastest of the repeats; what else the machine does shows in them.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmark_sides import OurSide, peak_tensor_bytes
-from results import run_tool, save_plot, save_results, show_table
-
+from measuring.command import add_model, add_outputs, at_least
+from measuring.ours import OurSide, largest_of_a_step, predicted_phases, random_row, vocabulary_size
+from measuring.results import mb, new_figure, passed_or_missed, say, show_table
+from measuring.sides import peak_tensor_bytes, quiet_transformers
 from qlora_tool.config import Config, with_values
-
-if TYPE_CHECKING:
-    from qlora_tool.data.batches import Batch
+from qlora_tool.errors import UserError
 
 LENGTHS = (256, 512, 1024, 1536, 2048, 3072, 4096)
 MEMORY_WITHIN, QUADRATIC_LEFT = 0.05, 0.10
-
-
-def one_row(length: int, vocabulary: int) -> Batch:
-    """Random tokens, every one trained."""
-    import random
-
-    from qlora_tool.data.batches import collate
-    from qlora_tool.data.tokenize import Example
-
-    draw = random.Random(length)
-    ids = [draw.randrange(vocabulary) for _ in range(length)]
-    return collate([[Example(ids, ids, "row 1")]], pad_token_id=0, packing=False)
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -85,50 +69,28 @@ class Attention:
         return len(self.layers) * min(seconds_of(recomputed) for _ in range(2))
 
 
-def predicted_peak(config: Config, length: int) -> int:
-    """The most bytes of a step, as the predictor says without weights; loading left out."""
-    from qlora_tool.memory.trace.classify import timeline
-    from qlora_tool.memory.trace.predict import BatchShape, predict
-    from qlora_tool.model.open import choose_dtype
-    from qlora_tool.model.source import read_model_config, resolve
-
-    model_config = read_model_config(resolve(config.model.name_or_path, config.model.revision), False)
-    dtype = choose_dtype(config.model.compute_dtype, None)
-    found = timeline(predict(config, model_config, BatchShape.full(1, length), dtype)).breakdown().phase_peak_bytes
-    return max(size for phase, size in found.items() if phase != "load")
-
-
 def measure(config: Config, lengths: Sequence[int], repeats: int) -> list[dict[str, Any]]:
     """A row of figures for each length: `seconds` and `attention_seconds` (the fastest), `peak_bytes`,
     `predicted_bytes`."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    batches = {length: None for length in lengths}
-    side = None
-    rows = {length: {"length": length, "seconds": [], "attention_seconds": []} for length in lengths}
-    for length in sorted(lengths, reverse=True):  # the longest decides what `auto` settings are for
-        if side is None:
-            side = OurSide(config, one_row(length, 256))
-        vocabulary = side.model.config.get_text_config().vocab_size
-        batches[length] = one_row(length, vocabulary)
+    vocabulary = vocabulary_size(config)
+    batches = {length: random_row(length, vocabulary) for length in lengths}
+    side = OurSide(config, batches[max(lengths)])
     attention = Attention(side.model.module)
     side.step(batches[min(lengths)])  # warms up, and makes the optimizer's state
+    times: dict[int, list[tuple[float, float]]] = {length: [] for length in lengths}
     for repeat in range(repeats):
-        for length in lengths:
-            row = rows[length]
-            row["seconds"].append(seconds_of(lambda length=length: side.step(batches[length])))
-            row["attention_seconds"].append(attention.seconds(length))
-            told = f"{row['seconds'][-1]:.2f} s, attention alone {row['attention_seconds'][-1]:.2f} s"
-            print(f"{repeat + 1}/{repeats} {length} tokens: {told}", file=sys.stderr, flush=True)
-    for length, row in rows.items():
-        row["peak_bytes"] = peak_tensor_bytes(lambda length=length: side.step(batches[length]), side.device)[
-            "peak_bytes"
-        ]
-        row["predicted_bytes"] = predicted_peak(side.config, length)
-        row["seconds"], row["attention_seconds"] = min(row["seconds"]), min(row["attention_seconds"])
-        print(f"{length} tokens: {row['peak_bytes'] / 1e6:,.1f} MB at the peak", file=sys.stderr, flush=True)
-    return list(rows.values())
+        for length, batch in batches.items():
+            taken = seconds_of(lambda batch=batch: side.step(batch)), attention.seconds(length)
+            times[length].append(taken)
+            say(f"{repeat + 1}/{repeats} {length} tokens: {taken[0]:.2f} s, attention alone {taken[1]:.2f} s")
+    rows = []
+    for length, batch in batches.items():
+        seconds, alone = (min(taken) for taken in zip(*times[length], strict=True))
+        peak = peak_tensor_bytes(lambda batch=batch: side.step(batch), side.device)["peak_bytes"]
+        say(f"{length} tokens: {mb(peak)} MB at the peak")
+        rows.append({"length": length, "seconds": seconds, "attention_seconds": alone, "peak_bytes": peak,
+                     "predicted_bytes": largest_of_a_step(predicted_phases(side.config, 1, length))})  # fmt: skip
+    return rows
 
 
 def judge(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -155,16 +117,16 @@ def judge(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def show(rows: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any]) -> None:
+def show(results: Mapping[str, Any]) -> None:
+    rows, memory, taken = results["lengths"], results["memory"], results["time"]
     head = ("tokens", "peak MB", "predicted MB", "off", "s/step", "attention s", "tokens/s")
     show_table([head, *(
-        (str(row["length"]), f"{row['peak_bytes'] / 1e6:,.1f}", f"{row['predicted_bytes'] / 1e6:,.1f}",
+        (str(row["length"]), mb(row["peak_bytes"]), mb(row["predicted_bytes"]),
          f"{row['predicted_bytes'] / row['peak_bytes'] - 1:+.2%}", f"{row['seconds']:.3f}",
          f"{row['attention_seconds']:.3f}", f"{row['length'] / row['seconds']:,.1f}")
         for row in rows
     )])  # fmt: skip
-    memory, taken = verdict["memory"], verdict["time"]
-    print(f"\npeak = {memory['bytes_at_rest'] / 1e6:,.1f} MB + {memory['bytes_a_token']:,.0f} B a token")
+    print(f"\npeak = {mb(memory['bytes_at_rest'])} MB + {memory['bytes_a_token']:,.0f} B a token")
     for name in ("step", "attention"):
         a, b, c = taken[name]
         print(f"{name} = {a:.3f} s + {b * 1e3:.4f} ms n + {c * 1e6:.5f} us n^2")
@@ -173,58 +135,52 @@ def show(rows: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any]) -> None:
         (memory, f"bytes a token off by {memory['worst_off']:.2%}"),
         (taken, f"quadratic beyond attention alone {taken['quadratic_left']:.2%} of the longest step"),
     ):
-        print(f"{'passed' if figures['passed'] else 'MISSED'}: {told}; at most {figures['limit']:.0%} is asked for")
+        print(f"{passed_or_missed(figures['passed'])}: {told}; at most {figures['limit']:.0%} is asked for")
 
 
-def plot(rows: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
+def plot(results: Mapping[str, Any]) -> Any:
+    """Memory and seconds by length, with the fits."""
     import numpy
-    from matplotlib import pyplot
 
-    figure, (memory, seconds) = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    rows = results["lengths"]
+    figure, (memory, seconds) = new_figure(2, figsize=(11, 4.5))
     lengths = [row["length"] for row in rows]
     line = numpy.linspace(0, max(lengths), 100)
-    fit = verdict["memory"]
+    fit = results["memory"]
     memory.plot(line, (fit["bytes_at_rest"] + fit["bytes_a_token"] * line) / 1e6, color="0.6", label="straight line")
     memory.plot(lengths, [row["peak_bytes"] / 1e6 for row in rows], "o", label="measured")
     memory.plot(lengths, [row["predicted_bytes"] / 1e6 for row in rows], "x", label="predicted")
     memory.set(xlabel="tokens of the row", ylabel="MB of tensors at the peak", ylim=(0, None))
     for name, key in (("step", "seconds"), ("attention", "attention_seconds")):
-        a, b, c = verdict["time"][name]
+        a, b, c = results["time"][name]
         points = seconds.plot(lengths, [row[key] for row in rows], "o", label=name + (" alone" * (name != "step")))
         seconds.plot(line, a + b * line + c * line**2, color=points[0].get_color(), linewidth=1)
     seconds.set(xlabel="tokens of the row", ylabel="seconds a step", ylim=(0, None))
     for axes in (memory, seconds):
         axes.legend()
         axes.grid(alpha=0.3)
-    save_plot(figure, file)
+    return figure
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL", help="a model folder, a hub id, or demo")
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), metavar="N", help="at least three")
-    parser.add_argument("--repeats", type=int, default=2, help="steps timed at each length (default: 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw memory and time")
-    options = parser.parse_args(arguments)
-    if len(set(options.lengths)) < 3 or min(options.lengths) < 2 or options.repeats < 1:
-        parser.error("at least three different lengths of two tokens or more, and one repeat, are expected")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--lengths", type=at_least(2), nargs="+", default=list(LENGTHS), metavar="N",
+                        help="at least three")  # fmt: skip
+    parser.add_argument("--repeats", type=at_least(1), default=2, help="steps timed at each length (default: 2)")
+    add_outputs(parser, plot="memory and time")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    lengths = sorted(set(options.lengths))
+    if len(lengths) < 3:
+        raise UserError(f"--lengths: {len(lengths)} found, at least three different ones expected")
+    quiet_transformers()
     config = with_values(Config(), {
         "model.name_or_path": options.model, "model.device": "cpu", "model.compute_dtype": "float32",
         "training.gradient_checkpointing": True, "training.per_device_train_batch_size": 1,
-        "data.max_length": max(options.lengths),
+        "data.max_length": max(lengths),
     })  # fmt: skip
-    rows = measure(config, sorted(set(options.lengths)), options.repeats)
+    rows = measure(config, lengths, options.repeats)
     verdict = judge(rows)
-    show(rows, verdict)
-    save_results(options.json, {"config": config.model_dump(mode="json"), "lengths": rows, **verdict})
-    if options.plot:
-        plot(rows, verdict, options.plot)
-    return 0 if verdict["memory"]["passed"] and verdict["time"]["passed"] else 1
-
-
-if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    passed = verdict["memory"]["passed"] and verdict["time"]["passed"]
+    return {"config": config.model_dump(mode="json"), "lengths": rows, **verdict, "passed": passed}

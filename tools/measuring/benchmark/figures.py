@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from results import save_plot, show_table
+from measuring.results import mb, new_figure, passed_or_missed, show_table
 
 # What a processor of matrices reaches, TFLOP/s in bf16, dense, and a 7B's GFLOP for a token with everything recomputed
 # and with nothing, head and attention at 2048 tokens included.
 REACHED_TFLOPS = {"H100": 800.0, "H200": 800.0, "A100": 250.0, "4090": 165.0}
-GFLOP_RECOMPUTED, GFLOP_KEPT = 41.8, 28.3
+GFLOP_RECOMPUTED, GFLOP_STORED = 41.8, 28.3
 
 
 def figures_of(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +77,7 @@ def _share_of_bound(speed: float | None, side: Mapping[str, Any]) -> float | Non
     if speed is None or tflops is None:
         return None
     share = side.get("recomputed_share", 1.0)
-    return speed * (GFLOP_KEPT + share * (GFLOP_RECOMPUTED - GFLOP_KEPT)) / (tflops * 1000)
+    return speed * (GFLOP_STORED + share * (GFLOP_RECOMPUTED - GFLOP_STORED)) / (tflops * 1000)
 
 
 def _curve_difference(one: list[float], other: list[float]) -> float | None:
@@ -101,7 +100,7 @@ def _verdict(demand: Mapping[str, Any], lanes, ratios, facts) -> dict[str, Any]:
 
 
 def show(results: Mapping[str, Any]) -> None:
-    """The table on stdout."""
+    """The tables on stdout, and under them what each side decided and the verdicts."""
     rows = [("lane", "tokens/s", "s/step", "peak MB", "first loss", "last loss")]
     for name, lane in results["lanes"].items():
         first_and_last = (lane["losses"][at] if lane["losses"] else None for at in (0, -1))
@@ -122,21 +121,20 @@ def show(results: Mapping[str, Any]) -> None:
         if "error" in lane:
             print(f"\n{name}: {lane['error']}")
         if lane.get("categories"):
-            parts = {**lane["categories"]["at_peak"], **lane["categories"]["activations"]}
-            parts.pop("activations", None)
-            told = ", ".join(f"{part.replace('_', ' ')} {size / 1e6:,.1f}" for part, size in parts.items() if size)
+            parts = _parts_at_peak(lane)
+            told = ", ".join(f"{part.replace('_', ' ')} {mb(size)}" for part, size in parts.items() if size)
             print(f"\n{name}, MB at the peak: {told}")
     for name, side in results["sides"].items():
         if side and side.get("recomputation"):
             predicted = side.get("predicted_bytes")
             print(f"{name}: {side['recomputation']}"
-                  + (f"; {predicted / 1e6:,.1f} MB predicted at the peak" if predicted else ""))  # fmt: skip
+                  + (f"; {mb(predicted)} MB predicted at the peak" if predicted else ""))  # fmt: skip
     for name, fact in results["facts"].items():
         print(f"{name.replace('_', ' ')}: {round(fact, 4) if isinstance(fact, float) else fact}")
     for verdict in results["verdicts"]:
         bound = "at least" if verdict["at_least"] else "at most"
         found = "not measured" if verdict["found"] is None else f"{verdict['found']:,.4g}"
-        word = "passed" if verdict["passed"] else "MISSED"
+        word = passed_or_missed(verdict["passed"])
         print(f"{word}: {verdict['figure']} of {verdict['of']}: {found}; {bound} {verdict['limit']:,.4g} is asked for")
 
 
@@ -149,16 +147,11 @@ def _shown(value: float | None, form: str, scale: float = 1.0) -> str:
     return "-" if value is None else f"{value * scale:{form}}"
 
 
-def plot(results: Mapping[str, Any], file: Path) -> None:
+def plot(results: Mapping[str, Any]) -> Any:
     """Tokens a second with the slowest and fastest step, memory at the peak by category, and the loss curves."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     lanes = results["lanes"]
-    figure, (speeds, memory, curves) = pyplot.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
-    colors = dict(zip(lanes, pyplot.rcParams["axes.prop_cycle"].by_key()["color"] * 2, strict=False))
+    figure, (speeds, memory, curves) = new_figure(3, figsize=(16, 4.5), layout="constrained")
+    colors = {name: f"C{place % 10}" for place, name in enumerate(lanes)}
     for place, (name, lane) in enumerate(lanes.items()):
         each = [tokens / seconds for tokens, seconds in zip(lane["tokens"], lane["seconds"], strict=True)]
         if each:
@@ -185,8 +178,7 @@ def plot(results: Mapping[str, Any], file: Path) -> None:
         unique = dict(zip(labels, handles, strict=True))
         memory.legend(unique.values(), unique.keys(), fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(f"{results['scenario']}: {results['about']}", fontsize=11)
-    save_plot(figure, file)
-    pyplot.close(figure)
+    return figure
 
 
 def _bar_by_category(axes, place: int, lane: Mapping[str, Any], color: str) -> None:
@@ -196,11 +188,16 @@ def _bar_by_category(axes, place: int, lane: Mapping[str, Any], color: str) -> N
     if not lane.get("categories"):
         axes.bar(place, lane["peak_bytes"] / 1e6, color="0.6", edgecolor=color)
         return
-    parts = {**lane["categories"]["at_peak"], **lane["categories"]["activations"]}
-    parts.pop("activations", None)
     bottom = 0.0
-    for number, (part, size) in enumerate(parts.items()):
+    for number, (part, size) in enumerate(_parts_at_peak(lane).items()):
         if size:
             axes.bar(place, size / 1e6, bottom=bottom, color=f"C{number % 10}", label=part.replace("_", " "),
                      alpha=0.6 if number > 9 else 1.0)  # fmt: skip
             bottom += size / 1e6
+
+
+def _parts_at_peak(lane: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes by category, the activations split."""
+    parts = {**lane["categories"]["at_peak"], **lane["categories"]["activations"]}
+    parts.pop("activations", None)
+    return parts

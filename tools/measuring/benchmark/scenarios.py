@@ -1,15 +1,22 @@
-"""What `tools/benchmark` can compare: which sides with which settings, on which batches, and what it must show."""
+"""What the benchmark can compare: which sides with which settings, on which batches, and what it must show."""
 
 from __future__ import annotations
 
 import argparse
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import results  # noqa: F401 -- makes qlora_tool importable from the checkout
-
+from measuring.ours import (
+    batch_of_tokens,
+    device_and_dtype,
+    every_position_in_the_loss,
+    packed_batches,
+    padded_batch,
+    random_tokens,
+    read_data,
+    vocabulary_size,
+)  # fmt: skip
 from qlora_tool.config import Config, parse_size, with_values
 from qlora_tool.errors import UserError
 
@@ -23,7 +30,7 @@ CHECKPOINTING = "training.gradient_checkpointing"
 
 @dataclass(frozen=True)
 class Side:
-    """A process of its own: `kind` as in `benchmark_sides.SIDES`, with what is particular to its configuration."""
+    """A process of its own: `kind` as in `measuring.sides.SIDES`, with what is particular to its configuration."""
 
     kind: str
     values: dict[str, Any] = field(default_factory=dict)
@@ -95,71 +102,21 @@ class Scenario:
 
 def token_rows(config: Config, options: argparse.Namespace, rows: int, length: int, count: int) -> list[Batch]:
     """`count` batches of full rows, every token trained: the data's tokens one after another, or random ones."""
-    from qlora_tool.data.batches import collate
-    from qlora_tool.data.tokenize import Example
-    from qlora_tool.model.source import read_model_config, resolve
-
-    needed = rows * length * count
     if options.train:
-        stream = [token for example in _read(config).train.examples for token in example.input_ids]
+        needed = rows * length * count
+        stream = [token for example in read_data(config).train.examples for token in example.input_ids]
         stream = (stream * -(-needed // len(stream)))[:needed]
+        cut = [stream[start : start + length] for start in range(0, needed, length)]
     else:
-        folder = resolve(config.model.name_or_path, config.model.revision)
-        vocabulary = read_model_config(folder, False).get_text_config().vocab_size
-        draw = random.Random(config.training.seed)
-        stream = [draw.randrange(vocabulary) for _ in range(needed)]
-    cut = [stream[start : start + length] for start in range(0, needed, length)]
-    examples = [[Example(ids, ids, f"row {number}")] for number, ids in enumerate(cut, 1)]
-    return [
-        collate(examples[start : start + rows], pad_token_id=0, packing=False)
-        for start in range(0, len(examples), rows)
-    ]
+        cut = random_tokens(rows * count, length, vocabulary_size(config), config.training.seed)
+    return [batch_of_tokens(cut[start : start + rows]) for start in range(0, len(cut), rows)]
 
 
 def padded_batches(data: RunData, size: int, count: int) -> list[Batch]:
     """The first batches of the file, in its order, one example a row."""
-    from qlora_tool.data.batches import collate
-
     examples = data.train.examples
     starts = [number * size % max(1, len(examples) - size + 1) for number in range(count)]
-    return [
-        collate([[example] for example in examples[start : start + size]], pad_token_id=data.pad_token_id,
-                packing=False)
-        for start in starts
-    ]  # fmt: skip
-
-
-def packed_batches(data: RunData, config: Config, size: int, count: int) -> tuple[list[Batch], float]:
-    """The first batches of an epoch of packed rows, as `qlora-tool train` plans it, and how full its rows are."""
-    from qlora_tool.data.batches import collate, plan_epoch
-
-    length = config.data.max_length
-    lengths = data.train.lengths
-    plan = plan_epoch(lengths, batch_size=size, max_length=length, packing=True, shuffle=True,
-                      seed=config.training.seed, epoch=0)  # fmt: skip
-    batches = [
-        collate([[data.train.examples[index] for index in row] for row in rows], pad_token_id=data.pad_token_id,
-                packing=True)
-        for rows in plan[:count]
-    ]  # fmt: skip
-    return batches, sum(lengths) / (length * sum(map(len, plan)))
-
-
-def every_row_in_the_loss(batch: Batch) -> Batch:
-    """The same batch with a loss at every position but each row's last, whatever its label: what not dropping ignored
-    rows costs. Its loss is another one, of no use but to be timed."""
-    import torch
-
-    rows, length = batch.input_ids.shape
-    places = torch.arange(rows * length).view(rows, length)[:, :-1].flatten()
-    targets = batch.input_ids[:, 1:].flatten()
-    return replace(batch, predicting=places, targets=targets, trained_tokens=len(places))
-
-
-def _read(config: Config) -> RunData:
-    from qlora_tool.training.prepare import prepare_data
-
-    return prepare_data(config)
+    return [padded_batch(examples[start : start + size], data.pad_token_id) for start in starts]
 
 
 # --------------------------------------------------------------------------------------------------------- scenarios
@@ -178,9 +135,7 @@ def _fixed(config: Config, options: argparse.Namespace, ours: dict[str, Side], d
 def _unsloth(config: Config) -> dict[str, Side]:
     import importlib.util
 
-    from qlora_tool.model.open import choose_device
-
-    if importlib.util.find_spec("unsloth") is None or choose_device(config.model.device).type != "cuda":
+    if importlib.util.find_spec("unsloth") is None or device_and_dtype(config)[0].type != "cuda":
         return {}
     return {"unsloth": Side("unsloth")}
 
@@ -206,13 +161,13 @@ def _packing(config: Config, options: argparse.Namespace) -> Comparison:
     labelled positions alone (fewer loss rows), and packed rows of about as many tokens (packing)."""
     if not options.train:
         raise UserError("packing: --train FILE is needed, of examples of different lengths")
-    data = _read(config)
+    data = read_data(config)
     count = options.steps + options.warmup
     padded = padded_batches(data, options.rows or 8, count)
     tensor_tokens = sum(batch.input_ids.numel() for batch in padded) / len(padded)
     rows = max(1, round(tensor_tokens / config.data.max_length))
     packed, fill = packed_batches(data, config, rows, count)
-    batches = {"padded, every row": [every_row_in_the_loss(batch) for batch in padded], "padded": padded,
+    batches = {"padded, every row": [every_position_in_the_loss(batch) for batch in padded], "padded": padded,
                "packed": packed}  # fmt: skip
     sides = {"peft": Side("peft"), **_unsloth(config), "ours": Side("ours")}
     lanes = {name: Lane(name, "padded") for name in sides if name != "ours"}
@@ -238,7 +193,7 @@ def _curves(config: Config, options: argparse.Namespace) -> Comparison:
     sides = {"plain": Side("plain"), "ours": Side("ours")}
     lanes = {"plain": Lane("plain", "rows"), "ours": Lane("ours", "rows")}
     if options.train:
-        batches = padded_batches(_read(config), options.rows or 8, options.steps + options.warmup)
+        batches = padded_batches(read_data(config), options.rows or 8, options.steps + options.warmup)
     else:
         batches = token_rows(config, options, rows, length, options.steps + options.warmup)
     demands = [Demand("curve", "ours", 0.005, at_least=False)]
@@ -283,9 +238,6 @@ SCENARIOS: dict[str, Scenario] = {
 
 def configuration(scenario: Scenario, options: argparse.Namespace) -> Config:
     """What all sides have in common: LoRA of r 16 on all linears, AdamW at a constant rate, clipped at 1."""
-    import yaml
-
-    by_hand: dict[str, Any] = {}
     values = {
         "model.name_or_path": options.model,
         "adapter.r": options.r,
@@ -296,9 +248,17 @@ def configuration(scenario: Scenario, options: argparse.Namespace) -> Config:
         "training.weight_decay": WEIGHT_DECAY,
         "training.seed": options.seed,
     }
-    for text in options.set:
+    return with_values(Config(), values | scenario.values | set_by_hand(options.set))
+
+
+def set_by_hand(texts: Sequence[str]) -> dict[str, Any]:
+    """What `--set KEY=VALUE` names, the values read as YAML."""
+    import yaml
+
+    found = {}
+    for text in texts:
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--set {text}: expected KEY=VALUE, such as --set adapter.r=8")
-        by_hand[key] = yaml.safe_load(value)
-    return with_values(Config(), values | scenario.values | by_hand)
+        found[key] = yaml.safe_load(value)
+    return found

@@ -1,9 +1,10 @@
-#!/usr/bin/env python3
-"""Export a model in a process of its own: its memory, its time beside that of its parts, and what a kill leaves.
+"""Memory and time of an export, and what kills leave; 1.5 GB, 1.3 x its parts, the same bytes; a 7B: 3 minutes.
 
-    tools/make_random_model /tmp/llama7b --shape llama-2-7b
-    tools/check_export_stream /tmp/llama7b --work /tmp/stream --json stream.json
-    tools/check_export_stream demo --work /tmp/stream --kills 20
+The export runs in a process of its own: its memory, its time beside that of its parts, and what a kill leaves.
+
+    tools/make random-model /tmp/llama7b --shape llama-2-7b
+    tools/measure export-stream /tmp/llama7b --work /tmp/stream --json stream.json
+    tools/measure export-stream demo --work /tmp/stream --kills 20
 
 The adapter has random values (LoRA r 16 on every linear module). Memory is the process's resident set (VmHWM) over what
 it was after the imports. The parts are timed alone, after the export and in a process of their own: reading the base's
@@ -33,8 +34,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from results import run_tool, save_results, show_table
-
+from measuring.command import add_model, add_outputs
+from measuring.processes import environment, in_fresh_process, require_proc, resident_bytes
+from measuring.results import mb, passed_or_missed, say, show_table
 from qlora_tool.errors import MachineError
 
 MEMORY_LIMIT = 1_500_000_000  # bytes over the interpreter's own
@@ -42,20 +44,14 @@ TIME_LIMIT = 1.3  # times the sum of the parts
 JUDGED_BYTES = 1_000_000_000  # of the files, from which on time is judged
 
 
-def resident_bytes(field: str) -> int:
-    """`VmRSS` (now) or `VmHWM` (the most so far) of this process."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
 def write_random_adapter(folder: Path, base: Path, quantization: str, rank: int = 16) -> None:
     """An adapter on every linear module but the output layer, as training leaves one, with random values."""
     import torch
 
     from qlora_tool.files.atomic import replacing_folder, write_json
+    from qlora_tool.files.tensors import TensorSpec, write_tensors
     from qlora_tool.model.load import build_skeleton, is_linear
     from qlora_tool.model.source import read_model_config
-    from qlora_tool.files.tensors import TensorSpec, write_tensors
 
     model = build_skeleton(read_model_config(base))
     output = model.get_output_embeddings()
@@ -97,7 +93,7 @@ def first_layers(base: Path, folder: Path, layers: int) -> Path:
     return folder
 
 
-def export_here(adapter: Path, output: Path, dtype: str) -> dict[str, Any]:
+def export_here(adapter: str, output: str, dtype: str) -> dict[str, Any]:
     """Export in this process, which has done nothing else.
 
     Returns:
@@ -112,12 +108,12 @@ def export_here(adapter: Path, output: Path, dtype: str) -> dict[str, Any]:
     from qlora_tool.files.hashes import file_hashes
     from qlora_tool.model.load import build_skeleton  # noqa: F401
 
-    artifact = find_artifact(str(adapter), BaseOptions())
+    artifact = find_artifact(adapter, BaseOptions())
     started = time.perf_counter()
     file_hashes(Path(artifact.model.name_or_path))  # training keeps them; here it is timed apart
     hashed = time.perf_counter()
     before = resident_bytes("VmRSS")
-    result = export_merged(artifact, output, ExportOptions(dtype=dtype))
+    result = export_merged(artifact, Path(output), ExportOptions(dtype=dtype))
     return {
         "hash_seconds": hashed - started,
         "seconds": time.perf_counter() - hashed,
@@ -130,28 +126,28 @@ def export_here(adapter: Path, output: Path, dtype: str) -> dict[str, Any]:
     }
 
 
-def keep_here(base: Path, quantization: str) -> dict[str, Any]:
+def cache_here(base: str, quantization: str) -> dict[str, Any]:
     """Leave the quantized base in the cache, as a run with `keep_quantized` does."""
     from qlora_tool.config import ModelConfig
     from qlora_tool.model.open import open_model
 
-    open_model(ModelConfig(name_or_path=str(base), quantization=quantization, device="cpu", keep_quantized=True))
+    open_model(ModelConfig(name_or_path=base, quantization=quantization, device="cpu", keep_quantized=True))
     return {}
 
 
-def parts_here(base: Path, output: Path, work: Path, quantization: str) -> dict[str, float]:
+def parts_here(base: str, output: str, work: str, quantization: str) -> dict[str, float]:
     """The seconds that each part of an export takes alone, over all tensors, in this process; without `quantize` where
     the base is kept quantized."""
     import torch
 
     from qlora_tool.export.write import find_kept
+    from qlora_tool.files.tensors import Checkpoint
     from qlora_tool.model.load import Quantization, build_skeleton, find_slots, quantize_parameter
     from qlora_tool.model.source import read_model_config
-    from qlora_tool.files.tensors import Checkpoint
     from qlora_tool.weights.quantized import disk_group, from_disk
 
     how = Quantization(quantization)
-    kept = find_kept(base, how) or {}
+    kept = find_kept(Path(base), how) or {}
     seconds = dict.fromkeys(("read", *(() if kept else ("quantize",)), "dequantize", "write", "copy"), 0.0)
 
     def timed(part: str, call: Any) -> Any:
@@ -160,8 +156,8 @@ def parts_here(base: Path, output: Path, work: Path, quantization: str) -> dict[
         seconds[part] += time.perf_counter() - started
         return value
 
-    slots = find_slots(build_skeleton(read_model_config(base)))
-    checkpoint, exported = Checkpoint(base), Checkpoint(output)
+    slots = find_slots(build_skeleton(read_model_config(Path(base))))
+    checkpoint, exported = Checkpoint(Path(base)), Checkpoint(Path(output))
     for name in checkpoint:
         if parts := disk_group(name, kept):
             stored = timed("read", lambda parts=parts: {part: kept.read(part) for part in parts})
@@ -171,7 +167,7 @@ def parts_here(base: Path, output: Path, work: Path, quantization: str) -> dict[
         if name in slots:
             weight = timed("quantize", lambda name=name, value=value: quantize_parameter(name, value, slots[name], how))
             timed("dequantize", lambda weight=weight: weight.dequantize(torch.float32))
-    scratch = work / "scratch"
+    scratch = Path(work) / "scratch"
     with scratch.open("wb") as stream:
         unsaved = 0
         for name in exported:
@@ -197,22 +193,13 @@ def _copy(source: Path, target: Path) -> None:
     os.close(descriptor)
 
 
-def in_fresh_process(task: str, **settings: Any) -> dict[str, Any]:
-    command = [sys.executable, os.path.abspath(__file__), "--here", task, json.dumps(settings)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        raise MachineError(f"{task}: ended with exit code {done.returncode}; the reason stands above")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def measure(base: Path, adapter: Path, options: argparse.Namespace) -> dict[str, Any]:
-    output = options.work / "exported"
+    output, quantization = options.work / "exported", options.quantization
     shutil.rmtree(output, ignore_errors=True)
     if options.keep_quantized:
-        in_fresh_process("keep", base=str(base), quantization=options.quantization)
-    export = in_fresh_process("export", adapter=str(adapter), output=str(output), dtype=options.dtype)
-    parts = in_fresh_process("parts", base=str(base), output=str(output), work=str(options.work),
-                             quantization=options.quantization)  # fmt: skip
+        in_fresh_process(cache_here, base=base, quantization=quantization)
+    export = in_fresh_process(export_here, adapter=adapter, output=output, dtype=options.dtype)
+    parts = in_fresh_process(parts_here, base=base, output=output, work=options.work, quantization=quantization)
     shutil.rmtree(output)
     return judge({**export, "parts_seconds": parts})
 
@@ -233,21 +220,25 @@ def judge(figures: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def show(label: str, figures: dict[str, Any]) -> None:
-    rows = [("RSS after the imports", figures["rss_before_bytes"]), ("peak RSS", figures["rss_peak_bytes"]),
-            ("over the interpreter's own", figures["over_interpreter_bytes"]), ("limit", MEMORY_LIMIT)]  # fmt: skip
-    show_table([(f"{label}, {figures['bytes'] / 1e9:.2f} GB of {figures['dtype']}", "MB"),
-                *((name, f"{size / 1e6:,.1f}") for name, size in rows)])  # fmt: skip
-    parts = " + ".join(part for part in figures["parts_seconds"] if part != "copy")
-    show_table([("seconds", ""), *((part, f"{took:.2f}") for part, took in figures["parts_seconds"].items()),
-                ("export", f"{figures['seconds']:.2f}"), ("(hashing the base, once)", f"{figures['hash_seconds']:.2f}"),
-                (f"export / ({parts})", f"{figures['time_ratio']:.2f}"),
-                ("limit", f"{TIME_LIMIT}" if figures["time_judged"] else "none")])  # fmt: skip
-    if figures["kept_base"]:
-        print("the base was kept quantized: nothing to quantize, in the export or beside it")
-    if not figures["time_judged"]:
+def show(results: dict[str, Any]) -> None:
+    if "kills" in results:
+        print(f"{results['kills']} kills, {results['while_growing']} of them while files were growing: "
+              f"{results['differing']} results differ")  # fmt: skip
+        return
+    rows = [("RSS after the imports", results["rss_before_bytes"]), ("peak RSS", results["rss_peak_bytes"]),
+            ("over the interpreter's own", results["over_interpreter_bytes"]), ("limit", MEMORY_LIMIT)]  # fmt: skip
+    show_table([(f"{results['model']}, {results['bytes'] / 1e9:.2f} GB of {results['dtype']}", "MB"),
+                *((name, mb(size)) for name, size in rows)])  # fmt: skip
+    parts = " + ".join(part for part in results["parts_seconds"] if part != "copy")
+    show_table([("seconds", ""), *((part, f"{took:.2f}") for part, took in results["parts_seconds"].items()),
+                ("export", f"{results['seconds']:.2f}"), ("(hashing the base, once)", f"{results['hash_seconds']:.2f}"),
+                (f"export / ({parts})", f"{results['time_ratio']:.2f}"),
+                ("limit", f"{TIME_LIMIT}" if results["time_judged"] else "none")])  # fmt: skip
+    if results["kept_base"]:
+        print("the quantized base was in the cache: nothing to quantize, in the export or beside it")
+    if not results["time_judged"]:
         print(f"below {JUDGED_BYTES / 1e9:.0f} GB the fixed start-up outweighs the parts: the ratio is not judged")
-    print("passed" if figures["passed"] else "MISSED", flush=True)
+    print(passed_or_missed(results["passed"]), flush=True)
 
 
 def kill_and_go_on(adapter: Path, work: Path, kills: int, seed: int) -> dict[str, Any]:
@@ -260,11 +251,10 @@ def kill_and_go_on(adapter: Path, work: Path, kills: int, seed: int) -> dict[str
     shutil.rmtree(expected_folder, ignore_errors=True)
     command = [sys.executable, "-m", "qlora_tool", "export-merged", str(adapter), "--output-dir", output.name,
                "--no-verify", "--max-shard-size", "20MB"]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
     def start(folder: Path) -> subprocess.Popen:
         folder.mkdir(parents=True, exist_ok=True)
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+        return subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.DEVNULL)
 
     def finish(process: subprocess.Popen) -> None:
         if process.wait() != 0:
@@ -289,7 +279,7 @@ def kill_and_go_on(adapter: Path, work: Path, kills: int, seed: int) -> dict[str
         growing += (work / f".{output.name}.partial").exists()
         finish(start(work))
         differing += contents(output) != expected or (work / f".{output.name}.partial").exists()
-        print(f"kill {killed}: {'the same' if not differing else 'DIFFERS'}", file=sys.stderr, flush=True)
+        say(f"kill {killed}: {'the same' if not differing else 'DIFFERS'}")
     return {"kills": killed, "while_growing": growing, "differing": differing, "passed": not differing}
 
 
@@ -297,33 +287,20 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def run_here(task: str, settings: dict[str, Any]) -> dict[str, Any]:
-    if task == "export":
-        return export_here(Path(settings["adapter"]), Path(settings["output"]), settings["dtype"])
-    if task == "keep":
-        return keep_here(Path(settings["base"]), settings["quantization"])
-    return parts_here(
-        Path(settings["base"]), Path(settings["output"]), Path(settings["work"]), settings["quantization"]
-    )
-
-
-def main() -> int:
-    if sys.argv[1:2] == ["--here"]:  # the process that is measured
-        print(json.dumps(run_here(sys.argv[2], json.loads(sys.argv[3]))))
-        return 0
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL_FOLDER", help="a model folder with safetensors (or demo)")
-    parser.add_argument("--work", type=Path, required=True, help="a folder for adapters and exports")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--work", type=Path, required=True, metavar="FOLDER", help="for adapters and exports")
     parser.add_argument("--quantization", choices=("nf4", "fp4", "int8"), default="nf4")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
     parser.add_argument("--keep-quantized", action="store_true", help="leave the quantized base in the cache first")
     parser.add_argument("--layers", type=int, help="export the first layers alone")
     parser.add_argument("--kills", type=int, default=0, help="kill it at so many random moments instead of measuring")
     parser.add_argument("--seed", type=int, default=0, help="of those moments")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    options = parser.parse_args()
-    if not Path("/proc/self/status").exists():
-        raise MachineError("this tool reads /proc, which only Linux has")
+    add_outputs(parser)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    require_proc()
     from qlora_tool.model.source import resolve
 
     base = resolve(options.model).resolve()
@@ -335,14 +312,6 @@ def main() -> int:
     write_random_adapter(adapter, base, options.quantization)
     if options.kills:
         figures = kill_and_go_on(adapter, options.work, options.kills, options.seed)
-        print(f"{figures['kills']} kills, {figures['while_growing']} of them while files were growing: "
-              f"{figures['differing']} results differ")  # fmt: skip
     else:
         figures = measure(base, adapter, options)
-        show(base.name, figures)
-    save_results(options.json, {"model": options.model, "layers": options.layers, **figures})
-    return 0 if figures["passed"] else 1
-
-
-if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    return {"model": options.model, "layers": options.layers, **figures}

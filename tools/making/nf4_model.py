@@ -1,22 +1,25 @@
-"""A made-up checkpoint whose linear weights are NF4 already, as bitsandbytes writes them: a 7B in 3.9 GB and seconds.
+"""A checkpoint of random weights that is NF4 already, as bitsandbytes writes it: a 7B in 3.9 GB and seconds on a GPU.
 
 Both `qlora-tool` and transformers read it as any checkpoint that was quantized before. The weights are drawn and
 quantized on a device, so that a GPU does it.
+
+    tools/make nf4-model /tmp/nf4 --shape llama-2-7b --device cuda
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from scripts import load_script
+from measuring.results import mb
 
+from making.random_model import SHAPES, STD, checkpoint_tensors, model_config
 from qlora_tool.files.atomic import replacing_folder
 
 
-def write_made_up_nf4(folder: Path, raw: dict[str, Any], device: str, seed: int = 0) -> int:
+def write_nf4_model(folder: Path, raw: dict[str, Any], device: str, seed: int = 0) -> int:
     """Write the folder; it appears when it is complete.
 
     Args:
@@ -34,15 +37,14 @@ def write_made_up_nf4(folder: Path, raw: dict[str, Any], device: str, seed: int 
     from qlora_tool.model.load import build_skeleton, find_slots
     from qlora_tool.weights.quantized import quantize, to_disk
 
-    maker = load_script("make_random_model")
-    config = maker.model_config(raw)
+    config = model_config(raw)
     slots = find_slots(build_skeleton(config))
     generator = torch.Generator(device).manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
-    for name, value in maker.checkpoint_tensors(config, torch.bfloat16).items():
+    for name, value in checkpoint_tensors(config, torch.bfloat16).items():
         if value.is_meta:
             value = torch.empty(value.shape, dtype=torch.bfloat16, device=device)
-            value.normal_(0.0, maker.STD, generator=generator)
+            value.normal_(0.0, STD, generator=generator)
         if name in slots:
             parts = to_disk(name, quantize(value, "nf4", True))
             tensors |= {part: tensor.cpu().contiguous() for part, tensor in parts.items()}
@@ -61,7 +63,13 @@ def write_made_up_nf4(folder: Path, raw: dict[str, Any], device: str, seed: int 
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-if __name__ == "__main__":  # FOLDER SHAPE DEVICE POSITIONS
-    shape = load_script("make_random_model").SHAPES[sys.argv[2]]
-    raw = shape | {"max_position_embeddings": int(sys.argv[4])}
-    print(f"{write_made_up_nf4(Path(sys.argv[1]), raw, sys.argv[3]) / 1e6:,.1f} MB in {sys.argv[1]}")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="OUT", help="the model folder to write")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b", help="of the model (default: llama-2-7b)")
+    parser.add_argument("--device", default="cpu", help="where weights are drawn and quantized (default: cpu)")
+    parser.add_argument("--positions", type=int, default=131072, help="longest sequence (default: 131072)")
+
+
+def run(options: argparse.Namespace) -> None:
+    raw = SHAPES[options.shape] | {"max_position_embeddings": options.positions}
+    print(f"{mb(write_nf4_model(options.folder, raw, options.device))} MB in {options.folder}")

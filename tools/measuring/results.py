@@ -1,27 +1,21 @@
-"""What the measuring tools share: the checkout's own package, a table on stdout, JSON and errors.
-
-Importing this module makes `qlora_tool` importable from the checkout, installed or not.
-"""
+"""What the subjects do with figures: a table on stdout, JSON beside the machine they come from, plots."""
 
 from __future__ import annotations
 
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from environment import ROOT
-
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from qlora_tool.errors import ToolError
-from qlora_tool.files.atomic import write_json
-
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "safetensors")
+
+
+def say(line: str) -> None:
+    """A line of progress, on stderr."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def show_table(rows: Sequence[Sequence[object]]) -> None:
@@ -36,9 +30,19 @@ def show_table(rows: Sequence[Sequence[object]]) -> None:
     sys.stdout.flush()
 
 
+def mb(size: float) -> str:
+    """Bytes as MB for a table."""
+    return f"{size / 1e6:,.1f}"
+
+
+def passed_or_missed(passed: bool) -> str:
+    """The word for it."""
+    return "passed" if passed else "MISSED"
+
+
 def machine() -> dict[str, Any]:
     """What a figure depends on: the processor, its cores, and the versions of the packages at work."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
@@ -64,22 +68,25 @@ def _processor() -> str:
 def save_results(file: Path | None, results: dict[str, Any]) -> None:
     """Write `results` and the machine they come from as JSON, where a file was asked for."""
     if file is not None:
+        from qlora_tool.files.atomic import write_json
+
         write_json(file, {"machine": machine(), **results})
 
 
-def save_plot(figure, file: Path) -> None:
+def new_figure(columns: int = 1, **settings: Any) -> tuple[Any, Any]:
+    """A matplotlib figure and its axes, drawn without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(1, columns, **settings)
+
+
+def save_plot(figure: Any, file: Path) -> None:
     """Write a matplotlib figure; the name's ending decides the format."""
+    from matplotlib import pyplot
+
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150, bbox_inches="tight")
-
-
-def run_tool(main: Callable[[], int]) -> int:
-    """The tool's exit code; a fault that is known becomes `error:` lines instead of a traceback."""
-    try:
-        return main()
-    except ToolError as error:
-        for line in error.lines:
-            print(f"error: {line}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    pyplot.close(figure)

@@ -1,13 +1,12 @@
-#!/usr/bin/env python3
-"""Write a made-up checkpoint of any causal language model, layer by layer, whatever its size.
+"""A checkpoint of any causal language model with random weights, written tensor by tensor, whatever its size.
 
 The names and shapes are those of a real checkpoint of the architecture, sharded, with an index and a config.json, so it
 loads wherever a real one does. The weights are random: normal(0, 0.02), norms one, biases zero. Memory holds one tensor
 at a time. Each is drawn with the seed and its own name: the same options write the same bytes.
 
-    tools/make_random_model /tmp/llama7b --shape llama-2-7b
-    tools/make_random_model /tmp/wide --shape mixtral-8x7b --layers 2 --max-shard-size 5GB
-    tools/make_random_model /tmp/qwen --config Qwen2.5-7B/config.json --dtype float16
+    tools/make random-model /tmp/llama7b --shape llama-2-7b
+    tools/make random-model /tmp/wide --shape mixtral-8x7b --layers 2 --max-shard-size 5GB
+    tools/make random-model /tmp/qwen --config Qwen2.5-7B/config.json --dtype float16
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from results import run_tool, save_results, show_table
+from measuring.command import add_outputs, at_least
+from measuring.results import mb, say, show_table
 
 from qlora_tool.config import parse_size
 from qlora_tool.errors import UserError
@@ -115,11 +114,11 @@ def checkpoint_tensors(config, dtype: torch.dtype) -> dict[str, Tensor]:
     for name, tensor in skeleton.state_dict().items():
         if name in tied:
             continue
-        kept = dtype if tensor.is_floating_point() else tensor.dtype
+        stored = dtype if tensor.is_floating_point() else tensor.dtype
         if tensor.dim() > 1 or not tensor.is_meta:  # drawn later, or a computed buffer
-            tensors[name] = tensor.to(kept)
+            tensors[name] = tensor.to(stored)
         else:
-            tensors[name] = torch.full(tensor.shape, 0.0 if "bias" in name.rpartition(".")[2] else 1.0, dtype=kept)
+            tensors[name] = torch.full(tensor.shape, 0.0 if "bias" in name.rpartition(".")[2] else 1.0, dtype=stored)
     config.architectures, config.dtype = [type(skeleton).__name__], dtype
     return revert_weight_conversion(skeleton, tensors)
 
@@ -142,7 +141,7 @@ def _stream(shard: Iterable[TensorSpec], tensors: dict[str, Tensor], seed: int) 
         yield spec.name, draw(spec, seed) if tensor.is_meta else tensor
 
 
-def make_random_model(folder: Path, config, dtype: torch.dtype, max_shard_size: int, seed: int) -> dict[str, int]:
+def write_random_model(folder: Path, config, dtype: torch.dtype, max_shard_size: int, seed: int) -> dict[str, int]:
     """Write the folder; it appears when it is complete.
 
     Returns:
@@ -159,7 +158,7 @@ def make_random_model(folder: Path, config, dtype: torch.dtype, max_shard_size: 
         places = {}
         for index, part in enumerate(parts):
             name = shard_name(index, len(parts))
-            print(f"{name}: {len(part)} tensors, {sum(spec.nbytes for spec in part) / 1e6:,.1f} MB", file=sys.stderr)
+            say(f"{name}: {len(part)} tensors, {mb(sum(spec.nbytes for spec in part))} MB")
             write_tensors(unfinished / name, part, _stream(part, tensors, seed), {"format": "pt"})
             places |= {spec.name: name for spec in part}
         if len(parts) > 1:
@@ -173,21 +172,20 @@ def make_random_model(folder: Path, config, dtype: torch.dtype, max_shard_size: 
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="OUT", help="the model folder to write")
     shape = parser.add_mutually_exclusive_group(required=True)
     shape.add_argument("--shape", choices=SHAPES, help="one of the shapes that are known here")
     shape.add_argument("--config", type=Path, metavar="FILE", help="the config.json of any causal language model")
-    parser.add_argument("--layers", type=int, metavar="N", help="another number of layers")
+    parser.add_argument("--layers", type=at_least(1), metavar="N", help="another number of layers")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of all weights (default: bfloat16)")
     parser.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="bytes in a file (default: 2GB)")
     parser.add_argument("--seed", type=int, default=0, help="what the weights are drawn with (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-    options = parser.parse_args(arguments)
-    if options.layers is not None and options.layers < 1:
-        parser.error(f"argument --layers: {options.layers} found, at least 1 expected")
+    add_outputs(parser)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.folder.exists() and not options.overwrite:
         raise UserError(f"{options.folder}: exists already; name another folder, or give --overwrite to replace it")
     try:
@@ -200,11 +198,13 @@ def main(arguments: list[str] | None = None) -> int:
     raw = SHAPES[options.shape] if options.shape else _read_config(options.config)
     config = model_config(raw, options.layers, options.shape or str(options.config))
     start = time.perf_counter()
-    figures = make_random_model(options.folder, config, getattr(torch, options.dtype), max_shard_size, options.seed)
-    seconds = round(time.perf_counter() - start, 1)
-    show_table([(str(options.folder), ""), *figures.items(), ("seconds", seconds)])
-    save_results(options.json, {"folder": str(options.folder), **figures, "seconds": seconds})
-    return 0
+    figures = write_random_model(options.folder, config, getattr(torch, options.dtype), max_shard_size, options.seed)
+    return {"folder": str(options.folder), **figures, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def show(results: dict[str, Any]) -> None:
+    folder, *figures = results.items()
+    show_table([(folder[1], ""), *figures])
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -215,7 +215,3 @@ def _read_config(file: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UserError(f"{file}: expected a JSON object, the config.json of a model")
     return raw
-
-
-if __name__ == "__main__":
-    sys.exit(run_tool(main))

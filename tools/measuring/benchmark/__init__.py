@@ -1,38 +1,38 @@
-#!/usr/bin/env python3
-"""Time and measure a training step here against transformers + PEFT (and Unsloth, where it is installed on CUDA).
+"""Training steps here and by transformers + PEFT, in turn: speed, memory, losses; 2 to 15 minutes a scenario.
 
-Each side lives in a process of its own, on the same model, data, seed and machine, from the same adapter, and they
-take steps in turn: A B A B. What slows the machine down meanwhile slows both, so the ratio of each pair is told, its
-median, least and most. Warm-up rounds are left out; tokens are the useful ones, without padding.
+Each side (Unsloth's too, where it is installed on CUDA) lives in a process of its own, on the same model, data, seed and
+machine, from the same adapter, and they take steps in turn: A B A B. What slows the machine down meanwhile slows both, so
+the ratio of each pair is told, its median, least and most. Warm-up rounds are left out; tokens are the useful ones,
+without padding.
 
-    tools/benchmark checkpointed demo --json checkpointed.json --plot checkpointed.png
-    tools/benchmark auto demo --max-memory 1.2GB
-    tools/benchmark packing demo --train shell_commands_train.jsonl
-    tools/benchmark curves demo --train shell_commands_train.jsonl --plot curves.png
+    tools/measure benchmark checkpointed demo --json checkpointed.json --plot checkpointed.png
+    tools/measure benchmark auto demo --max-memory 1.2GB
+    tools/measure benchmark packing demo --train shell_commands_train.jsonl
+    tools/measure benchmark curves demo --train shell_commands_train.jsonl --plot curves.png
 
 Memory is counted in steps of their own after the timed ones: the tensors there before a step, and the allocator's
-count of it on top (CPU), or max_memory_allocated (CUDA); the same count for every side. The exit code is 1 where
-something is missed that the scenario must show.
+count of it on top (CPU), or max_memory_allocated (CUDA); the same count for every side. Asked for is what the scenario
+must show.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
-import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmark_report import figures_of, plot, show
-from benchmark_scenarios import SCENARIOS, Comparison, configuration
-from benchmark_worker import Worker
-from results import run_tool, save_results
-
+from measuring.benchmark.figures import figures_of, plot, show
+from measuring.benchmark.scenarios import SCENARIOS, Comparison, configuration
+from measuring.benchmark.worker import Worker
+from measuring.command import add_model, add_outputs, at_least
+from measuring.results import mb, save_results, say
 from qlora_tool.config import Config, with_values
 from qlora_tool.errors import MachineError, UserError
+
+__all__ = ["add_options", "plot", "run", "show"]
 
 
 class Benchmark:
@@ -78,7 +78,7 @@ class Benchmark:
             if side.kind == "ours" and start is not None:
                 values["adapter.init_from"] = str(start)
             config = with_values(self.config, values)
-            self._say(f"{name}: loading")
+            say(f"{name}: loading")
             self.raw["sides"][name] = {"kind": side.kind, **side.values}
             try:
                 worker = Worker(name, side.kind, config, folder / "batches.pt")
@@ -114,7 +114,7 @@ class Benchmark:
                 lane["tokens"].append(found["tokens"])
                 lane["losses"].append(found["loss"])
         kind = "warm-up" if number < self.options.warmup else "round"
-        self._say(f"{kind} {number + 1}: tokens/s {', '.join(told)}")
+        say(f"{kind} {number + 1}: tokens/s {', '.join(told)}")
 
     def _count_memory(self) -> None:
         for name, lane in self.raw["lanes"].items():
@@ -124,7 +124,7 @@ class Benchmark:
                 continue
             if self.comparison.sides[lane["side"]].kind == "ours":
                 lane["categories"] = (self._ask(name, do="categories", batch=batch) or {}).get("categories")
-            self._say(f"{name}: {lane['memory']['peak_bytes'] / 1e6:,.1f} MB at the peak")
+            say(f"{name}: {mb(lane['memory']['peak_bytes'])} MB at the peak")
             self.save()
 
     def _largest(self, name: str) -> int:
@@ -147,7 +147,7 @@ class Benchmark:
 
     def _give_up(self, name: str, error: str) -> None:
         self.raw["lanes"][name]["error"] = error
-        self._say(f"{name}: {error}")
+        say(f"{name}: {error}")
 
     def save(self) -> dict[str, Any]:
         """Write what was found so far: a run that is cut short leaves it behind."""
@@ -157,53 +157,29 @@ class Benchmark:
         save_results(self.options.json, found)
         return found
 
-    def _say(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
 
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="scenarios (times on two cores with SmolLM2-135M, which need 3 GB of memory):\n"
-        + "\n".join(f"  {name:14}{scenario.about}" for name, scenario in SCENARIOS.items()),
-    )  # fmt: skip
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "scenarios (times on two cores with SmolLM2-135M, which need 3 GB of memory):\n" + "\n".join(
+        f"  {name:14}{scenario.about}" for name, scenario in SCENARIOS.items()
+    )
     parser.add_argument("scenario", choices=SCENARIOS, metavar="SCENARIO", help="one of those below")
-    parser.add_argument("model", metavar="MODEL", help="a model folder, a hub id, or demo")
+    add_model(parser)
     parser.add_argument("--train", metavar="FILE", help="take tokens from FILE instead of random ones")
-    parser.add_argument("--steps", type=int, metavar="N", help="rounds that are timed (default: the scenario's)")
-    parser.add_argument("--warmup", type=int, metavar="N", help="rounds before them (default: the scenario's)")
-    parser.add_argument("--rows", type=int, metavar="N", help="rows of a batch (default: 4, padded: 8)")
-    parser.add_argument("--length", type=int, metavar="N", help="tokens of a row where all are full (default: 256)")
+    parser.add_argument("--steps", type=at_least(1), metavar="N", help="rounds that are timed (the scenario's)")
+    parser.add_argument("--warmup", type=at_least(0), metavar="N", help="rounds before them (the scenario's)")
+    parser.add_argument("--rows", type=at_least(1), metavar="N", help="rows of a batch (default: 4, padded: 8)")
+    parser.add_argument("--length", type=at_least(2), metavar="N", help="tokens of a row where all are full (256)")
     parser.add_argument("--max-memory", default="1.2GB", metavar="SIZE", help="for scenario auto (default: 1.2GB)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key, for all sides")
-    parser.add_argument("--r", type=int, default=16, help="rank (default: 16)")
+    parser.add_argument("--r", type=at_least(1), default=16, help="rank (default: 16)")
     parser.add_argument("--lr", type=float, default=2e-4, help="constant learning rate (default: 2e-4)")
     parser.add_argument("--seed", type=int, default=0, help="of the adapter's start and of random tokens (default: 0)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE, anew after each round")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw speed, memory and losses")
-    options = parser.parse_args(arguments)
+    add_outputs(parser, plot="speed, memory and losses")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
     scenario = SCENARIOS[options.scenario]
     options.steps = scenario.steps if options.steps is None else options.steps
     options.warmup = scenario.warmup if options.warmup is None else options.warmup
-    for name, least in (("steps", 1), ("warmup", 0), ("rows", 1), ("length", 2), ("r", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            parser.error(f"argument --{name}: {value} found, at least {least} expected")
-    return options
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    config = configuration(SCENARIOS[options.scenario], options)
-    start = time.perf_counter()
-    comparison = SCENARIOS[options.scenario].make(config, options)
-    results = Benchmark(options.scenario, config, options, comparison).run()
-    show(results)
-    print(f"{time.perf_counter() - start:,.0f} s in all")
-    if options.plot:
-        plot(results, options.plot)
-    return 0 if results["passed"] else 1
-
-
-if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    config = configuration(scenario, options)
+    return Benchmark(options.scenario, config, options, scenario.make(config, options)).run()

@@ -1,17 +1,15 @@
-#!/usr/bin/env python3
-"""Print docs/configuration.md: every key of a configuration, from the schema that `qlora-tool recipes schema` prints.
+"""The page docs/configuration.md, on stdout: every key, from the schema that `qlora-tool recipes schema` prints.
 
-    tools/configuration_page > docs/configuration.md
+    tools/make configuration-page > docs/configuration.md
 
-Descriptions and defaults stand in qlora_tool/config.py, beside the keys.
+Descriptions and defaults stand in qlora_tool/config/, beside the keys.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from typing import Any
-
-import results  # noqa: F401 -- makes qlora_tool importable from the checkout
 
 from qlora_tool.config import SECTIONS, config_schema
 
@@ -30,7 +28,7 @@ A run writes its whole configuration, every default resolved, into `config.yaml`
 again, into another folder, repeats the run. Sizes are such as `24GB` (10⁹ bytes) or `22GiB` (2³⁰).
 
 What the keys that save memory and time buy is told in [speed-and-memory.md](speed-and-memory.md). This page is made by
-`tools/configuration_page`.
+`tools/make configuration-page`.
 """
 _KINDS = {"string": "text", "integer": "a whole number", "number": "a number", "boolean": "`true`, `false`",
           "array": "a list", "object": "a mapping", "null": "`null`"}  # fmt: skip
@@ -65,5 +63,9 @@ def _code(value: Any) -> str:
     return f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
 
-if __name__ == "__main__":
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """It has none."""
+
+
+def run(options: argparse.Namespace) -> None:
     print(page(), end="")

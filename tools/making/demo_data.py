@@ -1,13 +1,12 @@
-#!/usr/bin/env python3
-"""Write the demo task: one-line orders in free text, each answered by strict JSON that copies what the text says.
+"""The demo task: one-line orders in free text, each answered by strict JSON that copies what the text says.
 
 A model's answer can be counted: it equals the expected line or it does not. Nothing has to be converted or guessed,
 only found and copied. Every word or number that can be a value belongs, by its own hash, either to the training half or
 to the evaluation half; so no value of an evaluation row was ever seen in a training row, whatever the seeds. The
 phrases around the values are shared. The same options always write the same bytes.
 
-    tools/make_demo_data --seed 1 --rows 800 train.jsonl
-    tools/make_demo_data --seed 2 --rows 120 --split eval eval.jsonl
+    tools/make demo-data --seed 1 --rows 800 train.jsonl
+    tools/make demo-data --seed 2 --rows 120 --split eval eval.jsonl
 """
 
 from __future__ import annotations
@@ -17,9 +16,10 @@ import hashlib
 import json
 import os
 import random
-import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+from measuring.command import at_least
 
 INSTRUCTION = "Copy the order into one line of JSON: customer, items, town, date."
 
@@ -155,29 +155,18 @@ def write_rows(path: Path, conversations: list[dict]) -> None:
         raise
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} found, at least 1 expected")
-    return number
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="the .jsonl file to write")
     parser.add_argument("--seed", type=int, default=0, help="what the rows are drawn with (default: 0)")
-    parser.add_argument("--rows", type=positive, default=800, help="how many rows (default: 800)")
+    parser.add_argument("--rows", type=at_least(1), default=800, help="how many rows (default: 800)")
     parser.add_argument(
         "--split", choices=("train", "eval"), default="train", help="which half of the values (default: train)"
     )
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
+    rows = make_rows(options.seed, options.rows, options.split)
     try:
-        write_rows(options.file, make_rows(options.seed, options.rows, options.split))
+        write_rows(options.file, rows)
     except OSError as error:
-        print(f"error: cannot write {options.file}: {error.strerror}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        raise SystemExit(f"error: cannot write {options.file}: {error.strerror}") from error

@@ -1,26 +1,25 @@
-"""The longest sequence that trains on a CUDA device whose memory is capped, by trying.
-
-    python tools/cuda_caps.py MODEL_FOLDER FILE.json [--side ours|peft] [--caps 8 12 16 24]
+"""The longest sequence that trains on a CUDA device whose memory is capped, by trying; 2 minutes with a 7B.
 
 One row, everything recomputed, 8-bit AdamW. The caps are GB (10^9 bytes) of what the allocator may hold
-(`torch.cuda.set_per_process_memory_fraction`); the CUDA context comes on top. FILE is written anew after each step
-that was tried. `tools/cuda_check` runs this.
+(`torch.cuda.set_per_process_memory_fraction`); the CUDA context comes on top. The JSON is written anew after each step
+that was tried. `tools/measure cuda` runs this.
+
+    tools/measure longest MODEL_FOLDER --json caps.json --side peft --caps 8 12
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from benchmark_sides import SIDES
-from results import run_tool, save_results
-from scripts import load_script
-
+from measuring.benchmark.scenarios import set_by_hand
+from measuring.command import add_model, add_outputs
+from measuring.ours import random_row
+from measuring.results import save_results, say
+from measuring.sides import SIDES, Side
 from qlora_tool.config import Config, with_values
 from qlora_tool.errors import MachineError
 
@@ -60,9 +59,9 @@ def longest(trains: Callable[[int], bool], guess: int, limit: int) -> tuple[int,
 class Trials:
     """Steps of one row on a side, some of which the device has no memory for."""
 
-    def __init__(self, side):
-        self.side, self.tried = side, []
-        self._one_row = load_script("check_long_context").one_row
+    def __init__(self, side: Side):
+        self.side: Side = side
+        self.tried: list[dict[str, Any]] = []
 
     def peak(self, length: int) -> int:
         """The most that the allocator held during a step, which must succeed."""
@@ -78,7 +77,7 @@ class Trials:
         import torch
 
         torch.cuda.empty_cache()
-        batch = self._one_row(length, 32000).to(self.side.device)
+        batch = random_row(length, 32000).to(self.side.device)
         start = time.perf_counter()
         try:
             self.side.step(batch)
@@ -91,11 +90,11 @@ class Trials:
                 parameter.grad = None
             gc.collect()
         self.tried.append({"length": length, "trained": done, "seconds": round(time.perf_counter() - start, 2)})
-        print(self.tried[-1], file=sys.stderr, flush=True)
+        say(str(self.tried[-1]))
         return done
 
 
-def search(side, caps: list[float], limit: int, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def search(side: Side, caps: list[float], limit: int, save: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     """The longest sequence under each cap, the smallest first, which is the quickest."""
     import torch
 
@@ -117,35 +116,30 @@ def search(side, caps: list[float], limit: int, save: Callable[[dict[str, Any]],
     return found
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL_FOLDER")
-    parser.add_argument("json", type=Path, metavar="FILE.json")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
     parser.add_argument("--side", choices=SIDES, default="ours")
     parser.add_argument("--caps", type=float, nargs="+", default=[8, 12, 16, 24], metavar="GB")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the configuration")
-    options = parser.parse_args(arguments)
+    add_outputs(parser)
 
-    import yaml
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoConfig
 
-    limit = AutoConfig.from_pretrained(options.model).max_position_embeddings
-    values = {
+    config = with_values(Config(), {
         "model.name_or_path": options.model, "model.device": "cuda", "model.compute_dtype": "bfloat16",
         "training.gradient_checkpointing": True, "training.optim": "adamw_8bit", "training.max_grad_norm": 1.0,
-    }  # fmt: skip
-    values |= {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in options.set)}
-    config = with_values(Config(), values)
-    side = SIDES[options.side](config, load_script("check_long_context").one_row(STEP, 256))
+    } | set_by_hand(options.set))  # fmt: skip
+    side = SIDES[options.side](config, random_row(STEP, 256))
 
-    def save(found: dict[str, Any]) -> None:
-        save_results(options.json, {"side": options.side, "config": config.model_dump(mode="json"), **found})
+    def results(found: dict[str, Any]) -> dict[str, Any]:
+        return {"side": options.side, "config": config.model_dump(mode="json"), **found}
 
-    found = search(side, options.caps, limit, save)
-    for cap, result in found["caps"].items():
+    limit = AutoConfig.from_pretrained(options.model).max_position_embeddings
+    return results(search(side, options.caps, limit, lambda found: save_results(options.json, results(found))))
+
+
+def show(results: dict[str, Any]) -> None:
+    for cap, result in results["caps"].items():
         print(f"{cap}: {result['longest']} tokens train, {result['too_long']} do not")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_tool(main))

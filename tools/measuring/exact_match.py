@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
-"""Count how many answers of a model equal the expected ones, with plain transformers and nothing of qlora-tool.
+"""How many answers of a model equal the expected ones, by plain transformers and nothing of qlora-tool.
 
 An answer is generated greedily, at most 256 new tokens, up to the end-of-turn token. Both sides are stripped of outer
 white space; then they are equal or they are not.
 
-    tools/exact_match MODEL_FOLDER eval.jsonl
-    tools/exact_match MODEL_FOLDER eval.jsonl other.jsonl --json result.json
+    tools/measure exact-match MODEL_FOLDER eval.jsonl
+    tools/measure exact-match MODEL_FOLDER eval.jsonl other.jsonl --json result.json
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is a folder: nothing is to be fetched
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -61,7 +61,7 @@ def answers(model, tokenizer, prompts: list[str]) -> list[str]:
     return found
 
 
-def measure(model, tokenizer, file: Path, limit: int | None) -> dict:
+def measure(model, tokenizer, file: Path, limit: int | None) -> dict[str, Any]:
     """Exact match on a file of conversations whose last message is the expected answer."""
     lines = file.read_text(encoding="utf-8").splitlines()[:limit]
     conversations = [json.loads(line)["messages"] for line in lines]
@@ -76,23 +76,18 @@ def measure(model, tokenizer, file: Path, limit: int | None) -> dict:
     return {"file": str(file), "rows": len(rows), "exact_match": equal / len(rows), "answers": rows}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a model folder")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL_FOLDER", help="a model folder")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".jsonl files in the messages form")
     parser.add_argument("--limit", type=int, help="only the first rows of each file")
-    parser.add_argument("--json", type=Path, help="write the counts and every answer here")
-    options = parser.parse_args()
-    logging.disable(logging.WARNING)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts and every answer here")
 
+
+def run(options: argparse.Namespace) -> None:
+    logging.disable(logging.WARNING)
     model, tokenizer = load(options.model)
     results = [measure(model, tokenizer, file, options.limit) for file in options.files]
     for result in results:
         print(f"{result['file']}: exact match {result['exact_match']:.1%} of {result['rows']} rows")
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
