@@ -1,4 +1,4 @@
-"""The page docs/configuration.md, on stdout: every key, from the schema that `qlora-tool recipes schema` prints.
+"""docs/configuration.md, on stdout: every key, from the schema of the configuration.
 
     tools/make configuration-page > docs/configuration.md
 

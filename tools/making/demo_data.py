@@ -1,4 +1,4 @@
-"""The demo task: one-line orders in free text, each answered by strict JSON that copies what the text says.
+"""Rows of the demo task: orders in free text, each answered by strict JSON that copies what it says.
 
 A model's answer can be counted: it equals the expected line or it does not. Nothing has to be converted or guessed,
 only found and copied. Every word or number that can be a value belongs, by its own hash, either to the training half or
@@ -14,12 +14,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import random
 from collections.abc import Iterable
 from pathlib import Path
 
 from measuring.command import at_least
+
+from qlora_tool.files.atomic import write_text
 
 INSTRUCTION = "Copy the order into one line of JSON: customer, items, town, date."
 
@@ -142,19 +143,6 @@ def make_rows(seed: int, rows: int, split: str) -> list[dict]:
     return conversations
 
 
-def write_rows(path: Path, conversations: list[dict]) -> None:
-    """Write one conversation a line, under a temporary name first, so that no reader sees half of the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as stream:
-            stream.writelines(json.dumps(conversation) + "\n" for conversation in conversations)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="the .jsonl file to write")
     parser.add_argument("--seed", type=int, default=0, help="what the rows are drawn with (default: 0)")
@@ -166,7 +154,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     rows = make_rows(options.seed, options.rows, options.split)
-    try:
-        write_rows(options.file, rows)
-    except OSError as error:
-        raise SystemExit(f"error: cannot write {options.file}: {error.strerror}") from error
+    write_text(options.file, "".join(json.dumps(conversation) + "\n" for conversation in rows))

@@ -1,4 +1,4 @@
-"""A checkpoint of random weights that is NF4 already, as bitsandbytes writes it: a 7B in 3.9 GB and seconds on a GPU.
+"""One that is NF4 already, as bitsandbytes writes it: a 7B in 3.9 GB and seconds on a GPU.
 
 Both `qlora-tool` and transformers read it as any checkpoint that was quantized before. The weights are drawn and
 quantized on a device, so that a GPU does it.

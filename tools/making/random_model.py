@@ -1,4 +1,4 @@
-"""A checkpoint of any causal language model with random weights, written tensor by tensor, whatever its size.
+"""A checkpoint of any causal language model, with random weights, whatever its size.
 
 The names and shapes are those of a real checkpoint of the architecture, sharded, with an index and a config.json, so it
 loads wherever a real one does. The weights are random: normal(0, 0.02), norms one, biases zero. Memory holds one tensor

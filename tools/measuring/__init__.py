@@ -1,8 +1,8 @@
-"""Measure what the documents promise, each subject in a module of its own.
+"""Measure what the documents promise.
 
-The exit code is 1 where what is asked for is missed. `--json FILE` keeps the figures with the machine they come from. Let
-nothing else run meanwhile. Times are those of two cores; MB are 10^6 bytes. `tools/make random-model FOLDER --shape
-llama-2-7b` makes the 7B that some are meant for.
+The exit code is 1 where a limit is missed. `--json FILE` keeps the figures with the machine they come from. Let nothing
+else run meanwhile. The times are of two cores and, but for a 7B, of SmolLM2-135M; MB are 10^6 bytes. `tools/make
+random-model FOLDER --shape llama-2-7b` makes the 7B.
 """
 
 SUBJECTS = (

@@ -1,9 +1,9 @@
-"""One command line for all subjects: `tools/measure SUBJECT [OPTION]...`, and `tools/make SUBJECT [OPTION]...` likewise.
+"""One command line for all subjects: `tools/measure SUBJECT [OPTION]...`; `tools/make` is another such command.
 
-A subject is a module. Its docstring is its help, the first line of it what the list of subjects shows. It has
+A subject is a module. Its docstring is its help, the first line of which the list of subjects shows. It has
 
     add_options(parser)      its options, `--json` and `--plot` among them where it has them
-    run(options)             does the work and returns the results: a mapping, or nothing to be shown or saved
+    run(options)             does the work and returns the results: a mapping, or None where nothing is to be shown
     show(results)            prints them, if it is there
     plot(results)            draws them as a matplotlib figure, if it is there
 
@@ -13,6 +13,7 @@ and the exit code is 1 where `results["passed"]` is False.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import difflib
 import importlib
@@ -28,7 +29,7 @@ from types import ModuleType
 from making.environment import ROOT, TEST_MODULES, EnvironmentFailure, ready_python
 
 PROGRAMS = {"measuring": "tools/measure", "making": "tools/make"}
-STANDARD_LIBRARY_ALONE = ("demo-data",)
+NEEDED = ("torch", "transformers", "pydantic", "yaml")  # without one of them the environment is made and entered
 
 
 def main(package: str, arguments: Sequence[str] | None = None) -> int:
@@ -48,29 +49,29 @@ def main(package: str, arguments: Sequence[str] | None = None) -> int:
         return 0 if name else 2
     if name not in subjects:
         near = difflib.get_close_matches(name, subjects, 1)
-        hint = f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(subjects)}"
-        print(f"error: {PROGRAMS[package]} {name}: there is no such subject{hint}", file=sys.stderr)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(subjects)}"
+        print(f"error: {PROGRAMS[package]} {name}: there is no such subject; {hint}", file=sys.stderr)
         return 2
-    if name not in STANDARD_LIBRARY_ALONE and _missing():
-        return _in_environment()
+    if missing := [module for module in NEEDED if importlib.util.find_spec(module) is None]:
+        return _in_environment(missing)
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))  # the checkout's own package, installed or not
-    return run_subject(load_subject(package, name), rest)
+    subject = load_subject(package, name)
+    options = parser_of(subject).parse_args(rest)
+    return exit_code(lambda: _run(subject, options))
 
 
 def list_of_subjects(package: str) -> str:
-    """The help of the command: its subjects, a line each; no subject is imported for it."""
-    import ast
-
+    """The help of the command, with a line for each subject, none of which is imported for it."""
     module, program = importlib.import_module(package), PROGRAMS[package]
+    width = max(map(len, module.SUBJECTS)) + 2
     lines = []
     for name in module.SUBJECTS:
         source = Path(importlib.util.find_spec(_module_name(package, name)).origin).read_text(encoding="utf-8")
-        lines.append(f"  {name:{2 + max(map(len, module.SUBJECTS))}}{_first_line(ast.get_docstring(ast.parse(source)))}")
-    return "\n".join([
-        f"usage: {program} SUBJECT [OPTION]...", "", inspect.getdoc(module), "", "subjects:", *lines, "",
-        f"`{program} SUBJECT --help` tells the rest of one.",
-    ])  # fmt: skip
+        about = ast.get_docstring(ast.parse(source)).partition("\n")[0]
+        lines.append(f"  {name:{width}}{about}")
+    head = [f"usage: {program} SUBJECT [OPTION]...", "", inspect.getdoc(module), "", "subjects:"]
+    return "\n".join([*head, *lines, "", f"`{program} SUBJECT --help` tells the rest."])
 
 
 def load_subject(package: str, name: str) -> ModuleType:
@@ -78,55 +79,65 @@ def load_subject(package: str, name: str) -> ModuleType:
     return importlib.import_module(_module_name(package, name))
 
 
+def _module_name(package: str, subject: str) -> str:
+    return f"{package}.{subject.replace('-', '_')}"
+
+
 def parser_of(subject: ModuleType) -> argparse.ArgumentParser:
     """The parser of a subject's options."""
     package, _, name = subject.__name__.partition(".")
-    parser = argparse.ArgumentParser(
-        prog=f"{PROGRAMS[package]} {name.replace('_', '-')}", description=subject.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    program = f"{PROGRAMS[package]} {name.replace('_', '-')}"
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=program, description=subject.__doc__, formatter_class=form)
     subject.add_options(parser)
     return parser
 
 
-def run_subject(subject: ModuleType, arguments: Sequence[str]) -> int:
-    """Parse the options, run, show, save and draw.
+def _run(subject: ModuleType, options: argparse.Namespace) -> int:
+    """Run a subject, save what it found, show and draw it."""
+    from measuring.results import save_plot, save_results, say
 
-    Returns:
-        The exit code; a fault that is known becomes `error:` lines instead of a traceback.
-    """
-    from measuring.results import save_plot, save_results
-
-    options = parser_of(subject).parse_args(arguments)
-
-    def run() -> int:
-        start = time.perf_counter()
-        results = subject.run(options)
-        if results is None:
-            return 0
-        if hasattr(subject, "show"):
-            subject.show(results)
-        save_results(getattr(options, "json", None), results)
-        if getattr(options, "plot", None):
-            save_plot(subject.plot(results), options.plot)
-        print(f"{time.perf_counter() - start:,.0f} s in all", file=sys.stderr)
-        return 1 if results.get("passed") is False else 0
-
-    return exit_code(run)
+    start = time.perf_counter()
+    results = subject.run(options)
+    if results is None:
+        return 0
+    save_results(getattr(options, "json", None), results)
+    if hasattr(subject, "show"):
+        subject.show(results)
+    if getattr(options, "plot", None):
+        save_plot(subject.plot(results), options.plot)
+    say(f"{time.perf_counter() - start:,.0f} s in all")
+    return 1 if results.get("passed") is False else 0
 
 
 def exit_code(work: Callable[[], int]) -> int:
-    """What `work` returns, or the exit code of the error it ends with, whose lines go to stderr."""
+    """What `work` returns; where it ends with a known error, whose lines go to stderr, the error's exit code."""
     from qlora_tool.errors import ToolError
 
     try:
         return work()
     except ToolError as error:
-        for line in error.lines:
-            print(f"error: {line}", file=sys.stderr)
-        return error.exit_code
+        lines, code = error.lines, error.exit_code
+    except OSError as error:
+        lines, code = [f"{error.filename2 or error.filename}: {error.strerror}"], 1
     except KeyboardInterrupt:
         return 130
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    return code
+
+
+def _in_environment(missing: Sequence[str]) -> int:
+    """Run the same command line again with the Python of the environment that `tools/test` makes."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            python = ready_python(TEST_MODULES)
+        if Path(sys.executable) == python:
+            raise EnvironmentFailure(f"{python} lacks {', '.join(missing)}; remove .venv, and it is made anew")
+    except EnvironmentFailure as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 1
+    return subprocess.call([str(python), *sys.argv])
 
 
 # ------------------------------------------------------------------------------------------- options that many have
@@ -154,31 +165,3 @@ def add_outputs(parser: argparse.ArgumentParser, *, plot: str | None = None) -> 
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     if plot:
         parser.add_argument("--plot", type=Path, metavar="FILE.png", help=f"draw {plot}")
-
-
-# --------------------------------------------------------------------------------------------------- the environment
-
-
-def _missing() -> list[str]:
-    return [name for name in ("torch", "transformers", "pydantic", "yaml") if importlib.util.find_spec(name) is None]
-
-
-def _in_environment() -> int:
-    """Run the same command line again with the Python of the environment that `tools/test` makes."""
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            python = ready_python(TEST_MODULES)
-        if Path(sys.executable) == python:
-            raise EnvironmentFailure(f"{python} lacks {', '.join(_missing())}; remove .venv, and it is made anew")
-    except EnvironmentFailure as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return 1
-    return subprocess.call([str(python), *sys.argv])
-
-
-def _module_name(package: str, subject: str) -> str:
-    return f"{package}.{subject.replace('-', '_')}"
-
-
-def _first_line(text: str | None) -> str:
-    return (text or "").partition("\n")[0]

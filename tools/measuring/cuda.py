@@ -1,4 +1,4 @@
-"""Everything that needs a CUDA device, in one run of at most nine minutes, on a card of 24 GB or more.
+"""All that needs a CUDA device of 24 GB or more, in one run of at most nine minutes.
 
 What was found is in FOLDER as it comes:
 

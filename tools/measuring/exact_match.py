@@ -1,7 +1,7 @@
-"""How many answers of a model equal the expected ones, by plain transformers and nothing of qlora-tool.
+"""How many of a model's answers equal the expected ones, by plain transformers (a minute).
 
-An answer is generated greedily, at most 256 new tokens, up to the end-of-turn token. Both sides are stripped of outer
-white space; then they are equal or they are not.
+Nothing of qlora-tool takes part. An answer is generated greedily, at most 256 new tokens, up to the end-of-turn token.
+Both sides are stripped of outer white space; then they are equal or they are not.
 
     tools/measure exact-match MODEL_FOLDER eval.jsonl
     tools/measure exact-match MODEL_FOLDER eval.jsonl other.jsonl --json result.json

@@ -1,4 +1,4 @@
-"""Every kind of export, and PEFT's merge, against the live quantized model: KL, loss, update; quarter of an hour a base.
+"""Each export, and PEFT's merge, against the live model: KL, loss (a base: some 15 minutes).
 
 An adapter is trained, and what is written of it held against the live model:
 
@@ -6,8 +6,8 @@ An adapter is trained, and what is written of it held against the live model:
 
 For each quantization the run is trained once and stays in the work folder. The files of each export, rounded to their
 dtype, are loaded by plain transformers, multiplied in fp32, and compared token by token with the quantized base and the
-adapter on it; so are PEFT's own `merge_and_unload` and the untuned base. Asked for: mean KL and the share of equal likeliest
-tokens within the limits of the file's dtype.
+adapter on it; so are PEFT's own `merge_and_unload` and the untuned base. Asked for: mean KL and the share of equal
+likeliest tokens within the limits of the file's dtype.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Memory and time of an export, and what kills leave; 1.5 GB, 1.3 x its parts, the same bytes; a 7B: 3 minutes.
+"""Memory, time and kills of an export: 1.5 GB, 1.3 x its parts, the same bytes (a 7B: 3 minutes).
 
 The export runs in a process of its own: its memory, its time beside that of its parts, and what a kill leaves.
 
@@ -36,7 +36,7 @@ from typing import Any
 
 from measuring.command import add_model, add_outputs
 from measuring.processes import environment, in_fresh_process, require_proc, resident_bytes
-from measuring.results import mb, passed_or_missed, say, show_table
+from measuring.results import passed_or_missed, say, show_sizes, show_table
 from qlora_tool.errors import MachineError
 
 MEMORY_LIMIT = 1_500_000_000  # bytes over the interpreter's own
@@ -225,10 +225,10 @@ def show(results: dict[str, Any]) -> None:
         print(f"{results['kills']} kills, {results['while_growing']} of them while files were growing: "
               f"{results['differing']} results differ")  # fmt: skip
         return
-    rows = [("RSS after the imports", results["rss_before_bytes"]), ("peak RSS", results["rss_peak_bytes"]),
-            ("over the interpreter's own", results["over_interpreter_bytes"]), ("limit", MEMORY_LIMIT)]  # fmt: skip
-    show_table([(f"{results['model']}, {results['bytes'] / 1e9:.2f} GB of {results['dtype']}", "MB"),
-                *((name, mb(size)) for name, size in rows)])  # fmt: skip
+    show_sizes(f"{results['model']}, {results['bytes'] / 1e9:.2f} GB of {results['dtype']}", {
+        "RSS after the imports": results["rss_before_bytes"], "peak RSS": results["rss_peak_bytes"],
+        "over the interpreter's own": results["over_interpreter_bytes"], "limit": MEMORY_LIMIT,
+    })  # fmt: skip
     parts = " + ".join(part for part in results["parts_seconds"] if part != "copy")
     show_table([("seconds", ""), *((part, f"{took:.2f}") for part, took in results["parts_seconds"].items()),
                 ("export", f"{results['seconds']:.2f}"), ("(hashing the base, once)", f"{results['hash_seconds']:.2f}"),

@@ -1,8 +1,8 @@
-"""Process memory while a model is read and quantized; finished model + 2 x largest tensor + 600 MB; a 7B: a minute.
+"""Process memory while a model loads: finished + 2 x largest tensor + 600 MB (a 7B: a minute).
 
-The model is loaded in a process of its own, and the most memory that it ever used is held against what it must keep: the
-finished model (quantized weights, scales, and what stays unquantized), twice the largest tensor of the checkpoint, and
-600 MB for the interpreter, the libraries and the allocator.
+The model is loaded in a process of its own, and the most memory that it ever used is held against what it must keep:
+the finished model (quantized weights, scales, and what stays unquantized), twice the largest tensor of the checkpoint,
+and 600 MB for the interpreter, the libraries and the allocator.
 
     tools/make random-model /tmp/llama7b --shape llama-2-7b
     tools/measure load /tmp/llama7b --json load.json --plot load.png
@@ -19,7 +19,7 @@ from typing import Any
 
 from measuring.command import add_model, add_outputs
 from measuring.processes import in_fresh_process, require_proc, resident_bytes
-from measuring.results import mb, new_figure, show_table
+from measuring.results import mb, new_figure, show_sizes
 from qlora_tool.config import ModelConfig
 
 ALLOWANCE = 600_000_000  # bytes, beside the finished model and twice the largest tensor
@@ -71,22 +71,21 @@ def judge(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(results: dict[str, Any]) -> None:
-    rows = [
-        ("checkpoint", "checkpoint_bytes"),
-        ("largest tensor of it", "largest_tensor_bytes"),
-        ("quantized weights and scales", "quantized_bytes"),
-        ("unquantized", "unquantized_bytes"),
-        ("finished model", "finished_bytes"),
-        ("RSS before loading (interpreter, imports)", "rss_before_bytes"),
-        ("RSS after loading", "rss_after_bytes"),
-        ("peak RSS", "rss_peak_bytes"),
-        ("limit: finished + 2 x largest + 600 MB", "limit_bytes"),
-    ]
     model = results["model"]
     kind = model["quantization"]
     if kind in ("nf4", "fp4") and model["double_quant"]:
         kind += ", double quantization"
-    show_table([(f"{model['name_or_path']} ({kind})", "MB"), *((label, mb(results[key])) for label, key in rows)])
+    show_sizes(f"{model['name_or_path']} ({kind})", {
+        "checkpoint": results["checkpoint_bytes"],
+        "largest tensor of it": results["largest_tensor_bytes"],
+        "quantized weights and scales": results["quantized_bytes"],
+        "unquantized": results["unquantized_bytes"],
+        "finished model": results["finished_bytes"],
+        "RSS before loading (interpreter, imports)": results["rss_before_bytes"],
+        "RSS after loading": results["rss_after_bytes"],
+        "peak RSS": results["rss_peak_bytes"],
+        "limit: finished + 2 x largest + 600 MB": results["limit_bytes"],
+    })  # fmt: skip
     print(f"loaded in {results['seconds']} s, {results['threads']} threads; products in {results['compute_dtype']}")
     room = results["limit_bytes"] - results["rss_peak_bytes"]
     print(f"passed, with {mb(room)} MB to spare" if results["passed"] else f"MISSED by {mb(-room)} MB")

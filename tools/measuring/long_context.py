@@ -1,4 +1,4 @@
-"""How memory and time of a step grow with the row, 256 to 4096 tokens; a straight line, and attention's n^2; 15 minutes.
+"""How memory and time grow with the row: a line, and attention's n^2 (15 minutes).
 
 Every layer is recomputed, products are in fp32, the base is NF4. Asked for: the peak of a step is a straight line (the
 bytes a token, over what is there at no length, within 5 % of the fit at every length), and a step's time is

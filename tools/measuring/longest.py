@@ -1,4 +1,4 @@
-"""The longest sequence that trains on a CUDA device whose memory is capped, by trying; 2 minutes with a 7B.
+"""The longest sequence that trains on a card whose memory is capped (a 7B: 2 minutes).
 
 One row, everything recomputed, 8-bit AdamW. The caps are GB (10^9 bytes) of what the allocator may hold
 (`torch.cuda.set_per_process_memory_fraction`); the CUDA context comes on top. The JSON is written anew after each step

@@ -1,4 +1,4 @@
-"""The predicted CUDA memory of ten steps, up to a 7B, against the card; within 2 % allocated, 5 % reserved; 3 minutes.
+"""Predicted CUDA memory of ten steps against a card: 2 % allocated, 5 % reserved (3 minutes).
 
     tools/measure memory-cuda results/
     tools/measure memory-cuda results/ --only tiny smollm2-135m
@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from making.random_model import SHAPES
+
 from measuring.ours import StepMemory, look_at_cuda
 from measuring.processes import in_fresh_process
 from measuring.results import machine, say, show_table
@@ -34,27 +36,19 @@ SNAPSHOTS = 4  # configurations, the first ones, whose history is kept
 LARGEST_SNAPSHOT = 12_000_000  # bytes of a history that is kept
 MIB = 2**20
 
-_LLAMA = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096}
-_SMOLLM2 = _LLAMA | {
-    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
-}  # fmt: skip
-_LLAMA_1B = _LLAMA | {
-    "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
+_LLAMA_1B = SHAPES["llama-3-8b"] | {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
+    "tie_word_embeddings": True, "max_position_embeddings": 4096,
 }  # fmt: skip
 _QWEN = {
     "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960,
     "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
     "max_position_embeddings": 4096,
 }  # fmt: skip
-_LLAMA_7B = _LLAMA | {
-    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-}  # fmt: skip
-_TINY = _LLAMA | {
+_TINY = SHAPES["tiny-llama"] | {
     "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
+_SMOLLM2, _LLAMA_7B = SHAPES["smollm2-135m"], SHAPES["llama-2-7b"]
 
 # Name: model, rows, length, settings beside the defaults (nf4, double quantization, r = 16 on all linears, fp32 AdamW),
 # lengths of packed examples.

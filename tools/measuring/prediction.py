@@ -1,8 +1,9 @@
-"""The predicted memory of 43 steps against the steps themselves; within 1 %, median 0.1 %; some minutes, --few in seconds.
+"""Predicted memory of 43 steps against the steps themselves: within 1 % (minutes; --few: seconds).
 
 Each configuration is run three times, with random weights: on fake tensors (the prediction), on real ones with nothing
 but the profiler's count of the allocator (the peak that was measured), and on real ones under the tracer (what each
-category took). Required: the peak within 1 % in the worst case and 0.1 % in the median, each category within 2 % or 1 MB.
+category took). Required: the peak within 1 % in the worst case and 0.1 % in the median, each category within 2 % or 1
+MB.
 
     tools/measure prediction --json memory.json
     tools/measure prediction --few
@@ -20,6 +21,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from making.random_model import SHAPES
 
 from measuring.command import add_outputs
 from measuring.ours import StepMemory, tokens_per_expert
@@ -62,9 +65,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": _SIZES | {"num_local_experts": 4},
     "qwen3_moe": _SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "head_dim": 64},
     "gpt_oss": _SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64, "sliding_window": 128},
-    "smollm2-135m": {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-                     "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
-                     "max_position_embeddings": 8192, "tie_word_embeddings": True},
+    "smollm2-135m": SHAPES["smollm2-135m"],
 }  # fmt: skip
 """A small model of every family: its sizes under the names of its configuration."""
 

@@ -35,6 +35,11 @@ def mb(size: float) -> str:
     return f"{size / 1e6:,.1f}"
 
 
+def show_sizes(title: str, sizes: dict[str, float]) -> None:
+    """A table of bytes, as MB."""
+    show_table([(title, "MB"), *((label, mb(size)) for label, size in sizes.items())])
+
+
 def passed_or_missed(passed: bool) -> str:
     """The word for it."""
     return "passed" if passed else "MISSED"

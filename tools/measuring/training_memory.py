@@ -1,7 +1,7 @@
-"""Process memory of two training steps; under 7 GB, and predicted within 3 %; a 7B: 5 to 10 minutes.
+"""Process memory of two training steps: under 7 GB, predicted within 3 % (a 7B: 5 to 10 minutes).
 
-A model is trained in a process of its own. Asked for: the process's peak resident set, loading included, stays under the
-limit, and the predicted peak of a step is within 3 % of the tensors that were counted in one.
+A model is trained in a process of its own. Asked for: the process's peak resident set, loading included, stays under
+the limit, and the predicted peak of a step is within 3 % of the tensors that were counted in one.
 
     tools/make random-model /tmp/llama7b --shape llama-2-7b
     tools/measure training-memory /tmp/llama7b --json train7b.json
@@ -19,7 +19,7 @@ from typing import Any
 from measuring.command import add_model, add_outputs, at_least
 from measuring.ours import OurSide, batch_of_tokens, largest_of_a_step, predicted_phases, random_tokens, vocabulary_size
 from measuring.processes import in_fresh_process, require_proc, resident_bytes
-from measuring.results import mb, passed_or_missed, say, show_table
+from measuring.results import passed_or_missed, say, show_sizes
 from measuring.sides import peak_tensor_bytes
 from qlora_tool.config import Config, parse_size, with_values
 
@@ -61,12 +61,11 @@ def judge(figures: dict[str, Any], limit: int) -> dict[str, Any]:
 
 
 def show(results: dict[str, Any]) -> None:
-    rows = [(results["config"]["model"]["name_or_path"], "MB")]
-    for label, key in (("peak RSS after loading", "load_rss_bytes"), ("peak RSS after the steps", "rss_bytes"),
-                       ("limit", "limit_bytes"), ("tensors at the peak of a step, counted", "tracked_bytes"),
-                       ("the same, predicted", "predicted_bytes")):  # fmt: skip
-        rows.append((label, mb(results[key])))
-    show_table(rows)
+    show_sizes(results["config"]["model"]["name_or_path"], {
+        "peak RSS after loading": results["load_rss_bytes"], "peak RSS after the steps": results["rss_bytes"],
+        "limit": results["limit_bytes"], "tensors at the peak of a step, counted": results["tracked_bytes"],
+        "the same, predicted": results["predicted_bytes"],
+    })  # fmt: skip
     seconds = ", ".join(f"{taken:.1f}" for taken in results["step_seconds"])
     losses = ", ".join(f"{loss:.4f}" for loss in results["losses"])
     print(f"loaded in {results['load_seconds']:.1f} s; steps of {seconds} s; losses {losses}")

@@ -1,9 +1,9 @@
-"""Training steps here and by transformers + PEFT, in turn: speed, memory, losses; 2 to 15 minutes a scenario.
+"""Speed and memory of a step beside transformers + PEFT, in turn (a scenario: 2 to 15 minutes).
 
-Each side (Unsloth's too, where it is installed on CUDA) lives in a process of its own, on the same model, data, seed and
-machine, from the same adapter, and they take steps in turn: A B A B. What slows the machine down meanwhile slows both, so
-the ratio of each pair is told, its median, least and most. Warm-up rounds are left out; tokens are the useful ones,
-without padding.
+Each side (Unsloth's too, where it is installed on CUDA) lives in a process of its own, on the same model, data, seed
+and machine, from the same adapter, and they take steps in turn: A B A B. What slows the machine down meanwhile slows
+both, so the ratio of each pair is told, its median, least and most. Warm-up rounds are left out; tokens are the useful
+ones, without padding.
 
     tools/measure benchmark checkpointed demo --json checkpointed.json --plot checkpointed.png
     tools/measure benchmark auto demo --max-memory 1.2GB
