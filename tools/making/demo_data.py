@@ -1,4 +1,4 @@
-"""Rows of the demo task: orders in free text, each answered by strict JSON that copies what it says.
+"""Rows of the demo task: orders in free text, each answered by JSON that copies what it says.
 
 A model's answer can be counted: it equals the expected line or it does not. Nothing has to be converted or guessed,
 only found and copied. Every word or number that can be a value belongs, by its own hash, either to the training half or

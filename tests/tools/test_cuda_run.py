@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -10,33 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-
-TOOLS = Path(__file__).parents[2] / "tools"
-
-
-@pytest.fixture(scope="module")
-def tools():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TOOLS))
-        patch.setattr("sys.dont_write_bytecode", True)
-        load_script = importlib.import_module("scripts").load_script
-        yield lambda name: load_script(name) if (TOOLS / name).exists() else importlib.import_module(name)
-        for name in [name for name in sys.modules if any((TOOLS / file).exists() for file in (name, f"{name}.py"))]:
-            del sys.modules[name]
-
-
-@pytest.fixture
-def tool(tools):
-    return tools("cuda_check")
+from making.nf4_model import write_nf4_model
+from making.random_model import SHAPES
+from measuring import cuda
+from measuring.command import main
+from measuring.longest import longest
 
 
 def python(code: str) -> list[str]:
     return [sys.executable, "-S", "-c", code]
 
 
-def test_parts_share_the_time(tool):
+def test_parts_share_the_time():
     now = [100.0]
-    budget = tool.TimeBudget(60, clock=lambda: now[0])
+    budget = cuda.TimeBudget(60, clock=lambda: now[0])
     assert budget.for_part(40) == 40 and budget.for_part(90) == 60
     now[0] += 45
     assert budget.left() == 15 and budget.for_part(40) == 15
@@ -46,25 +32,25 @@ def test_parts_share_the_time(tool):
     assert budget.left() == 0 and budget.for_part(5) == 0
 
 
-def test_the_parts_fit_into_nine_minutes_with_something_of_each(tool, tmp_path: Path):
-    parts = tool.parts_for(tmp_path)
-    assert tool.SECONDS <= 540
+def test_the_parts_fit_into_nine_minutes_with_something_of_each(tmp_path: Path):
+    parts = cuda.parts_for(tmp_path)
+    assert cuda.SECONDS <= 540
     first = [part for part in parts if part.name in ("device", "tests", "model", "benchmark", "caps")]
-    assert sum(part.limit for part in first) <= tool.SECONDS - tool.LEAST
+    assert sum(part.limit for part in first) <= cuda.SECONDS - cuda.LEAST
 
 
-def test_every_part_leaves_something_behind(tool, tmp_path: Path):
+def test_every_part_leaves_something_behind(tmp_path: Path):
     pid = tmp_path / "child.pid"
     child = f"import subprocess as s; p = s.Popen({python('import time; time.sleep(600)')}); " \
             f"open({str(pid)!r}, 'w').write(str(p.pid)); print('begun', flush=True); p.wait()"  # fmt: skip
     parts = [
-        tool.Part("good", python("print('all is well')"), 30),
-        tool.Part("bad", python("print('x'); raise SystemExit(3)"), 30),
-        tool.Part("long", python(child), 3),
-        tool.Part("needs", python("print('never')"), 30, tmp_path / "absent"),
-        tool.Part("after", python("print('still here')"), 30),
+        cuda.Part("good", python("print('all is well')"), 30),
+        cuda.Part("bad", python("print('x'); raise SystemExit(3)"), 30),
+        cuda.Part("long", python(child), 3),
+        cuda.Part("needs", python("print('never')"), 30, tmp_path / "absent"),
+        cuda.Part("after", python("print('still here')"), 30),
     ]
-    outcomes = tool.run_parts(parts, tmp_path, tool.TimeBudget(300), {"device": "none"})
+    outcomes = cuda.run_parts(parts, tmp_path, cuda.TimeBudget(300), {"device": "none"})
     assert {name: one.status for name, one in outcomes.items()} == {
         "good": "passed", "bad": "failed", "long": "cut", "needs": "left out", "after": "passed",
     }  # fmt: skip
@@ -84,14 +70,14 @@ def _is_running(process: int) -> bool:
     return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_no_time_left(tool, tmp_path: Path):
-    outcomes = tool.run_parts([tool.Part("late", python("print(1)"), 30)], tmp_path, tool.TimeBudget(1), {})
+def test_no_time_left(tmp_path: Path):
+    outcomes = cuda.run_parts([cuda.Part("late", python("print(1)"), 30)], tmp_path, cuda.TimeBudget(1), {})
     assert outcomes["late"].status == "left out" and not (tmp_path / "late.log").exists()
 
 
-def test_without_cuda_one_line(tool, tmp_path: Path, monkeypatch, capsys):
+def test_without_cuda_one_line(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert tool.run_tool(lambda: tool.main([str(tmp_path / "r")])) == 1
+    assert main("measuring", ["cuda", str(tmp_path / "r")]) == 1
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith("error: PyTorch sees no CUDA device")
     assert len(said.err.splitlines()) == 1 and not (tmp_path / "r").exists()
@@ -99,14 +85,14 @@ def test_without_cuda_one_line(tool, tmp_path: Path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("fits", [0, 300, 5000, 70_000, 10**6])
 @pytest.mark.parametrize("guess", [256, 4000, 66_000, 900_000])
-def test_the_longest_sequence_is_bracketed(tools, fits: int, guess: int):
-    caps, tried = tools("cuda_caps"), []
+def test_the_longest_sequence_is_bracketed(fits: int, guess: int):
+    tried = []
 
     def trains(length: int) -> bool:
         tried.append(length)
         return length <= fits
 
-    good, bad = caps.longest(trains, guess, 131_072)
+    good, bad = longest(trains, guess, 131_072)
     assert good <= fits and (bad is None or bad > fits)
     assert all(256 <= length <= 131_072 for length in tried)
     if fits > 131_072:
@@ -118,12 +104,11 @@ def test_the_longest_sequence_is_bracketed(tools, fits: int, guess: int):
         assert len(tried) <= 4  # a good guess is nearly all it takes
 
 
-def test_made_up_weights_are_read_as_any_quantized_checkpoint(tools, tmp_path: Path):
+def test_nf4_weights_are_read_as_any_quantized_checkpoint(tmp_path: Path):
     from qlora_tool.config import ModelConfig
     from qlora_tool.model.open import open_model
 
-    shape = tools("make_random_model").SHAPES["tiny-llama"]
-    size = tools("made_up_nf4").write_made_up_nf4(tmp_path / "nf4", shape, "cpu")
+    size = write_nf4_model(tmp_path / "nf4", SHAPES["tiny-llama"], "cpu")
     model = open_model(ModelConfig(name_or_path=str(tmp_path / "nf4"), compute_dtype="float32", device="cpu"))
     linears = 2 * [64 * 64, 32 * 64, 32 * 64, 64 * 64, 128 * 64, 128 * 64, 64 * 128]
     assert model.quantized_bytes() == sum(n // 2 + n // 64 + -(-n // 64 // 256) * 4 + 4 for n in linears)

@@ -2,57 +2,56 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from measuring.load import judge, load_and_measure
+from measuring.processes import in_fresh_process, resident_bytes
+
+from qlora_tool.errors import UserError
 
 TOOLS = Path(__file__).parents[2] / "tools"
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    """tools/check_load_memory as a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TOOLS))
-        patch.setattr("sys.dont_write_bytecode", True)
-        loader = SourceFileLoader("check_load_memory", str(TOOLS / "check_load_memory"))
-        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-        loader.exec_module(module)
-        yield module
-
-
-def test_the_limit(tool: ModuleType):
+def test_the_limit():
     figures = {"quantized_bytes": 3_000, "unquantized_bytes": 500, "largest_tensor_bytes": 200}
     limit = 3_000 + 500 + 2 * 200 + 600_000_000
-    verdict = tool.judge({**figures, "rss_peak_bytes": limit})
+    verdict = judge({**figures, "rss_peak_bytes": limit})
     assert verdict == {"finished_bytes": 3_500, "limit_bytes": limit, "passed": True}
-    assert not tool.judge({**figures, "rss_peak_bytes": limit + 1})["passed"]
+    assert not judge({**figures, "rss_peak_bytes": limit + 1})["passed"]
 
 
-def test_the_peak_remembers_what_is_gone(tool: ModuleType):
-    before = tool.resident_bytes("VmRSS")
+def test_the_peak_remembers_what_is_gone():
+    before = resident_bytes("VmRSS")
     block = torch.ones(300_000_000, dtype=torch.uint8)  # touched, so resident
-    assert tool.resident_bytes("VmRSS") - before > 290_000_000
+    assert resident_bytes("VmRSS") - before > 290_000_000
     del block
-    assert tool.resident_bytes("VmRSS") - before < 10_000_000
-    assert tool.resident_bytes("VmHWM") - before > 290_000_000
-    assert tool.resident_bytes("VmRSS", 2**22 + 1) is None  # beyond the highest process number
+    assert resident_bytes("VmRSS") - before < 10_000_000
+    assert resident_bytes("VmHWM") - before > 290_000_000
+    assert resident_bytes("VmRSS", 2**22 + 1) is None  # beyond the highest process number
+
+
+def test_a_process_that_fails_says_why(capfd):
+    """What a module of the package offers by name is called there; its exit code tells whose fault it is."""
+    with pytest.raises(UserError, match="load_and_measure: ended with exit code 2"):
+        in_fresh_process(load_and_measure, name_or_path="/no/such/model", device="cpu")
+    assert capfd.readouterr().err.startswith("error: ")
+    with pytest.raises(UserError, match="/no/such/model"):
+        in_fresh_process(load_and_measure, quiet=True, name_or_path="/no/such/model", device="cpu")
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.slow
 def test_a_tiny_model(tmp_path: Path):
     model = str(tmp_path / "tiny")
-    made = subprocess.run([sys.executable, TOOLS / "make_random_model", model, "--shape", "tiny-llama"], text=True)
+    made = subprocess.run([sys.executable, TOOLS / "make", "random-model", model, "--shape", "tiny-llama"], text=True)
     assert made.returncode == 0
-    command = [sys.executable, TOOLS / "check_load_memory", model, "--json", str(tmp_path / "load.json")]
+    command = [sys.executable, TOOLS / "measure", "load", model, "--json", str(tmp_path / "load.json")]
     done = subprocess.run([*command, "--plot", str(tmp_path / "load.png")], capture_output=True, text=True)
     figures = json.loads((tmp_path / "load.json").read_text())
     assert done.returncode == 0 and figures["passed"], done.stdout + done.stderr

@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import pytest
+from measuring.long_context import judge
 
-TOOLS = Path(__file__).parents[2] / "tools"
 LENGTHS = (256, 512, 1024, 2048, 4096)
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TOOLS))
-        patch.setattr("sys.dont_write_bytecode", True)
-        yield importlib.import_module("scripts").load_script("check_long_context")
-        for name in [name for name in sys.modules if any((TOOLS / file).exists() for file in (name, f"{name}.py"))]:
-            del sys.modules[name]
 
 
 def rows(quadratic: float = 1e-6, attention: float = 1e-6, bend: float = 0.0) -> list[dict]:
@@ -31,19 +16,19 @@ def rows(quadratic: float = 1e-6, attention: float = 1e-6, bend: float = 0.0) ->
     ]  # fmt: skip
 
 
-def test_the_fits(tool: ModuleType):
-    found = tool.judge(rows())
+def test_the_fits():
+    found = judge(rows())
     assert found["memory"]["bytes_a_token"] == pytest.approx(2e5) and found["memory"]["worst_off"] < 1e-6
     assert found["memory"]["bytes_at_rest"] == pytest.approx(1e8) and found["memory"]["passed"]
     assert found["time"]["step"] == pytest.approx([0.5, 4e-3, 1e-6])
     assert found["time"]["quadratic_left"] == pytest.approx(0, abs=1e-6) and found["time"]["passed"]
 
 
-def test_memory_that_bends_is_no_line(tool: ModuleType):
-    assert not tool.judge(rows(bend=50))["memory"]["passed"]
+def test_memory_that_bends_is_no_line():
+    assert not judge(rows(bend=50))["memory"]["passed"]
 
 
-def test_a_quadratic_part_beyond_attention(tool: ModuleType):
-    found = tool.judge(rows(quadratic=2e-6))["time"]
+def test_a_quadratic_part_beyond_attention():
+    found = judge(rows(quadratic=2e-6))["time"]
     step = 0.5 + 4e-3 * 4096 + 2e-6 * 4096**2
     assert found["quadratic_left"] == pytest.approx(1e-6 * 4096**2 / step) and not found["passed"]

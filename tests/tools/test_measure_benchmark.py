@@ -4,39 +4,29 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import json
-import sys
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from measuring import benchmark, ours, sides
+from measuring.benchmark import scenarios, worker
+from measuring.benchmark.figures import figures_of
+from measuring.command import main
 from tiny_runs import write_model, write_rows
 
-TOOLS = Path(__file__).parents[2] / "tools"
+from qlora_tool.config import Config
+from qlora_tool.errors import MachineError
+
 MB = 1_000_000
-
-
-@pytest.fixture(scope="module")
-def tools():
-    """Imports a module, or a script, of tools/."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TOOLS))
-        patch.setattr("sys.dont_write_bytecode", True)
-        load_script = importlib.import_module("scripts").load_script
-        yield lambda name: load_script(name) if (TOOLS / name).exists() else importlib.import_module(name)
-        for name in [name for name in sys.modules if any((TOOLS / file).exists() for file in (name, f"{name}.py"))]:
-            del sys.modules[name]
 
 
 def block(millions: int) -> torch.Tensor:
     return torch.empty(millions * MB, dtype=torch.uint8)
 
 
-def test_the_count_is_what_was_there_and_what_came_on_top(tools):
-    sides = tools("benchmark_sides")
+def test_the_count_is_what_was_there_and_what_came_on_top():
     gc.collect()  # what earlier tests left in cycles must not be freed between the two counts
     before = sides.live_tensor_bytes()
     kept = block(30)
@@ -53,8 +43,7 @@ def test_the_count_is_what_was_there_and_what_came_on_top(tools):
     assert found["peak_bytes"] - found["before_bytes"] == pytest.approx(20 * MB, abs=1000)
 
 
-def test_gradients_that_are_kept_count(tools):
-    sides = tools("benchmark_sides")
+def test_gradients_that_are_kept_count():
     weight = torch.zeros(MB, requires_grad=True)
     before = sides.live_tensor_bytes()
     weight.sum().backward()
@@ -80,8 +69,8 @@ def demand(figure: str, of: str, limit: float, at_least: bool = True) -> dict:
     return {"figure": figure, "of": of, "limit": limit, "at_least": at_least}
 
 
-def test_ratios_are_of_pairs(tools):
-    figures = tools("benchmark_report").figures_of(raw([]))
+def test_ratios_are_of_pairs():
+    figures = figures_of(raw([]))
     ratio = figures["ratios"]["ours"]
     assert ratio["speed"] == {"median": 1.0, "min": 0.5, "max": 2.0}
     assert ratio["memory"] == 0.4 and ratio["curve"] == pytest.approx(0.05)
@@ -102,18 +91,18 @@ def test_ratios_are_of_pairs(tools):
         (demand("share_of_bound", "peft", 0.0), False),  # not measured is not passed
     ],
 )  # fmt: skip
-def test_verdicts(tools, one: dict, passed: bool):
-    figures = tools("benchmark_report").figures_of(raw([one]))
+def test_verdicts(one: dict, passed: bool):
+    figures = figures_of(raw([one]))
     assert figures["passed"] is passed and [verdict["passed"] for verdict in figures["verdicts"]] == [passed]
 
 
-def test_a_loss_at_every_row(tools):
+def test_a_loss_at_every_row():
     from qlora_tool.data.batches import collate
     from qlora_tool.data.tokenize import Example
 
     rows = [[Example([5, 6, 7], [-100, -100, 7], "1")], [Example([8, 9], [-100, 9], "2")]]
     batch = collate(rows, pad_token_id=0, packing=False)
-    every = tools("benchmark_scenarios").every_row_in_the_loss(batch)
+    every = ours.every_position_in_the_loss(batch)
     assert every.predicting.tolist() == [0, 1, 3, 4] and every.targets.tolist() == [6, 7, 9, 0]
     assert batch.trained_tokens == 2 and every.trained_tokens == 4 and every.tokens == batch.tokens == 5
 
@@ -130,8 +119,7 @@ def options(model: Path, train: Path) -> argparse.Namespace:
     )  # fmt: skip
 
 
-def test_packed_rows_hold_about_as_many_tokens(tools, model: Path, tmp_path: Path):
-    scenarios = tools("benchmark_scenarios")
+def test_packed_rows_hold_about_as_many_tokens(model: Path, tmp_path: Path):
     asked = options(model, write_rows(tmp_path / "rows.jsonl", 60))
     scenario = scenarios.SCENARIOS["packing"]
     found = scenario.make(scenarios.configuration(scenario, asked), asked)
@@ -143,14 +131,14 @@ def test_packed_rows_hold_about_as_many_tokens(tools, model: Path, tmp_path: Pat
     rows = found.facts["packed_rows_a_batch"]
     assert rows >= 1 and abs(rows * 128 - size) <= 64  # half a row
     assert packed[0].input_ids.shape[0] == rows and packed[0].position_ids is not None
-    assert found.facts["rows_fill"] == pytest.approx(_fill(found, scenarios, asked), abs=1e-9)
+    assert found.facts["rows_fill"] == pytest.approx(_fill(asked), abs=1e-9)
     # The factors multiply to the whole: each begins where the one before ends.
     chain = [found.ratios[name] for name in ("of it, kernels", "of it, fewer loss rows", "of it, packing")]
     assert chain[0][1] == found.ratios["ours"][1] and chain[-1][0] == found.ratios["ours"][0]
     assert all(earlier[0] == later[1] for earlier, later in pairwise(chain))
 
 
-def _fill(found, scenarios: ModuleType, asked: argparse.Namespace) -> float:
+def _fill(asked: argparse.Namespace) -> float:
     """Tokens over room, of all rows of the epoch, counted in its batches."""
     asked.steps = 1000
     scenario = scenarios.SCENARIOS["packing"]
@@ -159,34 +147,33 @@ def _fill(found, scenarios: ModuleType, asked: argparse.Namespace) -> float:
 
 
 @pytest.mark.slow
-def test_both_sides_step_in_turn_from_the_same_start(tools, model: Path, tmp_path: Path, capsys):
-    benchmark = tools("benchmark")
+def test_both_sides_step_in_turn_from_the_same_start(model: Path, tmp_path: Path, capsys):
     file = tmp_path / "found.json"
     sizes = ["--steps", "2", "--warmup", "1", "--rows", "2", "--length", "32", "--r", "4", "--lr", "1e-3"]
-    code = benchmark.main(["checkpointed", str(model), *sizes, "--json", str(file), "--plot", str(tmp_path / "b.png")])
+    outputs = ["--json", str(file), "--plot", str(tmp_path / "b.png")]
+    code = main("measuring", ["benchmark", "checkpointed", str(model), *sizes, *outputs])
     found = json.loads(file.read_text())
     assert code == (0 if found["passed"] else 1) and found["finished"]
-    ours, peft = found["lanes"]["ours"], found["lanes"]["peft"]
-    assert ours["losses"] == pytest.approx(peft["losses"], rel=1e-3) and len(ours["seconds"]) == 2
-    assert ours["tokens"] == peft["tokens"] == [64, 64]
-    assert 0 < ours["peak_bytes"] < peft["peak_bytes"]
-    assert ours["categories"]["peak_bytes"] == pytest.approx(ours["peak_bytes"], rel=0.1)
+    here, peft = found["lanes"]["ours"], found["lanes"]["peft"]
+    assert here["losses"] == pytest.approx(peft["losses"], rel=1e-3) and len(here["seconds"]) == 2
+    assert here["tokens"] == peft["tokens"] == [64, 64]
+    assert 0 < here["peak_bytes"] < peft["peak_bytes"]
+    assert here["categories"]["peak_bytes"] == pytest.approx(here["peak_bytes"], rel=0.1)
     assert found["sides"]["ours"]["recomputed_share"] == 1.0
     assert (tmp_path / "b.png").stat().st_size > 1000
     assert "ours" in capsys.readouterr().out
 
 
-def test_the_plain_side_takes_no_fused_operation(tools, model: Path, monkeypatch):
+def test_the_plain_side_takes_no_fused_operation(model: Path, monkeypatch):
     from qlora_tool.adapters import fusion, lora
 
-    sides, one_row = tools("benchmark_sides"), tools("check_long_context").one_row
-    scenarios, calls = tools("benchmark_scenarios"), []
+    calls = []
     monkeypatch.setattr(lora.LoraAdapter, "fused", True)  # the plain side sets it, for all of its process
     for module, name in ((lora, "lora_linear"), (fusion, "lora_linear"), (fusion, "lora_gated_mlp")):
         monkeypatch.setattr(module, name, _counted(getattr(module, name), calls))
     asked = options(model, Path("none.jsonl"))
     config = scenarios.configuration(scenarios.SCENARIOS["curves"], asked)
-    batch, losses = one_row(40, 200), {}
+    batch, losses = ours.random_row(40, 200), {}
     for kind in ("ours", "plain"):
         side = sides.SIDES[kind](config, batch)
         calls.clear()
@@ -203,9 +190,8 @@ def _counted(function, calls: list):
     return counting
 
 
-def test_a_lane_that_fails_leaves_the_others(tools, model: Path, tmp_path: Path, monkeypatch):
+def test_a_lane_that_fails_leaves_the_others(model: Path, tmp_path: Path, monkeypatch):
     """Here PEFT's side ends, as where memory is out; the other lane is timed to the end, and nothing is passed."""
-    benchmark = tools("benchmark")
 
     class FakeWorker:
         def __init__(self, name, kind, config, batches):
@@ -228,14 +214,13 @@ def test_a_lane_that_fails_leaves_the_others(tools, model: Path, tmp_path: Path,
     monkeypatch.setattr(benchmark, "Worker", FakeWorker)
     file = tmp_path / "found.json"
     sizes = ["--steps", "4", "--warmup", "1", "--rows", "1", "--length", "8"]
-    assert benchmark.main(["checkpointed", str(model), *sizes, "--json", str(file)]) == 1
+    assert main("measuring", ["benchmark", "checkpointed", str(model), *sizes, "--json", str(file)]) == 1
     lanes = json.loads(file.read_text())["lanes"]
     assert lanes["peft"]["error"] == "out of memory" and len(lanes["peft"]["seconds"]) == 1
     assert len(lanes["ours"]["seconds"]) == 4 and lanes["ours"]["peak_bytes"] == 5
 
 
-def test_a_side_that_cannot_be_built_says_why(tools, tmp_path: Path):
-    worker, config = tools("benchmark_worker"), tools("benchmark_scenarios").Config()
+def test_a_side_that_cannot_be_built_says_why(tmp_path: Path):
     torch.save({"rows": []}, tmp_path / "batches.pt")
-    with pytest.raises(worker.MachineError, match=r"^mine: .*max\(\)"):
-        worker.Worker("mine", "ours", config, tmp_path / "batches.pt")
+    with pytest.raises(MachineError, match=r"^mine: .*max\(\)"):
+        worker.Worker("mine", "ours", Config(), tmp_path / "batches.pt")
