@@ -9,8 +9,8 @@ The export runs in a process of its own: its memory, its time beside that of its
 The adapter has random values (LoRA r 16 on every linear module). Memory is the process's resident set (VmHWM) over what
 it was after the imports. The parts are timed alone, after the export and in a process of their own: reading the base's
 tensors, quantizing, dequantizing and writing them (flushed), and beside them a plain copy of the exported files. Where
-the cache keeps the base quantized (`keep_quantized`; --keep-quantized makes it so first) the export quantizes nothing,
-and neither do the parts: they read what is kept. The limits: 1.5 GB, and 1.3 times the sum of the parts but the copy.
+the cache has the quantized base (`keep_quantized`; --keep-quantized makes it so first) the export quantizes nothing,
+and neither do the parts: they read that. The limits: 1.5 GB, and 1.3 times the sum of the parts but the copy.
 
 The ratio is judged from 1 GB of exported files on. For less (the demo model: 0.27 GB) what an export does once, however
 large the model is, outweighs the rest: building the model's skeleton, first use of the libraries, tokenizer and card.
@@ -78,12 +78,12 @@ def first_layers(base: Path, folder: Path, layers: int) -> Path:
     from qlora_tool.files.atomic import replacing_folder, write_json
     from qlora_tool.files.tensors import SINGLE_NAME, Checkpoint, TensorSpec, write_tensors
 
-    def kept(name: str) -> bool:
+    def belongs(name: str) -> bool:
         numbers = [int(part) for part in name.split(".") if part.isdigit()]
         return not numbers or numbers[0] < layers
 
     checkpoint = Checkpoint(base)
-    names = [name for name in checkpoint if kept(name)]
+    names = [name for name in checkpoint if belongs(name)]
     specs = [TensorSpec(name, checkpoint[name].dtype, checkpoint[name].shape) for name in names]
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     with replacing_folder(folder) as temporary:
@@ -137,7 +137,7 @@ def cache_here(base: str, quantization: str) -> dict[str, Any]:
 
 def parts_here(base: str, output: str, work: str, quantization: str) -> dict[str, float]:
     """The seconds that each part of an export takes alone, over all tensors, in this process; without `quantize` where
-    the base is kept quantized."""
+    the quantized base is in the cache."""
     import torch
 
     from qlora_tool.export.write import find_kept
@@ -147,8 +147,8 @@ def parts_here(base: str, output: str, work: str, quantization: str) -> dict[str
     from qlora_tool.weights.quantized import disk_group, from_disk
 
     how = Quantization(quantization)
-    kept = find_kept(Path(base), how) or {}
-    seconds = dict.fromkeys(("read", *(() if kept else ("quantize",)), "dequantize", "write", "copy"), 0.0)
+    cached = find_kept(Path(base), how) or {}
+    seconds = dict.fromkeys(("read", *(() if cached else ("quantize",)), "dequantize", "write", "copy"), 0.0)
 
     def timed(part: str, call: Any) -> Any:
         started = time.perf_counter()
@@ -159,8 +159,8 @@ def parts_here(base: str, output: str, work: str, quantization: str) -> dict[str
     slots = find_slots(build_skeleton(read_model_config(Path(base))))
     checkpoint, exported = Checkpoint(Path(base)), Checkpoint(Path(output))
     for name in checkpoint:
-        if parts := disk_group(name, kept):
-            stored = timed("read", lambda parts=parts: {part: kept.read(part) for part in parts})
+        if parts := disk_group(name, cached):
+            stored = timed("read", lambda parts=parts: {part: cached.read(part) for part in parts})
             timed("dequantize", lambda name=name, stored=stored: from_disk(name, stored).dequantize(torch.float32))
             continue
         value = timed("read", lambda name=name: checkpoint.read(name))
@@ -262,14 +262,14 @@ def kill_and_go_on(adapter: Path, work: Path, kills: int, seed: int) -> dict[str
 
     started = time.perf_counter()
     finish(start(expected_folder.parent))
-    whole = time.perf_counter() - started
+    undisturbed = time.perf_counter() - started
     expected = contents(expected_folder)
     moments = random.Random(seed)
     killed = growing = differing = 0
     while killed < kills:
         shutil.rmtree(output, ignore_errors=True)
         process = start(work)
-        time.sleep(moments.uniform(0, whole))
+        time.sleep(moments.uniform(0, undisturbed))
         process.send_signal(signal.SIGKILL)
         process.wait()
         if output.exists():  # it was faster this time; its last breath was taken

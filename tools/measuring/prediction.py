@@ -268,7 +268,7 @@ def estimate_memory(family: str) -> dict[str, int]:
 
 
 def judge(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """The worst and the median error of the peak, and whether all limits were kept."""
+    """The worst and the median error of the peak, and whether all limits were met."""
     errors = [abs(outcome.error) for outcome in outcomes]
     worst, median = max(errors), statistics.median(errors)
     categories = [outcome.case.name for outcome in outcomes if not outcome.categories_pass]

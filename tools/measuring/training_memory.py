@@ -52,7 +52,7 @@ def train_and_measure(config: dict[str, Any], rows: int, length: int, steps: int
 
 
 def judge(figures: dict[str, Any], limit: int) -> dict[str, Any]:
-    """Whether both demands are kept."""
+    """Whether both limits were met."""
     predicted = largest_of_a_step(figures["predicted_phase_bytes"])
     error = predicted / figures["tracked_bytes"] - 1
     fits = figures["rss_bytes"] <= limit

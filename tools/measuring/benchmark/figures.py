@@ -92,8 +92,8 @@ def _verdict(demand: Mapping[str, Any], lanes, ratios, facts) -> dict[str, Any]:
         found = ratios[of][figure]
     else:
         found = facts.get(of) if figure == "fact" else lanes[of][figure]
-    kept = found is not None and (found >= demand["limit"] if demand["at_least"] else found <= demand["limit"])
-    return {**demand, "found": found, "passed": kept}
+    met = found is not None and (found >= demand["limit"] if demand["at_least"] else found <= demand["limit"])
+    return {**demand, "found": found, "passed": met}
 
 
 # ------------------------------------------------------------------------------------------------------ table and plot
