@@ -1,4 +1,4 @@
-"""The growth with length: the fits find the coefficients that rows are made with, and say what a line or attention does not explain."""
+"""Growth with length: the fits find the coefficients they were given, and what a line or attention does not explain."""
 
 from __future__ import annotations
 
