@@ -1,4 +1,4 @@
-"""Checkpoints of random weights: they load in transformers as real ones do, are as announced, and repeat byte for byte."""
+"""Checkpoints of random weights: they load in transformers as real ones do, are as announced, repeat byte for byte."""
 
 from __future__ import annotations
 
