@@ -147,10 +147,12 @@ class Setup:
         Raises:
             UserError, MachineError: no such device or model, or what `resolve` refuses.
         """
+        if config.adapter.init_from:
+            read_adapter(Path(config.adapter.init_from))  # a fault of it is told before a model is fetched
         device = choose_device(config.model.device)
-        dtype = choose_dtype(config.model.compute_dtype, device)
         folder = resolve_model(config.model.name_or_path, config.model.revision, weights=False)
         model_config = read_model_config(folder, config.model.trust_remote_code)
+        dtype = choose_dtype(config.model.compute_dtype, device)
         return cls(resolve(config, model_config, device.type, dtype), model_config, device, dtype)
 
     @property

@@ -202,8 +202,8 @@ def test_a_broken_model_folder(here: Path):
     expected = {
         "no-weights": "no-weights: no weights found; expected model.safetensors, or shards with "
         "model.safetensors.index.json; download the model again",
-        "truncated": f"truncated/model.safetensors: truncated: its header promises {size} bytes, the file has "
-        f"{size - 1000}; download it again",
+        "truncated": "truncated/model.safetensors: truncated, or not a safetensors file (incomplete metadata, file not "
+        f"fully covered; {size - 1000} bytes); download it again",
         "no-shard": "no-shard: 1 of 1 shards are missing (model-00001-of-00002.safetensors); download the model again",
         "no-tensor": "no-tensor: 1 of the model's 21 tensors are missing from its weights: "
         "model.layers.1.mlp.up_proj.weight; download the model again",

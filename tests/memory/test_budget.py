@@ -300,7 +300,7 @@ def test_profile_memory_predicts_the_choice(run: Config, tmp_path: Path, monkeyp
     """Of full batches, within what the run may take."""
     monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
     asked = with_values(run, {"training.gradient_checkpointing": "auto", "training.max_memory": "50MB"})
-    shape, policy = BatchShape.full(4, 128), Recomputation((KEPT, WHOLE))
+    shape, policy = BatchShape.assumed(asked, model_config_of(asked)), Recomputation((KEPT, WHOLE))
 
     def expected(recomputation: Recomputation):
         return timeline(_predict(asked, model_config_of(asked), shape, torch.float32, recomputation)).breakdown()

@@ -47,9 +47,9 @@ def measured(config: Config, length: int, layers: int = 1) -> int:
 
 @functools.cache
 def _measured(settings: str, length: int, layers: int) -> int:
-    config = Config.model_validate_json(settings)
-    shape = BatchShape.full(config.training.per_device_train_batch_size, length)
-    return measure_peak(config, tiny(num_hidden_layers=layers), shape, torch.float32)
+    config = with_values(Config.model_validate_json(settings), {"data.max_length": length})
+    sizes = tiny(num_hidden_layers=layers)
+    return measure_peak(config, sizes, BatchShape.assumed(config, sizes), torch.float32)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -121,7 +121,8 @@ def predicted(config: Config, shape: BatchShape) -> Breakdown:
 
 
 def change(config: Config, limit: int, rows: int = 2, length: int = 256, **more) -> Change | None:
-    shape = BatchShape.full(rows, length)
+    sized = with_values(config, {"training.per_device_train_batch_size": rows, "data.max_length": length})
+    shape = BatchShape.assumed(sized, tiny())
     return change_that_fits(config, tiny(), limit, torch.float32, "cpu", shape, predicted(config, shape), **more)
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from importlib.machinery import SourceFileLoader
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from measuring import prediction
 from tiny_models import tiny_config
 from torch import nn
 from transformers import LlamaConfig, masking_utils
@@ -24,7 +21,6 @@ from qlora_tool.memory.trace.tracer import Trace
 from qlora_tool.ops import loss
 from qlora_tool.weights import quantized
 
-TOOLS = Path(__file__).parents[2] / "tools"
 ON = {"training.gradient_checkpointing": True}
 OFF = {"training.gradient_checkpointing": False}
 
@@ -42,19 +38,6 @@ def parts(trace: Trace) -> dict[str, int]:
 # ------------------------------------------------------------------------------------- against the same steps for real
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    """tools/check_memory_prediction as a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TOOLS))
-        patch.setattr("sys.dont_write_bytecode", True)
-        loader = SourceFileLoader("check_memory_prediction", str(TOOLS / "check_memory_prediction"))
-        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-        patch.setitem(sys.modules, loader.name, module)  # where its dataclasses look their types up
-        loader.exec_module(module)
-        yield module
-
-
 SMALL = [
     ("llama", {"values": ON}),
     ("gpt2", {"values": OFF | {"model.quantization": "int8", "adapter.lora_dropout": 0.1}, "padded": True}),
@@ -66,33 +49,33 @@ SMALL = [
 
 
 @pytest.mark.parametrize("family, options", SMALL, ids=[family for family, _ in SMALL])
-def test_the_allocators_count_is_predicted(tool, family, options, monkeypatch):
+def test_the_allocators_count_is_predicted(family, options, monkeypatch):
     small = {"hidden_size": 256, "n_embd": 256, "num_hidden_layers": 2, "n_layer": 2, "vocab_size": 2048}
-    sizes = {key: small.get(key, value) for key, value in tool.FAMILIES[family].items()}
-    monkeypatch.setitem(tool.FAMILIES, family, sizes)
-    outcome = tool.run(tool.Case(family, rows=2, length=128, **options), tool.even_routing)
+    sizes = {key: small.get(key, value) for key, value in prediction.FAMILIES[family].items()}
+    monkeypatch.setitem(prediction.FAMILIES, family, sizes)
+    outcome = prediction.measure(prediction.Case(family, rows=2, length=128, **options), prediction.even_routing)
     assert abs(outcome.error) <= 1e-3, (outcome.predicted.peak_bytes, outcome.measured)
     assert outcome.off_categories == {}
     assert outcome.predicted.activations == outcome.traced.activations
 
 
-def test_the_limits_are_the_issues(tool):
+def test_the_limits_are_the_issues():
     """1 % at worst, 0.1 % in the median, every category within 2 % or 1 MB."""
 
     def outcome(error: float, off: int = 0):
         predicted = SimpleNamespace(peak_bytes=round(1e9 * (1 + error)), at_peak={"activations": 10_000_000 + off})
         traced = SimpleNamespace(at_peak={"activations": 10_000_000})
-        return tool.Outcome(tool.Case("llama"), predicted, 1_000_000_000, traced)
+        return prediction.Outcome(prediction.Case("llama"), predicted, 1_000_000_000, traced)
 
-    assert tool.judge([outcome(0.0099), outcome(0.0009), outcome(-0.0009)])["passed"]
-    assert not tool.judge([outcome(-0.0101), outcome(0), outcome(0)])["passed"]
-    assert not tool.judge([outcome(0.0099), outcome(0.0011), outcome(-0.0011)])["passed"]
-    assert tool.judge([outcome(0, 1_000_000)])["passed"]
-    assert tool.judge([outcome(0, -1_000_001)])["categories_missed"]
+    assert prediction.judge([outcome(0.0099), outcome(0.0009), outcome(-0.0009)])["passed"]
+    assert not prediction.judge([outcome(-0.0101), outcome(0), outcome(0)])["passed"]
+    assert not prediction.judge([outcome(0.0099), outcome(0.0011), outcome(-0.0011)])["passed"]
+    assert prediction.judge([outcome(0, 1_000_000)])["passed"]
+    assert prediction.judge([outcome(0, -1_000_001)])["categories_missed"]
 
 
-def test_there_are_enough_configurations(tool):
-    cases = tool.cases()
+def test_there_are_enough_configurations():
+    cases = prediction.cases()
     names = [case.name for case in cases]
     assert len(set(names)) == len(names) >= 30
     issue = "llama mistral qwen2 qwen3 gemma2 gemma3_text phi phi3 gpt2 gpt_neox falcon opt bloom starcoder2 olmo2 "

@@ -14,8 +14,8 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 @pytest.fixture
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """tools/environment.py, for a checkout in a folder of its own, with a pip that only notes that it was called."""
-    specification = importlib.util.spec_from_file_location("environment_under_test", TOOLS / "environment.py")
+    """making.environment, for a checkout in a folder of its own, with a pip that only notes that it was called."""
+    specification = importlib.util.spec_from_file_location("environment_under_test", TOOLS / "making/environment.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     for name, value in {
@@ -35,7 +35,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         return subprocess.CompletedProcess(command, module.pip_status)
 
     monkeypatch.setattr(module.subprocess, "run", pip)
-    monkeypatch.setattr(module, "_make", lambda: _touch(module.venv_python()))
+    monkeypatch.setattr(module.venv, "create", lambda *_, **__: _touch(module.venv_python()))
     return module
 
 

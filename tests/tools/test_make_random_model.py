@@ -1,29 +1,18 @@
-"""Made-up checkpoints: they load in transformers as real ones do, hold what was promised, and repeat byte for byte."""
+"""Checkpoints of random weights: they load in transformers as real ones do, are as announced, repeat byte for byte."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from making.random_model import SHAPES, checkpoint_tensors, model_config
+from measuring.command import main
 
-TOOLS = Path(__file__).parents[2] / "tools"
 
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    """tools/make_random_model as a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TOOLS))
-        patch.setattr("sys.dont_write_bytecode", True)  # the script has no ending: its cache would lie beside it
-        loader = SourceFileLoader("make_random_model", str(TOOLS / "make_random_model"))
-        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-        loader.exec_module(module)
-        yield module
+def make(folder: Path, *options: object) -> int:
+    return main("making", ["random-model", str(folder), *map(str, options)])
 
 
 def load(folder: Path):
@@ -42,9 +31,9 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("shape", ["tiny-llama", "tiny-mixtral"])
-def test_loads_in_transformers(tool: ModuleType, tmp_path: Path, shape: str):
+def test_loads_in_transformers(tmp_path: Path, shape: str):
     folder = tmp_path / shape
-    assert tool.main([str(folder), "--shape", shape, "--max-shard-size", "100KB"]) == 0
+    assert make(folder, "--shape", shape, "--max-shard-size", "100KB") == 0
     model, complaints = load(folder)
     assert complaints == {}
     assert model.dtype == torch.bfloat16
@@ -60,8 +49,8 @@ def test_loads_in_transformers(tool: ModuleType, tmp_path: Path, shape: str):
     assert all(file.stat().st_size < max(100_000, largest) + 10_000 for file in folder.glob("*.safetensors"))
 
 
-def test_experts_have_matrices_of_their_own(tool: ModuleType, tmp_path: Path):
-    tool.main([str(tmp_path / "m"), "--shape", "tiny-mixtral", "--layers", "1"])
+def test_experts_have_matrices_of_their_own(tmp_path: Path):
+    make(tmp_path / "m", "--shape", "tiny-mixtral", "--layers", "1")
     names = stored(tmp_path / "m").keys()
     # As in the files of mistralai/Mixtral-8x7B-v0.1.
     experts = {f"model.layers.0.block_sparse_moe.experts.{e}.{w}.weight" for e in range(4) for w in ("w1", "w2", "w3")}
@@ -70,14 +59,14 @@ def test_experts_have_matrices_of_their_own(tool: ModuleType, tmp_path: Path):
     assert not any(name.startswith("model.layers.1.") for name in names)
 
 
-def test_weights_are_as_announced(tool: ModuleType, tmp_path: Path):
+def test_weights_are_as_announced(tmp_path: Path):
     config = {"model_type": "qwen2", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128,
               "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
               "layer_types": ["full_attention"] * 3 + ["sliding_attention"], "sliding_window": 8,
               "use_sliding_window": True}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     arguments = ["--config", str(tmp_path / "config.json"), "--layers", "6", "--dtype", "float32", "--json"]
-    tool.main([str(tmp_path / "q"), *arguments, str(tmp_path / "figures.json")])
+    make(tmp_path / "q", *arguments, tmp_path / "figures.json")
     tensors = stored(tmp_path / "q")
     assert "lm_head.weight" not in tensors  # tied: files on the hub do not have it either
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
@@ -96,9 +85,9 @@ def test_weights_are_as_announced(tool: ModuleType, tmp_path: Path):
     assert figures["bytes"] == 4 * figures["parameters"]
 
 
-def test_same_seed_same_bytes(tool: ModuleType, tmp_path: Path):
+def test_same_seed_same_bytes(tmp_path: Path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        tool.main([str(tmp_path / name), "--shape", "tiny-llama", "--seed", str(seed), "--max-shard-size", "200KB"])
+        make(tmp_path / name, "--shape", "tiny-llama", "--seed", seed, "--max-shard-size", "200KB")
     files = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in "abc"]
     assert files[0] == files[1]
     assert files[0].keys() == files[2].keys()
@@ -106,26 +95,25 @@ def test_same_seed_same_bytes(tool: ModuleType, tmp_path: Path):
     assert not any(torch.equal(first[name], other[name]) for name in first if first[name].dim() > 1)
 
 
-def test_llama_2_7b_has_its_shapes(tool: ModuleType):
-    tensors = tool.checkpoint_tensors(tool.model_config(tool.SHAPES["llama-2-7b"]), torch.bfloat16)
+def test_llama_2_7b_has_its_shapes():
+    tensors = checkpoint_tensors(model_config(SHAPES["llama-2-7b"]), torch.bfloat16)
     assert len(tensors) == 291 and sum(tensor.numel() for tensor in tensors.values()) == 6_738_415_616  # as on the hub
     assert all(tensor.is_meta for tensor in tensors.values() if tensor.dim() > 1)  # nothing large is held
 
 
-def test_what_exists_is_left_alone(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_what_exists_is_left_alone(tmp_path: Path, capsys):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "kept").write_text("mine")
-    monkeypatch.setattr("sys.argv", ["make_random_model", str(folder), "--shape", "tiny-llama"])
-    assert tool.run_tool(tool.main) == 2
+    assert make(folder, "--shape", "tiny-llama") == 2
     assert capsys.readouterr().err.startswith(f"error: {folder}: exists already")
     assert (folder / "kept").read_text() == "mine"
-    assert tool.main([str(folder), "--shape", "tiny-llama", "--overwrite"]) == 0
+    assert make(folder, "--shape", "tiny-llama", "--overwrite") == 0
     assert not (folder / "kept").exists() and (folder / "config.json").exists()
 
 
-def test_a_configuration_of_nothing_known(tool: ModuleType, tmp_path: Path):
+def test_a_configuration_of_nothing_known(tmp_path: Path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "lama"}')
-    with pytest.raises(tool.UserError, match=r"config\.json: model_type 'lama'"):
-        tool.main([str(tmp_path / "m"), "--config", str(tmp_path / "config.json")])
+    assert make(tmp_path / "m", "--config", tmp_path / "config.json") == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'config.json'}: model_type 'lama'")
     assert not (tmp_path / "m").exists()

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import importlib.machinery
 import importlib.util
 import json
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 import yaml
+from measuring import exact_match
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
-def script(name: str) -> ModuleType:
-    """A script of tools/, which has no .py at its end, as a module."""
-    loader = importlib.machinery.SourceFileLoader(f"{name}_script", str(TOOLS / name))
+@pytest.fixture
+def quickstart(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, which has no .py at its end, as a module."""
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    loader = SourceFileLoader("quickstart_script", str(TOOLS / "quickstart"))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="module")
-def exact_match() -> ModuleType:
-    return script("exact_match")
-
-
-@pytest.fixture
-def quickstart(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(TOOLS)
-    return script("quickstart")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +61,7 @@ def greedy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: 
     return tokenizer.decode(written).strip()
 
 
-def test_answers_in_batches_are_those_of_each_prompt_alone(exact_match, model, tokenizer, monkeypatch):
+def test_answers_in_batches_are_those_of_each_prompt_alone(model, tokenizer, monkeypatch):
     monkeypatch.setattr(exact_match, "BATCH", 2)
     prompts = ["a longer prompt", "short", "one more"]
     alone = [greedy(model, tokenizer, prompt) for prompt in prompts]
@@ -77,7 +69,7 @@ def test_answers_in_batches_are_those_of_each_prompt_alone(exact_match, model, t
     assert exact_match.answers(model, tokenizer, prompts) == alone
 
 
-def test_only_outer_white_space_is_forgiven(exact_match, tokenizer, tmp_path: Path, monkeypatch):
+def test_only_outer_white_space_is_forgiven(tokenizer, tmp_path: Path, monkeypatch):
     expected = [' {"a": 1}\n', '{"a": 1}', '{"a": 1}', '{"a": 1}']
     monkeypatch.setattr(exact_match, "answers", lambda *_: ['{"a": 1}', '{"a":1}', '{"a": 1}', '{"a": 1}'])
     conversations = [

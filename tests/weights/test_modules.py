@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from qlora_tool.adapters.dora import DoraAdapter
-from qlora_tool.adapters.lora import LoraAdapter
-from qlora_tool.adapters.method import AdapterSettings
 from torch import nn
 
+from qlora_tool.adapters.adapter import Adapter
 from qlora_tool.errors import UserError
+from qlora_tool.methods import METHODS
+from qlora_tool.methods.method import Settings
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import FrozenLinear
 from qlora_tool.weights.quantized import quantize
@@ -21,12 +21,13 @@ def noise(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def settings(dropout: float = 0.0) -> AdapterSettings:
-    return AdapterSettings(2, 4, dropout)
+def settings(dropout: float = 0.0) -> Settings:
+    return Settings(2, 4, dropout)
 
 
-def lora(seed: int, dropout: float = 0.0) -> LoraAdapter:
-    return LoraAdapter(noise(2, IN, seed=seed), noise(OUT, 2, seed=seed + 1), settings(dropout))
+def lora(seed: int, dropout: float = 0.0) -> Adapter:
+    tensors = {"lora_A": noise(2, IN, seed=seed), "lora_B": noise(OUT, 2, seed=seed + 1)}
+    return Adapter(METHODS["lora"], tensors, settings(dropout))
 
 
 def linear_with(**adapters: nn.Module) -> FrozenLinear:
@@ -80,7 +81,8 @@ def test_each_drops_its_own_inputs_while_training():
 
 
 def test_one_that_does_more_than_add_is_refused_beside_others_and_names_both():
-    dora = DoraAdapter(noise(2, IN, seed=4), noise(OUT, 2, seed=5), torch.ones(OUT), settings())
+    tensors = {"lora_A": noise(2, IN, seed=4), "lora_B": noise(OUT, 2, seed=5), "magnitude": torch.ones(OUT)}
+    dora = Adapter(METHODS["dora"], tensors, settings())
     module = linear_with(plain=lora(10), lengths=dora)
     module.set_adapters(["lengths"])
     with pytest.raises(UserError, match=r"'lengths' \(dora\) cannot be active together with 'plain'"):

@@ -223,13 +223,12 @@ def predict(
 
 def _failing_module(error: Exception) -> str:
     """The innermost module whose code was running when an error was raised, by name and class; empty if none was."""
-    running = [
-        module for frame, _ in traceback.walk_tb(error.__traceback__)
-        if isinstance(module := frame.f_locals.get("self"), nn.Module)
-    ]  # fmt: skip
+    frames = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    running = [module for module in frames if isinstance(module, nn.Module)]
     if not running:
         return ""
-    names = {module: name for name, module in running[0].named_modules()}
+    whole = next((model.module for model in frames if isinstance(model, CausalLM)), running[0])
+    names = {module: name for name, module in whole.named_modules()}
     return f"module {names.get(running[-1]) or '(the whole model)'} ({type(running[-1]).__name__})"
 
 

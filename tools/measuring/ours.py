@@ -1,0 +1,340 @@
+"""Where the measurements call into the inside of qlora_tool: its data, a training of its own, its predictions."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from qlora_tool.config import Config
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from qlora_tool.data.batches import Batch
+    from qlora_tool.data.tokenize import Dataset, Example
+    from qlora_tool.memory.breakdown import Breakdown
+    from qlora_tool.training.prepare import RunData
+
+# ------------------------------------------------------------------------------------------------- model, data, batches
+
+
+def model_folder(config: Config) -> Path:
+    """Where the model's files lie."""
+    from qlora_tool.model.source import resolve
+
+    return resolve(config.model.name_or_path, config.model.revision)
+
+
+def device_and_dtype(config: Config) -> tuple[torch.device, torch.dtype]:
+    """What the configuration's `auto` means on this machine."""
+    from qlora_tool.model.open import choose_device, choose_dtype
+
+    device = choose_device(config.model.device)
+    return device, choose_dtype(config.model.compute_dtype, device)
+
+
+def vocabulary_size(config: Config) -> int:
+    from qlora_tool.model.source import read_model_config
+
+    return read_model_config(model_folder(config), False).get_text_config().vocab_size
+
+
+def read_data(config: Config) -> RunData:
+    """The tokenized rows of `data.train` and `data.eval`."""
+    from qlora_tool.build import Setup
+    from qlora_tool.training.prepare import prepare_data
+
+    return prepare_data(Setup.of(config))[0]
+
+
+def read_rows(file: str, folder: Path, key: str = "--train") -> Dataset:
+    """The tokenized rows of one file, of at most 512 tokens each; errors call it `key`."""
+    from qlora_tool.config import DataConfig
+    from qlora_tool.data.tokenize import build_dataset
+    from qlora_tool.model.open import open_tokenizer
+
+    return build_dataset(file, DataConfig(max_length=512), open_tokenizer(folder), key=key)
+
+
+def padded_batch(examples: Sequence[Example], pad_token_id: int = 0) -> Batch:
+    """One example a row."""
+    from qlora_tool.data.batches import collate
+
+    return collate([[example] for example in examples], pad_token_id=pad_token_id, packing=False)
+
+
+def packed_batches(data: RunData, config: Config, size: int, count: int) -> tuple[list[Batch], float]:
+    """The first batches of an epoch of packed rows, as `qlora-tool train` plans it, and how full its rows are."""
+    from qlora_tool.data.batches import collate, plan_epoch
+
+    length, lengths = config.data.max_length, data.train.lengths
+    plan = plan_epoch(lengths, batch_size=size, max_length=length, packing=True, shuffle=True,
+                      seed=config.training.seed, epoch=0)  # fmt: skip
+    examples, pad = data.train.examples, data.pad_token_id
+    batches = [
+        collate([[examples[index] for index in row] for row in rows], pad_token_id=pad, packing=True)
+        for rows in plan[:count]
+    ]
+    return batches, sum(lengths) / (length * sum(map(len, plan)))
+
+
+def batch_of_tokens(rows: Sequence[list[int]]) -> Batch:
+    """Full rows of one length, every token trained."""
+    from qlora_tool.data.tokenize import Example
+
+    return padded_batch([Example(ids, ids, f"row {number}") for number, ids in enumerate(rows, 1)])
+
+
+def random_tokens(rows: int, length: int, vocabulary: int, seed: int) -> list[list[int]]:
+    """Rows of random tokens, the same ones for the same seed."""
+    draw = random.Random(seed)
+    return [[draw.randrange(vocabulary) for _ in range(length)] for _ in range(rows)]
+
+
+def random_row(length: int, vocabulary: int) -> Batch:
+    """A batch of one row."""
+    return batch_of_tokens(random_tokens(1, length, vocabulary, seed=length))
+
+
+def every_position_in_the_loss(batch: Batch) -> Batch:
+    """The same batch with a loss at every position but each row's last, whatever its label: what not dropping ignored
+    rows costs. Its loss is another one, of no use but to be timed."""
+    import torch
+
+    rows, length = batch.input_ids.shape
+    places = torch.arange(rows * length).view(rows, length)[:, :-1].flatten()
+    targets = batch.input_ids[:, 1:].flatten()
+    return replace(batch, predicting=places, targets=targets, trained_tokens=len(places))
+
+
+# ----------------------------------------------------------------------------------------------------------- a training
+
+
+class OurSide:
+    """qlora-tool, by the functions that `qlora-tool train` runs, a step at a time.
+
+    Args:
+        config: of the run; `auto` settings are decided for `largest`.
+        largest: the largest batch that will come.
+    """
+
+    def __init__(self, config: Config, largest: Batch):
+        from qlora_tool.build import Setup, packs_apart
+        from qlora_tool.memory.plan.budget import choose_for_run
+        from qlora_tool.training.optimizers import Optimizer
+        from qlora_tool.training.step import StepSettings
+
+        setup = Setup.of(config)
+        self.config = setup.config
+        choice = choose_for_run(self.config, largest)
+        self.predicted_bytes = choice.predicted.peak_bytes if choice else None
+        built = setup.build(recomputation=choice and choice.recomputation)
+        self.model, self.adapters = built.model, built.adapters
+        self.packs = packs_apart(setup.config, setup.model_config)
+        training = self.config.training
+        self.optimizer = Optimizer(training.optim, self.adapters.parameters(), training.weight_decay)
+        self.settings = StepSettings(training.max_grad_norm, training.label_smoothing_factor)
+        self.device = self.model.device
+
+    def facts(self) -> dict[str, Any]:
+        """What was decided for the run: the whole configuration, and what is recomputed in backward."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "recomputation": str(self.model.recomputation),
+            "recomputed_share": recomputed_share(self.model),
+            "predicted_bytes": self.predicted_bytes,
+        }
+
+    def step(self, batch: Batch) -> float:
+        """An optimizer step; the loss before it, the mean over the batch's trained tokens."""
+        from qlora_tool.training.step import no_phases
+
+        return self._step(batch, no_phases)
+
+    def _step(self, batch: Batch, during: Any) -> float:
+        from qlora_tool.training.step import train_step
+
+        rate = self.config.training.learning_rate
+        return float(train_step(self.model, self.optimizer, [batch], self.settings, rate, during).loss)
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """The loss summed over the batch's trained tokens."""
+        return self.model.loss_sum(batch)
+
+    def trained(self) -> list[Tensor]:
+        """The parameters that are trained."""
+        return self.adapters.parameters()
+
+    def save(self, folder: str | Path) -> None:
+        """Write the adapter as it is now, in PEFT's form."""
+        from qlora_tool.adapters.peft_files import save_adapter
+
+        name = self.config.model.name_or_path
+        save_adapter(Path(folder), self.adapters, self.config.adapter, self.model.module, name, None)
+
+    def categories(self, batch: Batch) -> dict[str, Any] | None:
+        """The memory of one step by category, as `qlora-tool train` writes it into `memory.json`; None on CUDA."""
+        from qlora_tool.memory.run_report import RunMemory
+
+        with tempfile.TemporaryDirectory() as folder:
+            run = SimpleNamespace(model=self.model, adapters=self.adapters, optimizer=self.optimizer,
+                                  progress=SimpleNamespace(step=1), config=self.config,
+                                  folder=SimpleNamespace(path=Path(folder)))  # fmt: skip
+            with RunMemory().watch(run) as during:
+                self._step(batch, during)
+            return json.loads((Path(folder) / "memory.json").read_text(encoding="utf-8"))["measured"]
+
+
+class PlainSide(OurSide):
+    """The same without the fused LoRA operations."""
+
+    def __init__(self, config: Config, largest: Batch):
+        from qlora_tool.methods.lora import Lora
+
+        Lora.fused = False  # for all of this process
+        super().__init__(config, largest)
+
+
+def recomputed_share(model: Any) -> float:
+    """Of the products with frozen weights inside the decoder layers, the share that is computed again in backward."""
+    from qlora_tool.model.checkpointing import decoder_layers
+    from qlora_tool.weights.modules import FrozenLinear
+
+    total = recomputed = 0
+    for layer, parts in zip(decoder_layers(model.module).values(), model.recomputation.layers, strict=True):
+        for name, module in layer.named_modules():
+            if isinstance(module, FrozenLinear):
+                work = module.in_features * module.out_features
+                total += work
+                recomputed += work * any(part == "" or f"{name}.".startswith(f"{part}.") for part in parts)
+    return recomputed / total if total else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------- memory of a step
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """The memory of a training step, of a model that is known by its configuration alone (its weights are random).
+
+    Attributes:
+        model_config: transformers' configuration; what runs may change it, so give each a fresh one.
+        trained: tokens that have a label; by default all but the first of each row.
+        examples: of one row, by their lengths, where the row is packed.
+    """
+
+    config: Config
+    model_config: Any
+    rows: int
+    length: int
+    dtype: torch.dtype
+    trained: int | None = None
+    padded: bool = False
+    examples: tuple[int, ...] | None = None
+
+    def _arguments(self) -> tuple[Any, ...]:
+        from qlora_tool.memory.trace.predict import BatchShape
+
+        trained = self.trained or self.rows * (self.length - 1)
+        shape = BatchShape(self.rows, self.length, trained, self.padded, self.examples)
+        return self.config, self.model_config, shape, self.dtype
+
+    def predicted(self) -> Breakdown:
+        from qlora_tool.memory.trace.classify import timeline
+        from qlora_tool.memory.trace.predict import predict
+
+        return timeline(predict(*self._arguments())).breakdown()
+
+    def measured_peak(self) -> int:
+        """Bytes, by the profiler's count of the allocator, with nothing else near the step."""
+        from qlora_tool.memory.trace.measure import measure_peak
+
+        return measure_peak(*self._arguments())
+
+    def traced(self) -> Breakdown:
+        """Of the real step under the tracer."""
+        from qlora_tool.memory.trace.classify import timeline
+        from qlora_tool.memory.trace.measure import measure_categories
+
+        return timeline(measure_categories(*self._arguments())).breakdown()
+
+    def predicted_on_cuda(self, device: dict[str, Any], expandable_segments: bool) -> Any:
+        """The timeline on a device as `look_at_cuda` describes it."""
+        from qlora_tool.memory.allocator.calibrate import Calibration
+        from qlora_tool.memory.allocator.timeline import cuda_timeline
+        from qlora_tool.memory.trace.predict import predict
+
+        return cuda_timeline(
+            predict(*self._arguments()),
+            expandable_segments=expandable_segments,
+            compute_capability=tuple(device["capability"]),
+            calibration=Calibration(**device["calibration"]) if device.get("calibration") else None,
+            paged_optimizer=self.config.training.optim.startswith("paged"),
+        )
+
+    def measured_on_cuda(self) -> Any:
+        """The breakdown and the allocator's history of a step on the device."""
+        from qlora_tool.memory.trace.measure_cuda import measure_on_cuda
+
+        return measure_on_cuda(*self._arguments())
+
+
+def predicted_phases(config: Config, rows: int, length: int) -> dict[str, int]:
+    """The most bytes of each phase of a run on full rows, predicted without weights."""
+    from qlora_tool.model.source import read_model_config
+
+    model_config = read_model_config(model_folder(config), False)
+    return StepMemory(config, model_config, rows, length, device_and_dtype(config)[1]).predicted().phase_peak_bytes
+
+
+def largest_of_a_step(phases: dict[str, int]) -> int:
+    """The most bytes of a step: what loading took is left out, as a count of a step does."""
+    return max(size for phase, size in phases.items() if phase != "load")
+
+
+@contextmanager
+def tokens_per_expert(shares: Callable[[int, int], Sequence[int]]) -> Iterator[None]:
+    """Meanwhile `shares(tokens x k, experts)` decides how many tokens each expert gets, whatever the router said.
+
+    Tokens then go to experts they were not meant for; the sizes are right, and nothing else is asked of them.
+    """
+    from qlora_tool.model import experts
+
+    counted = patch.object(experts, "_tokens_per_expert", lambda index, count: list(shares(index.shape[0], count)))
+    with counted:
+        yield
+
+
+def look_at_cuda() -> dict[str, Any]:
+    """The CUDA device, measured once."""
+    from dataclasses import asdict
+
+    import torch
+
+    from qlora_tool.memory.allocator.calibrate import calibrate
+
+    calibration = calibrate()
+    return {
+        "name": calibration.device_name,
+        "capability": list(torch.cuda.get_device_capability()),
+        "total_bytes": torch.cuda.get_device_properties(0).total_memory,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "calibration": asdict(calibration),
+    }
+
+
+def allocations(profiler: Any) -> list[tuple[int, int]]:
+    """(time, bytes) of each allocation (positive) and free (negative) that torch's profiler recorded, in order."""
+    from qlora_tool.memory.trace.measure import allocations as recorded
+
+    return sorted(recorded(profiler))
