@@ -168,7 +168,7 @@ def test_the_plain_side_takes_no_fused_operation(model: Path, monkeypatch):
     from qlora_tool.adapters import fusion, lora
 
     calls = []
-    monkeypatch.setattr(lora.LoraAdapter, "fused", True)  # the plain side sets it, for all of its process
+    monkeypatch.setattr(lora.Lora, "fused", True)  # the plain side sets it, for all of its process
     for module, name in ((lora, "lora_linear"), (fusion, "lora_linear"), (fusion, "lora_gated_mlp")):
         monkeypatch.setattr(module, name, _counted(getattr(module, name), calls))
     asked = options(model, Path("none.jsonl"))

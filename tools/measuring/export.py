@@ -47,9 +47,9 @@ def check(options: argparse.Namespace, quantization: str) -> list[dict[str, Any]
     import torch
 
     from qlora_tool.artifacts import BaseOptions, find_artifact
+    from qlora_tool.build import open_model
     from qlora_tool.export.proof import exported_model, give_back, measure_update, open_live
     from qlora_tool.export.verify import choose_rows, compare, predict
-    from qlora_tool.model.open import open_model
 
     config = configuration(options, quantization)
     folder = model_folder(config)
