@@ -165,7 +165,8 @@ def test_both_sides_step_in_turn_from_the_same_start(model: Path, tmp_path: Path
 
 
 def test_the_plain_side_takes_no_fused_operation(model: Path, monkeypatch):
-    from qlora_tool.adapters import fusion, lora
+    from qlora_tool.adapters import fusion
+    from qlora_tool.methods import lora
 
     calls = []
     monkeypatch.setattr(lora.Lora, "fused", True)  # the plain side sets it, for all of its process

@@ -100,7 +100,7 @@ def write_exports(artifact: Artifact, folder: Path) -> Iterator[tuple[str, tuple
 def export(artifact: Artifact, output: Path, base: str, dtype: str) -> str:
     from qlora_tool.export.write import ExportOptions, export_merged
 
-    return export_merged(artifact, output, ExportOptions(base=base, dtype=dtype, overwrite=True))["dtype"]
+    return export_merged(artifact, output, ExportOptions(base=base, dtype=dtype, overwrite=True)).dtype
 
 
 def configuration(options: argparse.Namespace, quantization: str) -> Config:
