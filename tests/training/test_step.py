@@ -34,7 +34,7 @@ class KeepsGradients:
         self.adapters, self.loss_scale = adapters, loss_scale
         self.gradients: dict[str, Tensor] = {}
 
-    def before_backward(self, learning_rate: float) -> None:
+    def before_backward(self, learning_rate: float, accumulate: bool = False) -> None:
         pass
 
     def step(self, learning_rate: float, max_grad_norm: float) -> Tensor:
