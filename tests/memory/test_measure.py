@@ -100,8 +100,8 @@ def test_the_tracer_sees_on_real_tensors_what_it_sees_on_fake_ones(case):
     ],
 )
 def test_the_peak_of_every_way_to_step_is_the_predicted_one(values, dtype):
-    """Adapters larger than the base, so that what is beside them hardly matters. bitsandbytes' 8-bit step on a CPU makes
-    five numbers in fp32 of each element, of 512 · 256 at most, that no tracer sees; products in bf16 take a little."""
+    """Adapters larger than the base, so that what is beside them hardly matters. bitsandbytes' 8-bit step on a CPU
+    makes five numbers in fp32 of each element, of 512 · 256 at most, that no tracer sees; products in bf16 a little."""
     config = with_values(Config(), {"adapter.r": 256, "training.gradient_checkpointing": True} | values)
     model = tiny_config("llama", hidden_size=256, intermediate_size=512)
     arguments = model, BatchShape.full(1, 32), dtype
