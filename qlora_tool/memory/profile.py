@@ -99,14 +99,14 @@ class Prediction:
     estimated: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, trace: Trace, target: CudaTarget | None, optim: str) -> Prediction:
+    def of(cls, trace: Trace, target: CudaTarget | None) -> Prediction:
         """What a trace takes on a card, or on a CPU where `target` is None."""
         if target is None:
             line = timeline(trace)
             return cls(line, line.breakdown())
         found = cuda_timeline(
             trace, expandable_segments=target.expandable_segments, compute_capability=target.capability,
-            calibration=target.calibration, paged_optimizer=optim.startswith("paged"),
+            calibration=target.calibration,
         )  # fmt: skip
         return cls(found.timeline, found.breakdown(), found.estimated)
 
@@ -203,7 +203,7 @@ def profile(
 
     run = config, model_config, shape, dtype, recomputation
     target = CudaTarget.of(card) if device == "cuda" else None
-    predicted = Prediction.of(predict(*run), target, config.training.optim)
+    predicted = Prediction.of(predict(*run), target)
     lines, measured, allocator_peak = {"predicted": predicted.timeline}, None, None
     if measure and device == "cuda":
         from qlora_tool.memory.trace.measure_cuda import measure_on_cuda

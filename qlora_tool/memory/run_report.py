@@ -141,7 +141,7 @@ def kept_prediction(config: Config, shape: BatchShape, device: torch.device) -> 
         return Breakdown.from_json(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         pass  # not predicted yet, or not readable
-    found = Prediction.of(predict(config, model_config, shape, dtype), target, config.training.optim).breakdown
+    found = Prediction.of(predict(config, model_config, shape, dtype), target).breakdown
     write_json(file, found.to_json())
     return found
 

@@ -75,26 +75,9 @@ def train_step(
             part = model.loss_sum(batch, settings.label_smoothing) / total
             scaled = part * optimizer.loss_scale
         with during("backward"):
-            optimizer.before_backward(learning_rate)
+            optimizer.before_backward(learning_rate, accumulate=len(micro_batches) > 1)
             scaled.backward()
         loss += part.detach()
     with during("optimizer"):
         grad_norm = optimizer.step(learning_rate, settings.max_grad_norm)
     return StepResult(loss, grad_norm)
-
-
-def clip_gradients(gradients: Sequence[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients in place so that their joint norm is at most `max_norm` (0: leave them).
-
-    Returns:
-        The norm before, summed up in fp32 whatever the gradients are in.
-    """
-    if not gradients:
-        return torch.zeros(())
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
-    if max_norm:
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            gradient.mul_(factor.to(gradient.dtype))
-    return norm

@@ -186,9 +186,7 @@ def test_a_step_of_a_run_that_goes_on(monkeypatch: pytest.MonkeyPatch):
         card.happens("alloc", tensor.data_ptr(), tensor.nbytes)
     model = SimpleNamespace(module=module, checkpointed_layers=lambda: [])
     adapters = SimpleNamespace(parameters=lambda: [trained])
-    optimizer = SimpleNamespace(
-        parameters=[trained], masters=None, inner=SimpleNamespace(state={trained: {"exp_avg": moment, "step": 3}})
-    )
+    optimizer = SimpleNamespace(gradients=lambda: [trained.grad], state_tensors=lambda: [moment])
     seen = RunningStep(torch.device("cuda", 0))
     with seen.watch(model, adapters, optimizer) as history:
         with history.during(optimizer, 5, "forward"):
@@ -210,7 +208,7 @@ def test_a_step_of_a_run_that_goes_on(monkeypatch: pytest.MonkeyPatch):
 def test_a_step_that_fails_leaves_nothing_on(monkeypatch: pytest.MonkeyPatch):
     card, module = Card(monkeypatch), torch.nn.Linear(2, 2)
     model = SimpleNamespace(module=module, checkpointed_layers=lambda: [module])
-    optimizer = SimpleNamespace(parameters=[], masters=None, inner=SimpleNamespace(state={}))
+    optimizer = SimpleNamespace(gradients=list, state_tensors=list)
     adapters = SimpleNamespace(parameters=lambda: [])
     with pytest.raises(ZeroDivisionError), RunningStep(torch.device("cuda", 0)).watch(model, adapters, optimizer):
         assert card.recording and module._forward_pre_hooks

@@ -278,7 +278,6 @@ class StepMemory:
             expandable_segments=expandable_segments,
             compute_capability=tuple(device["capability"]),
             calibration=Calibration(**device["calibration"]) if device.get("calibration") else None,
-            paged_optimizer=self.config.training.optim.startswith("paged"),
         )
 
     def measured_on_cuda(self) -> Any:

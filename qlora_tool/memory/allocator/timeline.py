@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from qlora_tool.memory.allocator.calibrate import Calibration
     from qlora_tool.memory.breakdown import Breakdown
 
-PAGED_FROM = 100_000  # elements: bitsandbytes pages out the state of parameters of this size and more
-
 
 @dataclass(frozen=True)
 class CudaPrediction:
@@ -64,7 +62,6 @@ def cuda_timeline(
     limit: int | None = None,
     compute_capability: tuple[int, int] = (8, 9),
     calibration: Calibration | None = None,
-    paged_optimizer: bool = False,
 ) -> CudaPrediction:
     """Replay a trace on a modelled CUDA device.
 
@@ -75,13 +72,12 @@ def cuda_timeline(
             segments are given back, so that less is reserved than without.
         compute_capability: of the device; decides the attention kernel and the workspaces.
         calibration: the context and the workspaces as they were measured on the device.
-        paged_optimizer: the optimizer's state lies in managed memory, which the allocator does not count.
 
     Raises:
         qlora_tool.memory.allocator.model.OutOfMemory: `limit` is too little.
     """
     allocator = CachingAllocator(expandable_segments, limit)
-    replay = _Replay(allocator, _Differences(trace, compute_capability, paged_optimizer), calibration)
+    replay = _Replay(allocator, _Differences(trace, compute_capability), calibration)
     replay.run(trace)
     estimated = replay.differences.estimated
     context = calibration.context_bytes if calibration else estimated_context(compute_capability)
@@ -102,7 +98,7 @@ class _Differences:
         estimated: what is estimated, in words.
     """
 
-    def __init__(self, trace: Trace, capability: tuple[int, int], paged_optimizer: bool):
+    def __init__(self, trace: Trace, capability: tuple[int, int]):
         self.capability = capability
         self.sizes: dict[int, int] = {}
         self.companions: dict[int, tuple[int, ...]] = {}
@@ -124,10 +120,7 @@ class _Differences:
                 names[call.operator] = None
         self.estimated = tuple(ESTIMATED[name] for name in names if name in ESTIMATED)
         for storage in trace.storages:
-            if storage.category != "optimizer_state":
-                continue
-            # AdamW's count of steps, one number a parameter, stays on the host.
-            if storage.nbytes == 4 or (paged_optimizer and storage.nbytes >= PAGED_FROM):
+            if storage.paged:  # in managed memory, which the allocator does not count
                 self.sizes[id(storage)] = 0
 
     def nbytes(self, storage: Storage) -> list[int]:

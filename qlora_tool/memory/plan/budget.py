@@ -242,7 +242,7 @@ class _Chooser:
     def _predict(self, chosen: Sequence[Cost]) -> Breakdown:
         """By a whole prediction; later estimates follow it."""
         trace = predict(self.config, self.model_config, self.shape, self.compute_dtype, _policy(chosen))
-        found = Prediction.of(trace, self.target, self.config.training.optim).breakdown
+        found = Prediction.of(trace, self.target).breakdown
         self.error += found.needed_bytes - self._estimate(chosen)
         return found
 
@@ -259,7 +259,7 @@ class _Chooser:
     @cached_property
     def _overhead(self) -> tuple[int, float]:
         """The device's context, and the bytes that its allocator holds for each one that a CPU's would."""
-        shallow = Prediction.of(self.costs.shallow, self.target, self.config.training.optim).breakdown
+        shallow = Prediction.of(self.costs.shallow, self.target).breakdown
         context = shallow.context_bytes or 0
         return context, (shallow.needed_bytes - context) / timeline(self.costs.shallow).peak_bytes
 

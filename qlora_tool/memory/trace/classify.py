@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from qlora_tool.memory.trace.timeline import Event, Timeline
@@ -38,20 +37,18 @@ def weights_by_category(module: nn.Module, trained: Iterable[torch.Tensor]) -> I
 
 
 def name_optimizer(tracer: Tracer, optimizer: Optimizer) -> None:
-    """The storages of the optimizer's state: masters and moments."""
-    for master in optimizer.masters or ():
-        tracer.adopt(master).category = "optimizer_state"
-    for state in optimizer.inner.state.values():
-        for value in state.values():
-            if isinstance(value, torch.Tensor):
-                storage = tracer.adopt(value)
-                storage.category = storage.category or "optimizer_state"
+    """The storages of the optimizer's state."""
+    for tensor in optimizer.state_tensors():
+        storage = tracer.adopt(tensor)
+        storage.category = storage.category or "optimizer_state"
+    for tensor in optimizer.paged_tensors():
+        tracer.adopt(tensor).paged = True
 
 
 def name_gradients(tracer: Tracer, optimizer: Optimizer) -> None:
     """The storages of the gradients, once backward is done."""
-    for parameter in optimizer.parameters:
-        if parameter.grad is not None and (storage := tracer.storage_of(parameter.grad)) is not None:
+    for gradient in optimizer.gradients():
+        if (storage := tracer.storage_of(gradient)) is not None:
             storage.category = storage.category or "gradients"
 
 

@@ -152,16 +152,13 @@ class History:
     def during(self, optimizer: Optimizer, step: int, phase: str) -> Iterator[None]:
         with self.phase(phase, step):
             if phase == "optimizer":
-                gradients = (parameter.grad for parameter in optimizer.parameters)
-                self.name((gradient, "gradients") for gradient in gradients if gradient is not None)
+                self.name((gradient, "gradients") for gradient in optimizer.gradients())
             yield
             if phase == "optimizer":
                 self.name_state(optimizer)
 
     def name_state(self, optimizer: Optimizer) -> None:
-        state = [*(optimizer.masters or ())]
-        state += [value for kept in optimizer.inner.state.values() for value in kept.values()]
-        self.name((tensor, "optimizer_state") for tensor in state if isinstance(tensor, Tensor))
+        self.name((tensor, "optimizer_state") for tensor in optimizer.state_tensors())
 
     def finished(self) -> None:
         self.end = self.count()

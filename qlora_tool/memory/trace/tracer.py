@@ -54,6 +54,7 @@ class Storage:
         operator: that made it.
         recomputed: born while a checkpointed region was computed again.
         category: one of the breakdown's parts, where something named it.
+        paged: state of a paged optimizer, which on a CUDA device lies in managed memory.
         holders: tensors' storages that stand for it; it dies with the last.
     """
 
@@ -68,6 +69,7 @@ class Storage:
     died_in: str = ""
     died_in_step: int = 0
     category: str = ""
+    paged: bool = False
     holders: int = 1
 
 
