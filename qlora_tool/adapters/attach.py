@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,28 @@ class AdapterSet:
     saved: dict[str, nn.Parameter] = field(default_factory=dict)
     biases: dict[str, nn.Parameter] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
+
+    @contextmanager
+    def disabled(self, model: nn.Module) -> Iterator[None]:
+        """Meanwhile the model computes as if nothing were trained: a reference that takes no memory.
+
+        Raises:
+            UserError: tensors of the base itself are trained, so that the untrained ones are gone.
+        """
+        if self.saved or self.biases:
+            raise UserError(
+                "adapter.modules_to_save, adapter.bias: the base's own tensors are trained, so there is no untrained "
+                "model to compare with; leave both out"
+            )
+        linears = [model.get_submodule(name) for name in self.layers]
+        active = [linear.active_adapters for linear in linears]
+        for linear in linears:
+            linear.set_adapters([])
+        try:
+            yield
+        finally:
+            for linear, names in zip(linears, active, strict=True):
+                linear.set_adapters(names)
 
     def parameters(self) -> list[nn.Parameter]:
         """Every trained parameter once, in a fixed order."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
@@ -148,16 +148,18 @@ class Segments:
     Attributes:
         lengths: tokens of every example, and of the padding at the end of a row, in order.
         offsets: (segments + 1,), int32: where each begins, and where the last one ends (flash attention's cu_seqlens).
+        padding: numbers of the segments that are padding.
     """
 
     lengths: tuple[int, ...]
     offsets: torch.Tensor
+    padding: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, lengths: Sequence[int]) -> Segments:
+    def of(cls, lengths: Sequence[int], padding: Iterable[int] = ()) -> Segments:
         import torch
 
-        return cls(tuple(lengths), torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))
+        return cls(tuple(lengths), torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), frozenset(padding))
 
     @property
     def longest(self) -> int:
@@ -197,6 +199,18 @@ class Batch:
     where: list[str]
     segments: Segments | None = None
 
+    def example_of(self, places: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Which example each of these places in the flattened batch belongs to, counted in order; and how many there
+        are. No place of padding is asked for."""
+        import torch
+
+        if self.segments is None:
+            return places // self.input_ids.shape[1], self.input_ids.shape[0]
+        segment = torch.bucketize(places, self.segments.offsets[1:].to(places.device), right=True)
+        before = [number in self.segments.padding for number in range(len(self.segments.lengths))]
+        skipped = torch.tensor(before, device=places.device).cumsum(0)[segment]
+        return segment - skipped, len(self.segments.lengths) - len(self.segments.padding)
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
 
@@ -233,7 +247,7 @@ def collate(rows: list[list[Example]], *, pad_token_id: int, packing: bool, padd
     if padding_free and not packing:
         rows = [[example for row in rows for example in row]]
     sequence = max(sum(len(example.input_ids) for example in row) for row in rows)
-    input_ids, labels, segments, mask = [], [], [], []
+    input_ids, labels, segments, mask, padded_segments = [], [], [], [], []
     for row in rows:
         ids = [token for example in row for token in example.input_ids]
         padding = sequence - len(ids)
@@ -241,7 +255,10 @@ def collate(rows: list[list[Example]], *, pad_token_id: int, packing: bool, padd
         mask.append([1] * len(ids) + [0] * padding)
         labels.append([label for example in row for label in _counted_labels(example)] + [IGNORED] * padding)
         # Padding is a segment of its own: as the last example's next positions it would be attended with it.
-        segments += [length for length in (*(len(example.input_ids) for example in row), padding) if length]
+        segments += [len(example.input_ids) for example in row]
+        if padding:
+            padded_segments.append(len(segments))
+            segments.append(padding)
     # A row's first label is never counted, so that none is predicted from another row.
     flat = [label for row in labels for label in row]
     trained = [place for place, label in enumerate(flat) if label != IGNORED]
@@ -258,7 +275,7 @@ def collate(rows: list[list[Example]], *, pad_token_id: int, packing: bool, padd
         tokens=tokens,
         trained_tokens=len(trained),
         where=[example.where for row in rows for example in row],
-        segments=Segments.of(segments) if apart else None,
+        segments=Segments.of(segments, padded_segments) if apart else None,
     )
 
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qlora_tool.data.batches import Batch
 from qlora_tool.model.checkpointing import Recomputation, checkpoint_layers, checkpointed_modules
 from qlora_tool.model.load import Quantization
 from qlora_tool.model.segments import attending_by, use_segments
-from qlora_tool.ops.loss import LogitsTransform, frozen_cross_entropy, linear_cross_entropy
+from qlora_tool.ops.loss import CHUNK_ROWS, LogitsTransform, frozen_cross_entropy, linear_cross_entropy
 from qlora_tool.weights.handles import model_tensors
 from qlora_tool.weights.modules import FrozenLinear
 
@@ -95,6 +96,27 @@ class CausalLM:
             )
         logits = self.logits(batch).flatten(0, 1)[batch.predicting].float()
         return nn.functional.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=label_smoothing)
+
+    def example_losses(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+        """The same sum for each example of the batch by itself, fp32, (examples,); differentiable.
+
+        Logits of some rows at a time are made, and once more in backward.
+        """
+        if self.chunked_loss:
+            hidden = self.hidden_states(batch).flatten(0, 1)[batch.predicting]  # (trained tokens, hidden)
+            pairs = zip(hidden.split(CHUNK_ROWS), batch.targets.split(CHUNK_ROWS), strict=True)
+            parts = [checkpoint(self._token_losses, *pair, label_smoothing, use_reentrant=False) for pair in pairs]
+            losses = torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+        else:
+            logits = self.logits(batch).flatten(0, 1)[batch.predicting].float()
+            losses = nn.functional.cross_entropy(logits, batch.targets, reduction="none",
+                                                 label_smoothing=label_smoothing)  # fmt: skip
+        examples, count = batch.example_of(batch.predicting)
+        return losses.new_zeros(count).index_add(0, examples, losses)
+
+    def _token_losses(self, hidden: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+        logits = self.project(hidden).float()
+        return nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
 
     @property
     def chunked_loss(self) -> bool:

@@ -24,7 +24,7 @@ from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.run_folder import RunFolder
 from qlora_tool.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from qlora_tool.training.interrupt import Interrupted, StopRequest
-from qlora_tool.training.optimizers import LOSS_SCALE_FLOOR, Optimizer, make_optimizer
+from qlora_tool.training.optimizers import LOSS_SCALE_FLOOR, Optimizer, make_optimizer, parameter_groups
 from qlora_tool.training.preconditions import refuse_at_once
 from qlora_tool.training.prepare import RunData, describe, prepare_data, provenance
 from qlora_tool.training.progress import LiveLine, Metrics, Speed, peak_memory_bytes
@@ -157,7 +157,7 @@ def train(
         logger.info(line)
     for remark in built.remarks:
         logger.warning(remark)
-    optimizer = make_optimizer(config.training, adapters.parameters())
+    optimizer = make_optimizer(config.training, parameter_groups(adapters))
     plan = StepPlan.of(config, data.train.lengths)
     run = Run(config, folder, data, model, adapters, optimizer, plan, setup.padding_free)
     logger.info("run: %d steps (%d an epoch) into %s", plan.total_steps, plan.steps_per_epoch, folder.path)
@@ -218,7 +218,7 @@ def _fit(run: Run, watcher: Watcher | None) -> None:
 def _take_steps(run: Run, stop: StopRequest, line: LiveLine, watcher: Watcher | None) -> None:
     metrics, speed = Metrics(run.folder.metrics_file), Speed()
     run.model.module.train()
-    settings = StepSettings(run.training.max_grad_norm, run.training.label_smoothing_factor)
+    settings = StepSettings.of(run.training)
     total, first = run.plan.total_steps, run.progress.step
     for micro_batches in run.plan.steps(run.progress.step):
         batches = [_collate(run, rows).to(run.model.device) for rows in micro_batches]

@@ -15,6 +15,7 @@ from qlora_tool.errors import UserError
 from qlora_tool.training.parameter_state import ParameterState, slices_of
 
 if TYPE_CHECKING:
+    from qlora_tool.adapters.attach import AdapterSet
     from qlora_tool.config import TrainingConfig
 
 LOSS_SCALE_FLOOR, LOSS_SCALE_CEILING, LOSS_SCALE_PATIENCE = 1.0, 2.0**24, 1000
@@ -268,6 +269,11 @@ def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(
         torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in pieces])
     )
+
+
+def parameter_groups(adapters: AdapterSet) -> list[ParameterGroup]:
+    """What is trained, by its learning rate."""
+    return [ParameterGroup(parameters, rate) for rate, parameters in adapters.rates().items()]
 
 
 def make_optimizer(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from qlora_tool.training.objective import NextToken, Objective
+
 if TYPE_CHECKING:
+    from qlora_tool.config import TrainingConfig
     from qlora_tool.data.batches import Batch
     from qlora_tool.model.causal_lm import CausalLM
     from qlora_tool.training.optimizers import Optimizer
@@ -22,11 +25,15 @@ class StepSettings:
 
     Attributes:
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
-        label_smoothing: share of the target spread over the vocabulary.
+        objective: what the step makes small.
     """
 
     max_grad_norm: float = 1.0
-    label_smoothing: float = 0.0
+    objective: Objective = field(default_factory=NextToken)
+
+    @classmethod
+    def of(cls, training: TrainingConfig) -> StepSettings:
+        return cls(training.max_grad_norm, NextToken(training.label_smoothing_factor))
 
 
 @dataclass(frozen=True)
@@ -60,19 +67,20 @@ def train_step(
 ) -> StepResult:
     """Forward and backward over the micro-batches, then one optimizer step.
 
-    Each trained token of the global batch weighs the same: the loss is the sum over tokens divided by their number, so
-    neither accumulation nor the number of rows changes it.
+    The loss is the sum of the objective's over all micro-batches, divided by their weights together: each trained token
+    of the global batch counts the same, so neither accumulation nor the number of rows changes it.
 
     Args:
         micro_batches: on the model's device.
         learning_rate: of this step.
         during: called with `forward`, `backward` and `optimizer`; its context is open in that phase.
     """
-    total = sum(batch.trained_tokens for batch in micro_batches)
+    objective = settings.objective
+    total = sum(objective.weight(batch) for batch in micro_batches)
     loss = torch.zeros((), dtype=torch.float32, device=model.device)
     for batch in micro_batches:
         with during("forward"):
-            part = model.loss_sum(batch, settings.label_smoothing) / total
+            part = objective.loss_sum(model, batch) / total
             scaled = part * optimizer.loss_scale
         with during("backward"):
             optimizer.before_backward(learning_rate, accumulate=len(micro_batches) > 1)

@@ -20,6 +20,7 @@ from qlora_tool.data.tokenize import Example
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.load import Quantization, load_base
 from qlora_tool.model.source import read_model_config
+from qlora_tool.training.objective import NextToken
 from qlora_tool.training.optimizers import Optimizer
 from qlora_tool.training.step import StepSettings, train_step
 from qlora_tool.weights.handles import WeightHandle
@@ -178,7 +179,7 @@ def test_chunked_and_whole_logits_give_the_same(folder):
     model, adapters = trained(folder)
     assert model.chunked_loss
     batches = [padded(examples())]
-    settings = StepSettings(0.0, label_smoothing=0.2)
+    settings = StepSettings(0.0, NextToken(label_smoothing=0.2))
     chunked = loss_and_gradients(model, adapters, batches, settings)
     model.projects_plainly = False
     assert_same(loss_and_gradients(model, adapters, batches, settings), chunked)

@@ -130,7 +130,7 @@ class OurSide:
     def __init__(self, config: Config, largest: Batch):
         from qlora_tool.build import Setup, packs_apart
         from qlora_tool.memory.plan.budget import choose_for_run
-        from qlora_tool.training.optimizers import Optimizer
+        from qlora_tool.training.optimizers import make_optimizer, parameter_groups
         from qlora_tool.training.step import StepSettings
 
         setup = Setup.of(config)
@@ -141,8 +141,8 @@ class OurSide:
         self.model, self.adapters = built.model, built.adapters
         self.packs = packs_apart(setup.config, setup.model_config)
         training = self.config.training
-        self.optimizer = Optimizer(training.optim, self.adapters.parameters(), training.weight_decay)
-        self.settings = StepSettings(training.max_grad_norm, training.label_smoothing_factor)
+        self.optimizer = make_optimizer(training, parameter_groups(self.adapters))
+        self.settings = StepSettings.of(training)
         self.device = self.model.device
 
     def facts(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from qlora_tool.memory.trace.timeline import Event, Timeline

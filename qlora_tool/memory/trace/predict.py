@@ -30,7 +30,7 @@ from qlora_tool.memory.trace.classify import name_gradients, name_optimizer, nam
 from qlora_tool.memory.trace.tracer import Trace, Tracer
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.ops import quantize_cpu
-from qlora_tool.training.optimizers import Optimizer, make_optimizer
+from qlora_tool.training.optimizers import Optimizer, make_optimizer, parameter_groups
 from qlora_tool.training.step import StepSettings, train_step
 from qlora_tool.weights import quantized
 
@@ -136,9 +136,9 @@ def made_up_run(
             around_recomputation=watch.recomputation,
         )  # fmt: skip
         model, adapters = built.model, built.adapters
-        optimizer = make_optimizer(config.training, adapters.parameters())
+        optimizer = make_optimizer(config.training, parameter_groups(adapters))
     watch.loaded(model, adapters)
-    settings = StepSettings(config.training.max_grad_norm, config.training.label_smoothing_factor)
+    settings = StepSettings.of(config.training)
     batches = [shape.batch().to(device) for _ in range(min(2, config.training.gradient_accumulation_steps))]
     for step in range(1, STEPS + 1):
         train_step(model, optimizer, batches, settings, 1e-4, partial(watch.during, optimizer, step))
