@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_tool.errors import UserError
@@ -343,8 +342,6 @@ def _differ(one: Tensor | FrozenWeight | None, other: Tensor | FrozenWeight) -> 
         return any(_differ(tensor, getattr(other, name)) for name, tensor in one.quantized.tensors().items())
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return False
-    if one.is_meta or is_fake(one):
-        return False  # shapes are all there is
     return not torch.equal(one.to(other.dtype), other)
 
 

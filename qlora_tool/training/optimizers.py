@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlora_tool.errors import UserError
 from qlora_tool.training.step import clip_gradients
@@ -44,7 +45,8 @@ class Optimizer:
 
             paged = name == "paged_adamw_8bit" and stepped[0].is_cuda  # on a CPU there is nothing to page out of
             kind = bnb.optim.PagedAdamW8bit if paged else bnb.optim.AdamW8bit
-            self.inner = kind(stepped, lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay)
+            with unset_fake_temporarily():  # its tables are made from Python numbers: real ones in a prediction too
+                self.inner = kind(stepped, lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay)
         else:
             self.inner = torch.optim.AdamW(
                 stepped, lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay, foreach=False
