@@ -63,8 +63,8 @@ def _codes(scaled: Tensor, table: _Table) -> Tensor:
 
 
 def workspace(weights: Tensor, block_size: int) -> int:
-    """Bytes that `quantize_blocks` takes at once: of a chunk its values in [-1, 1] (fp32), their cells (int32), what lies
-    in those (fp32), the ranks and what is added to them; and what the blocks are divided by (fp32)."""
+    """Bytes that `quantize_blocks` takes at once: of a chunk its values in [-1, 1] (fp32), their cells (int32), the
+    midpoints there (fp32), the ranks and what is added to them; and what the blocks are multiplied by (fp32)."""
     count = min(CHUNK // block_size * block_size, weights.numel())
     return 14 * count + 4 * (count // block_size)
 

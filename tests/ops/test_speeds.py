@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -165,7 +166,7 @@ def test_each_library_multiplies_in_turn_for_long_enough(monkeypatch):
     if speeds.has_onednn():
         assert found.ratio == pytest.approx(found.gflops["float32 oneDNN"] / found.gflops["float32"], rel=1.0)
         turns = [one for one in order if one[1] == "torch.float32"][-20:]
-        assert all(one != other for one, other in zip(turns, turns[1:], strict=False))
+        assert all(one != other for one, other in itertools.pairwise(turns))
         work = 2e-9 * sum(tokens * inner * outer for tokens, inner, outer in speeds.SHAPES)
         rounds = order.count(("onednn_matmul", "torch.float32")) / len(speeds.SHAPES)
         assert rounds >= speeds.ROUNDS and rounds * work / found.gflops["float32 oneDNN"] >= 0.5 * speeds.SECONDS
