@@ -24,21 +24,34 @@ OPTIONAL = ("peft", "triton", "gguf")
     examples="""
     qlora-tool doctor
     qlora-tool doctor > machine.txt   # to go with a question or a bug report
+    qlora-tool doctor --measure       # after the machine was busy, or has changed
     """,
 )
-def doctor() -> None:
+@click.option("--measure", is_flag=True, help="Measure the speed of products anew; let nothing else run meanwhile.")
+@click.option("--clear-cache", is_flag=True,
+              help="First delete what is cached: predictions, speeds, the demo model, quantized bases.")  # fmt: skip
+def doctor(measure: bool, clear_cache: bool) -> None:
     """Show versions, devices, the compute dtype that `auto` chooses, kernels and disk.
 
     Nothing is downloaded and no network is needed. Exit code 1 where something that every run needs is missing.
     """
     from qlora_tool.errors import MachineError
 
+    if clear_cache:
+        from qlora_tool.files.cache import clear_cache as clear
+
+        click.echo(f"cache: {_megabytes(clear())} deleted", err=True)
     versions = {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
     own = {"qlora-tool": __version__, "python": platform.python_version()}
     _show("Versions", [(name, version or "not installed") for name, version in (own | versions).items()])
     if missing := [name for name in REQUIRED if versions[name] is None]:
         raise MachineError(f"{name} is not installed; every run needs it: pip install {name}" for name in missing)
     _show("Devices", _devices())
+    if measure:
+        from qlora_tool.ops.speeds import measure_anew
+
+        measure_anew()
+    _show("Products", _products())
     _show("Compute dtype that auto chooses", _compute_dtypes())
     kernels, fault = _kernels(versions["triton"])
     _show("Kernels", kernels)
@@ -77,17 +90,24 @@ def _devices() -> Iterator[tuple[str, str]]:
         yield f"cuda:{index}", f"{card.name}, compute capability {card.major}.{card.minor}, {memory}"
 
 
+def _products() -> Iterator[tuple[str, str]]:
+    from qlora_tool.ops.speeds import known_speeds
+
+    found = known_speeds()
+    yield "cpu", ", ".join(f"{name} {gflops:.1f}" for name, gflops in found.gflops.items()) + " GFLOP/s"
+    against = f"oneDNN takes 1/{found.ratio:.2f} of PyTorch's time, ± {found.spread / 2:.0%}"
+    yield "float32 by", f"{found.choice} ({against if found.ratio else 'this PyTorch has no oneDNN'})"
+    share = f"{found.processor_share:.0%} of the processors' time was free"
+    busy = f"; the machine was busy ({share}): doctor --measure measures again"
+    yield "measured", f"{found.date[:16]} UTC, {found.threads} threads{busy if found.doubtful else ''}"
+
+
 def _compute_dtypes() -> Iterator[tuple[str, str]]:
     import torch
 
     from qlora_tool.ops.precision import choose_compute_dtype
-    from qlora_tool.ops.products import kept_measurement
 
-    speeds = ", ".join(f"{name} {gflops:.1f}" for name, gflops in kept_measurement().items())
-    yield (
-        "cpu",
-        f"{_dtype_name(choose_compute_dtype(torch.device('cpu')))} (products in GFLOP/s, measured once: {speeds})",
-    )
+    yield "cpu", _dtype_name(choose_compute_dtype(torch.device("cpu")))
     for index in range(torch.cuda.device_count()):
         yield f"cuda:{index}", _dtype_name(choose_compute_dtype(torch.device("cuda", index)))
 
@@ -120,3 +140,7 @@ def _free_disk() -> str:
 
 def _gigabytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

@@ -35,6 +35,7 @@ from qlora_tool.model.load import (
 from qlora_tool.model.open import check_length, choose_dtype
 from qlora_tool.model.parameter_source import tied_names
 from qlora_tool.model.source import read_model_config, resolve
+from qlora_tool.ops.declare import CPU, Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -78,9 +79,19 @@ class CudaTarget:
         return cls(card.compute_capability if card else (8, 9), None, expandable)
 
     @property
+    def device(self) -> Target:
+        """What a step is meant for that is predicted for the card."""
+        return Target("cuda", self.capability)
+
+    @property
     def context_bytes(self) -> int:
         """The CUDA context, measured or estimated."""
         return self.calibration.context_bytes if self.calibration else estimated_context(self.capability)
+
+
+def device_of(target: CudaTarget | None) -> Target:
+    """What a step is meant for: the card, or a CPU where there is none."""
+    return CPU if target is None else target.device
 
 
 def _is_here(card: Card) -> bool:
@@ -100,7 +111,7 @@ class Prediction:
 
     @classmethod
     def of(cls, trace: Trace, target: CudaTarget | None) -> Prediction:
-        """What a trace takes on a card, or on a CPU where `target` is None."""
+        """What a trace, made for the same target, takes on a card, or on a CPU where `target` is None."""
         if target is None:
             line = timeline(trace)
             return cls(line, line.breakdown())
@@ -203,7 +214,7 @@ def profile(
 
     run = config, model_config, shape, dtype, recomputation
     target = CudaTarget.of(card) if device == "cuda" else None
-    predicted = Prediction.of(predict(*run), target)
+    predicted = Prediction.of(predict(*run, device_of(target)), target)
     lines, measured, allocator_peak = {"predicted": predicted.timeline}, None, None
     if measure and device == "cuda":
         from qlora_tool.memory.trace.measure_cuda import measure_on_cuda

@@ -22,12 +22,13 @@ from qlora_tool.memory.allocator.available import available_bytes
 from qlora_tool.memory.breakdown import Breakdown, MemoryReport
 from qlora_tool.memory.plan.budget import choose_for_run
 from qlora_tool.memory.plan.search import change_that_fits
-from qlora_tool.memory.profile import CudaTarget, Prediction
+from qlora_tool.memory.profile import CudaTarget, Prediction, device_of
 from qlora_tool.memory.trace.classify import name_optimizer, name_weights, timeline
 from qlora_tool.memory.trace.predict import BatchShape, TracerWatch, predict
 from qlora_tool.memory.trace.tracer import Tracer
 from qlora_tool.model.open import choose_device, choose_dtype
 from qlora_tool.model.source import read_model_config, resolve
+from qlora_tool.ops.products import products_choice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -134,14 +135,16 @@ def kept_prediction(config: Config, shape: BatchShape, device: torch.device) -> 
     model_config = _model_config(config)
     target = CudaTarget.of(None) if device.type == "cuda" else None
     identity = [__version__, torch.__version__, model_config.to_json_string(), memory_settings(config),
-                dataclasses.astuple(shape), str(dtype), target and dataclasses.astuple(target)]  # fmt: skip
+                dataclasses.astuple(shape), str(dtype),
+                dataclasses.astuple(target) if target else products_choice()]  # fmt: skip
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
     file = cache_folder() / "predictions" / f"{digest}.json"
     try:
         return Breakdown.from_json(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         pass  # not predicted yet, or not readable
-    found = Prediction.of(predict(config, model_config, shape, dtype), target).breakdown
+    trace = predict(config, model_config, shape, dtype, target=device_of(target))
+    found = Prediction.of(trace, target).breakdown
     write_json(file, found.to_json())
     return found
 

@@ -6,16 +6,40 @@ name; this one asks for one expert's matrix at a time, so a layer never holds al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qlora_tool.ops.linear import frozen_linear
 
 IMPLEMENTATION = "qlora_tool"
+
+Shares = Callable[[int, int], Sequence[int]]
+_assumed: ContextVar[Shares | None] = ContextVar("assumed_routing", default=None)
+
+
+@contextmanager
+def assuming_routing(shares: Shares) -> Iterator[None]:
+    """Meanwhile `shares(tokens · k, experts)` says how many tokens each expert gets, whatever the router says.
+
+    For tensors without data, where no router says anything, and to measure with the same sizes. Tokens then go to
+    experts they were not meant for. What is assumed already stays.
+    """
+    before = _assumed.set(_assumed.get() or shares)
+    try:
+        yield
+    finally:
+        _assumed.reset(before)
+
+
+def even_shares(total: int, experts: int) -> list[int]:
+    """Every expert gets as many as every other, the first ones one more where that does not come out."""
+    share, more = divmod(total, experts)
+    return [share + (index < more) for index in range(experts)]
 
 
 def experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -45,10 +69,9 @@ def experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_
 
 
 def _tokens_per_expert(experts: Tensor, count: int) -> list[int]:
-    """How many of `experts` (tokens·k,) name each expert; an even share each where the tensor has no data to tell."""
-    if is_fake(experts):
-        share, more = divmod(experts.shape[0], count)
-        return [share + (index < more) for index in range(count)]
+    """How many of `experts` (tokens·k,) name each expert."""
+    if (shares := _assumed.get()) is not None:
+        return list(shares(experts.shape[0], count))
     return torch.bincount(experts, minlength=count).tolist()
 
 

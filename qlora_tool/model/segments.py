@@ -11,6 +11,7 @@ of variable length, on a CPU one kernel takes neighbours of one length.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,15 +19,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-try:  # from torch 2.10 on; flash attention, for which torch must have been built with CUDA
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # pragma: no cover
-    varlen_attn = None
+from qlora_tool.ops.declare import CPU, Target, target_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -143,9 +141,10 @@ def segment_attention(
         raise NotImplementedError("attention with something of the family's own in it")
     rows, _, length, _ = query.shape
     flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]  # (tokens, heads, head_dim)
-    if _takes_flash_cuda(*flat, dropout):
+    target = target_of(query)
+    if not dropout and has_flash_cuda(target, *flat):
         output = _flash_cuda(*flat, attention_mask, scaling)
-    elif _takes_flash_cpu(*flat, dropout):
+    elif not dropout and has_flash_cpu(target, *flat):
         output = _FlashCpu.apply(*flat, attention_mask, scaling)
     else:
         output = plain_attention(*flat, attention_mask, scaling, dropout)
@@ -161,7 +160,7 @@ def plain_attention(
         query, key, value: (tokens, heads, head_dim); keys may have fewer heads.
     """
     groups = query.shape[1] // key.shape[1]
-    if query.is_cuda and groups > 1:  # the kernels without a mask that group heads are those that do not come here
+    if target_of(query).type == "cuda" and groups > 1:  # kernels that group heads without a mask do not come here
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
         groups = 1
     outputs = []
@@ -178,37 +177,42 @@ def plain_attention(
 # ------------------------------------------------------------------------------------------------------ flash, on CUDA
 
 
-def _takes_flash_cuda(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 has it not
+
+
+def has_flash_cuda(target: Target, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel of variable length takes these on a CUDA device. A card that a step is only meant for is taken
+    to have a PyTorch with flash attention."""
     return (
-        varlen_attn is not None
-        and query.is_cuda
+        target.type == "cuda"
+        and target.capability >= (8, 0)
         and query.dtype in (torch.float16, torch.bfloat16)
-        and not dropout
         and query.shape[-1] == value.shape[-1] <= FLASH_HEAD_DIM
         and query.shape[-1] % 8 == 0
-        and (is_fake(query) or _card_has_flash(query.device))
+        and (not query.is_cuda or torch.backends.cuda.is_flash_attention_available())
     )
-
-
-def _card_has_flash(device: torch.device) -> bool:
-    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _flash_cuda(query: Tensor, key: Tensor, value: Tensor, mask: SegmentMask, scaling: float | None) -> Tensor:
     """All segments in one kernel. A window of n is n - 1 tokens back and none ahead."""
     offsets, longest = mask.segments.offsets, mask.segments.longest
     window = (-1 if mask.window is None else mask.window - 1, 0)
+    groups, options = query.shape[1] // key.shape[1], {}
+    if groups > 1 and _GROUPS_HEADS:
+        options["enable_gqa"] = True
+    elif groups > 1:
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     return varlen_attn(
-        query, key, value, offsets, offsets, longest, longest,
-        scale=scaling, window_size=window, enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+        query, key, value, offsets, offsets, longest, longest, scale=scaling, window_size=window, **options
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- flash, on a CPU
 
 
-def _takes_flash_cpu(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
-    return query.device.type == "cpu" and not dropout and query.shape[-1] == value.shape[-1]
+def has_flash_cpu(target: Target, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the CPU's flash kernel takes these."""
+    return target == CPU and query.shape[-1] == value.shape[-1]
 
 
 class _FlashCpu(torch.autograd.Function):

@@ -1,1 +1,6 @@
-"""Numbers only: quantized tensors, products on frozen weights, the loss. Knows nothing of models or files."""
+"""Numbers only: operations and their versions by device. Knows nothing of models or files."""
+
+import logging
+
+# On a CPU with bf16 instructions bitsandbytes asks for an optional kernel package at import; nothing here needs it.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from qlora_tool.ops.products import ONEDNN, kept_measurement
+from qlora_tool.ops.speeds import BFLOAT16, FLOAT32, FLOAT32_ONEDNN, known_speeds
 
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -20,5 +20,5 @@ def choose_compute_dtype(device: torch.device) -> torch.dtype:
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    speeds = kept_measurement()
-    return torch.bfloat16 if speeds["bfloat16"] > max(speeds["float32"], speeds[ONEDNN]) else torch.float32
+    gflops = known_speeds().gflops
+    return torch.bfloat16 if gflops[BFLOAT16] > max(gflops[FLOAT32], gflops[FLOAT32_ONEDNN]) else torch.float32

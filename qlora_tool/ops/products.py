@@ -1,129 +1,148 @@
-"""Matrix products by the fastest library that this machine has for them.
+"""Matrix products by the faster of the two libraries that a CPU has for them.
 
-On a CPU PyTorch's own fp32 products run through the BLAS it was built with, which on some processors leaves half of
-the speed unused; oneDNN, which PyTorch carries too, compiles its products for the processor it finds. Which of the two
-is taken is measured once per machine, in a fraction of a second, and kept. Everywhere else products are PyTorch's.
+PyTorch's own fp32 products run through the BLAS it was built with, which on some processors leaves half of the speed
+unused; oneDNN, which PyTorch carries too, compiles its products for the processor it finds. Which of the two is taken
+is measured (`ops/speeds.py`). Everywhere else products are PyTorch's.
+
+The last digits of a product depend on the library. So a process makes its choice once, whatever is measured later; and
+as a resumed run has to go on with the numbers of the run it continues, `products_choice` gives the choice in a word, to
+be written down with the run, and `use_products` takes it up again.
 
 Nothing here is differentiable: the operations that use it write their own backward.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-import platform
+import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from contextlib import suppress
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
-from qlora_tool.files.atomic import write_json
-from qlora_tool.files.cache import cache_folder
+from qlora_tool.ops import speeds
+from qlora_tool.ops.declare import CPU, declare, target_of
+from qlora_tool.ops.speeds import ONEDNN, PYTORCH, onednn_matmul
 
-ONEDNN = "float32 oneDNN"
-MEASURED = ("float32", ONEDNN, "bfloat16")  # on a CPU; fp16 is never faster there
-FASTER_BY = 1.25  # below this, the measurement's own noise could change the choice, and with it the last digits
-
-
-def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """(n, k) · (k, m) → (n, m), all in one dtype; either may be a transposed view."""
-    return onednn_matmul(left, right) if _takes_onednn(left) else torch.mm(left, right)
+_choice: str | None = None
 
 
-def matmul_add(left: Tensor, right: Tensor, to: Tensor) -> Tensor:
-    """to (n, m) + (n, k) · (k, m); `to` may be overwritten."""
-    if _takes_onednn(left):
-        _know_shapes()
-        return torch.ops.mkldnn._linear_pointwise.binary(left, to, right.T, None, "add")
-    return to.addmm_(left, right)
+def products_choice() -> str:
+    """The library of this process's fp32 products on the CPU: `PyTorch` or `oneDNN`."""
+    global _choice
+    if _choice is None:
+        with _disable_current_modes():  # whoever watches a step must not see the measurement
+            _choice = speeds.known_speeds().choice
+    return _choice
 
 
-def onednn_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """(n, k) · (k, m) → (n, m) by oneDNN, fp32 on a CPU."""
-    return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
+def use_products(choice: str | None) -> None:
+    """Take a library from here on, as a run that is resumed took it.
 
+    Args:
+        choice: `PyTorch` or `oneDNN`; None: the one that was measured to be faster. oneDNN counts as PyTorch where this
+            PyTorch has none.
 
-@functools.cache
-def _know_shapes() -> torch.library.Library:
-    """PyTorch has no shape-only version of the operator that adds."""
-    library = torch.library.Library("mkldnn", "IMPL", "Meta")
-    library.impl("_linear_pointwise.binary", lambda left, to, *_: torch.empty_like(to))
-    return library
-
-
-def has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    Raises:
+        ValueError: another name.
+    """
+    global _choice
+    if choice not in (None, PYTORCH, ONEDNN):
+        raise ValueError(f"products by {choice!r}: expected {PYTORCH} or {ONEDNN}")
+    _choice = PYTORCH if choice == ONEDNN and not speeds.has_onednn() else choice
 
 
 def _takes_onednn(left: Tensor) -> bool:
     # Without elements oneDNN has no product.
-    return left.dtype == torch.float32 and left.device.type == "cpu" and left.numel() > 0 and onednn_is_faster()
+    return left.dtype == torch.float32 and left.numel() > 0 and (_choice or products_choice()) == ONEDNN
 
 
-def onednn_workspace(weight: Tensor) -> int:
-    """Bytes that oneDNN takes for the time of x·Wᵀ, W (m, k): each thread packs panels of 64 columns, 1024 deep, of a
-    matrix whose columns lie apart (as its version 3.12 was seen to do with AVX-512)."""
-    columns, depth = weight.shape
-    packs = weight.stride(1) == 1 or (columns >= 512 and columns.bit_count() == 1)
+def _cpu_matmul(left: Tensor, right: Tensor) -> Tensor:
+    product = onednn_matmul if _takes_onednn(left) else torch.mm
+    return product(left, right) if _check is None else _check.timed(product, left, right)
+
+
+def _cpu_workspace(left: Tensor, right: Tensor) -> int:
+    return _onednn_workspace(left, right) if _takes_onednn(left) else 0
+
+
+def _onednn_workspace(left: Tensor, right: Tensor) -> int:
+    """Bytes that oneDNN takes for the time of a product: each thread packs panels of 64 columns, 1024 deep, of a right
+    side whose columns lie apart (as its version 3.12 was seen to do with AVX-512); PyTorch copies a left side that is
+    not contiguous."""
+    depth, columns = right.shape
+    packs = right.stride(0) == 1 or (columns >= 512 and columns.bit_count() == 1)
     panel = 256 * min(-(-depth // 16) * 16, 1024) if packs else 0
-    return 256 + (640 + panel) * torch.get_num_threads() + (128 if packs else 0)
+    copied = 0 if left.is_contiguous() else left.numel() * left.element_size()
+    return 256 + (640 + panel) * torch.get_num_threads() + (128 if packs else 0) + copied
 
 
-@functools.cache
-def onednn_is_faster() -> bool:
-    """Whether fp32 products take oneDNN on this machine."""
-    with unset_fake_temporarily():
-        speeds = kept_measurement()
-    return speeds[ONEDNN] > FASTER_BY * speeds["float32"]
+_matmul = declare(
+    "matmul(Tensor left, Tensor right) -> Tensor",
+    reference=torch.mm,
+    shapes=lambda left, right: left.new_empty(left.shape[0], right.shape[1]),
+    versions={"cpu": _cpu_matmul},
+    workspace={"cpu": _cpu_workspace},
+)
+
+_matmul_add = declare(  # oneDNN's alone: PyTorch's works in place
+    "matmul_add(Tensor to, Tensor left, Tensor right) -> Tensor",
+    reference=torch.addmm,
+    shapes=lambda to, left, right: torch.empty_like(to),
+    versions={"cpu": lambda to, left, right: torch.ops.mkldnn._linear_pointwise.binary(left, to, right.T, None, "add")},
+    workspace={"cpu": lambda to, left, right: _onednn_workspace(left, right)},
+)
 
 
-def kept_measurement() -> dict[str, float]:
-    """`measure_products`, measured once per processor and torch version and kept in the cache folder."""
-    path = cache_folder() / "products.json"
-    processor = [platform.machine(), torch.backends.cpu.get_cpu_capability(), *_bf16_instructions()]
-    machine = f"{' '.join(processor)} torch {torch.__version__}"
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["machine"] == machine:
-            return {name: float(kept["gflops"][name]) for name in MEASURED}
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # nothing kept yet, or unreadable: measure
-    gflops = measure_products()
-    write_json(path, {"machine": machine, "gflops": gflops})
-    return gflops
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """(n, k) · (k, m) → (n, m), all in one dtype; either may be a transposed view."""
+    return _matmul(left, right)
 
 
-def _bf16_instructions() -> list[str]:
-    """Those that Linux lists; PyTorch's own name, such as AVX512, is the same with and without them, and a home folder
-    may be shared by machines of both kinds."""
-    try:
-        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    except OSError:
-        return []
-    return sorted(words & {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "svebf16"})
+def matmul_add(left: Tensor, right: Tensor, to: Tensor) -> Tensor:
+    """to (n, m) + (n, k) · (k, m); `to` may be overwritten."""
+    if target_of(left) == CPU and _takes_onednn(left):
+        return _matmul_add(to, left, right)
+    return to.addmm_(left, right)
 
 
-def measure_products() -> dict[str, float]:
-    """GFLOP/s of a (128, 512) × (512, 512) product on this CPU: in fp32 by PyTorch's BLAS and by oneDNN (0 where it is
-    not there), and in bf16; the best of twenty."""
-    return {
-        "float32": _measure(torch.mm, torch.float32),
-        ONEDNN: _measure(onednn_matmul, torch.float32) if has_onednn() else 0.0,
-        "bfloat16": _measure(torch.mm, torch.bfloat16),
-    }
+class _SpeedCheck:
+    """Times some of a process's first large products, and has them measured again where they are far slower than what
+    was measured once. This process keeps its choice: the numbers of a run do not change in the middle of it.
 
+    Attributes:
+        seen: large products so far.
+        achieved: GFLOP/s of those that were timed.
+    """
 
-def _measure(product: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> float:
-    left, right = torch.ones(128, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-    seconds = float("inf")
-    for attempt in range(21):  # the best of many: another process may take the cores for a while
+    LARGE = 4e8  # operations; below, the time of a call counts
+    NARROWEST = 256  # no dimension is less: LoRA's own products are of another kind
+    PASSED_OVER, TIMED = 200, 100  # the first ones: caches fill, and oneDNN compiles
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.achieved: list[float] = []
+
+    def timed(self, product, left: Tensor, right: Tensor) -> Tensor:
+        n, k, m = *left.shape, right.shape[1]
+        if 2 * n * k * m < self.LARGE or min(n, k, m) < self.NARROWEST or left.dtype != torch.float32:
+            return product(left, right)
+        self.seen += 1
+        if self.seen <= self.PASSED_OVER:
+            return product(left, right)
         start = time.perf_counter()
-        product(left, right)
-        if attempt:  # the first prepares
-            seconds = min(seconds, time.perf_counter() - start)
-        if attempt >= 4 and seconds > 0.1:  # emulated
-            break
-    return 2 * 128 * 512 * 512 / seconds / 1e9
+        result = product(left, right)
+        self.achieved.append(2e-9 * n * k * m / (time.perf_counter() - start))
+        if len(self.achieved) == self.TIMED:
+            self._finish()
+        return result
+
+    def _finish(self) -> None:
+        global _check
+        _check = None
+        with suppress(OSError):
+            speeds.compare_with_training(products_choice(), statistics.median(self.achieved))
+
+
+_check: _SpeedCheck | None = _SpeedCheck()

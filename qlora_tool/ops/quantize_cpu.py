@@ -27,33 +27,46 @@ class _Table(NamedTuple):
     order: Tensor | None
 
 
-def quantize_blocks(weights: Tensor, kind: str, block_size: int) -> tuple[Tensor, Tensor] | None:
+def quantize_blocks(weights: Tensor, kind: str, block_size: int, codes: Tensor, scales: Tensor) -> bool:
     """What `torch.ops.bitsandbytes.quantize_4bit` gives on the CPU.
 
     Args:
         weights: fp32, bf16 or fp16, (n,), n a multiple of the block size.
         kind: nf4 or fp4.
         block_size: weights that share a scale.
+        codes: uint8, written to up to n/2.
+        scales: fp32, written to up to n/block_size.
 
     Returns:
-        Codes, uint8 (n/2, 1), and scales, fp32 (n/block_size,); None where a weight is no finite number.
+        Whether it was done; not where a weight is no finite number.
     """
-    below, midpoint, order = table(kind)
-    codes = torch.empty(weights.numel() // 2, 1, dtype=torch.uint8)
-    scales = torch.empty(weights.numel() // block_size)
     chunk = CHUNK // block_size * block_size
     for start in range(0, weights.numel(), chunk):
         blocks = weights[start : start + chunk].view(-1, block_size).float()
         largest = blocks.abs().amax(1)  # (blocks,)
         if not largest.isfinite().all():
-            return None
+            return False
+        scales[start // block_size :][: len(largest)] = largest
         scaled = (blocks * (1.0 / largest.clamp(min=1e-38)).unsqueeze(1)).clamp_(-1, 1).view(-1)
-        cells = _cell(scaled)
-        ranks = below.index_select(0, cells).add_(scaled > midpoint.index_select(0, cells))
-        found = ranks if order is None else order.index_select(0, ranks.int())
-        codes[start // 2 : (start + scaled.numel()) // 2, 0] = (found[::2] << 4) | found[1::2]
-        scales[start // block_size : (start + scaled.numel()) // block_size] = largest
-    return codes, scales
+        del blocks
+        found = _codes(scaled, table(kind))
+        codes[start // 2 :][: len(found) // 2] = (found[::2] << 4) | found[1::2]
+        del scaled, found  # before the next chunk's are made
+    return True
+
+
+def _codes(scaled: Tensor, table: _Table) -> Tensor:
+    """The code of each value of [-1, 1], uint8."""
+    cells = _cell(scaled)
+    ranks = table.below.index_select(0, cells).add_(scaled > table.midpoint.index_select(0, cells))
+    return ranks if table.order is None else table.order.index_select(0, ranks.int())
+
+
+def workspace(weights: Tensor, block_size: int) -> int:
+    """Bytes that `quantize_blocks` takes at once: of a chunk its values in [-1, 1] (fp32), their cells (int32), the
+    midpoints there (fp32), the ranks and what is added to them; and what the blocks are multiplied by (fp32)."""
+    count = min(CHUNK // block_size * block_size, weights.numel())
+    return 14 * count + 4 * (count // block_size)
 
 
 def _cell(scaled: Tensor) -> Tensor:
@@ -61,16 +74,9 @@ def _cell(scaled: Tensor) -> Tensor:
     return ((scaled + 1) * (_CELLS / 2)).int()
 
 
+@functools.cache
 def table(kind: str) -> _Table:
     """What a process keeps for one kind."""
-    if torch._guards.active_fake_mode() is not None:  # shapes are all that counts; a kept table would be a real one
-        order = torch.empty(16, dtype=torch.uint8) if kind == "fp4" else None
-        return _Table(torch.empty(_CELLS + 1, dtype=torch.uint8), torch.empty(_CELLS + 1), order)
-    return _make_table(kind)
-
-
-@functools.cache
-def _make_table(kind: str) -> _Table:
     values, order = bnb.get_4bit_type(kind, device="cpu").sort()
     midpoints = (values[:-1] + values[1:]) / 2
     below, inside = torch.zeros(_CELLS + 1, dtype=torch.uint8), torch.full((_CELLS + 1,), torch.inf)

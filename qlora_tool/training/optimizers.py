@@ -10,6 +10,7 @@ from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlora_tool.errors import UserError
 from qlora_tool.training.parameter_state import ParameterState, slices_of
@@ -289,7 +290,9 @@ def _eight_bit_codes(parameters: Sequence[nn.Parameter]) -> tuple[Tensor, Tensor
     import bitsandbytes.functional as bnb
 
     device = parameters[0].device if parameters else None
-    return bnb.create_dynamic_map(signed=True).to(device), bnb.create_dynamic_map(signed=False).to(device)
+    with unset_fake_temporarily():  # made from Python numbers: real tables in a prediction too
+        signed, unsigned = bnb.create_dynamic_map(signed=True), bnb.create_dynamic_map(signed=False)
+    return signed.to(device), unsigned.to(device)
 
 
 def _today(state: Mapping[str, Any], parameters: Sequence[nn.Parameter]) -> Mapping[str, Any]:

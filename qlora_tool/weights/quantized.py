@@ -1,41 +1,35 @@
 """The one quantized-weight type: nf4, fp4 and int8, two- and three-dimensional.
 
-Codes and scales are bit-identical to bitsandbytes', whose operators do the work on every device; they also have
-shape-only versions, so a `QuantizedTensor` may hold meta and fake tensors. On disk it is bitsandbytes' own form.
+Codes and scales are bit-identical to bitsandbytes' (`ops/quantization.py`); the operations also have shape-only
+versions, so a `QuantizedTensor` may hold meta and fake tensors. On disk it is bitsandbytes' own form.
 
 A three-dimensional weight (experts, out, in) is quantized expert by expert, each as bitsandbytes would quantize that
 matrix alone: no block straddles two experts, and one expert is dequantized without touching the others.
-
-Sources: QLoRA (Dettmers et al. 2023, arXiv 2305.14314) for nf4 and double quantization; LLM.int8() (Dettmers et al.
-2022, arXiv 2208.07339) for int8 with one scale a row.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor_to_dict
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
-# On a CPU with bf16 instructions bitsandbytes asks for an optional kernel package at import; nothing here needs it.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-import bitsandbytes.functional as bnb  # noqa: E402
-from bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor_to_dict  # noqa: E402
-
-from qlora_tool.ops import quantize_cpu  # noqa: E402
+from qlora_tool.ops.quantization import (
+    DTYPES,
+    INT8_STEP,
+    NESTED_BLOCK_SIZE,
+    code_values,
+    dequantize_4bit,
+    quantize_4bit,
+    quantize_int8,
+    quantize_scales,
+)
 
 KINDS = ("nf4", "fp4", "int8")
 BLOCK_SIZE = 64  # weights that share one scale (QLoRA, section 3)
-NESTED_BLOCK_SIZE = 256  # scales that share one scale of their own
-INT8_STEP = 7.874015718698502e-3  # 1/127, as bitsandbytes writes it
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that bitsandbytes' operators know
 _INT8_CHUNK = 1 << 23  # int8 weights dequantized at a time: 32 MB of them in fp32
-_CHUNK = 1 << 20  # weights quantized at a time: the fp32 copies inside the operator stay a few MB (a multiple of 64)
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,7 @@ class QuantizedTensor:
         return self._dequantize_4bit(dtype, rows)
 
     def _dequantize_4bit(self, dtype: torch.dtype, rows: slice | None) -> Tensor:
-        codes, scales, shape = self.codes, self._plain_scales(), self.shape
+        codes, shape, first = self.codes, self.shape, 0
         if rows is not None:
             start, stop, _ = rows.indices(shape[0])
             stop = max(start, stop)
@@ -119,28 +113,11 @@ class QuantizedTensor:
             if first % self.block_size or (last % self.block_size and stop != shape[0]):
                 raise ValueError(f"rows {start}:{stop} of {shape} do not fall on blocks of {self.block_size}")
             codes = codes[first // 2 : (last + 1) // 2]
-            scales = scales[first // self.block_size : -(-last // self.block_size)]
             shape = (stop - start, shape[1])
-        # A row that is no whole number of blocks goes through flat. On CPUs with AVX-512 bitsandbytes 0.50 gives its
-        # weights the scales of other blocks where 16 divides it, and for odd ones it compiles an operator first.
-        count, width = shape[0] * shape[1], shape[1]
-        if width % self.block_size:
-            width = self.block_size if count % self.block_size == 0 else count + count % 2
-        known = dtype if dtype in _DTYPES else torch.float32  # of others bitsandbytes leaves the memory as it was
-        weight = torch.ops.bitsandbytes.dequantize_4bit.default(
-            codes, scales, self.block_size, self.kind, (-(-count // width), width), known
-        )
-        return weight.view(-1)[:count].view(shape).to(dtype)
-
-    def _plain_scales(self) -> Tensor:
-        """The scales in fp32, (blocks,)."""
-        if self.nested_scales is None:
-            return self.scales
-        nested_map = _code_map("nested", self.device)
-        scales = torch.ops.bitsandbytes.dequantize_blockwise.default(
-            self.scales, self.nested_scales, nested_map, NESTED_BLOCK_SIZE, torch.float32
-        )
-        return scales.add_(self.nested_offset)
+        return dequantize_4bit(
+            codes, self.scales, self.nested_scales, self.nested_offset, self.kind, self.block_size,
+            first // self.block_size, shape, dtype,
+        )  # fmt: skip
 
 
 def _dequantize_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -170,56 +147,18 @@ def quantize(weight: Tensor, kind: str, double_quant: bool = True) -> QuantizedT
     """
     if kind not in KINDS:
         raise ValueError(f"quantization {kind!r}: expected one of {', '.join(KINDS)}")
-    if weight.dtype not in _DTYPES:
+    if weight.dtype not in DTYPES:
         raise ValueError(f"a weight in {weight.dtype}: expected float32, bfloat16 or float16")
     if weight.dim() == 3:
         return _stack([quantize(matrix, kind, double_quant) for matrix in weight])
     if weight.dim() != 2:
         raise ValueError(f"a weight of shape {tuple(weight.shape)}: expected (out, in) or (experts, out, in)")
     weight = weight.contiguous()
-    return _quantize_int8(weight) if kind == "int8" else _quantize_4bit(weight, kind, double_quant)
-
-
-def _quantize_4bit(weight: Tensor, kind: str, double_quant: bool) -> QuantizedTensor:
-    flat = weight.view(-1)
-    # Whole blocks a chunk: the result is the same, bit for bit, and faster, as the copies stay in the cache.
-    parts = [_quantize_chunk(chunk, kind) for chunk in flat.split(_CHUNK)]
-    codes = torch.cat([part[0].view(-1) for part in parts])
-    scales = torch.cat([part[1] for part in parts])
-    result = QuantizedTensor(kind, tuple(weight.shape), weight.dtype, codes, scales)
-    if not double_quant:
-        return result
-    offset = scales.mean()
-    nested_map = _code_map("nested", scales.device)
-    quantized, nested = torch.ops.bitsandbytes.quantize_blockwise.default(
-        scales - offset, nested_map, NESTED_BLOCK_SIZE
-    )
-    return replace(result, scales=quantized, nested_scales=nested, nested_offset=offset)
-
-
-def _quantize_chunk(chunk: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Codes and scales of whole blocks; on the CPU the quick way, where it can be taken."""
-    if chunk.device.type == "cpu" and chunk.numel() % BLOCK_SIZE == 0:
-        if is_fake(chunk):
-            quantize_cpu.table(kind)  # it stays, as it would; what the quick way makes meanwhile are a few MB
-        elif (found := quantize_cpu.quantize_blocks(chunk, kind, BLOCK_SIZE)) is not None:
-            return found
-    return torch.ops.bitsandbytes.quantize_4bit.default(chunk, BLOCK_SIZE, kind, torch.uint8)
-
-
-def _quantize_int8(weight: Tensor) -> QuantizedTensor:
-    rows = max(1, min(_CHUNK, _INT8_CHUNK) // weight.shape[1])  # a prediction sets _CHUNK aside
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    parts = (tensor.split(rows) for tensor in (weight, codes, scales))
-    for chunk, codes_part, scales_part in zip(*parts, strict=True):
-        half = chunk.to(torch.float16)  # as bitsandbytes' Int8Params does
-        if not (half.is_meta or is_fake(half)) and not half.isfinite().all():
-            raise ValueError("int8: the weight has values that are no numbers or lie beyond fp16's range (65504)")
-        row_codes, row_scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(half)
-        codes_part.copy_(row_codes)
-        scales_part.copy_(row_scales)
-    return QuantizedTensor("int8", tuple(weight.shape), weight.dtype, codes, scales, block_size=0)
+    if kind == "int8":
+        return QuantizedTensor(kind, tuple(weight.shape), weight.dtype, *quantize_int8(weight), block_size=0)
+    codes, scales = quantize_4bit(weight.view(-1), kind, BLOCK_SIZE)
+    nested = quantize_scales(scales) if double_quant else (scales,)
+    return QuantizedTensor(kind, tuple(weight.shape), weight.dtype, codes, *nested)
 
 
 def _stack(matrices: list[QuantizedTensor]) -> QuantizedTensor:
@@ -227,20 +166,6 @@ def _stack(matrices: list[QuantizedTensor]) -> QuantizedTensor:
     first = matrices[0]
     stacked = {name: torch.stack([matrix.tensors()[name] for matrix in matrices]) for name in first.tensors()}
     return replace(first, shape=(len(matrices), *first.shape), **stacked)
-
-
-def _code_map(name: str, device: torch.device) -> Tensor:
-    """bitsandbytes' table of values, fp32: `nested` (256 values, for scales), `nf4` or `fp4` (16)."""
-    if torch._guards.active_fake_mode() is not None:  # shapes are all that counts; a kept table would be a real tensor
-        return torch.empty(256 if name == "nested" else 16, device=device)
-    return _make_code_map(name, device)
-
-
-@functools.cache
-def _make_code_map(name: str, device: torch.device) -> Tensor:
-    if name == "nested":
-        return bnb.create_dynamic_map().to(device)
-    return bnb.get_4bit_type(name, device=device)
 
 
 # ---------------------------------------------------------------------------------------------- the form on disk
@@ -274,13 +199,13 @@ def to_disk(name: str, weight: QuantizedTensor) -> dict[str, Tensor]:
     tensors = {
         name: weight.codes.unsqueeze(-1),
         f"{name}.absmax": weight.scales,
-        f"{name}.quant_map": _code_map(weight.kind, weight.device).clone(),
+        f"{name}.quant_map": code_values(weight.kind, weight.device).clone(),
     }
     if weight.double_quant:
         state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32"}
         state["nested_offset"] = weight.nested_offset.tolist()
         tensors[f"{name}.nested_absmax"] = weight.nested_scales
-        tensors[f"{name}.nested_quant_map"] = _code_map("nested", weight.device).clone()
+        tensors[f"{name}.nested_quant_map"] = code_values("nested", weight.device).clone()
     tensors[f"{name}.quant_state.bitsandbytes__{weight.kind}"] = pack_dict_to_tensor(state)
     return tensors
 
@@ -324,7 +249,7 @@ def from_disk(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype = tor
             raise ValueError(f"{name}: scales in blocks of {state['nested_blocksize']}; expected {NESTED_BLOCK_SIZE}")
         offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=codes.device)
         nested = {"nested_scales": tensors[f"{name}.nested_absmax"], "nested_offset": offset}
-    if not torch.allclose(tensors[f"{name}.quant_map"].float(), _code_map(kind, codes.device), atol=1e-6):
+    if not torch.allclose(tensors[f"{name}.quant_map"].float(), code_values(kind, codes.device), atol=1e-6):
         raise ValueError(f"{name}: its table of values is not bitsandbytes' {kind}")
     scales = tensors[f"{name}.absmax"]
     return QuantizedTensor(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -268,10 +269,57 @@ def test_doctor_reports_this_machine(monkeypatch: pytest.MonkeyPatch):
     assert torch.__version__ in rows["torch"]
     assert os.environ["QLORA_TOOL_CACHE"] in rows["cache"]
     dtype = str(choose_compute_dtype(torch.device("cpu"))).removeprefix("torch.")
-    assert f"  cpu           {dtype} (products in GFLOP/s, measured once: " in result.stdout
+    assert f"Compute dtype that auto chooses\n  cpu           {dtype}\n" in result.stdout
     assert torch.backends.cpu.get_cpu_capability() in result.stdout
+
+    dated = next(line for line in result.stdout.splitlines() if line.startswith("  measured"))
+    assert re.fullmatch(r"  measured      \d{4}-\d\d-\d\dT\d\d:\d\d UTC, \d+ threads(; the machine was .*)?", dated)
 
     monkeypatch.setattr(doctor, "REQUIRED", ("torch", "no-such-package"))
     result = invoke("doctor")
     assert result.exit_code == 1
     assert result.stderr == "error: no-such-package is not installed; every run needs it: pip install no-such-package\n"
+
+
+def test_doctor_measures_products_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    from qlora_tool.ops import speeds
+
+    def found(date: str, ratio: float) -> speeds.Speeds:
+        gflops = {"float32": 100.0, "float32 oneDNN": 100 * ratio, "bfloat16": 50.0}
+        return speeds.Speeds(date, torch.get_num_threads(), gflops, gflops, ratio, 0.1, share)
+
+    monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path))
+    now, share = speeds.datetime.now(speeds.timezone.utc).isoformat(), 0.95
+    monkeypatch.setattr(speeds, "measure", lambda: found(now, 0.9))
+    first = invoke("doctor").stdout
+    assert "  float32 by    PyTorch (oneDNN takes 1/0.90 of PyTorch's time, ± 5%)\n" in first
+    assert f"  measured      {now[:16]} UTC, {torch.get_num_threads()} threads\n" in first
+    share = 0.4
+    monkeypatch.setattr(speeds, "measure", lambda: found(now, 2.0))
+    assert invoke("doctor").stdout == first
+    again = invoke("doctor", "--measure").stdout
+    assert "float32 100.0, float32 oneDNN 200.0, bfloat16 50.0 GFLOP/s" in again
+    assert "; the machine was busy (40% of the processors' time was free): doctor --measure measures again" in again
+    assert "  float32 by    PyTorch (" in again  # a busy machine's figures change no choice
+
+
+def test_doctor_deletes_what_was_cached_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from qlora_tool.files.hashes import file_hashes
+
+    monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    file_hashes(model)
+    assert invoke("doctor").exit_code == 0  # measures
+    for name in ("predictions/one.json", "demo/m/model.safetensors", "bases/b/x", "notes.txt"):
+        file = tmp_path / "cache" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x" * 1_000_000)
+    result = invoke("doctor", "--clear-cache")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == "cache: 3.0 MB deleted\n" and (model / "config.json").exists()
+    left = {str(file.relative_to(tmp_path / "cache")) for file in (tmp_path / "cache").rglob("*") if file.is_file()}
+    assert left == {"notes.txt", "products.json"}  # measured again, as it is shown

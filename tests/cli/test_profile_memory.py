@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from tiny_models import tiny_config
 from qlora_tool.cli import main
 from qlora_tool.memory import profile
 from qlora_tool.memory.breakdown import CATEGORIES, PHASES, MemoryReport
-from qlora_tool.ops import products
+from qlora_tool.ops.products import PYTORCH, use_products
 
 _predict = once(profile.predict)
 
@@ -38,11 +39,11 @@ def own_log():
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with a model's configuration in `m` and a run's in `run.yaml`, which commands run in. What they
     predict is traced once for each run."""
     monkeypatch.setattr(profile, "predict", _predict)
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)  # as in tests/memory/conftest.py
+    use_products(PYTORCH)  # as in tests/memory/conftest.py
     tiny_config("llama", dtype="float32").save_pretrained(tmp_path / "m")
     values = {
         "model": {"name_or_path": "m", "compute_dtype": "float32"},
@@ -52,7 +53,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    yield tmp_path
+    use_products(None)
 
 
 def run(*args: object):

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_tool.ops import products
+from qlora_tool.ops.products import PYTORCH, use_products
 
 
 @pytest.fixture(autouse=True, scope="module")
 def own_products():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "onednn_is_faster", lambda: False)
-        yield
+    use_products(PYTORCH)
+    yield
+    use_products(None)

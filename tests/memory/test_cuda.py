@@ -12,6 +12,8 @@ from qlora_tool.memory.allocator.model import OutOfMemory
 from qlora_tool.memory.allocator.operators import (
     CPU_ATTENTION,
     CPU_ATTENTION_BACKWARD,
+    VARIABLE_LENGTH,
+    VARIABLE_LENGTH_BACKWARD,
     Attention,
     cublas_workspace,
     temporaries_inside,
@@ -21,6 +23,9 @@ from qlora_tool.memory.breakdown import PARTS
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.predict import BatchShape, predict
 from qlora_tool.memory.trace.tracer import Call, Storage, Trace
+from qlora_tool.ops.declare import Target
+from qlora_tool.ops.products import ONEDNN, PYTORCH, use_products
+from qlora_tool.ops.speeds import has_onednn
 
 MIB = 2**20
 ADA, HOPPER = (8, 9), (9, 0)
@@ -48,13 +53,16 @@ def call(operator: str, event: int, shapes=(), in_backward: bool = False, itemsi
     return Call(event, operator, "forward", "", in_backward, tuple(shapes), itemsize, tuple(results))
 
 
-def tiny_trace(settings: dict | None = None, segments: tuple[int, ...] | None = None, rows: int = 2) -> Trace:
+def tiny_trace(
+    settings: dict | None = None, segments: tuple[int, ...] | None = None, rows: int = 2, dtype=torch.bfloat16
+) -> Trace:
     sizes = LlamaConfig(
         hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=2048, max_position_embeddings=512, dtype=torch.bfloat16,
     )  # fmt: skip
     config = with_values(Config(), CHECKPOINTED | (settings or {}))
-    return predict(config, sizes, BatchShape(rows, 128, rows * 127, segments=segments), torch.bfloat16)
+    shape = BatchShape(rows, 128, rows * 127, segments=segments)
+    return predict(config, sizes, shape, dtype, target=Target("cuda", ADA))
 
 
 @pytest.fixture(scope="module")
@@ -144,16 +152,49 @@ def test_calls_of_a_real_step(tiny: Trace):
     assert {Attention.of(one) for one in forward + backward} == {sizes}
     output, logsumexp = forward[0].results
     assert (output.nbytes, logsumexp.nbytes) == (2 * 128 * 4 * 64 * 2, 2 * 128 * 4 * 4)
-    products = [one for one in tiny.calls if one.operator == "aten::mm"]
+    products = [one for one in tiny.calls if one.operator == "qlora_tool::matmul"]
     assert {one.in_backward for one in products if one.phase == "backward"} == {True}
     assert {one.in_backward for one in products if one.phase == "forward"} == {False}
 
 
-def test_packed_rows_go_by_segment_and_without_a_mask():
+def test_packed_rows_go_through_one_kernel_of_variable_length():
+    """As a card runs them, whatever a CPU does: two layers, two steps, and no attention of a CPU's."""
     trace = tiny_trace(segments=(60, 68), rows=1)
-    steps = [Attention.of(one) for one in trace.calls if one.operator == CPU_ATTENTION and one.phase != "load"]
-    assert {one.queries for one in steps} == {60, 68}
-    assert not any(one.masked for one in steps)
+    steps = [one for one in trace.calls if one.phase != "load"]
+    forward = [one for one in steps if one.operator == VARIABLE_LENGTH and one.phase == "forward"]
+    backward = [one for one in steps if one.operator == VARIABLE_LENGTH_BACKWARD]
+    assert len(forward) == len(backward) == 4
+    assert not any(one.operator in (CPU_ATTENTION, CPU_ATTENTION_BACKWARD) for one in steps)
+    assert forward[0].shapes == ((128, 4, 64), (128, 2, 64), (128, 2, 64), (3,), (3,))
+    # The output, a sum of exponentials for each token and head, and the state of a dropout that there is none of.
+    assert [one.nbytes for one in forward[0].results] == [128 * 4 * 64 * 2, 4 * 128 * 4, 16]
+    # dO·O and dQ in fp32 with 128 rows more for each of two segments; dK and dV of each of four heads that share two.
+    rows = 128 + 2 * 128
+    assert temporaries_inside(backward[0], ADA) == [4 * 4 * rows, 4 * rows * 4 * 64, *[128 * 4 * 64 * 2] * 2]
+    in_fp32 = tiny_trace(segments=(60, 68), rows=1, dtype=torch.float32)
+    steps = [Attention.of(one) for one in in_fp32.calls if one.operator == CPU_ATTENTION and one.phase != "load"]
+    assert {(one.queries, one.key_heads, one.masked) for one in steps} == {(60, 4, False), (68, 4, False)}
+
+
+@pytest.mark.skipif(not has_onednn(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("settings", [{}, {"model.quantization": "int8"}])
+def test_nothing_of_the_predicting_cpu_is_in_it(settings):
+    """In fp32, where this CPU's products would take workspaces, and quantizing takes other temporaries than a card."""
+    traces = []
+    for library in (PYTORCH, ONEDNN):
+        use_products(library)
+        traces.append(tiny_trace(settings, dtype=torch.float32))
+    use_products(PYTORCH)
+    one, other = ([(life.nbytes, life.operator, sign) for life, sign in trace.events] for trace in traces)
+    assert one == other
+    quantized = [life.nbytes for life in traces[0].storages if life.operator.startswith("qlora_tool::quantize")]
+    # For nf4 the codes, the scales, those less their mean, and their own codes, scales and mean; for int8 a piece in 16
+    # bits with its sizes and what is finite of it, 8 bytes a row, codes and scales. fp32 weights: q_proj's.
+    weights, blocks = 256 * 256, 256 * 256 // 64
+    expected = [weights // 2, 4 * blocks, 4 * blocks, blocks, 4 * blocks // 256, 4]
+    if settings:
+        expected = [7 * weights + 8 * 256, weights, 4 * 256]
+    assert quantized[: len(expected)] == expected
 
 
 def test_a_tiny_step(tiny: Trace):
@@ -191,7 +232,8 @@ def test_the_optimizers_state(tiny: Trace):
 def test_llama_2_7b_by_hand(layers: int):
     """A Llama-2-7B, or its first layers, at 1 × 2048, r = 16 on all linears, checkpointed, bf16."""
     sizes = LlamaConfig(num_hidden_layers=layers, max_position_embeddings=4096, dtype=torch.bfloat16)
-    trace = predict(with_values(Config(), CHECKPOINTED), sizes, BatchShape.full(1, 2048), torch.bfloat16)
+    run = with_values(Config(), CHECKPOINTED), sizes, BatchShape.full(1, 2048), torch.bfloat16
+    trace = predict(*run, target=Target("cuda", ADA))
     found = cuda_timeline(trace).breakdown()
     hidden, wide, vocabulary, length, r = 4096, 11008, 32000, 2048, 16
     weights = layers * (4 * hidden * hidden + 3 * hidden * wide)  # q, k, v, o; gate, up, down

@@ -83,7 +83,7 @@ def test_long_batches_are_drawn_out_of_shorter_ones(monkeypatch, segments):
 
 def test_what_is_asked_twice_is_traced_once(monkeypatch):
     calls = []
-    monkeypatch.setattr(extrapolate, "predict", lambda *args: calls.append(args) or predict(*args))
+    monkeypatch.setattr(extrapolate, "predict", lambda *args, **to: calls.append(args) or predict(*args, **to))
     sizes = {"vocab_size": 300, "num_hidden_layers": 1}
     model_config, shape = made("llama", **sizes), BatchShape.full(1, 32)
     first = estimate_peak(settings(), model_config, shape, torch.float32)

@@ -16,6 +16,7 @@ from qlora_tool.data.batches import Segments, collate
 from qlora_tool.model import segments
 from qlora_tool.model.behaviour import behaviour_of
 from qlora_tool.model.segments import NAME, SegmentMask, plain_attention, segment_attention, use_segments
+from qlora_tool.ops.declare import Target, meant_for
 
 # Some of these have windows of four tokens, and deepseek's values have another width than its keys.
 BY_SEGMENT = ["llama", "qwen3", "mistral", "gemma3_text", "cohere2", "gpt2", "gpt_neox", "mixtral", "deepseek_v3"]
@@ -240,12 +241,13 @@ CASES = [
 
 @pytest.mark.parametrize("heads", [(4, 2), (2, 2), (4, 1)])
 @pytest.mark.parametrize(("lengths", "rows", "window"), CASES)
-@pytest.mark.parametrize("way", ["kernel", "plain", "variable length"])
+@pytest.mark.parametrize("way", ["kernel", "plain", "variable length", "variable length, one head each"])
 def test_values_and_gradients_are_those_of_the_definition(way, lengths, rows, window, heads, monkeypatch):
     if way == "plain":
-        monkeypatch.setattr(segments, "_takes_flash_cpu", lambda *_: False)
-    if way == "variable length":
-        monkeypatch.setattr(segments, "_takes_flash_cuda", lambda *_: True)
+        monkeypatch.setattr(segments, "has_flash_cpu", lambda *_: False)
+    if way != "kernel" and way != "plain":
+        monkeypatch.setattr(segments, "has_flash_cuda", lambda *_: True)
+        monkeypatch.setattr(segments, "_GROUPS_HEADS", way == "variable length")
         monkeypatch.setattr(segments, "varlen_attn", documented_varlen)
     inputs = made_up(lengths, *heads, rows=rows)
     found, _ = segment_attention(nn.Module(), *inputs, SegmentMask(Segments.of(lengths), window), scaling=0.3)
@@ -260,7 +262,7 @@ def test_values_and_gradients_are_those_of_the_definition(way, lengths, rows, wi
         torch.testing.assert_close(one, other)
 
 
-def documented_varlen(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+def documented_varlen(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
     """`torch.nn.attention.varlen.varlen_attn` by its documentation: (left, right) tokens are seen beside one's own."""
     assert cu_q.dtype == torch.int32 and enable_gqa == (query.shape[1] != key.shape[1])
     left, right = window_size
@@ -309,9 +311,15 @@ def test_windows_take_masks_where_they_are_longer_only():
     assert SegmentMask(Segments.of([3, 5]), 5).window is None
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_cuda_takes_one_kernel_for_all_segments_in_16_bits(dtype):
-    """On fake tensors: shapes, and which operators are asked for."""
+AMPERE, TURING = Target("cuda", (8, 0)), Target("cuda", (7, 5))
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "kernel"),
+    [(AMPERE, torch.bfloat16, True), (AMPERE, torch.float32, False), (TURING, torch.float16, False)],
+)
+def test_cuda_takes_one_kernel_for_all_segments_in_16_bits(target, dtype, kernel):
+    """On fake CPU tensors that are meant for a card: shapes, and which operators are asked for."""
     asked = []
 
     class Asked(TorchDispatchMode):
@@ -319,13 +327,16 @@ def test_cuda_takes_one_kernel_for_all_segments_in_16_bits(dtype):
             asked.append(func._schema.name)
             return func(*args, **(kwargs or {}))
 
-    with FakeTensorMode(), torch.no_grad(), Asked():  # backward would ask for the device
-        inputs = [torch.empty(2, 8, n, 64, dtype=dtype, device="cuda").transpose(1, 2) for n in (4, 2, 2)]
-        given = Segments((5, 3, 8), torch.empty(4, dtype=torch.int32, device="cuda"))
-        mask = SegmentMask(given, 4 if dtype == torch.bfloat16 else None)
+    with FakeTensorMode(), meant_for(target), Asked():
+        inputs = [torch.empty(2, 8, n, 64, dtype=dtype).transpose(1, 2).requires_grad_() for n in (4, 2, 2)]
+        mask = SegmentMask(Segments((5, 3, 8), torch.empty(4, dtype=torch.int32)), 4 if kernel else None)
         output, _ = segment_attention(nn.Module(), *inputs, mask, scaling=0.1)
-        assert output.shape == (2, 8, 4, 64) and output.device.type == "cuda"
-    assert asked.count("torch_attn::_varlen_attn") == (dtype == torch.bfloat16)
+        assert output.shape == (2, 8, 4, 64)
+        gradients = torch.autograd.grad(output.sum(), inputs)
+        assert [one.shape for one in gradients] == [one.shape for one in inputs]
+    assert asked.count("torch_attn::_varlen_attn") == asked.count("torch_attn::_varlen_attn_backward") == kernel
+    on_cpu = asked.count("aten::_scaled_dot_product_flash_attention_for_cpu")
+    assert on_cpu == (0 if kernel else 3)
     assert not any("item" in name or "local_scalar" in name for name in asked)
 
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_tool.ops import products
-from qlora_tool.ops.products import ONEDNN, matmul, matmul_add
+from qlora_tool.memory.trace.tracer import Tracer
+from qlora_tool.ops import products, speeds
+from qlora_tool.ops.products import ONEDNN, PYTORCH, matmul, matmul_add, products_choice, use_products
+from qlora_tool.ops.speeds import has_onednn
 
 
-@pytest.fixture(params=[True, False], ids=["oneDNN", "BLAS"])
-def library(request, monkeypatch):
-    if request.param and not products.has_onednn():
+@pytest.fixture(params=[ONEDNN, PYTORCH])
+def library(request):
+    if request.param == ONEDNN and not has_onednn():
         pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param)
-    return request.param
+    use_products(request.param)
+    yield request.param
+    use_products(None)
 
 
 def normal(*shape, dtype=torch.float32):
@@ -38,12 +42,16 @@ def test_products_are_right(library, shape, turned, dtype):
     assert ((matmul_add(left, right, to).double() - exact).abs() <= bound).all()
 
 
-def test_the_library_is_what_was_measured(library, monkeypatch):
-    taken = []
-    monkeypatch.setattr(products, "onednn_matmul", lambda left, right: taken.append(left.dtype) or left @ right)
-    matmul(normal(4, 4), normal(4, 4))
-    matmul(normal(4, 4, dtype=torch.bfloat16), normal(4, 4, dtype=torch.bfloat16))
-    assert taken == ([torch.float32] if library else [])
+def test_products_are_bit_for_bit_the_librarys(library):
+    """The wrapping changes nothing."""
+    left, right, to = normal(64, 256), normal(512, 256).T, normal(64, 512)
+    if library == ONEDNN:
+        direct = torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
+        added = torch.ops.mkldnn._linear_pointwise.binary(left, to, right.T, None, "add")
+    else:
+        direct, added = torch.mm(left, right), torch.addmm(to, left, right)
+    assert torch.equal(matmul(left, right), direct)
+    assert torch.equal(matmul_add(left, right, to), added)
 
 
 def test_products_have_shapes_without_data(library):
@@ -52,28 +60,106 @@ def test_products_have_shapes_without_data(library):
         assert matmul(left, right).shape == matmul_add(left, right, to).shape == (2, 4)
 
 
-@pytest.mark.parametrize(("speed", "faster"), [(200.0, True), (110.0, False), (50.0, False), (0.0, False)])
-def test_onednn_has_to_be_clearly_faster(monkeypatch, speed, faster):
-    monkeypatch.setattr(products, "kept_measurement", lambda: {"float32": 100.0, ONEDNN: speed, "bfloat16": 1.0})
-    assert products.onednn_is_faster.__wrapped__() is faster
+# --------------------------------------------------------------------------------------------------------- the choice
 
 
-@pytest.mark.skipif(
-    not products.has_onednn() or torch.backends.cpu.get_cpu_capability() != "AVX512",
-    reason="oneDNN packs in panels of 64 columns where it has AVX-512",
-)
-@pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("shape", [(256, 64, 128), (64, 100, 100), (40, 1536, 576), (40, 512, 512)])
-def test_the_workspace_of_onednn_is_predicted(monkeypatch, shape, turned):
-    """What the allocator hands out in one product beside its result."""
-    from torch.profiler import ProfilerActivity, profile
+@pytest.fixture
+def nothing_chosen(tmp_path, monkeypatch):
+    """As in a new process with an empty cache."""
+    monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path))
+    use_products(None)
+    yield
+    use_products(None)
 
-    n, k, m = shape
-    left, right = normal(n, k), normal(m, k).T if turned else normal(k, m)
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
-    matmul(left, right)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+
+def measured(monkeypatch, ratio: float) -> list[float]:
+    """Measuring finds this; gives what grows by one each time."""
+    times: list[float] = []
+
+    def measure() -> speeds.Speeds:
+        times.append(ratio)
+        torch.ones(1000).sum()  # what a watcher must not see
+        gflops = {"float32": 100.0, "float32 oneDNN": 100 * ratio, "bfloat16": 1.0}
+        date = speeds.datetime.now(speeds.timezone.utc).isoformat()
+        return speeds.Speeds(date, torch.get_num_threads(), gflops, gflops, ratio, 0.05, 0.95)
+
+    monkeypatch.setattr(speeds, "measure", measure)
+    return times
+
+
+def test_a_process_chooses_once_and_unseen(nothing_chosen, monkeypatch):
+    times = measured(monkeypatch, 1.6)
+    with Tracer() as tracer, FakeTensorMode():
+        assert products_choice() == products_choice() == ONEDNN
+    assert len(times) == 1 and not tracer.trace.storages
+    monkeypatch.setattr(speeds, "known_speeds", lambda: pytest.fail("measured or read again"))
+    assert products_choice() == ONEDNN
+
+
+@pytest.mark.skipif(not has_onednn(), reason="this PyTorch has no oneDNN")
+def test_a_resumed_run_takes_the_choice_it_was_begun_with(nothing_chosen, monkeypatch):
+    measured(monkeypatch, 0.5)
+    written = []
+    for choice in (ONEDNN, PYTORCH):
+        use_products(choice)
+        written.append(products_choice())
+    assert written == [ONEDNN, PYTORCH]
+    use_products(None)
+    assert products_choice() == PYTORCH  # as measured
+    with pytest.raises(ValueError, match="'MKL': expected PyTorch or oneDNN"):
+        use_products("MKL")
+
+
+def test_onednn_written_elsewhere_is_not_asked_of_a_torch_without(nothing_chosen, monkeypatch):
+    monkeypatch.setattr(speeds, "has_onednn", lambda: False)
+    use_products(ONEDNN)
+    assert products_choice() == PYTORCH
+
+
+# ---------------------------------------------------------------------------------------- what training sees of it
+
+
+LARGE = (256, 512, 2048)  # 2·256·512·2048 = 5.4e8 operations
+
+
+def multiply(times: int, shape: tuple[int, int, int] = LARGE, seconds: float = 0.0, monkeypatch=None) -> None:
+    left, right = torch.ones(shape[0], shape[1]), torch.ones(shape[1], shape[2])
+    for _ in range(times):
         matmul(left, right)
-    taken = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    beside = sum(size for size in taken if size > 0) - 4 * n * m
-    assert products.onednn_workspace(right.T) == pytest.approx(beside, abs=128)
+
+
+@pytest.mark.parametrize(("share", "again"), [(0.5, True), (0.7, False)])
+def test_a_run_that_is_far_slower_has_the_next_process_measure_again(nothing_chosen, monkeypatch, share, again):
+    times = measured(monkeypatch, 0.5)
+    assert products_choice() == PYTORCH  # at 100 GFLOP/s
+    clock = iter(range(10**6))
+    work = 2e-9 * LARGE[0] * LARGE[1] * LARGE[2]
+    monkeypatch.setattr(products, "_check", products._SpeedCheck())
+    monkeypatch.setattr(products.time, "perf_counter", lambda: next(clock) * work / (100 * share))
+    monkeypatch.setattr(products._SpeedCheck, "PASSED_OVER", 3)
+    monkeypatch.setattr(products._SpeedCheck, "TIMED", 5)
+    multiply(50, (256, 64, 2048))  # LoRA's own are narrow
+    multiply(7)
+    assert not speeds.known_speeds().in_training
+    multiply(1)
+    assert products_choice() == PYTORCH and len(times) == 1  # this process goes on as it began
+    assert speeds.known_speeds().choice == PYTORCH
+    assert len(times) == 1 + again  # and the next one measured
+    multiply(20)  # no more is timed
+    assert next(clock) <= 12
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_product_is_one_operation_to_whoever_watches(library):
+    with Operators() as seen:
+        matmul(torch.ones(2, 3), torch.ones(3, 4))
+    assert [name for name in seen.names if "ones" not in name] == ["qlora_tool::matmul"]

@@ -11,7 +11,9 @@ from qlora_tool.ops.quantize_cpu import quantize_blocks
 
 
 def assert_same(weights: torch.Tensor, kind: str, block_size: int = 64) -> None:
-    codes, scales = quantize_blocks(weights, kind, block_size)
+    codes = torch.empty(len(weights) // 2, 1, dtype=torch.uint8)
+    scales = torch.empty(len(weights) // block_size)
+    assert quantize_blocks(weights, kind, block_size, codes.view(-1), scales)
     expected_codes, expected_scales = torch.ops.bitsandbytes.quantize_4bit.default(
         weights, block_size, kind, torch.uint8
     )
@@ -58,4 +60,5 @@ def test_zeros_tiny_numbers_and_no_numbers():
     for weights in (torch.zeros(128), torch.full((128,), 1e-42), torch.full((64,), -1e-38), torch.full((64,), 3e38)):
         assert_same(weights, "nf4")
     for odd in (torch.inf, -torch.inf, torch.nan):
-        assert quantize_blocks(torch.tensor([odd] + [0.0] * 63), "nf4", 64) is None
+        codes, scales = torch.empty(32, dtype=torch.uint8), torch.empty(1)
+        assert not quantize_blocks(torch.tensor([odd] + [0.0] * 63), "nf4", 64, codes, scales)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from qlora_tool.ops import quantization
 from qlora_tool.weights import quantized as module
 from qlora_tool.weights.quantized import QuantizedTensor, disk_group, disk_names, from_disk, quantize, to_disk
 
@@ -72,15 +73,15 @@ def test_four_bits_are_bitsandbytes_own_bits(kind, double, dtype):
         assert_quantized_like_bitsandbytes(kind, double, weight(*shape, dtype=dtype))
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(2, module._CHUNK + 36), (4097, 512)])
+@pytest.mark.parametrize(("rows", "columns"), [(2, quantization.PIECE + 36), (4097, 512)])
 def test_a_weight_quantized_in_several_chunks_is_the_same(rows, columns):
-    assert rows * columns > 2 * module._CHUNK
+    assert rows * columns > 2 * quantization.PIECE
     assert_quantized_like_bitsandbytes("nf4", True, weight(rows, columns, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_int8_is_bitsandbytes_own(dtype, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", 1000)  # several chunks, the last one short
+    monkeypatch.setattr(quantization, "PIECE", 1000)  # several pieces, the last one short
     value = weight(70, 96, dtype=dtype)
     found = quantize(value, "int8")
     expected = bitsandbytes.nn.Int8Params(value.clone(), requires_grad=False).to("cpu")
@@ -126,8 +127,10 @@ def test_the_error_is_at_most_half_the_widest_step_of_the_table(kind, table):
 def test_the_scales_own_quantization_moves_them_by_at_most_its_step():
     value = weight(1024, 64)
     plain, double = quantize(value, "nf4", double_quant=False), quantize(value, "nf4")
-    # 8-bit dynamic codes lie at most 0.0157 of the largest apart at the top, so half of it off.
-    moved = (double._plain_scales() - plain.scales).view(-1, 256).abs().amax(-1)
+    # 8-bit dynamic codes lie at most 0.0157 of the largest apart at the top, so half of it off. The largest weight of a
+    # block is its scale, times 1 or -1.
+    moved = double.dequantize().view(-1, 64).abs().amax(-1) - plain.dequantize().view(-1, 64).abs().amax(-1)
+    moved = moved.view(-1, 256).abs().amax(-1)
     largest = (plain.scales - plain.scales.mean()).view(-1, 256).abs().amax(-1)
     assert (moved <= 0.0079 * largest).all()
     assert double.scales.nbytes + double.nested_scales.nbytes < plain.scales.nbytes / 3.8

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 from qlora_tool.config import Config
 
@@ -272,9 +271,10 @@ class StepMemory:
         from qlora_tool.memory.allocator.calibrate import Calibration
         from qlora_tool.memory.allocator.timeline import cuda_timeline
         from qlora_tool.memory.trace.predict import predict
+        from qlora_tool.ops.declare import Target
 
         return cuda_timeline(
-            predict(*self._arguments()),
+            predict(*self._arguments(), target=Target("cuda", tuple(device["capability"]))),
             expandable_segments=expandable_segments,
             compute_capability=tuple(device["capability"]),
             calibration=Calibration(**device["calibration"]) if device.get("calibration") else None,
@@ -300,17 +300,14 @@ def largest_of_a_step(phases: dict[str, int]) -> int:
     return max(size for phase, size in phases.items() if phase != "load")
 
 
-@contextmanager
-def tokens_per_expert(shares: Callable[[int, int], Sequence[int]]) -> Iterator[None]:
+def tokens_per_expert(shares: Callable[[int, int], Sequence[int]]) -> AbstractContextManager[None]:
     """Meanwhile `shares(tokens x k, experts)` decides how many tokens each expert gets, whatever the router said.
 
     Tokens then go to experts they were not meant for; the sizes are right, and nothing else is asked of them.
     """
-    from qlora_tool.model import experts
+    from qlora_tool.model.experts import assuming_routing
 
-    counted = patch.object(experts, "_tokens_per_expert", lambda index, count: list(shares(index.shape[0], count)))
-    with counted:
-        yield
+    return assuming_routing(shares)
 
 
 def look_at_cuda() -> dict[str, Any]:

@@ -216,12 +216,9 @@ def measure(case: Case, routing: Callable[[], AbstractContextManager] = nullcont
 
 def even_routing() -> AbstractContextManager:
     """Every expert gets as many tokens as every other, as in a prediction."""
+    from qlora_tool.model.experts import even_shares
 
-    def shares(total: int, experts: int) -> list[int]:
-        each, more = divmod(total, experts)
-        return [each + (index < more) for index in range(experts)]
-
-    return tokens_per_expert(shares)
+    return tokens_per_expert(even_shares)
 
 
 def worst_routing(k: int) -> AbstractContextManager:

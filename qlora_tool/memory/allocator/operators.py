@@ -1,14 +1,12 @@
-"""What operators take on a CUDA device that a trace on a CPU does not show: temporaries inside them, results of another
-size, workspaces of libraries.
+"""What PyTorch's operators take on a CUDA device that a trace made on a CPU does not show: temporaries inside them,
+results of another size, workspaces of libraries. Operations of our own say it themselves (`ops/declare.py`).
 
 Everything is told from the shapes of a call. Where a figure is not read from a source but estimated, the table says so,
 and `ESTIMATED` names the operator. Read in PyTorch 2.13 and bitsandbytes 0.50.2.
 
-Operators that take nothing beside their results, and so have no entry: bitsandbytes' `dequantize_4bit`,
-`dequantize_blockwise`, `quantize_4bit`, `quantize_blockwise` and `int8_vectorwise_quant` (`backends/cuda/ops.py`: an
-`empty` for each result, then one kernel); `_log_softmax`, `nll_loss` and their backward passes; `embedding`; all
-elementwise operators. Reductions over more rows than a card has blocks keep partial sums of some KB, and `topk` sorts
-within a block: both are left out.
+Operators that take nothing beside their results, and so have no entry: `_log_softmax`, `nll_loss` and their backward
+passes; `embedding`; all elementwise operators. Reductions over more rows than a card has blocks keep partial sums of
+some KB, and `topk` sorts within a block: both are left out.
 """
 
 from __future__ import annotations
@@ -21,6 +19,8 @@ from qlora_tool.memory.trace.tracer import Call
 
 CPU_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 CPU_ATTENTION_BACKWARD = f"{CPU_ATTENTION}_backward"
+VARIABLE_LENGTH = "torch_attn::_varlen_attn"
+VARIABLE_LENGTH_BACKWARD = f"{VARIABLE_LENGTH}_backward"
 FLASH_HEAD_DIM = 256  # the widest head of the flash and cuDNN kernels
 
 
@@ -111,7 +111,7 @@ class Attention:
             rows, width = _up(self.queries, 64), _up(self.head_dim, 64)
             delta = 4 * self.batch * self.heads * self.queries
             return [delta] if self.itemsize == 4 else [delta, 4 * self.batch * rows * self.heads * width]
-        rows, width = _up(self.queries, 128), _up(self.head_dim, 32 if self.head_dim <= 128 else 64)
+        rows, width = _up(self.queries, 128), _flash_width(self.head_dim)
         temporaries = [4 * self.batch * self.heads * rows, 4 * self.batch * rows * self.heads * width]
         if self.heads != self.key_heads:
             temporaries += [self.batch * self.keys * self.heads * self.head_dim * self.itemsize] * 2
@@ -120,6 +120,21 @@ class Attention:
 
 RANDOM_STATE = (16, 8)
 """Bytes of what the attention kernels keep for dropout whether there is any or not: seed and offset, and one unused."""
+
+
+def _flash_width(head_dim: int) -> int:
+    return _up(head_dim, 32 if head_dim <= 128 else 64)
+
+
+def _variable_length_backward(call: Call) -> list[int]:
+    """The same over segments of any length (`mha_varlen_bwd`): the sums dO·O and dQ in fp32 have 128 rows more for each
+    segment; dK and dV of every query head, (keys, heads, head_dim) each, where several share a key head."""
+    _, (queries, heads, head_dim), (keys, key_heads, _), _, _, _, (offsets, *_), *_ = call.shapes
+    rows = queries + 128 * (offsets - 1)
+    temporaries = [4 * heads * rows, 4 * rows * heads * _flash_width(head_dim)]
+    if heads != key_heads:
+        temporaries += [keys * heads * head_dim * call.itemsize] * 2
+    return temporaries
 
 
 # ------------------------------------------------------------------------------------------------ other operators
@@ -148,6 +163,7 @@ def _sort(call: Call) -> list[int]:
 
 
 _INSIDE: dict[str, Callable[[Call], list[int]]] = {
+    VARIABLE_LENGTH_BACKWARD: _variable_length_backward,
     "aten::index_put": _index_put,
     "aten::index_put_": _index_put,
     "aten::embedding_dense_backward": _embedding_backward,

@@ -1,7 +1,8 @@
-"""What a trace made on a CPU would take on a CUDA device.
+"""What a trace that was made on a CPU, of a step that is meant for a CUDA device, takes there.
 
 The births and deaths go through the model of PyTorch's caching allocator. What a CPU does not show is put in: cuBLAS
-workspaces, what operators take inside, results of another size (`cuda_operators`). The CUDA context comes on top.
+workspaces, what PyTorch's operators take inside, results of another size (`operators.py`). The CUDA context comes on
+top.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def cuda_timeline(
     """Replay a trace on a modelled CUDA device.
 
     Args:
-        trace: of fake or real CPU tensors, in the device's compute dtype.
+        trace: of CPU tensors, in the device's compute dtype, of a step that was meant for the device (`predict` with a
+            `target`).
         expandable_segments: as `PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True`.
         limit: the most bytes that the allocator may reserve: the card's memory less the context. Near it, cached
             segments are given back, so that less is reserved than without.

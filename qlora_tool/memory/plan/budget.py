@@ -28,13 +28,20 @@ from qlora_tool.files.atomic import write_json
 from qlora_tool.files.cache import cache_folder
 from qlora_tool.memory.allocator.available import available_bytes
 from qlora_tool.memory.breakdown import Breakdown
-from qlora_tool.memory.profile import CudaTarget, Prediction, compute_dtype_on, model_config_of
+from qlora_tool.memory.profile import (
+    CudaTarget,
+    Prediction,
+    compute_dtype_on,
+    device_of,
+    model_config_of,
+)
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.predict import BatchShape, predict
 from qlora_tool.memory.trace.recomputation_cost import Cost, Costs
 from qlora_tool.model.checkpointing import Recomputation
 from qlora_tool.model.open import choose_device, choose_dtype
 from qlora_tool.model.source import read_model_config, resolve
+from qlora_tool.ops.products import products_choice
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
@@ -159,7 +166,8 @@ def choose(
     """
     config = with_values(config, {"training.gradient_checkpointing": True})
     identity = [__version__, torch.__version__, model_config.to_json_string(), memory_settings(config),
-                dataclasses.astuple(shape), str(compute_dtype), target and dataclasses.astuple(target),
+                dataclasses.astuple(shape), str(compute_dtype),
+                dataclasses.astuple(target) if target else products_choice(),
                 budget_bytes]  # fmt: skip
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
     file = cache_folder() / "predictions" / f"recomputed-{digest}.json"
@@ -237,11 +245,12 @@ class _Chooser:
 
     @cached_property
     def costs(self) -> Costs:
-        return Costs.of(self.config, self.model_config, self.shape, self.compute_dtype)
+        return Costs.of(self.config, self.model_config, self.shape, self.compute_dtype, device_of(self.target))
 
     def _predict(self, chosen: Sequence[Cost]) -> Breakdown:
         """By a whole prediction; later estimates follow it."""
-        trace = predict(self.config, self.model_config, self.shape, self.compute_dtype, _policy(chosen))
+        run = self.config, self.model_config, self.shape, self.compute_dtype
+        trace = predict(*run, _policy(chosen), device_of(self.target))
         found = Prediction.of(trace, self.target).breakdown
         self.error += found.needed_bytes - self._estimate(chosen)
         return found

@@ -19,8 +19,9 @@ from qlora_tool.config import with_values
 from qlora_tool.errors import UserError
 from qlora_tool.memory.plan.length import longest_length, step_of
 from qlora_tool.memory.show.plan_table import render_plan
-from qlora_tool.memory.trace.extrapolate import Estimate, estimate_peak, resized, timeline_on
+from qlora_tool.memory.trace.extrapolate import ANY_CARD, Estimate, estimate_peak, resized, timeline_on
 from qlora_tool.memory.trace.predict import BatchShape, predict
+from qlora_tool.ops.declare import CPU
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
@@ -317,7 +318,8 @@ class _Search:
     def calibrate(self, settings: Mapping[str, Any]) -> int:
         """What the device has to give, from a full trace; estimates follow it from here on."""
         config = self.of(settings)
-        trace = predict(config, self.model_config, self._shape(config), self.compute_dtype)
+        target = CPU if self.device == "cpu" else ANY_CARD
+        trace = predict(config, self.model_config, self._shape(config), self.compute_dtype, target=target)
         if self.device == "cpu":
             needed, context = timeline_on(trace, "cpu").peak_bytes, 0
         else:

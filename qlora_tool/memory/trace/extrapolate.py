@@ -21,6 +21,7 @@ from qlora_tool.memory.breakdown import PHASES
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.predict import BatchShape, predict
 from qlora_tool.model.layer_stack import LayerStack, layer_stack, with_layers
+from qlora_tool.ops.declare import CPU, Target
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
@@ -67,9 +68,13 @@ class Moment(NamedTuple):
 WEIGHTS = Moment("weights")
 
 
+ANY_CARD = Target("cuda", (8, 9))  # what `cuda_timeline` assumes too
+
+
 def estimate_peak(
-    config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype, device: str = "cpu"
-) -> Estimate:
+    config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype, device: str = "cpu",
+    target: Target | None = None,
+) -> Estimate:  # fmt: skip
     """The peak that a full trace (`predict`) would show, from the traces of two shallow models.
 
     Traces are kept, so that to ask again costs nothing.
@@ -80,13 +85,15 @@ def estimate_peak(
         shape: of the batch.
         compute_dtype: what products run in.
         device: `cpu`, or `cuda`: what the caching allocator has then allocated (not reserved).
+        target: what the steps are meant for; by default the device.
 
     Raises:
         UserError: no causal language model can be made of `model_config`, it cannot be traced, or it has no layers to
             recompute.
     """
     stack = _layer_stack(_text_of(model_config), config.model.trust_remote_code)
-    make = partial(_Case.of, config, model_config, compute_dtype, stack)
+    target = target or (CPU if device == "cpu" else ANY_CARD)
+    make = partial(_Case.of, config, model_config, compute_dtype, target, stack)
     if shape.rows * shape.length <= LONG_BATCH:
         found = _by_phase(_peaks_at_depth(make, shape, device))
     else:
@@ -176,6 +183,7 @@ class _Case:
     model: _Text
     shape: BatchShape
     compute_dtype: torch.dtype
+    target: Target
     stack: LayerStack
     depth: int
     settings: str
@@ -183,8 +191,9 @@ class _Case:
 
     @classmethod
     def of(
-        cls, config: Config, model_config, compute_dtype: torch.dtype, stack: LayerStack, shape: BatchShape, depth: int
-    ) -> _Case:
+        cls, config: Config, model_config, compute_dtype: torch.dtype, target: Target, stack: LayerStack,
+        shape: BatchShape, depth: int,
+    ) -> _Case:  # fmt: skip
         training = config.training
         settings = (
             config.model.quantization, config.model.double_quant, config.model.embeddings,
@@ -193,7 +202,7 @@ class _Case:
             min(2, training.gradient_accumulation_steps), training.max_grad_norm > 0,
             training.label_smoothing_factor > 0, training.tiled_mlp, training.optimizer_in_backward,
         )  # fmt: skip
-        return cls(_text_of(model_config), shape, compute_dtype, stack, depth, repr(settings), config)
+        return cls(_text_of(model_config), shape, compute_dtype, target, stack, depth, repr(settings), config)
 
 
 @lru_cache(maxsize=1024)
@@ -204,11 +213,11 @@ def _peaks(case: _Case, device: str) -> Mapping[Moment, int]:
 @lru_cache(maxsize=2)  # of one case for several devices
 def _trace(case: _Case) -> Trace:
     model_config = with_layers(case.model.model_config, case.depth)
-    return predict(case.config, model_config, case.shape, case.compute_dtype)
+    return predict(case.config, model_config, case.shape, case.compute_dtype, target=case.target)
 
 
 def timeline_on(trace: Trace, device: str) -> Timeline:
-    """What a trace looks like on a device: `cpu` or `cuda`."""
+    """What a trace looks like on a device that it was made for: `cpu` or `cuda`."""
     if device == "cpu":
         return timeline(trace)
     from qlora_tool.memory.allocator.timeline import cuda_timeline

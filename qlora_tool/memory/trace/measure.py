@@ -11,8 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from qlora_tool.memory.trace.predict import BatchShape, made_up_run
 from qlora_tool.memory.trace.tracer import Trace, Tracer
-from qlora_tool.ops import quantize_cpu
-from qlora_tool.weights import quantized
+from qlora_tool.ops.products import products_choice
+from qlora_tool.ops.quantization import make_tables
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
@@ -24,7 +24,7 @@ def measure_categories(
     recomputation: Recomputation | None = None,
 ) -> Trace:  # fmt: skip
     """The memory of a run over time on a CPU, as the tracer sees it on real tensors."""
-    _forget_tables()
+    _prepare()
     with Tracer() as tracer:
         made_up_run(config, model_config, shape, compute_dtype, tracer, recomputation=recomputation)
     return tracer.trace
@@ -35,7 +35,7 @@ def measure_peak(
     recomputation: Recomputation | None = None,
 ) -> int:  # fmt: skip
     """The allocator's own count of the same run, no tracer near it: the most bytes that were allocated at once."""
-    _forget_tables()
+    _prepare()
     gc.collect()  # what an earlier run left in cycles must not be freed in the middle of this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         made_up_run(config, model_config, shape, compute_dtype, recomputation=recomputation)
@@ -46,10 +46,10 @@ def measure_peak(
     return peak
 
 
-def _forget_tables() -> None:
-    """A process makes the tables of 4-bit codes once; a run takes them, whichever of a process it is."""
-    quantized._make_code_map.cache_clear()
-    quantize_cpu._make_table.cache_clear()
+def _prepare() -> None:
+    """What a process makes once, and no prediction counts: tables of a few KB, and the choice of a library."""
+    make_tables(torch.device("cpu"))
+    products_choice()
 
 
 def allocations(profiler: profile) -> Iterator[tuple[int, int]]:

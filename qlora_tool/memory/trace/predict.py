@@ -6,18 +6,14 @@ adapters, `train_step`, the optimizer. Two steps are run, as the optimizer's sta
 
 from __future__ import annotations
 
-import functools
-import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
-from unittest.mock import patch
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,10 +25,10 @@ from qlora_tool.errors import ToolError, UserError
 from qlora_tool.memory.trace.classify import name_gradients, name_optimizer, name_weights
 from qlora_tool.memory.trace.tracer import Trace, Tracer
 from qlora_tool.model.causal_lm import CausalLM
-from qlora_tool.ops import quantize_cpu
+from qlora_tool.model.experts import assuming_routing, even_shares
+from qlora_tool.ops.declare import CPU, Target, meant_for
 from qlora_tool.training.optimizers import Optimizer, make_optimizer, parameter_groups
 from qlora_tool.training.step import StepSettings, train_step
-from qlora_tool.weights import quantized
 
 if TYPE_CHECKING:
 
@@ -197,17 +193,20 @@ class TracerWatch:
 
 def predict(
     config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype,
-    recomputation: Recomputation | None = None,
+    recomputation: Recomputation | None = None, target: Target = CPU,
 ) -> Trace:  # fmt: skip
-    """The memory of a run over time, on a device with this compute dtype, without weights or data.
+    """The memory of a run over time, without weights or data. Experts get an even share of tokens each.
 
-    `classify.timeline` makes bytes by part of it.
+    `classify.timeline` makes bytes by part of it, `cuda_timeline` those that a CUDA device takes.
+
+    Args:
+        target: the device that it is predicted for; none of it need be here.
 
     Raises:
         UserError: the model's code cannot run on fake tensors, as where it looks at values; the module is named.
     """
     try:
-        with _fake_world(shape), Tracer() as tracer:
+        with _fake_world(shape), meant_for(target), assuming_routing(even_shares), Tracer(has_data=False) as tracer:
             made_up_run(config, model_config, shape, compute_dtype, tracer, recomputation=recomputation)
     except ToolError:
         raise
@@ -234,22 +233,16 @@ def _failing_module(error: Exception) -> str:
 
 @contextmanager
 def _fake_world(shape: BatchShape) -> Iterator[None]:
-    """Fake tensors, and what would do otherwise with real ones.
+    """Fake tensors, and transformers told what cannot be read off them.
 
-    Whether positions begin anew within a row cannot be read off fake tensors, so transformers assumes they do and makes
-    a mask of length × length. Where the rows are not packed it is told that they do not.
-
-    A weight is quantized in one piece instead of in thousands (to int8 in a few): the pieces together have the same
-    bytes. The 8-bit optimizer's table of values is one without values; the tables of 4-bit codes are kept, as a process
-    keeps them.
+    Whether positions begin anew within a row is a matter of values, so transformers assumes they do where it has none,
+    and makes a mask of length × length. It is told that rows that are not packed are not.
     """
-    with ExitStack() as changes:
-        if shape.segments is None:
-            unpacked = patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
-            changes.enter_context(unpacked)
-        changes.enter_context(patch.object(quantized, "_CHUNK", sys.maxsize))
-        changes.enter_context(patch.object(quantized, "_code_map", functools.cache(quantized._code_map)))
-        changes.enter_context(patch.object(quantize_cpu, "table", functools.cache(quantize_cpu.table)))
-        changes.enter_context(patch.object(bnb, "create_dynamic_map", lambda **_kind: torch.empty(256)))
-        changes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        yield
+    asked = masking_utils.find_packed_sequence_indices
+    if shape.segments is None:
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        masking_utils.find_packed_sequence_indices = asked

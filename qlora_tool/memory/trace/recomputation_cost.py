@@ -20,6 +20,7 @@ from qlora_tool.memory.trace.tracer import PRODUCTS
 from qlora_tool.model.checkpointing import KEPT, WHOLE, Parts, Recomputation, choices_of, decoder_layers
 from qlora_tool.model.layer_stack import layer_stack, with_layers
 from qlora_tool.model.load import build_skeleton
+from qlora_tool.ops.declare import CPU, Target
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 TURNS = ("forward", "backward")
 _ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
+_VARIABLE_LENGTH = "torch_attn::_varlen_attn"
 
 
 @dataclass(frozen=True)
@@ -94,17 +96,19 @@ class Costs:
     shallow: Trace
 
     @classmethod
-    def of(cls, config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype) -> Costs:
+    def of(
+        cls, config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype, target: Target = CPU
+    ) -> Costs:
         shallow, names, choices, alike = shallow_model(config, model_config, compute_dtype)
         one_batch = with_values(config, {"training.gradient_accumulation_steps": 1})
         seen: dict[Parts, _Seen] = {}
         for parts in dict.fromkeys([WHOLE, *(parts for layer in choices for parts in layer)]):
             policy = Recomputation(tuple(parts if parts in layer else KEPT for layer in choices))
-            seen[parts] = _Seen.of(predict(one_batch, shallow, shape, compute_dtype, policy), names)
+            seen[parts] = _Seen.of(predict(one_batch, shallow, shape, compute_dtype, policy, target), names)
         costs = [[Cost(parts, seen[parts].kept_bytes[number], seen[parts].flops[number]) for parts in layer]
                  for number, layer in enumerate(choices)]  # fmt: skip
         checkpointed = with_values(config, {"training.gradient_checkpointing": bool(costs)})
-        whole = estimate_peak(checkpointed, model_config, shape, compute_dtype)
+        whole = estimate_peak(checkpointed, model_config, shape, compute_dtype, target=target)
         turns = {phase: {parts: found.turns[phase] for parts, found in seen.items()} for phase in TURNS}
         layers = [costs[number] for number in alike]
         return cls(layers, *upgrades(layers), whole, turns, seen[WHOLE].trace)
@@ -170,13 +174,16 @@ class _Seen:
 
 
 def flops_of(call: Call) -> int:
-    """Floating point operations of a call: of a product, or of causal attention."""
+    """Floating point operations of a call: of a product, or of causal attention (segments taken as equally long)."""
     if call.operator in PRODUCTS:
         left, right = call.shapes[-2:]  # (…, m, k) · (…, k, n)
         return 2 * math.prod(left) * right[-1]
     if call.operator == _ATTENTION:
         query, key = call.shapes[:2]  # (rows, heads, length, head size)
         return 2 * math.prod(query) * key[-2]  # scores and sums, half of each as nothing attends to what follows it
+    if call.operator == _VARIABLE_LENGTH:
+        query, offsets = call.shapes[0], call.shapes[3]  # (tokens, heads, head size), (segments + 1,)
+        return 2 * math.prod(query) * (query[0] // (offsets[0] - 1))
     return 0
 
 

@@ -1,7 +1,8 @@
 """Births and deaths of every storage of a training step, seen by the operators that make them.
 
 The same tracer watches fake tensors (a prediction) and real ones (a measurement on a CPU). It notes when each storage
-was born, in which phase and by which operator, and when it died; what it was is decided afterwards (`classify`).
+was born, in which phase and by which operator, and when it died; what it was is decided afterwards (`classify`). What
+an operation of our own takes inside and gives back is what its declaration says.
 
 Two things that a dispatch mode itself changes are undone here: autograd then copies a leaf's gradient instead of taking
 it, and adds gradients that meet at a tensor out of place instead of in place.
@@ -17,28 +18,33 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from qlora_tool.ops.products import onednn_workspace
+from qlora_tool.ops.declare import OPERATIONS, target_of
 
 _HELD_ALONE = 2  # of a storage that one tensor has: that tensor, and the Python object that asks
 _COPIES = ("aten::clone", "aten::new_empty_strided", "aten::empty_strided")
 
-_ONEDNN = "mkldnn::_linear_pointwise"
-PRODUCTS = frozenset({_ONEDNN, "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_"})
+PRODUCTS = frozenset({
+    "qlora_tool::matmul", "qlora_tool::matmul_add",
+    "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_",
+})  # fmt: skip
+"""Operators of which the last two tensors are multiplied, (…, n, k) · (…, k, m)."""
 NOTED = PRODUCTS | {
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    "torch_attn::_varlen_attn",
+    "torch_attn::_varlen_attn_backward",
     "aten::bernoulli_",
     "aten::embedding_dense_backward",
     "aten::index_put",
     "aten::index_put_",
     "aten::sort",
 }
-"""Operators whose calls are kept: what another device takes inside them is told by their shapes (`cuda_operators`)."""
+"""Operators of PyTorch's whose calls are kept: what a CUDA device takes inside them is told by their shapes
+(`allocator/operators.py`)."""
 
 
 @dataclass
@@ -126,11 +132,16 @@ class Trace:
 
 
 class Tracer(TorchDispatchMode):
-    """Watches while it is open. `phase` says what is going on; `step` which training step it is."""
+    """Watches while it is open. `phase` says what is going on; `step` which training step it is.
 
-    def __init__(self):
+    Args:
+        has_data: False for tensors without: the optimizer's question whether gradients are finite is then answered yes.
+    """
+
+    def __init__(self, has_data: bool = True):
         super().__init__()
         self.trace = Trace()
+        self._has_data = has_data
         self._live: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._phase, self._step, self._module, self._recomputing = "load", 0, "", 0
         self._around: tuple[str, int] | None = None
@@ -211,8 +222,10 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         operator = func._schema.name
-        if operator == "aten::_local_scalar_dense" and self._phase == "optimizer" and is_fake(args[0]):
-            return True  # whether the gradients of fp16 are finite, so that the step is taken
+        if operator == "aten::_local_scalar_dense" and self._phase == "optimizer" and not self._has_data:
+            return True  # so that a step with fp16 gradients is taken
+        operation = OPERATIONS.get(operator)
+        workspace = operation and self._take(operation.workspace(target_of(args[0]), *args), operator)
         result = func(*args, **(kwargs or {}))
         for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if not isinstance(leaf, torch.Tensor) or leaf.device.type == "meta":
@@ -224,20 +237,15 @@ class Tracer(TorchDispatchMode):
                 self._hand_over(source, storage)
             else:
                 self._born(leaf, operator)
-        if operator == _ONEDNN:
-            self._pass_by(onednn_workspace(args[1] if func._overloadname == "default" else args[2]), operator)
+        if workspace:
+            self._died(workspace)
         if operator in NOTED:
             self._note(operator, (args, kwargs), result)
         return result
 
-    def _pass_by(self, size: int, operator: str) -> None:
-        """Note what an operator took inside and gave back before it returned."""
-        life = Storage(
-            size, len(self.trace.events), self._phase, self._step, self._module, operator, self._recomputing > 0,
-            death=len(self.trace.events) + 1, died_in=self._phase, died_in_step=self._step,
-        )  # fmt: skip
-        self.trace.storages.append(life)
-        self.trace.events += [(life, +1), (life, -1)]
+    def _take(self, size: int, operator: str) -> Storage | None:
+        """Note what an operator takes inside, from before its results are there until after."""
+        return self._life(size, operator) if size else None
 
     def _note(self, operator: str, arguments: tuple, result: object) -> None:
         tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
@@ -272,13 +280,16 @@ class Tracer(TorchDispatchMode):
 
     def _born(self, tensor: torch.Tensor, operator: str) -> Storage:
         storage = tensor.untyped_storage()
+        life = self._life(storage.nbytes(), operator)
+        self._watch(storage, life)
+        return life
+
+    def _life(self, size: int, operator: str) -> Storage:
         life = Storage(
-            storage.nbytes(), len(self.trace.events), self._phase, self._step, self._module, operator,
-            self._recomputing > 0,
-        )  # fmt: skip
+            size, len(self.trace.events), self._phase, self._step, self._module, operator, self._recomputing > 0
+        )
         self.trace.storages.append(life)
         self.trace.events.append((life, +1))
-        self._watch(storage, life)
         return life
 
     def _watch(self, storage: torch.UntypedStorage, life: Storage) -> None:

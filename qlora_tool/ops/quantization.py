@@ -1,0 +1,200 @@
+"""Weights into 4 and 8 bits and back, bit-identical to bitsandbytes', whose operators do the work.
+
+4 bits: the weights, flat, in blocks of one fp32 scale each, two codes a byte, the first in the high half. Under double
+quantization the scales, less their mean, are 8-bit codes themselves, in blocks of 256. int8: one fp32 scale a row.
+
+Sources: QLoRA (Dettmers et al. 2023, arXiv 2305.14314) for nf4 and double quantization; LLM.int8() (Dettmers et al.
+2022, arXiv 2208.07339) for int8.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor
+
+from qlora_tool.ops import quantize_cpu
+from qlora_tool.ops.declare import declare
+
+NESTED_BLOCK_SIZE = 256  # scales that share one scale of their own
+INT8_STEP = 7.874015718698502e-3  # 1/127, as bitsandbytes writes it
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that bitsandbytes' operators know
+PIECE, CUDA_PIECE = 1 << 20, 1 << 30  # weights at a time: fp32 copies stay a few MB; a kernel counts in 32 bits
+
+
+@functools.cache
+def code_values(name: str, device: torch.device) -> Tensor:
+    """bitsandbytes' table of values, fp32: `nested` (256 values, for scales), `nf4` or `fp4` (16)."""
+    return bnb.create_dynamic_map().to(device) if name == "nested" else bnb.get_4bit_type(name, device=device)
+
+
+def make_tables(device: torch.device) -> None:
+    """Make what a process keeps for these operations, a few KB, which are no part of any step's memory."""
+    code_values("nested", device)
+    for kind in ("nf4", "fp4"):
+        code_values(kind, device)
+        if device.type == "cpu":
+            quantize_cpu.table(kind)
+
+
+# ---------------------------------------------------------------------------------------------------- into 4 bits
+
+
+def _quantize_4bit_reference(weights: Tensor, kind: str, block_size: int) -> tuple[Tensor, Tensor]:
+    piece = (CUDA_PIECE if weights.is_cuda else PIECE) // block_size * block_size
+    codes, scales = _empty_4bit(weights, kind, block_size)
+    for start in range(0, weights.numel(), piece):
+        stop = min(start + piece, weights.numel())
+        found = torch.ops.bitsandbytes.quantize_4bit.default(weights[start:stop], block_size, kind, torch.uint8)
+        if start == 0 and stop == weights.numel():
+            return found[0].view(-1), found[1]
+        codes[start // 2 : -(-stop // 2)] = found[0].view(-1)
+        scales[start // block_size : -(-stop // block_size)] = found[1]
+    return codes, scales
+
+
+def _quantize_4bit_cpu(weights: Tensor, kind: str, block_size: int) -> tuple[Tensor, Tensor]:
+    """The table's way for all whole blocks; the reference for a rest, and for weights that are no finite numbers."""
+    codes, scales = _empty_4bit(weights, kind, block_size)
+    whole = weights.numel() // block_size * block_size
+    quick = quantize_cpu.quantize_blocks(weights[:whole], kind, block_size, codes, scales)
+    if not quick or whole < weights.numel():
+        begin = whole if quick else 0
+        rest = _quantize_4bit_reference(weights[begin:], kind, block_size)
+        codes[begin // 2 :], scales[begin // block_size :] = rest
+    return codes, scales
+
+
+def _empty_4bit(weights: Tensor, kind: str, block_size: int) -> tuple[Tensor, Tensor]:
+    count = weights.numel()
+    codes = weights.new_empty(-(-count // 2), dtype=torch.uint8)
+    return codes, weights.new_empty(-(-count // block_size), dtype=torch.float32)
+
+
+quantize_4bit = declare(  # (n,) → codes, uint8 (n/2,), and scales, fp32 (blocks,)
+    "quantize_4bit(Tensor weights, str kind, int block_size) -> (Tensor, Tensor)",
+    reference=_quantize_4bit_reference,
+    shapes=_empty_4bit,
+    versions={"cpu": _quantize_4bit_cpu},
+    workspace={"cpu": lambda weights, kind, block_size: quantize_cpu.workspace(weights, block_size)},
+)
+
+
+def _quantize_scales_reference(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    offset = scales.mean()
+    codes, nested = torch.ops.bitsandbytes.quantize_blockwise.default(
+        scales - offset, code_values("nested", scales.device), NESTED_BLOCK_SIZE
+    )
+    return codes, nested, offset
+
+
+def _empty_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    nested = scales.new_empty(-(-scales.numel() // NESTED_BLOCK_SIZE))
+    return torch.empty_like(scales, dtype=torch.uint8), nested, scales.new_empty(())
+
+
+quantize_scales = declare(  # (blocks,) → codes, uint8 (blocks,), their scales, fp32 (blocks/256,), and the mean, ()
+    "quantize_scales(Tensor scales) -> (Tensor, Tensor, Tensor)",
+    reference=_quantize_scales_reference,
+    shapes=_empty_scales,
+    workspace=dict.fromkeys(("cpu", "cuda"), lambda scales: scales.nbytes),  # less the mean
+)
+
+
+# ------------------------------------------------------------------------------------------------------ and back
+
+
+def _dequantize_4bit_reference(
+    codes: Tensor, scales: Tensor, nested_scales: Tensor | None, nested_offset: Tensor | None,
+    kind: str, block_size: int, first_block: int, shape: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    if nested_scales is not None:
+        nested_map = code_values("nested", scales.device)
+        scales = torch.ops.bitsandbytes.dequantize_blockwise.default(
+            scales, nested_scales, nested_map, NESTED_BLOCK_SIZE, torch.float32
+        ).add_(nested_offset)
+    count, width = math.prod(shape), _width(shape, block_size)
+    scales = scales[first_block : first_block - (-count // block_size)]
+    known = dtype if dtype in DTYPES else torch.float32  # of others bitsandbytes leaves the memory as it was
+    weight = torch.ops.bitsandbytes.dequantize_4bit.default(
+        codes, scales, block_size, kind, (-(-count // width), width), known
+    )
+    return weight.view(-1)[:count].view(shape).to(dtype)
+
+
+def _width(shape: Sequence[int], block_size: int) -> int:
+    """Columns that bitsandbytes is told of: a row that is no whole number of blocks goes through flat.
+
+    On CPUs with AVX-512 bitsandbytes 0.50 gives the weights of such a row the scales of other blocks where 16 divides
+    it, and for odd ones it compiles an operator first.
+    """
+    count = math.prod(shape)
+    if shape[1] % block_size == 0:
+        return shape[1]
+    return block_size if count % block_size == 0 else count + count % 2
+
+
+def _empty_dense(codes, scales, nested_scales, nested_offset, kind, block_size, first_block, shape, dtype) -> Tensor:
+    return codes.new_empty(shape, dtype=dtype)
+
+
+def _dense_workspace(codes, scales, nested_scales, nested_offset, kind, block_size, first_block, shape, dtype) -> int:
+    plain = 0 if nested_scales is None else 4 * scales.numel()
+    return plain + (0 if dtype in DTYPES else 4 * -(-math.prod(shape) // 2) * 2)
+
+
+# The codes of (out, in) weights and the scales of all of a matrix, of which `first_block` belongs to the first of these
+# weights → the weights: code × scale in fp32, rounded once.
+dequantize_4bit = declare(
+    "dequantize_4bit(Tensor codes, Tensor scales, Tensor? nested_scales, Tensor? nested_offset, str kind, "
+    "int block_size, int first_block, int[] shape, ScalarType dtype) -> Tensor",
+    reference=_dequantize_4bit_reference,
+    shapes=_empty_dense,
+    workspace=dict.fromkeys(("cpu", "cuda"), _dense_workspace),
+)
+
+
+# ----------------------------------------------------------------------------------------------------------- int8
+
+
+def _quantize_int8_reference(weight: Tensor) -> tuple[Tensor, Tensor]:
+    codes, scales = _empty_int8(weight)
+    rows = _int8_rows(weight)
+    for chunk, codes_part, scales_part in zip(*(tensor.split(rows) for tensor in (weight, codes, scales)), strict=True):
+        half = chunk.to(torch.float16)  # as bitsandbytes' Int8Params does
+        if not half.isfinite().all():
+            raise ValueError("int8: the weight has values that are no numbers or lie beyond fp16's range (65504)")
+        row_codes, row_scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(half)
+        codes_part.copy_(row_codes)
+        scales_part.copy_(row_scales)
+        del half, row_codes, row_scales  # before the next piece's are made
+    return codes, scales
+
+
+def _int8_rows(weight: Tensor) -> int:
+    return max(1, PIECE // weight.shape[1])
+
+
+def _int8_workspace(weight: Tensor, each: int) -> int:
+    """Of a piece its fp16 copy, where that is one, and `each` bytes a weight; two fp32 numbers a row."""
+    rows = min(_int8_rows(weight), weight.shape[0])
+    return rows * weight.shape[1] * (each + (2 if weight.dtype != torch.float16 else 0)) + 8 * rows
+
+
+def _empty_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight, dtype=torch.int8), weight.new_empty(weight.shape[0], dtype=torch.float32)
+
+
+quantize_int8 = declare(  # (out, in) → codes, int8 (out, in), and scales, fp32 (out,); ValueError beyond fp16's range
+    "quantize_int8(Tensor weight) -> (Tensor, Tensor)",
+    reference=_quantize_int8_reference,
+    shapes=_empty_int8,
+    workspace={
+        "cpu": lambda weight: _int8_workspace(weight, 8),  # quotients in fp32, and rounded ones
+        "cuda": lambda weight: _int8_workspace(weight, 5),  # sizes in fp16, and three answers whether they are finite
+    },
+)

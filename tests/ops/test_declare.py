@@ -1,0 +1,187 @@
+"""Declared operations: each version against the reference, shapes without data, and what is taken inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+
+from qlora_tool.memory.trace.measure import allocations
+from qlora_tool.memory.trace.tracer import Tracer
+from qlora_tool.ops import products, quantization
+from qlora_tool.ops.declare import CPU, OPERATIONS, Operation, Target, declare, meant_for, target_of
+from qlora_tool.ops.products import ONEDNN, PYTORCH, use_products
+from qlora_tool.ops.speeds import has_onednn
+
+ADA = Target("cuda", (8, 9))
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def dense(shape: tuple[int, int], dtype: torch.dtype, double_quant: bool = True, first: int = 0) -> tuple:
+    """Arguments that dequantize a matrix, or its rows from `first` on."""
+    codes, scales = quantization.quantize_4bit(random(*shape).view(-1), "nf4", 64)
+    nested = quantization.quantize_scales(scales) if double_quant else (scales, None, None)
+    skipped = first * shape[1]
+    rest = shape[0] - first, shape[1]
+    return (codes[skipped // 2 :], *nested, "nf4", 64, skipped // 64, rest, dtype)
+
+
+ARGUMENTS: dict[str, list[Callable[[], tuple]]] = {
+    "qlora_tool::matmul": [
+        lambda: (random(40, 24), random(24, 56)),
+        lambda: (random(24, 40).T, random(56, 24).T),
+        lambda: (random(40, 600)[:, 24:536], random(576, 512).T),
+        lambda: (random(40, 1536), random(576, 1536).T),
+        lambda: (random(40, 512), random(512, 512)),
+        lambda: (random(9, 16, dtype=torch.bfloat16), random(16, 8, dtype=torch.bfloat16)),
+    ],
+    "qlora_tool::matmul_add": [lambda: (random(40, 56), random(40, 24), random(24, 56))],
+    "qlora_tool::quantize_4bit": [
+        lambda: (random(64 * 300), "nf4", 64),
+        lambda: (random(64 * 300 + 21, dtype=torch.bfloat16), "fp4", 64),
+        lambda: (random(35), "nf4", 64),
+        lambda: (random(64 * 5000, dtype=torch.float16), "nf4", 64),  # several pieces
+    ],
+    "qlora_tool::quantize_scales": [lambda: (random(1000).abs(),), lambda: (random(256).abs(),)],
+    "qlora_tool::dequantize_4bit": [
+        lambda: dense((64, 64), torch.float32),
+        lambda: dense((130, 64), torch.bfloat16, first=64),
+        lambda: dense((36, 45), torch.float16, double_quant=False),
+        lambda: dense((5, 7), torch.float64),
+    ],
+    "qlora_tool::quantize_int8": [
+        lambda: (random(300, 64),),
+        lambda: (random(600, 4096, dtype=torch.bfloat16),),  # several pieces
+        lambda: (random(5, 7, dtype=torch.float16),),
+    ],
+}
+CASES = [
+    (name, make, library)
+    for name, all_made in ARGUMENTS.items()
+    for make in all_made
+    for library in ((PYTORCH, ONEDNN) if "matmul" in name else (PYTORCH,))
+]
+each_case = pytest.mark.parametrize(("name", "make", "library"), CASES, indirect=["library"],
+                                    ids=[f"{name}-{library}" for name, _, library in CASES])  # fmt: skip
+
+
+def listed(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
+def moved(arguments: tuple, to: Callable[[Tensor], Tensor]) -> tuple:
+    return tuple(to(one) if isinstance(one, Tensor) else one for one in arguments)
+
+
+@pytest.fixture(params=[PYTORCH, ONEDNN])
+def library(request):
+    if request.param == ONEDNN and not has_onednn():
+        pytest.skip("this PyTorch has no oneDNN")
+    use_products(request.param)
+    quantization.make_tables(torch.device("cpu"))
+    yield request.param
+    use_products(None)
+
+
+def test_every_operation_is_tried():
+    assert {name for name in OPERATIONS if "test" not in name} == ARGUMENTS.keys()
+
+
+@each_case
+def test_each_version_gives_what_the_reference_gives(name, make, library):
+    operation, arguments = OPERATIONS[name], make()
+    if not operation.versions:
+        pytest.skip("the reference itself runs")
+    found, expected = listed(operation(*arguments)), listed(operation.reference(*arguments))
+    for one, other in zip(found, expected, strict=True):
+        if "matmul" in name:  # the same terms, summed in another order: each sum rounded, to at most the terms' sizes
+            left, right = arguments[-2:]
+            bound = (left.shape[1] + 2) * torch.finfo(one.dtype).eps * (left.double().abs() @ right.double().abs() + 9)
+            assert ((one.double() - other.double()).abs() <= bound).all()
+        else:
+            assert torch.equal(one, other)
+
+
+@each_case
+def test_shapes_need_no_data(name, make, library):
+    operation, arguments = OPERATIONS[name], make()
+    real = listed(operation(*arguments))
+    on_meta = listed(operation(*moved(arguments, lambda tensor: tensor.to("meta"))))
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        fake = listed(operation(*moved(arguments, mode.from_tensor)))
+    for one, *others in zip(real, on_meta, fake, strict=True):
+        for other in others:
+            assert (other.shape, other.dtype, other.stride()) == (one.shape, one.dtype, one.stride())
+        assert fake[0].device.type == "cpu" and on_meta[0].device.type == "meta"
+
+
+@each_case
+def test_what_is_taken_inside_is_what_the_allocator_hands_out(name, make, library):
+    if library == ONEDNN and "matmul" in name and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("oneDNN packs in panels of 64 columns where it has AVX-512")
+    operation, arguments = OPERATIONS[name], make()
+    operation(*arguments)  # the first call prepares
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        results = listed(operation(*arguments))
+    total = peak = 0
+    for _, size in sorted(allocations(profiler)):
+        total += size
+        peak = max(peak, total)
+    assert total >= sum(result.nbytes for result in results)
+    # oneDNN's in steps of a cache line; a rest of less than a block goes through bitsandbytes.
+    about = 128 if "matmul" in name else 1024 if "quantize_4bit" in name else 0
+    assert operation.workspace(CPU, *arguments) == pytest.approx(peak - total, abs=about)
+
+
+# ------------------------------------------------------------------------------------------------------------ targets
+
+
+def test_a_step_is_meant_for_the_device_it_runs_on_unless_it_is_said():
+    tensor = torch.empty(1)
+    assert target_of(tensor) == CPU
+    with meant_for(ADA):
+        assert target_of(tensor) == ADA
+        with meant_for(CPU):
+            assert target_of(tensor) == CPU
+        assert target_of(tensor) == ADA
+    assert target_of(tensor) == CPU
+
+
+@pytest.fixture(scope="module")
+def doubled() -> Operation:
+    return declare(
+        "test_doubled(Tensor x) -> Tensor",
+        reference=lambda x: x + x,
+        shapes=torch.empty_like,
+        workspace={"cpu": lambda x: 1000, "cuda": lambda x: 2000},
+    )
+
+
+@pytest.mark.parametrize("fake", [True, False])
+def test_the_tracer_sees_results_and_what_the_declaration_says(doubled, fake):
+    def sizes(target: Target) -> list[tuple[int, int]]:
+        with meant_for(target), Tracer() as tracer:
+            doubled(x)
+        return [(storage.nbytes, sign) for storage, sign in tracer.trace.events]
+
+    with FakeTensorMode() if fake else torch.no_grad():
+        x = torch.ones(25)
+        assert sizes(CPU) == [(1000, +1), (100, +1), (1000, -1), (100, -1)]
+        assert sizes(ADA) == [(2000, +1), (100, +1), (2000, -1), (100, -1)]
+
+
+def test_products_for_a_card_take_no_workspace_of_this_cpus(library):
+    left, right = random(40, 24), random(24, 56)
+    with meant_for(ADA), Tracer() as tracer:
+        products.matmul(left, right)
+        to = products.matmul_add(left, right, random(40, 56))
+    assert to.shape == (40, 56)
+    assert {storage.nbytes for storage in tracer.trace.storages} == {40 * 56 * 4, to.nbytes}
