@@ -85,11 +85,10 @@ class Optimizer:
             self._sums_gradients = True
 
     @torch.no_grad()
-    def _add_to_sum(self, number: int) -> None:
+    def _add_to_sum(self, number: int, gradient: Tensor) -> None:
         if not self._summing:
             return
-        parameter = self.parameters[number]
-        gradient, parameter.grad = parameter.grad, None
+        self.parameters[number].grad = None
         if number not in self._sums:
             self._sums[number] = gradient.float()
             return
@@ -223,8 +222,8 @@ class OptimizerInBackward(Optimizer):
         _on_gradients(self._step_one, self.parameters, range(len(self.parameters)))
 
     @torch.no_grad()
-    def _step_one(self, number: int) -> None:
-        self._norms.append(gradient_norm([self.parameters[number].grad]))
+    def _step_one(self, number: int, gradient: Tensor) -> None:
+        self._norms.append(gradient_norm([gradient]))
         self._update(number, self._learning_rate, None)
 
     def before_backward(self, learning_rate: float, accumulate: bool = False) -> None:
@@ -247,16 +246,18 @@ class OptimizerInBackward(Optimizer):
         return torch.linalg.vector_norm(torch.stack(self._norms)) if self._norms else torch.zeros(())
 
 
-def _on_gradients(method: Callable[[int], None], parameters: Sequence[nn.Parameter], numbers: Iterable[int]) -> None:
-    """Call an optimizer's method with a parameter's number whenever that one's gradient is there.
+def _on_gradients(
+    method: Callable[[int, Tensor], None], parameters: Sequence[nn.Parameter], numbers: Iterable[int]
+) -> None:
+    """Call an optimizer's method with a parameter's number and its gradient, whenever that is there.
 
     Parameters hold their hooks out of the garbage collector's sight, so the hooks must not hold the optimizer.
     """
     weakly = WeakMethod(method)
 
-    def call(number: int, _parameter: Tensor) -> None:
-        if (found := weakly()) is not None:
-            found(number)
+    def call(number: int, parameter: Tensor) -> None:
+        if (found := weakly()) is not None and parameter.grad is not None:
+            found(number, parameter.grad)
 
     for number in numbers:
         parameters[number].register_post_accumulate_grad_hook(partial(call, number))

@@ -116,6 +116,7 @@ class ParameterState:
         """
         self.steps += 1
         weight, gradient = self._flat_weight(), gradient.permute(self._order).reshape(-1)
+        self._prefetch()
         for start in range(0, weight.numel(), SLICE):
             piece = slice(start, start + SLICE)
             self._update_slice(weight[piece], gradient[piece], piece, learning_rate, factor)
@@ -153,6 +154,13 @@ class ParameterState:
             0.0, EPSILON, self.steps, rate, *self._codes, self.tensors["absmax1"][blocks],
             self.tensors["absmax2"][blocks], self.weight_decay,
         )  # fmt: skip
+
+    def _prefetch(self) -> None:
+        """Ask for paged moments ahead of the step, in one piece instead of page by page."""
+        for name in self.paged if self.parameter.is_cuda else ():
+            import bitsandbytes.functional as bnb
+
+            bnb.prefetch_tensor(self.tensors[name])
 
     def _moment(self, name: str, piece: slice) -> Tensor:
         """A slice of 8-bit moments; where they are paged, marked as bitsandbytes asks for."""

@@ -347,6 +347,25 @@ def test_an_earlier_state_of_other_weights_is_refused():
         Optimizer("adamw", plain[:2]).load_state_dict(old.state_dict())
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_paged_moments_are_those_that_are_not(dtype):
+    """On a CUDA device, over a saved state too."""
+    ours, theirs = ([nn.Parameter(p.detach().cuda()) for p in parameters([(512, 4096)], dtype)] for _ in range(2))
+    paged, plain = Optimizer("paged_adamw_8bit", ours), Optimizer("adamw_8bit", theirs)
+    for step in range(6):
+        if step == 3:
+            file = io.BytesIO()
+            torch.save(paged.state_dict(), file)
+            file.seek(0)
+            paged = Optimizer("paged_adamw_8bit", ours)
+            paged.load_state_dict(torch.load(file, weights_only=True))
+        for own, optimizer in ((ours, paged), (theirs, plain)):
+            own[0].grad = torch.randn(512, 4096, generator=torch.Generator().manual_seed(step)).to("cuda", dtype)
+            optimizer.step(1e-2, 1.0)
+        assert_equal(values(ours), values(theirs))
+
+
 # -------------------------------------------------------------------------------------------------- summed gradients
 
 
