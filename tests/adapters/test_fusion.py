@@ -66,7 +66,8 @@ def test_modules_of_the_right_names_that_compute_something_else_are_left_alone()
     fuse(module)
     assert "forward" not in vars(module)
     for value, wanted in zip(gradients(module, x), expected, strict=True):
-        torch.testing.assert_close(value, wanted)
+        # Gate and up share their input now: sums of up to 12 terms in another order, through three products.
+        torch.testing.assert_close(value, wanted, rtol=0, atol=36 * 2**-24 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
