@@ -177,7 +177,7 @@ def plain_attention(
 # ------------------------------------------------------------------------------------------------------ flash, on CUDA
 
 
-_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 has it not
+GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 has it not
 
 
 def has_flash_cuda(target: Target, query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -198,7 +198,7 @@ def _flash_cuda(query: Tensor, key: Tensor, value: Tensor, mask: SegmentMask, sc
     offsets, longest = mask.segments.offsets, mask.segments.longest
     window = (-1 if mask.window is None else mask.window - 1, 0)
     groups, options = query.shape[1] // key.shape[1], {}
-    if groups > 1 and _GROUPS_HEADS:
+    if groups > 1 and GROUPS_HEADS:
         options["enable_gqa"] = True
     elif groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))

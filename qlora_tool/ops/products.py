@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from qlora_tool.errors import MachineError
 from qlora_tool.ops import speeds
 from qlora_tool.ops.declare import CPU, declare, target_of
 from qlora_tool.ops.speeds import ONEDNN, PYTORCH, onednn_matmul
@@ -60,7 +62,7 @@ def _takes_onednn(left: Tensor) -> bool:
 
 def _cpu_matmul(left: Tensor, right: Tensor) -> Tensor:
     product = onednn_matmul if _takes_onednn(left) else torch.mm
-    return product(left, right) if _check is None else _check.timed(product, left, right)
+    return product(left, right) if speed_check is None else speed_check.timed(product, left, right)
 
 
 def _cpu_workspace(left: Tensor, right: Tensor) -> int:
@@ -107,42 +109,43 @@ def matmul_add(left: Tensor, right: Tensor, to: Tensor) -> Tensor:
     return to.addmm_(left, right)
 
 
-class _SpeedCheck:
-    """Times some of a process's first large products, and has them measured again where they are far slower than what
-    was measured once. This process keeps its choice: the numbers of a run do not change in the middle of it.
+class SpeedCheck:
+    """Times some of a process's first large fp32 products, and has them measured again where they are far slower than
+    what was measured before. This process keeps its choice: the numbers of a run do not change in the middle of it.
 
-    Attributes:
-        seen: large products so far.
-        achieved: GFLOP/s of those that were timed.
+    Args:
+        passed_over: large products that are not timed at first: caches fill, and oneDNN compiles.
+        timed: that are timed then.
     """
 
     LARGE = 4e8  # operations; below, the time of a call counts
     NARROWEST = 256  # no dimension is less: LoRA's own products are of another kind
-    PASSED_OVER, TIMED = 200, 100  # the first ones: caches fill, and oneDNN compiles
 
-    def __init__(self) -> None:
-        self.seen = 0
-        self.achieved: list[float] = []
+    def __init__(self, passed_over: int = 200, timed: int = 100) -> None:
+        self._waiting, self._wanted = passed_over, timed
+        self._achieved: list[float] = []  # GFLOP/s
 
-    def timed(self, product, left: Tensor, right: Tensor) -> Tensor:
+    def timed(self, product: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor) -> Tensor:
+        """The product."""
         n, k, m = *left.shape, right.shape[1]
         if 2 * n * k * m < self.LARGE or min(n, k, m) < self.NARROWEST or left.dtype != torch.float32:
             return product(left, right)
-        self.seen += 1
-        if self.seen <= self.PASSED_OVER:
+        self._waiting -= 1
+        if self._waiting >= 0:
             return product(left, right)
         start = time.perf_counter()
         result = product(left, right)
-        self.achieved.append(2e-9 * n * k * m / (time.perf_counter() - start))
-        if len(self.achieved) == self.TIMED:
+        self._achieved.append(2e-9 * n * k * m / (time.perf_counter() - start))
+        if len(self._achieved) == self._wanted:
             self._finish()
         return result
 
     def _finish(self) -> None:
-        global _check
-        _check = None
-        with suppress(OSError):
-            speeds.compare_with_training(products_choice(), statistics.median(self.achieved))
+        global speed_check
+        speed_check = None
+        with suppress(OSError, MachineError):  # the cache cannot be written: no reason to stop a run
+            speeds.compare_with_training(products_choice(), statistics.median(self._achieved))
 
 
-_check: _SpeedCheck | None = _SpeedCheck()
+speed_check: SpeedCheck | None = SpeedCheck()
+"""That of this process; None once it is done."""

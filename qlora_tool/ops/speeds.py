@@ -154,11 +154,11 @@ def _write(cached: dict[str, Speeds]) -> None:
 
 def _machine() -> str:
     """What a measurement holds for: a home folder may be shared by several machines."""
-    processor = [platform.machine(), torch.backends.cpu.get_cpu_capability(), *_bf16_instructions()]
+    processor = [platform.machine(), torch.backends.cpu.get_cpu_capability(), *bf16_instructions()]
     return f"{' '.join(processor)}, torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
-def _bf16_instructions() -> list[str]:
+def bf16_instructions() -> list[str]:
     """Those that Linux lists; PyTorch's own name, such as AVX512, is the same with and without them."""
     try:
         words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())

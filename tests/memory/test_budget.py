@@ -25,6 +25,7 @@ from qlora_tool.memory.trace.predict import BatchShape, predict
 from qlora_tool.memory.trace.recomputation_cost import Cost, Costs, flops_of, shallow_model, upgrades
 from qlora_tool.memory.trace.tracer import Call
 from qlora_tool.model.checkpointing import KEPT, WHOLE, Recomputation
+from qlora_tool.ops.declare import CPU
 
 MB = 1_000_000
 LAYERS = 3  # a first, a last, and one between them
@@ -42,10 +43,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
     find_out = Costs.of
 
-    def costs_of(config, model_config, shape, dtype):
-        key = config.adapter.model_dump_json(), model_config.to_json_string(), shape
+    def costs_of(config, model_config, shape, dtype, target=CPU):
+        key = config.adapter.model_dump_json(), model_config.to_json_string(), shape, target
         if key not in _costs:
-            _costs[key] = find_out(config, model_config, shape, dtype)
+            _costs[key] = find_out(config, model_config, shape, dtype, target)
         return _costs[key]
 
     monkeypatch.setattr(Costs, "of", costs_of)
@@ -139,6 +140,10 @@ def test_flops_of_what_is_recomputed(costs: Costs):
         ("aten::addmm", ((7,), (3, 5), (5, 7)), 2 * 3 * 5 * 7),
         ("aten::bmm", ((2, 3, 5), (2, 5, 7)), 2 * 2 * 3 * 5 * 7),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", ((2, 4, 6, 8), (2, 4, 6, 8), (2, 4, 6, 8)),
+         2 * 2 * (2 * 4 * 6 * 6 * 8) // 2),
+        ("qlora_tool::matmul", ((3, 5), (5, 7)), 2 * 3 * 5 * 7),
+        ("qlora_tool::matmul_add", ((3, 7), (3, 5), (5, 7)), 2 * 3 * 5 * 7),
+        ("torch_attn::_varlen_attn", ((12, 4, 8), (12, 2, 8), (12, 2, 8), (3,), (3,)),  # two segments of 6 tokens
          2 * 2 * (2 * 4 * 6 * 6 * 8) // 2),
         ("aten::sort", ((3, 5),), 0),
     ],

@@ -77,7 +77,7 @@ def test_the_shape_of_a_packed_row():
 def test_a_prediction_is_made_once(config: Config, monkeypatch: pytest.MonkeyPatch):
     first = kept_prediction(config, BatchShape.of(batch(20, 12)), CPU)
 
-    def refuse(*_args):
+    def refuse(*_args, **_target):
         raise AssertionError("traced again")
 
     monkeypatch.setattr(run_report, "predict", refuse)

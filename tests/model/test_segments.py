@@ -247,7 +247,7 @@ def test_values_and_gradients_are_those_of_the_definition(way, lengths, rows, wi
         monkeypatch.setattr(segments, "has_flash_cpu", lambda *_: False)
     if way != "kernel" and way != "plain":
         monkeypatch.setattr(segments, "has_flash_cuda", lambda *_: True)
-        monkeypatch.setattr(segments, "_GROUPS_HEADS", way == "variable length")
+        monkeypatch.setattr(segments, "GROUPS_HEADS", way == "variable length")
         monkeypatch.setattr(segments, "varlen_attn", documented_varlen)
     inputs = made_up(lengths, *heads, rows=rows)
     found, _ = segment_attention(nn.Module(), *inputs, SegmentMask(Segments.of(lengths), window), scaling=0.3)

@@ -122,7 +122,7 @@ def test_onednn_written_elsewhere_is_not_asked_of_a_torch_without(nothing_chosen
 LARGE = (256, 512, 2048)  # 2·256·512·2048 = 5.4e8 operations
 
 
-def multiply(times: int, shape: tuple[int, int, int] = LARGE, seconds: float = 0.0, monkeypatch=None) -> None:
+def multiply(times: int, shape: tuple[int, int, int] = LARGE) -> None:
     left, right = torch.ones(shape[0], shape[1]), torch.ones(shape[1], shape[2])
     for _ in range(times):
         matmul(left, right)
@@ -134,10 +134,8 @@ def test_a_run_that_is_far_slower_has_the_next_process_measure_again(nothing_cho
     assert products_choice() == PYTORCH  # at 100 GFLOP/s
     clock = iter(range(10**6))
     work = 2e-9 * LARGE[0] * LARGE[1] * LARGE[2]
-    monkeypatch.setattr(products, "_check", products._SpeedCheck())
+    monkeypatch.setattr(products, "speed_check", products.SpeedCheck(passed_over=3, timed=5))
     monkeypatch.setattr(products.time, "perf_counter", lambda: next(clock) * work / (100 * share))
-    monkeypatch.setattr(products._SpeedCheck, "PASSED_OVER", 3)
-    monkeypatch.setattr(products._SpeedCheck, "TIMED", 5)
     multiply(50, (256, 64, 2048))  # LoRA's own are narrow
     multiply(7)
     assert not speeds.known_speeds().in_training

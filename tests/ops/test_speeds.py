@@ -76,7 +76,7 @@ def test_other_threads_instructions_or_torch_are_measured_apart(file, measured, 
     known_speeds()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 97)
     known_speeds()
-    monkeypatch.setattr(speeds, "_bf16_instructions", lambda: ["none such"])
+    monkeypatch.setattr(speeds, "bf16_instructions", lambda: ["none such"])
     known_speeds()
     monkeypatch.setattr(torch, "__version__", "1.0")
     known_speeds()
@@ -99,9 +99,10 @@ def test_a_broken_file_is_measured_over(file, measured, content):
 
 
 def test_the_file_of_earlier_versions_is_measured_over(file, measured):
-    file.write_text(json.dumps({"machine": speeds._machine(), "gflops": {"float32": 1.0, "float32 oneDNN": 2.0,
-                                                                         "bfloat16": 3.0}}))  # fmt: skip
+    gflops = {"float32": 1.0, "float32 oneDNN": 2.0, "bfloat16": 3.0}
+    file.write_text(json.dumps({"machine": "x86_64 AVX512 torch 2.13.0", "gflops": gflops}))
     assert known_speeds().ratio == 1.5
+    assert len(json.loads(file.read_text())) == 1  # and nothing of it stays
 
 
 # --------------------------------------------------------------------------------------------------- the choice
