@@ -238,14 +238,11 @@ EQUAL_IN_16_BITS = 0.9
 
 
 @pytest.mark.parametrize(("version", "end"), found("ends/*"))
-def test_a_stopped_run_goes_on_to_the_same_end(here: Path, version: str, end: str, request: pytest.FixtureRequest):
+def test_a_stopped_run_goes_on_to_the_same_end(here: Path, version: str, end: str):
     folder = here / "runs" / Path(end).name
     before = metrics(folder)
     training, model = (load_config(str(folder / "config.yaml")).model_dump()[key] for key in ("training", "model"))
     wide, rate = model["compute_dtype"] == "float32", training["learning_rate"]
-    if training["optimizer_in_backward"]:
-        reason = "the memory check of `train` does not know optimizer_in_backward"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     run("train", str(folder.relative_to(here) / "config.yaml"))
     records, wanted = metrics(folder), metrics(here / end)
     assert records[:STOP] == before
