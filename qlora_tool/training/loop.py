@@ -28,7 +28,7 @@ from qlora_tool.training.optimizers import LOSS_SCALE_FLOOR, Optimizer, make_opt
 from qlora_tool.training.preconditions import refuse_at_once
 from qlora_tool.training.prepare import RunData, describe, prepare_data, provenance
 from qlora_tool.training.progress import LiveLine, Metrics, Speed, peak_memory_bytes
-from qlora_tool.training.resume import checkpoint_to_resume, refuse_another_run
+from qlora_tool.training.resume import checkpoint_at, checkpoint_to_resume, refuse_another_run
 from qlora_tool.training.schedule import learning_rate, warmup_length
 from qlora_tool.training.step import During, StepResult, StepSettings, no_phases, train_step
 
@@ -145,6 +145,8 @@ def train(
         Interrupted: a signal asked to stop; a checkpoint was saved.
     """
     refuse_at_once(config)
+    if resume not in ("auto", "never"):
+        checkpoint_at(Path(resume))
     setup = Setup.of(config)
     folder = RunFolder(Path(config.training.output_dir))
     checkpoint = checkpoint_to_resume(folder, setup.config, resume, overwrite)

@@ -33,7 +33,7 @@ def checkpoint_to_resume(folder: RunFolder, config: Config, resume: str, overwri
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"training.output_dir: {folder.path} is a file; expected a folder")
     if resume not in ("auto", "never"):
-        checkpoint = _checkpoint_at(Path(resume))
+        checkpoint = checkpoint_at(Path(resume))
         if folder.holds_run() and not folder.holds(checkpoint) and not overwrite:
             raise UserError(
                 f"{folder.path}: holds a run, and not the one of --resume {resume}; give another --output-dir, or "
@@ -67,7 +67,12 @@ def refuse_another_run(checkpoint: Path, config: Config) -> None:
     _refuse_differences(checkpoint, config)
 
 
-def _checkpoint_at(path: Path) -> Path:
+def checkpoint_at(path: Path) -> Path:
+    """The checkpoint at `path`, or the newest one of the run there.
+
+    Raises:
+        UserError: there is none.
+    """
     if (path / "state.json").exists():
         return path
     found = RunFolder(path).checkpoint_folders()
