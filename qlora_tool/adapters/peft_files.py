@@ -165,6 +165,7 @@ class StoredAdapter:
 
 
 def is_adapter(folder: Path) -> bool:
+    """Whether there is a PEFT configuration in `folder`."""
     return (folder / CONFIG_NAME).exists()
 
 

@@ -306,6 +306,7 @@ def shards(specs: Iterable[TensorSpec], max_shard_size: int) -> list[list[Tensor
 
 
 def shard_name(index: int, count: int) -> str:
+    """The name of shard `index`, from 0, of `count`, as transformers names it."""
     return SINGLE_NAME if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 

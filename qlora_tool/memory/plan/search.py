@@ -139,6 +139,7 @@ class Plan:
 
 
 def usable(budget_bytes: int, margin: float) -> int:
+    """Bytes of a budget that may be used, where the share `margin` of it stays free."""
     return int(budget_bytes * (1 - margin))
 
 
