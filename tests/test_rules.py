@@ -84,7 +84,7 @@ def test_no_modules_import_each_other():
     assert "qlora_tool.ops.lora" in imports["qlora_tool.methods.lora"]
     assert circle(imports) is None
     imports["qlora_tool.ops.lora"].add("qlora_tool.methods.lora")
-    assert set(circle(imports)) == {"qlora_tool.ops.lora", "qlora_tool.methods.lora"}
+    assert {"qlora_tool.ops.lora", "qlora_tool.methods.lora"} <= set(circle(imports))  # by way of others, it may be
 
 
 def test_types_and_a_planted_wrong_one(copy: Path):
