@@ -87,6 +87,7 @@ def _order(checkpoint: Path) -> tuple[int, str]:
 def _logged_step(line: str) -> float:
     """The step of a line of `metrics.jsonl`; infinity for half a line, which a power failure leaves."""
     try:
-        return json.loads(line)["step"]
+        step: float = json.loads(line)["step"]
+        return step
     except (ValueError, KeyError, TypeError):
         return float("inf")

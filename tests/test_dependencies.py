@@ -92,7 +92,8 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_used():
 
 def test_what_the_tests_import_is_declared():
     tests = sources_of(ROOT / "tests")
-    own = {Path(file).stem: ["qlora-tool"] for file in tests}
+    tools = [folder.name for folder in (ROOT / "tools").iterdir() if folder.is_dir()]
+    own = {name: ["qlora-tool"] for name in (*(Path(file).stem for file in tests), *tools)}
     known = {"llama_cpp": ["llama-cpp-python"], "tomli": ["pytest"]}  # absent from some environments
     declared = ["qlora-tool", *PROJECT["dependencies"], *(line for lines in EXTRAS.values() for line in lines)]
     found = faults(tests, declared, [], packages_distributions() | known | own)

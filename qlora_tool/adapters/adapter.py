@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_tool.methods.method import Method, Settings
+from qlora_tool.methods.method import Method, Settings, Siblings
 from qlora_tool.weights.modules import FrozenLinear
-
-if TYPE_CHECKING:
-    from qlora_tool.adapters.fusion import SharedInput
 
 
 class Adapter(nn.Module):
@@ -37,7 +34,7 @@ class Adapter(nn.Module):
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor))
         self.dropout = nn.Dropout(settings.dropout) if settings.dropout else None
-        self.shared: SharedInput | None = None
+        self.shared: Siblings | None = None
 
     @classmethod
     def start(
@@ -64,7 +61,7 @@ class Adapter(nn.Module):
 
     def dropped(self, x: Tensor) -> Tensor:
         """x after dropout; x itself where nothing is dropped."""
-        return self.dropout(x) if self.drops else x
+        return x if self.dropout is None or not self.drops else self.dropout(x)
 
     def forward(self, x: Tensor, linear: FrozenLinear) -> Tensor:
         """x (…, in) → (…, out): the linear module with this adapter, bias included."""

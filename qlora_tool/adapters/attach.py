@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from qlora_tool.adapters.targets import find_targets, settings_for
 from qlora_tool.adapters.trained_base import train_biases, train_whole, transposed_names
 from qlora_tool.errors import UserError
 from qlora_tool.methods import METHODS
+from qlora_tool.weights.modules import FrozenLinear
 
 if TYPE_CHECKING:
     from qlora_tool.config import AdapterConfig
@@ -49,7 +50,7 @@ class AdapterSet:
                 "adapter.modules_to_save, adapter.bias: the base's own tensors are trained, so there is no untrained "
                 "model to compare with; leave both out"
             )
-        linears = [model.get_submodule(name) for name in self.layers]
+        linears = [cast(FrozenLinear, model.get_submodule(name)) for name in self.layers]
         active = [linear.active_adapters for linear in linears]
         for linear in linears:
             linear.set_adapters([])
@@ -76,7 +77,7 @@ class AdapterSet:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every trained tensor by the name it has in PEFT's file, without the prefix, in the file's orientation."""
-        found = {
+        found: dict[str, Tensor] = {
             f"{name}.{suffix}": tensor
             for name, layer in self.layers.items()
             for suffix, tensor in layer.peft_tensors().items()
@@ -135,5 +136,5 @@ def attach(model: nn.Module, config: AdapterConfig, compute_dtype: torch.dtype, 
 def put_on(model: nn.Module, layers: Mapping[str, Adapter]) -> None:
     """Let each linear module compute with its adapter."""
     for name, layer in layers.items():
-        model.get_submodule(name).add_adapter("default", layer.train(model.training))
+        cast(FrozenLinear, model.get_submodule(name)).add_adapter("default", layer.train(model.training))
     fuse(model)

@@ -45,7 +45,7 @@ def tile_mlps(model: nn.Module, tiled: bool, tile: int = TILE) -> int:
     mlps = [module for module in model.modules() if isinstance(vars(module).get("forward"), functools.partial)
             and vars(module)["forward"].func is _gated_forward]  # fmt: skip
     for mlp in mlps:
-        mlp.forward = functools.partial(_gated_forward, *mlp.forward.args, tile=tile if tiled else None)
+        mlp.forward = functools.partial(_gated_forward, *vars(mlp)["forward"].args, tile=tile if tiled else None)
     dropping = [mlp for mlp in mlps if any(getattr(mlp, name).adapter.dropout is not None for name in GATED_MLP)]
     return len(mlps) - len(dropping) if tiled else 0
 
@@ -70,9 +70,9 @@ class SharedInput:
     def output(self, x: Tensor, linear: FrozenLinear) -> Tensor:
         """x (…, in) → (…, out) of `linear`, bias and adapter included."""
         if self._input is not x or linear not in self._waiting:
-            together = {one: fused_part(one) for one in self.linears}
-            if linear is not self.linears[0] or None in together.values():
-                together = {linear: together[linear]}
+            parts = {one: part for one in self.linears if (part := fused_part(one)) is not None}
+            alone = linear is not self.linears[0] or len(parts) < len(self.linears)
+            together = {linear: parts[linear]} if alone else parts
             outputs = lora_linear(x, list(together.values()))
             self._input, self._waiting = x, dict(zip(together, outputs, strict=True))
         y = self._waiting.pop(linear)
@@ -90,7 +90,8 @@ def fused_part(linear: FrozenLinear) -> LoraPart | None:
 def _gated_forward(mlp: nn.Module, activation: Activation, x: Tensor, *, tile: int | None = None) -> Tensor:
     gate, up, down = (fused_part(getattr(mlp, name)) for name in GATED_MLP)
     if gate is None or up is None or down is None:
-        return type(mlp).forward(mlp, x)
+        y: Tensor = type(mlp).forward(mlp, x)
+        return y
     return lora_gated_mlp(x, gate, up, down, activation, tile)
 
 
@@ -101,7 +102,7 @@ def gated_activation(mlp: nn.Module) -> Activation | None:
     return next(known, None)
 
 
-_found: dict[tuple, bool] = {}
+_found: dict[tuple[object, ...], bool] = {}
 
 
 def _is_gated_mlp(kind: type[nn.Module], mlp: nn.Module, activation: Activation) -> bool:
@@ -119,11 +120,11 @@ def _computes_as(kind: type[nn.Module], mlp: nn.Module, activation: Activation) 
     nn.Module.__init__(twin)
     twin.__dict__.update({name: value for name, value in vars(mlp).items() if not name.startswith("_")})
     twin.__dict__.pop("forward", None)
-    twin.act_fn = getattr(mlp, "act_fn", None)
+    twin.act_fn = getattr(mlp, "act_fn", None)  # type: ignore[assignment]  # a function is no module
     gate, up, down = (torch.randn(shape, generator=generator) for shape in ((5, 4), (5, 4), (3, 5)))
     x = torch.randn(7, 4, generator=generator)
     for name, weight in zip(GATED_MLP, (gate, up, down), strict=True):
-        linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(weight)
         setattr(twin, name, linear)
     try:

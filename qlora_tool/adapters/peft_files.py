@@ -165,6 +165,7 @@ class StoredAdapter:
 
 
 def is_adapter(folder: Path) -> bool:
+    """Whether there is a PEFT configuration in `folder`."""
     return (folder / CONFIG_NAME).exists()
 
 
@@ -290,7 +291,7 @@ def _refuse_misfit_whole(model: nn.Module, stored: StoredAdapter, whole: Mapping
         module = _submodule(model, owner)
         parameter = getattr(module, attribute, None)
         is_linear_weight = isinstance(parameter, WeightHandle) and isinstance(module, FrozenLinear)
-        if not isinstance(parameter, torch.nn.Parameter) and not is_linear_weight:
+        if parameter is None or not (isinstance(parameter, nn.Parameter) or is_linear_weight):
             faults.append(f"{stored.folder}: replaces {name}, which is no parameter of this model")
             continue
         shape = tuple(parameter.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qlora_tool.errors import UserError, did_you_mean
 from qlora_tool.methods import METHODS
@@ -31,7 +31,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, FrozenLin
         UserError: a name or expression that matches no linear module.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
-    output = model.get_output_embeddings()
+    output = cast(Any, model).get_output_embeddings()  # transformers leaves it untyped
     wanted, excluded = config.target_modules, config.exclude_modules
     if wanted == ALL_LINEAR:
         chosen = [name for name, module in linears.items() if module is not output]
@@ -91,7 +91,11 @@ def own_keys(config: AdapterConfig) -> MethodKeys:
     return keys(**{name: getattr(config, name) for name in keys.model_fields if hasattr(config, name)})
 
 
-def from_pattern(name: str, pattern: Mapping[str, float], default: float) -> float:
+Number = TypeVar("Number", int, float)
+
+
+def from_pattern(name: str, pattern: Mapping[str, Number], default: Number) -> Number:
+    """The value that a pattern gives the module `name`; see `settings_for`."""
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", name):
             return value

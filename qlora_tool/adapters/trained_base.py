@@ -100,7 +100,7 @@ def train_biases(
     model: nn.Module, which: str, adapted: Container[str], dtype: torch.dtype
 ) -> dict[str, nn.Parameter]:
     """Make biases trained that are not yet: none, those of adapted modules (`lora_only`), or all."""
-    trained = {}
+    trained: dict[str, nn.Parameter] = {}
     if which == "none":
         return trained
     for name, module in model.named_modules():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, create_model
 
@@ -124,15 +124,16 @@ def adapter_config(methods: Mapping[str, type[MethodKeys]]) -> type[AdapterKeys]
                 raise TypeError(f"{home.__name__}.{key}: {homes[key].__name__} has a key of this name; share a base")
     bases = [kind for kind in reversed(kinds) if not any(kind in other.__mro__[1:] for other in kinds)]
     names: Any = Literal[tuple(methods)]
-    made: type[AdapterKeys] = create_model(
+    create: Any = create_model  # its overloads know no bases that are found while running
+    section: type[AdapterKeys] = create(
         "AdapterConfig",
-        __base__=cast(tuple[type[AdapterKeys], ...], (*bases, AdapterKeys)),
+        __base__=(*bases, AdapterKeys),
         __module__=__name__,
         __doc__="What is trained.",
         method=(names, AdapterKeys.model_fields["method"]),
     )
-    made.methods = dict(methods)
-    return made
+    section.methods = dict(methods)
+    return section
 
 
 if TYPE_CHECKING:

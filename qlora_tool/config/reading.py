@@ -74,7 +74,8 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
 
 def config_to_yaml(config: Config) -> str:
     """The whole configuration as YAML, every default written out, keys in the documented order."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True, width=120)
+    text: str = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True, width=120)
+    return text
 
 
 @dataclass

@@ -46,7 +46,7 @@ def yaml_problem(error: Exception) -> str:
     return ", ".join(part for part in parts if part) or " ".join(str(error).split())
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML comes without types
     """YAML that notes the keys that stand twice in a mapping, where the second silently replaces the first."""
 
     def __init__(self, stream: str):
@@ -60,4 +60,5 @@ class _Loader(yaml.SafeLoader):
                 if key.value in seen:
                     self.duplicates.append((key.value, key.start_mark.line + 1))
                 seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
+        made: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return made

@@ -20,6 +20,11 @@ _OURS = ("config.json", "adapter_config.json", "export.json")  # one of them lie
 
 
 def refuse_no_adapter(artifact: Artifact) -> None:
+    """Refuse an artifact that has no adapter, with what to name instead.
+
+    Raises:
+        UserError: it has none.
+    """
     if artifact.adapter is not None:
         return
     path = Path(artifact.name)

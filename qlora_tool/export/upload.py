@@ -13,7 +13,7 @@ def refuse_bad_name(repo: str) -> None:
         UserError: `repo` cannot be the name of a repository.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in __all__
 
     try:
         validate_repo_id(repo)

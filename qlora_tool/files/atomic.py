@@ -31,6 +31,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def existing_parent(path: Path) -> Path:
+    """The closest folder above `path` that is there, or `path` itself."""
     path = path.absolute()
     while not path.exists():
         path = path.parent

@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -141,7 +142,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         pass
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        header: dict[str, dict] = json.loads(stream.read(length))
+        header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
     header.pop("__metadata__", None)
     entries = {}
     for name, entry in header.items():
@@ -169,7 +170,7 @@ def read_tensor(entry: TensorEntry, device: torch.device | str = "cpu") -> Tenso
     buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.start)
-        view, done = memoryview(buffer.numpy()), 0
+        view, done = memoryview(buffer.numpy().data), 0
         while done < entry.nbytes:
             count = stream.readinto(view[done:])
             if not count:
@@ -280,7 +281,7 @@ def tensor_bytes(spec: TensorSpec | None, name: str, tensor: Tensor) -> memoryvi
     """
     if spec is None or (name, tensor.dtype, tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
         raise ValueError(f"announced {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}")
-    return memoryview(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_index(folder: Path, names: Sequence[str], cut: Sequence[Sequence[TensorSpec]]) -> None:
@@ -305,6 +306,7 @@ def shards(specs: Iterable[TensorSpec], max_shard_size: int) -> list[list[Tensor
 
 
 def shard_name(index: int, count: int) -> str:
+    """The name of shard `index`, from 0, of `count`, as transformers names it."""
     return SINGLE_NAME if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 

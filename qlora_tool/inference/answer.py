@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def dense_weights(model: CausalLM) -> Iterator[None]:
     """Keep the weights dense meanwhile, where they take at most half of the free memory: each token needs all of them,
     and a token of a small batch takes less time than dequantizing them."""
     weights = [module for module in model.module.modules() if isinstance(module, WeightHandle)]
-    needed = sum(weight.shape.numel() for weight in weights) * model.compute_dtype.itemsize
+    needed = sum(math.prod(weight.shape) for weight in weights) * model.compute_dtype.itemsize
     held = weights if 2 * needed <= free_memory(model.device) else []
     try:
         for weight in held:

@@ -60,7 +60,8 @@ class Dora(Lora):
 
     def delta(self, tensors: Mapping[str, Tensor], settings: Settings, weight: Tensor) -> Tensor:
         direction = weight + super().delta(tensors, settings, weight)
-        return (tensors["magnitude"].float() / direction.norm(dim=1)).unsqueeze(1) * direction - weight
+        factor: Tensor = tensors["magnitude"].float() / direction.norm(dim=1)  # (out,)
+        return factor.unsqueeze(1) * direction - weight
 
     def merge(self, tensors: Mapping[str, Tensor], settings: Settings, weight: Tensor) -> Tensor:
         return self.delta(tensors, settings, weight).add_(weight)
@@ -83,7 +84,8 @@ def weight_norm(weight: WeightHandle, tensors: Mapping[str, Tensor], scaling: fl
         cross = (lora_B * (dense @ lora_A.T.to(dtype)).float()).sum(1)  # ⟨W₀, BA⟩ by row
         square = ((lora_B @ (lora_A @ lora_A.T)) * lora_B).sum(1)  # ‖BA‖² by row
         rows = torch.linalg.vector_norm(dense, dim=1, dtype=torch.float32)  # ‖W₀‖ by row, without its squares
-        return (rows.square() + 2 * scaling * cross + scaling * scaling * square).sqrt()
+        squares: Tensor = rows.square() + 2 * scaling * cross + scaling * scaling * square
+        return squares.sqrt()
 
 
 METHOD = Dora()

@@ -55,17 +55,25 @@ class SavedWith:
     tensors: frozenset[str]
 
 
+class Siblings(Protocol):
+    """The modules that one input goes to: `adapters.fusion.SharedInput`."""
+
+    def output(self, x: Tensor, linear: FrozenLinear) -> Tensor:
+        """x (…, in) → (…, out) of one of them, bias and adapter included."""
+        ...
+
+
 class Adapter(Protocol):
     """What a method sees of the adapter that computes: `adapters.adapter.Adapter`.
 
     Attributes:
         tensors: the trained tensors by the method's names for them.
         drops: whether anything is dropped now.
-        shared: the modules that this one's input goes to as well, or None; see `adapters.fusion`.
+        shared: the modules that this one's input goes to as well, or None.
     """
 
     settings: Settings
-    shared: Any
+    shared: Siblings | None
 
     @property
     def tensors(self) -> Mapping[str, Tensor]: ...

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_tool.errors import UserError
 from qlora_tool.files.tensors import Checkpoint, missing_names
@@ -146,6 +146,6 @@ def _refuse_missing(source: ParameterSource, unexpected: list[str]) -> None:
         )
 
 
-def tied_names(model: PreTrainedModel) -> dict[str, str]:
+def tied_names(model: nn.Module) -> dict[str, str]:
     """{tied parameter: the parameter whose values it shares}; empty where the configuration ties nothing."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})

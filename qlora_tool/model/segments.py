@@ -140,14 +140,14 @@ def segment_attention(
     if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache")):
         raise NotImplementedError("attention with something of the family's own in it")
     rows, _, length, _ = query.shape
-    flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]  # (tokens, heads, head_dim)
+    q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))  # (tokens, heads, head_dim)
     target = target_of(query)
-    if not dropout and has_flash_cuda(target, *flat):
-        output = _flash_cuda(*flat, attention_mask, scaling)
-    elif not dropout and has_flash_cpu(target, *flat):
-        output = _FlashCpu.apply(*flat, attention_mask, scaling)
+    if not dropout and has_flash_cuda(target, q, k, v):
+        output = _flash_cuda(q, k, v, attention_mask, scaling)
+    elif not dropout and has_flash_cpu(target, q, k, v):
+        output = _FlashCpu.apply(q, k, v, attention_mask, scaling)
     else:
-        output = plain_attention(*flat, attention_mask, scaling, dropout)
+        output = plain_attention(q, k, v, attention_mask, scaling, dropout)
     return output.unflatten(0, (rows, length)), None
 
 
@@ -165,11 +165,11 @@ def plain_attention(
         groups = 1
     outputs = []
     for (count, length), *parts in _parts(mask.segments.runs(), query, key, value):
+        q, k, v = (_heads_first(part, count, length) for part in parts)
         window = mask.window_mask(length, query)
         output = nn.functional.scaled_dot_product_attention(
-            *(_heads_first(part, count, length) for part in parts), window, dropout, window is None,
-            scale=scaling, enable_gqa=groups > 1,
-        )  # fmt: skip
+            q, k, v, window, dropout, window is None, scale=scaling, enable_gqa=groups > 1
+        )
         outputs.append(_tokens_first(output))
     return _joined(outputs)
 

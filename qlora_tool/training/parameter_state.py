@@ -167,7 +167,7 @@ class ParameterState:
         moments = self.tensors[name]
         found = moments[piece]
         if getattr(moments, "is_paged", False):
-            found.is_paged, found.page_deviceid = True, moments.page_deviceid
+            vars(found).update(is_paged=True, page_deviceid=vars(moments)["page_deviceid"])
         return found
 
     def state_dict(self) -> dict[str, Any]:

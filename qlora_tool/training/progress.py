@@ -8,11 +8,14 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qlora_tool.files.atomic import disk_errors
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -87,18 +90,19 @@ class LiveLine:
         self.console = Console(stderr=True)
         self.total, self.first = total_steps, first_step
         self.started = time.perf_counter()
-        self._progress = self._task = None
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
 
     def __enter__(self) -> LiveLine:
         if self.console.is_terminal:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-            self._progress = Progress(
+            self._progress = progress = Progress(
                 TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"),
                 console=self.console,
             )  # fmt: skip
-            self._task = self._progress.add_task("", total=self.total, completed=self.first, text="")
-            self._progress.start()
+            self._task = progress.add_task("", total=self.total, completed=self.first, text="")
+            progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -10,7 +10,7 @@ matrix alone: no block straddles two experts, and one expert is dequantized with
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor_to_dict
@@ -73,11 +73,18 @@ class QuantizedTensor:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> QuantizedTensor:
         """The same weight with `function` applied to each of its tensors (to another device, say)."""
-        return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
+        return self._with({name: function(tensor) for name, tensor in self.tensors().items()})
+
+    def _with(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...] | None = None) -> QuantizedTensor:
+        """The same kind of weight, made of other tensors."""
+        return QuantizedTensor(
+            self.kind, shape or self.shape, self.dtype, tensors["codes"], tensors["scales"],
+            tensors.get("nested_scales"), tensors.get("nested_offset"), self.block_size,
+        )  # fmt: skip
 
     def expert(self, index: int) -> QuantizedTensor:
         """One expert's matrix (out, in) of a three-dimensional weight; its tensors are views."""
-        return replace(self.map(lambda tensor: tensor[index]), shape=self.shape[1:])
+        return self._with({name: tensor[index] for name, tensor in self.tensors().items()}, self.shape[1:])
 
     def dequantize(self, dtype: torch.dtype = torch.float32, rows: slice | Tensor | None = None) -> Tensor:
         """The weight as a plain tensor: code × scale in fp32, rounded once to `dtype`.
@@ -91,9 +98,11 @@ class QuantizedTensor:
         Returns:
             A tensor of `shape`, or of the rows asked for.
         """
-        if isinstance(rows, Tensor) and (self.kind != "int8" or len(self.shape) != 2):
-            raise ValueError("rows by an index: only an int8 matrix has each row by itself")
-        if isinstance(rows, slice) and rows.step not in (None, 1):
+        if isinstance(rows, Tensor):
+            if self.kind != "int8" or len(self.shape) != 2:
+                raise ValueError("rows by an index: only an int8 matrix has each row by itself")
+            return _dequantize_int8(self.codes[rows], self.scales[rows], dtype)
+        if rows is not None and rows.step not in (None, 1):
             raise ValueError(f"rows in steps of {rows.step}: expected every row of a range")
         if len(self.shape) == 3:
             if rows is not None:
@@ -114,10 +123,11 @@ class QuantizedTensor:
                 raise ValueError(f"rows {start}:{stop} of {shape} do not fall on blocks of {self.block_size}")
             codes = codes[first // 2 : (last + 1) // 2]
             shape = (stop - start, shape[1])
-        return dequantize_4bit(
+        dense: Tensor = dequantize_4bit(
             codes, self.scales, self.nested_scales, self.nested_offset, self.kind, self.block_size,
             first // self.block_size, shape, dtype,
         )  # fmt: skip
+        return dense
 
 
 def _dequantize_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -155,17 +165,19 @@ def quantize(weight: Tensor, kind: str, double_quant: bool = True) -> QuantizedT
         raise ValueError(f"a weight of shape {tuple(weight.shape)}: expected (out, in) or (experts, out, in)")
     weight = weight.contiguous()
     if kind == "int8":
-        return QuantizedTensor(kind, tuple(weight.shape), weight.dtype, *quantize_int8(weight), block_size=0)
+        codes, scales = quantize_int8(weight)
+        return QuantizedTensor(kind, tuple(weight.shape), weight.dtype, codes, scales, block_size=0)
     codes, scales = quantize_4bit(weight.view(-1), kind, BLOCK_SIZE)
-    nested = quantize_scales(scales) if double_quant else (scales,)
-    return QuantizedTensor(kind, tuple(weight.shape), weight.dtype, codes, *nested)
+    if not double_quant:
+        return QuantizedTensor(kind, tuple(weight.shape), weight.dtype, codes, scales)
+    return QuantizedTensor(kind, tuple(weight.shape), weight.dtype, codes, *quantize_scales(scales))
 
 
 def _stack(matrices: list[QuantizedTensor]) -> QuantizedTensor:
     """(out, in) each → one of (experts, out, in)."""
     first = matrices[0]
     stacked = {name: torch.stack([matrix.tensors()[name] for matrix in matrices]) for name in first.tensors()}
-    return replace(first, shape=(len(matrices), *first.shape), **stacked)
+    return first._with(stacked, (len(matrices), *first.shape))
 
 
 # ---------------------------------------------------------------------------------------------- the form on disk
@@ -201,7 +213,7 @@ def to_disk(name: str, weight: QuantizedTensor) -> dict[str, Tensor]:
         f"{name}.absmax": weight.scales,
         f"{name}.quant_map": code_values(weight.kind, weight.device).clone(),
     }
-    if weight.double_quant:
+    if weight.nested_scales is not None and weight.nested_offset is not None:
         state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32"}
         state["nested_offset"] = weight.nested_offset.tolist()
         tensors[f"{name}.nested_absmax"] = weight.nested_scales
@@ -243,16 +255,16 @@ def from_disk(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype = tor
     experts = shape[:-2]
     if codes.dtype != torch.uint8:  # quant_storage: the same bytes under another dtype
         codes = codes.contiguous().view(torch.uint8)
-    nested = {}
+    nested_scales = nested_offset = None
     if f"{name}.nested_absmax" in tensors:
         if state["nested_blocksize"] != NESTED_BLOCK_SIZE:
             raise ValueError(f"{name}: scales in blocks of {state['nested_blocksize']}; expected {NESTED_BLOCK_SIZE}")
-        offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=codes.device)
-        nested = {"nested_scales": tensors[f"{name}.nested_absmax"], "nested_offset": offset}
+        nested_scales = tensors[f"{name}.nested_absmax"]
+        nested_offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=codes.device)
     if not torch.allclose(tensors[f"{name}.quant_map"].float(), code_values(kind, codes.device), atol=1e-6):
         raise ValueError(f"{name}: its table of values is not bitsandbytes' {kind}")
     scales = tensors[f"{name}.absmax"]
     return QuantizedTensor(
-        kind, shape, getattr(torch, state["dtype"]), codes.reshape(*experts, -1), scales, block_size=state["blocksize"],
-        **nested,
+        kind, shape, getattr(torch, state["dtype"]), codes.reshape(*experts, -1), scales, nested_scales, nested_offset,
+        state["blocksize"],
     )  # fmt: skip

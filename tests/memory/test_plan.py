@@ -15,7 +15,8 @@ from qlora_tool.config import Config, load_config, with_values
 from qlora_tool.errors import UserError
 from qlora_tool.memory.breakdown import Breakdown
 from qlora_tool.memory.plan.length import longest_length
-from qlora_tool.memory.plan.search import Change, Plan, change_that_fits, plan, relative_speed, render_plan
+from qlora_tool.memory.plan.search import Change, Plan, change_that_fits, plan, relative_speed
+from qlora_tool.memory.show.plan_table import render_plan
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.measure import measure_peak
 from qlora_tool.memory.trace.predict import BatchShape, predict

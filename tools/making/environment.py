@@ -22,7 +22,7 @@ EXTRAS = "test,demo"
 # What is imported from other packages; together they stand for an installation that is complete.
 MODULES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "safetensors", "click", "pydantic")
 MODULES += ("yaml", "rich", "matplotlib", "gguf")
-TEST_MODULES = (*MODULES, "peft", "pytest")
+TEST_MODULES = (*MODULES, "peft", "pytest", "xdist", "ruff", "mypy", "importlinter")
 
 
 class EnvironmentFailure(Exception):

@@ -194,7 +194,7 @@ class TensorNames:
 
 
 def interleaved(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of every head from (first half, second half) to (pairs): 0, d/2, 1, d/2 + 1, …
+    """Rows of every head from (first half, second half) to (pairs): 0, d/2, 1, d/2 + 1 and so on.
 
     Args:
         tensor: (heads · d, …), a weight or a bias.

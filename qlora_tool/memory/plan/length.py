@@ -49,6 +49,7 @@ def step_of(length: int) -> int:
 
 
 def round_down(length: int, shortest: int, top: int) -> int:
+    """The longest length to suggest that is not above `length`, between `shortest` and `top`."""
     if length >= top:
         return top
     return max(shortest, length // step_of(length) * step_of(length))

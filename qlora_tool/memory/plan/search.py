@@ -18,7 +18,6 @@ from qlora_tool.build import resolve as resolve_run
 from qlora_tool.config import with_values
 from qlora_tool.errors import UserError
 from qlora_tool.memory.plan.length import longest_length, step_of
-from qlora_tool.memory.show.plan_table import render_plan
 from qlora_tool.memory.trace.extrapolate import ANY_CARD, Estimate, estimate_peak, resized, timeline_on
 from qlora_tool.memory.trace.predict import BatchShape, predict
 from qlora_tool.ops.declare import CPU
@@ -26,8 +25,6 @@ from qlora_tool.ops.declare import CPU
 if TYPE_CHECKING:
     from qlora_tool.config import Config
     from qlora_tool.memory.breakdown import Breakdown
-
-__all__ = ["Change", "Option", "Plan", "change_that_fits", "plan", "relative_speed", "render_plan"]
 
 BATCH_SIZES = (1, 2, 4, 8)
 RANKS = (8, 16, 32, 64)
@@ -142,6 +139,7 @@ class Plan:
 
 
 def usable(budget_bytes: int, margin: float) -> int:
+    """Bytes of a budget that may be used, where the share `margin` of it stays free."""
     return int(budget_bytes * (1 - margin))
 
 

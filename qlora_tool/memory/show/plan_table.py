@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qlora_tool.memory.plan.search import Change, Option, Plan
 from qlora_tool.memory.show.legend import binary_size, full_size
-
-if TYPE_CHECKING:
-    from qlora_tool.memory.plan.search import Change, Option, Plan
 
 _CHECKPOINTING = "training.gradient_checkpointing"
 _NOTE = "peak: expected; speed: tokens/s against what was asked for, by counting passes, not measured\n"

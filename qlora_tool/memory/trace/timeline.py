@@ -188,8 +188,10 @@ class Timeline:
         return list(dict.fromkeys(order))
 
     def _only(self, kept: np.ndarray) -> Timeline:
-        columns = (self.part_bytes, self.phases, self.modules, self.operators, self.positions)
-        return Timeline(*(column[kept] for column in columns), self.module_names, self.operator_names)
+        return Timeline(
+            self.part_bytes[kept], self.phases[kept], self.modules[kept], self.operators[kept], self.positions[kept],
+            self.module_names, self.operator_names,
+        )  # fmt: skip
 
 
 _PART_NUMBER = {part: number for number, part in enumerate(PARTS)}
