@@ -20,6 +20,7 @@ from qlora_tool.data.batches import collate
 from qlora_tool.data.tokenize import Example
 from qlora_tool.errors import UserError
 from qlora_tool.memory import run_report
+from qlora_tool.memory.allocator import available
 from qlora_tool.memory.allocator.available import available_bytes
 from qlora_tool.memory.breakdown import CATEGORIES, MemoryReport
 from qlora_tool.memory.run_report import RunMemory, kept_prediction
@@ -124,12 +125,10 @@ def test_the_refusal_names_the_change_that_makes_it_fit(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A limit between what one row and what two rows take."""
-    from qlora_tool.memory.plan import search as plan
-
     shallow = write_model(tmp_path / "shallow", num_hidden_layers=1)
     monkeypatch.setattr(run_report, "choose_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(run_report, "SECONDS_FOR_A_CHANGE", 600)
-    monkeypatch.setattr(plan, "CUDA_MARGIN", 0.0)
+    monkeypatch.setattr(available, "CUDA_MARGIN", 0.0)
     config = with_values(config, {
         "model.name_or_path": str(shallow), "training.gradient_checkpointing": True,
         "training.per_device_train_batch_size": 2,

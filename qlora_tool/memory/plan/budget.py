@@ -26,7 +26,7 @@ from qlora_tool.config import memory_settings, parse_size, with_values
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import write_json
 from qlora_tool.files.cache import cache_folder
-from qlora_tool.memory.allocator.available import available_bytes
+from qlora_tool.memory.allocator.available import available_bytes, margin_on, usable
 from qlora_tool.memory.breakdown import Breakdown
 from qlora_tool.memory.profile import (
     CudaTarget,
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CUDA_MARGIN = 0.05  # of what is free on a card: reserved memory is modelled
 CONFIRMATIONS = 4  # whole predictions at most, but for one of everything recomputed
 MIN_GAIN = 0.02  # of all recomputation: what another whole prediction must promise to save
 _FREE_STEP = 100_000_000  # bytes: what is free differs a little each time, and the choice should not
@@ -87,7 +86,7 @@ def budget_of(config: Config, available: int | None) -> int | None:
     if config.training.max_memory is not None:
         limits.append(parse_size(config.training.max_memory))
     if available is not None:
-        limits.append(int(available * (1 - CUDA_MARGIN)) // _FREE_STEP * _FREE_STEP)
+        limits.append(usable(available, margin_on("cuda")) // _FREE_STEP * _FREE_STEP)
     return min(limits, default=None)
 
 
