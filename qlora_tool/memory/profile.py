@@ -25,15 +25,10 @@ from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.measure import measure_categories, measure_peak
 from qlora_tool.memory.trace.predict import BatchShape, predict
 from qlora_tool.memory.trace.timeline import Timeline
-from qlora_tool.model.load import (
-    Quantization,
-    build_skeleton,
-    find_embedding_slots,
-    find_slots,
-    is_linear,
-)
+from qlora_tool.model.load import build_skeleton
 from qlora_tool.model.open import check_length, choose_dtype
 from qlora_tool.model.parameter_source import tied_names
+from qlora_tool.model.slots import Quantization, find_embedding_slots, find_slots, is_linear
 from qlora_tool.model.source import read_model_config, resolve
 from qlora_tool.ops.declare import CPU, Target
 
