@@ -84,6 +84,11 @@ class CudaTarget:
         return self.calibration.context_bytes if self.calibration else estimated_context(self.capability)
 
 
+def target_on(device: str, card: Card | None = None) -> CudaTarget | None:
+    """The card that a prediction for `device` (cuda or cpu) is for: `card`, or the one that is here; None on a CPU."""
+    return CudaTarget.of(card) if device == "cuda" else None
+
+
 def device_of(target: CudaTarget | None) -> Target:
     """What a step is meant for: the card, or a CPU where there is none."""
     return CPU if target is None else target.device
@@ -208,7 +213,7 @@ def profile(
     shape = BatchShape.assumed(config, model_config)
 
     run = config, model_config, shape, dtype, recomputation
-    target = CudaTarget.of(card) if device == "cuda" else None
+    target = target_on(device, card)
     predicted = Prediction.of(predict(*run, device_of(target)), target)
     lines, measured, allocator_peak = {"predicted": predicted.timeline}, None, None
     if measure and device == "cuda":
