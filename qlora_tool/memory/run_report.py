@@ -16,7 +16,7 @@ from qlora_tool.memory.plan.budget import choose_for_run
 from qlora_tool.memory.plan.cached import cached
 from qlora_tool.memory.plan.search import change_that_fits
 from qlora_tool.memory.profile import Prediction, device_of, target_on
-from qlora_tool.memory.trace.classify import name_optimizer, name_weights, timeline
+from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.predict import BatchShape, TracerWatch, predict
 from qlora_tool.memory.trace.tracer import Tracer
 
@@ -80,12 +80,12 @@ class RunMemory:
         else:
             logger.info("memory: this step is traced, and so is slower")
             with Tracer() as tracer, _recomputing(run, tracer.recomputation):
+                watch = TracerWatch(tracer)
                 with tracer.phase("load"):
-                    name_weights(tracer, run.model.module, run.adapters)
+                    hooks = watch.loaded(run.model, run.adapters)
                 with tracer.phase("optimizer"):  # its state came with the step before
-                    name_optimizer(tracer, run.optimizer)
-                hooks = tracer.follow_modules(run.model.module, run.model.checkpointed_layers())
-                yield partial(TracerWatch(tracer).during, run.optimizer, step)
+                    watch.has_state(run.optimizer)
+                yield partial(watch.during, run.optimizer, step)
                 for hook in hooks:
                     hook.remove()
             measured = timeline(tracer.trace).breakdown()
