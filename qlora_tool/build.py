@@ -27,9 +27,10 @@ from qlora_tool.config import Config, ModelConfig, with_values
 from qlora_tool.model.behaviour import behaviour_of
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.kept_base import keep_base, kept_base
-from qlora_tool.model.load import Quantization, load_base
+from qlora_tool.model.load import load_base
 from qlora_tool.model.open import choose_device, choose_dtype
 from qlora_tool.model.random_source import RandomSource
+from qlora_tool.model.slots import Quantization
 from qlora_tool.model.source import read_model_config
 from qlora_tool.model.source import resolve as resolve_model
 

@@ -10,4 +10,7 @@ from typing import Literal
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 ComputeDtype = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cuda", "cpu"]
+ExportFormat = Literal["safetensors", "gguf", "adapter", "adapter-portable", "nf4"]
+ExportBase = Literal["dequantized", "original"]
+GgufType = Literal["f16", "bf16", "q8_0"]
 DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "dolly", "prompt_completion", "text"]

@@ -122,11 +122,11 @@ class StoredAdapter:
         there; `target_modules` is not needed for it."""
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in self.tensors.items():
-            if (owner := self._owner(key)) is not None:
+            if (owner := self.owner(key)) is not None:
                 found.setdefault(owner[0], {})[owner[1]] = tensor
         return found
 
-    def _owner(self, key: str) -> tuple[str, str] | None:
+    def owner(self, key: str) -> tuple[str, str] | None:
         """The module that a tensor adapts, and the method's name for it; None for one that replaces a tensor."""
         for name, suffix in self.method.peft_names.items():
             if key.endswith(f".{suffix}"):
@@ -160,7 +160,7 @@ class StoredAdapter:
         PEFT writes along. As the model keeps them: a Conv1D's (in, out)."""
         return {
             name.replace(".base_layer.", "."): tensor for name, tensor in self.tensors.items()
-            if self._owner(name) is None
+            if self.owner(name) is None
         }  # fmt: skip
 
 
@@ -216,8 +216,9 @@ def _refuse_incomplete(file: Path, stored: StoredAdapter) -> None:
     """Refuse tensors that do not make up whole adapters, all faults in one report."""
     method, parts = stored.method, stored.parts
     family = next(iter(method.peft_names.values())).partition("_")[0]  # what all of its tensors begin with
-    if any(".lora_embedding_" in name for name in stored.tensors):
-        raise UserError(f"{file}: LoRA on embeddings cannot be read here; merge this adapter with PEFT instead")
+    for part, what in method.peft_unread.items():
+        if any(part in name for name in stored.tensors):
+            raise UserError(f"{file}: {what} cannot be read here; merge this adapter with PEFT instead")
     if not parts:
         example = f"{PREFIX}model.layers.0.….{next(iter(method.peft_names.values()))}"
         raise UserError(f"{file}: no {method.peft_type} tensors in it; expected names such as {example}")

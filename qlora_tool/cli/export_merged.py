@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from qlora_tool.choices import ComputeDtype, ExportBase, ExportFormat, GgufType
 from qlora_tool.cli import ToolCommand
 from qlora_tool.cli.options import base_options
 
 if TYPE_CHECKING:
     from qlora_tool.export.write import ExportResult
-
-_FORMATS = ("safetensors", "gguf", "adapter", "adapter-portable", "nf4")
 
 
 @click.command(
@@ -30,15 +29,15 @@ _FORMATS = ("safetensors", "gguf", "adapter", "adapter-portable", "nf4")
 )
 @click.argument("run_or_adapter")
 @click.option("--output-dir", required=True, metavar="DIR", help="Where the model goes; must not exist.")
-@click.option("--base", type=click.Choice(["dequantized", "original"]), default="dequantized", show_default=True,
+@click.option("--base", type=click.Choice(get_args(ExportBase)), default="dequantized", show_default=True,
               help="Merge onto what was trained against, or onto the original 16-bit weights.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto",
+@click.option("--dtype", type=click.Choice(get_args(ComputeDtype)), default="auto",
               show_default=True, help="Of the files; auto takes what keeps more: float16 where every value fits and "
               "the model's family can be multiplied in it.")  # fmt: skip
-@click.option("--format", type=click.Choice(_FORMATS), default="safetensors", show_default=True,
+@click.option("--format", type=click.Choice(get_args(ExportFormat)), default="safetensors", show_default=True,
               help="A model folder, a file for llama.cpp and Ollama, the adapter alone (plain or portable), or "
               "quantized by bitsandbytes again.")  # fmt: skip
-@click.option("--gguf-type", type=click.Choice(["f16", "bf16", "q8_0"]), default="f16", show_default=True,
+@click.option("--gguf-type", type=click.Choice(get_args(GgufType)), default="f16", show_default=True,
               help="Of the weights in a GGUF file.")  # fmt: skip
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Bytes of one file at most.")
 @click.option("--verify/--no-verify", default=True, show_default=True,

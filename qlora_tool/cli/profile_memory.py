@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--device", type=click.Choice([device for device in get_args(Device) if device != "auto"]),
               help="What to predict for; by default cuda, unless the configuration says cpu.")  # fmt: skip
 @click.option("--device-memory", metavar="24GB|CARD", help="What must suffice: a size, or a card such as rtx-4090.")
-@click.option("--measure", is_flag=True, help="Also run real steps, with made-up weights, and compare.")
+@click.option("--measure", is_flag=True, help="Also run real steps, with random weights, and compare.")
 @click.option("--plan", is_flag=True, help="Show what fits: lengths, batches, checkpointing, quantization.")
 @click.option("--calibrate", is_flag=True, help="Measure this card's context and workspaces, and keep them.")
 @click.option("--json", metavar="FILE", help="Write the breakdown as JSON.")

@@ -19,8 +19,11 @@ def marked(mark: Mark) -> frozenset[str]:
 
 
 def memory_settings(config: Config) -> dict[str, Any]:
-    """The values, by `section.key`, that the memory of a step depends on besides the shape of its batch."""
-    return {key: value for key, value in _flat(config).items() if key not in marked(Mark.NOT_IN_MEMORY)}
+    """The values, by `section.key`, that the memory of a step depends on besides the shape of its batch; of more than
+    two passes in a step, two: the others repeat the second."""
+    values = {key: value for key, value in _flat(config).items() if key not in marked(Mark.NOT_IN_MEMORY)}
+    passes = "training.gradient_accumulation_steps"
+    return values | {passes: min(2, values[passes])}
 
 
 def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:

@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor
 
 from qlora_tool.adapters.peft_files import CONFIG_NAME, PREFIX, WEIGHTS_NAME, StoredAdapter
@@ -79,36 +78,21 @@ def _write_portable(stored: StoredAdapter, base: str, revision: str | None, fold
 def portable_tensors(stored: StoredAdapter) -> tuple[dict[str, Tensor], int]:
     """The adapter's tensors by PEFT's names, scales multiplied into B and ranks filled up; and the common rank.
 
-    Kept in their dtype where that holds the scaled values exactly (a scale that is a power of two), else in fp32.
+    All of the adapter's are of one dtype: see `Lora.portable`, or fp32 where that leaves several.
     """
-    settings = {name: stored.settings(name) for name in stored.parts}
     method = cast("Lora", stored.method)
+    settings = {name: stored.settings(name) for name in stored.parts}
     rank = max(layer.r for layer in settings.values())
-    result = {}
+    adapted, result = {}, {}
     for key, tensor in sorted(stored.tensors.items()):
-        name, lora, part = key.partition(".lora_")
-        if lora and part == "A.weight":
-            tensor = _padded(tensor, rank - tensor.shape[0], 0)
-        elif lora and part in ("B.weight", "B.bias"):
-            tensor = _scaled(tensor, method.scaling(settings[name]))
-            tensor = _padded(tensor, rank - tensor.shape[1], 1) if part == "B.weight" else tensor
-        result[f"{PREFIX}{key}"] = tensor.contiguous()
-    adapted = [tensor for key, tensor in result.items() if ".lora_" in key]
-    if len({tensor.dtype for tensor in adapted}) > 1:
-        result = {key: tensor.float() if ".lora_" in key else tensor for key, tensor in result.items()}
-    return result, rank
-
-
-def _scaled(tensor: Tensor, scale: float) -> Tensor:
-    exact = tensor.double() * scale
-    rounded = exact.to(tensor.dtype)
-    return rounded if torch.equal(rounded.double(), exact) else exact.float()
-
-
-def _padded(tensor: Tensor, count: int, dim: int) -> Tensor:
-    shape = list(tensor.shape)
-    shape[dim] = count
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim) if count else tensor
+        if (owner := stored.owner(key)) is None:
+            result[f"{PREFIX}{key}"] = tensor.contiguous()
+        else:
+            module, name = owner
+            adapted[f"{PREFIX}{key}"] = method.portable(name, tensor, settings[module], rank).contiguous()
+    if len({tensor.dtype for tensor in adapted.values()}) > 1:
+        adapted = {key: tensor.float() for key, tensor in adapted.items()}
+    return adapted | result, rank
 
 
 def _portable_config(stored: StoredAdapter, rank: int, base: str, revision: str | None) -> dict[str, Any]:

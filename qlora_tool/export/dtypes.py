@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from qlora_tool.errors import UserError
+from qlora_tool.ops.precision import COMPUTE_DTYPES
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FLOAT16_LIMIT = 65520.0  # from here on a value rounds to infinity; float16's largest is 65504
 
 # Families, by the beginning of their model type, whose activations leave float16's range, so that who reads the files
@@ -56,7 +56,7 @@ def choices(asked: str, stored: torch.dtype, model_types: Sequence[str]) -> list
         model_types: of the base's configuration and of its text part.
     """
     if asked != "auto":
-        return [Choice(DTYPES[asked], "as asked for")]
+        return [Choice(COMPUTE_DTYPES[asked], "as asked for")]
     if stored.itemsize > 2:
         return [Choice(None, "the base's own")]
     family = next((kind for kind in model_types if kind.startswith(BFLOAT16_FAMILIES)), None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tool.artifacts import Artifact
+from qlora_tool.choices import ExportFormat
 from qlora_tool.export.beside import MODEL_FILES, TOKENIZER_FILES, copy_files, write_config
 from qlora_tool.export.merge import MergedModel
 from qlora_tool.export.shards import write_shards
@@ -117,17 +118,9 @@ def _write_requantized(job: Job, staging: Staging) -> dict[str, Any]:
 
 
 def _requantized_bytes(job: Job) -> int:
-    slots = set(job.merged.slots)
-    shapes = job.merged.source.shapes
-    quantized = sum(_count(shapes[name]) for name in job.merged.names if name in slots)
-    return int(quantized * 0.53) + 2 * sum(_count(shapes[name]) for name in job.merged.names if name not in slots)
+    from qlora_tool.export.requantized import requantized_bytes
 
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+    return requantized_bytes(job.artifact, job.merged)
 
 
 def _write_adapter(portable: bool) -> Write:
@@ -149,7 +142,7 @@ def _files_of(folder: Path) -> dict[str, Any]:
     return {"files": [file.name for file in files], "bytes": sum(file.stat().st_size for file in files)}
 
 
-FORMATS: dict[str, Format] = {
+FORMATS: dict[ExportFormat, Format] = {
     "safetensors": Format(_write_safetensors, _merged_bytes, has_dtype=True, auto_dtype=True, is_model=True),
     "gguf": Format(_write_gguf, _gguf_bytes, _check_gguf),
     "nf4": Format(_write_requantized, _requantized_bytes, has_dtype=True, is_model=True),

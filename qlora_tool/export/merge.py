@@ -17,7 +17,9 @@ from qlora_tool.adapters.peft_files import StoredAdapter, refuse_misfit
 from qlora_tool.errors import UserError
 from qlora_tool.export.dtypes import FLOAT16_LIMIT, Unfit
 from qlora_tool.files.tensors import Checkpoint, TensorSpec
-from qlora_tool.model.load import (
+from qlora_tool.model.names import SaveGroup, plan_save
+from qlora_tool.model.parameter_source import ParameterSource, tied_names
+from qlora_tool.model.slots import (
     Prepare,
     Quantization,
     Slot,
@@ -26,8 +28,6 @@ from qlora_tool.model.load import (
     is_linear,
     quantize_parameter,
 )
-from qlora_tool.model.names import SaveGroup, plan_save
-from qlora_tool.model.parameter_source import ParameterSource, tied_names
 from qlora_tool.weights.quantized import QuantizedTensor, disk_group, from_disk
 
 _SAMPLE = 1 << 16  # values of a matrix in which float16's rounding is measured

@@ -189,12 +189,12 @@ def _licence(folder: Path) -> str | None:
 
 
 def _facts(artifact: Artifact, result: dict[str, Any]) -> list[tuple[str, Any]]:
-    peft = artifact.adapter.peft
-    dropout = f", dropout {peft['lora_dropout']}" if peft.get("lora_dropout") else ""
-    targets = peft.get("target_modules")
+    usual = artifact.adapter.usual
+    dropout = f", dropout {usual.dropout}" if usual.dropout else ""
+    targets = artifact.adapter.peft.get("target_modules")
     facts = [
         ("base", artifact.model.name_or_path + (f" at {artifact.model.revision}" if artifact.model.revision else "")),
-        ("adapter", f"{artifact.adapter.method.name}, r {peft['r']}, alpha {artifact.adapter.usual.alpha}{dropout}"),
+        ("adapter", f"{artifact.adapter.method.name}, r {usual.r}, alpha {usual.alpha}{dropout}"),
         ("adapted modules", ", ".join(targets) if isinstance(targets, list) else targets),
     ]
     if not _format(result).startswith("adapter"):

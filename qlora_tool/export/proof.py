@@ -24,12 +24,13 @@ from qlora_tool.errors import ToolError
 from qlora_tool.export.verify import Agreement, Predictions, Rows, choose_rows, compare, predict
 from qlora_tool.files.tensors import Checkpoint, give_back_freed_memory
 from qlora_tool.inference.open import tokenizer_folder
-from qlora_tool.memory.allocator.available import free_bytes
 from qlora_tool.model.causal_lm import CausalLM
-from qlora_tool.model.load import Quantization, build_skeleton, find_embedding_slots, find_slots
+from qlora_tool.model.load import build_skeleton
 from qlora_tool.model.open import choose_device, open_tokenizer
 from qlora_tool.model.parameter_source import ParameterSource
+from qlora_tool.model.slots import Quantization, find_embedding_slots, find_slots
 from qlora_tool.model.source import read_model_config
+from qlora_tool.ops.free_memory import free_bytes
 from qlora_tool.weights.modules import FrozenLinear
 from qlora_tool.weights.quantized import KINDS, QuantizedTensor
 
@@ -257,13 +258,15 @@ def _shortage(artifact: Artifact) -> str | None:
     skeleton = build_skeleton(read_model_config(folder, artifact.model.trust_remote_code),
                               artifact.model.trust_remote_code)  # fmt: skip
     source = ParameterSource(skeleton, Checkpoint(folder), "cpu")
-    bytes_of = {"nf4": 0.57, "fp4": 0.57, "int8": 1.01}  # a weight
-    slots = dict.fromkeys(find_slots(skeleton), artifact.model.quantization)
-    slots |= dict.fromkeys(find_embedding_slots(skeleton, Quantization.of(artifact.model)), "int8")
-    sizes = {name: torch.Size(source.shapes[name]).numel() for name in source.names}
-    held = sum(size * bytes_of[slots[name]] if slots.get(name) in bytes_of else source.stored_bytes(name)
-               for name, size in sizes.items())  # fmt: skip
-    needed = held + 3 * 4 * max(sizes.values())  # the largest weight in fp32, the update of it, what the files hold
+    quantization = Quantization.of(artifact.model)
+    slots = find_slots(skeleton) | find_embedding_slots(skeleton, quantization)
+    held = largest = 0
+    for name in source.names:
+        shape = source.shapes[name]
+        quantized = slots[name].quantized_bytes(shape, quantization) if name in slots else None
+        held += source.stored_bytes(name) if quantized is None else quantized
+        largest = max(largest, math.prod(shape))
+    needed = held + 3 * 4 * largest  # the largest weight in fp32, the update of it, what the files hold
     free = free_bytes(choose_device(artifact.model.device))
     if needed <= free:
         return None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from qlora_tool.errors import UserError
 from qlora_tool.export.beside import write_config
 from qlora_tool.files.tensors import TensorSpec, shard_name, shards, write_index, write_tensors
 from qlora_tool.model.names import SaveGroup
-from qlora_tool.weights.quantized import quantize, to_disk
+from qlora_tool.weights.quantized import QuantizedTensor, quantize, to_disk
 
 if TYPE_CHECKING:
     from qlora_tool.artifacts import Artifact
@@ -76,12 +77,31 @@ class _Writer:
     double_quant: bool
     loss: UpdateLoss = field(default_factory=UpdateLoss)
 
-    def __post_init__(self) -> None:
-        self.exact = dataclasses.replace(self.merged, dtype=torch.float32)
+    @classmethod
+    def of(cls, artifact: Artifact, merged: MergedModel) -> _Writer:
+        """Scales are quantized twice where those of the artifact's base were."""
+        return cls(merged, artifact.model.double_quant if artifact.model.quantization == KIND else True)
+
+    @cached_property
+    def exact(self) -> MergedModel:
+        """What is quantized, before that."""
+        return dataclasses.replace(self.merged, dtype=torch.float32)
+
+    @cached_property
+    def trained(self) -> MergedModel:
+        """What was trained."""
         same = self.merged.base == "dequantized"
-        self.trained = self.exact if same else dataclasses.replace(self.exact, base="dequantized")
-        self.base = dataclasses.replace(self.trained, adapter=None)
-        self.dtype = self.merged.default_dtype
+        return self.exact if same else dataclasses.replace(self.exact, base="dequantized")
+
+    @cached_property
+    def base(self) -> MergedModel:
+        """What it was trained against."""
+        return dataclasses.replace(self.trained, adapter=None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is not quantized."""
+        return self.merged.default_dtype
 
     def quantizes(self, group: SaveGroup, specs: list[TensorSpec]) -> bool:
         """Whether a group is one weight matrix that bitsandbytes has a module for.
@@ -105,8 +125,8 @@ class _Writer:
                 result += specs
                 continue
             out, width = specs[0].shape[:: -1 if self.merged.slots[group.names[0]].transposed else 1]
-            meta = quantize(torch.empty(out, width, dtype=self.dtype, device="meta"), KIND, False)
-            result += [TensorSpec(name, dtype, shape) for name, dtype, shape in _disk_form(specs[0].name, meta, self)]
+            meta = quantize(torch.empty(out, width, dtype=self.dtype, device="meta"), KIND, self.double_quant)
+            result += _disk_form(specs[0].name, meta)
         return result
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -128,16 +148,15 @@ class _Writer:
         return weight.T.contiguous() if self.merged.slots[group.names[0]].transposed else weight
 
 
-def _disk_form(name: str, meta, writer: _Writer) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+def _disk_form(name: str, meta: QuantizedTensor) -> Iterator[TensorSpec]:
     """Names, dtypes and shapes of what `to_disk` gives for a weight; bitsandbytes' serialization."""
-    scales = meta.scales.numel()
-    yield name, torch.uint8, (meta.codes.numel(), 1)
-    yield f"{name}.absmax", torch.uint8 if writer.double_quant else torch.float32, (scales,)
-    yield f"{name}.quant_map", torch.float32, (16,)
-    if writer.double_quant:
-        yield f"{name}.nested_absmax", torch.float32, (-(-scales // 256),)
-        yield f"{name}.nested_quant_map", torch.float32, (256,)
-    yield f"{name}.quant_state.bitsandbytes__{KIND}", torch.uint8, (_STATE_BYTES,)
+    yield TensorSpec(name, torch.uint8, (meta.codes.numel(), 1))
+    yield TensorSpec(f"{name}.absmax", meta.scales.dtype, tuple(meta.scales.shape))
+    yield TensorSpec(f"{name}.quant_map", torch.float32, (16,))
+    if meta.nested_scales is not None:
+        yield TensorSpec(f"{name}.nested_absmax", torch.float32, tuple(meta.nested_scales.shape))
+        yield TensorSpec(f"{name}.nested_quant_map", torch.float32, (256,))
+    yield TensorSpec(f"{name}.quant_state.bitsandbytes__{KIND}", torch.uint8, (_STATE_BYTES,))
 
 
 def _filled(name: str, tensor: Tensor) -> Tensor:
@@ -147,6 +166,11 @@ def _filled(name: str, tensor: Tensor) -> Tensor:
     if tensor.numel() > _STATE_BYTES:
         raise ValueError(f"{name}: its description takes {tensor.numel()} bytes, more than {_STATE_BYTES}")
     return torch.cat([tensor, torch.full((_STATE_BYTES - tensor.numel(),), ord(" "), dtype=torch.uint8)])
+
+
+def requantized_bytes(artifact: Artifact, merged: MergedModel) -> int:
+    """The bytes of the tensors that `write_requantized` writes."""
+    return sum(spec.nbytes for spec in _Writer.of(artifact, merged).specs())
 
 
 def write_requantized(
@@ -167,8 +191,7 @@ def write_requantized(
     Raises:
         UserError: there is nothing in the model that bitsandbytes could quantize.
     """
-    double_quant = artifact.model.double_quant if artifact.model.quantization == KIND else True
-    writer = _Writer(merged, double_quant)
+    writer = _Writer.of(artifact, merged)
     quantized = {group.names[0] for group, specs in zip(merged.groups, merged.specs(), strict=True)
                  if writer.quantizes(group, specs)}  # fmt: skip
     if not quantized:
@@ -178,7 +201,7 @@ def write_requantized(
         )
     specs = writer.specs()
     files = _write_shards(specs, writer.tensors(), folder, max_shard_size)
-    write_config(merged, folder, _settings(merged, quantized, double_quant))
+    write_config(merged, folder, _settings(merged, quantized, writer.double_quant))
     return {
         "files": files,
         "bytes": sum(spec.nbytes for spec in specs),

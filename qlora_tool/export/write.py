@@ -8,12 +8,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from qlora_tool._version import __version__
 from qlora_tool.artifacts import Artifact, base_folder
+from qlora_tool.choices import ComputeDtype, ExportBase, ExportFormat, GgufType
 from qlora_tool.errors import UserError, did_you_mean
 from qlora_tool.export.dtypes import Choice, Unfit, choices, refuse_unfit
 from qlora_tool.export.formats import FORMATS, Job
@@ -33,7 +34,8 @@ from qlora_tool.files.atomic import write_json, write_text
 from qlora_tool.files.hashes import file_hashes, sha256
 from qlora_tool.files.tensors import Checkpoint
 from qlora_tool.model.kept_base import kept_base
-from qlora_tool.model.load import Quantization, build_skeleton
+from qlora_tool.model.load import build_skeleton
+from qlora_tool.model.slots import Quantization
 from qlora_tool.model.source import read_model_config
 
 if TYPE_CHECKING:
@@ -43,9 +45,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VERIFIED_TOKENS = 5000  # at most
-BASES = ("dequantized", "original")
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-GGUF_TYPES = ("f16", "bf16", "q8_0")
+CHOICES = {  # of what `ExportOptions` takes
+    "base": get_args(ExportBase), "dtype": get_args(ComputeDtype), "format": get_args(ExportFormat),
+    "gguf_type": get_args(GgufType),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,10 @@ class ExportOptions:
     verify_data: str | None = None
 
     def __post_init__(self) -> None:
-        allowed = {"base": BASES, "dtype": DTYPES, "format": tuple(FORMATS), "gguf_type": GGUF_TYPES}
         faults = [
             f"--{name.replace('_', '-')}: expected one of {', '.join(names)}, found {getattr(self, name)!r}"
             f"{did_you_mean(str(getattr(self, name)), names)}"
-            for name, names in allowed.items()
+            for name, names in CHOICES.items()
             if getattr(self, name) not in names
         ]
         if faults:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qlora_tool.errors import MachineError
+
+_calls = itertools.count()
 
 
 @contextlib.contextmanager
@@ -52,10 +57,14 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it becomes `path`, on failure nothing of it stays."""
-    temporary = path.with_name(f".{path.name}.partial")
+    """Yield a temporary path beside `path`; on success it becomes `path`, on failure nothing of it stays.
+
+    Several processes may write the same file at once: the last to finish stays.
+    """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        temporary = _beside(path, "tmp")
         try:
             yield temporary
             sync(temporary)
@@ -68,28 +77,69 @@ def replacing_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; on success it becomes `path` (an earlier one is replaced only
-    then), on failure nothing of it stays and an earlier `path` is as it was."""
-    temporary = path.with_name(f".{path.name}.partial")
-    previous = path.with_name(f".{path.name}.previous")
+    then), on failure nothing of it stays and an earlier `path` is as it was.
+
+    Several processes may write the same folder at once: the last to finish stays.
+    """
     with disk_errors(path):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        temporary, previous = _beside(path, "tmp"), _beside(path, "previous")
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that had this id before
+        temporary.mkdir()
         try:
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
                     sync(file)
             sync(temporary)
-            shutil.rmtree(previous, ignore_errors=True)
-            if path.exists():
-                os.replace(path, previous)
-            os.replace(temporary, path)
+            _move_folder(temporary, path, previous)
             shutil.rmtree(previous, ignore_errors=True)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             if previous.exists() and not path.exists():
                 os.replace(previous, path)
             raise
+
+
+def _move_folder(source: Path, path: Path, previous: Path) -> None:
+    """Rename `source` to `path`, and what is there to `previous`; again where another process came in between."""
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(previous, ignore_errors=True)
+            os.replace(path, previous)
+        try:
+            os.replace(source, path)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
+def _beside(path: Path, ending: str) -> Path:
+    """A hidden path beside `path` that is this call's alone, whatever machine others write from."""
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{next(_calls)}.{ending}")
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname())[:32]
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what processes of this machine left beside `path` when they were killed."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.{_host()}-(\d+)-\d+\.(tmp|previous)")
+    for entry in list(os.scandir(path.parent)):
+        if (found := pattern.fullmatch(entry.name)) and not _is_running(int(found[1])):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                Path(entry.path).unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    import psutil
+
+    return psutil.pid_exists(process)
 
 
 def write_text(path: Path, text: str) -> None:

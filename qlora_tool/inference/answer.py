@@ -15,6 +15,7 @@ import torch
 
 from qlora_tool.errors import UserError
 from qlora_tool.inference.sampling import Sampling
+from qlora_tool.ops.free_memory import free_bytes
 from qlora_tool.weights.handles import WeightHandle
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def dense_weights(model: CausalLM) -> Iterator[None]:
     and a token of a small batch takes less time than dequantizing them."""
     weights = [module for module in model.module.modules() if isinstance(module, WeightHandle)]
     needed = sum(math.prod(weight.shape) for weight in weights) * model.compute_dtype.itemsize
-    held = weights if 2 * needed <= free_memory(model.device) else []
+    held = weights if 2 * needed <= free_bytes(model.device) else []
     try:
         for weight in held:
             weight.hold(model.compute_dtype)
@@ -113,15 +114,6 @@ def dense_weights(model: CausalLM) -> Iterator[None]:
     finally:
         for weight in held:
             weight.release()
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
 
 
 def _answer_batch(

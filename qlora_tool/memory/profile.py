@@ -25,15 +25,10 @@ from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.measure import measure_categories, measure_peak
 from qlora_tool.memory.trace.predict import BatchShape, predict
 from qlora_tool.memory.trace.timeline import Timeline
-from qlora_tool.model.load import (
-    Quantization,
-    build_skeleton,
-    find_embedding_slots,
-    find_slots,
-    is_linear,
-)
+from qlora_tool.model.load import build_skeleton
 from qlora_tool.model.open import check_length, choose_dtype
 from qlora_tool.model.parameter_source import tied_names
+from qlora_tool.model.slots import Quantization, find_embedding_slots, find_slots, is_linear
 from qlora_tool.model.source import read_model_config, resolve
 from qlora_tool.ops.declare import CPU, Target
 
@@ -87,6 +82,11 @@ class CudaTarget:
     def context_bytes(self) -> int:
         """The CUDA context, measured or estimated."""
         return self.calibration.context_bytes if self.calibration else estimated_context(self.capability)
+
+
+def target_on(device: str, card: Card | None = None) -> CudaTarget | None:
+    """The card that a prediction for `device` (cuda or cpu) is for: `card`, or the one that is here; None on a CPU."""
+    return CudaTarget.of(card) if device == "cuda" else None
 
 
 def device_of(target: CudaTarget | None) -> Target:
@@ -213,7 +213,7 @@ def profile(
     shape = BatchShape.assumed(config, model_config)
 
     run = config, model_config, shape, dtype, recomputation
-    target = CudaTarget.of(card) if device == "cuda" else None
+    target = target_on(device, card)
     predicted = Prediction.of(predict(*run, device_of(target)), target)
     lines, measured, allocator_peak = {"predicted": predicted.timeline}, None, None
     if measure and device == "cuda":

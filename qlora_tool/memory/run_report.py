@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-
-from qlora_tool._version import __version__
-from qlora_tool.config import memory_settings
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import write_json
-from qlora_tool.files.cache import cache_folder
 from qlora_tool.memory.allocator.available import available_bytes
 from qlora_tool.memory.breakdown import Breakdown, MemoryReport
 from qlora_tool.memory.plan.budget import choose_for_run
+from qlora_tool.memory.plan.cached import cached
 from qlora_tool.memory.plan.search import change_that_fits
-from qlora_tool.memory.profile import CudaTarget, Prediction, device_of
-from qlora_tool.memory.trace.classify import name_optimizer, name_weights, timeline
+from qlora_tool.memory.profile import Prediction, device_of, target_on
+from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.predict import BatchShape, TracerWatch, predict
 from qlora_tool.memory.trace.tracer import Tracer
-from qlora_tool.model.open import choose_device, choose_dtype
-from qlora_tool.model.source import read_model_config, resolve
-from qlora_tool.ops.products import products_choice
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from qlora_tool.config import Config
+    from qlora_tool.build import Setup
     from qlora_tool.data.batches import Batch
     from qlora_tool.model.checkpointing import Recomputation
     from qlora_tool.training.loop import Run
@@ -50,7 +38,7 @@ class RunMemory:
     def __init__(self) -> None:
         self.predicted: Breakdown | None = None
 
-    def check(self, config: Config, batch: Batch) -> Recomputation | None:
+    def check(self, setup: Setup, batch: Batch) -> Recomputation | None:
         """Predict the run on its largest batch, and hold that against what the device has.
 
         Returns:
@@ -60,9 +48,9 @@ class RunMemory:
             UserError: on CUDA it will not fit. On a CPU, which may swap, that is a warning. Or `max_memory` is too
                 small for any choice.
         """
-        device, shape = choose_device(config.model.device), BatchShape.of(batch)
-        choice = choose_for_run(config, batch)
-        self.predicted = choice.predicted if choice else kept_prediction(config, shape, device)
+        device, shape = setup.device, BatchShape.of(batch)
+        choice = choose_for_run(setup, shape)
+        self.predicted = choice.predicted if choice else predict_run(setup, shape)
         free = available_bytes(device, self.predicted.context_bytes or 0)
         needed = self.predicted.needed_bytes
         logger.info("memory: %.2f GB predicted at the peak (rows of up to %d tokens); %.2f GB are free on %s",
@@ -70,7 +58,7 @@ class RunMemory:
         if needed > free:
             line = (
                 f"this run needs {needed / 1e9:.2f} GB at its peak, and {free / 1e9:.2f} GB are free on {device}; "
-                f"{cure(config, shape, device, free, self.predicted)}"
+                f"{cure(setup, shape, free, self.predicted)}"
             )
             if device.type == "cuda":
                 raise UserError(line)
@@ -92,12 +80,12 @@ class RunMemory:
         else:
             logger.info("memory: this step is traced, and so is slower")
             with Tracer() as tracer, _recomputing(run, tracer.recomputation):
+                watch = TracerWatch(tracer)
                 with tracer.phase("load"):
-                    name_weights(tracer, run.model.module, run.adapters)
+                    hooks = watch.loaded(run.model, run.adapters)
                 with tracer.phase("optimizer"):  # its state came with the step before
-                    name_optimizer(tracer, run.optimizer)
-                hooks = tracer.follow_modules(run.model.module, run.model.checkpointed_layers())
-                yield partial(TracerWatch(tracer).during, run.optimizer, step)
+                    watch.has_state(run.optimizer)
+                yield partial(watch.during, run.optimizer, step)
                 for hook in hooks:
                     hook.remove()
             measured = timeline(tracer.trace).breakdown()
@@ -113,15 +101,14 @@ def _recomputing(run: Run, around: Callable[[], AbstractContextManager]) -> Iter
     run.model.checkpoint_layers(run.model.recomputation)
 
 
-def cure(config: Config, shape: BatchShape, device: torch.device, free: int, predicted: Breakdown) -> str:
+def cure(setup: Setup, shape: BatchShape, free: int, predicted: Breakdown) -> str:
     """What to do about a run that takes more than is free: the options that make it fit, looked for in a few seconds,
     or else the command that looks for longer."""
-    model_config, dtype = _model_config(config), choose_dtype(config.model.compute_dtype, device)
-    command = f"`qlora-tool profile-memory CONFIG --plan --device {device.type} --device-memory {free}B`"
+    device = setup.device.type
+    command = f"`qlora-tool profile-memory CONFIG --plan --device {device} --device-memory {free}B`"
     try:
-        change = change_that_fits(
-            config, model_config, free, dtype, device.type, shape, predicted, seconds=SECONDS_FOR_A_CHANGE
-        )
+        change = change_that_fits(setup.config, setup.model_config, free, setup.compute_dtype, device, shape, predicted,
+                                  seconds=SECONDS_FOR_A_CHANGE)  # fmt: skip
     except TimeoutError:
         return f"{command} shows what fits"
     if change is None:
@@ -129,26 +116,9 @@ def cure(config: Config, shape: BatchShape, device: torch.device, free: int, pre
     return f"{change.line} makes it fit, in {change.peak_bytes / 1e9:.2f} GB (estimated)"
 
 
-def kept_prediction(config: Config, shape: BatchShape, device: torch.device) -> Breakdown:
-    """The prediction for a run's largest batch, made once: the same run asks again each time it is resumed."""
-    dtype = choose_dtype(config.model.compute_dtype, device)
-    model_config = _model_config(config)
-    target = CudaTarget.of(None) if device.type == "cuda" else None
-    identity = [__version__, torch.__version__, model_config.to_json_string(), memory_settings(config),
-                dataclasses.astuple(shape), str(dtype),
-                dataclasses.astuple(target) if target else products_choice()]  # fmt: skip
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-    file = cache_folder() / "predictions" / f"{digest}.json"
-    try:
-        return Breakdown.from_json(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        pass  # not predicted yet, or not readable
-    trace = predict(config, model_config, shape, dtype, target=device_of(target))
-    found = Prediction.of(trace, target).breakdown
-    write_json(file, found.to_json())
-    return found
-
-
-def _model_config(config: Config) -> PreTrainedConfig:
-    folder = resolve(config.model.name_or_path, config.model.revision)
-    return read_model_config(folder, config.model.trust_remote_code)
+def predict_run(setup: Setup, shape: BatchShape) -> Breakdown:
+    """What a run takes by the shape of its largest batch; cached."""
+    run, target = (setup.config, setup.model_config, shape, setup.compute_dtype), target_on(setup.device.type)
+    return cached(
+        Breakdown, lambda: Prediction.of(predict(*run, target=device_of(target)), target).breakdown, run, target
+    )

@@ -68,6 +68,7 @@ class Lora(Method):
     peft_names: ClassVar[Mapping[str, str]] = {
         "lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias": "lora_B.bias"
     }  # fmt: skip
+    peft_unread: ClassVar[Mapping[str, str]] = {".lora_embedding_": "LoRA on embeddings"}
     optional = frozenset({"lora_B_bias"})
     fused: ClassVar[bool] = True
 
@@ -164,6 +165,23 @@ class Lora(Method):
                 raise UserError(f"{file}: no key {key!r}; it is not a complete PEFT configuration")
         keys = self.keys(use_rslora=bool(config.get("use_rslora")))
         return Settings(config["r"], config["lora_alpha"], config.get("lora_dropout") or 0.0, keys)
+
+    def portable(self, name: str, tensor: Tensor, settings: Settings, r: int) -> Tensor:
+        """One tensor of an adapter as it is at scale 1 and rank `r`, which is not lower than its own: the scale is in
+        B, zeros fill up. It stays in its dtype where that holds the scaled values exactly (a scale that is a power of
+        two), else it is fp32."""
+        if name in ("lora_B", "lora_B_bias"):
+            exact = tensor.double() * self.scaling(settings)
+            rounded = exact.to(tensor.dtype)
+            tensor = rounded if bool((rounded.double() == exact).all()) else exact.float()
+        dim = {"lora_A": 0, "lora_B": 1}.get(name)
+        if dim is None or tensor.shape[dim] == r:
+            return tensor
+        shape = list(tensor.shape)
+        shape[dim] = r
+        filled = tensor.new_zeros(shape)
+        filled.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+        return filled
 
     def sizes(self, tensors: Mapping[str, Tensor]) -> tuple[int, int, int]:
         lora_A, lora_B = tensors["lora_A"], tensors["lora_B"]

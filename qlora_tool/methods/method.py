@@ -94,6 +94,8 @@ class Method(ABC):
         peft_type: as PEFT's adapter_config.json has it.
         keys: the method's own keys of the configuration.
         peft_names: its tensors, in order, and the suffix that PEFT's files give each.
+        peft_unread: what names of further tensors that PEFT's files may have contain, and what those are, in words;
+            files with such are refused.
         optional: those of its tensors that an adapter may be without.
         additive: whether it adds to the output of its module, so that several can be active together.
         fp32: those of its tensors that are fp32 whatever the others are.
@@ -106,6 +108,7 @@ class Method(ABC):
     peft_type: ClassVar[str]
     keys: ClassVar[type[MethodKeys]]
     peft_names: ClassVar[Mapping[str, str]]
+    peft_unread: ClassVar[Mapping[str, str]] = {}
     optional: ClassVar[frozenset[str]] = frozenset()
     additive: ClassVar[bool] = True
     fp32: ClassVar[frozenset[str]] = frozenset()

@@ -25,8 +25,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from qlora_tool.data.batches import Batch, Segments
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.layer_stack import layer_stack, with_layers
-from qlora_tool.model.load import Quantization, build_skeleton, is_linear
+from qlora_tool.model.load import build_skeleton
 from qlora_tool.model.segments import use_segments
+from qlora_tool.model.slots import Quantization, is_linear
 
 logger = logging.getLogger(__name__)
 

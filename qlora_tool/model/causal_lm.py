@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_tool.data.batches import Batch
 from qlora_tool.model.checkpointing import Recomputation, checkpoint_layers, checkpointed_modules
-from qlora_tool.model.load import Quantization
 from qlora_tool.model.segments import attending_by, use_segments
+from qlora_tool.model.slots import Quantization
 from qlora_tool.ops.loss import CHUNK_ROWS, LogitsTransform, frozen_cross_entropy, linear_cross_entropy
 from qlora_tool.weights.handles import model_tensors
 from qlora_tool.weights.modules import FrozenLinear

@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora_tool.errors import UserError
 from qlora_tool.model.boundaries import HostBoundaries
 from qlora_tool.model.experts import is_experts_module
-from qlora_tool.model.load import is_linear
+from qlora_tool.model.slots import is_linear
 from qlora_tool.weights.modules import FrozenLinear
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from qlora_tool.weights.quantized import QuantizedTensor, to_disk
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qlora_tool.model.load import Quantization
+    from qlora_tool.model.slots import Quantization
 
 FORMAT = 1  # of what is kept; raise it when the bytes change their meaning
 

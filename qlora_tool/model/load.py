@@ -5,11 +5,10 @@ What is held at any time is the model so far and one group of tensors: never the
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,49 +18,24 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_tool.errors import UserError
 from qlora_tool.files.tensors import Checkpoint
-from qlora_tool.model.experts import expert_weight_names, is_expert_weight, is_experts_module, use_expert_handles
+from qlora_tool.model.experts import is_expert_weight, is_experts_module, use_expert_handles
 from qlora_tool.model.parameter_source import ParameterSource, TensorSource, tied_names
+from qlora_tool.model.slots import (
+    Prepare,
+    Quantization,
+    find_embedding_slots,
+    find_slots,
+    is_linear,
+    quantize_parameter,
+)
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import FrozenEmbedding, FrozenLinear
-from qlora_tool.weights.quantized import QuantizedTensor, quantize
+from qlora_tool.weights.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qlora_tool.config import ModelConfig
-
 logger = logging.getLogger(__name__)
-
-Prepare = Callable[[str, Tensor], Tensor]  # (name, weight) → the weight to quantize in its place
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How the base is kept: its linear weights in `kind` nf4, fp4, int8 or none; its `embeddings`, the output
-    projection among them, as_stored or in int8."""
-
-    kind: str = "nf4"
-    double_quant: bool = True
-    embeddings: str = "as_stored"
-
-    @classmethod
-    def of(cls, config: ModelConfig) -> Quantization:
-        return cls(config.quantization, config.double_quant, config.embeddings)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The place of one weight that may be quantized: `attribute` of the module named `module`.
-
-    `transposed`: the model keeps it as (in, out), or (experts, in, out). `kind`: what it is quantized to whatever the
-    linear weights are.
-    """
-
-    module: str
-    attribute: str
-    transposed: bool
-    kind: str | None = None
-
 
 def build_skeleton(config, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model with its parameters on meta and its computed buffers (rotary frequencies, say) real.
@@ -110,124 +84,6 @@ def _refuse_other_quantizers(model_type: str, stored) -> None:
             f"the {model_type} model's weights are quantized by {method}, which is not read; expected unquantized "
             "weights or bitsandbytes' (nf4, fp4, int8): name the model that this one was made from"
         )
-
-
-def find_slots(model: PreTrainedModel) -> dict[str, Slot]:
-    """The weights to quantize, by the name of their parameter: those of all linear modules and experts, except the
-    output embeddings and what the model wants kept in fp32."""
-    output = model.get_output_embeddings()
-    slots = {}
-    for name, module in model.named_modules():
-        if module is output:
-            continue
-        if is_linear(module):
-            slots[f"{name}.weight"] = Slot(name, "weight", not isinstance(module, nn.Linear))
-        elif is_experts_module(module):
-            for attribute in expert_weight_names(module):
-                slots[f"{name}.{attribute}"] = Slot(name, attribute, module.is_transposed)
-    return {name: slot for name, slot in slots.items() if not _stays_in_fp32(model, name)}
-
-
-def _stays_in_fp32(model: PreTrainedModel, name: str) -> bool:
-    wanted = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
-    return any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in wanted)
-
-
-def find_embedding_slots(model: PreTrainedModel, quantization: Quantization) -> dict[str, Slot]:
-    """The weights of input embeddings and output projection by the name of their parameter, where `quantization` keeps
-    them in int8. What cannot be kept so stays as stored, with a warning; tied ones both do."""
-    if quantization.embeddings == "as_stored":
-        return {}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
-    slots, left = {}, []
-    for module, fits, what in (
-        (embedding, FrozenEmbedding.can_take_over(embedding), "the input embeddings"),
-        (head, head is not None and is_linear(head), "the output projection"),
-    ):
-        name = names.get(id(module), "")
-        if fits and not _stays_in_fp32(model, name):
-            slots[name] = Slot(name.removesuffix(".weight"), "weight", not isinstance(module, nn.Embedding | nn.Linear),
-                               "int8")  # fmt: skip
-        else:
-            left.append(f"{what} ({type(module).__name__ if module is not None else 'none'})")
-    if len(slots) == 1 and any(slots.keys() & pair for pair in tied_names(model).items()):
-        slots, left = {}, [*left, "what is tied to it"]
-    if left:
-        _warn_once(f"model.embeddings: int8, but in {model.config.model_type} {' and '.join(left)} cannot be kept so; "
-                   "as stored")  # fmt: skip
-    return slots
-
-
-@functools.cache
-def _warn_once(line: str) -> None:
-    logger.warning(line)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a plain linear one: x·Wᵀ + b.
-
-    Some classes that derive from nn.Linear compute something else with it (llama4's and phimoe's routers, for two):
-    they stay as they are.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
-
-
-def quantize_parameter(
-    name: str, value: Tensor | QuantizedTensor, slot: Slot, quantization: Quantization, prepare: Prepare | None = None
-) -> QuantizedTensor | Tensor:
-    """What a slot holds: (out, in) or (experts, out, in), quantized unless `kind` is none.
-
-    The loader and the merge both come here, so that what is merged onto is what was trained against.
-
-    Args:
-        name: of the parameter.
-        value: as the checkpoint has it, in the model's own orientation; a `QuantizedTensor` as `quantize` makes it.
-        slot: its place.
-        quantization: how the base is kept.
-        prepare: a step before quantizing, given the name and the unquantized weight (out, in), or (experts, out, in),
-            in the checkpoint's dtype; what it returns, of the same shape, is quantized in the weight's place.
-
-    Raises:
-        UserError: the checkpoint is quantized in another way than asked for, or is quantized and `prepare` is given.
-    """
-    kind = slot.kind or quantization.kind
-    if isinstance(value, QuantizedTensor):
-        if prepare is not None:
-            raise UserError(
-                f"{name}: the checkpoint is already quantized as {value.kind}, but the adapter's start changes weights "
-                "before they are quantized; use the 16-bit model that the checkpoint was made from"
-            )
-        if slot.kind not in (None, value.kind):
-            value, slot = value.dequantize(value.dtype), replace(slot, transposed=False)
-        else:
-            return _as_asked_for(name, value, kind, quantization)
-    if slot.transposed:
-        value = value.transpose(-1, -2).contiguous()
-    dtype = value.dtype
-    if prepare is not None:
-        value = prepare(name, value)
-    if kind == "none":
-        return value.to(dtype)
-    try:
-        return replace(quantize(value, kind, quantization.double_quant), dtype=dtype)
-    except ValueError as error:
-        key = "model.embeddings" if slot.kind else "model.quantization"
-        raise UserError(f"{name}: {error}; choose another {key}") from error
-
-
-def _as_asked_for(name: str, value: QuantizedTensor, kind: str, quantization: Quantization) -> QuantizedTensor:
-    """A weight that the checkpoint holds quantized, refused where the configuration asks for another quantization."""
-    found, asked = (value.kind, value.double_quant), (quantization.kind, quantization.double_quant)
-    if found != asked and not value.kind == kind == "int8":
-        double = " with double quantization" if value.double_quant else ""
-        raise UserError(
-            f"{name}: the checkpoint is already quantized as {value.kind}{double}; set "
-            f"model.quantization: {value.kind} and model.double_quant: {str(value.double_quant).lower()}"
-        )
-    return value
 
 
 def load_base(

@@ -15,7 +15,7 @@ from torch import Tensor
 from qlora_tool.ops.products import matmul
 
 
-class WeightHandle(Protocol):
+class FrozenWeight(Protocol):
     """Whatever can give a frozen weight: kept on the device, in 4 bits, or elsewhere.
 
     Attributes:
@@ -29,7 +29,7 @@ class WeightHandle(Protocol):
         ...
 
 
-def frozen_linear(x: Tensor, weight: WeightHandle, expert: int | None = None) -> Tensor:
+def frozen_linear(x: Tensor, weight: FrozenWeight, expert: int | None = None) -> Tensor:
     """x (…, in) · Wᵀ → (…, out), W (out, in) frozen.
 
     Args:
@@ -42,7 +42,7 @@ def frozen_linear(x: Tensor, weight: WeightHandle, expert: int | None = None) ->
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: WeightHandle, expert: int | None) -> Tensor:
+    def forward(ctx, x: Tensor, weight: FrozenWeight, expert: int | None) -> Tensor:
         ctx.weight, ctx.expert = weight, expert  # the handle, not a tensor: nothing is kept
         return _product(x, weight.dense(x.dtype, expert).T)
 

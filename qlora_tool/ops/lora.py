@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_tool.ops.linear import WeightHandle, frozen_linear
+from qlora_tool.ops.linear import FrozenWeight, frozen_linear
 from qlora_tool.ops.products import matmul, matmul_add
 
 
@@ -40,7 +40,7 @@ class LoraPart:
         bias: (out,), or None.
     """
 
-    weight: WeightHandle
+    weight: FrozenWeight
     A: Tensor
     B: Tensor
     scaling: float

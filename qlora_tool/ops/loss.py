@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_tool.ops.linear import WeightHandle
+from qlora_tool.ops.linear import FrozenWeight
 from qlora_tool.ops.products import matmul
 
 CHUNK_BYTES, CHUNK_ROWS = 32 * 2**20, 128  # of fp32 logits at a time; and rows at least, which fill a product
@@ -95,7 +95,7 @@ class _ChunkedLoss(torch.autograd.Function):
 def frozen_cross_entropy(
     hidden: Tensor,
     labels: Tensor,
-    weight: WeightHandle,
+    weight: FrozenWeight,
     bias: Tensor | None = None,
     *,
     transform: LogitsTransform = LogitsTransform(),

@@ -116,7 +116,7 @@ def _epoch(config: Config, lengths: list[int], epoch: int) -> list[list[list[int
 class Watcher(Protocol):
     """Whoever wants to see what a run takes; the memory report, say."""
 
-    def check(self, config: Config, batch: Batch) -> Recomputation | None:
+    def check(self, setup: Setup, batch: Batch) -> Recomputation | None:
         """Told the largest batch before the weights are read; raises where it will not fit. Gives what is recomputed
         in backward, where the configuration leaves that to it."""
 
@@ -153,7 +153,7 @@ def train(
     data, setup = prepare_data(setup)
     config = setup.config
     largest = _largest_batch(config, data, setup.padding_free)
-    built = setup.build(recomputation=watcher.check(config, largest) if watcher is not None else None)
+    built = setup.build(recomputation=watcher.check(setup, largest) if watcher is not None else None)
     model, adapters = built.model, built.adapters
     for line in describe(built, config.adapter.init_from):
         logger.info(line)

@@ -9,7 +9,8 @@ matrix alone: no block straddles two experts, and one expert is dequantized with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -171,6 +172,24 @@ def quantize(weight: Tensor, kind: str, double_quant: bool = True) -> QuantizedT
     if not double_quant:
         return QuantizedTensor(kind, tuple(weight.shape), weight.dtype, codes, scales)
     return QuantizedTensor(kind, tuple(weight.shape), weight.dtype, codes, *quantize_scales(scales))
+
+
+def quantized_bytes(shape: Sequence[int], kind: str, double_quant: bool = True) -> int:
+    """The bytes that `quantize` makes of a weight: codes, scales, and under double quantization the scales of the
+    scales and their mean. At nf4 that is 0.5 bytes a weight and 1/16 for scales, or 1/64 + 1/4096 of double quantized.
+
+    Args:
+        shape: (out, in) or (experts, out, in).
+        kind: nf4, fp4 or int8.
+        double_quant: 4-bit only.
+    """
+    *experts, rows, width = shape
+    count = rows * width
+    if kind == "int8":
+        return math.prod(experts) * (count + 4 * rows)
+    blocks = -(-count // BLOCK_SIZE)
+    scales = blocks + 4 * -(-blocks // NESTED_BLOCK_SIZE) + 4 if double_quant else 4 * blocks
+    return math.prod(experts) * (-(-count // 2) + scales)
 
 
 def _stack(matrices: list[QuantizedTensor]) -> QuantizedTensor:

@@ -14,7 +14,8 @@ from qlora_tool.export import merge
 from qlora_tool.export.merge import MergedModel
 from qlora_tool.files.tensors import Checkpoint
 from qlora_tool.model.kept_base import keep_base, kept_base
-from qlora_tool.model.load import Quantization, build_skeleton
+from qlora_tool.model.load import build_skeleton
+from qlora_tool.model.slots import Quantization
 from qlora_tool.model.source import read_model_config
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.quantized import QuantizedTensor

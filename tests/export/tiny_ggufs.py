@@ -14,7 +14,8 @@ from qlora_tool.artifacts import Artifact
 from qlora_tool.export.gguf.write import write_gguf
 from qlora_tool.export.merge import MergedModel
 from qlora_tool.files.tensors import Checkpoint
-from qlora_tool.model.load import Quantization, build_skeleton
+from qlora_tool.model.load import build_skeleton
+from qlora_tool.model.slots import Quantization
 from qlora_tool.model.source import read_model_config
 
 # Sizes of families of which transformers does not read everything that the file says: they get the values that it

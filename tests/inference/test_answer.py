@@ -183,11 +183,11 @@ def test_weights_are_held_dense_meanwhile_where_memory_allows(bases, monkeypatch
     handles = [part for part in model.module.modules() if isinstance(part, WeightHandle)]
     prompts = prompts_from_texts(QUESTIONS, tokenizer)
     needed = sum(handle.shape.numel() for handle in handles) * 4
-    monkeypatch.setattr(module, "free_memory", lambda device: 2 * needed - 1)
+    monkeypatch.setattr(module, "free_bytes", lambda device: 2 * needed - 1)
     with dense_weights(model):
         assert not any(handle._held is not None for handle in handles)
     scarce = answer(model, tokenizer, prompts, GREEDY).texts
-    monkeypatch.setattr(module, "free_memory", lambda device: 2 * needed)
+    monkeypatch.setattr(module, "free_bytes", lambda device: 2 * needed)
     assert answer(model, tokenizer, prompts, GREEDY).texts == scarce
     with pytest.raises(RuntimeError), dense_weights(model):
         assert all(handle._held is not None for handle in handles)

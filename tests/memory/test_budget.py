@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from kept_traces import once
 from tiny_models import tiny_config
 from tiny_runs import adapter_bytes, run_config, write_model, write_rows
 
+from qlora_tool.build import Setup
 from qlora_tool.cli import main
 from qlora_tool.config import Config, config_to_yaml, load_config, with_values
+from qlora_tool.files.cache import cache_folder
 from qlora_tool.memory.plan import budget
 from qlora_tool.memory.plan.budget import BudgetTooSmall, Choice, budget_of, choose, choose_for_run
 from qlora_tool.memory.profile import CudaTarget, model_config_of
@@ -236,7 +239,7 @@ def test_the_choice_is_made_once(monkeypatch, extremes):
             chosen(size, **changed)
     with pytest.raises(AssertionError, match="chosen again"):
         chosen(size + 1)
-    [file] = (budget.cache_folder() / "predictions").iterdir()
+    [file] = (cache_folder() / "predictions").iterdir()
     file.write_text("{}")
     with pytest.raises(AssertionError, match="chosen again"):
         chosen(size)
@@ -297,8 +300,9 @@ def test_a_run_that_its_budget_is_too_small_for(run: Config, tmp_path: Path):
 
 
 def test_what_the_configuration_says_itself_is_not_chosen(run: Config):
-    assert choose_for_run(with_values(run, {"training.max_memory": "1kB"}), None) is None
-    assert choose_for_run(with_values(run, {"training.gradient_checkpointing": "auto"}), None) is None
+    setup = Setup.of(run)
+    for values in ({"training.max_memory": "1kB"}, {"training.gradient_checkpointing": "auto"}):  # no budget is known
+        assert choose_for_run(replace(setup, config=with_values(run, values)), SHAPE) is None
 
 
 def test_profile_memory_predicts_the_choice(run: Config, tmp_path: Path, monkeypatch):

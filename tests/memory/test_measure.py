@@ -17,7 +17,7 @@ MB = 1_000_000
 
 
 def peak_of(run, monkeypatch) -> int:
-    monkeypatch.setattr(measure, "made_up_run", lambda *_arguments, **_options: run())
+    monkeypatch.setattr(measure, "trial_run", lambda *_arguments, **_options: run())
     return measure.measure_peak(Config(), None, BatchShape.full(1, 1), torch.float32)
 
 

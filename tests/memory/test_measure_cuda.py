@@ -25,7 +25,7 @@ from qlora_tool.memory.trace.measure_cuda import (
     trace_of,
     with_remainder,
 )
-from qlora_tool.memory.trace.predict import BatchShape, made_up_run
+from qlora_tool.memory.trace.predict import BatchShape, trial_run
 from qlora_tool.memory.trace.tracer import Trace
 
 MIB = 2**20
@@ -101,7 +101,7 @@ def test_a_run_tells_its_history(monkeypatch: pytest.MonkeyPatch):
     config = with_values(Config(), {"training.gradient_checkpointing": True})
     noted = []
     monkeypatch.setattr(History, "name", lambda self, tensors: noted.extend(name for _, name in tensors))
-    made_up_run(config, sizes, BatchShape.full(1, 16), torch.float32, watch=history)
+    trial_run(config, sizes, BatchShape.full(1, 16), torch.float32, watch=history)
     # Begun one after the other, and never gone back to loading; the last goes on to the end.
     assert [phase for _, phase, _ in history.marks] == ["load"] * 2 + ["forward", "backward", "optimizer"] * 2
     assert history.end == next(numbers) - 1

@@ -1,10 +1,11 @@
-"""The memory of a training run: what is predicted of its largest batch, kept, held against the device, and seen."""
+"""The memory of a training run: what is predicted of its largest batch, cached, held against the device, and seen."""
 
 from __future__ import annotations
 
 import gc
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,14 @@ from qlora_tool.config import Config, config_to_yaml, with_values
 from qlora_tool.data.batches import collate
 from qlora_tool.data.tokenize import Example
 from qlora_tool.errors import UserError
+from qlora_tool.files.cache import cache_folder
 from qlora_tool.memory import run_report
+from qlora_tool.memory.allocator import available
 from qlora_tool.memory.allocator.available import available_bytes
 from qlora_tool.memory.breakdown import CATEGORIES, MemoryReport
-from qlora_tool.memory.run_report import RunMemory, kept_prediction
+from qlora_tool.memory.run_report import RunMemory, predict_run
 from qlora_tool.memory.trace.predict import BatchShape, predict
 
-CPU = torch.device("cpu")
 _predict = once(predict)
 
 
@@ -36,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """A run whose predictions are kept in a place of its own; the traces they come from are made once for all tests."""
+    """A run whose predictions are cached in a place of its own; what they come from is traced once for all tests."""
     monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(run_report, "predict", _predict)
     return run_config(model, write_rows(tmp_path / "rows.jsonl"), tmp_path / "run", {"training.max_steps": 3})
@@ -50,6 +52,11 @@ def example(length: int, prompt: int = 2) -> Example:
 def batch(*lengths: int, packing: bool = False):
     rows = [[example(length) for length in lengths]] if packing else [[example(length)] for length in lengths]
     return collate(rows, pad_token_id=0, packing=packing)
+
+
+def on_card(config: Config) -> Setup:
+    """A run as it would be on a card, which need not be here."""
+    return replace(Setup.of(config), device=torch.device("cuda"))
 
 
 def cli(*args: object):
@@ -71,32 +78,32 @@ def test_the_shape_of_a_packed_row():
     assert shape.trained_tokens == 7 + 3
 
 
-# --------------------------------------------------------------------------------------------- kept predictions
+# --------------------------------------------------------------------------------------------- cached predictions
 
 
 def test_a_prediction_is_made_once(config: Config, monkeypatch: pytest.MonkeyPatch):
-    first = kept_prediction(config, BatchShape.of(batch(20, 12)), CPU)
+    first = predict_run(Setup.of(config), BatchShape.of(batch(20, 12)))
 
     def refuse(*_args, **_target):
         raise AssertionError("traced again")
 
     monkeypatch.setattr(run_report, "predict", refuse)
     again = with_values(config, {"training.learning_rate": 1e-5, "training.output_dir": "elsewhere"})
-    assert kept_prediction(again, BatchShape.of(batch(20, 12)), CPU) == first
+    assert predict_run(Setup.of(again), BatchShape.of(batch(20, 12))) == first
     for changed in ({"adapter.r": 8}, {"model.quantization": "int8"}, {"training.optim": "adamw_8bit"}):
         with pytest.raises(AssertionError, match="traced again"):
-            kept_prediction(with_values(config, changed), BatchShape.of(batch(20, 12)), CPU)
+            predict_run(Setup.of(with_values(config, changed)), BatchShape.of(batch(20, 12)))
     with pytest.raises(AssertionError, match="traced again"):
-        kept_prediction(config, BatchShape.of(batch(21, 12)), CPU)
+        predict_run(Setup.of(config), BatchShape.of(batch(21, 12)))
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "null", "[1]", "7"])
-def test_a_broken_kept_prediction_is_made_again(config: Config, content: str):
+def test_a_broken_cached_prediction_is_made_again(config: Config, content: str):
     shape = BatchShape.of(batch(20, 12))
-    first = kept_prediction(config, shape, CPU)
-    [file] = (run_report.cache_folder() / "predictions").iterdir()
+    first = predict_run(Setup.of(config), shape)
+    [file] = (cache_folder() / "predictions").iterdir()
     file.write_text(content)
-    assert kept_prediction(config, shape, CPU) == first
+    assert predict_run(Setup.of(config), shape) == first
     assert json.loads(file.read_text()) == first.to_json()
 
 
@@ -104,18 +111,17 @@ def test_a_broken_kept_prediction_is_made_again(config: Config, content: str):
 
 
 def test_a_run_that_cannot_fit_is_refused_on_a_card(config: Config, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(run_report, "choose_device", lambda _: torch.device("cuda"))
-    memory, needed = RunMemory(), None
+    setup, memory = on_card(config), RunMemory()
     monkeypatch.setattr(run_report, "available_bytes", lambda *_: 1 << 40)
-    memory.check(config, batch(20, 12))
+    memory.check(setup, batch(20, 12))
     needed = memory.predicted.needed_bytes
     assert needed > memory.predicted.peak_bytes  # the context, and what the allocator holds
     monkeypatch.setattr(run_report, "available_bytes", lambda *_: needed)
-    memory.check(config, batch(20, 12))
+    memory.check(setup, batch(20, 12))
     monkeypatch.setattr(run_report, "available_bytes", lambda *_: needed - 1)
     monkeypatch.setattr(run_report, "SECONDS_FOR_A_CHANGE", -1)
     with pytest.raises(UserError, match=rf"this run needs {needed / 1e9:.2f} GB at its peak") as caught:
-        memory.check(config, batch(20, 12))
+        memory.check(setup, batch(20, 12))
     command = f"`qlora-tool profile-memory CONFIG --plan --device cuda --device-memory {needed - 1}B` shows what fits"
     assert caught.value.lines[0].endswith(command)
 
@@ -124,30 +130,27 @@ def test_the_refusal_names_the_change_that_makes_it_fit(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A limit between what one row and what two rows take."""
-    from qlora_tool.memory.plan import search as plan
-
     shallow = write_model(tmp_path / "shallow", num_hidden_layers=1)
-    monkeypatch.setattr(run_report, "choose_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(run_report, "SECONDS_FOR_A_CHANGE", 600)
-    monkeypatch.setattr(plan, "CUDA_MARGIN", 0.0)
-    config = with_values(config, {
+    monkeypatch.setattr(available, "CUDA_MARGIN", 0.0)
+    setup = on_card(with_values(config, {
         "model.name_or_path": str(shallow), "training.gradient_checkpointing": True,
         "training.per_device_train_batch_size": 2,
-    })  # fmt: skip
+    }))  # fmt: skip
     rows = 40
     wide = {1: batch(*[60] * (rows // 2)), 2: batch(*[60] * rows)}
     memory = RunMemory()
     monkeypatch.setattr(run_report, "available_bytes", lambda *_: 1 << 40)
     needed = {}
     for name, largest in wide.items():
-        memory.check(config, largest)
+        memory.check(setup, largest)
         needed[name] = memory.predicted.needed_bytes
     monkeypatch.setattr(run_report, "available_bytes", lambda *_: (needed[1] + needed[2]) // 2)
     with pytest.raises(UserError) as caught:
-        memory.check(config, wide[2])
+        memory.check(setup, wide[2])
     asked = f"--set training.per_device_train_batch_size={rows // 2} --set training.gradient_accumulation_steps=2"
     assert f"{asked} makes it fit, in " in caught.value.lines[0]
-    memory.check(config, wide[1])  # which it does
+    memory.check(setup, wide[1])  # which it does
 
 
 @pytest.mark.parametrize(
@@ -174,14 +177,15 @@ def test_a_run_that_cannot_fit_in_a_cpus_memory_is_warned_about(
     monkeypatch.setattr(run_report, "change_that_fits", lambda *_, **__: None)
     monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
     memory = RunMemory()
-    memory.check(config, batch(20, 12))
+    memory.check(Setup.of(config), batch(20, 12))
     [warning] = {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
     assert f"this run needs {memory.predicted.needed_bytes / 1e9:.2f} GB at its peak" in warning
     assert "nothing that was tried makes it fit" in warning and "--device cpu --device-memory 1B` shows" in warning
 
 
 def test_the_refusal_comes_before_the_weights_and_leaves_nothing(config: Config, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(run_report, "choose_device", lambda _: torch.device("cuda"))
+    check = RunMemory.check
+    monkeypatch.setattr(RunMemory, "check", lambda self, setup, batch: check(self, on_card(setup.config), batch))
     monkeypatch.setattr(run_report, "available_bytes", lambda *_: 1_000_000)
     monkeypatch.setattr(run_report, "SECONDS_FOR_A_CHANGE", -1)
     file = Path(config.training.output_dir).parent / "run.yaml"

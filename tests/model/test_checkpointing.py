@@ -22,7 +22,8 @@ from qlora_tool.model.checkpointing import (
     decoder_layers,
     parts_of,
 )
-from qlora_tool.model.load import Quantization, load_base
+from qlora_tool.model.load import load_base
+from qlora_tool.model.slots import Quantization
 from qlora_tool.model.source import read_model_config
 from qlora_tool.ops.loss import linear_cross_entropy
 from qlora_tool.weights.handles import WeightHandle

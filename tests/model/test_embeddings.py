@@ -18,9 +18,11 @@ from qlora_tool.config import AdapterConfig
 from qlora_tool.data.batches import Batch
 from qlora_tool.errors import UserError
 from qlora_tool.model import load as load_module
+from qlora_tool.model import slots as slots_module
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.kept_base import keep_base, kept_base
-from qlora_tool.model.load import Quantization, find_embedding_slots, load_base
+from qlora_tool.model.load import load_base
+from qlora_tool.model.slots import Quantization, find_embedding_slots
 from qlora_tool.model.source import read_model_config
 from qlora_tool.weights.modules import FrozenEmbedding
 
@@ -179,7 +181,7 @@ def test_the_kept_base_is_the_same_bit_for_bit_and_found_for_int8_alone(family, 
     first = read(folder, quantization)
     keep_base(first, folder, quantization, torch.float32)
     assert kept_base(folder, Quantization("nf4"), torch.float32) is None
-    monkeypatch.setattr(load_module, "quantize", None)
+    monkeypatch.setattr(slots_module, "quantize", None)
     second = read(folder, quantization, checkpoint=kept_base(folder, quantization, torch.float32))
     ours, theirs = first.state_dict(), second.state_dict()
     assert ours.keys() == theirs.keys()
@@ -205,7 +207,7 @@ def test_what_cannot_be_kept_so_stays_as_stored_with_a_line(tied, tmp_path, monk
         return model
 
     monkeypatch.setattr(load_module, "build_skeleton", with_decoupled_embeddings)
-    load_module._warn_once.cache_clear()
+    slots_module._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         model = read(folder)
         read(folder)
@@ -221,7 +223,7 @@ def test_what_cannot_be_kept_so_stays_as_stored_with_a_line(tied, tmp_path, monk
 def test_a_missing_head_is_told(tmp_path, caplog):
     model = load_module.build_skeleton(read_model_config(write_tiny("llama", tmp_path)))
     model.get_output_embeddings = lambda: None
-    load_module._warn_once.cache_clear()
+    slots_module._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert find_embedding_slots(model, INT8).keys() == {"model.embed_tokens.weight"}
     assert "the output projection (none) cannot be kept so" in caplog.text

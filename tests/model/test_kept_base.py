@@ -13,9 +13,9 @@ from tiny_models import FAMILIES, logits, read_tiny, tokens, write_tiny
 from qlora_tool.build import open_model
 from qlora_tool.config import ModelConfig
 from qlora_tool.files.hashes import file_hashes
-from qlora_tool.model import load as load_module
+from qlora_tool.model import slots as slots_module
 from qlora_tool.model.kept_base import base_identity, keep_base, kept_base
-from qlora_tool.model.load import Quantization
+from qlora_tool.model.slots import Quantization
 
 NF4 = Quantization("nf4")
 
@@ -43,7 +43,7 @@ def test_the_kept_base_is_the_same_bit_for_bit_and_quantizes_nothing(family, kin
     quantization = Quantization(kind)
     folder = write_tiny(family, tmp_path / "model", dtype=torch.bfloat16)
     first, _ = keep(folder, quantization)
-    monkeypatch.setattr(load_module, "quantize", None)
+    monkeypatch.setattr(slots_module, "quantize", None)
     second = read_tiny(folder, kind, checkpoint=kept_base(folder, quantization, torch.float32))
     ours, theirs = first.state_dict(), second.state_dict()
     assert ours.keys() == theirs.keys()
@@ -125,7 +125,7 @@ def test_opening_a_model_keeps_it_and_finds_it_again(tmp_path, monkeypatch):
     )
     first = open_model(config)
     assert kept_base(folder, NF4, torch.float32) is not None
-    monkeypatch.setattr(load_module, "quantize", None)
+    monkeypatch.setattr(slots_module, "quantize", None)
     second = open_model(config)
     assert torch.equal(logits(first.module, tokens()), logits(second.module, tokens()))
 

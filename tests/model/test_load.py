@@ -25,7 +25,9 @@ from torch import nn
 from qlora_tool.errors import UserError
 from qlora_tool.files.tensors import Checkpoint
 from qlora_tool.model import load as load_module
-from qlora_tool.model.load import build_skeleton, find_slots
+from qlora_tool.model import slots as slots_module
+from qlora_tool.model.load import build_skeleton
+from qlora_tool.model.slots import find_slots
 from qlora_tool.weights.handles import WeightHandle, model_tensors
 from qlora_tool.weights.modules import FrozenLinear
 from qlora_tool.weights.quantized import QuantizedTensor, quantize
@@ -152,7 +154,8 @@ def test_what_is_large_stays_in_16_bits_and_what_is_small_does_not(tmp_path):
 
 
 def test_a_checkpoint_wider_than_the_products_is_narrowed(tmp_path):
-    from qlora_tool.model.load import Quantization, load_base
+    from qlora_tool.model.load import load_base
+    from qlora_tool.model.slots import Quantization
 
     folder = write_tiny("llama", tmp_path)
     model = load_base(folder, tiny_config("llama"), Quantization("none"), torch.device("cpu"), torch.bfloat16)
@@ -168,7 +171,8 @@ def test_a_checkpoint_wider_than_the_products_is_narrowed(tmp_path):
 )
 def test_what_a_family_insists_on_keeping_in_fp32_is_kept_so(family, names, tmp_path):
     """Routing is decided by it; in 16 bits some families' forward passes fail, too."""
-    from qlora_tool.model.load import Quantization, load_base
+    from qlora_tool.model.load import load_base
+    from qlora_tool.model.slots import Quantization
 
     folder = write_tiny(family, tmp_path, dtype=torch.bfloat16)
     model = load_base(folder, tiny_config(family), Quantization("nf4"), torch.device("cpu"), torch.bfloat16)
@@ -221,9 +225,9 @@ def test_tensors_are_read_one_after_the_other_and_quantized_at_once(tmp_path, mo
     """Between two reads nothing is left of the weight before but its quantized form."""
     folder = write_tiny("llama", tmp_path, dtype=torch.bfloat16)
     events = []
-    read, quantize = Checkpoint.read, load_module.quantize
+    read, quantize = Checkpoint.read, slots_module.quantize
     monkeypatch.setattr(Checkpoint, "read", lambda self, name, *rest: events.append(name) or read(self, name, *rest))
-    monkeypatch.setattr(load_module, "quantize", lambda *rest: events.append("quantized") or quantize(*rest))
+    monkeypatch.setattr(slots_module, "quantize", lambda *rest: events.append("quantized") or quantize(*rest))
     model = read_tiny(folder, "nf4")
     slots = find_slots(build_skeleton(tiny_config("llama")))
     assert [name for name in events if name != "quantized"] == sorted(weights_of(folder))
@@ -437,7 +441,7 @@ def quantized_by_transformers(folder, kind: str, double_quant: bool, family: str
 def test_a_checkpoint_that_bitsandbytes_quantized_is_read_bit_for_bit(kind, double_quant, tmp_path, monkeypatch):
     plain, folder, theirs = quantized_by_transformers(tmp_path, kind, double_quant)
     expected = read_tiny(plain, kind, double_quant)
-    monkeypatch.setattr(load_module, "quantize", None)  # nothing is quantized again
+    monkeypatch.setattr(slots_module, "quantize", None)  # nothing is quantized again
     found = read_tiny(folder, kind, double_quant)
     compared = 0
     for name, module in found.named_modules():

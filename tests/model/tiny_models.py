@@ -118,7 +118,8 @@ def tiny_model(family: str, *, seed: int = 0, **changes):
 
 def read_tiny(folder: Path, kind: str = "none", double_quant: bool = True, **options):
     """The model as `load_base` reads it, with products in fp32, on the CPU."""
-    from qlora_tool.model.load import Quantization, load_base
+    from qlora_tool.model.load import load_base
+    from qlora_tool.model.slots import Quantization
     from qlora_tool.model.source import read_model_config
 
     return load_base(folder, read_model_config(folder), Quantization(kind, double_quant), torch.device("cpu"),

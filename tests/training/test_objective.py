@@ -13,7 +13,7 @@ from qlora_tool.config import AdapterConfig
 from qlora_tool.data.batches import Batch, collate
 from qlora_tool.errors import UserError
 from qlora_tool.model.causal_lm import CausalLM
-from qlora_tool.model.load import Quantization
+from qlora_tool.model.slots import Quantization
 from qlora_tool.training.objective import NextToken
 from qlora_tool.training.optimizers import Optimizer
 from qlora_tool.training.step import StepSettings, train_step

@@ -18,7 +18,8 @@ from qlora_tool.config import AdapterConfig
 from qlora_tool.data.batches import Batch, collate
 from qlora_tool.data.tokenize import Example
 from qlora_tool.model.causal_lm import CausalLM
-from qlora_tool.model.load import Quantization, load_base
+from qlora_tool.model.load import load_base
+from qlora_tool.model.slots import Quantization
 from qlora_tool.model.source import read_model_config
 from qlora_tool.training.objective import NextToken
 from qlora_tool.training.optimizers import Optimizer

@@ -12,7 +12,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from qlora_tool.ops import quantization
 from qlora_tool.weights import quantized as module
-from qlora_tool.weights.quantized import QuantizedTensor, disk_group, disk_names, from_disk, quantize, to_disk
+from qlora_tool.weights.quantized import (
+    QuantizedTensor,
+    disk_group,
+    disk_names,
+    from_disk,
+    quantize,
+    quantized_bytes,
+    to_disk,
+)
 
 # The 16 values of NF4 (QLoRA, arXiv 2305.14314, appendix E).
 NF4 = [
@@ -347,3 +355,20 @@ def test_an_index_of_rows_is_for_int8_matrices():
     for other in (quantize(weight, "nf4"), quantize(weight.view(2, 32, 64), "int8")):
         with pytest.raises(ValueError, match="rows by an index"):
             other.dequantize(rows=torch.tensor([0]))
+
+
+# --------------------------------------------------------------------------------------------------------- its bytes
+
+
+@pytest.mark.parametrize(("kind", "double"), ALL)
+@pytest.mark.parametrize("shape", [*SHAPES, (129, 128), (3, 5, 7), (4, 64, 300)])
+def test_the_bytes_are_those_of_the_tensors(kind: str, double: bool, shape: tuple[int, ...]):
+    held = quantize(weight(*shape), kind, double).tensors().values()
+    assert quantized_bytes(shape, kind, double) == sum(tensor.nbytes for tensor in held)
+
+
+def test_the_bytes_of_a_large_weight():
+    """4096 × 4096 weights: 0.5 bytes of codes each, and 262144 scales, doubly quantized 1024 scales of scales."""
+    assert quantized_bytes((4096, 4096), "nf4", True) == 8_388_608 + 262_144 + 4 * 1024 + 4
+    assert quantized_bytes((4096, 4096), "nf4", False) == 8_388_608 + 4 * 262_144
+    assert quantized_bytes((4096, 4096), "int8") == 16_777_216 + 4 * 4096

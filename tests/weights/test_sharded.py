@@ -21,7 +21,8 @@ def adapted_model(folder: Path, kind: str):
     output."""
     from qlora_tool.adapters.attach import attach
     from qlora_tool.config import AdapterConfig
-    from qlora_tool.model.load import Quantization, load_base
+    from qlora_tool.model.load import load_base
+    from qlora_tool.model.slots import Quantization
     from qlora_tool.model.source import read_model_config
 
     quantization = Quantization(kind, True, "int8" if kind == "int8" else "as_stored")

@@ -34,7 +34,8 @@ def write_nf4_model(folder: Path, raw: dict[str, Any], device: str, seed: int = 
     from safetensors.torch import save_file
     from transformers import BitsAndBytesConfig
 
-    from qlora_tool.model.load import build_skeleton, find_slots
+    from qlora_tool.model.load import build_skeleton
+    from qlora_tool.model.slots import find_slots
     from qlora_tool.weights.quantized import quantize, to_disk
 
     config = model_config(raw)

@@ -157,7 +157,7 @@ def merged_by_peft(config: Config, artifact: Artifact, rows: Rows) -> Prediction
 
     from qlora_tool.export.verify import predict
     from qlora_tool.model.causal_lm import CausalLM
-    from qlora_tool.model.load import Quantization
+    from qlora_tool.model.slots import Quantization
 
     base = quantized_by_transformers(in_fp32(config))
     merged = PeftModel.from_pretrained(base, artifact.adapter.folder).merge_and_unload()

@@ -50,7 +50,8 @@ def write_random_adapter(folder: Path, base: Path, quantization: str, rank: int 
 
     from qlora_tool.files.atomic import replacing_folder, write_json
     from qlora_tool.files.tensors import TensorSpec, write_tensors
-    from qlora_tool.model.load import build_skeleton, is_linear
+    from qlora_tool.model.load import build_skeleton
+    from qlora_tool.model.slots import is_linear
     from qlora_tool.model.source import read_model_config
 
     model = build_skeleton(read_model_config(base))
@@ -142,7 +143,8 @@ def parts_here(base: str, output: str, work: str, quantization: str) -> dict[str
 
     from qlora_tool.export.write import find_kept
     from qlora_tool.files.tensors import Checkpoint
-    from qlora_tool.model.load import Quantization, build_skeleton, find_slots, quantize_parameter
+    from qlora_tool.model.load import build_skeleton
+    from qlora_tool.model.slots import Quantization, find_slots, quantize_parameter
     from qlora_tool.model.source import read_model_config
     from qlora_tool.weights.quantized import disk_group, from_disk
 

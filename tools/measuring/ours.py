@@ -129,12 +129,13 @@ class OurSide:
     def __init__(self, config: Config, largest: Batch):
         from qlora_tool.build import Setup, packs_apart
         from qlora_tool.memory.plan.budget import choose_for_run
+        from qlora_tool.memory.trace.predict import BatchShape
         from qlora_tool.training.optimizers import make_optimizer, parameter_groups
         from qlora_tool.training.step import StepSettings
 
         setup = Setup.of(config)
         self.config = setup.config
-        choice = choose_for_run(self.config, largest)
+        choice = choose_for_run(setup, BatchShape.of(largest))
         self.predicted_bytes = choice.predicted.peak_bytes if choice else None
         built = setup.build(recomputation=choice and choice.recomputation)
         self.model, self.adapters = built.model, built.adapters

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from qlora_tool.export.merge import MergedModel
 
-GGUF_TYPES = ("f16", "bf16", "q8_0")
-
 
 def refuse_unwritable(config) -> None:
     """What can be known before anything is read: the package is there, the family is known.
@@ -64,8 +62,6 @@ def write_gguf(
     Raises:
         UserError: the package is missing, the family or the tokenizer is none that is known, values beyond f16.
     """
-    if gguf_type not in GGUF_TYPES:
-        raise UserError(f"--gguf-type {gguf_type}: expected one of {', '.join(GGUF_TYPES)}")
     config = merged.skeleton.config
     refuse_unwritable(config)
     import gguf

@@ -1,8 +1,22 @@
-"""What a device still has for this process."""
+"""What a device still has for this process, and how much of it a run is planned for."""
 
 from __future__ import annotations
 
 import torch
+
+from qlora_tool.ops.free_memory import free_bytes
+
+CUDA_MARGIN = 0.05  # of a card stays free: reserved memory is modelled, and not yet held against enough cards
+
+
+def margin_on(device: str) -> float:
+    """The share of a device, cuda or cpu, that stays free: CUDA_MARGIN, or nothing on a CPU, which may swap."""
+    return CUDA_MARGIN if device == "cuda" else 0.0
+
+
+def usable(budget_bytes: int, margin: float) -> int:
+    """What a run may take of a device: all but the margin."""
+    return int(budget_bytes * (1 - margin))
 
 
 def available_bytes(device: torch.device, context_bytes: int) -> int:
@@ -19,12 +33,3 @@ def available_bytes(device: torch.device, context_bytes: int) -> int:
     held = torch.cuda.memory_reserved(device)
     in_use = torch.cuda.mem_get_info(device)[1] - free - held
     return free + held + min(context_bytes, in_use)
-
-
-def free_bytes(device: torch.device) -> int:
-    """What nobody has taken: free on the card; on a CPU what the system has available."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available

@@ -8,9 +8,6 @@ prediction, and what that shows too much is taken back.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -20,37 +17,32 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_tool._version import __version__
 from qlora_tool.build import resolve as resolve_run
-from qlora_tool.config import memory_settings, parse_size, with_values
+from qlora_tool.config import parse_size, with_values
 from qlora_tool.errors import UserError
-from qlora_tool.files.atomic import write_json
-from qlora_tool.files.cache import cache_folder
-from qlora_tool.memory.allocator.available import available_bytes
+from qlora_tool.memory.allocator.available import available_bytes, margin_on, usable
 from qlora_tool.memory.breakdown import Breakdown
+from qlora_tool.memory.plan.cached import cached
 from qlora_tool.memory.profile import (
     CudaTarget,
     Prediction,
     compute_dtype_on,
     device_of,
     model_config_of,
+    target_on,
 )
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.predict import BatchShape, predict
 from qlora_tool.memory.trace.recomputation_cost import Cost, Costs
 from qlora_tool.model.checkpointing import Recomputation
-from qlora_tool.model.open import choose_device, choose_dtype
-from qlora_tool.model.source import read_model_config, resolve
-from qlora_tool.ops.products import products_choice
 
 if TYPE_CHECKING:
+    from qlora_tool.build import Setup
     from qlora_tool.config import Config
-    from qlora_tool.data.batches import Batch
     from qlora_tool.memory.allocator.cards import Card
 
 logger = logging.getLogger(__name__)
 
-CUDA_MARGIN = 0.05  # of what is free on a card: reserved memory is modelled
 CONFIRMATIONS = 4  # whole predictions at most, but for one of everything recomputed
 MIN_GAIN = 0.02  # of all recomputation: what another whole prediction must promise to save
 _FREE_STEP = 100_000_000  # bytes: what is free differs a little each time, and the choice should not
@@ -68,6 +60,15 @@ class Choice:
     recomputation: Recomputation
     predicted: Breakdown
     budget_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        recomputed = self.recomputation.layers
+        return {"recomputed": recomputed, "predicted": self.predicted.to_json(), "budget_bytes": self.budget_bytes}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Choice:
+        layers = tuple(tuple(str(part) for part in parts) for parts in values["recomputed"])
+        return cls(Recomputation(layers), Breakdown.from_json(values["predicted"]), int(values["budget_bytes"]))
 
     def __str__(self) -> str:
         peak, budget = (f"{size / 1e9:.2f} GB" for size in (self.predicted.needed_bytes, self.budget_bytes))
@@ -87,29 +88,24 @@ def budget_of(config: Config, available: int | None) -> int | None:
     if config.training.max_memory is not None:
         limits.append(parse_size(config.training.max_memory))
     if available is not None:
-        limits.append(int(available * (1 - CUDA_MARGIN)) // _FREE_STEP * _FREE_STEP)
+        limits.append(usable(available, margin_on("cuda")) // _FREE_STEP * _FREE_STEP)
     return min(limits, default=None)
 
 
-def choose_for_run(config: Config, batch: Batch) -> Choice | None:
-    """What a run recomputes, by its largest batch; None where the configuration says it, or no budget is known.
-
-    The choice is kept: the same run asks again each time it is resumed.
+def choose_for_run(setup: Setup, shape: BatchShape) -> Choice | None:
+    """What a run recomputes, by the shape of its largest batch; None where the configuration says it, or no budget is
+    known.
 
     Raises:
         BudgetTooSmall: the budget is too small even with everything recomputed.
     """
+    config, device = setup.config, setup.device
     if config.training.gradient_checkpointing != "auto":
         return None
-    device = choose_device(config.model.device)
     budget = budget_of(config, _available_on_card(device) if device.type == "cuda" else None)
     if budget is None:
         return None
-    dtype = choose_dtype(config.model.compute_dtype, device)
-    folder = resolve(config.model.name_or_path, config.model.revision)
-    model_config = read_model_config(folder, config.model.trust_remote_code)
-    target = CudaTarget.of(None) if device.type == "cuda" else None
-    choice = choose(config, model_config, BatchShape.of(batch), dtype, budget, target)
+    choice = choose(config, setup.model_config, shape, setup.compute_dtype, budget, target_on(device.type))
     logger.info("%s", choice)
     return choice
 
@@ -134,7 +130,7 @@ def choose_for_profile(config: Config, device: str, card: Card | None, device_by
     budget = budget_of(config, available)
     if budget is None:
         return None
-    dtype, target = compute_dtype_on(config, device, card), CudaTarget.of(card) if device == "cuda" else None
+    dtype, target = compute_dtype_on(config, device, card), target_on(device, card)
     model_config = model_config_of(config)
     config = resolve_run(config, model_config, device, dtype)
     try:
@@ -154,7 +150,7 @@ def choose(
     budget_bytes: int,
     target: CudaTarget | None = None,
 ) -> Choice:
-    """What to recompute so that a run stays within `budget_bytes`, and is as fast as it can be then. It is kept.
+    """What to recompute so that a run stays within `budget_bytes`, and is as fast as it can be then; cached.
 
     Args:
         shape: of the largest batch.
@@ -165,21 +161,8 @@ def choose(
         UserError: the model cannot be traced.
     """
     config = with_values(config, {"training.gradient_checkpointing": True})
-    identity = [__version__, torch.__version__, model_config.to_json_string(), memory_settings(config),
-                dataclasses.astuple(shape), str(compute_dtype),
-                dataclasses.astuple(target) if target else products_choice(),
-                budget_bytes]  # fmt: skip
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-    file = cache_folder() / "predictions" / f"recomputed-{digest}.json"
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        layers = tuple(tuple(str(part) for part in parts) for parts in kept["recomputed"])
-        return Choice(Recomputation(layers), Breakdown.from_json(kept["predicted"]), budget_bytes)
-    except (OSError, ValueError, TypeError, KeyError):
-        pass  # not chosen yet, or not readable
-    choice = _Chooser(config, model_config, shape, compute_dtype, budget_bytes, target).choose()
-    write_json(file, {"recomputed": choice.recomputation.layers, "predicted": choice.predicted.to_json()})
-    return choice
+    run = config, model_config, shape, compute_dtype
+    return cached(Choice, _Chooser(*run, budget_bytes, target).choose, run, target, budget_bytes)
 
 
 @dataclass

@@ -17,6 +17,7 @@ import yaml
 from qlora_tool.build import resolve as resolve_run
 from qlora_tool.config import with_values
 from qlora_tool.errors import UserError
+from qlora_tool.memory.allocator.available import margin_on, usable
 from qlora_tool.memory.plan.length import longest_length, step_of
 from qlora_tool.memory.trace.extrapolate import ANY_CARD, Estimate, estimate_peak, resized, timeline_on
 from qlora_tool.memory.trace.predict import BatchShape, predict
@@ -31,7 +32,6 @@ RANKS = (8, 16, 32, 64)
 OPTIMIZERS = ("adamw", "adamw_8bit")
 SHORTEST = 64  # tokens: shorter rows are not suggested
 UNBOUNDED = 131072  # tokens: how far lengths are tried where the model names no limit
-CUDA_MARGIN = 0.05  # reserved memory is modelled, and not yet held against enough cards
 CONFIRMATIONS = 3
 
 _CHECKPOINTING = "training.gradient_checkpointing"
@@ -138,11 +138,6 @@ class Plan:
         return 0 if self.fits or self.change else self.smallest_bytes - self.usable_bytes
 
 
-def usable(budget_bytes: int, margin: float) -> int:
-    """Bytes of a budget that may be used, where the share `margin` of it stays free."""
-    return int(budget_bytes * (1 - margin))
-
-
 def set_line(settings: Mapping[str, Any]) -> str:
     """Keys and values as options of the command line."""
     return " ".join(f"--set {key}={yaml.safe_dump(value).splitlines()[0]}" for key, value in settings.items())
@@ -181,7 +176,7 @@ def plan(
         budget_bytes: what the device has.
         compute_dtype: what products run in.
         device: cpu or cuda.
-        margin: share of the budget to keep free; by default none on a CPU, CUDA_MARGIN on CUDA.
+        margin: share of the budget to keep free; by default `margin_on` it.
         shape: the kind of batch that is asked for; by default what training would make of full rows.
         confirm: trace the answer at the model's full depth. Takes as long as a prediction.
 
@@ -246,11 +241,6 @@ def change_that_fits(
     search.follow({}, predicted.needed_bytes, predicted.context_bytes or 0)
     fits, settings = search.what_fits()
     return Change(settings, search.needed(settings), False) if fits else None
-
-
-def margin_on(device: str) -> float:
-    """The share of a device that is kept free."""
-    return CUDA_MARGIN if device == "cuda" else 0.0
 
 
 @dataclass

@@ -10,6 +10,7 @@ the number of chunks of the loss, so that batches of more than LONG_BATCH tokens
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from qlora_tool.config import memory_settings
 from qlora_tool.memory.breakdown import PHASES
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.predict import BatchShape, predict
@@ -77,7 +79,7 @@ def estimate_peak(
 ) -> Estimate:  # fmt: skip
     """The peak that a full trace (`predict`) would show, from the traces of two shallow models.
 
-    Traces are kept, so that to ask again costs nothing.
+    Traces are cached, so that to ask again costs nothing.
 
     Args:
         config: the run's configuration.
@@ -156,7 +158,7 @@ def _lengthen(points: list[tuple[int, Mapping[Moment, int]]], length: int) -> di
     return found
 
 
-# Traces that are kept
+# Cached traces
 
 
 @dataclass(frozen=True)
@@ -194,15 +196,8 @@ class _Case:
         cls, config: Config, model_config, compute_dtype: torch.dtype, target: Target, stack: LayerStack,
         shape: BatchShape, depth: int,
     ) -> _Case:  # fmt: skip
-        training = config.training
-        settings = (
-            config.model.quantization, config.model.double_quant, config.model.embeddings,
-            config.model.trust_remote_code,
-            config.adapter.model_dump_json(), training.optim, bool(training.gradient_checkpointing),
-            min(2, training.gradient_accumulation_steps), training.max_grad_norm > 0,
-            training.label_smoothing_factor > 0, training.tiled_mlp, training.optimizer_in_backward,
-        )  # fmt: skip
-        return cls(_text_of(model_config), shape, compute_dtype, target, stack, depth, repr(settings), config)
+        settings = json.dumps(memory_settings(config), sort_keys=True)
+        return cls(_text_of(model_config), shape, compute_dtype, target, stack, depth, settings, config)
 
 
 @lru_cache(maxsize=1024)

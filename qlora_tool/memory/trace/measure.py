@@ -1,4 +1,4 @@
-"""What a training step takes on this machine: the same made-up run on real tensors."""
+"""What a training step takes on this machine: the same run with random weights, on real tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from qlora_tool.memory.trace.predict import BatchShape, made_up_run
+from qlora_tool.memory.trace.predict import BatchShape, TracerWatch, Watch, trial_run
 from qlora_tool.memory.trace.tracer import Trace, Tracer
 from qlora_tool.ops.products import products_choice
 from qlora_tool.ops.quantization import make_tables
@@ -26,7 +26,7 @@ def measure_categories(
     """The memory of a run over time on a CPU, as the tracer sees it on real tensors."""
     _prepare()
     with Tracer() as tracer:
-        made_up_run(config, model_config, shape, compute_dtype, tracer, recomputation=recomputation)
+        trial_run(config, model_config, shape, compute_dtype, recomputation, watch=TracerWatch(tracer))
     return tracer.trace
 
 
@@ -38,7 +38,7 @@ def measure_peak(
     _prepare()
     gc.collect()  # what an earlier run left in cycles must not be freed in the middle of this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        made_up_run(config, model_config, shape, compute_dtype, recomputation=recomputation)
+        trial_run(config, model_config, shape, compute_dtype, recomputation, watch=Watch())
     total = peak = 0
     for _, size in sorted(allocations(profiler)):
         total += size

@@ -1,4 +1,4 @@
-"""What a training step takes on a CUDA device: the same made-up run, watched by PyTorch's own allocator.
+"""What a training step takes on a CUDA device: the same run with random weights, watched by PyTorch's own allocator.
 
 No tracer is near it. The allocator records every allocation and free with its address; meanwhile it is noted how many
 there were when a phase began, and at which addresses weights, gradients, checkpoint boundaries and the optimizer's
@@ -25,7 +25,7 @@ from qlora_tool.memory.allocator.calibrate import LARGEST_CONTEXT, context_bytes
 from qlora_tool.memory.allocator.operators import cublas_workspace
 from qlora_tool.memory.breakdown import Breakdown
 from qlora_tool.memory.trace.classify import timeline, weights_by_category
-from qlora_tool.memory.trace.predict import BatchShape, made_up_run
+from qlora_tool.memory.trace.predict import BatchShape, Watch, trial_run
 from qlora_tool.memory.trace.tracer import Storage, Trace
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def measure_on_cuda(
     config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype,
     recomputation: Recomputation | None = None, device: int = 0,
 ) -> CudaMeasurement:  # fmt: skip
-    """Load a made-up model and run two training steps on a CUDA device.
+    """Load a model with random weights and run two training steps on a CUDA device.
 
     Begin it in a fresh process: what ran before leaves cached segments and workspaces behind.
 
@@ -82,8 +82,7 @@ def measure_on_cuda(
         history = History(device)
         memory._record_memory_history(enabled="all", context=None)
         try:
-            made_up_run(config, model_config, shape, compute_dtype, device=f"cuda:{device}", watch=history,
-                        recomputation=recomputation)  # fmt: skip
+            trial_run(config, model_config, shape, compute_dtype, recomputation, watch=history, device=f"cuda:{device}")
             torch.cuda.synchronize(device)
             snapshot = memory._snapshot()
         finally:
@@ -96,7 +95,7 @@ def measure_on_cuda(
     return CudaMeasurement(torch.cuda.get_device_name(device), breakdown, snapshot)
 
 
-class History:
+class History(Watch):
     """Notes, by the number of allocations and frees so far, what the allocator's history does not say.
 
     Attributes:
@@ -148,16 +147,10 @@ class History:
         if self._phase[0] == "forward" and args and isinstance(args[0], Tensor):
             self.name([(args[0], "boundaries")])
 
-    @contextmanager
-    def during(self, optimizer: Optimizer, step: int, phase: str) -> Iterator[None]:
-        with self.phase(phase, step):
-            if phase == "optimizer":
-                self.name((gradient, "gradients") for gradient in optimizer.gradients())
-            yield
-            if phase == "optimizer":
-                self.name_state(optimizer)
+    def has_gradients(self, optimizer: Optimizer) -> None:
+        self.name((gradient, "gradients") for gradient in optimizer.gradients())
 
-    def name_state(self, optimizer: Optimizer) -> None:
+    def has_state(self, optimizer: Optimizer) -> None:
         self.name((tensor, "optimizer_state") for tensor in optimizer.state_tensors())
 
     def finished(self) -> None:
@@ -192,7 +185,7 @@ class RunningStep:
             torch.cuda.reset_peak_memory_stats(device)
             history = History(device, "optimizer")  # the step before ended with it
             hooks = history.loaded(model, adapters)
-            history.name_state(optimizer)
+            history.has_state(optimizer)
             memory._record_memory_history(enabled="all", context=None)
             try:
                 yield history

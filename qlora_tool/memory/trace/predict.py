@@ -7,12 +7,12 @@ adapters, `train_step`, the optimizer. Two steps are run, as the optimizer's sta
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from qlora_tool.training.optimizers import Optimizer, make_optimizer, parameter_
 from qlora_tool.training.step import StepSettings, train_step
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
     from qlora_tool.adapters.attach import AdapterSet
     from qlora_tool.config import Config
@@ -105,27 +106,80 @@ class BatchShape:
         )  # fmt: skip
 
 
-def made_up_run(
-    config: Config,
-    model_config,
-    shape: BatchShape,
-    compute_dtype: torch.dtype,
-    tracer: Tracer | None = None,
-    *,
-    device: torch.device | str = "cpu",
-    watch: Watch | None = None,
-    recomputation: Recomputation | None = None,
-) -> None:
-    """Load a made-up model and run training steps on it.
+class Watch:
+    """What is told of a run while it goes on; this one does nothing with it."""
+
+    def phase(self, name: str, step: int) -> AbstractContextManager:
+        """A phase is going on meanwhile."""
+        return nullcontext()
+
+    def recomputation(self) -> AbstractContextManager:
+        """A checkpointed region is computed again meanwhile."""
+        return nullcontext()
+
+    def loaded(self, model: CausalLM, adapters: AdapterSet) -> Sequence[RemovableHandle]:
+        """The model is loaded, its adapters are on it. Gives the hooks that it put there."""
+        return ()
+
+    def has_gradients(self, optimizer: Optimizer) -> None:
+        """Backward is done, and `optimizer` begins."""
+
+    def has_state(self, optimizer: Optimizer) -> None:
+        """`optimizer` is done with a step."""
+
+    def finished(self) -> None:
+        """The last step is done; what follows is the end of the process."""
+
+    @contextmanager
+    def during(self, optimizer: Optimizer, step: int, phase: str) -> Iterator[None]:
+        """A phase of a training step is going on meanwhile."""
+        with self.phase(phase, step):
+            if phase == "optimizer":
+                self.has_gradients(optimizer)
+            yield
+            if phase == "optimizer":
+                self.has_state(optimizer)
+
+
+class TracerWatch(Watch):
+    """Tells a tracer."""
+
+    def __init__(self, tracer: Tracer):
+        self.tracer = tracer
+
+    def phase(self, name: str, step: int) -> AbstractContextManager:
+        return self.tracer.phase(name, step)
+
+    def recomputation(self) -> AbstractContextManager:
+        return self.tracer.recomputation()
+
+    def finished(self) -> None:
+        self.tracer.finish()
+
+    def loaded(self, model: CausalLM, adapters: AdapterSet) -> Sequence[RemovableHandle]:
+        name_weights(self.tracer, model.module, adapters)
+        return self.tracer.follow_modules(model.module, model.checkpointed_layers())
+
+    def has_gradients(self, optimizer: Optimizer) -> None:
+        name_gradients(self.tracer, optimizer)
+
+    def has_state(self, optimizer: Optimizer) -> None:
+        name_optimizer(self.tracer, optimizer)
+
+
+def trial_run(
+    config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype,
+    recomputation: Recomputation | None = None, *, watch: Watch, device: torch.device | str = "cpu",
+) -> None:  # fmt: skip
+    """Load a model with random weights and run training steps on it.
 
     Args:
         model_config: the model's transformers configuration; it stays as it is.
-        tracer: an open one, to watch it.
-        device: where it runs.
-        watch: watches it in another way than a tracer does.
         recomputation: what is recomputed of each layer; by default what `gradient_checkpointing` says of all of them.
+        watch: told what is going on.
+        device: where it runs.
     """
-    watch, device = watch or TracerWatch(tracer), torch.device(device)
+    device = torch.device(device)
     with watch.phase("load", 0):
         built = build(
             config, model_config, Random(), device=device, compute_dtype=compute_dtype, recomputation=recomputation,
@@ -139,56 +193,6 @@ def made_up_run(
     for step in range(1, STEPS + 1):
         train_step(model, optimizer, batches, settings, 1e-4, partial(watch.during, optimizer, step))
     watch.finished()
-
-
-class Watch(Protocol):
-    """What is told of a run while it goes on."""
-
-    def phase(self, name: str, step: int) -> AbstractContextManager:
-        """A phase is going on meanwhile."""
-
-    def recomputation(self) -> AbstractContextManager:
-        """A checkpointed region is computed again meanwhile."""
-
-    def loaded(self, model: CausalLM, adapters: AdapterSet) -> None:
-        """The model is loaded, its adapters are on it."""
-
-    def during(self, optimizer: Optimizer, step: int, phase: str) -> AbstractContextManager:
-        """A phase of a training step is going on meanwhile; gradients are there when `optimizer` begins."""
-
-    def finished(self) -> None:
-        """The last step is done; what follows is the end of the process."""
-
-
-class TracerWatch:
-    """Tells a tracer; nobody where there is none."""
-
-    def __init__(self, tracer: Tracer | None):
-        self.tracer = tracer
-
-    def phase(self, name: str, step: int) -> AbstractContextManager:
-        return self.tracer.phase(name, step) if self.tracer else nullcontext()
-
-    def recomputation(self) -> AbstractContextManager:
-        return self.tracer.recomputation() if self.tracer else nullcontext()
-
-    def loaded(self, model: CausalLM, adapters: AdapterSet) -> None:
-        if self.tracer:
-            name_weights(self.tracer, model.module, adapters)
-            self.tracer.follow_modules(model.module, model.checkpointed_layers())
-
-    @contextmanager
-    def during(self, optimizer: Optimizer, step: int, phase: str) -> Iterator[None]:
-        with self.phase(phase, step):
-            if self.tracer and phase == "optimizer":
-                name_gradients(self.tracer, optimizer)
-            yield
-            if self.tracer and phase == "optimizer":
-                name_optimizer(self.tracer, optimizer)
-
-    def finished(self) -> None:
-        if self.tracer:
-            self.tracer.finish()
 
 
 def predict(
@@ -207,7 +211,7 @@ def predict(
     """
     try:
         with _fake_world(shape), meant_for(target), assuming_routing(even_shares), Tracer(has_data=False) as tracer:
-            made_up_run(config, model_config, shape, compute_dtype, tracer, recomputation=recomputation)
+            trial_run(config, model_config, shape, compute_dtype, recomputation, watch=TracerWatch(tracer))
     except ToolError:
         raise
     except Exception as error:  # what an unknown architecture's code raises can be anything
