@@ -21,6 +21,7 @@ from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.atomic import replacing_folder, write_json
 from qlora_tool.inference.evaluation import EvaluationResult, evaluate_loss
 from qlora_tool.model.causal_lm import CausalLM
+from qlora_tool.ops.products import products_choice, use_products
 from qlora_tool.run_folder import RunFolder
 from qlora_tool.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from qlora_tool.training.interrupt import Interrupted, StopRequest
@@ -150,6 +151,8 @@ def train(
     setup = Setup.of(config)
     folder = RunFolder(Path(config.training.output_dir))
     checkpoint = checkpoint_to_resume(folder, setup.config, resume, overwrite)
+    if checkpoint is not None and (products := Progress.read(checkpoint).products):
+        use_products(products)  # before anything is predicted or computed
     data, setup = prepare_data(setup)
     config = setup.config
     largest = _largest_batch(config, data, setup.padding_free)
@@ -200,6 +203,8 @@ def _take_over(run: Run, checkpoint: Path | None) -> None:
                 "more training.max_steps, or resume from an earlier checkpoint"
             )
         logger.info("resumed: step %d, from %s", run.progress.step, checkpoint)
+    if run.model.device.type == "cpu":
+        run.progress.products = products_choice()
     if checkpoint is not None and run.folder.holds(checkpoint):
         run.folder.rewind(run.progress.step)
     elif run.folder.holds_run():
