@@ -26,7 +26,7 @@ from qlora_tool.run_folder import RunFolder
 from qlora_tool.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from qlora_tool.training.interrupt import Interrupted, StopRequest
 from qlora_tool.training.optimizers import LOSS_SCALE_FLOOR, Optimizer, make_optimizer, parameter_groups
-from qlora_tool.training.preconditions import refuse_at_once
+from qlora_tool.training.preconditions import refuse_at_once, refuse_dtype
 from qlora_tool.training.prepare import RunData, describe, prepare_data, provenance
 from qlora_tool.training.progress import LiveLine, Metrics, Speed, peak_memory_bytes
 from qlora_tool.training.resume import checkpoint_at, checkpoint_to_resume, refuse_another_run
@@ -149,6 +149,7 @@ def train(
     if resume not in ("auto", "never"):
         checkpoint_at(Path(resume))
     setup = Setup.of(config)
+    refuse_dtype(config, setup.compute_dtype)
     folder = RunFolder(Path(config.training.output_dir))
     checkpoint = checkpoint_to_resume(folder, setup.config, resume, overwrite)
     if checkpoint is not None and (products := Progress.read(checkpoint).products):
