@@ -180,14 +180,18 @@ def train(
 
 
 def _largest_batch(config: Config, data: RunData, padding_free: bool) -> Batch:
-    """Of all epochs, the batch whose tensor has the most tokens; each epoch deals the rows anew."""
+    """Of all epochs, the batch whose tensor has the most tokens; each epoch deals the rows anew. Of two that have as
+    many, one that needs a mask takes more, and then one with more tokens that are trained."""
     lengths, examples = data.train.lengths, data.train.examples
     epochs = math.ceil(StepPlan.of(config, lengths).epochs)
     packing = config.data.packing
 
-    def size(rows: list[list[int]]) -> int:
+    def size(rows: list[list[int]]) -> tuple[int, bool, int]:
         tokens = [sum(lengths[index] for index in row) for row in rows]
-        return sum(tokens) if padding_free and not packing else len(tokens) * max(tokens)
+        trained = sum(examples[index].trained_tokens for row in rows for index in row)
+        if padding_free and not packing:
+            return sum(tokens), False, trained
+        return len(tokens) * max(tokens), len(set(tokens)) > 1, trained
 
     batches = (batch for epoch in range(min(epochs, EPOCHS_LOOKED_AT)) for batch in _epoch(config, lengths, epoch))
     chosen = [[examples[index] for index in row] for row in max(batches, key=size)]
