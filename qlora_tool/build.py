@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_tool.adapters.attach import AdapterSet, attach
@@ -24,6 +24,7 @@ from qlora_tool.adapters.fusion import tile_mlps
 from qlora_tool.adapters.initial import initial_settings, refuse_other_places
 from qlora_tool.adapters.peft_files import StoredAdapter, attach_stored, read_adapter
 from qlora_tool.config import Config, ModelConfig, with_values
+from qlora_tool.errors import ToolError
 from qlora_tool.model.behaviour import behaviour_of
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.kept_base import keep_base, kept_base
@@ -146,15 +147,18 @@ class Setup:
         """Decide all that can be decided.
 
         Raises:
-            UserError, MachineError: no such device or model, or what `resolve` refuses.
+            UserError, MachineError: no such device or model, what `resolve` refuses, or what `build` does.
         """
         if config.adapter.init_from:
             read_adapter(Path(config.adapter.init_from))  # a fault of it is told before a model is fetched
         device = choose_device(config.model.device)
         folder = resolve_model(config.model.name_or_path, config.model.revision, weights=False)
         model_config = read_model_config(folder, config.model.trust_remote_code)
-        dtype = choose_dtype(config.model.compute_dtype, device)
-        return cls(resolve(config, model_config, device.type, dtype), model_config, device, dtype)
+        decided = resolve(config, model_config, device.type)
+        _refuse_misfit(decided, model_config)
+        dtype = choose_dtype(config.model.compute_dtype, device)  # last, as `auto` may be measured
+        decided = with_values(decided, {"model.compute_dtype": _name(dtype)})
+        return cls(decided, model_config, device, dtype)
 
     @property
     def padding_free(self) -> bool:
@@ -168,7 +172,28 @@ class Setup:
                      recomputation=recomputation)  # fmt: skip
 
 
-def resolve(config: Config, model_config: Any, device_type: str, compute_dtype: torch.dtype) -> Config:
+def _refuse_misfit(config: Config, model_config: Any) -> None:
+    """Refuse names that match nothing in the model, and all else that `build` refuses, without any weights.
+
+    Raises:
+        UserError: see `build`.
+    """
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            build(config, model_config, Random(), device=torch.device("cpu"), compute_dtype=torch.float32)
+    except ToolError:
+        raise
+    except Exception as error:  # what an unknown architecture's code raises: it may run on real tensors
+        logger.debug("%s cannot be built without weights: %s", model_config.model_type, error)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def resolve(
+    config: Config, model_config: Any, device_type: str, compute_dtype: torch.dtype | None = None
+) -> Config:
     """The configuration as it will be run, so that training it again repeats the run.
 
     `gradient_checkpointing: auto` stays where it depends on memory: the numbers are the same whatever is recomputed.
@@ -176,12 +201,12 @@ def resolve(config: Config, model_config: Any, device_type: str, compute_dtype: 
     Args:
         model_config: the model's transformers configuration.
         device_type: cuda or cpu.
-        compute_dtype: what products run in there.
+        compute_dtype: what products run in there; None: as the configuration has it.
 
     Raises:
         UserError: an adapter to start from that contradicts what was asked for.
     """
-    values: dict[str, Any] = {"model.compute_dtype": str(compute_dtype).removeprefix("torch.")}
+    values: dict[str, Any] = {} if compute_dtype is None else {"model.compute_dtype": _name(compute_dtype)}
     chosen_later = config.training.max_memory is not None or device_type == "cuda"  # when the largest batch is known
     if config.training.gradient_checkpointing == "auto" and not chosen_later:
         values["training.gradient_checkpointing"] = True

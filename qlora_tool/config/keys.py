@@ -16,6 +16,7 @@ from qlora_tool.methods.keys import WHOLE, Count, Keys, Mark, MethodKeys, NotNeg
 
 _K = TypeVar("_K", bound=MethodKeys)
 _BY_MODULE = Field(title="a mapping from module names to numbers")
+_SEEDS = "a whole number from 0 to 2^64 - 1"  # PyTorch's
 _Reporter = Literal["tensorboard", "wandb"]
 
 
@@ -217,7 +218,7 @@ class TrainingConfig(Keys):
     """Compute gated MLPs for 1024 tokens at a time and once more in backward, for long contexts."""
     max_memory: Annotated[Size | None, Mark.NOT_IN_MEMORY, Mark.FREE_ON_RESUME] = None
     """What `auto` settings must stay within, e.g. 24GB or 22GiB."""
-    seed: Annotated[int, Field(ge=0), WHOLE, Mark.NOT_IN_MEMORY] = 0
+    seed: Annotated[int, Field(ge=0, le=2**64 - 1, title=_SEEDS), WHOLE, Mark.NOT_IN_MEMORY] = 0
     """Seeds the adapter's start, dropout and the order of the data."""
     logging_steps: Annotated[Count, Mark.NOT_IN_MEMORY, Mark.FREE_ON_RESUME] = 1
     """Steps between two lines of metrics.jsonl."""

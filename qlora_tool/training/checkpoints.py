@@ -14,6 +14,7 @@ import torch
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import replacing_folder, write_json
 from qlora_tool.files.tensors import read_all, write_all
+from qlora_tool.ops.speeds import ONEDNN, PYTORCH
 
 if TYPE_CHECKING:
     from qlora_tool.adapters.attach import AdapterSet
@@ -30,12 +31,31 @@ class Progress:
         tokens: input tokens seen, padding not counted.
         unlogged_loss, unlogged_tokens: the loss summed over the trained tokens of the steps that no record holds yet,
             and their number.
+        products: the library of its fp32 products on a CPU, on which their last digits depend; None on CUDA, and where
+            an earlier version wrote the checkpoint.
     """
 
     step: int = 0
     tokens: int = 0
     unlogged_loss: float = 0.0
     unlogged_tokens: int = 0
+    products: str | None = None
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> Progress:
+        """What a checkpoint says of its run.
+
+        Raises:
+            UserError: it is broken.
+        """
+        try:
+            found = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+            progress = cls(**found)
+        except (OSError, ValueError, TypeError) as error:
+            raise _broken(checkpoint, error) from error
+        if progress.products not in (None, PYTORCH, ONEDNN):
+            raise _broken(checkpoint, f"state.json: products by {progress.products!r}")
+        return progress
 
     def step_done(self, tokens: int, trained_tokens: int, loss: float) -> None:
         """Count a step; `loss` is the mean over its trained tokens."""
@@ -73,13 +93,12 @@ def load_checkpoint(path: Path, adapters: AdapterSet, optimizer: Optimizer) -> P
     Raises:
         UserError: it is broken, or of another model, adapter or optimizer.
     """
+    progress = Progress.read(path)
     try:
         tensors = read_all(path / "adapter.safetensors")
         state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-        progress = Progress(**json.loads((path / "state.json").read_text(encoding="utf-8")))
     except (UserError, OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: this checkpoint is broken, resume from an earlier one: {reason[:200]}") from error
+        raise _broken(path, error) from error
     adapters.load(tensors, str(path))
     try:
         optimizer.load_state_dict(state["optimizer"])
@@ -87,6 +106,11 @@ def load_checkpoint(path: Path, adapters: AdapterSet, optimizer: Optimizer) -> P
         raise UserError(f"{path}: its optimizer does not fit this run: {error}; start anew with --overwrite") from error
     _set_random_state(state["random"])
     return progress
+
+
+def _broken(checkpoint: Path, why: Exception | str) -> UserError:
+    reason = " ".join(str(why).split()) or type(why).__name__
+    return UserError(f"{checkpoint}: this checkpoint is broken, resume from an earlier one: {reason[:200]}")
 
 
 def _random_state() -> dict[str, torch.Tensor]:

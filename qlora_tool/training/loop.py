@@ -21,11 +21,12 @@ from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.atomic import replacing_folder, write_json
 from qlora_tool.inference.evaluation import EvaluationResult, evaluate_loss
 from qlora_tool.model.causal_lm import CausalLM
+from qlora_tool.ops.products import products_choice, use_products
 from qlora_tool.run_folder import RunFolder
 from qlora_tool.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from qlora_tool.training.interrupt import Interrupted, StopRequest
 from qlora_tool.training.optimizers import LOSS_SCALE_FLOOR, Optimizer, make_optimizer, parameter_groups
-from qlora_tool.training.preconditions import refuse_at_once
+from qlora_tool.training.preconditions import refuse_at_once, refuse_dtype
 from qlora_tool.training.prepare import RunData, describe, prepare_data, provenance
 from qlora_tool.training.progress import LiveLine, Metrics, Speed, peak_memory_bytes
 from qlora_tool.training.resume import checkpoint_at, checkpoint_to_resume, refuse_another_run
@@ -148,8 +149,11 @@ def train(
     if resume not in ("auto", "never"):
         checkpoint_at(Path(resume))
     setup = Setup.of(config)
+    refuse_dtype(config, setup.compute_dtype)
     folder = RunFolder(Path(config.training.output_dir))
     checkpoint = checkpoint_to_resume(folder, setup.config, resume, overwrite)
+    if checkpoint is not None and (products := Progress.read(checkpoint).products):
+        use_products(products)  # before anything is predicted or computed
     data, setup = prepare_data(setup)
     config = setup.config
     largest = _largest_batch(config, data, setup.padding_free)
@@ -176,14 +180,18 @@ def train(
 
 
 def _largest_batch(config: Config, data: RunData, padding_free: bool) -> Batch:
-    """Of all epochs, the batch whose tensor has the most tokens; each epoch deals the rows anew."""
+    """Of all epochs, the batch whose tensor has the most tokens; each epoch deals the rows anew. Of two that have as
+    many, one that needs a mask takes more, and then one with more tokens that are trained."""
     lengths, examples = data.train.lengths, data.train.examples
     epochs = math.ceil(StepPlan.of(config, lengths).epochs)
     packing = config.data.packing
 
-    def size(rows: list[list[int]]) -> int:
+    def size(rows: list[list[int]]) -> tuple[int, bool, int]:
         tokens = [sum(lengths[index] for index in row) for row in rows]
-        return sum(tokens) if padding_free and not packing else len(tokens) * max(tokens)
+        trained = sum(examples[index].trained_tokens for row in rows for index in row)
+        if padding_free and not packing:
+            return sum(tokens), False, trained
+        return len(tokens) * max(tokens), len(set(tokens)) > 1, trained
 
     batches = (batch for epoch in range(min(epochs, EPOCHS_LOOKED_AT)) for batch in _epoch(config, lengths, epoch))
     chosen = [[examples[index] for index in row] for row in max(batches, key=size)]
@@ -200,6 +208,8 @@ def _take_over(run: Run, checkpoint: Path | None) -> None:
                 "more training.max_steps, or resume from an earlier checkpoint"
             )
         logger.info("resumed: step %d, from %s", run.progress.step, checkpoint)
+    if run.model.device.type == "cpu":
+        run.progress.products = products_choice()
     if checkpoint is not None and run.folder.holds(checkpoint):
         run.folder.rewind(run.progress.step)
     elif run.folder.holds_run():

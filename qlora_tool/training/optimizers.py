@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from qlora_tool.config import TrainingConfig
 
 LOSS_SCALE_FLOOR, LOSS_SCALE_CEILING, LOSS_SCALE_PATIENCE = 1.0, 2.0**24, 1000
+FLOAT16_IN_BACKWARD = (
+    "training.optimizer_in_backward: true, but float16 gradients are scaled by what all of them are; leave it out, or "
+    "set model.compute_dtype: bfloat16"
+)
 
 
 @dataclass(frozen=True)
@@ -213,10 +217,7 @@ class OptimizerInBackward(Optimizer):
     ):
         super().__init__(name, parameters, weight_decay)
         if self._scaled:
-            raise UserError(
-                "training.optimizer_in_backward: true, but float16 gradients are scaled by what all of them are; leave "
-                "it out, or set model.compute_dtype: bfloat16"
-            )
+            raise UserError(FLOAT16_IN_BACKWARD)
         self._learning_rate = 0.0
         self._norms: list[Tensor] = []
         _on_gradients(self._step_one, self.parameters, range(len(self.parameters)))

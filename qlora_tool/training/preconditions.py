@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from qlora_tool.data.chat import read_chat_template
 from qlora_tool.errors import UserError
+from qlora_tool.training.optimizers import FLOAT16_IN_BACKWARD
 from qlora_tool.world import World
 
 if TYPE_CHECKING:
@@ -36,6 +39,16 @@ def _faults(config: Config) -> Iterator[str]:
             read_chat_template(Path(config.data.chat_template))
         except UserError as error:
             yield from error.lines
+
+
+def refuse_dtype(config: Config, compute_dtype: torch.dtype) -> None:
+    """Refuse a dtype of products in which the run cannot take its steps.
+
+    Raises:
+        UserError: as `OptimizerInBackward` would once the weights are read.
+    """
+    if config.training.optimizer_in_backward and compute_dtype == torch.float16:
+        raise UserError(FLOAT16_IN_BACKWARD)
 
 
 def _missing_trackers(names: list[str]) -> list[str]:

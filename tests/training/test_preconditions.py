@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tiny_adapters import write_peft_adapter
+from tiny_models import tiny_config, write_tiny
 from tiny_runs import run_config
 
 from qlora_tool.config import config_to_yaml, with_values
@@ -84,3 +86,48 @@ def test_a_start_that_is_not_there_and_a_checkpoint_that_is_not_there(config, tm
     with pytest.raises(UserError, match="--resume nowhere: no checkpoint"):
         train(config(model__compute_dtype="float32"), resume="nowhere")
     assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------- what the model's configuration tells
+
+
+@pytest.fixture
+def without_weights(tmp_path: Path, config):
+    """The same with a model's configuration that is there, and no weights: a family by name."""
+
+    def with_family(family: str = "llama", **values):
+        tiny_config(family).save_pretrained(tmp_path / family)
+        return config(model__name_or_path=str(tmp_path / family), **values)
+
+    return with_family
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"adapter__target_modules": ["q_pro"]}, ["adapter.target_modules: 'q_pro'", "did you mean 'q_proj'?"]),
+        ({"adapter__target_modules": ".*attention.*"}, ["adapter.target_modules: '.*attention.*'"]),
+        ({"adapter__exclude_modules": ["up_poj"]}, ["adapter.exclude_modules: 'up_poj'", "did you mean 'up_proj'?"]),
+        ({"adapter__modules_to_save": ["lm_haed"]}, ["adapter.modules_to_save: no module 'lm_haed'"]),
+        ({"adapter__exclude_modules": ".*"}, ["adapter.exclude_modules: no module", "is left to adapt"]),
+        ({"family": "mixtral", "adapter__modules_to_save": ["experts"]}, ["holds experts, which cannot be trained"]),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_the_model(without_weights, tmp_path: Path, values, said):
+    """Before `compute_dtype: auto` is measured, too: its cache is not written."""
+    run = without_weights(**values)
+    [line] = refused(run, tmp_path)
+    assert all(part in line for part in said), line
+
+
+def test_an_adapter_to_start_from_that_is_of_another_model(without_weights, tmp_path: Path):
+    base = write_tiny("llama", tmp_path / "other", hidden_size=128)
+    write_peft_adapter(tmp_path / "adapter", base)
+    lines = refused(without_weights(adapter__init_from=str(tmp_path / "adapter")), tmp_path)
+    assert all("adapter" in line for line in lines)
+
+
+def test_places_that_fit_are_not_refused(without_weights):
+    """What is read next, the tokenizer, is what is missing then."""
+    with pytest.raises(UserError, match="its tokenizer cannot be read"):
+        train(without_weights(model__compute_dtype="float32", data__max_length=64, adapter__target_modules=["q_proj"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -11,6 +12,9 @@ from tiny_models import write_tiny
 from tiny_runs import adapter_bytes, comparable, read_metrics, run_config, write_model, write_rows
 
 from qlora_tool.errors import UserError
+from qlora_tool.memory.run_report import RunMemory
+from qlora_tool.ops.products import products_choice, use_products
+from qlora_tool.ops.speeds import ONEDNN, PYTORCH, has_onednn
 from qlora_tool.training import loop
 from qlora_tool.training.interrupt import Interrupted
 from qlora_tool.training.loop import train
@@ -78,6 +82,54 @@ def test_an_interrupted_run_goes_on_exactly(config, tmp_path, stop_in_step, valu
     run = train(config(**values))
     assert run.progress.step == 6
     assert_same_run(folder, tmp_path / "whole")
+
+
+@pytest.fixture
+def own_products():
+    yield
+    use_products(None)
+
+
+@pytest.mark.skipif(not has_onednn(), reason="this PyTorch has no oneDNN")
+def test_a_resumed_run_takes_the_products_of_the_run_it_continues(config, tmp_path, stop_in_step, own_products):
+    """The two libraries round otherwise; which of them is faster may have been measured anew meanwhile."""
+    use_products(ONEDNN)
+    train(config("whole"))
+    interrupted(stop_in_step, config(), 3)
+    use_products(PYTORCH)
+    train(config("other"))
+    assert adapter_bytes(tmp_path / "other") != adapter_bytes(tmp_path / "whole")  # else there is nothing to see
+    use_products(PYTORCH)
+    seen = []
+
+    class Watch(RunMemory):
+        def check(self, config, batch):
+            seen.append(products_choice())
+            return super().check(config, batch)
+
+    train(config(), watcher=Watch())
+    assert seen == [ONEDNN]  # what is predicted has them too
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_checkpoint_that_does_not_say_its_products_takes_those_of_here(config, tmp_path, stop_in_step, own_products):
+    use_products(PYTORCH)
+    train(config("whole"))
+    interrupted(stop_in_step, config(), 3)
+    file = tmp_path / "run" / "checkpoints" / "step-000003" / "state.json"
+    state = json.loads(file.read_text())
+    assert state.pop("products") == PYTORCH
+    file.write_text(json.dumps(state))
+    train(config())
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_checkpoint_with_products_of_another_name_is_broken(config, tmp_path, stop_in_step):
+    interrupted(stop_in_step, config(), 3)
+    file = tmp_path / "run" / "checkpoints" / "step-000003" / "state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"products": "MKL"}))
+    with pytest.raises(UserError, match=r"step-000003: this checkpoint is broken.*products by 'MKL'"):
+        train(config())
 
 
 def test_a_run_may_be_interrupted_again_and_again(config, tmp_path, stop_in_step):
