@@ -202,14 +202,6 @@ def _stack(matrices: list[QuantizedTensor]) -> QuantizedTensor:
 # ---------------------------------------------------------------------------------------------- the form on disk
 
 
-def disk_names(name: str, kind: str, double_quant: bool) -> list[str]:
-    """The names under which the weight `name` is written (bitsandbytes' serialization)."""
-    if kind == "int8":
-        return [name, _row_scale_name(name)]
-    nested = [f"{name}.nested_absmax", f"{name}.nested_quant_map"] if double_quant else []
-    return [name, f"{name}.absmax", f"{name}.quant_map", *nested, f"{name}.quant_state.bitsandbytes__{kind}"]
-
-
 def _row_scale_name(name: str) -> str:
     return f"{name.removesuffix('.weight')}.SCB"
 

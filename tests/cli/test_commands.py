@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,19 +27,6 @@ from qlora_tool.config import choices
 
 ROWS = [{"prompt": f"What is {n} and {n}?", "completion": f"It is {n + n}."} for n in range(20)]
 CPU = ("--device", "cpu", "--compute-dtype", "float32")
-
-
-@pytest.fixture(autouse=True)
-def own_log():
-    """Undo what a command sets for its process."""
-    logger, environment = logging.getLogger("qlora_tool"), dict(os.environ)
-    before = logger.handlers[:], logger.propagate, logger.level
-    with warnings.catch_warnings():
-        yield
-    logger.handlers, logger.propagate = before[:2]
-    logger.setLevel(before[2])
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import signal
@@ -25,16 +24,6 @@ from qlora_tool.export.merge import MergedModel
 EXPORT = ("export-merged", "run", "--output-dir", "merged")
 PLAIN = ("--no-verify",)
 KILLER = Path(__file__).parents[1] / "export" / "killed_exports.py"
-
-
-@pytest.fixture(autouse=True)
-def own_log():
-    """Undo what a command sets for its process."""
-    logger = logging.getLogger("qlora_tool")
-    before = logger.handlers[:], logger.propagate, logger.level
-    yield
-    logger.handlers, logger.propagate = before[:2]
-    logger.setLevel(before[2])
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import re
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,19 +20,6 @@ from qlora_tool.memory.breakdown import CATEGORIES, PHASES, MemoryReport
 from qlora_tool.ops.products import PYTORCH, use_products
 
 _predict = once(profile.predict)
-
-
-@pytest.fixture(autouse=True)
-def own_log():
-    """Undo what a command sets for its process."""
-    logger, environment = logging.getLogger("qlora_tool"), dict(os.environ)
-    before = logger.handlers[:], logger.propagate, logger.level
-    with warnings.catch_warnings():
-        yield
-    logger.handlers, logger.propagate = before[:2]
-    logger.setLevel(before[2])
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 @pytest.fixture

@@ -30,20 +30,6 @@ from qlora_tool.training.step import StepResult
 FIELDS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes"}
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return write_model(folder / "model"), write_rows(folder / "rows.jsonl")
-
-
-@pytest.fixture
-def config(inputs, tmp_path):
-    """The tiny run into `run`; `values` by dotted key."""
-    return lambda name="run", **values: run_config(
-        *inputs, tmp_path / name, {k.replace("__", "."): v for k, v in values.items()}
-    )
-
-
 def partial_files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.name.startswith(".")]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tiny_models import write_tiny
-from tiny_runs import adapter_bytes, comparable, read_metrics, run_config, write_model, write_rows
+from tiny_runs import adapter_bytes, comparable, read_metrics, run_config
 
 from qlora_tool.errors import UserError
 from qlora_tool.memory.run_report import RunMemory
@@ -18,20 +18,6 @@ from qlora_tool.ops.speeds import ONEDNN, PYTORCH, has_onednn
 from qlora_tool.training import loop
 from qlora_tool.training.interrupt import Interrupted
 from qlora_tool.training.loop import train
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return write_model(folder / "model"), write_rows(folder / "rows.jsonl")
-
-
-@pytest.fixture
-def config(inputs, tmp_path):
-    """The tiny run into `run`; `values` by dotted key."""
-    return lambda name="run", **values: run_config(
-        *inputs, tmp_path / name, {k.replace("__", "."): v for k, v in values.items()}
-    )
 
 
 @pytest.fixture
