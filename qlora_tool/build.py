@@ -26,8 +26,8 @@ from qlora_tool.adapters.peft_files import StoredAdapter, attach_stored, read_ad
 from qlora_tool.config import Config, ModelConfig, with_values
 from qlora_tool.errors import ToolError
 from qlora_tool.model.behaviour import behaviour_of
+from qlora_tool.model.cached_base import cached_base, write_cached_base
 from qlora_tool.model.causal_lm import CausalLM
-from qlora_tool.model.kept_base import keep_base, kept_base
 from qlora_tool.model.load import load_base
 from qlora_tool.model.open import choose_device, choose_dtype
 from qlora_tool.model.random_source import RandomSource
@@ -78,14 +78,14 @@ class FromFiles:
         self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype
     ) -> PreTrainedModel:
         config = self.config
-        cached = kept_base(self.folder, quantization, compute_dtype) if config.keep_quantized else None
+        cached = cached_base(self.folder, quantization, compute_dtype) if config.keep_quantized else None
         if cached is not None:
             logger.info("quantized base read from the cache: %s", cached.folder)
         module = load_base(self.folder, model_config, quantization, device, compute_dtype,
                            trust_remote_code=config.trust_remote_code, checkpoint=cached)  # fmt: skip
         if config.keep_quantized and cached is None:
             logger.info("quantized base written to the cache for the next run: %s",
-                        keep_base(module, self.folder, quantization, compute_dtype))  # fmt: skip
+                        write_cached_base(module, self.folder, quantization, compute_dtype))  # fmt: skip
         return module
 
     def adapter(self, folder: Path) -> StoredAdapter:

@@ -13,7 +13,7 @@ from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import FrozenEmbedding, FrozenLinear
 
 
-def train_whole(model: nn.Module, names: list[str], dtype: torch.dtype) -> dict[str, nn.Parameter]:
+def train_modules(model: nn.Module, names: list[str], dtype: torch.dtype) -> dict[str, nn.Parameter]:
     """Make the tensors of the named modules trained, by parameter name; tied ones stay tied.
 
     Args:

@@ -113,7 +113,7 @@ class _Writer:
         return (
             len(group.names) == len(specs) == 1
             and name in self.merged.slots
-            and name not in self.merged.whole
+            and name not in self.merged.replaced
             and len(specs[0].shape) == 2
             and specs[0].shape == tuple(self.merged.source.shapes[name])
         )

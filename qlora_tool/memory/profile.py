@@ -15,7 +15,7 @@ from torch import nn
 
 from qlora_tool.build import resolve as resolve_run
 from qlora_tool.errors import UserError
-from qlora_tool.memory.allocator.calibrate import Calibration, kept_calibration
+from qlora_tool.memory.allocator.calibrate import Calibration, cached_calibration
 from qlora_tool.memory.allocator.cards import Card, find_card
 from qlora_tool.memory.allocator.operators import estimated_context
 from qlora_tool.memory.allocator.timeline import cuda_timeline
@@ -69,7 +69,7 @@ class CudaTarget:
         settings = "".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
         expandable = "expandable_segments:true" in settings.lower()
         if torch.cuda.is_available() and (card is None or _is_here(card)):
-            calibration = kept_calibration(torch.cuda.get_device_name())
+            calibration = cached_calibration(torch.cuda.get_device_name())
             return cls(torch.cuda.get_device_capability(), calibration, expandable)
         return cls(card.compute_capability if card else (8, 9), None, expandable)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from cached_traces import once
 from click.testing import CliRunner
-from kept_traces import once
 from tiny_models import tiny_config
 
 from qlora_tool.cli import main

@@ -159,7 +159,7 @@ def h100(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: HERE.device_name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(profile_module, "kept_calibration", lambda name: HERE if name == HERE.device_name else None)
+    monkeypatch.setattr(profile_module, "cached_calibration", lambda name: HERE if name == HERE.device_name else None)
 
 
 def test_the_card_that_is_here_is_predicted_for_with_what_was_measured_on_it(h100):

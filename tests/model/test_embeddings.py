@@ -19,8 +19,8 @@ from qlora_tool.data.batches import Batch
 from qlora_tool.errors import UserError
 from qlora_tool.model import load as load_module
 from qlora_tool.model import slots as slots_module
+from qlora_tool.model.cached_base import cached_base, write_cached_base
 from qlora_tool.model.causal_lm import CausalLM
-from qlora_tool.model.kept_base import keep_base, kept_base
 from qlora_tool.model.load import load_base
 from qlora_tool.model.slots import Quantization, find_embedding_slots
 from qlora_tool.model.source import read_model_config
@@ -179,10 +179,10 @@ def test_the_kept_base_is_the_same_bit_for_bit_and_found_for_int8_alone(family, 
     quantization = Quantization("nf4", True, "int8")
     folder = write_tiny(family, tmp_path / "model", dtype=torch.bfloat16)
     first = read(folder, quantization)
-    keep_base(first, folder, quantization, torch.float32)
-    assert kept_base(folder, Quantization("nf4"), torch.float32) is None
+    write_cached_base(first, folder, quantization, torch.float32)
+    assert cached_base(folder, Quantization("nf4"), torch.float32) is None
     monkeypatch.setattr(slots_module, "quantize", None)
-    second = read(folder, quantization, checkpoint=kept_base(folder, quantization, torch.float32))
+    second = read(folder, quantization, checkpoint=cached_base(folder, quantization, torch.float32))
     ours, theirs = first.state_dict(), second.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())

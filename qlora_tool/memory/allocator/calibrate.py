@@ -63,7 +63,7 @@ def calibrate(device: int = 0) -> Calibration:
     return measured
 
 
-def kept_calibration(device_name: str) -> Calibration | None:
+def cached_calibration(device_name: str) -> Calibration | None:
     """What `calibrate` found on a device of this name with the version of torch that is at work; None if it never
     ran."""
     try:
