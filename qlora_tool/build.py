@@ -1,7 +1,7 @@
 """From a configuration to a model with its adapters on it: the one way, whether its tensors are read, random or fake.
 
 Training, predicting, measuring, evaluating and the export's live side all come here. What differs between them is where
-tensors come from, and is passed in. Everything that a run may decide otherwise than it was asked to is decided in
+tensors come from, and is passed in. Everything that a run may decide differently from what it was asked is decided in
 `resolve`, from the model's configuration alone, before weights or data are read.
 """
 
@@ -64,7 +64,7 @@ class Tensors(Protocol):
 
 
 class FromFiles:
-    """Tensors read from the folder of the model that a configuration names, or from its quantized form that was kept.
+    """Tensors read from the folder of the model that a configuration names, or from its quantized form in the cache.
 
     Raises:
         UserError, MachineError: see `resolve_model`.
@@ -262,8 +262,8 @@ def build(
         )
     if not model.projects_plainly:
         remarks.append(
-            f"{model.config.model_type} changes its logits in a way of its own: whole logits are kept for the loss, "
-            "which takes more memory"
+            f"{model.config.model_type} changes its logits before the loss: the loss takes the full logits, "
+            "which needs more memory"
         )
     if config.training.offload_boundaries and device.type != "cuda":
         remarks.append("training.offload_boundaries: the model is in host memory already; nothing is moved")

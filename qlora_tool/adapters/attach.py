@@ -28,7 +28,7 @@ class AdapterSet:
 
     Attributes:
         layers: the adapters by the name of their linear module.
-        saved: whole tensors that are trained (`modules_to_save`), by parameter name.
+        saved: tensors that are fully trained (`modules_to_save`), by parameter name.
         biases: biases that are trained, by parameter name; under `bias: lora_only` those of adapted modules.
         transposed: those of `saved` that the model's own module keeps as (in, out) (transformers' Conv1D).
     """
@@ -116,7 +116,7 @@ def attach(model: nn.Module, config: AdapterConfig, compute_dtype: torch.dtype, 
     Args:
         model: a transformers model read by `load_base`.
         config: the adapter's section.
-        compute_dtype: what products run in, and adapters are kept in: bf16 on most devices.
+        compute_dtype: the dtype of matrix products and of the adapters: bf16 on most devices.
         seed: of the adapters' starts.
 
     Raises:

@@ -120,7 +120,7 @@ def _computes_as(kind: type[nn.Module], mlp: nn.Module, activation: Activation) 
     nn.Module.__init__(twin)
     twin.__dict__.update({name: value for name, value in vars(mlp).items() if not name.startswith("_")})
     twin.__dict__.pop("forward", None)
-    twin.act_fn = getattr(mlp, "act_fn", None)  # type: ignore[assignment]  # a function is no module
+    twin.act_fn = getattr(mlp, "act_fn", None)  # type: ignore[assignment]  # a function is not a module
     gate, up, down = (torch.randn(shape, generator=generator) for shape in ((5, 4), (5, 4), (3, 5)))
     x = torch.randn(7, 4, generator=generator)
     for name, weight in zip(GATED_MLP, (gate, up, down), strict=True):
@@ -129,7 +129,7 @@ def _computes_as(kind: type[nn.Module], mlp: nn.Module, activation: Activation) 
         setattr(twin, name, linear)
     try:
         found = kind.forward(twin, x)
-    except Exception:  # it computes with more than these three: whatever that is, it is no gated MLP
+    except Exception:  # it computes with more than these three: whatever that is, it is not a gated MLP
         return False
     expected = (activation.function(x @ gate.T) * (x @ up.T)) @ down.T
     return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)

@@ -249,7 +249,7 @@ def attach_stored(
     """Put a stored adapter on a model.
 
     Args:
-        dtype: what the adapter is kept in; what it was stored in by default.
+        dtype: of the adapter's tensors; by default the one that they are stored in.
         dropout: while training; what it was trained with by default.
 
     Raises:

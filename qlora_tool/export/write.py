@@ -66,7 +66,7 @@ class ExportOptions:
         verify_data: rows for that; None: the run's own.
 
     Raises:
-        UserError: a value that is none of these.
+        UserError: a value that is not one of these.
     """
 
     base: str = "dequantized"
@@ -195,9 +195,9 @@ def _job(artifact: Artifact, folder: Path, output: Path, options: ExportOptions)
 
 
 def find_cached_base(folder: Path, quantization: Quantization) -> Checkpoint | None:
-    """The quantized base that a run kept, whatever it multiplied in: the codes are the same."""
+    """The quantized base that a run cached, whatever its dtype of matrix products: the codes are the same."""
     found = (cached_base(folder, quantization, dtype) for dtype in (torch.bfloat16, torch.float32, torch.float16))
-    return next((kept for kept in found if kept is not None), None)
+    return next((cached for cached in found if cached is not None), None)
 
 
 def _choices(job: Job, options: ExportOptions) -> list[Choice]:

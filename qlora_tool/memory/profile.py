@@ -127,9 +127,9 @@ class Profile:
     """A profiled run.
 
     Attributes:
-        report: the contract's numbers.
+        report: the numbers of `memory.json`, as `MemoryReport` has them.
         timelines: by `predicted` and `measured`.
-        unquantized: bytes of each weight that is kept whole, by parameter name.
+        unquantized: bytes of each weight that is left unquantized, by parameter name.
         estimated: what of the prediction is neither read from a source nor measured, in words.
         allocator_peak: what the allocator itself counted in a measured run, no tracer near it; None where not measured.
     """
@@ -252,7 +252,7 @@ def refuse_small_budget(profiled: Profile, budget: int, budget_name: str = "") -
 
 
 def unquantized_bytes(config: Config, model_config: PreTrainedConfig, compute_dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of everything that the loader keeps whole; empty where nothing is to be quantized."""
+    """Bytes of everything that the loader leaves unquantized; empty where nothing is to be quantized."""
     if config.model.quantization == "none":
         return {}
     skeleton = build_skeleton(copy.deepcopy(model_config), config.model.trust_remote_code, compute_dtype)

@@ -320,7 +320,7 @@ def test_values_beyond_float16_name_their_tensors(tmp_path: Path):
     export_merged(artifact_of(adapter), tmp_path / "merged", ExportOptions(dtype="bfloat16"))
 
 
-def test_a_kept_quantized_base_gives_the_same_files(base, tmp_path: Path, monkeypatch):
+def test_a_cached_quantized_base_gives_the_same_files(base, tmp_path: Path, monkeypatch):
     for family in ("llama-tied", "gpt2", "mixtral"):
         for quantization in ("nf4", "int8"):
             name = f"{family} {quantization}"

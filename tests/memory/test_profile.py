@@ -95,7 +95,7 @@ def test_a_text_model_within_another_may_leave_sizes_out(tmp_path: Path):
         ("mixtral", torch.bfloat16, "bfloat16"),
     ],
 )
-def test_what_is_kept_whole_is_what_the_loader_keeps_whole(
+def test_what_is_unquantized_is_what_the_loader_leaves_so(
     tmp_path: Path, family: str, dtype: torch.dtype, compute: str
 ):
     folder = write_tiny(family, tmp_path / "m", dtype=dtype)
