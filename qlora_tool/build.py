@@ -213,7 +213,8 @@ def resolve(
     if config.adapter.init_from:
         values |= initial_settings(read_adapter(Path(config.adapter.init_from)), config.adapter)
     if config.data.packing and not packs_apart(config, model_config):
-        logger.warning("%s cannot keep packed examples apart: rows are padded instead", model_config.model_type)
+        logger.warning("data.packing: in a %s model packed examples would attend to one another; rows are padded "
+                       "instead", model_config.model_type)  # fmt: skip
         values["data.packing"] = False
     return with_values(config, values)
 

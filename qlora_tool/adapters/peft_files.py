@@ -197,9 +197,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error})") from error
+        raise UserError(f"{file}: not JSON ({error}); copy or save the adapter again") from error
     if not isinstance(value, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(value).__name__}")
+        raise UserError(f"{file}: expected a JSON object, found {type(value).__name__}; copy or save the adapter again")
     return value
 
 

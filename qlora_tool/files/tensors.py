@@ -147,7 +147,10 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     entries = {}
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:
-            raise UserError(f"{file}: tensor {name} has dtype {entry['dtype']}, which is not supported")
+            raise UserError(
+                f"{file}: tensor {name} has dtype {entry['dtype']}, which is not supported; convert it to bfloat16 or "
+                "another common dtype"
+            )
         start, stop = (8 + length + offset for offset in entry["data_offsets"])
         entries[name] = TensorEntry(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start, stop)
     return entries
@@ -174,7 +177,9 @@ def read_tensor(entry: TensorEntry, device: torch.device | str = "cpu") -> Tenso
         while done < entry.nbytes:
             count = stream.readinto(view[done:])
             if not count:
-                raise UserError(f"{entry.file}: ended {entry.nbytes - done} bytes early while it was read")
+                raise UserError(
+                    f"{entry.file}: ended {entry.nbytes - done} bytes early while it was read; download it again"
+                )
             done += count
     return buffer.view(entry.dtype).reshape(entry.shape).to(device)
 

@@ -85,7 +85,7 @@ class Loha(Method):
         refuse_keys(file, config, _NOT_READ)
         for key in ("r", "alpha"):
             if key not in config:
-                raise UserError(f"{file}: no key {key!r}; it is not a complete PEFT configuration")
+                raise UserError(f"{file}: no key {key!r}; the PEFT configuration is incomplete: save the adapter again")
         return Settings(config["r"], config["alpha"], keys=self.keys())
 
     def sizes(self, tensors: Mapping[str, Tensor]) -> tuple[int, int, int]:

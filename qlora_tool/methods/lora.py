@@ -162,7 +162,7 @@ class Lora(Method):
             )
         for key in ("r", "lora_alpha"):
             if key not in config:
-                raise UserError(f"{file}: no key {key!r}; it is not a complete PEFT configuration")
+                raise UserError(f"{file}: no key {key!r}; the PEFT configuration is incomplete: save the adapter again")
         keys = self.keys(use_rslora=bool(config.get("use_rslora")))
         return Settings(config["r"], config["lora_alpha"], config.get("lora_dropout") or 0.0, keys)
 

@@ -59,10 +59,10 @@ class ParameterSource:
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device | str):
         self.model, self.checkpoint, self.device = model, checkpoint, device
         self._stored = {name: group for name in checkpoint if (group := disk_group(name, checkpoint))}
-        parts = {part for group in self._stored.values() for part in group[1:]}
-        plan = plan_load(model, [name for name in checkpoint if name not in parts])
+        statistics = {name for group in self._stored.values() for name in group[1:]}
+        plan = plan_load(model, [name for name in checkpoint if name not in statistics])
         if plan.unexpected:
-            logger.warning("%d tensors of the checkpoint have no place in the model: %s", len(plan.unexpected),
+            logger.warning("%d tensors of the checkpoint are not used by the model: %s", len(plan.unexpected),
                            missing_names(plan.unexpected, {}))  # fmt: skip
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
@@ -86,12 +86,12 @@ class ParameterSource:
         ):
             raise UserError(
                 f"{self.checkpoint.folder}: tensor {name} has shape {tuple(value.shape)}, but config.json makes it "
-                f"{self.shapes[name]}; config and weights are not of the same model"
+                f"{self.shapes[name]}; config.json and the weights are of two models: download the model again"
             )
         return value
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """The dtype that the checkpoint keeps a tensor of the model in."""
+        """The dtype that a tensor of the model has in the checkpoint."""
         return self.checkpoint[self._groups[name].sources[0][1]].dtype
 
     def stored_bytes(self, name: str) -> int:
@@ -106,8 +106,9 @@ class ParameterSource:
         except (RuntimeError, ValueError, IndexError) as error:
             names = [name for _, name in group.sources]
             raise UserError(
-                f"{self.checkpoint.folder}: its tensors {missing_names(names, {})} do not make up {group.target} "
-                f"({str(error).splitlines()[0]}); some are missing, or config and weights are not of the same model"
+                f"{self.checkpoint.folder}: its tensors {missing_names(names, {})} cannot be combined into "
+                f"{group.target} ({str(error).splitlines()[0]}); some are missing, or config.json is another model's: download the "
+                "model again"
             ) from error
 
     def _read_plain(self, name: str) -> Tensor:

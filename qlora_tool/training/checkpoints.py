@@ -110,7 +110,7 @@ def load_checkpoint(path: Path, adapters: AdapterSet, optimizer: Optimizer) -> P
 
 def _broken(checkpoint: Path, why: Exception | str) -> UserError:
     reason = " ".join(str(why).split()) or type(why).__name__
-    return UserError(f"{checkpoint}: this checkpoint is broken, resume from an earlier one: {reason[:200]}")
+    return UserError(f"{checkpoint}: this checkpoint is broken ({reason[:200]}); give an earlier one with --resume")
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 LOSS_SCALE_FLOOR, LOSS_SCALE_CEILING, LOSS_SCALE_PATIENCE = 1.0, 2.0**24, 1000
 FLOAT16_IN_BACKWARD = (
-    "training.optimizer_in_backward: true, but float16 gradients are scaled by what all of them are; leave it out, or "
-    "set model.compute_dtype: bfloat16"
+    "training.optimizer_in_backward: true, but the scale of float16 gradients needs all of them at once; leave it "
+    "out, or set model.compute_dtype: bfloat16"
 )
 
 

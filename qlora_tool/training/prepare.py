@@ -57,8 +57,8 @@ def prepare_data(setup: Setup) -> tuple[RunData, Setup]:
     highest = max(max(example.input_ids) for dataset in datasets for example in dataset.examples)
     if highest >= vocabulary:
         raise UserError(
-            f"{folder}: its tokenizer gives token {highest}, but the model knows only {vocabulary}; tokenizer and "
-            "model do not belong together"
+            f"{folder}: its tokenizer gives token {highest}, but the model's vocabulary has {vocabulary} tokens; "
+            "use the tokenizer files that came with the model"
         )
     for dataset in datasets:
         for line in dataset.report.lines():
@@ -68,7 +68,7 @@ def prepare_data(setup: Setup) -> tuple[RunData, Setup]:
 
 
 def describe(built: Built, init_from: str | None) -> list[str]:
-    """What is kept and what is trained, in bytes, for the log."""
+    """What is frozen and what is trained, in bytes, for the log."""
     model, adapters = built.model, built.adapters
     plain = model.unquantized_bytes()
     largest = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in list(plain.items())[:3])
@@ -83,13 +83,13 @@ def describe(built: Built, init_from: str | None) -> list[str]:
         f"model: {model.config.model_type}, {kind} {model.quantized_bytes() / 1e6:.1f} MB; unquantized "
         f"{sum(plain.values()) / 1e6:.1f} MB ({largest}{', ...' if len(plain) > 3 else ''})",
         f"adapter: {len(adapters.layers)} linear modules, {sum(p.numel() for p in trained) / 1e6:.2f} M trained "
-        f"weights in {dtype}; products in {str(model.compute_dtype).removeprefix('torch.')} on {model.device}",
+        f"weights in {dtype}; matrix products in {str(model.compute_dtype).removeprefix('torch.')} on {model.device}",
         *([f"adapter: starts from {init_from}"] if init_from else []),
     ]
 
 
 def provenance(config: Config, model: CausalLM, data: RunData) -> dict[str, Any]:
-    """What `qlora_tool.json` keeps beside the adapter: what it was trained on and how."""
+    """What `qlora_tool.json` says beside the adapter: what it was trained on and how."""
     from qlora_tool.files.hashes import file_hashes
 
     return {

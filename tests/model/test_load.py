@@ -349,7 +349,7 @@ def test_tensors_without_a_place_are_told_and_left(tmp_path, caplog):
     write_weights(folder, weights_of(folder) | {"model.extra": torch.ones(2), "model.other": torch.ones(2)})
     with caplog.at_level(logging.WARNING):
         model = read_tiny(folder)
-    assert "2 tensors of the checkpoint have no place in the model: model.extra, model.other" in caplog.text
+    assert "2 tensors of the checkpoint are not used by the model: model.extra, model.other" in caplog.text
     assert relative_error(logits(model, tokens()), logits(tiny_model("llama"), tokens())) <= FP32
 
 

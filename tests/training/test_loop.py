@@ -354,7 +354,7 @@ def test_a_tokenizer_that_is_not_the_models(config, tmp_path):
     smaller = write_model(tmp_path / "smaller", vocab_size=131)
     for file in model.glob("tokenizer*"):
         (smaller / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(UserError, match="but the model knows only 131; tokenizer and model do not belong together"):
+    with pytest.raises(UserError, match="but the model's vocabulary has 131 tokens; use the tokenizer files"):
         train(config(model__name_or_path=str(smaller)))
 
 

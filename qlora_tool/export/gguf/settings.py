@@ -79,7 +79,7 @@ def _add_window(writer: GGUFWriter, family: Family, config) -> None:
         getattr(config, "layer_types", None) or ["sliding_attention"]
     ):  # fmt: skip
         logger.warning(
-            "this %s model attends to the last %d tokens; llama.cpp attends to all: the same up to that length",
+            "this %s model attends to the last %d tokens, llama.cpp to all: results differ in longer contexts",
             config.model_type, window,
         )  # fmt: skip
 

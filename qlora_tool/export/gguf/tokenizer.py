@@ -146,8 +146,8 @@ def _byte_level(folder: Path, state: dict[str, Any], steps: list[dict[str, Any]]
     if pre is None or odd or any(step.get("add_prefix_space") for step in steps):
         found = odd or [step["type"] for step in steps]
         raise UserError(
-            f"--format gguf: {folder}: its tokenizer splits text in a way ({', '.join(found)}) that has no name in "
-            f"llama.cpp which is known here ({', '.join(_SPLITS.values())}); choose --format safetensors"
+            f"--format gguf: {folder}: its tokenizer splits text in a way ({', '.join(found)}) that matches none of "
+            f"llama.cpp's supported pre-tokenizers ({', '.join(_SPLITS.values())}); choose --format safetensors"
         )
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"]["merges"]]
     return GgufTokenizer("gpt2", pre, [], [], merges=merges)
