@@ -59,7 +59,7 @@ def train(
 
     Raises:
         UserError: the configuration, the data or the model is at fault, or the run will not fit.
-        MachineError: the disk, the network or the device is, or the loss is no number.
+        MachineError: the disk, the network or the device is, or the loss is not a number.
         Interrupted: SIGINT or SIGTERM asked to stop; a checkpoint was saved, and its `lines` say how to go on.
     """
     configuration = load_config(config, _with_output_dir(set, output_dir))

@@ -126,7 +126,7 @@ def _base_of(stored: StoredAdapter, options: BaseOptions) -> ModelConfig:
 
 def _own_quantization(name: str) -> dict[str, Any]:
     """How the weights of a model folder are themselves quantized by bitsandbytes, as keys of `ModelConfig`; empty where
-    they are not, and for what is no folder."""
+    they are not, and for what is not a folder."""
     try:
         config = json.loads((Path(name).expanduser() / "config.json").read_text(encoding="utf-8"))
         found = config.get("quantization_config") or {}

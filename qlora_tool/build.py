@@ -1,7 +1,7 @@
 """From a configuration to a model with its adapters on it: the one way, whether its tensors are read, random or fake.
 
 Training, predicting, measuring, evaluating and the export's live side all come here. What differs between them is where
-tensors come from, and is passed in. Everything that a run may decide otherwise than it was asked to is decided in
+tensors come from, and is passed in. Everything that a run may decide differently from what it was asked is decided in
 `resolve`, from the model's configuration alone, before weights or data are read.
 """
 
@@ -26,8 +26,8 @@ from qlora_tool.adapters.peft_files import StoredAdapter, attach_stored, read_ad
 from qlora_tool.config import Config, ModelConfig, with_values
 from qlora_tool.errors import ToolError
 from qlora_tool.model.behaviour import behaviour_of
+from qlora_tool.model.cached_base import cached_base, write_cached_base
 from qlora_tool.model.causal_lm import CausalLM
-from qlora_tool.model.kept_base import keep_base, kept_base
 from qlora_tool.model.load import load_base
 from qlora_tool.model.open import choose_device, choose_dtype
 from qlora_tool.model.random_source import RandomSource
@@ -64,7 +64,7 @@ class Tensors(Protocol):
 
 
 class FromFiles:
-    """Tensors read from the folder of the model that a configuration names, or from its quantized form that was kept.
+    """Tensors read from the folder of the model that a configuration names, or from its quantized form in the cache.
 
     Raises:
         UserError, MachineError: see `resolve_model`.
@@ -78,14 +78,14 @@ class FromFiles:
         self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype
     ) -> PreTrainedModel:
         config = self.config
-        cached = kept_base(self.folder, quantization, compute_dtype) if config.keep_quantized else None
+        cached = cached_base(self.folder, quantization, compute_dtype) if config.keep_quantized else None
         if cached is not None:
             logger.info("quantized base read from the cache: %s", cached.folder)
         module = load_base(self.folder, model_config, quantization, device, compute_dtype,
                            trust_remote_code=config.trust_remote_code, checkpoint=cached)  # fmt: skip
         if config.keep_quantized and cached is None:
             logger.info("quantized base written to the cache for the next run: %s",
-                        keep_base(module, self.folder, quantization, compute_dtype))  # fmt: skip
+                        write_cached_base(module, self.folder, quantization, compute_dtype))  # fmt: skip
         return module
 
     def adapter(self, folder: Path) -> StoredAdapter:
@@ -262,8 +262,8 @@ def build(
         )
     if not model.projects_plainly:
         remarks.append(
-            f"{model.config.model_type} changes its logits in a way of its own: whole logits are kept for the loss, "
-            "which takes more memory"
+            f"{model.config.model_type} changes its logits before the loss: the loss takes the full logits, "
+            "which needs more memory"
         )
     if config.training.offload_boundaries and device.type != "cuda":
         remarks.append("training.offload_boundaries: the model is in host memory already; nothing is moved")

@@ -36,7 +36,7 @@ class OptionError(UserError):
 
 
 class MachineError(ToolError):
-    """The disk, the device or the network is at fault, or the loss is no number: exit code 1."""
+    """The disk, the device or the network is at fault, or the loss is not a number: exit code 1."""
 
     exit_code = 1
 

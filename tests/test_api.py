@@ -16,8 +16,8 @@ from typing import Any
 import click
 import pytest
 import yaml
+from cached_traces import once
 from click.testing import CliRunner
-from kept_traces import once
 from safetensors.torch import load_file
 from tiny_runs import read_metrics, write_model, write_rows
 

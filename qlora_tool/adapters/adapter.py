@@ -16,7 +16,7 @@ from qlora_tool.weights.modules import FrozenLinear
 class Adapter(nn.Module):
     """What is trained on one linear module, by one method.
 
-    The tensors are kept in one dtype (but for those that the method wants in fp32) and cast to the input's for
+    The tensors have one dtype (but for those that the method wants in fp32) and cast to the input's for
     products.
 
     Args:
@@ -43,7 +43,7 @@ class Adapter(nn.Module):
         """A fresh adapter on `linear`, on its device.
 
         Args:
-            dtype: what its tensors are kept in.
+            dtype: of its tensors.
             generator: what the start is drawn from, a CPU one; see `generator_for`.
         """
         tensors = method.start(linear.out_features, linear.in_features, settings, linear.weight, generator)

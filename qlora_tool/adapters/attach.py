@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qlora_tool.adapters.adapter import Adapter, generator_for
 from qlora_tool.adapters.fusion import fuse
 from qlora_tool.adapters.targets import find_targets, settings_for
-from qlora_tool.adapters.trained_base import train_biases, train_whole, transposed_names
+from qlora_tool.adapters.trained_base import train_biases, train_modules, transposed_names
 from qlora_tool.errors import UserError
 from qlora_tool.methods import METHODS
 from qlora_tool.weights.modules import FrozenLinear
@@ -28,7 +28,7 @@ class AdapterSet:
 
     Attributes:
         layers: the adapters by the name of their linear module.
-        saved: whole tensors that are trained (`modules_to_save`), by parameter name.
+        saved: tensors that are fully trained (`modules_to_save`), by parameter name.
         biases: biases that are trained, by parameter name; under `bias: lora_only` those of adapted modules.
         transposed: those of `saved` that the model's own module keeps as (in, out) (transformers' Conv1D).
     """
@@ -116,7 +116,7 @@ def attach(model: nn.Module, config: AdapterConfig, compute_dtype: torch.dtype, 
     Args:
         model: a transformers model read by `load_base`.
         config: the adapter's section.
-        compute_dtype: what products run in, and adapters are kept in: bf16 on most devices.
+        compute_dtype: the dtype of matrix products and of the adapters: bf16 on most devices.
         seed: of the adapters' starts.
 
     Raises:
@@ -128,7 +128,7 @@ def attach(model: nn.Module, config: AdapterConfig, compute_dtype: torch.dtype, 
         for name, linear in find_targets(model, config).items()
     }
     put_on(model, layers)
-    saved = train_whole(model, config.modules_to_save, compute_dtype)
+    saved = train_modules(model, config.modules_to_save, compute_dtype)
     biases = train_biases(model, config.bias, layers, compute_dtype)
     return AdapterSet(layers, saved, biases, transposed_names(model, saved))
 

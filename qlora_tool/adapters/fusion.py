@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlora_tool.adapters.adapter import Adapter
-from qlora_tool.ops.lora import ACTIVATIONS, Activation, LoraPart, lora_gated_mlp, lora_linear
+from qlora_tool.ops.lora import ACTIVATIONS, Activation, LoraWeights, lora_gated_mlp, lora_linear
 from qlora_tool.weights.modules import FrozenLinear
 
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -52,7 +52,7 @@ def tile_mlps(model: nn.Module, tiled: bool, tile: int = TILE) -> int:
 
 def _adapted(parent: nn.Module, name: str) -> bool:
     child = getattr(parent, name, None)
-    return isinstance(child, FrozenLinear) and fused_part(child) is not None
+    return isinstance(child, FrozenLinear) and fused_weights(child) is not None
 
 
 class SharedInput:
@@ -70,7 +70,7 @@ class SharedInput:
     def output(self, x: Tensor, linear: FrozenLinear) -> Tensor:
         """x (…, in) → (…, out) of `linear`, bias and adapter included."""
         if self._input is not x or linear not in self._waiting:
-            parts = {one: part for one in self.linears if (part := fused_part(one)) is not None}
+            parts = {one: part for one in self.linears if (part := fused_weights(one)) is not None}
             alone = linear is not self.linears[0] or len(parts) < len(self.linears)
             together = {linear: parts[linear]} if alone else parts
             outputs = lora_linear(x, list(together.values()))
@@ -81,14 +81,14 @@ class SharedInput:
         return y
 
 
-def fused_part(linear: FrozenLinear) -> LoraPart | None:
+def fused_weights(linear: FrozenLinear) -> LoraWeights | None:
     """What the fused operations take of a module, where they compute what it does as it is now."""
     adapter = linear.adapter
-    return adapter.method.fused_part(adapter, linear) if isinstance(adapter, Adapter) else None
+    return adapter.method.fused_weights(adapter, linear) if isinstance(adapter, Adapter) else None
 
 
 def _gated_forward(mlp: nn.Module, activation: Activation, x: Tensor, *, tile: int | None = None) -> Tensor:
-    gate, up, down = (fused_part(getattr(mlp, name)) for name in GATED_MLP)
+    gate, up, down = (fused_weights(getattr(mlp, name)) for name in GATED_MLP)
     if gate is None or up is None or down is None:
         y: Tensor = type(mlp).forward(mlp, x)
         return y
@@ -120,7 +120,7 @@ def _computes_as(kind: type[nn.Module], mlp: nn.Module, activation: Activation) 
     nn.Module.__init__(twin)
     twin.__dict__.update({name: value for name, value in vars(mlp).items() if not name.startswith("_")})
     twin.__dict__.pop("forward", None)
-    twin.act_fn = getattr(mlp, "act_fn", None)  # type: ignore[assignment]  # a function is no module
+    twin.act_fn = getattr(mlp, "act_fn", None)  # type: ignore[assignment]  # a function is not a module
     gate, up, down = (torch.randn(shape, generator=generator) for shape in ((5, 4), (5, 4), (3, 5)))
     x = torch.randn(7, 4, generator=generator)
     for name, weight in zip(GATED_MLP, (gate, up, down), strict=True):
@@ -129,7 +129,7 @@ def _computes_as(kind: type[nn.Module], mlp: nn.Module, activation: Activation) 
         setattr(twin, name, linear)
     try:
         found = kind.forward(twin, x)
-    except Exception:  # it computes with more than these three: whatever that is, it is no gated MLP
+    except Exception:  # it computes with more than these three: whatever that is, it is not a gated MLP
         return False
     expected = (activation.function(x @ gate.T) * (x @ up.T)) @ down.T
     return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)

@@ -80,7 +80,7 @@ def _peft_config(
 
 
 def _target_names(adapters: AdapterSet, model: nn.Module) -> list[str]:
-    """The adapted modules' last parts where those mean exactly them, else whole names; sorted."""
+    """The adapted modules' last names where those mean exactly them, else full names; sorted."""
     last_parts = sorted({name.rpartition(".")[2] for name in adapters.layers})
     meant = {name for name, _ in model.named_modules() if matches(name, last_parts)}
     return last_parts if meant == set(adapters.layers) else sorted(adapters.layers)
@@ -155,7 +155,7 @@ class StoredAdapter:
             dropout=self.usual.dropout if dropout is None else dropout,
         )
 
-    def whole_tensors(self) -> dict[str, Tensor]:
+    def replaced_tensors(self) -> dict[str, Tensor]:
         """What it replaces, by parameter name: `modules_to_save`, biases, and an adapted output layer's weight, which
         PEFT writes along. As the model keeps them: a Conv1D's (in, out)."""
         return {
@@ -177,7 +177,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
     """
     config_file, weights_file = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if not config_file.exists():
-        raise UserError(f"{folder}: no {CONFIG_NAME} in it, so it is no adapter")
+        raise UserError(f"{folder}: no {CONFIG_NAME} in it, so it is not an adapter's folder")
     if not weights_file.exists():
         hint = "; its weights are a pickle: load and save it once with PEFT (safe_serialization is its default)" if (
             folder / "adapter_model.bin"
@@ -213,7 +213,7 @@ def _method_of(file: Path, peft: dict[str, Any]) -> tuple[Method, Settings]:
 
 
 def _refuse_incomplete(file: Path, stored: StoredAdapter) -> None:
-    """Refuse tensors that do not make up whole adapters, all faults in one report."""
+    """Refuse tensors that do not make up complete adapters, all faults in one report."""
     method, parts = stored.method, stored.parts
     family = next(iter(method.peft_names.values())).partition("_")[0]  # what all of its tensors begin with
     for part, what in method.peft_unread.items():
@@ -223,7 +223,7 @@ def _refuse_incomplete(file: Path, stored: StoredAdapter) -> None:
         example = f"{PREFIX}model.layers.0.….{next(iter(method.peft_names.values()))}"
         raise UserError(f"{file}: no {method.peft_type} tensors in it; expected names such as {example}")
     faults = [
-        f"{file}: tensor {name} cannot be read here" for name in stored.whole_tensors() if f".{family}_" in name
+        f"{file}: tensor {name} cannot be read here" for name in stored.replaced_tensors() if f".{family}_" in name
     ]
     for name, tensors in parts.items():
         missing = [method.peft_names[key] for key in method.peft_names if key not in {*tensors, *method.optional}]
@@ -249,7 +249,7 @@ def attach_stored(
     """Put a stored adapter on a model.
 
     Args:
-        dtype: what the adapter is kept in; what it was stored in by default.
+        dtype: of the adapter's tensors; by default the one that they are stored in.
         dropout: while training; what it was trained with by default.
 
     Raises:
@@ -261,15 +261,15 @@ def attach_stored(
               if isinstance(module, FrozenLinear)}  # fmt: skip
     refuse_misfit(stored, layers, shapes)
     put_on(model, layers)
-    whole = stored.whole_tensors()
-    _refuse_misfit_whole(model, stored, whole)
-    trained = {name: train_parameter(model, name, dtype) for name in whole}
+    replaced = stored.replaced_tensors()
+    _refuse_misfit_replaced(model, stored, replaced)
+    trained = {name: train_parameter(model, name, dtype) for name in replaced}
     for target, source in tied_names(model).items():  # tied ones stay so, unless they were trained apart
-        if target in whole and source in whole and torch.equal(whole[target], whole[source]):
+        if target in replaced and source in replaced and torch.equal(replaced[target], replaced[source]):
             trained |= tie(model, target, trained[source])
-    transposed = transposed_names(model, whole)
+    transposed = transposed_names(model, replaced)
     with torch.no_grad():
-        for name, tensor in whole.items():
+        for name, tensor in replaced.items():
             trained[name].copy_(tensor.T if name in transposed else tensor)
     for name in [name for name in trained if name.removesuffix(".weight") in layers]:
         trained.pop(name).requires_grad_(False)  # under an adapter: the base's
@@ -284,16 +284,16 @@ def _is_bias(name: str, stored: StoredAdapter) -> bool:
     return owner != name and (f"{owner}.base_layer.bias" in stored.tensors or f"{owner}.weight" not in stored.tensors)
 
 
-def _refuse_misfit_whole(model: nn.Module, stored: StoredAdapter, whole: Mapping[str, Tensor]) -> None:
+def _refuse_misfit_replaced(model: nn.Module, stored: StoredAdapter, replaced: Mapping[str, Tensor]) -> None:
     faults = []
-    transposed = transposed_names(model, whole)
-    for name, tensor in whole.items():
+    transposed = transposed_names(model, replaced)
+    for name, tensor in replaced.items():
         owner, _, attribute = name.rpartition(".")
         module = _submodule(model, owner)
         parameter = getattr(module, attribute, None)
         is_linear_weight = isinstance(parameter, WeightHandle) and isinstance(module, FrozenLinear)
         if parameter is None or not (isinstance(parameter, nn.Parameter) or is_linear_weight):
-            faults.append(f"{stored.folder}: replaces {name}, which is no parameter of this model")
+            faults.append(f"{stored.folder}: replaces {name}, which is not a parameter of this model")
             continue
         shape = tuple(parameter.shape)
         shape = shape[::-1] if name in transposed else shape

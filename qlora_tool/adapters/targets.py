@@ -23,9 +23,9 @@ ALL_LINEAR = "all-linear"
 def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, FrozenLinear]:
     """The modules that take an adapter, by name, in the model's order.
 
-    `target_modules` and `exclude_modules` are read as PEFT reads them: a list holds whole names or their last parts, a
-    string is a regular expression that the whole name must match; `all-linear` is every linear module but the output
-    embeddings. What `modules_to_save` trains whole takes no adapter.
+    `target_modules` and `exclude_modules` are read as PEFT reads them: a list holds full names or the ends of them, a
+    string is a regular expression that the full name must match; `all-linear` is every linear module but the output
+    embeddings. What `modules_to_save` fully trains takes no adapter.
 
     Raises:
         UserError: a name or expression that matches no linear module.

@@ -13,14 +13,14 @@ from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import FrozenEmbedding, FrozenLinear
 
 
-def train_whole(model: nn.Module, names: list[str], dtype: torch.dtype) -> dict[str, nn.Parameter]:
+def train_modules(model: nn.Module, names: list[str], dtype: torch.dtype) -> dict[str, nn.Parameter]:
     """Make the tensors of the named modules trained, by parameter name; tied ones stay tied.
 
     Args:
-        names: of modules, whole or their last parts; all that is inside of them is trained.
+        names: of modules, in full or the ends of them; all that is inside of them is trained.
 
     Raises:
-        UserError: a name that is no module of the model, or a module that cannot be trained whole.
+        UserError: a name that is not a module of the model, or a module that cannot be fully trained.
     """
     trained: dict[str, nn.Parameter] = {}
     modules = dict(model.named_modules())
@@ -51,7 +51,7 @@ def parameter_names(module: nn.Module, prefix: str) -> list[str]:
     """The parameters of a module and of all inside it, by their names in the checkpoint.
 
     Raises:
-        UserError: there are frozen weights among them that are no linear module's.
+        UserError: there are frozen weights among them that are not a linear module's.
     """
     found = []
     for name, part in module.named_modules(prefix=prefix):
@@ -60,7 +60,8 @@ def parameter_names(module: nn.Module, prefix: str) -> list[str]:
         elif not isinstance(part, WeightHandle):
             found += [f"{name}.{attribute}" for attribute, _ in part.named_parameters(recurse=False)]
             if any(isinstance(child, WeightHandle) for child in part.children()):
-                raise UserError(f"adapter.modules_to_save: {name} holds experts, which cannot be trained whole")
+                raise UserError(f"adapter.modules_to_save: {name} holds experts, which cannot be fully trained; "
+                    "leave it out")
     return found
 
 
@@ -80,8 +81,8 @@ def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None
     module = model.get_submodule(owner)
     if isinstance(module, FrozenEmbedding):
         raise UserError(
-            f"adapter.modules_to_save: {name} cannot be trained whole, as model.embeddings: int8 keeps it; leave one "
-            "of the two out"
+            f"adapter.modules_to_save: {name} cannot be fully trained while model.embeddings: int8 "
+            "quantizes it; leave one of the two out"
         )
     linear_weight = isinstance(module, FrozenLinear) and attribute == "weight"
     setattr(module, attribute, WeightHandle(parameter) if linear_weight else parameter)

@@ -39,7 +39,7 @@ def message(errors: Sequence[ErrorDetails], schema: Schema, depth: int = 1) -> s
     if schema.get("type") == "object" and len(errors[0]["loc"]) > depth:
         names = dict.fromkeys(error["loc"][depth] for error in errors)
         return "; ".join(_of_entry(name, errors, schema, depth) for name in names)
-    # The one that says why; or that of the item in a list, rather than that the list is no text.
+    # The one that says why; or that of the item in a list, rather than that the list is not a text.
     error = max(errors, key=lambda error: (bool(_reason(error)), len(error["loc"])))
     value, reason = error["input"], _reason(error)
     is_name = isinstance(value, str) and any(isinstance(choice, str) for choice in choices_of(schema) or ())

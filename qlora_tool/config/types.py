@@ -26,7 +26,7 @@ def parse_size(value: str | int) -> int:
     """A size in bytes: `24GB` is 24·10⁹, `22GiB` 22·2³⁰, `512MB`, `800MiB`; a whole number is bytes.
 
     Raises:
-        UserError: `value` is none of these, or is not more than zero.
+        UserError: `value` is not one of these, or is not more than zero.
     """
     size = 0
     if isinstance(value, int) and not isinstance(value, bool):

@@ -204,7 +204,7 @@ def _answers(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, tex
             if not text.startswith(render(tokenizer, messages[:index], tools=tools)):
                 raise _rewrites(conversation, len(turns))
             raise RowFault(
-                f"the chat template begins the answer of turn {index + 1} otherwise than its own generation prompt "
+                f"the chat template begins the answer of turn {index + 1} differently from its own generation prompt "
                 f"({before[-40:]!r}); name another template with data.chat_template"
             )
         answers.append((len(before), len(through_turn)))

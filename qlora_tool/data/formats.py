@@ -7,7 +7,7 @@
 | prompt_completion | `prompt`, `completion`: strings, or lists of messages (TRL) |
 | alpaca            | `instruction`, `output`, and perhaps `input`                |
 | dolly             | `instruction`, `response`, and perhaps `context`            |
-| text              | `text`, trained whole                                       |
+| text              | `text`, trained on every token                              |
 
 A `system` column goes before the conversation; the first three formats pass a `tools` column to the chat template.
 """

@@ -86,7 +86,7 @@ def _missing(source: str, path: Path) -> str:
 
 
 def _looks_like_hub_id(source: str, path: Path) -> bool:
-    """Whether a source that is no path can be meant as a hub id: not a file's name, not in a folder that exists, and
+    """Whether a source that is not a path can be meant as a hub id: not a file's name, not in a folder that exists, and
     not a misspelling of something in this folder."""
     if not HUB_ID.fullmatch(source) or path.suffix.lower() in READERS:
         return False

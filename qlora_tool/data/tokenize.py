@@ -81,8 +81,8 @@ def build_dataset(
     # Evaluation files may be text beside a training set of conversations, so only the training set can contradict.
     if as_text and key == "data.train" and data.train_on == "completion" and "train_on" in data.model_fields_set:
         raise UserError(
-            f"data.train_on: completion cannot go with data.train {source}, which is text and so has no answers: it is "
-            "trained whole; leave data.train_on out, or set it to all"
+            f"data.train_on: completion cannot go with data.train {source}, which is text and so has no answers: every "
+            "token is trained; leave data.train_on out, or set it to all"
         )
     report = DataReport(
         source=source,

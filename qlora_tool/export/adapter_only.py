@@ -35,7 +35,7 @@ def write_adapter(artifact: Artifact, folder: Path, portable: bool) -> dict[str,
         portable: for readers that know PEFT's files alone; else the files are copied as they are.
 
     Returns:
-        method, layers and base (a hub id, or the whole path of a folder); where `portable`, the ranks' common size `r`
+        method, layers and base (a hub id, or the full path of a folder); where `portable`, the ranks' common size `r`
         and the `dtype`; `resize_token_embeddings`, where a reader has to call that on the base first.
 
     Raises:
@@ -61,7 +61,7 @@ def write_adapter(artifact: Artifact, folder: Path, portable: bool) -> dict[str,
 
 
 def base_name(artifact: Artifact) -> str:
-    """What a reader can open the base by: a hub id, or the whole path of a folder."""
+    """What a reader can open the base by: a hub id, or the full path of a folder."""
     name = artifact.model.name_or_path
     if name == "demo" or Path(name).expanduser().is_dir():
         return str(base_folder(artifact).resolve())
@@ -127,8 +127,8 @@ def _named_modules(stored: StoredAdapter) -> list[str]:
 def _new_rows(artifact: Artifact) -> int | None:
     """The rows of the adapter's own embeddings, where the base has another number: tokens were added."""
     ends = ("embed_tokens.weight", "wte.weight")
-    whole = artifact.adapter.whole_tensors()
-    rows = next((tensor.shape[0] for name, tensor in whole.items() if name.endswith(ends)), None)
+    replaced = artifact.adapter.replaced_tensors()
+    rows = next((tensor.shape[0] for name, tensor in replaced.items() if name.endswith(ends)), None)
     if rows is None:
         return None
     config = json.loads((base_folder(artifact) / "config.json").read_text(encoding="utf-8"))

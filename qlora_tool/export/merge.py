@@ -41,13 +41,13 @@ class MergedModel:
     Args:
         skeleton: the base's modules on meta.
         checkpoint: the base's weights.
-        quantization: how the base was kept while the adapter was trained.
+        quantization: how the base was quantized while the adapter was trained.
         adapter: to merge; None to export the dequantized base alone.
         base: `dequantized`: onto what was trained against; `original`: onto the checkpoint's own weights.
         dtype: of the files; None keeps the base's dtypes.
         keeps_wider: tensors that the base stores in more than 16 bits stay so, whatever `dtype` is.
-        kept: the quantized base from an earlier run, which spares quantizing; it holds what was trained against, unless
-            weights were prepared.
+        cached: the quantized base of an earlier run, which spares quantizing; it is what the adapter was trained on,
+            unless weights were prepared.
         refuse_coarse: refuse a matrix, too, that float16 rounds worse than bfloat16 does: most of it lies below 1e-5.
         prepare: the step before quantizing that the adapter was trained with; see `quantize_parameter`.
 
@@ -65,11 +65,11 @@ class MergedModel:
     base: str = "dequantized"
     dtype: torch.dtype | None = None
     keeps_wider: bool = False
-    kept: Checkpoint | None = None
+    cached: Checkpoint | None = None
     refuse_coarse: bool = False
     prepare: Prepare | None = None
     layers: Mapping[str, Adapter] = field(init=False)
-    whole: Mapping[str, Tensor] = field(init=False)
+    replaced: Mapping[str, Tensor] = field(init=False)
     unties: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class MergedModel:
         self._embeddings = find_embedding_slots(self.skeleton, self.quantization)
         self.source = ParameterSource(self.skeleton, self.checkpoint, "cpu")
         self.layers = self.adapter.layers(torch.float32) if self.adapter else {}
-        self.whole = self.adapter.whole_tensors() if self.adapter else {}
+        self.replaced = self.adapter.replaced_tensors() if self.adapter else {}
         if self.adapter:
             self._refuse_misfit()
         self._parameters = {name for name, _ in self.skeleton.named_parameters(remove_duplicate=False)}
@@ -101,26 +101,27 @@ class MergedModel:
                 refuse_misfit(stored, {name: layer}, shapes)
             except UserError as fault:
                 faults.append(fault.lines[0].removeprefix(f"{stored.folder}: "))
-        for name, tensor in self.whole.items():
+        for name, tensor in self.replaced.items():
             found, expected = tuple(tensor.shape), self.source.shapes.get(name)
             if expected is None:
-                faults.append(f"replaces {name}, which is no tensor of this model")
+                faults.append(f"replaces {name}, which is not a tensor of this model")
             elif found != expected:
                 faults.append(f"replaces {name} with one of shape {found}, but it is {expected} in this model")
         if faults:
-            parts = len(self.layers) + len(self.whole)
+            parts = len(self.layers) + len(self.replaced)
             trained_on = f", {stored.base}," if stored.base else ""
             raise UserError(
-                f"{stored.folder}: not for the base {self.checkpoint.folder}: {len(faults)} of its {parts} parts do "
-                f"not fit, the first {faults[0]}; name the base that it was trained on{trained_on} with --model"
+                f"{stored.folder}: not for the base {self.checkpoint.folder}: {len(faults)} of its {parts} layers "
+                f"and tensors do not fit, the first because it {faults[0]}; name the base that it was trained on"
+                f"{trained_on} with --model"
             )
 
     def _tie(self, target: str, origin: str) -> None:
         """Of two tied tensors a file holds one, either of the two, until an adapter changes one of them alone."""
         stored = [name for name in (origin, target) if name in self.source.names]
-        replaced = [name for name in (origin, target) if name in self.whole]
+        replaced = [name for name in (origin, target) if name in self.replaced]
         adapted = any(name.removesuffix(".weight") in self.layers for name in (origin, target))
-        apart = len(replaced) == 2 and not torch.equal(self.whole[origin], self.whole[target])
+        apart = len(replaced) == 2 and not torch.equal(self.replaced[origin], self.replaced[target])
         if not (adapted or apart or len(replaced) == 1):
             return
         self.unties = True
@@ -160,15 +161,15 @@ class MergedModel:
         """One tensor of the model in the dtype of the files, in the orientation of the model."""
         dtype, slot = self._file_dtype(name), self.slots.get(name) or self._embeddings.get(name)
         layer = self.layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        if name in self.whole:
-            value = self.whole[name]
+        if name in self.replaced:
+            value = self.replaced[name]
             value = value.transpose(-1, -2) if slot is not None and slot.transposed else value
         else:
             value = self._base_value(name, slot)
         if name in self._biases:
             value = value.float() + self._biases[name]
         if layer is not None:
-            value = value.to(torch.float32, copy=name in self.whole)  # (out, in)
+            value = value.to(torch.float32, copy=name in self.replaced)  # (out, in)
             value = layer.merge(value)
         if dtype == torch.float16:
             _refuse_unfit(name, value, self.refuse_coarse)
@@ -179,9 +180,9 @@ class MergedModel:
     def _base_value(self, name: str, slot: Slot | None) -> Tensor:
         """What the adapter was trained on top of, (out, in) where it is a linear module's."""
         name = self._twins.get(name, name)  # a tied one is quantized, and prepared, under the name it is stored by
-        kept = self.kept if self.base == "dequantized" and self.prepare is None else None
-        if slot is not None and kept is not None and (parts := disk_group(name, kept)):
-            return from_disk(name, {part: kept.read(part) for part in parts}).dequantize(torch.float32)
+        cached = self.cached if self.base == "dequantized" and self.prepare is None else None
+        if slot is not None and cached is not None and (tensors := disk_group(name, cached)):
+            return from_disk(name, {tensor: cached.read(tensor) for tensor in tensors}).dequantize(torch.float32)
         value = self.source.read(name)
         if slot is not None:
             return self._as_trained_against(name, value, slot)
@@ -195,14 +196,14 @@ class MergedModel:
                     "or leave --base at dequantized"
                 )
             slot = replace(slot, kind="none")
-        kept = quantize_parameter(name, value, slot, self.quantization, self.prepare)
-        return kept.dequantize(torch.float32) if isinstance(kept, QuantizedTensor) else kept
+        quantized = quantize_parameter(name, value, slot, self.quantization, self.prepare)
+        return quantized.dequantize(torch.float32) if isinstance(quantized, QuantizedTensor) else quantized
 
     def _file_dtype(self, name: str) -> torch.dtype:
-        if name in self.slots or name in self.whole:
+        if name in self.slots or name in self.replaced:
             return self.default_dtype
         stored = self.source.stored_dtype(self._twins.get(name, name))
-        if not stored.is_floating_point:  # quantized codes of a parameter, or a buffer of whole numbers
+        if not stored.is_floating_point:  # quantized codes of a parameter, or a buffer of integers
             return self.default_dtype if name in self._parameters else stored
         if self.dtype is None or (self.keeps_wider and stored.itemsize > 2):
             return stored

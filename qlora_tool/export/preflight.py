@@ -37,7 +37,7 @@ def refuse_no_adapter(artifact: Artifact) -> None:
 
 
 def refuse_taken(output: Path, overwrite: bool) -> None:
-    """Refuse to write over anything, or with `overwrite` over anything that is no model and no adapter."""
+    """Refuse to write over anything, or with `overwrite` over anything that is neither a model nor an adapter."""
     if not output.exists():
         return
     if not output.is_dir():
@@ -48,7 +48,7 @@ def refuse_taken(output: Path, overwrite: bool) -> None:
         raise UserError(f"{output}: exists; give --overwrite to replace it, or another --output-dir")
     if not any((output / name).exists() for name in _OURS):
         raise UserError(
-            f"{output}: holds something else than a model, which --overwrite would remove; give another --output-dir"
+            f"{output}: holds something other than a model, which --overwrite would delete; give another --output-dir"
         )
 
 
@@ -56,7 +56,7 @@ def refuse_inputs(output: Path, inputs: Mapping[str, Path]) -> None:
     """Refuse an output that holds what the export reads."""
     for what, path in inputs.items():
         if output.resolve() in (path.resolve(), *path.resolve().parents) and output.exists():
-            raise UserError(f"{output}: holds {what}, which is merged; give another --output-dir")
+            raise UserError(f"{output}: holds {what}, which the merge reads; give another --output-dir")
 
 
 def refuse_changed_base(artifact: Artifact, folder: Path) -> str | None:
@@ -87,7 +87,8 @@ def warn_of_rounding_away(artifact: Artifact, folder: Path, base: str) -> None:
     if base == "dequantized" and finer_base(artifact, folder):
         logger.warning(
             "--format nf4 --base dequantized: rounds to 4 bits again what lies on 4-bit values already, and most of "
-            "the update away with it (SmolLM2-135M: under 1 % of it is kept); --base original keeps more (98 %)"
+            "the update away with it (SmolLM2-135M: under 1 % of it remains); give --base "
+            "original, which keeps more (98 %)"
         )
 
 

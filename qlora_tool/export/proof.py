@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 MEAN_KL = 1e-3  # from here on a mean KL is a warning: seven times what bf16's rounding gives (docs/measurements/cpu.md)
 ARGMAX_AGREEMENT = 0.95  # below it
 UPDATE_ERROR = 0.5  # from here on: the rounding is half as large as the update
-WHOLE_LOGITS = 1 << 28  # bytes of a model's whole logits that are kept, where its hidden states do not do
+FULL_LOGITS = 1 << 28  # bytes of a model's full logits that are kept, where its hidden states do not do
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def prove(
     give_back()
     try:
         with exported_model(folder, choose_device(artifact.model.device), artifact.model.trust_remote_code) as exported:
-            exported.projects_plainly = not live.whole_logits
+            exported.projects_plainly = not live.full_logits
             agreement = compare(live, predict(exported, chosen), chosen)
     except Exception as error:  # whatever transformers meets in the files: that is what there is to be told
         logger.debug("verification failed", exc_info=True)
@@ -285,7 +285,7 @@ def _live(
     rows = choose_rows(examples, max_tokens)
     if not model.chunked_loss:
         vocabulary = model.config.get_text_config().vocab_size
-        rows = choose_rows(examples, max(1, min(max_tokens, WHOLE_LOGITS // (4 * vocabulary))))
+        rows = choose_rows(examples, max(1, min(max_tokens, FULL_LOGITS // (4 * vocabulary))))
     update = measure_update(model, folder, artifact.model.trust_remote_code)
     return predict(model, rows), update, rows
 
@@ -392,7 +392,7 @@ def give_back() -> None:
 
 
 def _rounded(value: Any) -> Any:
-    """A figure in four digits; None for one that is no number, which JSON does not have."""
+    """A figure in four digits; None for one that is not a number, which JSON does not have."""
     if not isinstance(value, float):
         return value
     return float(f"{value:.4g}") if math.isfinite(value) else None

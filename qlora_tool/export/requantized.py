@@ -106,14 +106,14 @@ class _Writer:
     def quantizes(self, group: SaveGroup, specs: list[TensorSpec]) -> bool:
         """Whether a group is one weight matrix that bitsandbytes has a module for.
 
-        Experts are no modules of their own, and what is fused on loading cannot be so in four bits; a weight that was
-        trained whole stays whole.
+        Experts are not modules of their own, and what is fused on loading cannot be so in four bits; a weight that was
+        fully trained is not quantized.
         """
         name = group.names[0]
         return (
             len(group.names) == len(specs) == 1
             and name in self.merged.slots
-            and name not in self.merged.whole
+            and name not in self.merged.replaced
             and len(specs[0].shape) == 2
             and specs[0].shape == tuple(self.merged.source.shapes[name])
         )

@@ -112,14 +112,14 @@ class Predictions:
     """What a model predicts for some rows, without the model.
 
     Attributes:
-        features: (tokens, hidden) on the CPU, fp32: the last hidden states, or whole logits.
+        features: (tokens, hidden) on the CPU, fp32: the last hidden states, or full logits.
         project: features (n, hidden) → logits (n, vocabulary).
-        whole_logits: whether the features are logits already.
+        full_logits: whether the features are logits already.
     """
 
     features: Tensor
     project: Callable[[Tensor], Tensor]
-    whole_logits: bool = False
+    full_logits: bool = False
 
     def log_probabilities(self, part: slice) -> Tensor:
         """(n, vocabulary) in float64, on the CPU."""
@@ -138,7 +138,7 @@ def predict(model: CausalLM, rows: Rows) -> Predictions:
     forward = model.hidden_states if model.chunked_loss else model.logits
     found = [forward(batch.to(device))[_there(batch).to(device)].float().cpu() for batch in rows.batches]
     if not model.chunked_loss:
-        return Predictions(torch.cat(found), lambda logits: logits, whole_logits=True)
+        return Predictions(torch.cat(found), lambda logits: logits, full_logits=True)
     # Of the model only the output layer lives on: the closure must not hold the rest.
     head, transform = model.module.get_output_embeddings(), logits_transform(model.config)
     return Predictions(torch.cat(found), lambda hidden: transform(head(hidden.to(device))))

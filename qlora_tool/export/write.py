@@ -33,7 +33,7 @@ from qlora_tool.export.staging import Staging, staged_folder, written_so_far
 from qlora_tool.files.atomic import write_json, write_text
 from qlora_tool.files.hashes import file_hashes, sha256
 from qlora_tool.files.tensors import Checkpoint
-from qlora_tool.model.kept_base import kept_base
+from qlora_tool.model.cached_base import cached_base
 from qlora_tool.model.load import build_skeleton
 from qlora_tool.model.slots import Quantization
 from qlora_tool.model.source import read_model_config
@@ -66,7 +66,7 @@ class ExportOptions:
         verify_data: rows for that; None: the run's own.
 
     Raises:
-        UserError: a value that is none of these.
+        UserError: a value that is not one of these.
     """
 
     base: str = "dequantized"
@@ -189,15 +189,15 @@ def _job(artifact: Artifact, folder: Path, output: Path, options: ExportOptions)
     quantization = Quantization.of(artifact.model)
     merged = MergedModel(
         build_skeleton(read_model_config(folder, trust), trust), Checkpoint(folder), quantization, artifact.adapter,
-        options.base, kept=find_kept(folder, quantization) if options.base == "dequantized" else None,
+        options.base, cached=find_cached_base(folder, quantization) if options.base == "dequantized" else None,
     )  # fmt: skip
     return Job(output.resolve().name, artifact, folder, merged, options.max_shard_size, options.gguf_type)
 
 
-def find_kept(folder: Path, quantization: Quantization) -> Checkpoint | None:
-    """The quantized base that a run kept, whatever it multiplied in: the codes are the same."""
-    found = (kept_base(folder, quantization, dtype) for dtype in (torch.bfloat16, torch.float32, torch.float16))
-    return next((kept for kept in found if kept is not None), None)
+def find_cached_base(folder: Path, quantization: Quantization) -> Checkpoint | None:
+    """The quantized base that a run cached, whatever its dtype of matrix products: the codes are the same."""
+    found = (cached_base(folder, quantization, dtype) for dtype in (torch.bfloat16, torch.float32, torch.float16))
+    return next((cached for cached in found if cached is not None), None)
 
 
 def _choices(job: Job, options: ExportOptions) -> list[Choice]:

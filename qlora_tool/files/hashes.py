@@ -16,7 +16,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
     try:
         kept = dict(json.loads(kept_file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        kept = {}  # nothing kept yet, or unreadable
+        kept = {}  # nothing cached yet, or unreadable
     hashes, changed = {}, False
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
         stat = path.resolve().stat()

@@ -46,7 +46,7 @@ class Breakdown:
         phase_peak_bytes: the most that was allocated at once in each of PHASES; the largest is `peak_bytes`.
 
     Raises:
-        ValueError: a category, kind or phase is missing or unknown, a size is no whole number of bytes, or the parts
+        ValueError: a category, kind or phase is missing or unknown, a size is not a whole number of bytes, or the parts
             do not add up to the whole; by how much is said.
     """
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from qlora_tool.build import resolve as resolve_run
 from qlora_tool.errors import UserError
-from qlora_tool.memory.allocator.calibrate import Calibration, kept_calibration
+from qlora_tool.memory.allocator.calibrate import Calibration, cached_calibration
 from qlora_tool.memory.allocator.cards import Card, find_card
 from qlora_tool.memory.allocator.operators import estimated_context
 from qlora_tool.memory.allocator.timeline import cuda_timeline
@@ -69,7 +69,7 @@ class CudaTarget:
         settings = "".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
         expandable = "expandable_segments:true" in settings.lower()
         if torch.cuda.is_available() and (card is None or _is_here(card)):
-            calibration = kept_calibration(torch.cuda.get_device_name())
+            calibration = cached_calibration(torch.cuda.get_device_name())
             return cls(torch.cuda.get_device_capability(), calibration, expandable)
         return cls(card.compute_capability if card else (8, 9), None, expandable)
 
@@ -127,9 +127,9 @@ class Profile:
     """A profiled run.
 
     Attributes:
-        report: the contract's numbers.
+        report: the numbers of `memory.json`, as `MemoryReport` has them.
         timelines: by `predicted` and `measured`.
-        unquantized: bytes of each weight that is kept whole, by parameter name.
+        unquantized: bytes of each weight that is left unquantized, by parameter name.
         estimated: what of the prediction is neither read from a source nor measured, in words.
         allocator_peak: what the allocator itself counted in a measured run, no tracer near it; None where not measured.
     """
@@ -252,7 +252,7 @@ def refuse_small_budget(profiled: Profile, budget: int, budget_name: str = "") -
 
 
 def unquantized_bytes(config: Config, model_config: PreTrainedConfig, compute_dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of everything that the loader keeps whole; empty where nothing is to be quantized."""
+    """Bytes of everything that the loader leaves unquantized; empty where nothing is to be quantized."""
     if config.model.quantization == "none":
         return {}
     skeleton = build_skeleton(copy.deepcopy(model_config), config.model.trust_remote_code, compute_dtype)

@@ -85,7 +85,7 @@ def profile_run(
         device: cuda or cpu.
         budget: what must suffice; None: what is free on the card that is here, if any.
         calibrate: first measure the card that is here, and cache what was found.
-        may_change: a budget that the weights alone exceed is no fault, as a plan may find another quantization.
+        may_change: a budget that the weights alone exceed is not a fault, as a plan may find another quantization.
 
     Raises:
         UserError: the weights alone exceed the budget; and see `profile`.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from qlora_tool.ops.lora import LoraPart
+    from qlora_tool.ops.lora import LoraWeights
     from qlora_tool.weights.handles import WeightHandle
     from qlora_tool.weights.modules import FrozenLinear
 
@@ -55,7 +55,7 @@ class Dora(Lora):
         y = linear.product(x) + (factor - 1) * linear.product(dropped) + factor * self.branch(adapter, dropped)
         return linear.with_bias(y)
 
-    def fused_part(self, adapter: Adapter, linear: FrozenLinear) -> LoraPart | None:
+    def fused_weights(self, adapter: Adapter, linear: FrozenLinear) -> LoraWeights | None:
         return None
 
     def delta(self, tensors: Mapping[str, Tensor], settings: Settings, weight: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class Mark(Enum):
 class Keys(BaseModel):
     """A class of keys: values cannot be changed, unknown keys are errors, the text below a key describes it.
 
-    Values are taken as YAML gives them: true is no number, 16 no text.
+    Values are taken as YAML gives them: true is not a number, 16 not a text.
     """
 
     model_config = ConfigDict(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from qlora_tool.ops.lora import LoraPart
+    from qlora_tool.ops.lora import LoraWeights
     from qlora_tool.weights.handles import WeightHandle
     from qlora_tool.weights.modules import FrozenLinear
 
@@ -104,7 +104,7 @@ class Lora(Method):
         return y * self.scaling(adapter.settings)
 
     def forward(self, adapter: Adapter, x: Tensor, linear: FrozenLinear) -> Tensor:
-        if (part := self.fused_part(adapter, linear)) is None:
+        if (part := self.fused_weights(adapter, linear)) is None:
             return super().forward(adapter, x, linear)
         if adapter.shared is not None:
             return adapter.shared.output(x, linear)
@@ -112,13 +112,13 @@ class Lora(Method):
 
         return lora_linear(x, [part])[0]
 
-    def fused_part(self, adapter: Adapter, linear: FrozenLinear) -> LoraPart | None:
+    def fused_weights(self, adapter: Adapter, linear: FrozenLinear) -> LoraWeights | None:
         tensors = adapter.tensors
         if not self.fused or adapter.drops or "lora_B_bias" in tensors or linear.weight.is_trained:
             return None
-        from qlora_tool.ops.lora import LoraPart
+        from qlora_tool.ops.lora import LoraWeights
 
-        return LoraPart(
+        return LoraWeights(
             linear.weight, tensors["lora_A"], tensors["lora_B"], self.scaling(adapter.settings), linear.bias
         )
 

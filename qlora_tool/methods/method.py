@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from qlora_tool.ops.lora import LoraPart
+    from qlora_tool.ops.lora import LoraWeights
     from qlora_tool.weights.handles import WeightHandle
     from qlora_tool.weights.modules import FrozenLinear
 
@@ -155,7 +155,7 @@ class Method(ABC):
         branch = self.branch(adapter, adapter.dropped(x))
         return linear.with_bias(linear.product(x) + branch)
 
-    def fused_part(self, adapter: Adapter, linear: FrozenLinear) -> LoraPart | None:
+    def fused_weights(self, adapter: Adapter, linear: FrozenLinear) -> LoraWeights | None:
         """What LoRA's fused operations take, where they compute what this adapter does."""
         return None
 

@@ -1,6 +1,6 @@
 """Checkpoint boundaries in host memory between forward and backward.
 
-What goes into a recomputed layer is all that is kept of it; on a long row of a large model that is most of what a step
+Of a recomputed layer its input alone is kept; on a long row of a large model that is most of what a step
 keeps. Each boundary is copied to pinned host memory on a stream of its own while the next layer computes, and fetched
 while the layer after it is differentiated. The last one, which backward needs first, stays where it is.
 """

@@ -30,7 +30,7 @@ class CausalLM:
     Attributes:
         module: the transformers model, its linear modules replaced by `FrozenLinear`.
         folder: where its checkpoint lies.
-        quantization: how the base is kept.
+        quantization: how the base is quantized.
         compute_dtype: what products run in.
         projects_plainly: whether `project` gives the family's logits; see `behaviour.Behaviour`.
         recomputation: what is recomputed in backward; None where nothing was ever said of it.
@@ -120,7 +120,7 @@ class CausalLM:
 
     @property
     def chunked_loss(self) -> bool:
-        """Whether the loss is taken from the hidden states in chunks, or from whole logits: where the family changes
+        """Whether the loss is taken from the hidden states in chunks, or from full logits: where the family changes
         its logits in a way of its own, or the output projection is trained."""
         head = self.module.get_output_embeddings() if self.projects_plainly else None
         return head is not None and not any(parameter.requires_grad for parameter in head.parameters())
@@ -134,11 +134,11 @@ class CausalLM:
         self.recomputation = checkpoint_layers(self.module, recomputed, around_recomputation, self.offload_boundaries)
 
     def checkpointed_layers(self) -> list[nn.Module]:
-        """The layers, and parts of layers, that are recomputed in backward."""
+        """The layers, and children of layers, that are recomputed in backward."""
         return checkpointed_modules(self.module)
 
     def unquantized_bytes(self) -> dict[str, int]:
-        """Bytes of every module tensor that is kept unquantized, largest first; tied ones once."""
+        """Bytes of every module tensor that is left unquantized, largest first; tied ones once."""
         found = {name: tensor.nbytes for name, tensor, role in model_tensors(self.module)
                  if role == "unquantized" and not tensor.requires_grad}  # fmt: skip
         return dict(sorted(found.items(), key=lambda item: -item[1]))

@@ -1,4 +1,4 @@
-"""Which activations are recomputed in backward instead of kept (Chen et al. 2016, arXiv 1604.06174), layer by layer.
+"""Which activations are recomputed in backward instead of stored (Chen et al. 2016, arXiv 1604.06174), layer by layer.
 
 Of a decoder layer either all is recomputed, or some of its parts are (attention, MLP: whatever children of it hold
 linear modules), or nothing. Layers and parts are found by what they are, not by a family's names for them.
@@ -30,35 +30,38 @@ from qlora_tool.weights.modules import FrozenLinear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Parts = tuple[str, ...]
-"""What is recomputed of a layer: names of its children, `WHOLE` for all of it in one, `KEPT` for nothing."""
-WHOLE: Parts = ("",)
-KEPT: Parts = ()
+Recomputed = tuple[str, ...]
+"""What is recomputed of a layer: the names of its children that are, or one of the two constants below."""
+ALL_RECOMPUTED: Recomputed = ("",)
+NOTHING_RECOMPUTED: Recomputed = ()
 
-_MOST_PARTS = 3  # of more parts than these not every combination is a choice
+_MOST_CHILDREN = 3  # with more children than these not every combination is a choice
 
 
 @dataclass(frozen=True)
 class Recomputation:
     """What is recomputed of every decoder layer, the first layer first."""
 
-    layers: tuple[Parts, ...]
+    layers: tuple[Recomputed, ...]
 
     @classmethod
-    def uniform(cls, parts: Parts, layers: int) -> Recomputation:
+    def uniform(cls, parts: Recomputed, layers: int) -> Recomputation:
         return cls((parts,) * layers)
 
     def __str__(self) -> str:
-        """`18 of 30 layers kept whole, 6 with self_attn recomputed, 6 recomputed`."""
-        counts = sorted(Counter(self.layers).items(), key=lambda item: (item[0] == WHOLE, item[0] != KEPT, item[0]))
+        """`18 of 30 layers not recomputed, 6 with self_attn recomputed, 6 recomputed`."""
+        counts = sorted(
+            Counter(self.layers).items(),
+            key=lambda item: (item[0] == ALL_RECOMPUTED, item[0] != NOTHING_RECOMPUTED, item[0]),
+        )
         said = [f"{count} {_said(parts)}" for parts, count in counts]
         first, space, rest = said[0].partition(" ")
         return ", ".join([f"{first} of {len(self.layers)} layers{space}{rest}", *said[1:]])
 
 
-def _said(parts: Parts) -> str:
-    if parts in (WHOLE, KEPT):
-        return "recomputed" if parts == WHOLE else "kept whole"
+def _said(parts: Recomputed) -> str:
+    if parts in (ALL_RECOMPUTED, NOTHING_RECOMPUTED):
+        return "recomputed" if parts == ALL_RECOMPUTED else "not recomputed"
     return f"with {' and '.join(parts)} recomputed"
 
 
@@ -72,10 +75,11 @@ def decoder_layers(model: nn.Module) -> dict[str, GradientCheckpointingLayer]:
     return found
 
 
-def parts_of(layer: nn.Module) -> Parts:
+def parts_of(layer: nn.Module) -> Recomputed:
     """The layer's children that can be recomputed by themselves.
 
-    They hold linear modules or experts. A linear module itself is none: its input is about all there is to keep.
+    They hold linear modules or experts. A linear module itself is not among them: its input is nearly all that it
+    saves for backward.
     """
     return tuple(
         name for name, child in layer.named_children()
@@ -87,11 +91,11 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, FrozenLinear) or is_linear(module)
 
 
-def choices_of(layer: nn.Module) -> list[Parts]:
+def choices_of(layer: nn.Module) -> list[Recomputed]:
     """All that may be recomputed of a layer, from all of it to nothing."""
     parts = parts_of(layer)
-    sizes = range(len(parts), 0, -1) if len(parts) <= _MOST_PARTS else sorted({1, len(parts)}, reverse=True)
-    return [WHOLE, *(chosen for size in sizes for chosen in combinations(parts, size)), KEPT]
+    sizes = range(len(parts), 0, -1) if len(parts) <= _MOST_CHILDREN else sorted({1, len(parts)}, reverse=True)
+    return [ALL_RECOMPUTED, *(chosen for size in sizes for chosen in combinations(parts, size)), NOTHING_RECOMPUTED]
 
 
 def checkpoint_layers(
@@ -103,16 +107,16 @@ def checkpoint_layers(
     """Recompute in backward what `recomputed` says, in place of what was recomputed before.
 
     Args:
-        recomputed: of every layer; True: all layers whole, False: nothing.
+        recomputed: of every layer; True: all of every layer, False: nothing.
         around_recomputation: a context that is open while something is computed again.
-        offload: keep what goes into recomputed layers in host memory meanwhile.
+        offload: hold the inputs of recomputed layers in host memory meanwhile.
 
     Returns:
         What is recomputed now.
 
     Raises:
         UserError: the model's code has no layers that can be recomputed.
-        ValueError: `recomputed` is of another model.
+        ValueError: `recomputed` is for another model.
     """
     layers = list(decoder_layers(model).values())
     if isinstance(recomputed, bool):
@@ -121,7 +125,7 @@ def checkpoint_layers(
                 f"{model.config.model_type} has no layers that can be recomputed; set "
                 "training.gradient_checkpointing: false"
             )
-        recomputed = Recomputation.uniform(WHOLE if recomputed else KEPT, len(layers))
+        recomputed = Recomputation.uniform(ALL_RECOMPUTED if recomputed else NOTHING_RECOMPUTED, len(layers))
     run = partial(
         checkpoint,
         use_reentrant=False,
@@ -133,18 +137,18 @@ def checkpoint_layers(
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.gradient_checkpointing = False
-        if isinstance(kept := vars(module).get("forward"), _RecomputedForward):
-            kept.take_off()
+        if isinstance(replaced := vars(module).get("forward"), _RecomputedForward):
+            replaced.take_off()
     for layer, parts in zip(layers, recomputed.layers, strict=True):
-        if parts == WHOLE:
+        if parts == ALL_RECOMPUTED:
             layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, run
-        for name in parts if parts != WHOLE else ():
+        for name in parts if parts != ALL_RECOMPUTED else ():
             _RecomputedForward(layer.get_submodule(name), run)
     return recomputed
 
 
 class _RecomputedForward:
-    """Stands in for a module's `forward` and has what it keeps recomputed; hooks stay outside, as with whole layers."""
+    """Stands in for a module's `forward` and has its activations recomputed; hooks stay outside, as with layers."""
 
     def __init__(self, module: nn.Module, run: Callable):
         self.module, self.run = module, run
@@ -165,7 +169,7 @@ class _RecomputedForward:
 
 
 def checkpointed_modules(model: nn.Module) -> list[nn.Module]:
-    """The layers and parts of layers that are recomputed in backward."""
+    """The layers, and children of layers, that are recomputed in backward."""
     return [
         module for module in model.modules()
         if isinstance(vars(module).get("forward"), _RecomputedForward)
@@ -174,7 +178,7 @@ def checkpointed_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _draws_random_numbers(model: PreTrainedModel) -> bool:
-    """Whether training drops anything, so that recomputation must draw the same numbers again."""
+    """Whether the model has dropout, so that recomputation must draw the same numbers again."""
     settings = model.config.get_text_config().to_dict()
     return any(isinstance(module, nn.Dropout) and module.p for module in model.modules()) or any(
         value for name, value in settings.items() if "dropout" in name or name.endswith("pdrop")

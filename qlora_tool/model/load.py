@@ -70,7 +70,7 @@ def build_skeleton(config, trust_remote_code: bool = False, dtype: torch.dtype |
         ) from error
     if getattr(model.config, "is_decoder", True) is False and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise UserError(
-            f"model type {config.model_type!r} is no causal language model: its tokens attend to those after them; "
+            f"model type {config.model_type!r} is not a causal language model: its tokens attend to those after them; "
             "choose a model that generates text"
         )
     return model
@@ -81,8 +81,8 @@ def _refuse_other_quantizers(model_type: str, stored) -> None:
     method = getattr(method, "value", method) or "bitsandbytes"  # older files do not say
     if not str(method).startswith("bitsandbytes"):
         raise UserError(
-            f"the {model_type} model's weights are quantized by {method}, which is not read; expected unquantized "
-            "weights or bitsandbytes' (nf4, fp4, int8): name the model that this one was made from"
+            f"the {model_type} model's weights are quantized by {method}, which is not supported; expected "
+            "unquantized weights or bitsandbytes' (nf4, fp4, int8): use the unquantized model that it was made from"
         )
 
 
@@ -106,7 +106,7 @@ def load_base(
     Args:
         folder: the model's.
         config: its transformers configuration.
-        quantization: how its weights are kept.
+        quantization: how its weights are quantized.
         device: where everything lives.
         compute_dtype: what products run in.
         checkpoint: the weights, where they are not the folder's own (a cached quantized base).

@@ -72,7 +72,7 @@ def use_segments(model: PreTrainedModel) -> bool:
     """Give the model attention by segment, where its family allows for that; whether it does.
 
     It must take its attention from transformers' interface and run on `sdpa`: families with more in it (a cap on the
-    scores, sinks) run on `eager`. Chunks of fixed places (llama4) are no windows.
+    scores, sinks) run on `eager`. Chunks of fixed places (llama4) are not windows.
     """
     config = model.config.get_text_config()
     if config._attn_implementation == NAME:

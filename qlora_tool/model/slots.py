@@ -70,7 +70,7 @@ class Slot:
 
 def find_slots(model: PreTrainedModel) -> dict[str, Slot]:
     """The weights to quantize, by the name of their parameter: those of all linear modules and experts, except the
-    output embeddings and what the model wants kept in fp32."""
+    output embeddings and what the model wants in fp32."""
     output = model.get_output_embeddings()
     slots = {}
     for name, module in model.named_modules():
@@ -91,7 +91,7 @@ def _stays_in_fp32(model: PreTrainedModel, name: str) -> bool:
 
 def find_embedding_slots(model: PreTrainedModel, quantization: Quantization) -> dict[str, Slot]:
     """The weights of input embeddings and output projection by the name of their parameter, where `quantization` keeps
-    them in int8. What cannot be kept so stays as stored, with a warning; tied ones both do."""
+    them in int8. What cannot be quantized stays as stored, with a warning; tied ones both do."""
     if quantization.embeddings == "as_stored":
         return {}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -110,8 +110,8 @@ def find_embedding_slots(model: PreTrainedModel, quantization: Quantization) -> 
     if len(slots) == 1 and any(slots.keys() & pair for pair in tied_names(model).items()):
         slots, left = {}, [*left, "what is tied to it"]
     if left:
-        _warn_once(f"model.embeddings: int8, but in {model.config.model_type} {' and '.join(left)} cannot be kept so; "
-                   "as stored")  # fmt: skip
+        _warn_once(f"model.embeddings: int8, but in {model.config.model_type} {' and '.join(left)} cannot be "
+                   "quantized and stay as they are stored")  # fmt: skip
     return slots
 
 
@@ -142,7 +142,7 @@ def quantize_parameter(
         name: of the parameter.
         value: as the checkpoint has it, in the model's own orientation; a `QuantizedTensor` as `quantize` makes it.
         slot: its place.
-        quantization: how the base is kept.
+        quantization: how the base is quantized.
         prepare: a step before quantizing, given the name and the unquantized weight (out, in), or (experts, out, in),
             in the checkpoint's dtype; what it returns, of the same shape, is quantized in the weight's place.
 

@@ -31,11 +31,11 @@ def resolve(name_or_path: str, revision: str | None = None, *, weights: bool = T
         if not (path / "config.json").exists():
             adapter = (path / "adapter_config.json").exists() or (path / "adapter").is_dir()
             cure = (
-                "an adapter or a run: name its base here, and it in adapter.init_from"
+                "it is an adapter or a run: set model.name_or_path to its base and adapter.init_from to this folder"
                 if adapter
                 else "download it again"
             )
-            raise UserError(f"{path}: no config.json in it, so it is no model folder; {cure}")
+            raise UserError(f"{path}: no config.json in it, so it is not a model folder; {cure}")
         return path
     if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -69,7 +69,7 @@ def _from_hub(name: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
     except HFValidationError as error:
         raise UserError(
-            f"model {name}: no such folder, and no hub id (owner/name) either: {str(error).splitlines()[0]}"
+            f"model {name}: no such folder, and not a hub id (owner/name) either: {str(error).splitlines()[0]}"
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise MachineError(
@@ -92,23 +92,28 @@ def read_model_config(folder: Path, trust_remote_code: bool = False):
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{folder}: no config.json in it, so it is no model folder") from error
+        raise UserError(
+            f"{folder}: no config.json in it, so it is not a model folder; name a folder that has one"
+        ) from error
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error}); download the model again") from error
     model_type = raw.get("model_type") if isinstance(raw, dict) else None
     if model_type is None:
-        raise UserError(f"{file}: no model_type in it, so it is no model's configuration; download the model again")
+        raise UserError(f"{file}: no model_type in it, so it is not a model's configuration; download the model again")
     if model_type not in CONFIG_MAPPING and not trust_remote_code:
         if "auto_map" in raw:
             raise UserError(
                 f"{file}: the model brings its own code; read it, then set model.trust_remote_code: true to run it"
             )
         raise UserError(
-            f"{file}: model_type {model_type!r} is none that transformers {__version__} knows"
+            f"{file}: model_type {model_type!r} is not one that transformers {__version__} knows"
             f"{did_you_mean(str(model_type), CONFIG_MAPPING) or '; a newer transformers may know it'}"
         )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{file}: no configuration of a {model_type} model: {reason}") from error
+        raise UserError(
+            f"{file}: not a valid configuration of a {model_type} model ({reason}); correct it, or download the "
+            "model again"
+        ) from error

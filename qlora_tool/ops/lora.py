@@ -3,13 +3,13 @@
     y_i = x·W_iᵀ + b_i + s_i·(x·A_iᵀ)·B_iᵀ        `lora_linear`: one or several linear modules of one input
     y = down(act(gate(x)) ∘ up(x))                 `lora_gated_mlp`: three of them, each as above
 
-x is kept once for all that share it, x·Aᵀ (tokens × r) beside it, the A's are stacked into one product, the gradient
+x is saved once for all that share it, x·Aᵀ (tokens × r) beside it, the A's are stacked into one product, the gradient
 of x is added up in one buffer, and nothing of the size of W is made for a gradient. The gated MLP keeps gate and up
 alone and computes the activation again. `lora_linear_reference` and `lora_gated_mlp_reference` say the same in plain
 torch.
 
-Each operation has two autograd nodes. The first computes what backward needs and keeps it; the second makes the
-output, keeps nothing, and computes every gradient from what the first kept. So a checkpointed region that ends in such
+Each operation has two autograd nodes. The first computes what backward needs and saves it; the second makes the
+output, saves nothing, and computes every gradient from what the first saved. So a checkpointed region that ends in such
 an operation is recomputed only up to the first node (non-reentrant checkpointing stops at the last value it needs), and
 the base product that comes after is never made again.
 
@@ -29,7 +29,7 @@ from qlora_tool.ops.products import matmul, matmul_add
 
 
 @dataclass(frozen=True)
-class LoraPart:
+class LoraWeights:
     """One linear module with its adapter.
 
     Attributes:
@@ -46,12 +46,12 @@ class LoraPart:
     scaling: float
     bias: Tensor | None = None
 
-    def to(self, dtype: torch.dtype) -> LoraPart:
+    def to(self, dtype: torch.dtype) -> LoraWeights:
         """The same with A, B and the bias in `dtype`, differentiably."""
         if self.A.dtype == self.B.dtype == dtype and (self.bias is None or self.bias.dtype == dtype):
             return self
         bias = None if self.bias is None else self.bias.to(dtype)
-        return LoraPart(self.weight, self.A.to(dtype), self.B.to(dtype), self.scaling, bias)
+        return LoraWeights(self.weight, self.A.to(dtype), self.B.to(dtype), self.scaling, bias)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ ACTIVATIONS = (_silu(), _gelu("none"), _gelu("tanh"))
 # ---------------------------------------------------------------------------------------------- one input, any outputs
 
 
-def lora_linear(x: Tensor, parts: Sequence[LoraPart]) -> tuple[Tensor, ...]:
+def lora_linear(x: Tensor, parts: Sequence[LoraWeights]) -> tuple[Tensor, ...]:
     """x (…, in) through every part → (…, out) each; x in the dtype of the products.
 
     A trained bias gets its gradient too.
@@ -95,20 +95,20 @@ def lora_linear(x: Tensor, parts: Sequence[LoraPart]) -> tuple[Tensor, ...]:
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
-def lora_linear_reference(x: Tensor, parts: Sequence[LoraPart]) -> tuple[Tensor, ...]:
+def lora_linear_reference(x: Tensor, parts: Sequence[LoraWeights]) -> tuple[Tensor, ...]:
     """The same by autograd."""
     parts = [part.to(x.dtype) for part in parts]
     return tuple(_reference(x, part) for part in parts)
 
 
-def _reference(x: Tensor, part: LoraPart) -> Tensor:
+def _reference(x: Tensor, part: LoraWeights) -> Tensor:
     linear = torch.nn.functional.linear
     branch = linear(linear(x, part.A), part.B) * part.scaling
     y = frozen_linear(x, part.weight) + branch
     return y if part.bias is None else y + part.bias
 
 
-def _trained(parts: Sequence[LoraPart]) -> list[Tensor | None]:
+def _trained(parts: Sequence[LoraWeights]) -> list[Tensor | None]:
     """A, B and bias of every part, in the order in which gradients come back."""
     return [tensor for part in parts for tensor in (part.A, part.B, part.bias)]
 
@@ -118,7 +118,7 @@ def _stacked(matrices: Sequence[Tensor]) -> Tensor:
 
 
 class _Keep(torch.autograd.Function):
-    """z = x·[A_1; A_2; …]ᵀ, (tokens, Σr); keeps x and z for the node that comes after it."""
+    """z = x·[A_1; A_2; …]ᵀ, (tokens, Σr); saves x and z for the node that comes after it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, *A: Tensor) -> Tensor:
@@ -134,20 +134,20 @@ class _Keep(torch.autograd.Function):
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, z: Tensor, parts: Sequence[LoraPart], *trained: Tensor | None):
-        ctx.kept, ctx.parts = z.grad_fn, parts
+    def forward(ctx, x: Tensor, z: Tensor, parts: Sequence[LoraWeights], *trained: Tensor | None):
+        ctx.saving_node, ctx.parts = z.grad_fn, parts
         return tuple(_outputs(x, z, parts))
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        x, z = ctx.kept.saved_tensors
+        x, z = ctx.saving_node.saved_tensors
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         grads = [grad.contiguous() for grad in grads]
         dz, trained = _adapter_gradients(x, z, grads, ctx.parts, needs)
         return _input_gradient(dz, grads, ctx.parts) if needs_x else None, None, None, *trained
 
 
-def _outputs(x: Tensor, z: Tensor, parts: Sequence[LoraPart]) -> list[Tensor]:
+def _outputs(x: Tensor, z: Tensor, parts: Sequence[LoraWeights]) -> list[Tensor]:
     outputs, begin = [], 0
     for part in parts:
         end = begin + part.A.shape[0]
@@ -159,7 +159,7 @@ def _outputs(x: Tensor, z: Tensor, parts: Sequence[LoraPart]) -> list[Tensor]:
 
 
 def _adapter_gradients(
-    x: Tensor, z: Tensor, grads: Sequence[Tensor], parts: Sequence[LoraPart], needs: Sequence[bool]
+    x: Tensor, z: Tensor, grads: Sequence[Tensor], parts: Sequence[LoraWeights], needs: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The gradient of z, (tokens, Σr), and those of A, B and bias of every part."""
     dz = torch.empty_like(z)
@@ -175,7 +175,7 @@ def _adapter_gradients(
     return dz, [gradient for group in zip(of_A, of_B, of_bias, strict=True) for gradient in group]
 
 
-def _input_gradient(dz: Tensor, grads: Sequence[Tensor], parts: Sequence[LoraPart]) -> Tensor:
+def _input_gradient(dz: Tensor, grads: Sequence[Tensor], parts: Sequence[LoraWeights]) -> Tensor:
     """The gradient of x, (tokens, in): through every base weight, and through the A's."""
     dx = None
     for part, grad in zip(parts, grads, strict=True):
@@ -189,7 +189,7 @@ def _input_gradient(dz: Tensor, grads: Sequence[Tensor], parts: Sequence[LoraPar
 
 
 def lora_gated_mlp(
-    x: Tensor, gate: LoraPart, up: LoraPart, down: LoraPart, activation: Activation, tile: int | None = None
+    x: Tensor, gate: LoraWeights, up: LoraWeights, down: LoraWeights, activation: Activation, tile: int | None = None
 ) -> Tensor:
     """down(activation(gate(x)) ∘ up(x)): x (…, in) → (…, out).
 
@@ -208,17 +208,19 @@ def lora_gated_mlp(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def lora_gated_mlp_reference(x: Tensor, gate: LoraPart, up: LoraPart, down: LoraPart, activation: Activation) -> Tensor:
+def lora_gated_mlp_reference(
+    x: Tensor, gate: LoraWeights, up: LoraWeights, down: LoraWeights, activation: Activation
+) -> Tensor:
     """The same by autograd."""
     gated, upped = lora_linear_reference(x, (gate, up))
     return lora_linear_reference(activation.function(gated) * upped, (down,))[0]
 
 
 class _KeepGated(torch.autograd.Function):
-    """gate(x) and up(x), (tokens, intermediate) each; keeps them, x and z."""
+    """gate(x) and up(x), (tokens, intermediate) each; saves them, x and z."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, parts: Sequence[LoraPart], *trained: Tensor | None):
+    def forward(ctx, x: Tensor, parts: Sequence[LoraWeights], *trained: Tensor | None):
         ctx.set_materialize_grads(False)
         z = matmul(x, _stacked([part.A for part in parts]).T)
         gated, upped = _outputs(x, z, parts)
@@ -233,12 +235,12 @@ class _KeepGated(torch.autograd.Function):
 class _LoraGated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gated: Tensor, upped: Tensor, parts, activation: Activation, *trained: Tensor | None):
-        ctx.kept, ctx.parts, ctx.activation = gated.grad_fn, parts, activation
+        ctx.saving_node, ctx.parts, ctx.activation = gated.grad_fn, parts, activation
         return _gated_output(activation.function(gated).mul_(upped), parts[2])
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, z, *inner = ctx.kept.saved_tensors
+        x, z, *inner = ctx.saving_node.saved_tensors
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         dx, trained = _gated_gradients(x, z, inner, grad.contiguous(), ctx.parts, ctx.activation, needs_x, needs)
         return dx, None, None, None, None, *trained
@@ -247,7 +249,7 @@ class _LoraGated(torch.autograd.Function):
 class _LoraGatedTiles(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, z: Tensor, parts, activation: Activation, tile: int, *trained: Tensor | None):
-        ctx.kept, ctx.parts, ctx.activation, ctx.tile = z.grad_fn, parts, activation, tile
+        ctx.saving_node, ctx.parts, ctx.activation, ctx.tile = z.grad_fn, parts, activation, tile
         y = x.new_empty(x.shape[0], parts[2].B.shape[0])
         for rows in _tiles(x, tile):
             gated, upped = _outputs(x[rows], z[rows], parts[:2])
@@ -257,7 +259,7 @@ class _LoraGatedTiles(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, z = ctx.kept.saved_tensors
+        x, z = ctx.saving_node.saved_tensors
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         dx = torch.empty_like(x) if needs_x else None
         sums: list[Tensor | None] = [None] * len(needs)  # in fp32: many tiles would round a 16-bit sum many times
@@ -277,12 +279,12 @@ def _tiles(x: Tensor, tile: int) -> list[slice]:
     return [slice(start, start + tile) for start in range(0, x.shape[0], tile)]
 
 
-def _gated_output(h: Tensor, down: LoraPart) -> Tensor:
+def _gated_output(h: Tensor, down: LoraWeights) -> Tensor:
     return _outputs(h, matmul(h, down.A.T), [down])[0]
 
 
 def _gated_gradients(
-    x: Tensor, z: Tensor, inner: list[Tensor], grad: Tensor, parts: Sequence[LoraPart], activation: Activation,
+    x: Tensor, z: Tensor, inner: list[Tensor], grad: Tensor, parts: Sequence[LoraWeights], activation: Activation,
     needs_x: bool, needs: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     """The gradient of x (None where not needed), and of A, B and bias of gate, up and down.

@@ -33,7 +33,7 @@ def code_values(name: str, device: torch.device) -> Tensor:
 
 
 def make_tables(device: torch.device) -> None:
-    """Make what a process keeps for these operations, a few KB, which are no part of any step's memory."""
+    """Make what a process keeps for these operations, a few KB, which do not count as memory of any step."""
     code_values("nested", device)
     for kind in ("nf4", "fp4"):
         code_values(kind, device)
@@ -58,7 +58,7 @@ def _quantize_4bit_reference(weights: Tensor, kind: str, block_size: int) -> tup
 
 
 def _quantize_4bit_cpu(weights: Tensor, kind: str, block_size: int) -> tuple[Tensor, Tensor]:
-    """The table's way for all whole blocks; the reference for a rest, and for weights that are no finite numbers."""
+    """The table's way for all whole blocks; the reference for a rest, and for weights that are not finite."""
     codes, scales = _empty_4bit(weights, kind, block_size)
     whole = weights.numel() // block_size * block_size
     quick = quantize_cpu.quantize_blocks(weights[:whole], kind, block_size, codes, scales)
@@ -127,7 +127,7 @@ def _dequantize_4bit_reference(
 
 
 def _width(shape: Sequence[int], block_size: int) -> int:
-    """Columns that bitsandbytes is told of: a row that is no whole number of blocks goes through flat.
+    """Columns that bitsandbytes is told of: a row that is not a whole number of blocks goes through flat.
 
     On CPUs with AVX-512 bitsandbytes 0.50 gives the weights of such a row the scales of other blocks where 16 divides
     it, and for odd ones it compiles an operator first.
@@ -167,7 +167,7 @@ def _quantize_int8_reference(weight: Tensor) -> tuple[Tensor, Tensor]:
     for chunk, codes_part, scales_part in zip(*(tensor.split(rows) for tensor in (weight, codes, scales)), strict=True):
         half = chunk.to(torch.float16)  # as bitsandbytes' Int8Params does
         if not half.isfinite().all():
-            raise ValueError("int8: the weight has values that are no numbers or lie beyond fp16's range (65504)")
+            raise ValueError("int8: the weight has values that are not numbers or lie beyond fp16's range (65504)")
         row_codes, row_scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(half)
         codes_part.copy_(row_codes)
         scales_part.copy_(row_scales)

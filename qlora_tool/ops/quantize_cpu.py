@@ -38,7 +38,7 @@ def quantize_blocks(weights: Tensor, kind: str, block_size: int, codes: Tensor, 
         scales: fp32, written to up to n/block_size.
 
     Returns:
-        Whether it was done; not where a weight is no finite number.
+        Whether it was done; not where a weight is not finite.
     """
     chunk = CHUNK // block_size * block_size
     for start in range(0, weights.numel(), chunk):

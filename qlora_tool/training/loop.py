@@ -142,7 +142,8 @@ def train(
         watcher: sees the largest batch before the weights are read, and the second step.
 
     Raises:
-        UserError, MachineError: see the contract.
+        UserError: the configuration, the data or the model is at fault, or the run does not fit.
+        MachineError: the disk, the network or the device is at fault, or the loss is not a number.
         Interrupted: a signal asked to stop; a checkpoint was saved.
     """
     refuse_at_once(config)
@@ -310,7 +311,7 @@ def _evaluate(run: Run, line: LiveLine) -> dict[str, float]:
 
 
 def _refuse_no_number(run: Run, result: StepResult, batches: list[Batch]) -> None:
-    """Stop where the loss is no number, or the gradients are none and the optimizer has no scale left to lower."""
+    """Stop where the loss is not a number, or the gradients are none and the optimizer has no scale left to lower."""
     loss, norm = float(result.loss), float(result.grad_norm)
     if math.isfinite(loss) and (math.isfinite(norm) or run.optimizer.loss_scale > LOSS_SCALE_FLOOR):
         return

@@ -42,7 +42,7 @@ def _faults(config: Config) -> Iterator[str]:
 
 
 def refuse_dtype(config: Config, compute_dtype: torch.dtype) -> None:
-    """Refuse a dtype of products in which the run cannot take its steps.
+    """Refuse a dtype of matrix products in which the run cannot take its steps.
 
     Raises:
         UserError: as `OptimizerInBackward` would once the weights are read.

@@ -33,7 +33,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class Metrics:
-    """Appends to `metrics.jsonl`, a whole line at a time, flushed; what is no number (NaN, infinity) is null."""
+    """Appends to `metrics.jsonl`, a whole line at a time, flushed; what is not a number (NaN, infinity) is null."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -65,7 +65,7 @@ class Speed:
         self._last = now
 
     def pause(self) -> float:
-        """Something that is no step begins (an evaluation, a save); give its start to `resume`."""
+        """Something that is not a step begins (an evaluation, a save); give its start to `resume`."""
         return time.perf_counter()
 
     def resume(self, paused_at: float) -> None:

@@ -11,7 +11,7 @@ from qlora_tool.config import Config, Mark, differences, marked
 from qlora_tool.errors import UserError
 from qlora_tool.run_folder import RunFolder
 
-# What a run may decide otherwise than it was asked to, once data and model are read; checked when it has.
+# What a run may decide differently from what it was asked, once data and model are read; checked when it has.
 _DECIDED_LATER = {"data.train_on"}
 # What may differ where a checkpoint is named: the run may go on for longer.
 _LENGTH = {"training.max_steps", "training.num_train_epochs"}
@@ -59,7 +59,7 @@ def checkpoint_to_resume(folder: RunFolder, config: Config, resume: str, overwri
 
 
 def refuse_another_run(checkpoint: Path, config: Config) -> None:
-    """Refuse a checkpoint of a run that was configured otherwise than `config`, which is decided to its last key.
+    """Refuse a checkpoint of a run that was configured differently than `config`, which is decided to its last key.
 
     Raises:
         UserError: naming the keys.
@@ -87,7 +87,7 @@ def _refuse_differences(checkpoint: Path, config: Config, also_free: Collection[
         return
     if found := _differences(run.config(), config, {*_LENGTH, *also_free}):
         raise UserError(
-            f"{checkpoint}: its run was configured otherwise ({', '.join(found[:3])}); resume with "
+            f"{checkpoint}: its run was configured differently ({', '.join(found[:3])}); resume with "
             f"{run.config_file}"
         )
 

@@ -103,7 +103,7 @@ class FrozenLinear(nn.Module):
 
         Raises:
             ValueError: a name that no adapter here has.
-            UserError: one of several is no sum that others can be added to.
+            UserError: one of several does more than add, so the others cannot be added to it.
         """
         if missing := [name for name in names if name not in self.adapters]:
             raise ValueError(f"no adapter {missing[0]!r} on this module: it has {', '.join(self.adapters) or 'none'}")

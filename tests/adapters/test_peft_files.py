@@ -244,7 +244,7 @@ def test_adapters_of_other_kinds_are_refused(adapter, values, said):
 
 def test_a_folder_without_an_adapter(tmp_path, adapter):
     (line,) = lines_of(read_adapter, tmp_path)
-    assert line == f"{tmp_path}: no adapter_config.json in it, so it is no adapter"
+    assert line == f"{tmp_path}: no adapter_config.json in it, so it is not an adapter's folder"
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     (line,) = lines_of(read_adapter, adapter)
     assert line.startswith(f"{adapter}: no adapter_model.safetensors in it; its weights are a pickle: load and save it")
@@ -311,4 +311,4 @@ def test_whole_tensors_that_do_not_fit_are_refused(base, tmp_path):
     assert lines[0] == f"{adapter}: replaces lm_head.weight as (131, 64), but it is (133, 64) in this model"
     change_tensors(adapter, lambda t: t.update({f"{PREFIX}model.scale": torch.zeros(1)}))
     lines = lines_of(attach_stored, read_tiny(base("llama")), read_adapter(adapter))
-    assert lines[0] == f"{adapter}: replaces model.scale, which is no parameter of this model"
+    assert lines[0] == f"{adapter}: replaces model.scale, which is not a parameter of this model"

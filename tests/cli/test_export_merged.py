@@ -144,7 +144,8 @@ def test_an_adapter_for_another_base(here: Path, place: Path):
     write_chat_base("gpt2", here / "other")
     line = error(here, *EXPORT, *PLAIN, "--model", "other")
     assert line.startswith(
-        "run/adapter: not for the base other: 14 of its 14 parts do not fit, the first adapts model."
+        "run/adapter: not for the base other: 14 of its 14 layers and tensors do not fit, the first because it "
+        "adapts model."
     )
     assert line.endswith(f"name the base that it was trained on, {place / 'base'}, with --model")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from cached_traces import once
 from click.testing import CliRunner
-from kept_traces import once
 from tiny_models import tiny_config
 
 from qlora_tool.cli import main
@@ -91,7 +91,7 @@ def test_a_cpu_from_the_configuration_alone(here: Path):
     assert f"predicted: {predicted['peak_bytes'] / 1e6:.1f} MB" in output
     assert "on cpu; MB = 10^6 bytes, GiB = 2^30 bytes" in output
     assert "CUDA context" not in output
-    assert "not quantized, kept whole" in output and "lm_head.weight" in output
+    assert "left unquantized" in output and "lm_head.weight" in output
 
 
 def test_what_can_be_worked_out_by_hand(here: Path):

@@ -252,7 +252,7 @@ def test_a_key_at_fault_causes_no_second_complaint(write):
     assert line.startswith("c.yaml: data.eval: ")
 
 
-def test_text_is_trained_whole_unless_somebody_asked_otherwise(write):
+def test_every_token_of_text_is_trained_unless_somebody_asked_for_less(write):
     assert load_config(write("data: {format: text}")).data.train_on == "all"
     assert "train_on" not in load_config(write("data: {format: messages}")).data.model_fields_set
 

@@ -196,7 +196,7 @@ class TestRewriting:
 
     def test_a_generation_prompt_that_no_answer_begins_with_is_rejected(self):
         template = REWRITING.replace("assistant\\n' }}{% endif %}", "assistant\\n<reason>' }}{% endif %}")
-        with pytest.raises(RowFault, match=r"otherwise than its own generation prompt \('.*<reason>'\)"):
+        with pytest.raises(RowFault, match=r"differently from its own generation prompt \('.*<reason>'\)"):
             render_conversation(byte_level(template), conversation("a?", "b"))
 
     def test_none_of_it_matters_where_every_token_is_trained(self):

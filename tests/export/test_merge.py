@@ -273,7 +273,8 @@ def test_an_adapter_for_another_base_is_refused_in_one_line(base, tmp_path: Path
         export_merged(artifact_of(adapter, model=str(base("llama-odd"))), tmp_path / "merged", FP32)
     (line,) = failure.value.lines
     assert line == (
-        f"{adapter}: not for the base {base('llama-odd')}: 2 of its 2 parts do not fit, the first adapts "
+        f"{adapter}: not for the base {base('llama-odd')}: 2 of its 2 layers and tensors do not fit, the "
+        "first because it adapts "
         "model.layers.0.self_attn.q_proj as (64, 64), but it is (36, 36) in this model; name the base that it was "
         f"trained on, {base('llama')}, with --model"
     )
@@ -292,7 +293,8 @@ def test_whole_tensors_that_do_not_fit_are_refused(base, tmp_path: Path):
     with pytest.raises(UserError) as failure:
         export_merged(artifact_of(adapter, quantization="nf4"), tmp_path / "merged", FP32)
     (line,) = failure.value.lines
-    assert "2 of its 4 parts do not fit, the first replaces lm_head.weight with one of shape (133, 64)," in line
+    assert "2 of its 4 layers and tensors do not fit, the first because it replaces lm_head.weight with one " in line
+    assert "of shape (133, 64)," in line
     assert "but it is (131, 64) in this model; name the base that it was trained on, " in line
 
 
@@ -318,7 +320,7 @@ def test_values_beyond_float16_name_their_tensors(tmp_path: Path):
     export_merged(artifact_of(adapter), tmp_path / "merged", ExportOptions(dtype="bfloat16"))
 
 
-def test_a_kept_quantized_base_gives_the_same_files(base, tmp_path: Path, monkeypatch):
+def test_a_cached_quantized_base_gives_the_same_files(base, tmp_path: Path, monkeypatch):
     for family in ("llama-tied", "gpt2", "mixtral"):
         for quantization in ("nf4", "int8"):
             name = f"{family} {quantization}"

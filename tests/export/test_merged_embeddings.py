@@ -55,7 +55,7 @@ def test_the_original_base_keeps_its_own(tmp_path: Path):
     assert_same_logits(plain_logits(tmp_path / "merged"), peft_logits(base, adapter))
 
 
-def test_a_kept_base_gives_the_same_files(tmp_path: Path, monkeypatch):
+def test_a_cached_base_gives_the_same_files(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
     for family in ("llama", "llama-tied"):
         artifact = artifact_of(int8_adapter(tmp_path / f"{family} a", write_tiny(family, tmp_path / family)))

@@ -13,7 +13,7 @@ from qlora_tool.errors import UserError
 from qlora_tool.export import merge
 from qlora_tool.export.merge import MergedModel
 from qlora_tool.files.tensors import Checkpoint
-from qlora_tool.model.kept_base import keep_base, kept_base
+from qlora_tool.model.cached_base import cached_base, write_cached_base
 from qlora_tool.model.load import build_skeleton
 from qlora_tool.model.slots import Quantization
 from qlora_tool.model.source import read_model_config
@@ -92,8 +92,8 @@ def test_the_original_base_is_prepared_too(tmp_path):
 def test_a_checkpoint_that_is_quantized_already_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
     folder, quantization = write_tiny("llama", tmp_path / "model"), Quantization("nf4")
-    keep_base(read_tiny(folder, "nf4"), folder, quantization, torch.float32)
-    cached = kept_base(folder, quantization, torch.float32)
+    write_cached_base(read_tiny(folder, "nf4"), folder, quantization, torch.float32)
+    cached = cached_base(folder, quantization, torch.float32)
     with pytest.raises(UserError) as raised:
         read_tiny(folder, "nf4", checkpoint=cached, prepare=less_a_low_rank_part)
     (line,) = raised.value.lines
@@ -101,5 +101,5 @@ def test_a_checkpoint_that_is_quantized_already_is_refused_in_one_line(tmp_path,
     assert "16-bit" in line
     # The merge reads the checkpoint itself in its place.
     expected = merged_values(folder, quantization, prepare=less_a_low_rank_part)
-    found = merged_values(folder, quantization, prepare=less_a_low_rank_part, kept=cached)
+    found = merged_values(folder, quantization, prepare=less_a_low_rank_part, cached=cached)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())

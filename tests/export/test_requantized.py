@@ -96,12 +96,12 @@ def test_a_small_update_is_rounded_away_and_a_lossless_one_is_not():
     assert UpdateLoss().figures()["update_kept"] is None
 
 
-def test_weights_that_were_trained_whole_stay_whole(tmp_path):
+def test_weights_that_were_fully_trained_stay_whole(tmp_path):
     folder, said, artifact, _ = requantized(
         tmp_path, adapter={"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "o_proj"]}
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    whole = artifact.adapter.whole_tensors()
+    whole = artifact.adapter.replaced_tensors()
     for name in ("lm_head", "model.layers.1.self_attn.o_proj"):
         assert type(model.get_submodule(name)) is torch.nn.Linear
         torch.testing.assert_close(model.get_submodule(name).weight, whole[f"{name}.weight"], rtol=0, atol=0)

@@ -103,12 +103,12 @@ def test_the_loss_is_evaluations_own(model):
 
 
 @torch.no_grad()
-def test_whole_logits_and_hidden_states_tell_the_same(model, monkeypatch):
+def test_full_logits_and_hidden_states_tell_the_same(model, monkeypatch):
     rows = choose_rows([example([5, 17, 99, 3]), example([8, 77])], 100)
     hidden = predict(model, rows)
     monkeypatch.setattr(model, "projects_plainly", False)
     whole = predict(model, rows)
-    assert (hidden.whole_logits, whole.whole_logits) == (False, True)
+    assert (hidden.full_logits, whole.full_logits) == (False, True)
     assert hidden.features.shape == (6, model.config.hidden_size)
     assert compare(hidden, whole, rows).worst_kl < 1e-9
     alone = model.module(input_ids=torch.tensor([[5, 17, 99, 3]]), use_cache=False).logits[0]  # the longer comes last

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cached_traces import once
 from click.testing import CliRunner
-from kept_traces import once
 from tiny_models import tiny_config
 from tiny_runs import adapter_bytes, run_config, write_model, write_rows
 
@@ -27,7 +27,9 @@ from qlora_tool.memory.trace.measure import measure_peak
 from qlora_tool.memory.trace.predict import BatchShape, predict
 from qlora_tool.memory.trace.recomputation_cost import Cost, Costs, flops_of, shallow_model, upgrades
 from qlora_tool.memory.trace.tracer import Call
-from qlora_tool.model.checkpointing import KEPT, WHOLE, Recomputation
+from qlora_tool.model.checkpointing import ALL_RECOMPUTED as ALL
+from qlora_tool.model.checkpointing import NOTHING_RECOMPUTED as NONE
+from qlora_tool.model.checkpointing import Recomputation
 from qlora_tool.ops.declare import CPU
 
 MB = 1_000_000
@@ -80,7 +82,7 @@ def _measured(recomputation: Recomputation) -> int:
 @pytest.fixture(scope="module")
 def extremes() -> tuple[int, int]:
     """Measured with everything recomputed, and with nothing."""
-    return measured([WHOLE] * LAYERS), measured([KEPT] * LAYERS)
+    return measured([ALL] * LAYERS), measured([NONE] * LAYERS)
 
 
 def between(extremes: tuple[int, int], share: float) -> int:
@@ -97,7 +99,7 @@ def costs() -> Costs:
 
 
 def test_what_is_kept_falls_as_more_is_recomputed():
-    policies = [[KEPT] * 3, [MLP, KEPT, KEPT], [MLP] * 3, [WHOLE, MLP, MLP], [WHOLE, WHOLE, MLP], [WHOLE] * 3]
+    policies = [[NONE] * 3, [MLP, NONE, NONE], [MLP] * 3, [ALL, MLP, MLP], [ALL, ALL, MLP], [ALL] * 3]
     peaks = [measured(policy) for policy in policies]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks[:-1])) == len(peaks) - 1
     # The last layer's attention costs nothing: it is gone before another layer is computed again.
@@ -107,10 +109,10 @@ def test_what_is_kept_falls_as_more_is_recomputed():
 def test_kept_bytes_are_what_each_layer_adds_to_the_measured_peak(costs: Costs):
     """A layer more that keeps this or that, somewhere in the middle."""
     kept_bytes = {cost.parts: cost.kept_bytes for cost in costs.layers[1]}
-    assert kept_bytes.keys() == {KEPT, ATTENTION, MLP, BOTH, WHOLE}
-    for parts in (ATTENTION, MLP, BOTH, WHOLE):
-        less = measured([KEPT] * 3) - measured([KEPT, parts, KEPT])
-        assert less == pytest.approx(kept_bytes[KEPT] - kept_bytes[parts], rel=0.01)
+    assert kept_bytes.keys() == {NONE, ATTENTION, MLP, BOTH, ALL}
+    for parts in (ATTENTION, MLP, BOTH, ALL):
+        less = measured([NONE] * 3) - measured([NONE, parts, NONE])
+        assert less == pytest.approx(kept_bytes[NONE] - kept_bytes[parts], rel=0.01)
 
 
 def test_flops_of_what_is_recomputed(costs: Costs):
@@ -129,11 +131,11 @@ def test_flops_of_what_is_recomputed(costs: Costs):
     found = {cost.parts: cost.flops for cost in costs.layers[2]}
     # What a part ends in is not recomputed, but for its x·Aᵀ where that is kept for backward.
     rest = {"o": linear(64, 64, base=0), "down": linear(128, 64, base=0)}
-    assert found[KEPT] == 0
+    assert found[NONE] == 0
     assert found[ATTENTION] in (qkv + attention, qkv + attention + rest["o"], qkv + attention + rest["o"] + branch(64))
     assert found[MLP] in (gate_up, gate_up + rest["down"], gate_up + rest["down"] + branch(64))
     assert found[BOTH] == found[ATTENTION] + found[MLP]
-    assert found[WHOLE] - found[BOTH] in (2 * tokens * 64 * 64, 2 * tokens * 64 * 64 + branch(64))  # o_proj
+    assert found[ALL] - found[BOTH] in (2 * tokens * 64 * 64, 2 * tokens * 64 * 64 + branch(64))  # o_proj
 
 
 @pytest.mark.parametrize(
@@ -157,11 +159,11 @@ def test_flops_of_one_call(operator, shapes, expected):
 
 def test_the_dearest_recomputation_per_byte_is_kept_first():
     """By hand. From A to D saves 8 a byte, which B (4 a byte, then 12) lies below; C is worse than B at more bytes."""
-    a, b, c, d = Cost(WHOLE, 10, 100), Cost(MLP, 15, 80), Cost(ATTENTION, 18, 90), Cost(KEPT, 20, 20)
+    a, b, c, d = Cost(ALL, 10, 100), Cost(MLP, 15, 80), Cost(ATTENTION, 18, 90), Cost(NONE, 20, 20)
     free = Cost(BOTH, 10, 70)
-    start, steps = upgrades([[a, b, c, d], [a, b, c, d], [Cost(WHOLE, 10, 100), free, Cost(KEPT, 60, 0)]])
+    start, steps = upgrades([[a, b, c, d], [a, b, c, d], [Cost(ALL, 10, 100), free, Cost(NONE, 60, 0)]])
     assert start == [a, a, free]  # as few bytes as all of it, and less to do
-    assert steps == [(1, d), (0, d), (2, Cost(KEPT, 60, 0))]
+    assert steps == [(1, d), (0, d), (2, Cost(NONE, 60, 0))]
     _, steps = upgrades([[a, Cost(MLP, 12, 60), d]])
     assert steps == [(0, Cost(MLP, 12, 60)), (0, d)]  # 20 a byte, then 5
 
@@ -177,17 +179,17 @@ def test_the_choice_stays_within_the_budget_and_nothing_more_would(share, extrem
     found = measured(layers)
     assert found <= size
     assert choice.predicted.peak_bytes == pytest.approx(found, rel=0.01)
-    by_parts = {cost.parts: cost.kept_bytes for cost in costs.layers[1]}
-    assert size - found < by_parts[KEPT] - by_parts[WHOLE]  # no layer more fits
+    by_choice = {cost.parts: cost.kept_bytes for cost in costs.layers[1]}
+    assert size - found < by_choice[NONE] - by_choice[ALL]  # no layer more fits
     for number, parts in enumerate(layers):
-        if share == 0.8 and parts != KEPT:
-            assert measured([*layers[:number], KEPT, *layers[number + 1 :]]) > size
+        if share == 0.8 and parts != NONE:
+            assert measured([*layers[:number], NONE, *layers[number + 1 :]]) > size
 
 
 def test_a_budget_for_everything_recomputes_nothing(extremes):
     choice = chosen(2 * extremes[1])
-    assert choice.recomputation == Recomputation((KEPT,) * LAYERS)
-    assert str(choice).startswith("gradient checkpointing: 3 of 3 layers kept whole; predicted peak 0.0")
+    assert choice.recomputation == Recomputation((NONE,) * LAYERS)
+    assert str(choice).startswith("gradient checkpointing: 3 of 3 layers not recomputed; predicted peak 0.0")
 
 
 def test_a_budget_for_nothing_is_refused_with_what_it_takes_at_least(extremes):
@@ -205,7 +207,7 @@ def test_layers_of_several_kinds():
     arguments = auto(), tiny_config("deepseek_v3"), BatchShape.full(2, 64), torch.float32
     size = Costs.of(*arguments).whole.peak_bytes * 5 // 4
     choice = choose(*arguments, size)
-    assert set(choice.recomputation.layers) not in ({KEPT}, {WHOLE})
+    assert set(choice.recomputation.layers) not in ({NONE}, {ALL})
     assert choice.predicted.peak_bytes <= size
     assert measure_peak(*arguments, choice.recomputation) == pytest.approx(choice.predicted.peak_bytes, rel=0.02)
     for family, alike in (("deepseek_v3", [0, 1, 2, 2, 2, 2, 2]), ("gemma2", [0, 1, 2, 3, 2, 3, 2])):
@@ -218,11 +220,11 @@ def test_on_a_card_reserved_memory_and_context_count():
     target = CudaTarget((8, 9), None, False)
     arguments = auto(), llama(), SHAPE, torch.float32
     roomy = choose(*arguments, 10**10, target)
-    assert set(roomy.recomputation.layers) == {KEPT}
+    assert set(roomy.recomputation.layers) == {NONE}
     size = roomy.predicted.needed_bytes - 1
     choice = choose(*arguments, size, target)
     assert choice.predicted.reserved_bytes + choice.predicted.context_bytes == choice.predicted.needed_bytes <= size
-    assert set(choice.recomputation.layers) != {KEPT}
+    assert set(choice.recomputation.layers) != {NONE}
 
 
 def test_the_choice_is_made_once(monkeypatch, extremes):
@@ -309,12 +311,12 @@ def test_profile_memory_predicts_the_choice(run: Config, tmp_path: Path, monkeyp
     """Of full batches, within what the run may take."""
     monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
     asked = with_values(run, {"training.gradient_checkpointing": "auto", "training.max_memory": "50MB"})
-    shape, policy = BatchShape.assumed(asked, model_config_of(asked)), Recomputation((KEPT, WHOLE))
+    shape, policy = BatchShape.assumed(asked, model_config_of(asked)), Recomputation((NONE, ALL))
 
     def expected(recomputation: Recomputation):
         return timeline(_predict(asked, model_config_of(asked), shape, torch.float32, recomputation)).breakdown()
 
-    assert expected(policy).peak_bytes > expected(Recomputation((WHOLE, WHOLE))).peak_bytes
+    assert expected(policy).peak_bytes > expected(Recomputation((ALL, ALL))).peak_bytes
     calls = []
 
     def choose(_config, _model_config, *arguments):

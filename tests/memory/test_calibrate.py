@@ -14,7 +14,7 @@ import torch
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.cache import cache_folder
 from qlora_tool.memory.allocator import calibrate as calibration
-from qlora_tool.memory.allocator.calibrate import Calibration, calibrate, kept_calibration
+from qlora_tool.memory.allocator.calibrate import Calibration, cached_calibration, calibrate
 
 GIB = 2**30
 NAME = "NVIDIA Made-up 24GB"
@@ -50,20 +50,20 @@ def device(monkeypatch: pytest.MonkeyPatch, tmp_path) -> dict[str, int]:
 
 def test_the_context_is_what_no_tensor_holds(device: dict[str, int]):
     expected = Calibration(NAME, 510_000_000, 32 * 2**20, 8519680)  # 530 MB in use, 20 MB of them the allocator's
-    assert kept_calibration(NAME) is None
+    assert cached_calibration(NAME) is None
     assert calibrate() == expected
-    assert kept_calibration(NAME) == expected
-    assert kept_calibration("another card") is None
+    assert cached_calibration(NAME) == expected
+    assert cached_calibration("another card") is None
 
 
 def test_each_device_and_version_is_kept_apart(device: dict[str, int], monkeypatch: pytest.MonkeyPatch):
     first = calibrate()
     monkeypatch.setattr(torch, "__version__", "99.0")
-    assert kept_calibration(NAME) is None
+    assert cached_calibration(NAME) is None
     device["used"] += 40_000_000
     second = calibrate()
     assert second.context_bytes == first.context_bytes + 40_000_000
-    assert kept_calibration(NAME) == second
+    assert cached_calibration(NAME) == second
     assert len(json.loads((cache_folder() / "cuda.json").read_text())) == 2
 
 
@@ -71,15 +71,15 @@ def test_each_device_and_version_is_kept_apart(device: dict[str, int], monkeypat
 def test_a_broken_file_counts_as_none(device: dict[str, int], content: str):
     cache_folder().mkdir(exist_ok=True)
     (cache_folder() / "cuda.json").write_text(content)
-    assert kept_calibration(NAME) is None
-    assert calibrate() == kept_calibration(NAME)
+    assert cached_calibration(NAME) is None
+    assert calibrate() == cached_calibration(NAME)
 
 
 def test_a_device_that_others_use_is_refused(device: dict[str, int]):
     device["used"] += 3 * GIB
     with pytest.raises(MachineError, match="other programs"):
         calibrate()
-    assert kept_calibration(NAME) is None
+    assert cached_calibration(NAME) is None
 
 
 def test_without_a_device(monkeypatch: pytest.MonkeyPatch):
@@ -98,4 +98,4 @@ def test_on_a_device(monkeypatch: pytest.MonkeyPatch, tmp_path):
     found = calibrate()
     assert 100_000_000 < found.context_bytes < 1_000_000_000
     assert found.workspace_forward in (0, 8519680, 32 * 2**20)
-    assert kept_calibration(found.device_name) == found
+    assert cached_calibration(found.device_name) == found

@@ -180,10 +180,10 @@ def test_batches_have_the_shape_that_they_say():
     assert BatchShape.full(3, 5).batch().trained_tokens == 3 * 4
 
 
-# ------------------------------------------------------------------------------------------------------- whole logits
+# ------------------------------------------------------------------------------------------------------- full logits
 
 
-def test_a_trained_head_is_predicted_with_whole_logits(monkeypatch):
+def test_a_trained_head_is_predicted_with_full_logits(monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_BYTES", 0)
     rows = 509  # more than a chunk, and of nothing else
     model_config = tiny_config("llama", max_position_embeddings=1024)

@@ -95,7 +95,7 @@ def test_a_text_model_within_another_may_leave_sizes_out(tmp_path: Path):
         ("mixtral", torch.bfloat16, "bfloat16"),
     ],
 )
-def test_what_is_kept_whole_is_what_the_loader_keeps_whole(
+def test_what_is_unquantized_is_what_the_loader_leaves_so(
     tmp_path: Path, family: str, dtype: torch.dtype, compute: str
 ):
     folder = write_tiny(family, tmp_path / "m", dtype=dtype)
@@ -159,7 +159,7 @@ def h100(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: HERE.device_name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(profile_module, "kept_calibration", lambda name: HERE if name == HERE.device_name else None)
+    monkeypatch.setattr(profile_module, "cached_calibration", lambda name: HERE if name == HERE.device_name else None)
 
 
 def test_the_card_that_is_here_is_predicted_for_with_what_was_measured_on_it(h100):

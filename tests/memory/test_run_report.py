@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cached_traces import once
 from click.testing import CliRunner
-from kept_traces import once
 from tiny_runs import run_config, write_model, write_rows
 
 from qlora_tool.build import Setup

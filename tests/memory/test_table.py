@@ -135,7 +135,7 @@ def test_modules_that_are_not_quantized_are_named_with_their_bytes():
     assert many[-1] == ("and 12 more", sum(range(100, 112)))
 
 
-def test_the_base_weights_are_called_after_what_they_are_kept_as():
+def test_the_base_weights_are_called_after_how_they_are_stored():
     assert part_names({"model": {"quantization": "int8"}})["base_weights"] == "base weights (int8 codes)"
     int8 = {"quantization": "int8", "embeddings": "int8"}
     assert part_names({"model": int8})["base_weights"] == "base weights (int8 codes)"

@@ -48,7 +48,7 @@ def test_hidden_states_projected_are_the_models_logits(family, tmp_path):
     assert model.chunked_loss
 
 
-def test_a_family_with_something_between_takes_whole_logits(tmp_path):
+def test_a_family_with_something_between_takes_full_logits(tmp_path):
     """modernbert's decoder has a dense layer and a norm before its head."""
     model = open_tiny("modernbert-decoder", tmp_path)
     assert not model.chunked_loss
@@ -56,12 +56,12 @@ def test_a_family_with_something_between_takes_whole_logits(tmp_path):
     assert relative_error(model.loss_sum(batch).detach(), reference_loss(tmp_path, [example(12, 1)])) <= 1e-5
 
 
-def test_a_body_that_is_the_whole_model_takes_whole_logits(tmp_path):
+def test_a_body_that_is_the_whole_model_takes_full_logits(tmp_path):
     model = open_tiny("llama4_text", tmp_path)
     assert not model.chunked_loss
 
 
-def test_a_trained_head_takes_whole_logits(tmp_path):
+def test_a_trained_head_takes_full_logits(tmp_path):
     """In chunks it would get no gradient."""
     model = open_tiny("llama", tmp_path)
     head = model.module.get_output_embeddings()
@@ -86,7 +86,7 @@ def test_what_families_do_to_their_logits_is_read_from_their_configuration():
 
 
 def reference_loss(folder, examples, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Each example alone through transformers' model, whole logits, in fp64 from there."""
+    """Each example alone through transformers' model, full logits, in fp64 from there."""
     reference = read_by_transformers(folder)
     total = torch.zeros((), dtype=torch.float64)
     for one in examples:

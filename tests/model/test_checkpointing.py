@@ -14,8 +14,8 @@ from qlora_tool.config import AdapterConfig
 from qlora_tool.errors import UserError
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.checkpointing import (
-    KEPT,
-    WHOLE,
+    ALL_RECOMPUTED,
+    NOTHING_RECOMPUTED,
     Recomputation,
     checkpointed_modules,
     choices_of,
@@ -81,7 +81,7 @@ def test_parts_are_found_by_what_they_hold(family, parts, tmp_path):
     layer, _ = decoder_layers(model.module).values()
     assert parts_of(layer) == parts
     choices = choices_of(layer)
-    assert choices[0] == WHOLE and choices[-1] == KEPT
+    assert choices[0] == ALL_RECOMPUTED and choices[-1] == NOTHING_RECOMPUTED
     assert len(choices) == len(set(choices)) == 1 + 2 ** len(parts)
 
 
@@ -89,12 +89,12 @@ def test_parts_are_found_by_what_they_hold(family, parts, tmp_path):
     ("parts", "expected"),
     [
         # Of all that a layer computes, only what its last product gives is not needed in backward.
-        (WHOLE, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}),
+        (ALL_RECOMPUTED, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}),
         # What a part gives is kept, so neither is o_proj's.
         (BOTH, {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}),
         (ATTENTION, {"q_proj", "k_proj", "v_proj"}),
         (MLP, {"gate_proj", "up_proj"}),
-        (KEPT, set()),
+        (NOTHING_RECOMPUTED, set()),
     ],
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.2])  # fused, and not
@@ -127,16 +127,16 @@ def test_another_policy_takes_the_place_of_the_one_before(tmp_path):
     model, _ = adapted("llama", tmp_path)
     layers = list(decoder_layers(model.module).values())
     before = [dict(vars(module)) for module in model.module.modules()]
-    model.checkpoint_layers(Recomputation((BOTH, WHOLE)))
+    model.checkpoint_layers(Recomputation((BOTH, ALL_RECOMPUTED)))
     assert checkpointed_modules(model.module) == [layers[0].self_attn, layers[0].mlp, layers[1]]
-    model.checkpoint_layers(Recomputation((WHOLE, MLP)))
+    model.checkpoint_layers(Recomputation((ALL_RECOMPUTED, MLP)))
     assert model.checkpointed_layers() == [layers[0], layers[1].mlp]
-    assert model.recomputation == Recomputation((WHOLE, MLP))
+    assert model.recomputation == Recomputation((ALL_RECOMPUTED, MLP))
     model.checkpoint_layers(True)
     assert model.checkpointed_layers() == layers
     model.checkpoint_layers(False)
     assert model.checkpointed_layers() == []
-    assert model.recomputation == Recomputation((KEPT, KEPT))
+    assert model.recomputation == Recomputation((NOTHING_RECOMPUTED, NOTHING_RECOMPUTED))
     for module, earlier in zip(model.module.modules(), before, strict=True):
         assert vars(module).get("forward") is earlier.get("forward")  # a fused one is there again
 
@@ -169,16 +169,16 @@ def test_a_model_without_layers_to_recompute(tmp_path):
 def test_a_policy_of_another_depth_is_refused(tmp_path):
     model, _ = adapted("llama", tmp_path)
     with pytest.raises(ValueError, match="shorter"):
-        model.checkpoint_layers(Recomputation((WHOLE,)))
+        model.checkpoint_layers(Recomputation((ALL_RECOMPUTED,)))
 
 
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [
-        ((KEPT,) * 3, "3 of 3 layers kept whole"),
-        ((WHOLE,) * 3, "3 of 3 layers recomputed"),
-        ((WHOLE, WHOLE, MLP, BOTH, KEPT),
-         "1 of 5 layers kept whole, 1 with mlp recomputed, 1 with self_attn and mlp recomputed, 2 recomputed"),
+        ((NOTHING_RECOMPUTED,) * 3, "3 of 3 layers not recomputed"),
+        ((ALL_RECOMPUTED,) * 3, "3 of 3 layers recomputed"),
+        ((ALL_RECOMPUTED, ALL_RECOMPUTED, MLP, BOTH, NOTHING_RECOMPUTED),
+         "1 of 5 layers not recomputed, 1 with mlp recomputed, 1 with self_attn and mlp recomputed, 2 recomputed"),
     ],
 )  # fmt: skip
 def test_a_policy_in_words(layers, expected):

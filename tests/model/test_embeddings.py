@@ -19,8 +19,8 @@ from qlora_tool.data.batches import Batch
 from qlora_tool.errors import UserError
 from qlora_tool.model import load as load_module
 from qlora_tool.model import slots as slots_module
+from qlora_tool.model.cached_base import cached_base, write_cached_base
 from qlora_tool.model.causal_lm import CausalLM
-from qlora_tool.model.kept_base import keep_base, kept_base
 from qlora_tool.model.load import load_base
 from qlora_tool.model.slots import Quantization, find_embedding_slots
 from qlora_tool.model.source import read_model_config
@@ -121,7 +121,7 @@ def test_tied_ones_that_differ_stay_apart(tmp_path):
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma2", "gpt2"])
 def test_loss_and_gradients_are_those_of_the_dequantized_values(family, tmp_path):
     """The same adapter on the int8 model, its loss in chunks, and on one that holds the dequantized values plain, its
-    loss by autograd from whole logits."""
+    loss by autograd from full logits."""
     folder = write_tiny(family, tmp_path / "base")
     expected_model(folder).save_pretrained(tmp_path / "dequantized")
     ids = tokens()
@@ -163,7 +163,7 @@ def test_bytes_are_one_a_weight_and_four_a_row(tied, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head"])
-def test_they_are_not_trained_whole(name, tmp_path):
+def test_they_are_not_fully_trained(name, tmp_path):
     """Tied, as the one cannot be without the other; the configuration refuses the common names before."""
     model = read(write_tiny("llama-tied", tmp_path))
     with pytest.raises(UserError, match=r"adapter\.modules_to_save.*model\.embeddings: int8"):
@@ -174,15 +174,15 @@ def test_they_are_not_trained_whole(name, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma", "gpt2"])
-def test_the_kept_base_is_the_same_bit_for_bit_and_found_for_int8_alone(family, tmp_path, monkeypatch):
+def test_the_cached_base_is_the_same_bit_for_bit_and_found_for_int8_alone(family, tmp_path, monkeypatch):
     monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
     quantization = Quantization("nf4", True, "int8")
     folder = write_tiny(family, tmp_path / "model", dtype=torch.bfloat16)
     first = read(folder, quantization)
-    keep_base(first, folder, quantization, torch.float32)
-    assert kept_base(folder, Quantization("nf4"), torch.float32) is None
+    write_cached_base(first, folder, quantization, torch.float32)
+    assert cached_base(folder, Quantization("nf4"), torch.float32) is None
     monkeypatch.setattr(slots_module, "quantize", None)
-    second = read(folder, quantization, checkpoint=kept_base(folder, quantization, torch.float32))
+    second = read(folder, quantization, checkpoint=cached_base(folder, quantization, torch.float32))
     ours, theirs = first.state_dict(), second.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
@@ -197,7 +197,7 @@ class Decoupled(nn.Embedding):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_cannot_be_kept_so_stays_as_stored_with_a_line(tied, tmp_path, monkeypatch, caplog):
+def test_what_cannot_be_quantized_stays_as_stored_with_a_line(tied, tmp_path, monkeypatch, caplog):
     folder = write_tiny("llama-tied" if tied else "llama", tmp_path)
     build = load_module.build_skeleton
 
@@ -226,7 +226,7 @@ def test_a_missing_head_is_told(tmp_path, caplog):
     slots_module._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert find_embedding_slots(model, INT8).keys() == {"model.embed_tokens.weight"}
-    assert "the output projection (none) cannot be kept so" in caplog.text
+    assert "the output projection (none) cannot be quantized" in caplog.text
 
 
 @pytest.mark.parametrize("embeddings", ["as_stored", "int8"])

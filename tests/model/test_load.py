@@ -384,7 +384,7 @@ def test_values_that_int8_cannot_hold_name_the_weight(tmp_path):
 @pytest.mark.parametrize(
     ("family", "changes", "words"),
     [
-        ("bert", {}, "'bert' is no causal language model"),
+        ("bert", {}, "'bert' is not a causal language model"),
         ("t5", {}, "'t5'"),
         ("llama", {"hidden_act": "nope"}, "nope"),
         ("llama", {"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}}, "nope"),

@@ -68,7 +68,7 @@ def test_what_can_only_be_a_folder_is_not_looked_for_on_the_hub(name, monkeypatc
 @pytest.mark.parametrize("name", ["my models/small one", "a--b/c", "owner/name.git", "x/.."])
 def test_what_can_be_neither_is_told_so(name):
     line = fault(UserError, resolve, name)
-    assert f"model {name}: no such folder, and no hub id (owner/name) either" in line
+    assert f"model {name}: no such folder, and not a hub id (owner/name) either" in line
 
 
 def test_offline_the_hub_is_out_of_reach_which_is_the_machines_fault(tmp_path, monkeypatch):
@@ -140,7 +140,7 @@ LLAMA = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}
         ("[]", "no model_type"),
         ("{}", "no model_type"),
         ("3", "no model_type"),
-        (json.dumps({"model_type": "lama"}), "model_type 'lama' is none that transformers"),
+        (json.dumps({"model_type": "lama"}), "model_type 'lama' is not one that transformers"),
         (json.dumps({"model_type": "lama"}), "did you mean 'llama'?"),
         (json.dumps({"model_type": "zzzzzzzz"}), "a newer transformers may know it"),
         (json.dumps(LLAMA | {"hidden_size": "big"}), "'hidden_size' expected int"),

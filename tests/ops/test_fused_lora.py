@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from qlora_tool.ops.lora import (
     ACTIVATIONS,
     Activation,
-    LoraPart,
+    LoraWeights,
     lora_gated_mlp,
     lora_gated_mlp_reference,
     lora_linear,
@@ -32,27 +32,27 @@ class Handle:
         return self.value.to(dtype) if self.kind is None else self.value.dequantize(dtype)
 
 
-def make_part(out, width, r, *, seed, kind=None, dtype=torch.float32, bias=False, bias_trained=False) -> LoraPart:
+def make_part(out, width, r, *, seed, kind=None, dtype=torch.float32, bias=False, bias_trained=False) -> LoraWeights:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
         return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
 
     weight = Handle(normal(out, width), kind)
-    return LoraPart(
+    return LoraWeights(
         weight, normal(r, width).requires_grad_(), normal(out, r).requires_grad_(), 2.0,
         normal(out).requires_grad_(bias_trained) if bias else None,
     )  # fmt: skip
 
 
-def exact(part: LoraPart) -> LoraPart:
+def exact(part: LoraWeights) -> LoraWeights:
     """The same numbers in fp64, with gradients of their own."""
 
     def copied(tensor):
         return None if tensor is None else tensor.detach().double().requires_grad_(tensor.requires_grad)
 
     dense = part.weight.dense(torch.float32).double()
-    return LoraPart(Handle(dense), copied(part.A), copied(part.B), part.scaling, copied(part.bias))
+    return LoraWeights(Handle(dense), copied(part.A), copied(part.B), part.scaling, copied(part.bias))
 
 
 def trained(parts):

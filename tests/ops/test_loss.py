@@ -1,4 +1,4 @@
-"""The loss in chunks against the cross-entropy of whole logits."""
+"""The loss in chunks against the cross-entropy of full logits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def case(rows: int, dtype=torch.float64):
 
 
 def whole(hidden, weight, labels, transform=lambda logits: logits, label_smoothing=0.0):
-    """Sum and gradient from whole logits in fp64."""
+    """Sum and gradient from full logits in fp64."""
     hidden = hidden.detach().double().requires_grad_()
     logits = transform(hidden @ weight.double().T)
     total = nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
@@ -34,7 +34,7 @@ def assert_close(found: torch.Tensor, exact: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize(("rows", "chunk_rows"), [(1, 256), (1, 1), (7, 3), (8, 4), (300, 256), (5, 500)])
-def test_sum_and_gradient_are_those_of_whole_logits(rows, chunk_rows, label_smoothing):
+def test_sum_and_gradient_are_those_of_full_logits(rows, chunk_rows, label_smoothing):
     hidden, weight, labels = case(rows)
     found = linear_cross_entropy(
         hidden, labels, lambda x: x @ weight.T, label_smoothing=label_smoothing, chunk_rows=chunk_rows
@@ -127,7 +127,7 @@ class Handle:
     "transform", [LogitsTransform(), LogitsTransform(0.25), LogitsTransform(8.0, 3.0), LogitsTransform(softcap=2.0)]
 )
 @pytest.mark.parametrize(("rows", "chunk_rows"), [(1, 256), (7, 3), (0, 4)])
-def test_a_frozen_projection_gives_the_sum_and_gradient_of_whole_logits(
+def test_a_frozen_projection_gives_the_sum_and_gradient_of_full_logits(
     rows, chunk_rows, transform, bias, label_smoothing
 ):
     hidden, weight, labels = case(rows)

@@ -179,7 +179,7 @@ def test_a_run_that_died_while_its_adapter_was_saved_saves_it(config, tmp_path):
 @pytest.mark.parametrize(
     "case",
     [
-        ("rows.txt", {"data__max_length": 32}),  # found to be text, and trained whole
+        ("rows.txt", {"data__max_length": 32}),  # found to be text, and fully trained
         ("rows.jsonl", {"data__packing": True, "family": "bloom"}),  # which cannot keep packed examples apart
     ],
 )
@@ -207,7 +207,7 @@ def test_what_a_run_decides_for_itself_makes_it_no_other_run(inputs, tmp_path, s
 
 def test_what_it_decides_only_from_its_data_is_compared_too(config, tmp_path, stop_in_step):
     interrupted(stop_in_step, config(data__train_on="all"), 2)
-    with pytest.raises(UserError, match=r'its run was configured otherwise \(data.train_on: "all" there, "completion"'):
+    with pytest.raises(UserError, match=r'run was configured differently \(data.train_on: "all" there, "completion"'):
         train(config())
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2]
 
@@ -306,7 +306,7 @@ def test_faults_of_a_path_to_resume_from(config, tmp_path):
     assert line.startswith(f"--resume {tmp_path / 'nowhere'}: no checkpoint; expected a folder such as runs/NAME/")
     line = line_of(train, config("other", adapter__r=8, **values), resume=str(folder))
     assert line == (
-        f"{folder / 'checkpoints' / 'step-000006'}: its run was configured otherwise (adapter.r: 4 there, 8 here); "
+        f"{folder / 'checkpoints' / 'step-000006'}: its run was configured differently (adapter.r: 4 there, 8 here); "
         f"resume with {folder / 'config.yaml'}"
     )
     line = line_of(train, config("other", training__max_steps=5, **values), resume=str(folder))

@@ -176,7 +176,7 @@ def test_the_loss_is_that_of_transformers(folder, family):
         assert abs(float(smoothed) - float(expected)) > 10 * FP32
 
 
-def test_chunked_and_whole_logits_give_the_same(folder):
+def test_chunked_and_full_logits_give_the_same(folder):
     model, adapters = trained(folder)
     assert model.chunked_loss
     batches = [padded(examples())]

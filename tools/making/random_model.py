@@ -83,7 +83,7 @@ def model_config(raw: dict[str, Any], layers: int | None = None, where: str = "c
     raw = dict(raw)
     kind = raw.pop("model_type", None)
     if kind not in CONFIG_MAPPING:
-        raise UserError(f"{where}: model_type {kind!r} is none that transformers knows; give a model's config.json")
+        raise UserError(f"{where}: model_type {kind!r} is not one that transformers knows; give a model's config.json")
     if layers is not None:
         key = CONFIG_MAPPING[kind].attribute_map.get("num_hidden_layers", "num_hidden_layers")
         if key not in raw:

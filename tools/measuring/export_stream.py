@@ -141,7 +141,7 @@ def parts_here(base: str, output: str, work: str, quantization: str) -> dict[str
     the quantized base is in the cache."""
     import torch
 
-    from qlora_tool.export.write import find_kept
+    from qlora_tool.export.write import find_cached_base
     from qlora_tool.files.tensors import Checkpoint
     from qlora_tool.model.load import build_skeleton
     from qlora_tool.model.slots import Quantization, find_slots, quantize_parameter
@@ -149,7 +149,7 @@ def parts_here(base: str, output: str, work: str, quantization: str) -> dict[str
     from qlora_tool.weights.quantized import disk_group, from_disk
 
     how = Quantization(quantization)
-    cached = find_kept(Path(base), how) or {}
+    cached = find_cached_base(Path(base), how) or {}
     seconds = dict.fromkeys(("read", *(() if cached else ("quantize",)), "dequantize", "write", "copy"), 0.0)
 
     def timed(part: str, call: Any) -> Any:

@@ -120,7 +120,7 @@ def _odd_attention(family: Family, config) -> list[str]:
         if list(rotated) != expected:
             faults.append(
                 "--format gguf: llama.cpp leaves out the rotary embedding in every 4th layer, but no_rope_layers says "
-                "otherwise; choose --format safetensors"
+                "something else; choose --format safetensors"
             )
     if family.sliding_period:
         period = family.sliding_period
@@ -131,7 +131,7 @@ def _odd_attention(family: Family, config) -> list[str]:
         if list(config.layer_types) != expected:
             faults.append(
                 f"--format gguf: llama.cpp takes every {period}th layer of {config.model_type} to attend to the whole "
-                "context, but layer_types says otherwise; choose --format safetensors"
+                "context, but layer_types says something else; choose --format safetensors"
             )
     return faults
 

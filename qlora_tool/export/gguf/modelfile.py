@@ -94,7 +94,7 @@ def modelfile(tokenizer: Any, gguf_name: str, ends: Sequence[int] = ()) -> str:
         lines += [f'SYSTEM """{system}"""', ""] if system else []
         stop = shape.stop
     else:
-        why = "its chat template is none that is known here" if tokenizer.chat_template else "it has no chat template"
+        why = "its chat template has no Ollama counterpart" if tokenizer.chat_template else "it has no chat template"
         lines += [f"# No TEMPLATE: {why}; Ollama takes what the GGUF file says.", ""]
         stop = () if tokenizer.eos_token is None else (tokenizer.eos_token,)
     stop = dict.fromkeys([*stop, *tokenizer.convert_ids_to_tokens(list(ends))])

@@ -1,4 +1,4 @@
-"""What only the machine can tell: the size of its CUDA context, and of cuBLAS' workspaces. Measured once and kept."""
+"""What only the machine can tell: the size of its CUDA context, and of cuBLAS' workspaces. Measured once and cached."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def calibrate(device: int = 0) -> Calibration:
     return measured
 
 
-def kept_calibration(device_name: str) -> Calibration | None:
+def cached_calibration(device_name: str) -> Calibration | None:
     """What `calibrate` found on a device of this name with the version of torch that is at work; None if it never
     ran."""
     try:
@@ -126,5 +126,5 @@ def _kept() -> dict[str, dict]:
     try:
         kept = json.loads(_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}  # nothing kept yet, or unreadable: measure again
+        return {}  # nothing cached yet, or unreadable: measure again
     return kept if isinstance(kept, dict) else {}

@@ -81,7 +81,7 @@ class Attention:
 
         `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`: cuDNN comes first on capability 9.0 and 10.0 (cuDNN
         above 9.15), then flash (16 bits, no mask, from 8.0 on), then the memory-efficient one. Not looked at: head
-        dimensions that are no multiple of 8, and those above 192 where dropout or 8.6, 8.9 and 12.x forbid flash.
+        dimensions that are not multiples of 8, and those above 192 where dropout or 8.6, 8.9 and 12.x forbid flash.
         """
         short = self.itemsize == 2 and self.head_dim <= FLASH_HEAD_DIM
         if short and capability in ((9, 0), (10, 0)):

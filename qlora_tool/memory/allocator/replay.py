@@ -21,7 +21,7 @@ class Comparison:
 
     Attributes:
         events: how many recorded events were held against the model.
-        mismatches: how many of them the model met otherwise: a block at another address, a segment taken or not
+        mismatches: how many of them the model met differently: a block at another address, a segment taken or not
             taken, of another size, or at another moment.
         first_mismatches: the first of them, in words.
         predicted_reserved_peak, recorded_reserved_peak: bytes, the most that segments held during the trace.

@@ -91,7 +91,7 @@ def cuda_timeline(
 
 
 class _Differences:
-    """What the device allocates otherwise than the CPU.
+    """What the device allocates differently from the CPU.
 
     Attributes:
         capability: of the device.

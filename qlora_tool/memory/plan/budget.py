@@ -2,7 +2,7 @@
 
 Keeping a part of a layer costs bytes and saves floating point operations, and shallow models tell how many: one trace
 for each choice there is. The dearest recomputation per byte is kept first, in the last layers first: backward begins
-there, so what is kept there is gone before other layers are computed again. What comes out is confirmed by a whole
+there, so what is kept there is gone before other layers are computed again. What comes out is confirmed by a full
 prediction, and what that shows too much is taken back.
 """
 
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CONFIRMATIONS = 4  # whole predictions at most, but for one of everything recomputed
-MIN_GAIN = 0.02  # of all recomputation: what another whole prediction must promise to save
+CONFIRMATIONS = 4  # full predictions at most, but for one of everything recomputed
+MIN_GAIN = 0.02  # of all recomputation: what another full prediction must promise to save
 _FREE_STEP = 100_000_000  # bytes: what is free differs a little each time, and the choice should not
 
 
@@ -53,7 +53,7 @@ class Choice:
     """What is recomputed, so that the run stays within a budget.
 
     Attributes:
-        predicted: the memory of the run then, by a whole prediction.
+        predicted: the memory of the run then, by a full prediction.
         budget_bytes: what it stays within.
     """
 
@@ -170,7 +170,7 @@ class _Chooser:
     """Looks for what saves the most within the budget.
 
     Attributes:
-        error: by how much the last whole prediction was above its estimate.
+        error: by how much the last full prediction was above its estimate.
     """
 
     config: Config
@@ -231,7 +231,7 @@ class _Chooser:
         return Costs.of(self.config, self.model_config, self.shape, self.compute_dtype, device_of(self.target))
 
     def _predict(self, chosen: Sequence[Cost]) -> Breakdown:
-        """By a whole prediction; later estimates follow it."""
+        """By a full prediction; later estimates follow it."""
         run = self.config, self.model_config, self.shape, self.compute_dtype
         trace = predict(*run, _policy(chosen), device_of(self.target))
         found = Prediction.of(trace, self.target).breakdown

@@ -29,7 +29,7 @@ class AsJson(Protocol):
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Any:
-        """Raises ValueError, TypeError or KeyError for what is no such thing."""
+        """Raises ValueError, TypeError or KeyError for anything else."""
         ...
 
 

@@ -50,7 +50,7 @@ def write_html(
         budget: bytes that the device can give to one process. The line is drawn where tensors reach it: the CUDA
             context is taken off.
         budget_name: what to call it, e.g. the name of the card.
-        unquantized: bytes of each module that is kept whole though quantization was asked for.
+        unquantized: bytes of each module that is left unquantized though quantization was asked for.
         title: of the page, e.g. the name of the model.
     """
     names = part_names(report.config)
@@ -145,7 +145,7 @@ def _row(row: Row, compared: bool) -> str:
 def _modules(unquantized: Mapping[str, int]) -> Iterator[str]:
     if not unquantized:
         return
-    yield '  <section aria-label="Modules that are not quantized">\n    <h2>Not quantized, kept whole</h2>'
+    yield '  <section aria-label="Modules that are not quantized">\n    <h2>Left unquantized</h2>'
     yield '    <table class="breakdown"><thead><tr><th>module</th><th>MB</th><th>GiB</th></tr></thead><tbody>'
     for name, size in group_modules(unquantized):
         cells = "".join(f"<td>{cell}</td>" for cell in both_units(size))

@@ -51,7 +51,7 @@ def part_names(config: Mapping[str, Any]) -> dict[str, str]:
     """What to call the categories and the kinds of activations, under a run's configuration.
 
     Args:
-        config: with `model.quantization` and `model.embeddings`, which say what the base weights are kept as; they may
+        config: with `model.quantization` and `model.embeddings`, which say how the base weights are stored; they may
             be missing.
     """
     model = config.get("model") or {}

@@ -40,8 +40,8 @@ def render_report(
         report: with a prediction, a measurement or both.
         budget: bytes that the device can give to one process (what the driver keeps is not among them).
         budget_name: what to call it, e.g. the name of the card.
-        unquantized: bytes of each module that is kept whole though quantization was asked for, or that the prediction
-            could not follow.
+        unquantized: bytes of each module that is left unquantized though quantization was asked for, or that the
+            prediction could not follow.
         console: where to; 80 columns are enough, and neither colour nor a terminal is needed.
     """
     breakdowns = report.breakdowns
@@ -167,7 +167,7 @@ def _legend(bars: Mapping[str, Mapping[str, int]], names: Mapping[str, str], col
 
 
 def _whole_modules(unquantized: Mapping[str, int]) -> Table:
-    table = _plain_table("not quantized, kept whole")
+    table = _plain_table("left unquantized")
     table.add_column("MB", justify="right", no_wrap=True)
     table.add_column("GiB", justify="right", no_wrap=True)
     for name, size in group_modules(unquantized):

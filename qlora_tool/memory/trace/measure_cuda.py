@@ -245,7 +245,7 @@ def trace_of(
     for event in [*history, None]:
         if event is not None and event["action"] not in ("alloc", "free_requested"):
             continue
-        if number == notes.end:  # what comes after is no part of the run
+        if number == notes.end:  # what comes after is not of the run
             event = None
         while note is not None and (note[0] <= number or event is None):
             kind, *values = note[1:]

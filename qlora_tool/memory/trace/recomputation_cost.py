@@ -17,7 +17,14 @@ from qlora_tool.config import with_values
 from qlora_tool.memory.trace.extrapolate import Estimate, estimate_peak
 from qlora_tool.memory.trace.predict import STEPS, BatchShape, predict
 from qlora_tool.memory.trace.tracer import PRODUCTS
-from qlora_tool.model.checkpointing import KEPT, WHOLE, Parts, Recomputation, choices_of, decoder_layers
+from qlora_tool.model.checkpointing import (
+    ALL_RECOMPUTED,
+    NOTHING_RECOMPUTED,
+    Recomputation,
+    Recomputed,
+    choices_of,
+    decoder_layers,
+)
 from qlora_tool.model.layer_stack import layer_stack, with_layers
 from qlora_tool.model.load import build_skeleton
 from qlora_tool.ops.declare import CPU, Target
@@ -33,15 +40,15 @@ _VARIABLE_LENGTH = "torch_attn::_varlen_attn"
 
 @dataclass(frozen=True)
 class Cost:
-    """What it costs to recompute some parts of one layer.
+    """What it costs to recompute some or all of one layer.
 
     Attributes:
-        parts: that are recomputed.
+        parts: the layer's children that are recomputed.
         kept_bytes: of the layer, alive between forward and backward.
         flops: of what is computed again: products and attention's scores and sums.
     """
 
-    parts: Parts
+    parts: Recomputed
     kept_bytes: int
     flops: int
 
@@ -92,7 +99,7 @@ class Costs:
     least: list[Cost]
     steps: list[tuple[int, Cost]]
     whole: Estimate
-    turns: Mapping[str, Mapping[Parts, int]]
+    turns: Mapping[str, Mapping[Recomputed, int]]
     shallow: Trace
 
     @classmethod
@@ -101,9 +108,9 @@ class Costs:
     ) -> Costs:
         shallow, names, choices, alike = shallow_model(config, model_config, compute_dtype)
         one_batch = with_values(config, {"training.gradient_accumulation_steps": 1})
-        seen: dict[Parts, _Seen] = {}
-        for parts in dict.fromkeys([WHOLE, *(parts for layer in choices for parts in layer)]):
-            policy = Recomputation(tuple(parts if parts in layer else KEPT for layer in choices))
+        seen: dict[Recomputed, _Seen] = {}
+        for parts in dict.fromkeys([ALL_RECOMPUTED, *(parts for layer in choices for parts in layer)]):
+            policy = Recomputation(tuple(parts if parts in layer else NOTHING_RECOMPUTED for layer in choices))
             seen[parts] = _Seen.of(predict(one_batch, shallow, shape, compute_dtype, policy, target), names)
         costs = [[Cost(parts, seen[parts].kept_bytes[number], seen[parts].flops[number]) for parts in layer]
                  for number, layer in enumerate(choices)]  # fmt: skip
@@ -111,19 +118,19 @@ class Costs:
         whole = estimate_peak(checkpointed, model_config, shape, compute_dtype, target=target)
         turns = {phase: {parts: found.turns[phase] for parts, found in seen.items()} for phase in TURNS}
         layers = [costs[number] for number in alike]
-        return cls(layers, *upgrades(layers), whole, turns, seen[WHOLE].trace)
+        return cls(layers, *upgrades(layers), whole, turns, seen[ALL_RECOMPUTED].trace)
 
     def peak(self, chosen: Sequence[Cost]) -> int:
         """The bytes allocated at the peak, estimated."""
         phases = self.whole.phase_peak_bytes
         if not chosen:
             return self.whole.peak_bytes
-        recomputed = [next(cost for cost in layer if cost.parts == WHOLE) for layer in self.layers]
+        recomputed = [next(cost for cost in layer if cost.parts == ALL_RECOMPUTED) for layer in self.layers]
         before = sum(cost.kept_bytes for cost in recomputed[:-1])
         highest = max(phases["load"], phases["optimizer"])
         for phase in TURNS:
             # Where all layers are alike the last one's turn takes the most, so this is what is there anyway.
-            there = phases[phase] - before - self.turns[phase][WHOLE]
+            there = phases[phase] - before - self.turns[phase][ALL_RECOMPUTED]
             for cost in chosen:
                 highest = max(highest, there + self.turns[phase][cost.parts])
                 there += cost.kept_bytes

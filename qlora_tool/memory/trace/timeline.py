@@ -144,7 +144,7 @@ class Timeline:
         return spans
 
     def breakdown(self, *, reserved_bytes: int | None = None, context_bytes: int | None = None) -> Breakdown:
-        """What the contract's JSON says of this timeline. A phase without events has a peak of 0."""
+        """This timeline as `memory.json` has it. A phase without events has a peak of 0."""
         parts = dict(zip(PARTS, self.part_bytes[self.peak_index].tolist(), strict=True))
         activations = {kind: parts[kind] for kind in ACTIVATIONS}
         parts["activations"] = sum(activations.values())

@@ -162,7 +162,7 @@ class Tracer(TorchDispatchMode):
                 self._begin(*around)
 
     def finish(self) -> None:
-        """The run is over: that all of it is given back now is no event of its own."""
+        """The run is over: that all of it is given back now is not an event of its own."""
         self._finished = True
 
     def _begin(self, phase: str, step: int) -> None:

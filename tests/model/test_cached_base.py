@@ -1,4 +1,4 @@
-"""A quantized base kept on disk: the same bits, read without quantizing, and found only for what it was made from."""
+"""A quantized base cached on disk: the same bits, read without quantizing, and found only for what it was made from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qlora_tool.build import open_model
 from qlora_tool.config import ModelConfig
 from qlora_tool.files.hashes import file_hashes
 from qlora_tool.model import slots as slots_module
-from qlora_tool.model.kept_base import base_identity, keep_base, kept_base
+from qlora_tool.model.cached_base import base_identity, cached_base, write_cached_base
 from qlora_tool.model.slots import Quantization
 
 NF4 = Quantization("nf4")
@@ -28,10 +28,10 @@ def cache(tmp_path, monkeypatch):
 
 def keep(folder, quantization=NF4):
     model = read_tiny(folder, quantization.kind, quantization.double_quant)
-    return model, keep_base(model, folder, quantization, torch.float32)
+    return model, write_cached_base(model, folder, quantization, torch.float32)
 
 
-# Other kinds where a form of its own is kept: turned weights, experts, tied ones.
+# Other kinds where a form of its own is cached: turned weights, experts, tied ones.
 @pytest.mark.parametrize(
     ("family", "kind"),
     [
@@ -39,12 +39,12 @@ def keep(folder, quantization=NF4):
         *itertools.product(("llama-tied", "gpt2", "gpt_oss", "mixtral"), ("fp4", "int8", "none")),
     ],
 )
-def test_the_kept_base_is_the_same_bit_for_bit_and_quantizes_nothing(family, kind, tmp_path, monkeypatch):
+def test_the_cached_base_is_the_same_bit_for_bit_and_quantizes_nothing(family, kind, tmp_path, monkeypatch):
     quantization = Quantization(kind)
     folder = write_tiny(family, tmp_path / "model", dtype=torch.bfloat16)
     first, _ = keep(folder, quantization)
     monkeypatch.setattr(slots_module, "quantize", None)
-    second = read_tiny(folder, kind, checkpoint=kept_base(folder, quantization, torch.float32))
+    second = read_tiny(folder, kind, checkpoint=cached_base(folder, quantization, torch.float32))
     ours, theirs = first.state_dict(), second.state_dict()
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
@@ -57,35 +57,35 @@ def test_the_kept_base_is_the_same_bit_for_bit_and_quantizes_nothing(family, kin
 
 def test_it_is_smaller_and_holds_tied_weights_once(tmp_path):
     folder = write_tiny("llama-tied", tmp_path / "model", dtype=torch.bfloat16, hidden_size=256, intermediate_size=512)
-    model, kept = keep(folder)
-    stored = kept_base(folder, NF4, torch.float32)
+    model, cached = keep(folder)
+    stored = cached_base(folder, NF4, torch.float32)
     assert "lm_head.weight" not in stored
     assert "model.embed_tokens.weight" in stored
     linear = sum(parameter.numel() for name, parameter in read_tiny(folder).named_parameters() if "_proj" in name)
-    before, after = (sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in (folder, kept))
+    before, after = (sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in (folder, cached))
     # 2 bytes a weight became 0.5 and a share of the scales; beside them, tables of values and headers of each weight.
     assert before - after > linear * (2 - 0.52) - 14 * 3000
     assert model is not None
 
 
-def test_nothing_is_found_where_nothing_was_kept(tmp_path):
-    assert kept_base(write_tiny("llama", tmp_path), NF4, torch.float32) is None
+def test_nothing_is_found_where_nothing_was_cached(tmp_path):
+    assert cached_base(write_tiny("llama", tmp_path), NF4, torch.float32) is None
 
 
 def test_it_is_found_only_for_the_same_quantization_and_products(tmp_path):
     folder = write_tiny("llama", tmp_path / "model")
-    _, kept = keep(folder)
-    assert kept_base(folder, NF4, torch.float32).folder == kept
+    _, path = keep(folder)
+    assert cached_base(folder, NF4, torch.float32).folder == path
     for other in (Quantization("nf4", False), Quantization("fp4"), Quantization("int8"), Quantization("none")):
-        assert kept_base(folder, other, torch.float32) is None
-    # Small tensors and wide embeddings are kept in the dtype of the products: another one would read rounded values.
-    assert kept_base(folder, NF4, torch.bfloat16) is None
+        assert cached_base(folder, other, torch.float32) is None
+    # Small tensors and wide embeddings have the dtype of matrix products: another one would read rounded values.
+    assert cached_base(folder, NF4, torch.bfloat16) is None
 
 
 def test_int8_has_no_double_quantization_to_tell_apart(tmp_path):
     folder = write_tiny("llama", tmp_path / "model")
     keep(folder, Quantization("int8", True))
-    assert kept_base(folder, Quantization("int8", False), torch.float32) is not None
+    assert cached_base(folder, Quantization("int8", False), torch.float32) is not None
 
 
 def touch(path) -> None:
@@ -108,14 +108,14 @@ def test_a_folder_whose_files_changed_is_another_base(tmp_path, change):
     identity = base_identity(folder)
     change(folder)
     assert base_identity(folder) != identity
-    assert kept_base(folder, NF4, torch.float32) is None
+    assert cached_base(folder, NF4, torch.float32) is None
 
 
 def test_a_file_that_is_no_part_of_the_model_changes_nothing(tmp_path):
     folder = write_tiny("llama", tmp_path / "model")
     keep(folder)
     (folder / "README.md").write_text("new")
-    assert kept_base(folder, NF4, torch.float32) is not None
+    assert cached_base(folder, NF4, torch.float32) is not None
 
 
 def test_opening_a_model_keeps_it_and_finds_it_again(tmp_path, monkeypatch):
@@ -124,13 +124,13 @@ def test_opening_a_model_keeps_it_and_finds_it_again(tmp_path, monkeypatch):
         name_or_path=str(folder), quantization="nf4", compute_dtype="float32", device="cpu", keep_quantized=True
     )
     first = open_model(config)
-    assert kept_base(folder, NF4, torch.float32) is not None
+    assert cached_base(folder, NF4, torch.float32) is not None
     monkeypatch.setattr(slots_module, "quantize", None)
     second = open_model(config)
     assert torch.equal(logits(first.module, tokens()), logits(second.module, tokens()))
 
 
-def test_without_being_asked_nothing_is_kept(tmp_path, cache):
+def test_without_being_asked_nothing_is_cached(tmp_path, cache):
     folder = write_tiny("llama", tmp_path / "model")
     config = ModelConfig(
         name_or_path=str(folder), quantization="nf4", compute_dtype="float32", device="cpu", keep_quantized=False
@@ -142,13 +142,13 @@ def test_without_being_asked_nothing_is_kept(tmp_path, cache):
 def test_hashes_are_of_the_bytes_and_computed_once(tmp_path, monkeypatch, cache):
     import hashlib
 
-    from qlora_tool.files import hashes as kept_hashes
+    from qlora_tool.files import hashes as hashes_module
 
     folder = write_tiny("llama", tmp_path / "model")
     expected = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in
                 ("config.json", "model.safetensors")}  # fmt: skip
     assert file_hashes(folder) == expected
-    monkeypatch.setattr(kept_hashes, "sha256", None)
+    monkeypatch.setattr(hashes_module, "sha256", None)
     assert file_hashes(folder) == expected
     monkeypatch.undo()
     monkeypatch.setenv("QLORA_TOOL_CACHE", str(cache))

@@ -1,4 +1,4 @@
-"""A quantized base kept on disk, so that the next run reads a quarter of the bytes and quantizes nothing.
+"""A quantized base cached on disk, so that the next run reads a quarter of the bytes and quantizes nothing.
 
 One safetensors file under the cache folder, in bitsandbytes' form and with module names; its name is a digest of what
 it was made from, so a base that changed is simply not found.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from qlora_tool.model.slots import Quantization
 
-FORMAT = 1  # of what is kept; raise it when the bytes change their meaning
+FORMAT = 1  # of the cached files; raise it when the bytes change their meaning
 
 
 def base_identity(folder: Path) -> str:
@@ -41,25 +41,27 @@ def base_identity(folder: Path) -> str:
 def _folder(folder: Path, quantization: Quantization, compute_dtype: torch.dtype) -> Path:
     double = "-double" if quantization.double_quant and quantization.kind in ("nf4", "fp4") else ""
     embeddings = "-int8_embeddings" if quantization.embeddings == "int8" else ""
-    dtype = str(compute_dtype).removeprefix("torch.")  # what is small is kept in it
+    dtype = str(compute_dtype).removeprefix("torch.")  # small unquantized tensors have it
     kind = f"{quantization.kind}{double}{embeddings}"
     return cache_folder() / "bases" / f"{base_identity(folder)[:24]}-{kind}-{dtype}-{FORMAT}"
 
 
-def kept_base(folder: Path, quantization: Quantization, compute_dtype: torch.dtype) -> Checkpoint | None:
-    """The kept form of a model folder as it was read for these products, or None where there is none."""
-    kept = _folder(folder, quantization, compute_dtype)
-    return Checkpoint(kept) if (kept / SINGLE_NAME).exists() else None
+def cached_base(folder: Path, quantization: Quantization, compute_dtype: torch.dtype) -> Checkpoint | None:
+    """The cached base of a model folder for this quantization and dtype of matrix products, or None."""
+    path = _folder(folder, quantization, compute_dtype)
+    return Checkpoint(path) if (path / SINGLE_NAME).exists() else None
 
 
-def keep_base(model: PreTrainedModel, folder: Path, quantization: Quantization, compute_dtype: torch.dtype) -> Path:
+def write_cached_base(
+    model: PreTrainedModel, folder: Path, quantization: Quantization, compute_dtype: torch.dtype
+) -> Path:
     """Write the quantized form of `model`, read from `folder`, and return where."""
-    kept = _folder(folder, quantization, compute_dtype)
+    path = _folder(folder, quantization, compute_dtype)
     tensors = list(_module_tensors(model))
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
-    with replacing_folder(kept) as temporary:
+    with replacing_folder(path) as temporary:
         write_tensors(temporary / SINGLE_NAME, specs, tensors, {"format": "pt"})
-    return kept
+    return path
 
 
 def _module_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
