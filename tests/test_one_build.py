@@ -125,7 +125,8 @@ def vars_listed(value: Any) -> dict[str, Any]:
 
 
 def assert_one_build(config: Config, monkeypatch: pytest.MonkeyPatch) -> Run:
-    decides = config.training.max_memory is not None  # what is recomputed, as a watcher of the run does
+    # What is recomputed is then decided by a watcher of the run.
+    decides = config.training.max_memory is not None and config.training.gradient_checkpointing == "auto"
     run = train(config, dry_run=True, watcher=RunMemory() if decides else None)
     trained = structure(run.model, run.adapters)
     found, resolved, shape = profiled(config, monkeypatch)

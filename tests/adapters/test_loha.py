@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import peft
 import pytest
 import torch
@@ -132,6 +134,47 @@ def test_nothing_of_the_weights_size_is_made_but_the_weight(monkeypatch):
     with Largest() as largest:
         layer(noise(3, IN, seed=6).requires_grad_(), linear).sum().backward()
     assert OUT * IN // 8 < largest.count <= OUT * IN // 4
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that are there at once of what operators make under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and (key := leaf.untyped_storage()._cdata) not in given | self.known:
+                self.known.add(key)
+                self.bytes += leaf.untyped_storage().nbytes()
+                weakref.finalize(leaf.untyped_storage(), self.gone, key, leaf.untyped_storage().nbytes())
+        self.peak = max(self.peak, self.bytes)
+        return result
+
+    def gone(self, key: int, count: int) -> None:
+        self.known.discard(key)
+        self.bytes -= count
+
+
+def test_backward_never_holds_as_much_as_the_weight(monkeypatch):
+    """Of each piece of Δ: its two factors, Δ, and a gradient of each; so six pieces of a sixteenth at most."""
+    out_features = in_features = 512
+    monkeypatch.setattr(loha, "CHUNK", out_features * in_features // 16)
+    shapes = METHODS["loha"].shapes(out_features, in_features, 2)
+    layer = Adapter(METHODS["loha"], {name: noise(*shapes[name], seed=i) for i, name in enumerate(NAMES)},
+                    Settings(2, 4.0))  # fmt: skip
+    x = noise(3, in_features, seed=6).requires_grad_()
+    with Live() as live:
+        METHODS["loha"].branch(layer, x).sum().backward()
+    weight = out_features * in_features * 4
+    assert weight / 16 < live.peak < 7 / 16 * weight
+    with Live() as live:
+        (x @ layer.delta(torch.empty(0)).T).sum().backward()
+    assert live.peak > weight  # as it is where Δ is made
 
 
 @pytest.fixture(scope="module")
