@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from qlora_tool.adapters.adapter import Adapter, generator_for
 from qlora_tool.adapters.attach import attach
 from qlora_tool.adapters.peft_files import attach_stored, read_adapter, save_adapter
+from qlora_tool.build import Setup
 from qlora_tool.config import AdapterConfig, load_config
 from qlora_tool.errors import UserError
 from qlora_tool.methods import METHODS, loha
@@ -234,3 +235,13 @@ def test_keys_that_loha_does_not_read_are_refused(setting, tmp_path):
     file.write_text(f"adapter: {{method: loha, {setting}}}")
     with pytest.raises(UserError, match=rf"adapter\.{setting.partition(':')[0]}.*loha"):
         load_config(str(file))
+
+
+def test_an_adapter_that_peft_cannot_load_onto_the_model_is_said(tmp_path):
+    """PEFT's LoHa has no form for transformers' Conv1D."""
+    for family, said in (("gpt2", 1), ("llama", 0)):
+        setup = Setup.of(load_config({
+            "model": {"name_or_path": write_tiny(family, tmp_path / family), "compute_dtype": "float32"},
+            "adapter": {"method": "loha"},
+        }))  # fmt: skip
+        assert sum("onto transformers' Conv1D" in remark for remark in setup.build().remarks) == said
