@@ -70,9 +70,9 @@ class SharedInput:
     def output(self, x: Tensor, linear: FrozenLinear) -> Tensor:
         """x (…, in) → (…, out) of `linear`, bias and adapter included."""
         if self._input is not x or linear not in self._waiting:
-            parts = {one: part for one in self.linears if (part := fused_weights(one)) is not None}
-            alone = linear is not self.linears[0] or len(parts) < len(self.linears)
-            together = {linear: parts[linear]} if alone else parts
+            weights = {one: found for one in self.linears if (found := fused_weights(one)) is not None}
+            alone = linear is not self.linears[0] or len(weights) < len(self.linears)
+            together = {linear: weights[linear]} if alone else weights
             outputs = lora_linear(x, list(together.values()))
             self._input, self._waiting = x, dict(zip(together, outputs, strict=True))
         y = self._waiting.pop(linear)

@@ -113,11 +113,11 @@ class StoredAdapter:
     @property
     def dtype(self) -> torch.dtype:
         """What the adapter's tensors are stored in, but for those that its method keeps in fp32."""
-        return next(tensor.dtype for tensors in self.parts.values() for name, tensor in tensors.items()
+        return next(tensor.dtype for tensors in self.by_module.values() for name, tensor in tensors.items()
                     if name not in self.method.fp32)  # fmt: skip
 
     @cached_property
-    def parts(self) -> dict[str, dict[str, Tensor]]:
+    def by_module(self) -> dict[str, dict[str, Tensor]]:
         """Each adapted module's tensors by the method's names. Which modules those are is told by the tensors that are
         there; `target_modules` is not needed for it."""
         found: dict[str, dict[str, Tensor]] = {}
@@ -143,14 +143,14 @@ class StoredAdapter:
         """
         return {
             name: Adapter(self.method, placed(self.method, tensors, device, dtype), self.settings(name, dropout))
-            for name, tensors in self.parts.items()
+            for name, tensors in self.by_module.items()
         }
 
     def settings(self, name: str, dropout: float | None = None) -> Settings:
         """The settings of the adapter on the module `name`."""
         return replace(
             self.usual,
-            r=self.method.sizes(self.parts[name])[2],
+            r=self.method.sizes(self.by_module[name])[2],
             alpha=from_pattern(name, self.peft.get("alpha_pattern") or {}, self.usual.alpha),
             dropout=self.usual.dropout if dropout is None else dropout,
         )
@@ -216,18 +216,18 @@ def _method_of(file: Path, peft: dict[str, Any]) -> tuple[Method, Settings]:
 
 def _refuse_incomplete(file: Path, stored: StoredAdapter) -> None:
     """Refuse tensors that do not make up complete adapters, all faults in one report."""
-    method, parts = stored.method, stored.parts
+    method, adapted = stored.method, stored.by_module
     family = next(iter(method.peft_names.values())).partition("_")[0]  # what all of its tensors begin with
-    for part, what in method.peft_unread.items():
-        if any(part in name for name in stored.tensors):
+    for infix, what in method.peft_unread.items():
+        if any(infix in name for name in stored.tensors):
             raise UserError(f"{file}: {what} cannot be read here; merge this adapter with PEFT instead")
-    if not parts:
+    if not adapted:
         example = f"{PREFIX}model.layers.0.….{next(iter(method.peft_names.values()))}"
         raise UserError(f"{file}: no {method.peft_type} tensors in it; expected names such as {example}")
     faults = [
         f"{file}: tensor {name} cannot be read here" for name in stored.replaced_tensors() if f".{family}_" in name
     ]
-    for name, tensors in parts.items():
+    for name, tensors in adapted.items():
         missing = [method.peft_names[key] for key in method.peft_names if key not in {*tensors, *method.optional}]
         faults += [f"{file}: tensor {name}.{suffix} is missing" for suffix in missing]
         if not faults and not _fit_together(method, tensors):
@@ -320,7 +320,7 @@ def refuse_misfit(stored: StoredAdapter, layers: Mapping[str, Adapter], shapes: 
     """
     faults = []
     for name in layers:
-        found = stored.method.sizes(stored.parts[name])[:2]
+        found = stored.method.sizes(stored.by_module[name])[:2]
         if name not in shapes:
             faults.append(f"{stored.folder}: adapts {name}, which is not a linear module of this model")
         elif found != shapes[name]:

@@ -49,10 +49,10 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, FrozenLin
 
 
 def matches(name: str, wanted: str | Sequence[str]) -> bool:
-    """Whether a module's name is meant by a list of names (or last parts) or by a regular expression."""
+    """Whether a module's name is meant by a list of names (or the ends of them) or by a regular expression."""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
-    return any(name == part or name.endswith(f".{part}") for part in wanted)
+    return any(name == ending or name.endswith(f".{ending}") for ending in wanted)
 
 
 def _is_inside(name: str, modules: Sequence[str]) -> bool:
@@ -62,13 +62,13 @@ def _is_inside(name: str, modules: Sequence[str]) -> bool:
 
 
 def _refuse_unmatched(key: str, wanted: str | Sequence[str], linears: Mapping[str, object]) -> None:
-    last_parts = sorted({name.rpartition(".")[2] for name in linears})
+    last_names = sorted({name.rpartition(".")[2] for name in linears})
     faults = []
-    for part in [wanted] if isinstance(wanted, str) else wanted:
-        if not any(matches(name, wanted if isinstance(wanted, str) else [part]) for name in linears):
+    for pattern in [wanted] if isinstance(wanted, str) else wanted:
+        if not any(matches(name, wanted if isinstance(wanted, str) else [pattern]) for name in linears):
             faults.append(
-                f"{key}: {part!r} matches no linear module of this model{did_you_mean(part, last_parts)}; it has "
-                f"{', '.join(last_parts)}"
+                f"{key}: {pattern!r} matches no linear module of this model{did_you_mean(pattern, last_names)}; it has "
+                f"{', '.join(last_names)}"
             )
     if faults:
         raise UserError(faults)

@@ -27,8 +27,8 @@ def train_modules(model: nn.Module, names: list[str], dtype: torch.dtype) -> dic
     for wanted in names:
         chosen = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
         if not chosen:
-            last_parts = sorted({name.rpartition(".")[2] for name in modules if name})
-            raise UserError(f"adapter.modules_to_save: no module {wanted!r}{did_you_mean(wanted, last_parts)}")
+            last_names = sorted({name.rpartition(".")[2] for name in modules if name})
+            raise UserError(f"adapter.modules_to_save: no module {wanted!r}{did_you_mean(wanted, last_names)}")
         found = [parameter for name in chosen for parameter in parameter_names(modules[name], name)]
         if not found:
             raise UserError(f"adapter.modules_to_save: {wanted!r} has no weights; leave it out")
@@ -54,12 +54,12 @@ def parameter_names(module: nn.Module, prefix: str) -> list[str]:
         UserError: there are frozen weights among them that are not a linear module's.
     """
     found = []
-    for name, part in module.named_modules(prefix=prefix):
-        if isinstance(part, FrozenLinear | FrozenEmbedding):
-            found += [f"{name}.weight"] + ([] if getattr(part, "bias", None) is None else [f"{name}.bias"])
-        elif not isinstance(part, WeightHandle):
-            found += [f"{name}.{attribute}" for attribute, _ in part.named_parameters(recurse=False)]
-            if any(isinstance(child, WeightHandle) for child in part.children()):
+    for name, inner in module.named_modules(prefix=prefix):
+        if isinstance(inner, FrozenLinear | FrozenEmbedding):
+            found += [f"{name}.weight"] + ([] if getattr(inner, "bias", None) is None else [f"{name}.bias"])
+        elif not isinstance(inner, WeightHandle):
+            found += [f"{name}.{attribute}" for attribute, _ in inner.named_parameters(recurse=False)]
+            if any(isinstance(child, WeightHandle) for child in inner.children()):
                 raise UserError(f"adapter.modules_to_save: {name} holds experts, which cannot be fully trained; "
                     "leave it out")
     return found

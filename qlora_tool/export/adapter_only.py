@@ -43,7 +43,7 @@ def write_adapter(artifact: Artifact, folder: Path, portable: bool) -> dict[str,
     """
     stored = artifact.adapter
     base = base_name(artifact)
-    facts: dict[str, Any] = {"method": stored.method.name, "layers": len(stored.parts), "base": base}
+    facts: dict[str, Any] = {"method": stored.method.name, "layers": len(stored.by_module), "base": base}
     if portable:
         if stored.method.peft_type != "LORA":
             raise UserError(
@@ -81,7 +81,7 @@ def portable_tensors(stored: StoredAdapter) -> tuple[dict[str, Tensor], int]:
     All of the adapter's are of one dtype: see `Lora.portable`, or fp32 where that leaves several.
     """
     method = cast("Lora", stored.method)
-    settings = {name: stored.settings(name) for name in stored.parts}
+    settings = {name: stored.settings(name) for name in stored.by_module}
     rank = max(layer.r for layer in settings.values())
     adapted, result = {}, {}
     for key, tensor in sorted(stored.tensors.items()):
@@ -118,7 +118,7 @@ def _portable_config(stored: StoredAdapter, rank: int, base: str, revision: str 
 
 def _named_modules(stored: StoredAdapter) -> list[str]:
     """The adapted modules: as listed, unless it takes more than the list to tell them."""
-    peft, names = stored.peft, sorted(stored.parts)
+    peft, names = stored.peft, sorted(stored.by_module)
     listed = peft.get("target_modules")
     further = any(peft.get(key) for key in ("exclude_modules", "layers_to_transform", "layers_pattern"))
     return sorted(listed) if isinstance(listed, list) and not further else names

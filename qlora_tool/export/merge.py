@@ -108,10 +108,10 @@ class MergedModel:
             elif found != expected:
                 faults.append(f"replaces {name} with one of shape {found}, but it is {expected} in this model")
         if faults:
-            parts = len(self.layers) + len(self.replaced)
+            count = len(self.layers) + len(self.replaced)
             trained_on = f", {stored.base}," if stored.base else ""
             raise UserError(
-                f"{stored.folder}: not for the base {self.checkpoint.folder}: {len(faults)} of its {parts} layers "
+                f"{stored.folder}: not for the base {self.checkpoint.folder}: {len(faults)} of its {count} layers "
                 f"and tensors do not fit, the first because it {faults[0]}; name the base that it was trained on"
                 f"{trained_on} with --model"
             )

@@ -104,13 +104,13 @@ class Lora(Method):
         return y * self.scaling(adapter.settings)
 
     def forward(self, adapter: Adapter, x: Tensor, linear: FrozenLinear) -> Tensor:
-        if (part := self.fused_weights(adapter, linear)) is None:
+        if (weights := self.fused_weights(adapter, linear)) is None:
             return super().forward(adapter, x, linear)
         if adapter.shared is not None:
             return adapter.shared.output(x, linear)
         from qlora_tool.ops.lora import lora_linear
 
-        return lora_linear(x, [part])[0]
+        return lora_linear(x, [weights])[0]
 
     def fused_weights(self, adapter: Adapter, linear: FrozenLinear) -> LoraWeights | None:
         tensors = adapter.tensors

@@ -1,7 +1,7 @@
 """Which activations are recomputed in backward instead of stored (Chen et al. 2016, arXiv 1604.06174), layer by layer.
 
-Of a decoder layer either all is recomputed, or some of its parts are (attention, MLP: whatever children of it hold
-linear modules), or nothing. Layers and parts are found by what they are, not by a family's names for them.
+Of a decoder layer either all is recomputed, or some of its children are (attention, MLP: those that hold
+linear modules), or nothing. Both are found by what they are, not by a family's names for them.
 
 What nothing in backward needs is never recomputed: non-reentrant checkpointing stops at the last value that was saved,
 and a frozen product saves none (`ops.linear`).
@@ -45,8 +45,8 @@ class Recomputation:
     layers: tuple[Recomputed, ...]
 
     @classmethod
-    def uniform(cls, parts: Recomputed, layers: int) -> Recomputation:
-        return cls((parts,) * layers)
+    def uniform(cls, recomputed: Recomputed, layers: int) -> Recomputation:
+        return cls((recomputed,) * layers)
 
     def __str__(self) -> str:
         """`18 of 30 layers not recomputed, 6 with self_attn recomputed, 6 recomputed`."""
@@ -54,15 +54,15 @@ class Recomputation:
             Counter(self.layers).items(),
             key=lambda item: (item[0] == ALL_RECOMPUTED, item[0] != NOTHING_RECOMPUTED, item[0]),
         )
-        said = [f"{count} {_said(parts)}" for parts, count in counts]
+        said = [f"{count} {_said(recomputed)}" for recomputed, count in counts]
         first, space, rest = said[0].partition(" ")
         return ", ".join([f"{first} of {len(self.layers)} layers{space}{rest}", *said[1:]])
 
 
-def _said(parts: Recomputed) -> str:
-    if parts in (ALL_RECOMPUTED, NOTHING_RECOMPUTED):
-        return "recomputed" if parts == ALL_RECOMPUTED else "not recomputed"
-    return f"with {' and '.join(parts)} recomputed"
+def _said(recomputed: Recomputed) -> str:
+    if recomputed in (ALL_RECOMPUTED, NOTHING_RECOMPUTED):
+        return "recomputed" if recomputed == ALL_RECOMPUTED else "not recomputed"
+    return f"with {' and '.join(recomputed)} recomputed"
 
 
 def decoder_layers(model: nn.Module) -> dict[str, GradientCheckpointingLayer]:
@@ -75,7 +75,7 @@ def decoder_layers(model: nn.Module) -> dict[str, GradientCheckpointingLayer]:
     return found
 
 
-def parts_of(layer: nn.Module) -> Recomputed:
+def recomputable_children(layer: nn.Module) -> Recomputed:
     """The layer's children that can be recomputed by themselves.
 
     They hold linear modules or experts. A linear module itself is not among them: its input is nearly all that it
@@ -93,9 +93,9 @@ def _is_linear(module: nn.Module) -> bool:
 
 def choices_of(layer: nn.Module) -> list[Recomputed]:
     """All that may be recomputed of a layer, from all of it to nothing."""
-    parts = parts_of(layer)
-    sizes = range(len(parts), 0, -1) if len(parts) <= _MOST_CHILDREN else sorted({1, len(parts)}, reverse=True)
-    return [ALL_RECOMPUTED, *(chosen for size in sizes for chosen in combinations(parts, size)), NOTHING_RECOMPUTED]
+    children = recomputable_children(layer)
+    sizes = range(len(children), 0, -1) if len(children) <= _MOST_CHILDREN else sorted({1, len(children)}, reverse=True)
+    return [ALL_RECOMPUTED, *(chosen for size in sizes for chosen in combinations(children, size)), NOTHING_RECOMPUTED]
 
 
 def checkpoint_layers(
@@ -139,10 +139,10 @@ def checkpoint_layers(
             module.gradient_checkpointing = False
         if isinstance(replaced := vars(module).get("forward"), _RecomputedForward):
             replaced.take_off()
-    for layer, parts in zip(layers, recomputed.layers, strict=True):
-        if parts == ALL_RECOMPUTED:
+    for layer, chosen in zip(layers, recomputed.layers, strict=True):
+        if chosen == ALL_RECOMPUTED:
             layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, run
-        for name in parts if parts != ALL_RECOMPUTED else ():
+        for name in chosen if chosen != ALL_RECOMPUTED else ():
             _RecomputedForward(layer.get_submodule(name), run)
     return recomputed
 

@@ -83,34 +83,34 @@ ACTIVATIONS = (_silu(), _gelu("none"), _gelu("tanh"))
 # ---------------------------------------------------------------------------------------------- one input, any outputs
 
 
-def lora_linear(x: Tensor, parts: Sequence[LoraWeights]) -> tuple[Tensor, ...]:
-    """x (…, in) through every part → (…, out) each; x in the dtype of the products.
+def lora_linear(x: Tensor, layers: Sequence[LoraWeights]) -> tuple[Tensor, ...]:
+    """x (…, in) through every layer → (…, out) each; x in the dtype of matrix products.
 
     A trained bias gets its gradient too.
     """
-    parts = [part.to(x.dtype) for part in parts]
+    layers = [layer.to(x.dtype) for layer in layers]
     flat = x.reshape(-1, x.shape[-1])
-    z = _Keep.apply(flat, *(part.A for part in parts))
-    outputs = _LoraLinear.apply(flat, z, parts, *_trained(parts))
+    z = _Keep.apply(flat, *(layer.A for layer in layers))
+    outputs = _LoraLinear.apply(flat, z, layers, *_trained(layers))
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
-def lora_linear_reference(x: Tensor, parts: Sequence[LoraWeights]) -> tuple[Tensor, ...]:
+def lora_linear_reference(x: Tensor, layers: Sequence[LoraWeights]) -> tuple[Tensor, ...]:
     """The same by autograd."""
-    parts = [part.to(x.dtype) for part in parts]
-    return tuple(_reference(x, part) for part in parts)
+    layers = [layer.to(x.dtype) for layer in layers]
+    return tuple(_reference(x, layer) for layer in layers)
 
 
-def _reference(x: Tensor, part: LoraWeights) -> Tensor:
+def _reference(x: Tensor, layer: LoraWeights) -> Tensor:
     linear = torch.nn.functional.linear
-    branch = linear(linear(x, part.A), part.B) * part.scaling
-    y = frozen_linear(x, part.weight) + branch
-    return y if part.bias is None else y + part.bias
+    branch = linear(linear(x, layer.A), layer.B) * layer.scaling
+    y = frozen_linear(x, layer.weight) + branch
+    return y if layer.bias is None else y + layer.bias
 
 
-def _trained(parts: Sequence[LoraWeights]) -> list[Tensor | None]:
-    """A, B and bias of every part, in the order in which gradients come back."""
-    return [tensor for part in parts for tensor in (part.A, part.B, part.bias)]
+def _trained(layers: Sequence[LoraWeights]) -> list[Tensor | None]:
+    """A, B and bias of every layer, in the order in which gradients come back."""
+    return [tensor for layer in layers for tensor in (layer.A, layer.B, layer.bias)]
 
 
 def _stacked(matrices: Sequence[Tensor]) -> Tensor:
@@ -134,55 +134,55 @@ class _Keep(torch.autograd.Function):
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, z: Tensor, parts: Sequence[LoraWeights], *trained: Tensor | None):
-        ctx.saving_node, ctx.parts = z.grad_fn, parts
-        return tuple(_outputs(x, z, parts))
+    def forward(ctx, x: Tensor, z: Tensor, layers: Sequence[LoraWeights], *trained: Tensor | None):
+        ctx.saving_node, ctx.layers = z.grad_fn, layers
+        return tuple(_outputs(x, z, layers))
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         x, z = ctx.saving_node.saved_tensors
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         grads = [grad.contiguous() for grad in grads]
-        dz, trained = _adapter_gradients(x, z, grads, ctx.parts, needs)
-        return _input_gradient(dz, grads, ctx.parts) if needs_x else None, None, None, *trained
+        dz, trained = _adapter_gradients(x, z, grads, ctx.layers, needs)
+        return _input_gradient(dz, grads, ctx.layers) if needs_x else None, None, None, *trained
 
 
-def _outputs(x: Tensor, z: Tensor, parts: Sequence[LoraWeights]) -> list[Tensor]:
+def _outputs(x: Tensor, z: Tensor, layers: Sequence[LoraWeights]) -> list[Tensor]:
     outputs, begin = [], 0
-    for part in parts:
-        end = begin + part.A.shape[0]
-        y = matmul(x, part.weight.dense(x.dtype).T)
-        y.addmm_(z[:, begin:end], part.B.T, alpha=part.scaling)
-        outputs.append(y if part.bias is None else y.add_(part.bias))
+    for layer in layers:
+        end = begin + layer.A.shape[0]
+        y = matmul(x, layer.weight.dense(x.dtype).T)
+        y.addmm_(z[:, begin:end], layer.B.T, alpha=layer.scaling)
+        outputs.append(y if layer.bias is None else y.add_(layer.bias))
         begin = end
     return outputs
 
 
 def _adapter_gradients(
-    x: Tensor, z: Tensor, grads: Sequence[Tensor], parts: Sequence[LoraWeights], needs: Sequence[bool]
+    x: Tensor, z: Tensor, grads: Sequence[Tensor], layers: Sequence[LoraWeights], needs: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The gradient of z, (tokens, Σr), and those of A, B and bias of every part."""
+    """The gradient of z, (tokens, Σr), and those of A, B and bias of every layer."""
     dz = torch.empty_like(z)
     of_B, of_bias, begin = [], [], 0
-    for index, (part, grad) in enumerate(zip(parts, grads, strict=True)):
-        end = begin + part.A.shape[0]
-        of_B.append(matmul(z[:, begin:end].T, grad).T.mul_(part.scaling))  # (r, out), turned: faster than (out, r)
-        dz[:, begin:end] = matmul(grad, part.B)
-        dz[:, begin:end].mul_(part.scaling)
+    for index, (layer, grad) in enumerate(zip(layers, grads, strict=True)):
+        end = begin + layer.A.shape[0]
+        of_B.append(matmul(z[:, begin:end].T, grad).T.mul_(layer.scaling))  # (r, out), turned: faster than (out, r)
+        dz[:, begin:end] = matmul(grad, layer.B)
+        dz[:, begin:end].mul_(layer.scaling)
         of_bias.append(grad.sum(0) if needs[3 * index + 2] else None)
         begin = end
-    of_A = matmul(dz.T, x).split([part.A.shape[0] for part in parts])
+    of_A = matmul(dz.T, x).split([layer.A.shape[0] for layer in layers])
     return dz, [gradient for group in zip(of_A, of_B, of_bias, strict=True) for gradient in group]
 
 
-def _input_gradient(dz: Tensor, grads: Sequence[Tensor], parts: Sequence[LoraWeights]) -> Tensor:
+def _input_gradient(dz: Tensor, grads: Sequence[Tensor], layers: Sequence[LoraWeights]) -> Tensor:
     """The gradient of x, (tokens, in): through every base weight, and through the A's."""
     dx = None
-    for part, grad in zip(parts, grads, strict=True):
-        weight = part.weight.dense(grad.dtype)
+    for layer, grad in zip(layers, grads, strict=True):
+        weight = layer.weight.dense(grad.dtype)
         dx = matmul(grad, weight) if dx is None else matmul_add(grad, weight, dx)
         del weight
-    return dx.addmm_(dz, _stacked([part.A for part in parts]))
+    return dx.addmm_(dz, _stacked([layer.A for layer in layers]))
 
 
 # ---------------------------------------------------------------------------------------------- the gated MLP
@@ -197,14 +197,14 @@ def lora_gated_mlp(
         tile: tokens that gate and up are made for at a time; backward makes them again, tile by tile, and x is all that
             is kept. None keeps gate and up of all tokens.
     """
-    parts = [part.to(x.dtype) for part in (gate, up, down)]
+    layers = [layer.to(x.dtype) for layer in (gate, up, down)]
     flat = x.reshape(-1, x.shape[-1])
     if tile is not None and flat.shape[0] > tile:
         z = _Keep.apply(flat, gate.A, up.A)
-        y = _LoraGatedTiles.apply(flat, z, parts, activation, tile, *_trained(parts))
+        y = _LoraGatedTiles.apply(flat, z, layers, activation, tile, *_trained(layers))
     else:
-        gated, upped = _KeepGated.apply(flat, parts[:2], *_trained(parts[:2]))
-        y = _LoraGated.apply(flat, gated, upped, parts, activation, *_trained(parts))
+        gated, upped = _KeepGated.apply(flat, layers[:2], *_trained(layers[:2]))
+        y = _LoraGated.apply(flat, gated, upped, layers, activation, *_trained(layers))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -220,10 +220,10 @@ class _KeepGated(torch.autograd.Function):
     """gate(x) and up(x), (tokens, intermediate) each; saves them, x and z."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, parts: Sequence[LoraWeights], *trained: Tensor | None):
+    def forward(ctx, x: Tensor, layers: Sequence[LoraWeights], *trained: Tensor | None):
         ctx.set_materialize_grads(False)
-        z = matmul(x, _stacked([part.A for part in parts]).T)
-        gated, upped = _outputs(x, z, parts)
+        z = matmul(x, _stacked([layer.A for layer in layers]).T)
+        gated, upped = _outputs(x, z, layers)
         ctx.save_for_backward(x, z, gated, upped)
         return gated, upped
 
@@ -234,26 +234,26 @@ class _KeepGated(torch.autograd.Function):
 
 class _LoraGated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gated: Tensor, upped: Tensor, parts, activation: Activation, *trained: Tensor | None):
-        ctx.saving_node, ctx.parts, ctx.activation = gated.grad_fn, parts, activation
-        return _gated_output(activation.function(gated).mul_(upped), parts[2])
+    def forward(ctx, x, gated: Tensor, upped: Tensor, layers, activation: Activation, *trained: Tensor | None):
+        ctx.saving_node, ctx.layers, ctx.activation = gated.grad_fn, layers, activation
+        return _gated_output(activation.function(gated).mul_(upped), layers[2])
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, z, *inner = ctx.saving_node.saved_tensors
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
-        dx, trained = _gated_gradients(x, z, inner, grad.contiguous(), ctx.parts, ctx.activation, needs_x, needs)
+        dx, trained = _gated_gradients(x, z, inner, grad.contiguous(), ctx.layers, ctx.activation, needs_x, needs)
         return dx, None, None, None, None, *trained
 
 
 class _LoraGatedTiles(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, z: Tensor, parts, activation: Activation, tile: int, *trained: Tensor | None):
-        ctx.saving_node, ctx.parts, ctx.activation, ctx.tile = z.grad_fn, parts, activation, tile
-        y = x.new_empty(x.shape[0], parts[2].B.shape[0])
+    def forward(ctx, x, z: Tensor, layers, activation: Activation, tile: int, *trained: Tensor | None):
+        ctx.saving_node, ctx.layers, ctx.activation, ctx.tile = z.grad_fn, layers, activation, tile
+        y = x.new_empty(x.shape[0], layers[2].B.shape[0])
         for rows in _tiles(x, tile):
-            gated, upped = _outputs(x[rows], z[rows], parts[:2])
-            y[rows] = _gated_output(activation.function(gated).mul_(upped), parts[2])
+            gated, upped = _outputs(x[rows], z[rows], layers[:2])
+            y[rows] = _gated_output(activation.function(gated).mul_(upped), layers[2])
             del gated, upped
         return y
 
@@ -264,9 +264,9 @@ class _LoraGatedTiles(torch.autograd.Function):
         dx = torch.empty_like(x) if needs_x else None
         sums: list[Tensor | None] = [None] * len(needs)  # in fp32: many tiles would round a 16-bit sum many times
         for rows in _tiles(x, ctx.tile):
-            inner = _outputs(x[rows], z[rows], ctx.parts[:2])
+            inner = _outputs(x[rows], z[rows], ctx.layers[:2])
             of_x, trained = _gated_gradients(
-                x[rows], z[rows], inner, grad[rows].contiguous(), ctx.parts, ctx.activation, needs_x, needs
+                x[rows], z[rows], inner, grad[rows].contiguous(), ctx.layers, ctx.activation, needs_x, needs
             )
             if needs_x:
                 dx[rows] = of_x
@@ -284,7 +284,7 @@ def _gated_output(h: Tensor, down: LoraWeights) -> Tensor:
 
 
 def _gated_gradients(
-    x: Tensor, z: Tensor, inner: list[Tensor], grad: Tensor, parts: Sequence[LoraWeights], activation: Activation,
+    x: Tensor, z: Tensor, inner: list[Tensor], grad: Tensor, layers: Sequence[LoraWeights], activation: Activation,
     needs_x: bool, needs: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     """The gradient of x (None where not needed), and of A, B and bias of gate, up and down.
@@ -294,7 +294,7 @@ def _gated_gradients(
     """
     gated, upped = inner
     inner.clear()
-    *parts, down = parts
+    *layers, down = layers
     active = activation.function(gated)
     h = active * upped
     dz, of_down = _adapter_gradients(h, matmul(h, down.A.T), [grad], [down], needs[6:])
@@ -304,5 +304,5 @@ def _gated_gradients(
     d_gate = activation.gradient(dh.mul_(upped), gated)
     del dh, gated, upped
     grads = [d_gate, d_up]
-    dz, of_parts = _adapter_gradients(x, z, grads, parts, needs[:6])
-    return _input_gradient(dz, grads, parts) if needs_x else None, [*of_parts, *of_down]
+    dz, of_layers = _adapter_gradients(x, z, grads, layers, needs[:6])
+    return _input_gradient(dz, grads, layers) if needs_x else None, [*of_layers, *of_down]

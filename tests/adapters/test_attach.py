@@ -180,7 +180,7 @@ def test_a_bias_that_belongs_to_a_whole_module_is_trained_once(folder):
         ("llama", "lm_haed", "adapter.modules_to_save: no module 'lm_haed'; did you mean 'lm_head'?"),
         ("llama", "act_fn", "adapter.modules_to_save: 'act_fn' has no weights; leave it out"),
         ("mixtral", "experts", "adapter.modules_to_save: model.layers.0.mlp.experts holds experts, which cannot be "
-                               "fully trained"),
+                               "fully trained; leave it out"),
     ],
 )  # fmt: skip
 def test_modules_that_cannot_be_fully_trained(folder, family, wanted, line):

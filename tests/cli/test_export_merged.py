@@ -126,7 +126,7 @@ def test_nf4_says_beforehand_that_it_rounds_away(here: Path):
     for base in ("dequantized", "original"):
         options = ("--format", "nf4", "--base", base, "--overwrite")
         result = CliRunner().invoke(main, [*EXPORT, *PLAIN, *options])
-        told[base] = "--base original keeps more (98 %)" in result.stderr
+        told[base] = "give --base original, which keeps more (98 %)" in result.stderr
         lines = result.stdout.splitlines()
         assert lines[1] == "not verified: not asked for" and lines[2].startswith("  update kept ")
         assert lines[3].startswith("warning: update kept ") and ("--base original" in lines[3]) == told[base]

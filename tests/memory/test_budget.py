@@ -95,7 +95,7 @@ def costs() -> Costs:
     return Costs.of(auto(), llama(), SHAPE, torch.float32)
 
 
-# ------------------------------------------------------------------------------------------------- what parts cost
+# ------------------------------------------------------------------------------------------------- what layers cost
 
 
 def test_what_is_kept_falls_as_more_is_recomputed():
@@ -108,11 +108,11 @@ def test_what_is_kept_falls_as_more_is_recomputed():
 
 def test_kept_bytes_are_what_each_layer_adds_to_the_measured_peak(costs: Costs):
     """A layer more that keeps this or that, somewhere in the middle."""
-    kept_bytes = {cost.parts: cost.kept_bytes for cost in costs.layers[1]}
+    kept_bytes = {cost.recomputed: cost.kept_bytes for cost in costs.layers[1]}
     assert kept_bytes.keys() == {NONE, ATTENTION, MLP, BOTH, ALL}
-    for parts in (ATTENTION, MLP, BOTH, ALL):
-        less = measured([NONE] * 3) - measured([NONE, parts, NONE])
-        assert less == pytest.approx(kept_bytes[NONE] - kept_bytes[parts], rel=0.01)
+    for choice in (ATTENTION, MLP, BOTH, ALL):
+        less = measured([NONE] * 3) - measured([NONE, choice, NONE])
+        assert less == pytest.approx(kept_bytes[NONE] - kept_bytes[choice], rel=0.01)
 
 
 def test_flops_of_what_is_recomputed(costs: Costs):
@@ -128,8 +128,8 @@ def test_flops_of_what_is_recomputed(costs: Costs):
     attention = 2 * 2 * SHAPE.rows * 4 * SHAPE.length * SHAPE.length * 16 // 2
     qkv = linear(64, 64) + 2 * linear(64, 32) + branch(64 + 2 * 32)
     gate_up = 2 * (linear(64, 128) + branch(128))
-    found = {cost.parts: cost.flops for cost in costs.layers[2]}
-    # What a part ends in is not recomputed, but for its x·Aᵀ where that is kept for backward.
+    found = {cost.recomputed: cost.flops for cost in costs.layers[2]}
+    # What a child ends in is not recomputed, but for its x·Aᵀ where that is kept for backward.
     rest = {"o": linear(64, 64, base=0), "down": linear(128, 64, base=0)}
     assert found[NONE] == 0
     assert found[ATTENTION] in (qkv + attention, qkv + attention + rest["o"], qkv + attention + rest["o"] + branch(64))
@@ -179,10 +179,10 @@ def test_the_choice_stays_within_the_budget_and_nothing_more_would(share, extrem
     found = measured(layers)
     assert found <= size
     assert choice.predicted.peak_bytes == pytest.approx(found, rel=0.01)
-    by_choice = {cost.parts: cost.kept_bytes for cost in costs.layers[1]}
+    by_choice = {cost.recomputed: cost.kept_bytes for cost in costs.layers[1]}
     assert size - found < by_choice[NONE] - by_choice[ALL]  # no layer more fits
-    for number, parts in enumerate(layers):
-        if share == 0.8 and parts != NONE:
+    for number, recomputed in enumerate(layers):
+        if share == 0.8 and recomputed != NONE:
             assert measured([*layers[:number], NONE, *layers[number + 1 :]]) > size
 
 

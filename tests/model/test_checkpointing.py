@@ -20,7 +20,7 @@ from qlora_tool.model.checkpointing import (
     checkpointed_modules,
     choices_of,
     decoder_layers,
-    parts_of,
+    recomputable_children,
 )
 from qlora_tool.model.load import load_base
 from qlora_tool.model.slots import Quantization
@@ -71,26 +71,26 @@ def test_gradients_are_the_same_whatever_is_recomputed(family, dropout, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("family", "parts"),
+    ("family", "children"),
     [("llama", BOTH), ("mixtral", BOTH), ("gpt2", ("attn", "mlp")), ("opt", ATTENTION),
      ("gpt_neox", ("attention", "mlp"))],
 )  # fmt: skip
-def test_parts_are_found_by_what_they_hold(family, parts, tmp_path):
+def test_children_are_found_by_what_they_hold(family, children, tmp_path):
     """OPT's fc1 and fc2 are linear modules of the layer itself: recomputing one alone would save nothing."""
     model, _ = adapted(family, tmp_path)
     layer, _ = decoder_layers(model.module).values()
-    assert parts_of(layer) == parts
+    assert recomputable_children(layer) == children
     choices = choices_of(layer)
     assert choices[0] == ALL_RECOMPUTED and choices[-1] == NOTHING_RECOMPUTED
-    assert len(choices) == len(set(choices)) == 1 + 2 ** len(parts)
+    assert len(choices) == len(set(choices)) == 1 + 2 ** len(children)
 
 
 @pytest.mark.parametrize(
-    ("parts", "expected"),
+    ("children", "expected"),
     [
         # Of all that a layer computes, only what its last product gives is not needed in backward.
         (ALL_RECOMPUTED, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}),
-        # What a part gives is kept, so neither is o_proj's.
+        # What a child gives is stored, so neither is o_proj's.
         (BOTH, {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}),
         (ATTENTION, {"q_proj", "k_proj", "v_proj"}),
         (MLP, {"gate_proj", "up_proj"}),
@@ -98,7 +98,7 @@ def test_parts_are_found_by_what_they_hold(family, parts, tmp_path):
     ],
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.2])  # fused, and not
-def test_no_product_is_recomputed_that_nobody_needs(parts, expected, dropout, tmp_path, monkeypatch):
+def test_no_product_is_recomputed_that_nobody_needs(children, expected, dropout, tmp_path, monkeypatch):
     model, adapters = adapted("llama", tmp_path, dropout)
     recomputing, asked, dense = [], Counter(), WeightHandle.dense
     names = {module: name.removesuffix(".weight").rpartition(".")[2] for name, module in model.module.named_modules()
@@ -117,7 +117,7 @@ def test_no_product_is_recomputed_that_nobody_needs(parts, expected, dropout, tm
         return dense(self, *rest)
 
     monkeypatch.setattr(WeightHandle, "dense", counted)
-    model.checkpoint_layers(Recomputation.uniform(parts, 2), around)
+    model.checkpoint_layers(Recomputation.uniform(children, 2), around)
     gradients(model, adapters)
     assert asked == dict.fromkeys(expected, 2)
     assert not recomputing

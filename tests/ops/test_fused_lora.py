@@ -32,7 +32,7 @@ class Handle:
         return self.value.to(dtype) if self.kind is None else self.value.dequantize(dtype)
 
 
-def make_part(out, width, r, *, seed, kind=None, dtype=torch.float32, bias=False, bias_trained=False) -> LoraWeights:
+def make_layer(out, width, r, *, seed, kind=None, dtype=torch.float32, bias=False, bias_trained=False) -> LoraWeights:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -45,18 +45,18 @@ def make_part(out, width, r, *, seed, kind=None, dtype=torch.float32, bias=False
     )  # fmt: skip
 
 
-def exact(part: LoraWeights) -> LoraWeights:
+def exact(layer: LoraWeights) -> LoraWeights:
     """The same numbers in fp64, with gradients of their own."""
 
     def copied(tensor):
         return None if tensor is None else tensor.detach().double().requires_grad_(tensor.requires_grad)
 
-    dense = part.weight.dense(torch.float32).double()
-    return LoraWeights(Handle(dense), copied(part.A), copied(part.B), part.scaling, copied(part.bias))
+    dense = layer.weight.dense(torch.float32).double()
+    return LoraWeights(Handle(dense), copied(layer.A), copied(layer.B), layer.scaling, copied(layer.bias))
 
 
-def trained(parts):
-    return [t for part in parts for t in (part.A, part.B, part.bias) if t is not None and t.requires_grad]
+def trained(layers):
+    return [t for layer in layers for t in (layer.A, layer.B, layer.bias) if t is not None and t.requires_grad]
 
 
 def assert_equal_within(found, expected, dtype, terms):
@@ -81,20 +81,20 @@ CASES = [
 def test_gradients_are_autograds_whatever_the_shapes(dtype, kind, draw):
     width, r = draw.choice([32, 48, 64]), draw.choice([1, 3, 8])
     bias, bias_trained = draw.random() < 0.5, draw.random() < 0.5
-    parts = [
-        make_part(draw.choice([16, 40, 96]), width, r + index, seed=index, kind=kind, dtype=dtype, bias=bias,
+    layers = [
+        make_layer(draw.choice([16, 40, 96]), width, r + index, seed=index, kind=kind, dtype=dtype, bias=bias,
                   bias_trained=bias_trained)
         for index in range(draw.choice([1, 2, 3]))
     ]  # fmt: skip
     shape = draw.choice([(5,), (2, 7), (1,), (0,), (1, 1)])
     x = torch.randn(*shape, width, generator=torch.Generator().manual_seed(9)).to(dtype)
     x.requires_grad_(needs_x := draw.random() < 0.8)
-    outputs = lora_linear(x, parts)
+    outputs = lora_linear(x, layers)
     grads = [torch.randn(y.shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i, y in enumerate(outputs)]
-    wanted = [x] * needs_x + trained(parts)
+    wanted = [x] * needs_x + trained(layers)
     found = torch.autograd.grad(outputs, wanted, grads)
 
-    exact_parts, exact_x = [exact(part) for part in parts], x.detach().double().requires_grad_(needs_x)
+    exact_parts, exact_x = [exact(layer) for layer in layers], x.detach().double().requires_grad_(needs_x)
     expected = lora_linear_reference(exact_x, exact_parts)
     wanted = [exact_x] * needs_x + trained(exact_parts)
     exact_grads = torch.autograd.grad(expected, wanted, [grad.double() for grad in grads])
@@ -108,58 +108,58 @@ def test_gradients_are_autograds_whatever_the_shapes(dtype, kind, draw):
 @pytest.mark.parametrize("tile", [None, 3, 10])
 def test_the_gated_mlp_is_autograds(activation, dtype, kind, bias, tile):
     options = {"kind": kind, "dtype": dtype, "bias": bias, "bias_trained": True}
-    parts = [make_part(48, 32, 4, seed=1, **options), make_part(48, 32, 3, seed=2, **options)]
-    parts.append(make_part(32, 48, 5, seed=3, **options))
+    layers = [make_layer(48, 32, 4, seed=1, **options), make_layer(48, 32, 3, seed=2, **options)]
+    layers.append(make_layer(32, 48, 5, seed=3, **options))
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
-    y = lora_gated_mlp(x, *parts, activation, tile)
+    y = lora_gated_mlp(x, *layers, activation, tile)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    found = torch.autograd.grad(y, [x, *trained(parts)], grad)
+    found = torch.autograd.grad(y, [x, *trained(layers)], grad)
 
-    exact_parts, exact_x = [exact(part) for part in parts], x.detach().double().requires_grad_()
+    exact_parts, exact_x = [exact(layer) for layer in layers], x.detach().double().requires_grad_()
     expected = lora_gated_mlp_reference(exact_x, *exact_parts, activation)
     exact_grads = torch.autograd.grad(expected, [exact_x, *trained(exact_parts)], grad.double())
     assert_equal_within([y], [expected], dtype, 16)
     assert_equal_within(found, exact_grads, dtype, 16)
 
 
-def test_what_is_kept_is_the_input_once_and_x_times_A():
-    parts = [make_part(96, 64, 4, seed=1), make_part(32, 64, 4, seed=2)]
+def test_what_is_saved_is_the_input_once_and_x_times_A():
+    layers = [make_layer(96, 64, 4, seed=1), make_layer(32, 64, 4, seed=2)]
     kept = []
     x = torch.randn(10, 64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        lora_linear(x, parts)
+        lora_linear(x, layers)
     assert sorted(tuple(t.shape) for t in kept) == [(10, 8), (10, 64)]
     assert {t.data_ptr() for t in kept if t.shape == x.shape} == {x.data_ptr()}
 
 
 def test_the_gated_mlp_keeps_gate_and_up_and_neither_activation_nor_product():
-    parts = [make_part(96, 64, 4, seed=1), make_part(96, 64, 4, seed=2), make_part(64, 96, 4, seed=3)]
+    layers = [make_layer(96, 64, 4, seed=1), make_layer(96, 64, 4, seed=2), make_layer(64, 96, 4, seed=3)]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
-        lora_gated_mlp(torch.randn(10, 64, requires_grad=True), *parts, ACTIVATIONS[0])
+        lora_gated_mlp(torch.randn(10, 64, requires_grad=True), *layers, ACTIVATIONS[0])
     assert sorted(kept) == [(10, 8), (10, 64), (10, 96), (10, 96)]
 
 
 def test_a_tiled_mlp_keeps_its_input_alone_and_makes_no_more_than_a_tile():
-    parts = [make_part(96, 64, 4, seed=1), make_part(96, 64, 4, seed=2), make_part(64, 96, 4, seed=3)]
+    layers = [make_layer(96, 64, 4, seed=1), make_layer(96, 64, 4, seed=2), make_layer(64, 96, 4, seed=3)]
     kept, made = [], []
     silu = ACTIVATIONS[0]
     noting = Activation("noting", lambda t: made.append(tuple(t.shape)) or silu.function(t), silu.gradient)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
-        y = lora_gated_mlp(torch.randn(10, 64, requires_grad=True), *parts, noting, 4)
+        y = lora_gated_mlp(torch.randn(10, 64, requires_grad=True), *layers, noting, 4)
     y.sum().backward()
     assert sorted(kept) == [(10, 8), (10, 64)]
     assert made == [(4, 96), (4, 96), (2, 96)] * 2
 
 
-def test_what_was_kept_is_freed_by_backward():
-    part = make_part(96, 64, 4, seed=1)
-    (y,) = lora_linear(torch.randn(10, 64, requires_grad=True), [part])
+def test_what_was_saved_is_freed_by_backward():
+    layer = make_layer(96, 64, 4, seed=1)
+    (y,) = lora_linear(torch.randn(10, 64, requires_grad=True), [layer])
     total = y.sum()
     total.backward(retain_graph=True)
-    first, part.A.grad = part.A.grad, None
+    first, layer.A.grad = layer.A.grad, None
     total.backward()
-    assert torch.equal(part.A.grad, first)
+    assert torch.equal(layer.A.grad, first)
     with pytest.raises(RuntimeError, match="already been freed"):
         total.backward()
 
@@ -168,8 +168,8 @@ def test_nothing_of_the_size_of_the_weight_is_made_for_a_gradient():
     """The shapes of all results in backward: of (out, in), only the dequantized weight."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    part = make_part(96, 64, 4, seed=1, kind="nf4")
-    (y,) = lora_linear(torch.randn(10, 64, requires_grad=True), [part])
+    layer = make_layer(96, 64, 4, seed=1, kind="nf4")
+    (y,) = lora_linear(torch.randn(10, 64, requires_grad=True), [layer])
 
     class Shapes(TorchDispatchMode):
         def __init__(self):
@@ -191,38 +191,39 @@ def test_nothing_of_the_size_of_the_weight_is_made_for_a_gradient():
 
 @pytest.mark.parametrize("mlp", [False, True])
 def test_a_checkpointed_region_skips_the_base_product_it_ends_in(mlp):
-    parts = [make_part(96, 64, 4, seed=1), make_part(96, 64, 4, seed=2), make_part(64, 96, 4, seed=3)]
+    layers = [make_layer(96, 64, 4, seed=1), make_layer(96, 64, 4, seed=2), make_layer(64, 96, 4, seed=3)]
 
     def region(x):
         if mlp:
-            return lora_gated_mlp(x, *parts, ACTIVATIONS[0])
-        gate, up = lora_linear(x, parts[:2])
-        return lora_linear(torch.nn.functional.silu(gate) * up, parts[2:])[0]
+            return lora_gated_mlp(x, *layers, ACTIVATIONS[0])
+        gate, up = lora_linear(x, layers[:2])
+        return lora_linear(torch.nn.functional.silu(gate) * up, layers[2:])[0]
 
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    expected = torch.autograd.grad(region(x).sum(), [x, *trained(parts)])
-    for part in parts:
-        part.weight.asked = 0
-    found = torch.autograd.grad(checkpoint(region, x, use_reentrant=False).sum(), [x, *trained(parts)])
+    expected = torch.autograd.grad(region(x).sum(), [x, *trained(layers)])
+    for layer in layers:
+        layer.weight.asked = 0
+    found = torch.autograd.grad(checkpoint(region, x, use_reentrant=False).sum(), [x, *trained(layers)])
     # Forward, recomputation, backward; the last one: forward and backward alone.
-    assert [part.weight.asked for part in parts] == [3, 3, 2]
+    assert [layer.weight.asked for layer in layers] == [3, 3, 2]
     for value, wanted in zip(found, expected, strict=True):
         assert torch.equal(value, wanted)
 
 
-def test_without_gradients_nothing_is_kept():
-    part = make_part(96, 64, 4, seed=1)
+def test_without_gradients_nothing_is_saved():
+    layer = make_layer(96, 64, 4, seed=1)
     x = torch.randn(3, 64)
     with torch.no_grad():
-        (y,) = lora_linear(x, [part])
+        (y,) = lora_linear(x, [layer])
     assert not y.requires_grad
-    torch.testing.assert_close(y, lora_linear_reference(x, [part])[0].detach())
-    assert torch.no_grad()(lora_gated_mlp)(x, part, part, make_part(64, 96, 2, seed=2), ACTIVATIONS[0]).shape == (3, 64)
+    torch.testing.assert_close(y, lora_linear_reference(x, [layer])[0].detach())
+    down = make_layer(64, 96, 2, seed=2)
+    assert torch.no_grad()(lora_gated_mlp)(x, layer, layer, down, ACTIVATIONS[0]).shape == (3, 64)
 
 
 def test_adapters_of_another_dtype_get_gradients_of_their_own():
-    part = make_part(96, 64, 4, seed=1, bias=True, bias_trained=True)
-    (y,) = lora_linear(torch.randn(3, 64).bfloat16(), [part])
+    layer = make_layer(96, 64, 4, seed=1, bias=True, bias_trained=True)
+    (y,) = lora_linear(torch.randn(3, 64).bfloat16(), [layer])
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16
-    assert {t.grad.dtype for t in (part.A, part.B, part.bias)} == {torch.float32}
+    assert {t.grad.dtype for t in (layer.A, layer.B, layer.bias)} == {torch.float32}

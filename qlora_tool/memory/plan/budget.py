@@ -1,9 +1,9 @@
-"""`gradient_checkpointing: auto`: what is kept from forward to backward, as much as a budget allows.
+"""`gradient_checkpointing: auto`: what is stored from forward to backward, as much as a budget allows.
 
-Keeping a part of a layer costs bytes and saves floating point operations, and shallow models tell how many: one trace
-for each choice there is. The dearest recomputation per byte is kept first, in the last layers first: backward begins
-there, so what is kept there is gone before other layers are computed again. What comes out is confirmed by a full
-prediction, and what that shows too much is taken back.
+Storing the activations of a layer, or of its attention or MLP, costs bytes and saves floating point operations, and
+shallow models tell how many: one trace for each choice there is. The dearest recomputation per byte is avoided first,
+in the last layers first: backward begins there, so what is stored there is gone before other layers are computed again.
+What comes out is confirmed by a full prediction, and what that shows too much is taken back.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Choice:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Choice:
-        layers = tuple(tuple(str(part) for part in parts) for parts in values["recomputed"])
+        layers = tuple(tuple(str(child) for child in children) for children in values["recomputed"])
         return cls(Recomputation(layers), Breakdown.from_json(values["predicted"]), int(values["budget_bytes"]))
 
     def __str__(self) -> str:
@@ -257,4 +257,4 @@ class _Chooser:
 
 
 def _policy(chosen: Sequence[Cost]) -> Recomputation:
-    return Recomputation(tuple(cost.parts for cost in chosen))
+    return Recomputation(tuple(cost.recomputed for cost in chosen))

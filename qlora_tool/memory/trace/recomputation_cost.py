@@ -1,5 +1,5 @@
-"""What recomputing each part of each layer costs, and what keeping it takes, seen in shallow models: one trace for each
-choice there is."""
+"""What recomputing a layer or children of it costs, and what storing takes instead, seen in shallow models: one trace
+for each choice there is."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Cost:
     """What it costs to recompute some or all of one layer.
 
     Attributes:
-        parts: the layer's children that are recomputed.
+        recomputed: which of the layer's children, or all, or nothing.
         kept_bytes: of the layer, alive between forward and backward.
         flops: of what is computed again: products and attention's scores and sums.
     """
 
-    parts: Recomputed
+    recomputed: Recomputed
     kept_bytes: int
     flops: int
 
@@ -109,14 +109,14 @@ class Costs:
         shallow, names, choices, alike = shallow_model(config, model_config, compute_dtype)
         one_batch = with_values(config, {"training.gradient_accumulation_steps": 1})
         seen: dict[Recomputed, _Seen] = {}
-        for parts in dict.fromkeys([ALL_RECOMPUTED, *(parts for layer in choices for parts in layer)]):
-            policy = Recomputation(tuple(parts if parts in layer else NOTHING_RECOMPUTED for layer in choices))
-            seen[parts] = _Seen.of(predict(one_batch, shallow, shape, compute_dtype, policy, target), names)
-        costs = [[Cost(parts, seen[parts].kept_bytes[number], seen[parts].flops[number]) for parts in layer]
+        for choice in dict.fromkeys([ALL_RECOMPUTED, *(choice for layer in choices for choice in layer)]):
+            policy = Recomputation(tuple(choice if choice in layer else NOTHING_RECOMPUTED for layer in choices))
+            seen[choice] = _Seen.of(predict(one_batch, shallow, shape, compute_dtype, policy, target), names)
+        costs = [[Cost(choice, seen[choice].kept_bytes[number], seen[choice].flops[number]) for choice in layer]
                  for number, layer in enumerate(choices)]  # fmt: skip
         checkpointed = with_values(config, {"training.gradient_checkpointing": bool(costs)})
         whole = estimate_peak(checkpointed, model_config, shape, compute_dtype, target=target)
-        turns = {phase: {parts: found.turns[phase] for parts, found in seen.items()} for phase in TURNS}
+        turns = {phase: {choice: found.turns[phase] for choice, found in seen.items()} for phase in TURNS}
         layers = [costs[number] for number in alike]
         return cls(layers, *upgrades(layers), whole, turns, seen[ALL_RECOMPUTED].trace)
 
@@ -125,14 +125,14 @@ class Costs:
         phases = self.whole.phase_peak_bytes
         if not chosen:
             return self.whole.peak_bytes
-        recomputed = [next(cost for cost in layer if cost.parts == ALL_RECOMPUTED) for layer in self.layers]
+        recomputed = [next(cost for cost in layer if cost.recomputed == ALL_RECOMPUTED) for layer in self.layers]
         before = sum(cost.kept_bytes for cost in recomputed[:-1])
         highest = max(phases["load"], phases["optimizer"])
         for phase in TURNS:
             # Where all layers are alike the last one's turn takes the most, so this is what is there anyway.
             there = phases[phase] - before - self.turns[phase][ALL_RECOMPUTED]
             for cost in chosen:
-                highest = max(highest, there + self.turns[phase][cost.parts])
+                highest = max(highest, there + self.turns[phase][cost.recomputed])
                 there += cost.kept_bytes
         return highest
 
