@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ from qlora_tool.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def find_artifact(name: str, options: BaseOptions) -> Artifact:
                 "from its last checkpoint"
             )
         config = run.config()
-        base = _override(config.model, options)
+        base = _override(config.model, options, trained=True)
         return Artifact(name, base, read_adapter(run.adapter), config, base, options.model is not None)
     if path.is_dir() and is_adapter(path):
         stored = read_adapter(path)
@@ -93,9 +97,18 @@ def base_folder(artifact: Artifact) -> Path:
         raise type(error)([line + hint for line in error.lines]) from error
 
 
-def _override(model: ModelConfig, options: BaseOptions) -> ModelConfig:
+def _override(model: ModelConfig, options: BaseOptions, trained: bool = False) -> ModelConfig:
+    """The base with what the options say in its place.
+
+    Args:
+        trained: whether `model` is known to be what an adapter was trained on: another quantization is said.
+    """
     values = {"name_or_path": options.model, "quantization": options.quantization, "double_quant": options.double_quant}
     changed = {key: value for key, value in values.items() if value is not None}
+    for key, option in (("quantization", "--quantization"), ("double_quant", "--double-quant")):
+        if trained and key in changed and changed[key] != getattr(model, key):
+            logger.warning("%s %s: the adapter was trained on %s: what is opened now is another model than the trained "
+                           "one; leave the option out", option, changed[key], getattr(model, key))  # fmt: skip
     return model.model_copy(
         update=changed | {"device": options.device, "compute_dtype": options.compute_dtype, "keep_quantized": False}
     )
@@ -105,7 +118,7 @@ def _base_of(stored: StoredAdapter, options: BaseOptions) -> ModelConfig:
     """The base of an adapter outside a run: from its provenance, or from the options where PEFT alone made it."""
     if stored.provenance is not None:
         try:
-            return _override(_base_of_provenance(stored.provenance), options)
+            return _override(_base_of_provenance(stored.provenance), options, trained=True)
         except (KeyError, TypeError) as error:
             file = stored.folder / "qlora_tool.json"
             raise UserError(

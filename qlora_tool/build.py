@@ -25,6 +25,7 @@ from qlora_tool.adapters.initial import initial_settings, refuse_other_places
 from qlora_tool.adapters.peft_files import StoredAdapter, attach_stored, read_adapter
 from qlora_tool.config import Config, ModelConfig, with_values
 from qlora_tool.errors import ToolError
+from qlora_tool.methods import METHODS
 from qlora_tool.model.behaviour import behaviour_of
 from qlora_tool.model.cached_base import cached_base, write_cached_base
 from qlora_tool.model.causal_lm import CausalLM
@@ -260,6 +261,12 @@ def build(
         remarks.append(
             f"training.tiled_mlp: nothing is tiled, as {model.config.model_type} with {config.adapter.method} has no "
             "gated MLP that runs as one operation (plain LoRA without dropout on all of its modules)"
+        )
+    conv1d = [name for name in adapters.layers if model.module.get_submodule(name).transposed]
+    if conv1d and not METHODS[config.adapter.method].peft_takes_conv1d:
+        remarks.append(
+            f"adapter.method: {config.adapter.method}: PEFT cannot load it onto transformers' Conv1D ({conv1d[0]} and "
+            f"{len(conv1d) - 1} more here): this adapter is read by qlora-tool alone; export it merged for other tools"
         )
     if not model.projects_plainly:
         remarks.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -125,3 +126,12 @@ def test_a_missing_base_is_told_with_the_adapter_that_needs_it(base: Path, tmp_p
     with pytest.raises(UserError) as failure:
         base_folder(artifact_of(tmp_path / "gone"))
     assert "--model" not in str(failure.value)
+
+
+def test_another_quantization_than_the_one_trained_on_is_said(run: Path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
+    find_artifact(str(run), BaseOptions(quantization="fp4"))
+    assert not caplog.records
+    find_artifact(str(run), BaseOptions(quantization="int8"))
+    (record,) = caplog.records
+    assert "--quantization int8: the adapter was trained on fp4" in record.getMessage()

@@ -35,10 +35,19 @@ def initial_settings(stored: StoredAdapter, config: AdapterConfig) -> dict[str, 
         f"leave adapter.{key} out"
         for key, value in decided.items() if key in config.model_fields_set and getattr(config, key) != value
     ]  # fmt: skip
+    start = getattr(config, "init_lora_weights", "default")
+    if "init_lora_weights" in config.model_fields_set and start != "default":
+        faults.append(
+            f"adapter.init_lora_weights: {start}, but A and B start as adapter.init_from ({stored.folder}) has them; "
+            "leave one of the two out"
+        )
     if faults:
         raise UserError(faults)
+    by_layer = peft.get("layers_to_transform") or peft.get("layers_pattern")
+    if by_layer and "target_modules" not in config.model_fields_set:
+        decided["target_modules"] = sorted(stored.parts)
     for key in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
-        if peft.get(key) and key not in config.model_fields_set:
+        if peft.get(key) and key not in config.model_fields_set and key not in decided:
             decided[key] = peft[key]
     return {f"adapter.{key}": value for key, value in decided.items()}
 

@@ -177,7 +177,9 @@ def read_adapter(folder: Path) -> StoredAdapter:
     """
     config_file, weights_file = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if not config_file.exists():
-        raise UserError(f"{folder}: no {CONFIG_NAME} in it, so it is not an adapter's folder")
+        inside = folder / "adapter"
+        cure = f"; a run's adapter is {inside}" if (inside / CONFIG_NAME).exists() else ""
+        raise UserError(f"{folder}: no {CONFIG_NAME} in it, so it is not an adapter's folder{cure}")
     if not weights_file.exists():
         hint = "; its weights are a pickle: load and save it once with PEFT (safe_serialization is its default)" if (
             folder / "adapter_model.bin"

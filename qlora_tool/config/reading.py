@@ -35,6 +35,11 @@ def load_config(
     Raises:
         UserError: with one line for every fault found, each naming the file (or `--set`) and the key.
     """
+    if not isinstance(source, str | os.PathLike | Mapping | Config):
+        raise UserError(
+            "configuration: expected a file, the name of a recipe, a mapping of sections or a Config, found "
+            f"{found(source)}"
+        )
     draft = _Draft("configuration" if isinstance(source, Mapping | Config) else os.fspath(source))
     if isinstance(source, Config):
         draft.take(source)
@@ -44,11 +49,11 @@ def load_config(
         draft.read_file()
     if isinstance(overrides, Mapping):
         for key, value in overrides.items():
-            draft.overridden.add(key)
-            draft.set(key, _plain(value))
+            draft.overridden.add(str(key))
+            draft.set(str(key), _plain(value))
     else:
         for override in [overrides] if isinstance(overrides, str) else overrides:
-            draft.override(override)
+            draft.override(str(override))
     draft.read_other_names()
     config = draft.check()
     if draft.faults:

@@ -139,7 +139,7 @@ def _remove_leftovers(path: Path) -> None:
 def _is_running(process: int) -> bool:
     import psutil
 
-    return psutil.pid_exists(process)
+    return bool(psutil.pid_exists(process))
 
 
 def write_text(path: Path, text: str) -> None:

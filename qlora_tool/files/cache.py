@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
-from qlora_tool.files.atomic import disk_errors
+from qlora_tool.errors import MachineError
+from qlora_tool.files.atomic import disk_errors, write_json
+
+logger = logging.getLogger(__name__)
 
 CACHED = ("predictions", "bases", "demo", "products.json", "cuda.json", "hashes.json")
 
@@ -20,6 +26,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qlora-tool"
 
 
+def write_cached(file: Path, value: Any) -> None:
+    """Write JSON into the cache; where that cannot be done nothing but time is lost, which is said once."""
+    try:
+        write_json(file, value)
+    except (OSError, MachineError) as error:
+        _warn_unwritable(cache_folder(), " ".join(str(error).split()))
+
+
+@functools.cache
+def _warn_unwritable(folder: Path, reason: str) -> None:
+    logger.warning("the cache %s cannot be written, so that what it would save time for is done again in every run; "
+                   "set QLORA_TOOL_CACHE to a folder that you may write to (%s)", folder, reason)  # fmt: skip
+
+
 def clear_cache() -> int:
     """Delete what this project cached; other files in the folder stay.
 
@@ -29,6 +49,8 @@ def clear_cache() -> int:
     Raises:
         MachineError: some of it cannot be deleted.
     """
+    if cache_folder().exists() and not cache_folder().is_dir():
+        raise MachineError(f"the cache {cache_folder()} is a file; set QLORA_TOOL_CACHE to a folder")
     with disk_errors(cache_folder()):
         return sum(_delete(cache_folder() / name) for name in CACHED)
 

@@ -6,8 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from qlora_tool.files.atomic import write_json
-from qlora_tool.files.cache import cache_folder
+from qlora_tool.files.cache import cache_folder, write_cached
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
@@ -25,7 +24,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
             kept[key], changed = sha256(path), True
         hashes[path.name] = kept[key]
     if changed:
-        write_json(kept_file, kept)
+        write_cached(kept_file, kept)
     return hashes
 
 

@@ -98,6 +98,7 @@ class Method(ABC):
             files with such are refused.
         optional: those of its tensors that an adapter may be without.
         additive: whether it adds to the output of its module, so that several can be active together.
+        peft_takes_conv1d: whether PEFT can load it onto transformers' Conv1D.
         fp32: those of its tensors that are fp32 whatever the others are.
 
     Raises:
@@ -111,6 +112,7 @@ class Method(ABC):
     peft_unread: ClassVar[Mapping[str, str]] = {}
     optional: ClassVar[frozenset[str]] = frozenset()
     additive: ClassVar[bool] = True
+    peft_takes_conv1d: ClassVar[bool] = True
     fp32: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls) -> None:

@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_tool.files.atomic import write_json
-from qlora_tool.files.cache import cache_folder
+from qlora_tool.files.cache import cache_folder, write_cached
 
 PYTORCH, ONEDNN = "PyTorch", "oneDNN"
 FLOAT32, FLOAT32_ONEDNN, BFLOAT16 = "float32", "float32 oneDNN", "bfloat16"  # fp16 is never faster on a CPU
@@ -149,7 +148,7 @@ def _read(file: Path) -> dict[str, Speeds]:
 
 
 def _write(cached: dict[str, Speeds]) -> None:
-    write_json(_file(), {machine: asdict(found) for machine, found in cached.items()})
+    write_cached(_file(), {machine: asdict(found) for machine, found in cached.items()})
 
 
 def _machine() -> str:

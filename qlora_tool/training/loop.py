@@ -192,7 +192,7 @@ def _largest_batch(config: Config, data: RunData, padding_free: bool) -> Batch:
         trained = sum(examples[index].trained_tokens for row in rows for index in row)
         if padding_free and not packing:
             return sum(tokens), False, trained
-        return len(tokens) * max(tokens), len(set(tokens)) > 1, trained
+        return len(tokens) * max(tokens), not packing and len(set(tokens)) > 1, trained
 
     batches = (batch for epoch in range(min(epochs, EPOCHS_LOOKED_AT)) for batch in _epoch(config, lengths, epoch))
     chosen = [[examples[index] for index in row] for row in max(batches, key=size)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import peft
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from qlora_tool.adapters.adapter import Adapter, generator_for
 from qlora_tool.adapters.attach import attach
 from qlora_tool.adapters.peft_files import attach_stored, read_adapter, save_adapter
+from qlora_tool.build import Setup
 from qlora_tool.config import AdapterConfig, load_config
 from qlora_tool.errors import UserError
 from qlora_tool.methods import METHODS, loha
@@ -134,6 +137,47 @@ def test_nothing_of_the_weights_size_is_made_but_the_weight(monkeypatch):
     assert OUT * IN // 8 < largest.count <= OUT * IN // 4
 
 
+class Live(TorchDispatchMode):
+    """The most bytes that are there at once of what operators make under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and (key := leaf.untyped_storage()._cdata) not in given | self.known:
+                self.known.add(key)
+                self.bytes += leaf.untyped_storage().nbytes()
+                weakref.finalize(leaf.untyped_storage(), self.gone, key, leaf.untyped_storage().nbytes())
+        self.peak = max(self.peak, self.bytes)
+        return result
+
+    def gone(self, key: int, count: int) -> None:
+        self.known.discard(key)
+        self.bytes -= count
+
+
+def test_backward_never_holds_as_much_as_the_weight(monkeypatch):
+    """Of each piece of Δ: its two factors, Δ, and a gradient of each; so six pieces of a sixteenth at most."""
+    out_features = in_features = 512
+    monkeypatch.setattr(loha, "CHUNK", out_features * in_features // 16)
+    shapes = METHODS["loha"].shapes(out_features, in_features, 2)
+    layer = Adapter(METHODS["loha"], {name: noise(*shapes[name], seed=i) for i, name in enumerate(NAMES)},
+                    Settings(2, 4.0))  # fmt: skip
+    x = noise(3, in_features, seed=6).requires_grad_()
+    with Live() as live:
+        METHODS["loha"].branch(layer, x).sum().backward()
+    weight = out_features * in_features * 4
+    assert weight / 16 < live.peak < 7 / 16 * weight
+    with Live() as live:
+        (x @ layer.delta(torch.empty(0)).T).sum().backward()
+    assert live.peak > weight  # as it is where Δ is made
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return write_tiny("llama", tmp_path_factory.mktemp("base"))
@@ -191,3 +235,13 @@ def test_keys_that_loha_does_not_read_are_refused(setting, tmp_path):
     file.write_text(f"adapter: {{method: loha, {setting}}}")
     with pytest.raises(UserError, match=rf"adapter\.{setting.partition(':')[0]}.*loha"):
         load_config(str(file))
+
+
+def test_an_adapter_that_peft_cannot_load_onto_the_model_is_said(tmp_path):
+    """PEFT's LoHa has no form for transformers' Conv1D."""
+    for family, said in (("gpt2", 1), ("llama", 0)):
+        setup = Setup.of(load_config({
+            "model": {"name_or_path": write_tiny(family, tmp_path / family), "compute_dtype": "float32"},
+            "adapter": {"method": "loha"},
+        }))  # fmt: skip
+        assert sum("onto transformers' Conv1D" in remark for remark in setup.build().remarks) == said

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_adapters import disturb, peft_logits, write_adapter, write_peft_adapter
-from tiny_models import logits, read_by_transformers, read_tiny, tokens, write_tiny
+from tiny_models import logits, read_by_transformers, read_tiny, tiny_model, tokens, write_tiny
 from torch import Tensor
 
 from qlora_tool.adapters.attach import attach
@@ -312,3 +312,29 @@ def test_whole_tensors_that_do_not_fit_are_refused(base, tmp_path):
     change_tensors(adapter, lambda t: t.update({f"{PREFIX}model.scale": torch.zeros(1)}))
     lines = lines_of(attach_stored, read_tiny(base("llama")), read_adapter(adapter))
     assert lines[0] == f"{adapter}: replaces model.scale, which is not a parameter of this model"
+
+
+def test_a_start_from_an_adapter_on_some_layers_names_its_modules(tmp_path):
+    """Its own target_modules mean more modules than it is on."""
+    stored = read_adapter(made_by_peft(tmp_path, layers_to_transform=[1], layers_pattern="layers"))
+    assert stored.parts and all(".layers.1." in name for name in stored.parts)
+    assert initial_settings(stored, AdapterConfig())["adapter.target_modules"] == sorted(stored.parts)
+
+
+def test_a_start_of_its_own_beside_an_adapter_to_start_from_is_refused(tmp_path):
+    stored = read_adapter(made_by_peft(tmp_path))
+    initial_settings(stored, AdapterConfig(init_lora_weights="default"))
+    with pytest.raises(UserError, match=r"adapter\.init_lora_weights: gaussian, but A and B start as"):
+        initial_settings(stored, AdapterConfig(init_lora_weights="gaussian"))
+
+
+def test_the_folder_of_a_run_in_the_place_of_its_adapter(tmp_path):
+    made_by_peft(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"a run's adapter is .*adapter"):
+        read_adapter(tmp_path)
+
+
+def made_by_peft(folder: Path, **options) -> Path:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], **options)
+    peft.get_peft_model(tiny_model("llama"), config).save_pretrained(folder)
+    return folder

@@ -167,10 +167,11 @@ def test_both_sides_step_in_turn_from_the_same_start(model: Path, tmp_path: Path
 def test_the_plain_side_takes_no_fused_operation(model: Path, monkeypatch):
     from qlora_tool.adapters import fusion
     from qlora_tool.methods import lora
+    from qlora_tool.ops import lora as ops_lora
 
     calls = []
     monkeypatch.setattr(lora.Lora, "fused", True)  # the plain side sets it, for all of its process
-    for module, name in ((lora, "lora_linear"), (fusion, "lora_linear"), (fusion, "lora_gated_mlp")):
+    for module, name in ((ops_lora, "lora_linear"), (fusion, "lora_linear"), (fusion, "lora_gated_mlp")):
         monkeypatch.setattr(module, name, _counted(getattr(module, name), calls))
     asked = options(model, Path("none.jsonl"))
     config = scenarios.configuration(scenarios.SCENARIOS["curves"], asked)

@@ -83,6 +83,21 @@ def values_of(key: str) -> list[Any]:
 VALUES = {key: values_of(key) for key in KEYS}
 
 
+def with_company(key: str, value: Any) -> dict[str, Any]:
+    """A value, with those of other keys that it cannot go without."""
+    if key == "data.train":
+        return {key: value} | ({"data.train_on": "all"} if value.startswith("text") else {})
+    if key == "data.format" and value != "auto":
+        return {key: value} | with_company("data.train", f"{value}.jsonl")
+    if (key, value) == ("training.group_by_length", True):
+        return {key: value, "data.packing": False}
+    if (key, value) == ("training.optimizer_in_backward", True):
+        return {key: value, "training.max_grad_norm": 0}
+    if key == "training.eval_steps" and value is not None:
+        return {key: value, "data.eval": 0.2}
+    return {key: value}
+
+
 def rows(name: str, first: int, count: int) -> list[dict[str, Any]]:
     """Rows of a format with as many tokens each, no two alike: numbers of one digit are one token."""
     made = []

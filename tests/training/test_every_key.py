@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate.tracking import get_available_trackers
 from click.testing import CliRunner
-from key_values import KEYS, OMITTED, VALUES, values_of, write_inputs, written
+from key_values import KEYS, OMITTED, VALUES, values_of, with_company, write_inputs, written
 from tiny_runs import read_metrics
 
 from qlora_tool.cli import main
@@ -32,19 +32,6 @@ USUAL = {"data.eval": 0.2, "training.eval_steps": 1, "training.save_steps": 1, "
          "data.max_length": 96, "training.per_device_train_batch_size": 3}  # fmt: skip
 OF_THE_START = [key for key in KEYS if key.startswith("adapter.")
                 and key not in ("adapter.init_from", "adapter.lora_dropout", "adapter.loraplus_lr_ratio")]  # fmt: skip
-
-
-def with_company(key: str, value: Any) -> Run:
-    """A value, with those of other keys that it cannot go without."""
-    if key == "data.train":
-        return {key: value} | ({"data.train_on": "all"} if value.startswith("text") else {})
-    if key == "data.format" and value != "auto":
-        return {key: value} | with_company("data.train", f"{value}.jsonl")
-    if (key, value) == ("training.group_by_length", True):
-        return {key: value, "data.packing": False}
-    if (key, value) == ("training.optimizer_in_backward", True):
-        return {key: value, "training.max_grad_norm": 0}
-    return {key: value}
 
 
 WANTED: list[Run] = [

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from qlora_tool.errors import MachineError, UserError
-from qlora_tool.files.atomic import write_json
-from qlora_tool.files.cache import cache_folder
+from qlora_tool.files.cache import cache_folder, write_cached
 
 LARGEST_CONTEXT = 1_500_000_000  # bytes; more than any context known: someone else's memory
 _SIDE = 64
@@ -59,7 +58,7 @@ def calibrate(device: int = 0) -> Calibration:
             "takes: end the other programs that use it, then calibrate again"
         )
     measured = Calibration(name, context, forward, backward)
-    write_json(_file(), {**_kept(), _key(name): asdict(measured)})
+    write_cached(_file(), {**_kept(), _key(name): asdict(measured)})
     return measured
 
 

@@ -12,8 +12,7 @@ import torch
 
 from qlora_tool._version import __version__
 from qlora_tool.config import memory_settings
-from qlora_tool.files.atomic import write_json
-from qlora_tool.files.cache import cache_folder
+from qlora_tool.files.cache import cache_folder, write_cached
 from qlora_tool.ops.products import products_choice
 
 if TYPE_CHECKING:
@@ -62,5 +61,5 @@ def cached(
     except (OSError, ValueError, TypeError, KeyError):
         pass  # not made yet, or not readable
     found = make()
-    write_json(file, found.to_json())
+    write_cached(file, found.to_json())
     return found
