@@ -107,8 +107,8 @@ class ParameterSource:
             names = [name for _, name in group.sources]
             raise UserError(
                 f"{self.checkpoint.folder}: its tensors {missing_names(names, {})} cannot be combined into "
-                f"{group.target} ({str(error).splitlines()[0]}); some are missing, or config.json is another model's: download the "
-                "model again"
+                f"{group.target} ({str(error).splitlines()[0]}); some are missing, or config.json is "
+                "another model's: download the model again"
             ) from error
 
     def _read_plain(self, name: str) -> Tensor:
