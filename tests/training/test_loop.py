@@ -367,7 +367,8 @@ def test_a_token_that_the_model_does_not_know_in_an_evaluation_file(config, tmp_
     evaluation = tmp_path / "eval.jsonl"
     evaluation.write_text(json.dumps({"prompt": "a", "completion": "<new>"}))
     with pytest.raises(
-        UserError, match=f"gives token {len(tokenizer) - 1}, but the model knows only {len(tokenizer) - 1};"
+        UserError,
+        match=f"gives token {len(tokenizer) - 1}, but the model's vocabulary has {len(tokenizer) - 1} tokens;",
     ):
         train(config(model__name_or_path=str(model), data__eval=str(evaluation)))
 
