@@ -45,7 +45,7 @@ def initial_settings(stored: StoredAdapter, config: AdapterConfig) -> dict[str, 
         raise UserError(faults)
     by_layer = peft.get("layers_to_transform") or peft.get("layers_pattern")
     if by_layer and "target_modules" not in config.model_fields_set:
-        decided["target_modules"] = sorted(stored.parts)
+        decided["target_modules"] = sorted(stored.by_module)
     for key in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
         if peft.get(key) and key not in config.model_fields_set and key not in decided:
             decided[key] = peft[key]

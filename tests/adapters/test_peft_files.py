@@ -317,8 +317,8 @@ def test_whole_tensors_that_do_not_fit_are_refused(base, tmp_path):
 def test_a_start_from_an_adapter_on_some_layers_names_its_modules(tmp_path):
     """Its own target_modules mean more modules than it is on."""
     stored = read_adapter(made_by_peft(tmp_path, layers_to_transform=[1], layers_pattern="layers"))
-    assert stored.parts and all(".layers.1." in name for name in stored.parts)
-    assert initial_settings(stored, AdapterConfig())["adapter.target_modules"] == sorted(stored.parts)
+    assert stored.by_module and all(".layers.1." in name for name in stored.by_module)
+    assert initial_settings(stored, AdapterConfig())["adapter.target_modules"] == sorted(stored.by_module)
 
 
 def test_a_start_of_its_own_beside_an_adapter_to_start_from_is_refused(tmp_path):
