@@ -268,10 +268,10 @@ def test_what_export_refuses(here: Path):
     export = ("--output-dir", "merged")
     expected = {
         ("run", "--output-dir", "taken"): "taken: exists; give --overwrite to replace it, or another --output-dir",
-        ("run", "--output-dir", "taken", "--overwrite"): "taken: holds something else than a model, which --overwrite "
-        "would remove; give another --output-dir",
-        ("run", "--output-dir", ".", "--overwrite"): ".: holds something else than a model, which --overwrite would "
-        "remove; give another --output-dir",
+        ("run", "--output-dir", "taken", "--overwrite"): "taken: holds something other than a model, which "
+        "--overwrite would delete; give another --output-dir",
+        ("run", "--output-dir", ".", "--overwrite"): ".: holds something other than a model, which --overwrite "
+        "would delete; give another --output-dir",
         ("run", "--output-dir", "good.yaml"): "good.yaml: a file, where --output-dir expects a folder that does not "
         "exist yet",
         ("base", *export): "base: a model without an adapter; expected a run's folder or an adapter's",

@@ -223,7 +223,7 @@ def test_overwrite_replaces_models_alone_and_never_what_is_merged(base: Path, ad
     notes = tmp_path / "notes"
     notes.mkdir()
     (notes / "diary.txt").write_text("dear diary")
-    with pytest.raises(UserError, match=f"{notes}: holds something else than a model"):
+    with pytest.raises(UserError, match=f"{notes}: holds something other than a model"):
         export_merged(artifact_of(adapter), notes, ExportOptions(overwrite=True))
     with pytest.raises(UserError, match=f"{base}: holds the base, which is merged"):
         export_merged(artifact_of(adapter), base, ExportOptions(overwrite=True))

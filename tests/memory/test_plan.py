@@ -180,7 +180,7 @@ def test_the_margin_is_kept_free(roomy):
 
 def test_a_model_that_cannot_be_traced():
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    with pytest.raises(UserError, match="no causal language model"):
+    with pytest.raises(UserError, match="not a causal language model"):
         plan(asked(), BertConfig(**sizes), MIB, torch.float32)
 
 
