@@ -225,12 +225,12 @@ def test_overwrite_replaces_models_alone_and_never_what_is_merged(base: Path, ad
     (notes / "diary.txt").write_text("dear diary")
     with pytest.raises(UserError, match=f"{notes}: holds something other than a model"):
         export_merged(artifact_of(adapter), notes, ExportOptions(overwrite=True))
-    with pytest.raises(UserError, match=f"{base}: holds the base, which is merged"):
+    with pytest.raises(UserError, match=f"{base}: holds the base, which the merge reads"):
         export_merged(artifact_of(adapter), base, ExportOptions(overwrite=True))
     outer = tmp_path / "outer"
     shutil.copytree(base, outer)
     shutil.copytree(adapter, outer / "adapter")
-    with pytest.raises(UserError, match=f"{outer}: holds the adapter, which is merged"):
+    with pytest.raises(UserError, match=f"{outer}: holds the adapter, which the merge reads"):
         export_merged(artifact_of(outer / "adapter"), outer, ExportOptions(overwrite=True))
     assert (notes / "diary.txt").exists()
     assert contents(outer / "adapter") == contents(adapter)

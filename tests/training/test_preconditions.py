@@ -110,7 +110,8 @@ def without_weights(tmp_path: Path, config):
         ({"adapter__exclude_modules": ["up_poj"]}, ["adapter.exclude_modules: 'up_poj'", "did you mean 'up_proj'?"]),
         ({"adapter__modules_to_save": ["lm_haed"]}, ["adapter.modules_to_save: no module 'lm_haed'"]),
         ({"adapter__exclude_modules": ".*"}, ["adapter.exclude_modules: no module", "is left to adapt"]),
-        ({"family": "mixtral", "adapter__modules_to_save": ["experts"]}, ["holds experts, which cannot be fully trained"]),
+        ({"family": "mixtral", "adapter__modules_to_save": ["experts"]},
+         ["holds experts, which cannot be fully trained"]),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_the_model(without_weights, tmp_path: Path, values, said):
