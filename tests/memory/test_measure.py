@@ -109,3 +109,14 @@ def test_the_peak_of_every_way_to_step_is_the_predicted_one(values, dtype):
     unseen = 512 * 256 * 5 * 4 if config.training.optim == "adamw_8bit" else 0
     slack = (1e-3 if dtype == torch.float32 else 1e-2) * predicted
     assert predicted - slack <= measure.measure_peak(config, *arguments) <= predicted + unseen + slack
+
+
+def test_full_logits_take_their_gradient_once():
+    """A trained output projection: the gradient of the rows that count is put into zeros of all logits' size, in place
+    where no tracer watches. With a vocabulary that outweighs everything else that is the peak."""
+    config = with_values(Config(), {"adapter.r": 2, "adapter.modules_to_save": ["lm_head", "embed_tokens"]})
+    model = tiny_config("llama", vocab_size=8192)
+    arguments = config, model, BatchShape.full(2, 128), torch.float32
+    fake = timeline(predict(*arguments)).breakdown()
+    assert fake.peak_bytes == pytest.approx(measure.measure_peak(*arguments), rel=1e-4)
+    assert fake.peak_phase == "backward"

@@ -4,8 +4,8 @@ The same tracer watches fake tensors (a prediction) and real ones (a measurement
 was born, in which phase and by which operator, and when it died; what it was is decided afterwards (`classify`). What
 an operation of our own takes inside and gives back is what its declaration says.
 
-Two things that a dispatch mode itself changes are undone here: autograd then copies a leaf's gradient instead of taking
-it, and adds gradients that meet at a tensor out of place instead of in place.
+Three things that a dispatch mode itself changes are undone here: autograd then copies a leaf's gradient instead of
+taking it, and adds gradients that meet at a tensor, and puts those of chosen rows, out of place instead of in place.
 """
 
 from __future__ import annotations
@@ -266,6 +266,8 @@ class Tracer(TorchDispatchMode):
         name = "" if node is None else node.name()
         if operator == "aten::add" and _can_meet(args):
             return args[0].untyped_storage()  # gradients that meet at a tensor: the second is added to the first
+        if operator == "aten::index_put" and name.startswith("IndexBackward"):
+            return args[0].untyped_storage()  # the gradient of chosen rows: put into the zeros that were made for it
         if name.endswith("AccumulateGrad") and operator in _COPIES:
             return args[0].untyped_storage()  # a leaf's gradient: taken as it is
         return None
