@@ -102,11 +102,12 @@ def _behaviour_of(key: _ByText, trust_remote_code: bool) -> Behaviour:
 
 
 def _tried(question: Callable[[CausalLM], Any], model: CausalLM, what: str) -> Any:
-    """The answer; None where the family's code cannot be run like this, whatever it raises."""
+    """The answer; None, with a warning, where the family's code cannot be run like this, whatever it raises."""
     try:
         return question(model)
-    except Exception as error:
-        logger.debug("%s: %s cannot be tried: %s", model.config.model_type, what, error)
+    except Exception as error:  # what an unknown architecture's code raises can be anything
+        logger.warning("%s: %s is done without, as its first layers could not be tried on random numbers: %s",
+                       model.config.model_type, what, " ".join(str(error).split()) or type(error).__name__)  # fmt: skip
         return None
 
 

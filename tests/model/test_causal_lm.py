@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 
 import pytest
@@ -208,6 +209,17 @@ def test_keeping_packed_examples_apart_is_said_truly(family, tmp_path):
 def test_ordinary_families_are_packed():
     for family in ("llama", "qwen3", "gemma2", "mistral", "phi3", "mixtral", "gpt2"):
         assert behaviour_of(tiny_config(family)).keeps_apart == ("masks" if family == "gemma2" else "segments")
+
+
+def test_a_family_that_cannot_be_tried_is_padded_and_that_is_said(monkeypatch, caplog):
+    def refuse(_model):
+        raise RuntimeError("a shape that only real weights have")
+
+    monkeypatch.setattr("qlora_tool.model.behaviour.use_segments", refuse)
+    monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
+    behaviour = behaviour_of(tiny_config("llama", max_position_embeddings=98))  # of no other test
+    assert behaviour.keeps_apart is None and behaviour.projects_plainly
+    assert "llama: packing is done without" in caplog.text and "a shape that only real weights have" in caplog.text
 
 
 # -------------------------------------------------------------------------------------------------------------- bytes
