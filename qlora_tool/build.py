@@ -32,6 +32,7 @@ from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.load import load_base
 from qlora_tool.model.open import choose_device, choose_dtype
 from qlora_tool.model.random_source import RandomSource
+from qlora_tool.model.segments import leave_out_cudnn
 from qlora_tool.model.slots import Quantization
 from qlora_tool.model.source import read_model_config
 from qlora_tool.model.source import resolve as resolve_model
@@ -299,6 +300,8 @@ def open_model(config: ModelConfig, adapter: StoredAdapter | None = None) -> Cau
 def _open_base(
     config: ModelConfig, model_config: Any, tensors: Tensors, device: torch.device, compute_dtype: torch.dtype
 ) -> CausalLM:
+    if device.type == "cuda":
+        leave_out_cudnn()
     behaviour = behaviour_of(model_config, config.trust_remote_code)
     quantization = Quantization.of(config)
     module = tensors.base(model_config, quantization, device, compute_dtype)

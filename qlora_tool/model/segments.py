@@ -68,6 +68,12 @@ class SegmentMask:
         return self._masks[key]
 
 
+def leave_out_cudnn() -> None:
+    """Attention of this process runs on flash where it can, never on cuDNN: that plans a kernel for every new shape,
+    and PyTorch prefers it on Hopper and Blackwell."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def use_segments(model: PreTrainedModel) -> bool:
     """Give the model attention by segment, where its family allows for that; whether it does.
 

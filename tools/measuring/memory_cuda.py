@@ -1,13 +1,14 @@
-"""Predicted CUDA memory of ten steps against a card: 2 % allocated, 5 % reserved (3 minutes).
+"""Predicted CUDA memory of steps against a card: 2 % allocated, 5 % reserved (5 minutes).
 
     tools/measure memory-cuda results/
     tools/measure memory-cuda results/ --only tiny smollm2-135m
-    tools/measure memory-cuda results/ --expandable-segments
+    tools/measure memory-cuda results/ --no-predictions      on the card, whose time it saves, and then
+    tools/measure memory-cuda results/ --measured            anywhere: predicts, and compares with what was measured
 
 Models have random weights and are made on the device, from a tiny one to a 7B: no files, no data, no network. Every
 prediction and every measurement runs in a process of its own. FOLDER gets memory_cuda.json and memory_cuda.txt, written
-anew after each configuration, and the allocator's history of some small ones (NAME.pickle), which replays through the
-allocator's model.
+anew after each configuration, and the allocator's history of each (NAME.pickle), which replays through the allocator's
+model.
 
 Without a CUDA device only the predictions are made; nothing is measured, and the exit code is 0.
 """
@@ -17,8 +18,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +35,6 @@ from qlora_tool.errors import MachineError, ToolError, UserError
 from qlora_tool.files.atomic import write_json, write_text
 
 ALLOCATED_WITHIN, RESERVED_WITHIN = 0.02, 0.05
-SNAPSHOTS = 4  # configurations, the first ones, whose history is kept
-LARGEST_SNAPSHOT = 12_000_000  # bytes of a history that is kept
 MIB = 2**20
 
 _LLAMA_1B = SHAPES["llama-3-8b"] | {
@@ -50,38 +51,66 @@ _TINY = SHAPES["tiny-llama"] | {
 }  # fmt: skip
 _SMOLLM2, _LLAMA_7B = SHAPES["smollm2-135m"], SHAPES["llama-2-7b"]
 
-# Name: model, rows, length, settings beside the defaults (nf4, double quantization, r = 16 on all linears, fp32 AdamW),
-# lengths of packed examples.
-CONFIGURATIONS: dict[str, tuple[dict[str, Any], int, int, dict[str, Any], tuple[int, ...] | None]] = {
-    "tiny": (_TINY, 2, 256, {}, None),
-    "smollm2-135m": (_SMOLLM2, 4, 512, {}, None),
-    "smollm2-135m-kept": (_SMOLLM2, 2, 512, {"training.gradient_checkpointing": False}, None),
-    "smollm2-135m-int8": (_SMOLLM2, 4, 512, {"model.quantization": "int8"}, None),
-    "smollm2-135m-bf16": (_SMOLLM2, 4, 512, {"model.quantization": "none", "training.optim": "adamw_8bit"}, None),
-    "llama-1b": (_LLAMA_1B, 2, 2048, {}, None),
-    "qwen2-1.5b-packed": (_QWEN, 1, 2048, {}, (700, 500, 848)),
-    "llama-1b-r64": (_LLAMA_1B, 1, 4096, {"adapter.r": 64, "training.optim": "paged_adamw_8bit"}, None),
-    "llama-7b": (_LLAMA_7B, 1, 2048, {}, None),
-    "llama-7b-batch": (_LLAMA_7B, 4, 1024, {"training.optim": "adamw_8bit"}, None),
+
+@dataclass(frozen=True)
+class Configuration:
+    """A step: settings beside the defaults (nf4, double quantization, r = 16 on all linears, fp32 AdamW, everything
+    recomputed).
+
+    Attributes:
+        model: sizes of its configuration.
+        rows, length: of the batch.
+        values: settings by dotted key.
+        examples: lengths of the examples of a packed row, or None.
+        expandable: with PyTorch's expandable segments.
+    """
+
+    model: dict[str, Any]
+    rows: int
+    length: int
+    values: dict[str, Any] = field(default_factory=dict)
+    examples: tuple[int, ...] | None = None
+    expandable: bool = False
+
+    def step(self) -> StepMemory:
+        """What the prediction and the measurement both start from."""
+        import torch
+        from transformers import AutoConfig
+
+        sizes = dict(self.model)
+        model = AutoConfig.for_model(sizes.pop("model_type"), dtype=torch.bfloat16, **sizes)
+        config = with_values(Config(), {"training.gradient_checkpointing": True} | self.values)
+        trained = None if self.examples is None else self.rows * (self.length - len(self.examples))
+        return StepMemory(config, model, self.rows, self.length, torch.bfloat16, trained, examples=self.examples)
+
+
+_EIGHT_BIT = {"training.optim": "adamw_8bit"}
+_SMALLEST = {"training.offload_boundaries": True, "training.tiled_mlp": True, "model.embeddings": "int8"}
+_MANY = (300, 17, 600, 83, 1000, 48)  # 2048 tokens
+CONFIGURATIONS: dict[str, Configuration] = {
+    "tiny": Configuration(_TINY, 2, 256),
+    "smollm2-135m": Configuration(_SMOLLM2, 4, 512),
+    "smollm2-135m-kept": Configuration(_SMOLLM2, 2, 512, {"training.gradient_checkpointing": False}),
+    "smollm2-135m-int8": Configuration(_SMOLLM2, 4, 512, {"model.quantization": "int8"}),
+    "smollm2-135m-bf16": Configuration(_SMOLLM2, 4, 512, {"model.quantization": "none"} | _EIGHT_BIT),
+    "smollm2-135m-packed": Configuration(_SMOLLM2, 2, 2048, _EIGHT_BIT, _MANY),
+    "smollm2-135m-expandable": Configuration(_SMOLLM2, 4, 512, expandable=True),
+    "llama-7b": Configuration(_LLAMA_7B, 1, 2048, _EIGHT_BIT),
+    "llama-7b-4x1024": Configuration(_LLAMA_7B, 4, 1024, _EIGHT_BIT),
+    "llama-7b-packed": Configuration(_LLAMA_7B, 1, 2048, _EIGHT_BIT, _MANY),
+    "llama-7b-offloaded": Configuration(_LLAMA_7B, 1, 2048, {"training.offload_boundaries": True} | _EIGHT_BIT),
+    "llama-7b-smallest": Configuration(_LLAMA_7B, 1, 2048, _SMALLEST | _EIGHT_BIT),
+    "llama-7b-expandable": Configuration(_LLAMA_7B, 1, 2048, _EIGHT_BIT, expandable=True),
+    "llama-1b": Configuration(_LLAMA_1B, 2, 2048),
+    "qwen2-1.5b-packed": Configuration(_QWEN, 1, 2048, {}, (700, 500, 848)),
+    "llama-1b-r64": Configuration(_LLAMA_1B, 1, 4096, {"adapter.r": 64, "training.optim": "paged_adamw_8bit"}),
 }
 
 
-def step_of(name: str) -> StepMemory:
-    """What the prediction and the measurement of a configuration both start from."""
-    import torch
-    from transformers import AutoConfig
-
-    sizes, rows, length, settings, examples = CONFIGURATIONS[name]
-    sizes = dict(sizes)
-    model = AutoConfig.for_model(sizes.pop("model_type"), dtype=torch.bfloat16, **sizes)
-    config = with_values(Config(), {"training.gradient_checkpointing": True} | settings)
-    trained = None if examples is None else rows * (length - len(examples))
-    return StepMemory(config, model, rows, length, torch.bfloat16, trained, examples=examples)
-
-
-def predict_here(name: str, device: dict[str, Any], expandable: bool) -> dict[str, Any]:
+def predict_here(name: str, device: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
-    found = step_of(name).predicted_on_cuda(device, expandable)
+    one = CONFIGURATIONS[name]
+    found = one.step().predicted_on_cuda(device, one.expandable)
     return {
         "seconds": round(time.perf_counter() - start, 1),
         "requested_bytes": found.requested_peak,
@@ -96,18 +125,18 @@ def measure_here(name: str, snapshot: str | None) -> dict[str, Any]:
     from qlora_tool.memory.trace.measure_cuda import save_snapshot
 
     start = time.perf_counter()
-    found = step_of(name).measured_on_cuda()
+    found = CONFIGURATIONS[name].step().measured_on_cuda()
     result = {"seconds": round(time.perf_counter() - start, 1), **found.breakdown.to_json()}
-    with contextlib.suppress(Exception):  # the measurement stands without it
+    try:
         replayed = compare_with_snapshot(found.snapshot)
         result["allocator_model"] = {"events": replayed.events, "mismatches": replayed.mismatches,
                                      "first_mismatches": replayed.first_mismatches,
                                      "predicted_reserved_peak": replayed.predicted_reserved_peak,
                                      "recorded_reserved_peak": replayed.recorded_reserved_peak}  # fmt: skip
+    except Exception as error:  # the measurement stands without it
+        result["allocator_model"] = {"error": f"{type(error).__name__}: {error}"}
     if snapshot is not None:
         save_snapshot(found.snapshot, Path(snapshot))
-        if Path(snapshot).stat().st_size > LARGEST_SNAPSHOT:
-            Path(snapshot).unlink()
     return result
 
 
@@ -129,15 +158,18 @@ def on_its_own(function: Callable[..., dict[str, Any]], *, cuda: bool, expandabl
 
 def errors_of(row: dict[str, Any]) -> dict[str, float]:
     """The prediction over the measurement, less one, for allocated and reserved; empty where one is missing."""
-    predicted, measured = row["predicted"], row.get("measured")
-    if not measured or "error" in measured or "error" in predicted:
+    predicted, measured = row.get("predicted"), row.get("measured")
+    if not measured or not predicted or "error" in measured or "error" in predicted:
         return {}
     return {key: predicted[f"{key}_bytes"] / measured[f"{key}_bytes"] - 1 for key in ("peak", "reserved")}
 
 
 def passed(row: dict[str, Any]) -> bool:
+    """Whether nothing failed, and what can be compared lies within the limits."""
+    if any("error" in row.get(side, {}) for side in ("predicted", "measured")):
+        return False
     errors = errors_of(row)
-    return bool(errors) and abs(errors["peak"]) <= ALLOCATED_WITHIN and abs(errors["reserved"]) <= RESERVED_WITHIN
+    return not errors or (abs(errors["peak"]) <= ALLOCATED_WITHIN and abs(errors["reserved"]) <= RESERVED_WITHIN)
 
 
 def table(results: dict[str, Any]) -> list[Sequence[str]]:
@@ -175,13 +207,47 @@ def title(device: dict[str, Any]) -> str:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the results go")
     parser.add_argument("--only", nargs="+", metavar="NAME", default=list(CONFIGURATIONS), help="some configurations")
-    parser.add_argument("--expandable-segments", action="store_true", help="with PyTorch's expandable segments")
+    when = parser.add_mutually_exclusive_group()
+    when.add_argument("--no-predictions", action="store_true", help="measure only")
+    when.add_argument("--measured", action="store_true", help="predict what memory_cuda.json in FOLDER has measured")
     parser.add_argument("--capability", default="8.9", metavar="M.N", help="to predict for without a device (8.9)")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     if unknown := [name for name in options.only if name not in CONFIGURATIONS]:
         raise UserError(f"--only {' '.join(unknown)}: expected names among {', '.join(CONFIGURATIONS)}")
+    results = _measured_before(options) if options.measured else _new_results(options)
+    device, on_card = results["device"], results["measured"] and not options.measured
+    print(title(device), flush=True)
+    for name in options.only:
+        row = results["configurations"].setdefault(name, {})
+        if not options.no_predictions:
+            row["predicted"] = on_its_own(predict_here, cuda=False, name=name, device=device)
+            save(options.folder, results)
+        if on_card:
+            snapshot = str((options.folder / f"{name}.pickle").absolute())
+            row["measured"] = on_its_own(measure_here, cuda=True, name=name, snapshot=snapshot,
+                                         expandable_segments=CONFIGURATIONS[name].expandable)  # fmt: skip
+        row["errors"], row["passed"] = errors_of(row), passed(row)
+        save(options.folder, results)
+        for side in ("predicted", "measured"):
+            if "error" in row.get(side, {}):
+                say(f"{name}, {side}: {row[side]['error']}")
+        print(" ".join(table({"configurations": {name: row}})[1]), flush=True)
+    return results | {"passed": all(results["configurations"][name]["passed"] for name in options.only)}
+
+
+def _measured_before(options: argparse.Namespace) -> dict[str, Any]:
+    """What a card left in the folder; of the configurations, those that it tried."""
+    file = options.folder / "memory_cuda.json"
+    if not file.exists():
+        raise UserError(f"--measured: {file} is not there; run memory-cuda on the card first")
+    results = json.loads(file.read_text(encoding="utf-8"))
+    options.only = [name for name in options.only if name in results["configurations"]]
+    return results
+
+
+def _new_results(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     has_cuda = torch.cuda.is_available()
@@ -190,28 +256,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         device = on_its_own(look_at_cuda, cuda=True)
         if "error" in device:
             raise MachineError(f"the CUDA device cannot be used: {device['error']}")
-    expandable = options.expandable_segments
-    results: dict[str, Any] = {"machine": machine(), "device": device, "expandable_segments": expandable,
-                               "measured": has_cuda, "configurations": {}}  # fmt: skip
-    save(options.folder, results)
-    print(title(device), flush=True)
-    for number, name in enumerate(options.only):
-        row = results["configurations"][name] = {
-            "predicted": on_its_own(predict_here, cuda=False, name=name, device=device, expandable=expandable)
-        }
-        save(options.folder, results)
-        if has_cuda:
-            snapshot = (options.folder / f"{name}.pickle").absolute() if number < SNAPSHOTS else None
-            row["measured"] = on_its_own(measure_here, cuda=True, expandable_segments=expandable, name=name,
-                                         snapshot=snapshot)  # fmt: skip
-            row["errors"], row["passed"] = errors_of(row), passed(row)
-            save(options.folder, results)
-        for side, figures in row.items():
-            if isinstance(figures, dict) and "error" in figures:
-                say(f"{name}, {side}: {figures['error']}")
-        print(" ".join(table({"configurations": {name: row}})[1]), flush=True)
-    rows = results["configurations"].values()
-    return results | {"passed": all(row["passed"] if has_cuda else "error" not in row["predicted"] for row in rows)}
+    elif options.no_predictions:
+        raise MachineError("--no-predictions: there is no CUDA device here, and so nothing to do")
+    return {"machine": machine(), "device": device, "measured": has_cuda, "configurations": {}}
 
 
 def show(results: dict[str, Any]) -> None:

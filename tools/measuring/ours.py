@@ -241,6 +241,20 @@ class StepMemory:
     padded: bool = False
     examples: tuple[int, ...] | None = None
 
+    def ready(self, device: str) -> Callable[[], Any]:
+        """Load the model on a device; what takes a step there and gives its loss as a tensor."""
+        import torch
+
+        from qlora_tool.build import Random, build
+        from qlora_tool.training.optimizers import make_optimizer, parameter_groups
+        from qlora_tool.training.step import StepSettings, train_step
+
+        config, model_config, shape, dtype = self._arguments()
+        built = build(config, model_config, Random(), device=torch.device(device), compute_dtype=dtype)
+        optimizer = make_optimizer(config.training, parameter_groups(built.adapters))
+        batch, settings = shape.batch().to(device), StepSettings.of(config.training)
+        return lambda: train_step(built.model, optimizer, [batch], settings, 1e-4).loss
+
     def _arguments(self) -> tuple[Any, ...]:
         from qlora_tool.memory.trace.predict import BatchShape
 

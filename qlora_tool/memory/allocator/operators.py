@@ -21,7 +21,7 @@ CPU_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 CPU_ATTENTION_BACKWARD = f"{CPU_ATTENTION}_backward"
 VARIABLE_LENGTH = "torch_attn::_varlen_attn"
 VARIABLE_LENGTH_BACKWARD = f"{VARIABLE_LENGTH}_backward"
-FLASH_HEAD_DIM = 256  # the widest head of the flash and cuDNN kernels
+FLASH_HEAD_DIM = 256  # the widest head of the flash kernels
 
 
 def cublas_workspace(capability: tuple[int, int]) -> int:
@@ -77,15 +77,13 @@ class Attention:
         return cls(q[0], q[1], k[1], q[2], k[2], q[3], call.itemsize, masked)
 
     def kernel(self, capability: tuple[int, int]) -> str:
-        """Which kernel CUDA takes: `flash`, `cudnn`, `efficient` or `math`.
+        """Which kernel CUDA takes: `flash` or `efficient`.
 
-        `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`: cuDNN comes first on capability 9.0 and 10.0 (cuDNN
-        above 9.15), then flash (16 bits, no mask, from 8.0 on), then the memory-efficient one. Not looked at: head
-        dimensions that are not multiples of 8, and those above 192 where dropout or 8.6, 8.9 and 12.x forbid flash.
+        `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`, without cuDNN's (`segments.leave_out_cudnn`): flash (16
+        bits, no mask, from 8.0 on), then the memory-efficient one. Not looked at: head dimensions that are not
+        multiples of 8, and those above 192 where dropout or 8.6, 8.9 and 12.x forbid flash.
         """
         short = self.itemsize == 2 and self.head_dim <= FLASH_HEAD_DIM
-        if short and capability in ((9, 0), (10, 0)):
-            return "cudnn"
         if short and capability >= (8, 0) and not self.masked:
             return "flash"
         return "efficient"
@@ -103,8 +101,7 @@ class Attention:
         flash (`flash_attn/flash_api.cpp`, `mha_bwd`): the rows' sums dO·O, fp32 (batch, heads, queries to 128); dQ in
         fp32 (batch, queries to 128, heads, head_dim to 32, above 128 to 64); where several query heads share a key
         head, dK and dV of every query head before they are summed, (batch, keys, heads, head_dim) each.
-        cuDNN keeps the same three in its workspace (cudnn-frontend's node for the backward pass names them); what its
-        plans ask for in the end is ESTIMATED by them. The memory-efficient kernel's (`mem_eff_attention/
+        The memory-efficient kernel's (`mem_eff_attention/
         kernel_backward.h`) dQ in fp32 is ESTIMATED likewise, queries and head_dim to 64; fp32 needs none.
         """
         if kernel == "efficient":
@@ -171,7 +168,6 @@ _INSIDE: dict[str, Callable[[Call], list[int]]] = {
 }
 
 ESTIMATED = {
-    "cudnn": "the workspace of cuDNN's attention",
     "efficient": "what memory-efficient attention takes in backward",
     "aten::embedding_dense_backward": "what the embedding's gradient is sorted in",
 }
