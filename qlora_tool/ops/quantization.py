@@ -17,8 +17,8 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from qlora_tool.ops import quantize_cpu
-from qlora_tool.ops.declare import declare
+from qlora_tool.ops import kernels, quantize_cpu
+from qlora_tool.ops.declare import declare, target_of
 
 NESTED_BLOCK_SIZE = 256  # scales that share one scale of their own
 INT8_STEP = 7.874015718698502e-3  # 1/127, as bitsandbytes writes it
@@ -39,6 +39,7 @@ def make_tables(device: torch.device) -> None:
         code_values(kind, device)
         if device.type == "cpu":
             quantize_cpu.table(kind)
+    kernels.usable(device)
 
 
 # ---------------------------------------------------------------------------------------------------- into 4 bits
@@ -138,6 +139,25 @@ def _width(shape: Sequence[int], block_size: int) -> int:
     return block_size if count % block_size == 0 else count + count % 2
 
 
+def _dequantize_4bit_cuda(
+    codes: Tensor, scales: Tensor, nested_scales: Tensor | None, nested_offset: Tensor | None,
+    kind: str, block_size: int, first_block: int, shape: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """In one pass, without a copy of the scales."""
+    if dtype not in DTYPES or not kernels.usable(codes.device):
+        return _dequantize_4bit_reference(
+            codes, scales, nested_scales, nested_offset, kind, block_size, first_block, shape, dtype
+        )
+    from qlora_tool.ops.kernels import dequantize
+
+    dense = codes.new_empty(shape, dtype=dtype)
+    dequantize.dequantize_4bit(
+        codes.contiguous(), code_values(kind, codes.device), scales, code_values("nested", codes.device),
+        nested_scales, nested_offset, block_size, NESTED_BLOCK_SIZE, first_block, dense,
+    )  # fmt: skip
+    return dense
+
+
 def _empty_dense(codes, scales, nested_scales, nested_offset, kind, block_size, first_block, shape, dtype) -> Tensor:
     return codes.new_empty(shape, dtype=dtype)
 
@@ -147,6 +167,10 @@ def _dense_workspace(codes, scales, nested_scales, nested_offset, kind, block_si
     return plain + (0 if dtype in DTYPES else 4 * -(-math.prod(shape) // 2) * 2)
 
 
+def _dense_workspace_cuda(codes, *rest) -> int:
+    return 0 if rest[-1] in DTYPES and kernels.available(target_of(codes)) else _dense_workspace(codes, *rest)
+
+
 # The codes of (out, in) weights and the scales of all of a matrix, of which `first_block` belongs to the first of these
 # weights → the weights: code × scale in fp32, rounded once.
 dequantize_4bit = declare(
@@ -154,7 +178,8 @@ dequantize_4bit = declare(
     "int block_size, int first_block, int[] shape, ScalarType dtype) -> Tensor",
     reference=_dequantize_4bit_reference,
     shapes=_empty_dense,
-    workspace=dict.fromkeys(("cpu", "cuda"), _dense_workspace),
+    versions={"cuda": _dequantize_4bit_cuda},
+    workspace={"cpu": _dense_workspace, "cuda": _dense_workspace_cuda},
 )
 
 
@@ -197,4 +222,56 @@ quantize_int8 = declare(  # (out, in) → codes, int8 (out, in), and scales, fp3
         "cpu": lambda weight: _int8_workspace(weight, 8),  # quotients in fp32, and rounded ones
         "cuda": lambda weight: _int8_workspace(weight, 5),  # sizes in fp16, and three answers whether they are finite
     },
+)
+
+
+INT8_CHUNK = 1 << 23  # int8 weights dequantized at a time: 32 MB of them in fp32
+
+
+def _dequantize_int8_reference(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.float32 or codes.numel() <= INT8_CHUNK:
+        return codes.to(torch.float32).mul_(scales.unsqueeze(-1)).mul_(INT8_STEP).to(dtype)
+    # A large one (an output projection) by rows: whole in fp32 it would take more than int8 saves.
+    result = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    parts = (tensor.flatten(0, -2).split(_chunk_rows(codes)) for tensor in (codes, scales.unsqueeze(-1), result))
+    for part, part_scales, part_result in zip(*parts, strict=True):
+        part_result.copy_(part.to(torch.float32).mul_(part_scales).mul_(INT8_STEP))
+    return result
+
+
+def _chunk_rows(codes: Tensor) -> int:
+    return max(1, INT8_CHUNK // codes.shape[-1])
+
+
+def _dequantize_int8_cuda(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """In one pass, without a copy in fp32."""
+    if dtype not in DTYPES or not kernels.usable(codes.device):
+        return _dequantize_int8_reference(codes, scales, dtype)
+    from qlora_tool.ops.kernels import dequantize
+
+    dense = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    dequantize.dequantize_int8(codes.contiguous(), scales.contiguous(), INT8_STEP, dense)
+    return dense
+
+
+def _int8_dense_workspace(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> int:
+    """A copy in fp32, of all or of the rows of a chunk; in fp32 it is the result."""
+    if dtype == torch.float32:
+        return 0
+    return 4 * (codes.numel() if codes.numel() <= INT8_CHUNK else _chunk_rows(codes) * codes.shape[-1])
+
+
+def _int8_dense_workspace_cuda(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> int:
+    one_pass = dtype in DTYPES and kernels.available(target_of(codes))
+    return 0 if one_pass else _int8_dense_workspace(codes, scales, dtype)
+
+
+# Codes, int8 (…, in), contiguous, and the scales of their rows, fp32 (…) → the weights: code × scale × step, each
+# product rounded to fp32, the last one to `dtype` too.
+dequantize_int8 = declare(
+    "dequantize_int8(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor",
+    reference=_dequantize_int8_reference,
+    shapes=lambda codes, scales, dtype: codes.new_empty(codes.shape, dtype=dtype),
+    versions={"cuda": _dequantize_int8_cuda},
+    workspace={"cpu": _int8_dense_workspace, "cuda": _int8_dense_workspace_cuda},
 )
