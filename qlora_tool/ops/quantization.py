@@ -1,4 +1,8 @@
-"""Weights into 4 and 8 bits and back, bit-identical to bitsandbytes', whose operators do the work.
+"""Weights into 4 and 8 bits and back, bit-identical to what bitsandbytes makes of them on a CPU, on every device.
+
+What is trained on a card is so what an export makes on a CPU. bitsandbytes' own kernels for CUDA round otherwise, and
+give a block of zeros another code, so they quantize nothing here. One number is not its own: the mean of more than
+32768 scales, of which its last bit depends on the number of threads.
 
 4 bits: the weights, flat, in blocks of one fp32 scale each, two codes a byte, the first in the high half. Under double
 quantization the scales, less their mean, are 8-bit codes themselves, in blocks of 256. int8: one fp32 scale a row.
@@ -11,19 +15,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from qlora_tool.ops import quantize_cpu
-from qlora_tool.ops.declare import declare
+from qlora_tool.ops import kernels, quantize_by_table
+from qlora_tool.ops.declare import declare, target_of
 
 NESTED_BLOCK_SIZE = 256  # scales that share one scale of their own
+SERIAL = 32768  # numbers that PyTorch sums in one thread (at::internal::GRAIN_SIZE)
 INT8_STEP = 7.874015718698502e-3  # 1/127, as bitsandbytes writes it
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that bitsandbytes' operators know
-PIECE, CUDA_PIECE = 1 << 20, 1 << 30  # weights at a time: fp32 copies stay a few MB; a kernel counts in 32 bits
+PIECE = 1 << 20  # weights at a time: fp32 copies stay a few MB
 
 
 @functools.cache
@@ -37,15 +42,15 @@ def make_tables(device: torch.device) -> None:
     code_values("nested", device)
     for kind in ("nf4", "fp4"):
         code_values(kind, device)
-        if device.type == "cpu":
-            quantize_cpu.table(kind)
+        quantize_by_table.table(kind, device)
+    kernels.usable(device)
 
 
 # ---------------------------------------------------------------------------------------------------- into 4 bits
 
 
 def _quantize_4bit_reference(weights: Tensor, kind: str, block_size: int) -> tuple[Tensor, Tensor]:
-    piece = (CUDA_PIECE if weights.is_cuda else PIECE) // block_size * block_size
+    piece = PIECE // block_size * block_size
     codes, scales = _empty_4bit(weights, kind, block_size)
     for start in range(0, weights.numel(), piece):
         stop = min(start + piece, weights.numel())
@@ -57,15 +62,16 @@ def _quantize_4bit_reference(weights: Tensor, kind: str, block_size: int) -> tup
     return codes, scales
 
 
-def _quantize_4bit_cpu(weights: Tensor, kind: str, block_size: int) -> tuple[Tensor, Tensor]:
-    """The table's way for all whole blocks; the reference for a rest, and for weights that are not finite."""
+def _quantize_4bit(weights: Tensor, kind: str, block_size: int) -> tuple[Tensor, Tensor]:
+    """The table's way for whole blocks; the reference, on the CPU, for a rest and for weights that are not finite."""
     codes, scales = _empty_4bit(weights, kind, block_size)
     whole = weights.numel() // block_size * block_size
-    quick = quantize_cpu.quantize_blocks(weights[:whole], kind, block_size, codes, scales)
+    quick = quantize_by_table.quantize_blocks(weights[:whole], kind, block_size, codes, scales)
     if not quick or whole < weights.numel():
         begin = whole if quick else 0
-        rest = _quantize_4bit_reference(weights[begin:], kind, block_size)
-        codes[begin // 2 :], scales[begin // block_size :] = rest
+        rest_codes, rest_scales = _quantize_4bit_reference(weights[begin:].cpu(), kind, block_size)
+        codes[begin // 2 :].copy_(rest_codes)
+        scales[begin // block_size :].copy_(rest_scales)
     return codes, scales
 
 
@@ -79,17 +85,34 @@ quantize_4bit = declare(  # (n,) → codes, uint8 (n/2,), and scales, fp32 (bloc
     "quantize_4bit(Tensor weights, str kind, int block_size) -> (Tensor, Tensor)",
     reference=_quantize_4bit_reference,
     shapes=_empty_4bit,
-    versions={"cpu": _quantize_4bit_cpu},
-    workspace={"cpu": lambda weights, kind, block_size: quantize_cpu.workspace(weights, block_size)},
+    versions=dict.fromkeys(("cpu", "cuda"), _quantize_4bit),
+    workspace={
+        "cpu": lambda weights, kind, block_size: quantize_by_table.workspace(weights, block_size, "cpu"),
+        "cuda": lambda weights, kind, block_size: quantize_by_table.workspace(weights, block_size, "cuda"),
+    },
 )
 
 
 def _quantize_scales_reference(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    offset = scales.mean()
+    offset = _mean(scales)
     codes, nested = torch.ops.bitsandbytes.quantize_blockwise.default(
         scales - offset, code_values("nested", scales.device), NESTED_BLOCK_SIZE
     )
     return codes, nested, offset
+
+
+def _mean(scales: Tensor) -> Tensor:
+    """The mean, the same whatever the number of threads: PyTorch sums up to 32768 numbers in one of them."""
+    if scales.numel() <= SERIAL:
+        return scales.mean()
+    total = math.fsum(part.sum(dtype=torch.float64).item() for part in scales.split(SERIAL))
+    return scales.new_tensor(total / scales.numel())
+
+
+def _quantize_scales_cuda(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By the CPU: there are few."""
+    codes, nested, offset = _quantize_scales_reference(scales.cpu())
+    return codes.to(scales.device), nested.to(scales.device), offset.to(scales.device)
 
 
 def _empty_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +124,8 @@ quantize_scales = declare(  # (blocks,) → codes, uint8 (blocks,), their scales
     "quantize_scales(Tensor scales) -> (Tensor, Tensor, Tensor)",
     reference=_quantize_scales_reference,
     shapes=_empty_scales,
-    workspace=dict.fromkeys(("cpu", "cuda"), lambda scales: scales.nbytes),  # less the mean
+    versions={"cuda": _quantize_scales_cuda},
+    workspace={"cpu": lambda scales: max(scales.nbytes, 8 * SERIAL * (scales.numel() > SERIAL))},  # less the mean
 )
 
 
@@ -138,6 +162,25 @@ def _width(shape: Sequence[int], block_size: int) -> int:
     return block_size if count % block_size == 0 else count + count % 2
 
 
+def _dequantize_4bit_cuda(
+    codes: Tensor, scales: Tensor, nested_scales: Tensor | None, nested_offset: Tensor | None,
+    kind: str, block_size: int, first_block: int, shape: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """In one pass, without a copy of the scales."""
+    if dtype not in DTYPES or not kernels.usable(codes.device):
+        return _dequantize_4bit_reference(
+            codes, scales, nested_scales, nested_offset, kind, block_size, first_block, shape, dtype
+        )
+    from qlora_tool.ops.kernels import dequantize
+
+    dense = codes.new_empty(shape, dtype=dtype)
+    dequantize.dequantize_4bit(
+        codes.contiguous(), code_values(kind, codes.device), scales, code_values("nested", codes.device),
+        nested_scales, nested_offset, block_size, NESTED_BLOCK_SIZE, first_block, dense,
+    )  # fmt: skip
+    return dense
+
+
 def _empty_dense(codes, scales, nested_scales, nested_offset, kind, block_size, first_block, shape, dtype) -> Tensor:
     return codes.new_empty(shape, dtype=dtype)
 
@@ -147,6 +190,10 @@ def _dense_workspace(codes, scales, nested_scales, nested_offset, kind, block_si
     return plain + (0 if dtype in DTYPES else 4 * -(-math.prod(shape) // 2) * 2)
 
 
+def _dense_workspace_cuda(codes, *rest) -> int:
+    return 0 if rest[-1] in DTYPES and kernels.available(target_of(codes)) else _dense_workspace(codes, *rest)
+
+
 # The codes of (out, in) weights and the scales of all of a matrix, of which `first_block` belongs to the first of these
 # weights → the weights: code × scale in fp32, rounded once.
 dequantize_4bit = declare(
@@ -154,7 +201,8 @@ dequantize_4bit = declare(
     "int block_size, int first_block, int[] shape, ScalarType dtype) -> Tensor",
     reference=_dequantize_4bit_reference,
     shapes=_empty_dense,
-    workspace=dict.fromkeys(("cpu", "cuda"), _dense_workspace),
+    versions={"cuda": _dequantize_4bit_cuda},
+    workspace={"cpu": _dense_workspace, "cuda": _dense_workspace_cuda},
 )
 
 
@@ -162,13 +210,29 @@ dequantize_4bit = declare(
 
 
 def _quantize_int8_reference(weight: Tensor) -> tuple[Tensor, Tensor]:
+    return _quantize_int8(weight, lambda half: torch.ops.bitsandbytes.int8_vectorwise_quant.default(half)[:2])
+
+
+def _quantize_int8_cuda(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As bitsandbytes does on a CPU."""
+
+    def by_row(half: Tensor) -> tuple[Tensor, Tensor]:
+        scales = half.abs().amax(1).float()
+        return half.float().mul_(127.0 / scales.unsqueeze(1)).round_().to(torch.int8), scales
+
+    return _quantize_int8(weight, by_row)
+
+
+def _quantize_int8(
+    weight: Tensor, by_row: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
     codes, scales = _empty_int8(weight)
     rows = _int8_rows(weight)
     for chunk, codes_part, scales_part in zip(*(tensor.split(rows) for tensor in (weight, codes, scales)), strict=True):
         half = chunk.to(torch.float16)  # as bitsandbytes' Int8Params does
         if not half.isfinite().all():
             raise ValueError("int8: the weight has values that are not numbers or lie beyond fp16's range (65504)")
-        row_codes, row_scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(half)
+        row_codes, row_scales = by_row(half)
         codes_part.copy_(row_codes)
         scales_part.copy_(row_scales)
         del half, row_codes, row_scales  # before the next piece's are made
@@ -193,8 +257,61 @@ quantize_int8 = declare(  # (out, in) → codes, int8 (out, in), and scales, fp3
     "quantize_int8(Tensor weight) -> (Tensor, Tensor)",
     reference=_quantize_int8_reference,
     shapes=_empty_int8,
+    versions={"cuda": _quantize_int8_cuda},
     workspace={
         "cpu": lambda weight: _int8_workspace(weight, 8),  # quotients in fp32, and rounded ones
-        "cuda": lambda weight: _int8_workspace(weight, 5),  # sizes in fp16, and three answers whether they are finite
+        "cuda": lambda weight: _int8_workspace(weight, 5),  # quotients in fp32, and codes
     },
+)
+
+
+INT8_CHUNK = 1 << 23  # int8 weights dequantized at a time: 32 MB of them in fp32
+
+
+def _dequantize_int8_reference(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.float32 or codes.numel() <= INT8_CHUNK:
+        return codes.to(torch.float32).mul_(scales.unsqueeze(-1)).mul_(INT8_STEP).to(dtype)
+    # A large one (an output projection) by rows: whole in fp32 it would take more than int8 saves.
+    result = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    parts = (tensor.flatten(0, -2).split(_chunk_rows(codes)) for tensor in (codes, scales.unsqueeze(-1), result))
+    for part, part_scales, part_result in zip(*parts, strict=True):
+        part_result.copy_(part.to(torch.float32).mul_(part_scales).mul_(INT8_STEP))
+    return result
+
+
+def _chunk_rows(codes: Tensor) -> int:
+    return max(1, INT8_CHUNK // codes.shape[-1])
+
+
+def _dequantize_int8_cuda(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """In one pass, without a copy in fp32."""
+    if dtype not in DTYPES or not kernels.usable(codes.device):
+        return _dequantize_int8_reference(codes, scales, dtype)
+    from qlora_tool.ops.kernels import dequantize
+
+    dense = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    dequantize.dequantize_int8(codes.contiguous(), scales.contiguous(), INT8_STEP, dense)
+    return dense
+
+
+def _int8_dense_workspace(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> int:
+    """A copy in fp32, of all or of the rows of a chunk; in fp32 it is the result."""
+    if dtype == torch.float32:
+        return 0
+    return 4 * (codes.numel() if codes.numel() <= INT8_CHUNK else _chunk_rows(codes) * codes.shape[-1])
+
+
+def _int8_dense_workspace_cuda(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> int:
+    one_pass = dtype in DTYPES and kernels.available(target_of(codes))
+    return 0 if one_pass else _int8_dense_workspace(codes, scales, dtype)
+
+
+# Codes, int8 (…, in), contiguous, and the scales of their rows, fp32 (…) → the weights: code × scale × step, each
+# product rounded to fp32, the last one to `dtype` too.
+dequantize_int8 = declare(
+    "dequantize_int8(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor",
+    reference=_dequantize_int8_reference,
+    shapes=lambda codes, scales, dtype: codes.new_empty(codes.shape, dtype=dtype),
+    versions={"cuda": _dequantize_int8_cuda},
+    workspace={"cpu": _int8_dense_workspace, "cuda": _int8_dense_workspace_cuda},
 )

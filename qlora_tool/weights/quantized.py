@@ -19,10 +19,10 @@ from torch import Tensor
 
 from qlora_tool.ops.quantization import (
     DTYPES,
-    INT8_STEP,
     NESTED_BLOCK_SIZE,
     code_values,
     dequantize_4bit,
+    dequantize_int8,
     quantize_4bit,
     quantize_int8,
     quantize_scales,
@@ -30,7 +30,6 @@ from qlora_tool.ops.quantization import (
 
 KINDS = ("nf4", "fp4", "int8")
 BLOCK_SIZE = 64  # weights that share one scale (QLoRA, section 3)
-_INT8_CHUNK = 1 << 23  # int8 weights dequantized at a time: 32 MB of them in fp32
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,8 @@ class QuantizedTensor:
         if isinstance(rows, Tensor):
             if self.kind != "int8" or len(self.shape) != 2:
                 raise ValueError("rows by an index: only an int8 matrix has each row by itself")
-            return _dequantize_int8(self.codes[rows], self.scales[rows], dtype)
+            found: Tensor = dequantize_int8(self.codes[rows], self.scales[rows], dtype)
+            return found
         if rows is not None and rows.step not in (None, 1):
             raise ValueError(f"rows in steps of {rows.step}: expected every row of a range")
         if len(self.shape) == 3:
@@ -110,8 +110,9 @@ class QuantizedTensor:
                 raise ValueError("rows of a three-dimensional weight: choose an expert first")
             return torch.stack([self.expert(index).dequantize(dtype) for index in range(self.shape[0])])
         if self.kind == "int8":
-            codes, scales = (self.codes, self.scales) if rows is None else (self.codes[rows], self.scales[rows])
-            return _dequantize_int8(codes, scales, dtype)
+            every = slice(None) if rows is None else rows
+            dense: Tensor = dequantize_int8(self.codes[every], self.scales[every], dtype)
+            return dense
         return self._dequantize_4bit(dtype, rows)
 
     def _dequantize_4bit(self, dtype: torch.dtype, rows: slice | None) -> Tensor:
@@ -129,19 +130,6 @@ class QuantizedTensor:
             first // self.block_size, shape, dtype,
         )  # fmt: skip
         return dense
-
-
-def _dequantize_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """codes (…, in) × scales (…): rounded as code × scale × step is, and in place, in one pass of memory for three."""
-    if dtype == torch.float32 or codes.numel() <= _INT8_CHUNK:
-        return codes.to(torch.float32).mul_(scales.unsqueeze(-1)).mul_(INT8_STEP).to(dtype)
-    # A large one (an output projection) by rows: whole in fp32 it would take more than int8 saves.
-    result = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    rows = max(1, _INT8_CHUNK // codes.shape[-1])
-    parts = (tensor.flatten(0, -2).split(rows) for tensor in (codes, scales.unsqueeze(-1), result))
-    for part, part_scales, part_result in zip(*parts, strict=True):
-        part_result.copy_(part.to(torch.float32).mul_(part_scales).mul_(INT8_STEP))
-    return result
 
 
 def quantize(weight: Tensor, kind: str, double_quant: bool = True) -> QuantizedTensor:

@@ -11,7 +11,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from qlora_tool.ops import quantization
-from qlora_tool.weights import quantized as module
 from qlora_tool.weights.quantized import (
     QuantizedTensor,
     disk_group,
@@ -343,10 +342,10 @@ def test_forms_that_would_be_misread_are_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_int8_by_rows_and_by_an_index_is_the_same_as_whole(dtype, monkeypatch):
     weight = quantize(torch.randn(37, 24, generator=torch.Generator().manual_seed(0)), "int8")
-    expected = (weight.codes * weight.scales.unsqueeze(1) * module.INT8_STEP).to(dtype)
+    expected = (weight.codes * weight.scales.unsqueeze(1) * quantization.INT8_STEP).to(dtype)
     index = torch.tensor([[3, 36, 3], [0, 1, 2]])
     for size in (1 << 23, 24 * 5, 1):  # at once, five rows at a time, one
-        monkeypatch.setattr(module, "_INT8_CHUNK", size)
+        monkeypatch.setattr(quantization, "INT8_CHUNK", size)
         assert torch.equal(weight.dequantize(dtype), expected)
         assert torch.equal(weight.dequantize(dtype, rows=index), expected[index])
         assert torch.equal(weight.dequantize(dtype, rows=slice(2, 9)), expected[2:9])

@@ -6,8 +6,8 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from qlora_tool.ops import quantize_cpu
-from qlora_tool.ops.quantize_cpu import quantize_blocks
+from qlora_tool.ops import quantize_by_table
+from qlora_tool.ops.quantize_by_table import quantize_blocks
 
 
 def assert_same(weights: torch.Tensor, kind: str, block_size: int = 64) -> None:
@@ -25,7 +25,7 @@ def assert_same(weights: torch.Tensor, kind: str, block_size: int = 64) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_random_weights(kind: str, dtype: torch.dtype, monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    monkeypatch.setattr(quantize_cpu, "CHUNK", 100_000)  # several chunks, the last one short
+    monkeypatch.setattr(quantize_by_table, "CHUNK", 100_000)  # several chunks, the last one short
     for scale in (1e-6, 0.02, 100.0):
         assert_same((torch.randn(64 * 6000, generator=generator) * scale).to(dtype), kind)
     assert_same((torch.randn(64 * 100, generator=generator)).to(dtype), kind, block_size=128)
@@ -42,7 +42,7 @@ def test_every_16_bit_value_and_the_midpoints(kind: str):
         assert_same(with_ones(values.float()).to(dtype), kind)
     table = bnb.get_4bit_type(kind, device="cpu").sort().values
     middle = (table[:-1] + table[1:]) / 2
-    borders = torch.linspace(-1, 1, quantize_cpu._CELLS + 1)  # of the cells
+    borders = torch.linspace(-1, 1, quantize_by_table._CELLS + 1)  # of the cells
     values = torch.cat([middle, table, borders])
     around = [values, values.nextafter(torch.tensor(2.0)), values.nextafter(torch.tensor(-2.0))]
     assert_same(with_ones(torch.cat(around).clamp(-1, 1)), kind)

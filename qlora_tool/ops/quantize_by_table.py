@@ -1,8 +1,9 @@
-"""bitsandbytes' 4-bit quantization on the CPU, bit for bit, in a fifth of its time.
+"""bitsandbytes' 4-bit quantization on the CPU, bit for bit, in a fifth of its time, and on any device.
 
 bitsandbytes finds the code of a weight by bisection among the 15 midpoints between the 16 values of the type. Here
 [-1, 1] is cut into cells so narrow that none holds more than one midpoint: a table gives the code at the cell's lower
-end and its midpoint, and one comparison decides.
+end and its midpoint, and one comparison decides. Every step rounds as IEEE 754 says, on a CUDA device too, where
+bitsandbytes' own kernels divide less exactly.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 18  # weights at a time: their fp32 copies stay in the cache
+# Weights at a time. On a CPU their fp32 copies stay in the cache; a CUDA device is kept busy.
+CHUNK, CUDA_CHUNK = 1 << 18, 1 << 21
 _CELLS = 1024
 
 
@@ -28,7 +30,7 @@ class _Table(NamedTuple):
 
 
 def quantize_blocks(weights: Tensor, kind: str, block_size: int, codes: Tensor, scales: Tensor) -> bool:
-    """What `torch.ops.bitsandbytes.quantize_4bit` gives on the CPU.
+    """What `torch.ops.bitsandbytes.quantize_4bit` gives on the CPU, on the device of the weights.
 
     Args:
         weights: fp32, bf16 or fp16, (n,), n a multiple of the block size.
@@ -40,7 +42,7 @@ def quantize_blocks(weights: Tensor, kind: str, block_size: int, codes: Tensor, 
     Returns:
         Whether it was done; not where a weight is not finite.
     """
-    chunk = CHUNK // block_size * block_size
+    chunk = _chunk(weights.device.type, block_size)
     for start in range(0, weights.numel(), chunk):
         blocks = weights[start : start + chunk].view(-1, block_size).float()
         largest = blocks.abs().amax(1)  # (blocks,)
@@ -49,7 +51,7 @@ def quantize_blocks(weights: Tensor, kind: str, block_size: int, codes: Tensor, 
         scales[start // block_size :][: len(largest)] = largest
         scaled = (blocks * (1.0 / largest.clamp(min=1e-38)).unsqueeze(1)).clamp_(-1, 1).view(-1)
         del blocks
-        found = _codes(scaled, table(kind))
+        found = _codes(scaled, table(kind, weights.device))
         codes[start // 2 :][: len(found) // 2] = (found[::2] << 4) | found[1::2]
         del scaled, found  # before the next chunk's are made
     return True
@@ -62,10 +64,14 @@ def _codes(scaled: Tensor, table: _Table) -> Tensor:
     return ranks if table.order is None else table.order.index_select(0, ranks.int())
 
 
-def workspace(weights: Tensor, block_size: int) -> int:
+def _chunk(device: str, block_size: int) -> int:
+    return (CUDA_CHUNK if device == "cuda" else CHUNK) // block_size * block_size
+
+
+def workspace(weights: Tensor, block_size: int, device: str) -> int:
     """Bytes that `quantize_blocks` takes at once: of a chunk its values in [-1, 1] (fp32), their cells (int32), the
     midpoints there (fp32), the ranks and what is added to them; and what the blocks are multiplied by (fp32)."""
-    count = min(CHUNK // block_size * block_size, weights.numel())
+    count = min(_chunk(device, block_size), weights.numel())
     return 14 * count + 4 * (count // block_size)
 
 
@@ -75,8 +81,11 @@ def _cell(scaled: Tensor) -> Tensor:
 
 
 @functools.cache
-def table(kind: str) -> _Table:
-    """What a process keeps for one kind."""
+def table(kind: str, device: torch.device) -> _Table:
+    """What a process keeps for one kind on a device."""
+    if device.type != "cpu":
+        below, midpoint, order = table(kind, torch.device("cpu"))
+        return _Table(below.to(device), midpoint.to(device), None if order is None else order.to(device))
     values, order = bnb.get_4bit_type(kind, device="cpu").sort()
     midpoints = (values[:-1] + values[1:]) / 2
     below, inside = torch.zeros(_CELLS + 1, dtype=torch.uint8), torch.full((_CELLS + 1,), torch.inf)
