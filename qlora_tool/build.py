@@ -29,6 +29,7 @@ from qlora_tool.methods import METHODS
 from qlora_tool.model.behaviour import behaviour_of
 from qlora_tool.model.cached_base import cached_base, write_cached_base
 from qlora_tool.model.causal_lm import CausalLM
+from qlora_tool.model.fused_modules import fuse_modules
 from qlora_tool.model.load import load_base
 from qlora_tool.model.open import choose_device, choose_dtype
 from qlora_tool.model.random_source import RandomSource
@@ -308,4 +309,5 @@ def _open_base(
     return CausalLM(
         module, tensors.folder, quantization, compute_dtype,
         projects_plainly=behaviour.projects_plainly, by_segment=behaviour.keeps_apart != "masks",
+        fused=fuse_modules(module),
     )  # fmt: skip

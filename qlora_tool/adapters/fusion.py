@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlora_tool.adapters.adapter import Adapter
-from qlora_tool.ops.lora import ACTIVATIONS, Activation, LoraWeights, lora_gated_mlp, lora_linear
+from qlora_tool.ops.gated import ACTIVATIONS, Activation
+from qlora_tool.ops.lora import LoraWeights, lora_gated_mlp, lora_linear
 from qlora_tool.weights.modules import FrozenLinear
 
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))

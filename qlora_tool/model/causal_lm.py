@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_tool.data.batches import Batch
 from qlora_tool.model.checkpointing import Recomputation, checkpoint_layers, checkpointed_modules
+from qlora_tool.model.fused_modules import FusedModules
 from qlora_tool.model.segments import attending_by, use_segments
 from qlora_tool.model.slots import Quantization
 from qlora_tool.ops.loss import CHUNK_ROWS, LogitsTransform, frozen_cross_entropy, linear_cross_entropy
@@ -36,6 +37,7 @@ class CausalLM:
         recomputation: what is recomputed in backward; None where nothing was ever said of it.
         offload_boundaries: whether what goes into recomputed layers waits for backward in host memory.
         by_segment: whether packed examples may be kept apart by attention by segment, or only by transformers' masks.
+        fused: the modules of the family's code that compute by fused operations.
     """
 
     module: PreTrainedModel
@@ -46,6 +48,7 @@ class CausalLM:
     recomputation: Recomputation | None = None
     by_segment: bool = True
     offload_boundaries: bool = False
+    fused: FusedModules = field(default_factory=FusedModules)
 
     @property
     def device(self) -> torch.device:

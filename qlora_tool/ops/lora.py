@@ -18,12 +18,13 @@ Source: LoRA (Hu et al. 2021, arXiv 2106.09685), section 4.1; the gradients are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from qlora_tool.ops.gated import Activation, gated_gradients_, gated_product, runs_in_one_pass
 from qlora_tool.ops.linear import FrozenWeight, frozen_linear
 from qlora_tool.ops.products import matmul, matmul_add
 
@@ -52,32 +53,6 @@ class LoraWeights:
             return self
         bias = None if self.bias is None else self.bias.to(dtype)
         return LoraWeights(self.weight, self.A.to(dtype), self.B.to(dtype), self.scaling, bias)
-
-
-@dataclass(frozen=True)
-class Activation:
-    """An activation and its derivative: `gradient(grad, input)`, which may write over `grad`."""
-
-    name: str
-    function: Callable[[Tensor], Tensor]
-    gradient: Callable[[Tensor, Tensor], Tensor]
-
-
-def _gelu(approximate: str) -> Activation:
-    return Activation(
-        f"gelu {approximate}", lambda x: torch.nn.functional.gelu(x, approximate=approximate),
-        lambda grad, x: torch.ops.aten.gelu_backward.grad_input(grad, x, approximate=approximate, grad_input=grad),
-    )  # fmt: skip
-
-
-def _silu() -> Activation:
-    return Activation(
-        "silu", torch.nn.functional.silu,
-        lambda grad, x: torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad),
-    )  # fmt: skip
-
-
-ACTIVATIONS = (_silu(), _gelu("none"), _gelu("tanh"))
 
 
 # ---------------------------------------------------------------------------------------------- one input, any outputs
@@ -162,17 +137,30 @@ def _adapter_gradients(
     x: Tensor, z: Tensor, grads: Sequence[Tensor], layers: Sequence[LoraWeights], needs: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The gradient of z, (tokens, Σr), and those of A, B and bias of every layer."""
-    dz = torch.empty_like(z)
-    of_B, of_bias, begin = [], [], 0
-    for index, (layer, grad) in enumerate(zip(layers, grads, strict=True)):
-        end = begin + layer.A.shape[0]
-        of_B.append(matmul(z[:, begin:end].T, grad).T.mul_(layer.scaling))  # (r, out), turned: faster than (out, r)
-        dz[:, begin:end] = matmul(grad, layer.B)
-        dz[:, begin:end].mul_(layer.scaling)
+    dz = _inner_gradient(grads, layers)
+    return dz, _trained_gradients(x, z, dz, grads, layers, needs)
+
+
+def _inner_gradient(grads: Sequence[Tensor], layers: Sequence[LoraWeights]) -> Tensor:
+    """The gradient of z, (tokens, Σr)."""
+    ranks = [layer.A.shape[0] for layer in layers]
+    dz = grads[0].new_empty(grads[0].shape[0], sum(ranks))
+    for part, layer, grad in zip(dz.split(ranks, dim=1), layers, grads, strict=True):
+        part.copy_(matmul(grad, layer.B)).mul_(layer.scaling)
+    return dz
+
+
+def _trained_gradients(
+    x: Tensor, z: Tensor, dz: Tensor, grads: Sequence[Tensor], layers: Sequence[LoraWeights], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of A, B and bias of every layer."""
+    ranks = [layer.A.shape[0] for layer in layers]
+    of_B, of_bias = [], []
+    for index, (part, layer, grad) in enumerate(zip(z.split(ranks, dim=1), layers, grads, strict=True)):
+        of_B.append(matmul(part.T, grad).T.mul_(layer.scaling))  # (r, out), turned: faster than (out, r)
         of_bias.append(grad.sum(0) if needs[3 * index + 2] else None)
-        begin = end
-    of_A = matmul(dz.T, x).split([layer.A.shape[0] for layer in layers])
-    return dz, [gradient for group in zip(of_A, of_B, of_bias, strict=True) for gradient in group]
+    of_A = matmul(dz.T, x).split(ranks)
+    return [gradient for group in zip(of_A, of_B, of_bias, strict=True) for gradient in group]
 
 
 def _input_gradient(dz: Tensor, grads: Sequence[Tensor], layers: Sequence[LoraWeights]) -> Tensor:
@@ -236,13 +224,16 @@ class _LoraGated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gated: Tensor, upped: Tensor, layers, activation: Activation, *trained: Tensor | None):
         ctx.saving_node, ctx.layers, ctx.activation = gated.grad_fn, layers, activation
-        return _gated_output(activation.function(gated).mul_(upped), layers[2])
+        return _gated_output(gated_product(gated, upped, activation), layers[2])
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, z, *inner = ctx.saving_node.saved_tensors
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
-        dx, trained = _gated_gradients(x, z, inner, grad.contiguous(), ctx.layers, ctx.activation, needs_x, needs)
+        owned = not torch._C._autograd._get_current_graph_task_keep_graph()  # what was saved is then read once
+        dx, trained = _gated_gradients(
+            x, z, inner, grad.contiguous(), ctx.layers, ctx.activation, needs_x, needs, owned
+        )
         return dx, None, None, None, None, *trained
 
 
@@ -253,7 +244,7 @@ class _LoraGatedTiles(torch.autograd.Function):
         y = x.new_empty(x.shape[0], layers[2].B.shape[0])
         for rows in _tiles(x, tile):
             gated, upped = _outputs(x[rows], z[rows], layers[:2])
-            y[rows] = _gated_output(activation.function(gated).mul_(upped), layers[2])
+            y[rows] = _gated_output(gated_product(gated, upped, activation), layers[2])
             del gated, upped
         return y
 
@@ -266,8 +257,9 @@ class _LoraGatedTiles(torch.autograd.Function):
         for rows in _tiles(x, ctx.tile):
             inner = _outputs(x[rows], z[rows], ctx.layers[:2])
             of_x, trained = _gated_gradients(
-                x[rows], z[rows], inner, grad[rows].contiguous(), ctx.layers, ctx.activation, needs_x, needs
-            )
+                x[rows], z[rows], inner, grad[rows].contiguous(), ctx.layers, ctx.activation, needs_x, needs,
+                owned=True,
+            )  # fmt: skip
             if needs_x:
                 dx[rows] = of_x
             sums = [new if new is None else new.float() if old is None else old.add_(new)
@@ -285,24 +277,47 @@ def _gated_output(h: Tensor, down: LoraWeights) -> Tensor:
 
 def _gated_gradients(
     x: Tensor, z: Tensor, inner: list[Tensor], grad: Tensor, layers: Sequence[LoraWeights], activation: Activation,
-    needs_x: bool, needs: Sequence[bool],
+    needs_x: bool, needs: Sequence[bool], owned: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     """The gradient of x (None where not needed), and of A, B and bias of gate, up and down.
 
     Args:
         inner: gate(x) and up(x); the list is emptied, so that they are gone when they are of no more use.
+        owned: nobody else needs them, so that they may be written over.
     """
     gated, upped = inner
     inner.clear()
     *layers, down = layers
-    active = activation.function(gated)
-    h = active * upped
-    dz, of_down = _adapter_gradients(h, matmul(h, down.A.T), [grad], [down], needs[6:])
-    del h
-    dh = _input_gradient(dz, [grad], [down])
-    d_up = active.mul_(dh)
-    d_gate = activation.gradient(dh.mul_(upped), gated)
-    del dh, gated, upped
+    if runs_in_one_pass(gated, activation):
+        d_gate, d_up, of_down = _gradients_in_one_pass(gated, upped, grad, down, activation, owned, needs[6:])
+    else:
+        d_gate, d_up, of_down = _gradients_by_steps(gated, upped, grad, down, activation, needs[6:])
+    del gated, upped
     grads = [d_gate, d_up]
     dz, of_layers = _adapter_gradients(x, z, grads, layers, needs[:6])
     return _input_gradient(dz, grads, layers) if needs_x else None, [*of_layers, *of_down]
+
+
+def _gradients_by_steps(
+    gated: Tensor, upped: Tensor, grad: Tensor, down: LoraWeights, activation: Activation, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """The gradients of gate(x) and up(x), and of A, B and bias of down."""
+    active = activation.function(gated)
+    h = active * upped
+    dz, of_down = _adapter_gradients(h, matmul(h, down.A.T), [grad], [down], needs)
+    del h
+    dh = _input_gradient(dz, [grad], [down])
+    d_up = active.mul_(dh)
+    return activation.gradient(dh.mul_(upped), gated), d_up, of_down
+
+
+def _gradients_in_one_pass(
+    gated: Tensor, upped: Tensor, grad: Tensor, down: LoraWeights, activation: Activation, owned: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:  # fmt: skip
+    """The same; where gate(x) and up(x) are of no more use (`owned`), what comes out takes their memory."""
+    dz = _inner_gradient([grad], [down])
+    d_gate = _input_gradient(dz, [grad], [down])  # of h, to begin with
+    h, d_up = (gated, upped) if owned else (gated.clone(), upped.clone())
+    gated_gradients_(h, d_up, d_gate, activation)
+    return d_gate, d_up, _trained_gradients(h, matmul(h, down.A.T), dz, [grad], [down], needs)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from qlora_tool.memory.trace.tracer import Tracer
+from qlora_tool.ops.declare import Target, meant_for
+from qlora_tool.ops.gated import ACTIVATIONS, Activation
 from qlora_tool.ops.lora import (
-    ACTIVATIONS,
-    Activation,
     LoraWeights,
     lora_gated_mlp,
     lora_gated_mlp_reference,
@@ -120,6 +121,40 @@ def test_the_gated_mlp_is_autograds(activation, dtype, kind, bias, tile):
     exact_grads = torch.autograd.grad(expected, [exact_x, *trained(exact_parts)], grad.double())
     assert_equal_within([y], [expected], dtype, 16)
     assert_equal_within(found, exact_grads, dtype, 16)
+
+
+@pytest.mark.parametrize("tile", [None, 3])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda activation: activation.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_for_a_card_a_gated_mlp_is_autograds_too_and_backward_may_come_twice(activation, dtype, tile):
+    """What a first backward pass has written over, a second one must not need."""
+    options = {"dtype": dtype, "bias": True, "bias_trained": True}
+    layers = [make_layer(48, 32, 4, seed=1, **options), make_layer(48, 32, 3, seed=2, **options)]
+    layers.append(make_layer(32, 48, 5, seed=3, **options))
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    with meant_for(Target("cuda", (9, 0))):
+        y = lora_gated_mlp(x, *layers, activation, tile)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        first = torch.autograd.grad(y, [x, *trained(layers)], grad, retain_graph=True)
+        second = torch.autograd.grad(y, [x, *trained(layers)], grad)
+
+    exact_parts, exact_x = [exact(layer) for layer in layers], x.detach().double().requires_grad_()
+    expected = lora_gated_mlp_reference(exact_x, *exact_parts, activation)
+    exact_grads = torch.autograd.grad(expected, [exact_x, *trained(exact_parts)], grad.double())
+    assert_equal_within([y], [expected], dtype, 16)
+    assert_equal_within(first, exact_grads, dtype, 16)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_for_a_card_backward_takes_the_memory_of_gate_and_up():
+    """Of (tokens, intermediate) only the gradient of h is made: its own, and what was kept, hold all that follows."""
+    layers = [make_layer(96, 64, 4, seed=1), make_layer(96, 64, 4, seed=2), make_layer(64, 96, 4, seed=3)]
+    with meant_for(Target("cuda", (9, 0))):
+        y = lora_gated_mlp(torch.randn(10, 64, requires_grad=True), *layers, ACTIVATIONS[0])
+        with Tracer() as tracer:
+            y.sum().backward()
+    seen = [storage.operator for storage in tracer.trace.storages if storage.nbytes == 10 * 96 * 4]
+    assert seen == ["aten::detach"] * 2 + ["qlora_tool::matmul"]  # what was kept, and then
 
 
 def test_what_is_saved_is_the_input_once_and_x_times_A():

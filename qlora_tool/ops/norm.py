@@ -1,0 +1,164 @@
+"""RMSNorm with a frozen weight, in one pass over memory each way.
+
+    y = (offset + w) · x̂        x̂ = x / √(mean(x²) + ε), over the last dimension, in fp32
+
+Families differ in two things. Gemma's keep w near zero: offset 1. Llama's round x̂ to the input's dtype before the
+product (`rounds`); others round once, at the end.
+
+What is kept for backward is x itself and 1/√(…) of each row; autograd would keep two fp32 copies of x. With v = offset
++ w and N numbers a row,
+
+    dx = (dy·v - x̂ · mean(dy·v·x̂)) / √(mean(x²) + ε)
+
+Source: RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467), equation 4; the gradient is that of the first line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora_tool.ops.declare import declare
+from qlora_tool.ops.kernels import usable
+
+
+@dataclass(frozen=True)
+class NormKind:
+    """How a family computes its RMSNorm.
+
+    Attributes:
+        offset: what is added to the weight.
+        rounds: x̂ is rounded to the input's dtype before it is multiplied by the weight.
+    """
+
+    offset: float
+    rounds: bool
+
+
+KINDS = (NormKind(0.0, rounds=True), NormKind(0.0, rounds=False), NormKind(1.0, rounds=False))
+WIDEST = 1 << 16  # numbers of a row that the kernel can hold
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, kind: NormKind) -> Tensor:
+    """x (…, N) normalized over its last dimension, in its dtype; laid out row by row.
+
+    Args:
+        weight: (N,), frozen; None: one everywhere.
+        eps: ε.
+        kind: of the family.
+    """
+    return _RmsNorm.apply(x, weight, eps, kind)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float, kind: NormKind) -> Tensor:
+    """The same by autograd."""
+    wide = x.double() if x.dtype == torch.float64 else x.float()
+    unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return unit.to(x.dtype)
+    if kind.rounds:
+        return (unit.to(x.dtype) * (kind.offset + weight if kind.offset else weight)).to(x.dtype)
+    return (unit * (kind.offset + weight.to(unit.dtype))).to(x.dtype)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor | None, eps: float, kind: NormKind) -> Tensor:
+        y, scale = _forward(x, weight, eps, kind.offset, kind.rounds)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.offset = kind.offset
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, scale = ctx.saved_tensors
+        return _backward(grad, x, weight, scale, ctx.offset), None, None, None
+
+
+# --------------------------------------------------------------------------------------------------------- operations
+
+
+def _forward_reference(
+    x: Tensor, weight: Tensor | None, eps: float, offset: float, rounds: bool
+) -> tuple[Tensor, Tensor]:
+    y, scale = _forward_shapes(x, weight, eps, offset, rounds)
+    unit = x.to(torch.float32, copy=True)
+    scale.copy_(torch.rsqrt(unit.square().mean(-1) + eps))
+    unit.mul_(scale.unsqueeze(-1))
+    if weight is not None and not rounds:
+        unit.mul_(offset + weight.float())
+    y.copy_(unit)
+    return (y.mul_(offset + weight if offset else weight) if weight is not None and rounds else y), scale
+
+
+def _forward_cuda(
+    x: Tensor, weight: Tensor | None, eps: float, offset: float, rounds: bool
+) -> tuple[Tensor, Tensor]:
+    if not usable(x.device):
+        return _forward_reference(x, weight, eps, offset, rounds)
+    from qlora_tool.ops.kernels import norm
+
+    y, scale = _forward_shapes(x, weight, eps, offset, rounds)
+    norm.forward(x.contiguous(), weight, eps, offset, rounds, y, scale)
+    return y, scale
+
+
+def _forward_shapes(
+    x: Tensor, weight: Tensor | None, eps: float, offset: float, rounds: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+_forward = declare(  # (…, N) → y (…, N), and 1/√(mean(x²) + ε), fp32 (…)
+    "rms_norm(Tensor x, Tensor? weight, float eps, float offset, bool rounds) -> (Tensor, Tensor)",
+    reference=_forward_reference,
+    shapes=_forward_shapes,
+    versions={"cuda": _forward_cuda},
+    workspace={
+        "cpu": lambda x, weight, eps, offset, rounds: 8 * x.numel() + 4 * (x.numel() // x.shape[-1]),
+        "cuda": lambda x, weight, eps, offset, rounds: _copied(x),
+    },
+)
+
+
+def _backward_reference(grad: Tensor, x: Tensor, weight: Tensor | None, scale: Tensor, offset: float) -> Tensor:
+    result, scale = _backward_shapes(grad, x, weight, scale, offset), scale.unsqueeze(-1)
+    unit = x.to(torch.float32, copy=True).mul_(scale)
+    through = grad.to(torch.float32, copy=True)
+    if weight is not None:
+        through.mul_(offset + weight.float())
+    unit.mul_((through * unit).mean(-1, keepdim=True))
+    return result.copy_(through.sub_(unit).mul_(scale))
+
+
+def _backward_cuda(grad: Tensor, x: Tensor, weight: Tensor | None, scale: Tensor, offset: float) -> Tensor:
+    if not usable(x.device):
+        return _backward_reference(grad, x, weight, scale, offset)
+    from qlora_tool.ops.kernels import norm
+
+    result = _backward_shapes(grad, x, weight, scale, offset)
+    norm.backward(grad.contiguous(), x.contiguous(), weight, scale, offset, result)
+    return result
+
+
+def _backward_shapes(grad: Tensor, x: Tensor, weight: Tensor | None, scale: Tensor, offset: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_backward = declare(  # the gradients of y → those of x, (…, N)
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor scale, float offset) -> Tensor",
+    reference=_backward_reference,
+    shapes=_backward_shapes,
+    versions={"cuda": _backward_cuda},
+    workspace={
+        "cpu": lambda grad, x, weight, scale, offset: 12 * x.numel() + 4 * scale.numel(),
+        "cuda": lambda grad, x, weight, scale, offset: _copied(grad) + _copied(x),
+    },
+)
+
+
+def _copied(tensor: Tensor) -> int:
+    """Bytes of the copy that a kernel is given of a tensor that is not laid out row by row."""
+    return 0 if tensor.is_contiguous() else tensor.numel() * tensor.element_size()
