@@ -20,19 +20,31 @@ def interpreted(monkeypatch):
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction
 
+    # It takes functions of the standard library when it is imported, so before they are changed.
+    importlib.import_module("triton.experimental.gluon.language")
+
     def convert(values, source, target, rounding):
         if (source, target) == (language.float32, language.bfloat16):
             return torch.tensor(values).bfloat16().view(torch.uint16).numpy()
         return cut_off(values, source, target, rounding)
 
+    def call(function, *args, **kwargs):  # as its own, which leaves Triton's language changed for good
+        scope = interpreter._patch_lang(function.fn)
+        try:
+            return function.rewrite()(*args, **kwargs)
+        finally:
+            scope.restore()
+
     cut_off = interpreter._convert_float
     monkeypatch.setattr(interpreter, "_convert_float", convert)
+    monkeypatch.setattr(InterpretedFunction, "__call__", call)
 
     def load(name: str):
         module = importlib.import_module(f"qlora_tool.ops.kernels.{name}")
-        for attribute, value in list(vars(module).items()):
-            if isinstance(value, triton.JITFunction):
-                monkeypatch.setattr(module, attribute, InterpretedFunction(value.fn))
+        for place in (module, language, language.standard):  # sums are functions of Triton's own standard library
+            for attribute, value in list(vars(place).items()):
+                if isinstance(value, triton.JITFunction):
+                    monkeypatch.setattr(place, attribute, InterpretedFunction(value.fn))
         return module
 
     return load
