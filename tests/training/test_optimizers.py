@@ -410,28 +410,30 @@ def moments(optimizer: Optimizer) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
 def test_steps_on_a_card_are_those_on_the_cpu(name, dtype):
-    """Each from the same state and gradients: fp32 operations in another order are off by 2⁻²⁴ of what they give, and
-    a step of AdamW, of size rate · 10 at most, is made of twenty. A moment in 8 bits is, on either side, one of the
-    values around it; the widest gap between those is 0.0141 of the block's largest."""
+    """Each from the same state and gradients. An operation in fp32 is off by 2⁻²⁴ of what it gives, and a step is made
+    of twenty; where a moment's two terms nearly cancel by more, which over all weights is a small part. A moment in 8
+    bits is, on either side, one of the values around it; the widest gap between those is 0.0141 of the block's
+    largest."""
     for step in range(4):
         host = parameters([*LARGE, (37,), (), (331, 331)], dtype, seed=step)
         cpu = Optimizer(name, host, 0.01)
         for earlier in range(step):
-            give_gradients(host, earlier, cpu.loss_scale)
+            give_gradients(host, earlier, cpu.loss_scale * 0.01)
             cpu.step(1e-2, 0.5)
         card = on_card(host)
         cuda = Optimizer(name, card, 0.01)
         cuda.load_state_dict(cpu.state_dict())
-        give_gradients(host, step, cpu.loss_scale)
+        before = masters(cpu) if step else [value.float() for value in values(host)]
+        give_gradients(host, step, cpu.loss_scale * 0.01)
         for parameter, own in zip(card, host, strict=True):
             parameter.grad = own.grad.cuda()
         assert float(cuda.step(1e-2, 0.5)) == pytest.approx(float(cpu.step(1e-2, 0.5)), rel=1e-5)
-        for found, expected in zip(masters(cuda), masters(cpu), strict=True):
-            torch.testing.assert_close(found.cpu(), expected, rtol=4 * 2**-24, atol=1e-2 * 10 * 20 * 2**-24)
+        for found, expected, earlier in zip(masters(cuda), masters(cpu), before, strict=True):
+            bound = 2**-24 * (4 * earlier.norm() + 60 * (expected - earlier).norm())
+            assert (found.cpu().double() - expected.double()).norm() <= bound
         for found, expected in zip(moments(cuda), moments(cpu), strict=True):
-            gap = 0.0 if name == "adamw" or len(found) < 4096 else 0.0142
-            largest = expected.abs().max()
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=float(gap * largest + 1e-5 * largest))
+            gap = 1e-5 if name == "adamw" or len(found) < 4096 else 0.0142
+            assert ((found - expected).abs() <= gap * expected.abs().max()).all()
 
 
 @pytest.mark.cuda
@@ -488,7 +490,7 @@ def test_where_managed_memory_would_not_fit_the_card_moments_are_not_paged(monke
     give_gradients_on_card(ours, 0)
     optimizer.step(1e-2)
     assert not list(optimizer.paged_tensors())
-    assert "paged_adamw_8bit runs as adamw_8bit, as its state takes 0.00 GB and the card has 0.00 GB free" in caplog.text
+    assert "paged_adamw_8bit runs as adamw_8bit, as its state takes" in caplog.text
 
 
 @pytest.mark.cuda
