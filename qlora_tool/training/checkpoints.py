@@ -57,10 +57,13 @@ class Progress:
             raise _broken(checkpoint, f"state.json: products by {progress.products!r}")
         return progress
 
-    def step_done(self, tokens: int, trained_tokens: int, loss: float) -> None:
-        """Count a step; `loss` is the mean over its trained tokens."""
+    def step_done(self, tokens: int) -> None:
+        """Count a step."""
         self.step += 1
         self.tokens += tokens
+
+    def loss_known(self, trained_tokens: int, loss: float) -> None:
+        """Add a step's loss, the mean over its trained tokens."""
         self.unlogged_loss += loss * trained_tokens
         self.unlogged_tokens += trained_tokens
 

@@ -29,9 +29,10 @@ from qlora_tool.training.optimizers import LOSS_SCALE_FLOOR, Optimizer, make_opt
 from qlora_tool.training.preconditions import refuse_at_once, refuse_dtype
 from qlora_tool.training.prepare import RunData, describe, prepare_data, provenance
 from qlora_tool.training.progress import LiveLine, Metrics, Speed, peak_memory_bytes
+from qlora_tool.training.read_late import LateNumbers, StepNumbers
 from qlora_tool.training.resume import checkpoint_at, checkpoint_to_resume, refuse_another_run
 from qlora_tool.training.schedule import learning_rate, warmup_length
-from qlora_tool.training.step import During, StepResult, StepSettings, no_phases, train_step
+from qlora_tool.training.step import During, StepSettings, no_phases, train_step
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -229,7 +230,7 @@ def _fit(run: Run, watcher: Watcher | None) -> None:
 
 
 def _take_steps(run: Run, stop: StopRequest, line: LiveLine, watcher: Watcher | None) -> None:
-    metrics, speed = Metrics(run.folder.metrics_file), Speed()
+    metrics, speed, late = Metrics(run.folder.metrics_file), Speed(), LateNumbers()
     run.model.module.train()
     settings = StepSettings.of(run.training)
     total, first = run.plan.total_steps, run.progress.step
@@ -240,14 +241,17 @@ def _take_steps(run: Run, stop: StopRequest, line: LiveLine, watcher: Watcher | 
         with watcher.watch(run) if watched else nullcontext(no_phases) as during:
             result = train_step(run.model, run.optimizer, batches, settings, rate, during)
         tokens, trained = (sum(getattr(batch, key) for batch in batches) for key in ("tokens", "trained_tokens"))
-        run.progress.step_done(tokens, trained, float(result.loss))
-        _refuse_no_number(run, result, batches)
+        run.progress.step_done(tokens)
         step = run.progress.step
-        speed.step_done(tokens, counted=not watched)
-        record = None
+        rows = [where for batch in batches for where in batch.where]
+        late.add(step, result.loss, result.grad_norm, trained, run.optimizer.loss_scale, rows)
         evaluated = _is_due(step, run.training.eval_steps, total) and run.data.evaluations
-        if evaluated or step % run.training.logging_steps == 0 or step == total:
-            record = _record(run, result, rate, speed.take())
+        logged = evaluated or step % run.training.logging_steps == 0 or step == total
+        saving = step % run.training.save_steps == 0 or step == total
+        # The first two steps are read at once for the sake of the speed, which leaves them out or counts from them.
+        numbers = _read(run, late, leave=0 if logged or saving or step <= first + 2 else 1)
+        speed.step_done(tokens, counted=not watched)
+        record = _record(run, numbers, rate, speed.take()) if logged else None
         paused = speed.pause()
         if evaluated:
             record |= _evaluate(run, line)
@@ -256,7 +260,8 @@ def _take_steps(run: Run, stop: StopRequest, line: LiveLine, watcher: Watcher | 
             if run.accelerator.trackers:
                 run.accelerator.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=step)
         line.step(step, record)
-        if step % run.training.save_steps == 0 or step == total or stop.signal_number:
+        if saving or stop.signal_number:
+            _read(run, late, leave=0)  # nothing is saved of a step whose loss is no number
             limit = run.training.save_total_limit
             saved = save_checkpoint(run.folder, run.progress, run.adapters, run.optimizer, limit)
             if stop.signal_number and step < total:
@@ -284,14 +289,24 @@ def _is_due(step: int, every: int | None, total: int) -> bool:
     return step == total or (every is not None and step % every == 0)
 
 
-def _record(run: Run, result: StepResult, rate: float, speed: float | None) -> dict[str, Any]:
+def _read(run: Run, late: LateNumbers, leave: int) -> StepNumbers | None:
+    """Take in the numbers of all steps but the last `leave`; those of the last that was read. So that a step whose
+    numbers are none is noticed, at the latest, after the step that follows it, and nothing is written between."""
+    numbers = None
+    for numbers in late.read(leave):
+        run.progress.loss_known(numbers.trained_tokens, numbers.loss)
+        _refuse_no_number(run, numbers)
+    return numbers
+
+
+def _record(run: Run, numbers: StepNumbers, rate: float, speed: float | None) -> dict[str, Any]:
     """What is logged of the steps since the last record: the loss over all their trained tokens."""
     return {
         "step": run.progress.step,
         "epoch": round(run.progress.step / run.plan.steps_per_epoch, 4),
         "loss": run.progress.take_loss(),
         "learning_rate": rate,
-        "grad_norm": float(result.grad_norm),
+        "grad_norm": numbers.grad_norm,
         "tokens_per_second": None if speed is None else round(speed, 1),
         "peak_memory_bytes": peak_memory_bytes(run.model.device),
     }
@@ -310,16 +325,16 @@ def _evaluate(run: Run, line: LiveLine) -> dict[str, float]:
     return {"eval_loss": first.loss, **named}
 
 
-def _refuse_no_number(run: Run, result: StepResult, batches: list[Batch]) -> None:
-    """Stop where the loss is not a number, or the gradients are none and the optimizer has no scale left to lower."""
-    loss, norm = float(result.loss), float(result.grad_norm)
-    if math.isfinite(loss) and (math.isfinite(norm) or run.optimizer.loss_scale > LOSS_SCALE_FLOOR):
+def _refuse_no_number(run: Run, numbers: StepNumbers) -> None:
+    """Stop where the loss is not a number, or the gradients are none and the optimizer had no scale left to lower."""
+    loss, norm = numbers.loss, numbers.grad_norm
+    if math.isfinite(loss) and (math.isfinite(norm) or numbers.loss_scale > LOSS_SCALE_FLOOR):
         return
     found = f"the norm of the gradients is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
     saved = run.folder.checkpoint_folders()
-    rows = [where for batch in batches for where in batch.where]
+    rows = numbers.rows
     raise MachineError(
-        f"step {run.progress.step}: {found}, on rows {', '.join(rows[:8])}{' and more' if len(rows) > 8 else ''}; the "
+        f"step {numbers.step}: {found}, on rows {', '.join(rows[:8])}{' and more' if len(rows) > 8 else ''}; the "
         f"last good checkpoint is {saved[-1] if saved else 'none yet'}; lower training.learning_rate, or set "
         "training.max_grad_norm"
     )

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlora_tool.errors import UserError
-from qlora_tool.training.parameter_state import ParameterState, slices_of
+from qlora_tool.ops.adamw import slices_of
+from qlora_tool.training.paged_memory import PagedMemory
+from qlora_tool.training.parameter_state import ParameterState, is_paged, step_together
 
 if TYPE_CHECKING:
     from qlora_tool.adapters.attach import AdapterSet
@@ -70,6 +72,7 @@ class Optimizer:
         self._sums: dict[int, Tensor] = {}  # of gradients of 16 bits over several backward passes, by the number
         self._summing, self._sums_gradients = False, False
         self._codes = _eight_bit_codes(self.parameters) if name != "adamw" else None
+        self._pages: PagedMemory | None = None
         self._scaled = any(parameter.dtype == torch.float16 for parameter in self.parameters)
         self.loss_scale = 2.0**16 if self._scaled else 1.0
         self._good_steps = 0
@@ -119,26 +122,42 @@ class Optimizer:
             factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0) if max_grad_norm else None
             if self._scaled:
                 factor = torch.full_like(norm, 1 / scale) if factor is None else factor / scale
-            for number in range(len(self.parameters)):
-                self._update(number, learning_rate, factor)
+            self._update(range(len(self.parameters)), learning_rate, factor)
         self._sums.clear()
         for parameter in self.parameters:
             parameter.grad = None
         return norm
 
-    def _update(self, number: int, learning_rate: float, factor: Tensor | None) -> None:
-        """Take a step with one parameter, and drop its gradient."""
-        gradient = self._gradient(number)
-        if gradient is not None:
-            self._state(number).update(gradient, learning_rate * self._rates[number], factor)
-        self._sums.pop(number, None)
-        self.parameters[number].grad = None
+    def _update(self, numbers: Iterable[int], learning_rate: float, factor: Tensor | None) -> None:
+        """Take a step with those of these parameters that have a gradient, all of one kind together."""
+        kinds: dict[tuple[torch.dtype, torch.dtype, bool], list[tuple[int, Tensor]]] = {}
+        for number in numbers:
+            if (gradient := self._gradient(number)) is not None:
+                kind = self.parameters[number].dtype, gradient.dtype, self._state(number).eight_bit
+                kinds.setdefault(kind, []).append((number, gradient))
+        if self._pages is not None:
+            self._pages.prefetch()
+        for (_, _, eight_bit), chosen in kinds.items():
+            states = [self._states[number] for number, _ in chosen]
+            rates = [learning_rate * self._rates[number] for number, _ in chosen]
+            gradients = [gradient for _, gradient in chosen]
+            step_together(states, gradients, rates, self.weight_decay, self._codes if eight_bit else None, factor)
 
     def _state(self, number: int) -> ParameterState:
         if number not in self._states:
             parameter, paged = self.parameters[number], self.name.startswith("paged")
-            self._states[number] = ParameterState(parameter, self.weight_decay, self._codes, paged)
+            if paged and parameter.is_cuda:
+                paged = self._page()
+            self._states[number] = ParameterState(parameter, self._codes is not None, paged, self._pages)
         return self._states[number]
+
+    def _page(self) -> bool:
+        """Whether there is managed memory for what is paged, asked for in one piece before the first state."""
+        if self._pages is None and not self._states:
+            large = [parameter for parameter in self.parameters if is_paged(parameter)]
+            if large:
+                self._pages = PagedMemory.of([parameter.numel() for parameter in large] * 2, large[0].device)
+        return self._pages is not None
 
     def _adjust_scale(self, finite: bool) -> bool:
         """Whether the step may be taken; the scale for the next."""
@@ -168,7 +187,6 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that an exact resume needs beside the parameters."""
-        self._wait_for_pages()
         numbers = range(len(self.parameters))
         states = [self._states[number].state_dict() if number in self._states else None for number in numbers]
         return {"name": self.name, "parameters": states, "loss_scale": self.loss_scale, "good_steps": self._good_steps}
@@ -188,15 +206,8 @@ class Optimizer:
         self._states.clear()
         for number, saved in enumerate(state["parameters"]):
             if saved is not None:
-                parameter_state = self._state(number)
-                self._wait_for_pages()
-                parameter_state.load_state_dict(saved)
+                self._state(number).load_state_dict(saved)
         self.loss_scale, self._good_steps = state["loss_scale"], state["good_steps"]
-
-    def _wait_for_pages(self) -> None:
-        """The host may only look at paged memory when the device is done with it."""
-        if any(state.paged and state.parameter.is_cuda for state in self._states.values()):
-            torch.cuda.synchronize()
 
 
 class OptimizerInBackward(Optimizer):
@@ -225,7 +236,8 @@ class OptimizerInBackward(Optimizer):
     @torch.no_grad()
     def _step_one(self, number: int, gradient: Tensor) -> None:
         self._norms.append(gradient_norm([gradient]))
-        self._update(number, self._learning_rate, None)
+        self._update([number], self._learning_rate, None)
+        self.parameters[number].grad = None
 
     def before_backward(self, learning_rate: float, accumulate: bool = False) -> None:
         """Told before the step's only backward pass.
@@ -269,9 +281,7 @@ def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
     pieces = [piece for gradient in gradients for piece in slices_of(gradient)]
     if not pieces:
         return torch.zeros(())
-    return torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in pieces])
-    )
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces, dtype=torch.float32)))
 
 
 def parameter_groups(adapters: AdapterSet) -> list[ParameterGroup]:

@@ -25,6 +25,7 @@ from qlora_tool.files import tensors
 from qlora_tool.training import loop
 from qlora_tool.training.loop import train
 from qlora_tool.training.progress import Speed
+from qlora_tool.training.read_late import LateNumbers, StepNumbers
 from qlora_tool.training.step import StepResult
 
 FIELDS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes"}
@@ -308,6 +309,55 @@ def test_gradients_that_are_no_numbers_stop_the_run(config, tmp_path, monkeypatc
     assert all(record["grad_norm"] is None for record in metrics[1:])  # JSON has no infinity
     saved = load_file(tmp_path / "run" / "checkpoints" / f"step-{steps - 1:06d}" / "adapter.safetensors")
     assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+@pytest.mark.parametrize(
+    ("bad", "settings", "taken"),
+    [
+        (4, {}, 5),  # one step late
+        (4, {"training__save_steps": 4}, 4),
+        (4, {"training__logging_steps": 2}, 4),
+        (4, {"training__eval_steps": 4}, 4),
+        (6, {}, 6),  # the last
+    ],
+)
+def test_nothing_is_written_of_a_loss_that_is_no_number(config, tmp_path, monkeypatch, inputs, bad, settings, taken):
+    """The loss is read when the next step has been launched, or what is written or saved depends on it."""
+
+    def step(model, optimizer, batches, settings, rate, *_):
+        calls.append(rate)
+        for parameter in optimizer.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        loss = torch.tensor(float("nan") if len(calls) == bad else 1.0)
+        return StepResult(loss, optimizer.step(rate, settings.max_grad_norm))
+
+    calls: list[float] = []
+    monkeypatch.setattr(loop, "train_step", step)
+    quiet = {"training__logging_steps": 100, "training__save_steps": 3} | settings
+    with pytest.raises(MachineError, match=rf"step {bad}: the loss is nan, on rows"):
+        train(config(training__max_steps=6, data__eval=str(inputs[1]), **quiet))
+    assert len(calls) == taken
+    saved = {path.name for path in (tmp_path / "run" / "checkpoints").glob("*")}
+    assert saved == (set() if settings.get("training__save_steps") else {"step-000003"})
+    assert not (tmp_path / "run" / "adapter").exists()
+    written = tmp_path / "run" / "metrics.jsonl"
+    assert not written.exists() or all(record["step"] < bad for record in read_metrics(tmp_path / "run"))
+
+
+@pytest.mark.cuda
+def test_numbers_on_their_way_are_not_waited_for():
+    loss = torch.tensor(3.25, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        late = LateNumbers()
+        late.add(1, loss, loss * 2, 7, 1.0, ["a", "b"])
+        late.add(2, loss + 1, loss, 8, 1.0, ["c"])
+        loss.add_(100)  # after the copy
+        (found,) = late.read(leave=1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found == StepNumbers(1, 3.25, 6.5, 7, 1.0, ["a", "b"])
+    assert [numbers.loss for numbers in late.read()] == [4.25]
 
 
 @pytest.mark.parametrize("scaled", [False, True])

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from qlora_tool.memory.trace.measure import allocations
-from qlora_tool.training import parameter_state
+from qlora_tool.ops import adamw
+from qlora_tool.ops.adamw import SLICE, join_master, split_master
 from qlora_tool.training.optimizers import Optimizer
-from qlora_tool.training.parameter_state import SLICE, join_master, split_master
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ def test_cudas_nan_of_ones_stays_one():
 def test_slices_step_as_the_whole(name, dtype, monkeypatch):
     steps = []
     for size in (SLICE, 512):
-        monkeypatch.setattr(parameter_state, "SLICE", size)
+        monkeypatch.setattr(adamw, "SLICE", size)
         parameter = nn.Parameter(torch.randn(77, 91, generator=torch.Generator().manual_seed(0)).to(dtype))
         optimizer = Optimizer(name, [parameter], 0.1)
         for step in range(3):

@@ -225,7 +225,7 @@ class Tracer(TorchDispatchMode):
         if operator == "aten::_local_scalar_dense" and self._phase == "optimizer" and not self._has_data:
             return True  # so that a step with fp16 gradients is taken
         operation = OPERATIONS.get(operator)
-        workspace = operation and self._take(operation.workspace(target_of(args[0]), *args), operator)
+        workspace = operation and self._take(operation.workspace(target_of(_first_tensor(args)), *args), operator)
         result = func(*args, **(kwargs or {}))
         for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if not isinstance(leaf, torch.Tensor) or leaf.device.type == "meta":
@@ -304,6 +304,10 @@ class Tracer(TorchDispatchMode):
             life.death, life.died_in, life.died_in_step = len(self.trace.events), self._phase, self._step
             if not self._finished:
                 self.trace.events.append((life, -1))
+
+
+def _first_tensor(args: tuple) -> torch.Tensor:
+    return args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
 
 
 def _can_meet(args: tuple) -> bool:
