@@ -7,8 +7,12 @@ the house, and in what torch's Python functions are called for.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from test_causal_lm import ROWS, example, open_tiny
 from tiny_models import FAMILIES
 from torch.overrides import TorchFunctionMode
@@ -28,8 +32,7 @@ READING = {
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 # Of a CPU's tensors these read without an operator.
 LEAVING = {"cpu", "tolist", "numpy", "item", "__bool__", "__int__", "__float__", "__index__", "nonzero", "__array__"}
-# Experts: how many tokens each gets decides the shapes of its products.
-ROUTED = {"mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe", "olmoe", "phimoe", "ernie4_5_moe", "deepseek_v3"}
+ROUTED = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe", "olmoe", "phimoe", "ernie4_5_moe", "deepseek_v3"]
 
 
 class Operators(TorchDispatchMode):
@@ -42,7 +45,7 @@ class Operators(TorchDispatchMode):
         by_mask = name in INDEXING and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         )
-        if name in READING or by_mask or (name == "aten::_to_copy" and (kwargs or {}).get("device") is not None):
+        if name in READING or by_mask:
             self.found.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -53,9 +56,10 @@ class Functions(TorchFunctionMode):
         self.found = found
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "")
-        to_cpu = name == "to" and any(str(one) == "cpu" for one in (*args[1:], *(kwargs or {}).values()))
-        if (name in LEAVING and args and isinstance(args[0], torch.Tensor)) or to_cpu:
+        name, given = getattr(func, "__name__", ""), (*args[1:], *(kwargs or {}).values())
+        to_cpu = name == "to" and any(isinstance(one, str) and one == "cpu" for one in given)
+        copied = func is torch.tensor and (kwargs or {}).get("device") is not None  # from the host, at once
+        if (name in LEAVING and args and isinstance(args[0], torch.Tensor)) or to_cpu or copied:
             self.found.append(f"Tensor.{name}")
         return func(*args, **(kwargs or {}))
 
@@ -85,21 +89,33 @@ def ready_to_train(family: str, folder, **config) -> CausalLM:
     return model
 
 
+def copies_a_number(model: CausalLM) -> bool:
+    """Whether transformers copies a number from the host for masks that are added to scores: GPT-Neo in its own code,
+    all that run on `eager` up to 5.17 or so."""
+    eager = model.config.get_text_config()._attn_implementation == "eager"
+    return model.config.model_type == "gpt_neo" or (eager and Version(transformers.__version__) < Version("5.23"))
+
+
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ROUTED])
 def test_no_family_waits_in_a_step(family, tmp_path):
     model = ready_to_train(family, tmp_path)
     model.checkpoint_layers(True)
-    found = {name: waits(model, batch) for name, batch in batches().items()}
-    assert found == dict.fromkeys(found, [])
+    found = {name: set(waits(model, batch)) for name, batch in batches().items()}
+    if copies_a_number(model):
+        found = {name: one - {"Tensor.tensor"} for name, one in found.items()}
+    assert not any(found.values()), found
 
 
-@pytest.mark.parametrize("family", sorted(ROUTED))
+@pytest.mark.parametrize("family", ROUTED)
 def test_experts_are_all_that_is_waited_for(family, tmp_path):
-    """Once a layer for the tokens of each expert, and again where the layer is computed again; nothing for masks."""
+    """Once a layer: how many tokens each expert gets decides the shapes of its products."""
     model = ready_to_train(family, tmp_path)
     for name, batch in batches().items():
-        found = waits(model, batch)
-        assert set(found) <= {"Tensor.tolist", "Tensor.cpu"}, (name, found)
+        found = Counter(waits(model, batch))
+        if copies_a_number(model):
+            del found["Tensor.tensor"]
+        assert found.keys() == {"Tensor.tolist"}, name
+        assert found["Tensor.tolist"] <= model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("method", ["dora", "loha"])
@@ -113,14 +129,13 @@ def test_waiting_would_be_noticed(tmp_path):
     tensor = torch.arange(4.0)
     model = open_tiny("llama", tmp_path)
     for look in (float, bool, torch.Tensor.tolist, torch.Tensor.nonzero, lambda x: x[x > 1], lambda x: x.to("cpu"),
-                 lambda x: x.masked_select(x > 1), lambda x: torch.repeat_interleave(x, torch.ones(4, dtype=int))):  # fmt: skip
+                 lambda x: x.masked_select(x > 1), lambda x: torch.repeat_interleave(x, torch.ones(4, dtype=int)),
+                 lambda x: torch.tensor(1.0, device=x.device)):  # fmt: skip
         found: list[str] = []
         with Functions(found), Operators(found):
             look(tensor[:1] if look in (float, bool) else tensor)
         assert found, look
     batch = batches()["full"]
-    with torch.no_grad():
-        assert not any(name.startswith("aten") for name in [])
     found = []
     with Functions(found), Operators(found):  # without what is known of the batch, transformers looks
         model.module(input_ids=batch.input_ids, position_ids=torch.arange(12).unsqueeze(0), use_cache=False)
@@ -128,7 +143,7 @@ def test_waiting_would_be_noticed(tmp_path):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt2"])
 def test_a_card_is_never_waited_for(family, tmp_path):
     """As the driver sees it: `set_sync_debug_mode` raises where something waits."""
     model = ready_to_train(family, tmp_path)
