@@ -349,7 +349,7 @@ def test_cuda_takes_one_kernel_for_all_segments_in_16_bits(target, dtype, kernel
     assert not any("item" in name or "local_scalar" in name for name in asked)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("lengths", "rows", "window"), CASES)
 def test_cuda_gives_what_the_definition_gives(dtype, lengths, rows, window):
