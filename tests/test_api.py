@@ -17,6 +17,7 @@ import click
 import pytest
 import yaml
 from cached_traces import once
+from child_process import child_environment
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from tiny_runs import read_metrics, write_model, write_rows
@@ -355,8 +356,7 @@ def test_importing_the_package_imports_nothing_heavy():
         "except qlora_tool.UserError: pass\n"
         "assert 'torch' not in sys.modules\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(qlora_tool.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env=child_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(getattr(qlora_tool, name) for name in qlora_tool.__all__)
 

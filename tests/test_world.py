@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from child_process import child_environment
 
 from qlora_tool.world import World
 
@@ -46,8 +46,8 @@ def test_what_each_launcher_says(monkeypatch: pytest.MonkeyPatch, rank: str, siz
 
 def test_asking_the_launcher_imports_no_torch():
     code = "import sys; from qlora_tool.world import World; World.launched(); print('torch' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).stdout == b"False\n"
+    done = subprocess.run([sys.executable, "-c", code], env=child_environment(), capture_output=True)
+    assert done.stdout == b"False\n"
 
 
 PROCESS = """
@@ -71,10 +71,10 @@ def test_two_processes_sum_and_wait(tmp_path: Path):
     processes = []
     for rank in range(2):
         launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1,
-                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": ROOT}  # fmt: skip
+                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
         processes.append(subprocess.Popen(
             [sys.executable, "-c", PROCESS, tmp_path / "file"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env={**os.environ, **{name: str(value) for name, value in launched.items()}},
+            text=True, env=child_environment(**launched),
         ))  # fmt: skip
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs

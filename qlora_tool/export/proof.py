@@ -25,7 +25,7 @@ from qlora_tool.export.verify import Agreement, Predictions, Rows, choose_rows, 
 from qlora_tool.files.tensors import Checkpoint, give_back_freed_memory
 from qlora_tool.inference.open import tokenizer_folder
 from qlora_tool.model.causal_lm import CausalLM
-from qlora_tool.model.load import build_skeleton
+from qlora_tool.model.load import attention_options, build_skeleton
 from qlora_tool.model.open import choose_device, open_tokenizer
 from qlora_tool.model.parameter_source import ParameterSource
 from qlora_tool.model.slots import Quantization, find_embedding_slots, find_slots
@@ -339,6 +339,7 @@ def exported_model(folder: Path, device: torch.device, trust_remote_code: bool =
             module = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, device_map={"": _place(folder, device)}, offload_folder=offloaded,
                 trust_remote_code=trust_remote_code,
+                **attention_options(read_model_config(folder, trust_remote_code)),
             ).eval()  # fmt: skip
         if _stored_as(folder) in KINDS:
             _multiply_in_fp32(module)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from qlora_tool.data.batches import Batch
 from qlora_tool.model.checkpointing import Recomputation, checkpoint_layers, checkpointed_modules
 from qlora_tool.model.fused_modules import FusedModules
+from qlora_tool.model.masks import known
 from qlora_tool.model.segments import attending_by, use_segments
 from qlora_tool.model.slots import Quantization
 from qlora_tool.ops.loss import CHUNK_ROWS, LogitsTransform, frozen_cross_entropy, linear_cross_entropy
@@ -72,9 +73,11 @@ class CausalLM:
             inputs["attention_mask"] = batch.attention_mask
         if batch.position_ids is not None:
             inputs["position_ids"] = batch.position_ids
-        if batch.segments is None or not self.by_segment or not use_segments(self.module):
-            return module(**inputs, use_cache=False)
-        # With a mask transformers leaves the positions alone: looking at them would wait for the device.
+        by_segment = self.by_segment and use_segments(self.module)
+        if batch.segments is None or not by_segment:
+            with known(batch):
+                return module(**inputs, use_cache=False)
+        # With a mask transformers leaves the positions alone.
         inputs["attention_mask"] = torch.ones_like(batch.input_ids, dtype=torch.bool)
         with attending_by(batch.segments):
             return module(**inputs, use_cache=False)

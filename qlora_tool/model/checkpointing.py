@@ -178,8 +178,8 @@ def checkpointed_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _draws_random_numbers(model: PreTrainedModel) -> bool:
-    """Whether the model has dropout, so that recomputation must draw the same numbers again."""
+    """Whether the model has dropout, or jitter before its router, so that recomputation must draw the same again."""
     settings = model.config.get_text_config().to_dict()
     return any(isinstance(module, nn.Dropout) and module.p for module in model.modules()) or any(
-        value for name, value in settings.items() if "dropout" in name or name.endswith("pdrop")
+        value for name, value in settings.items() if any(word in name for word in ("dropout", "pdrop", "jitter"))
     )

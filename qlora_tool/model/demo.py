@@ -126,11 +126,22 @@ def convert(gguf_file: Path, folder: Path) -> None:
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         )
         tokenizer.model_max_length = model.config.max_position_embeddings
-        ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        model.generation_config = GenerationConfig(**ends)
+        ends = _special_tokens(gguf_file)
+        for which, number in ends.items():  # transformers 5.17 takes the beginning for the end, and no padding
+            setattr(tokenizer, f"{which}_token", tokenizer.convert_ids_to_tokens(number))
+        model.generation_config = GenerationConfig(**{f"{which}_token_id": number for which, number in ends.items()})
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     _tidy_config(folder / "config.json")
+
+
+def _special_tokens(gguf_file: Path) -> dict[str, int]:
+    """The ids of the tokens that begin, end and pad a text, as the file says them."""
+    from gguf import GGUFReader
+
+    reader, names = GGUFReader(gguf_file), {"bos": "bos", "eos": "eos", "pad": "padding"}
+    fields = {which: reader.get_field(f"tokenizer.ggml.{name}_token_id") for which, name in names.items()}
+    return {which: int(field.contents()) for which, field in fields.items() if field is not None}
 
 
 def _tidy_config(file: Path) -> None:

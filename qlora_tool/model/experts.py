@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -69,10 +70,12 @@ def experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_
 
 
 def _tokens_per_expert(experts: Tensor, count: int) -> list[int]:
-    """How many of `experts` (tokens·k,) name each expert."""
+    """How many of `experts` (tokens·k,), in ascending order, name each expert. The host needs to know: this waits for
+    the device, once."""
     if (shares := _assumed.get()) is not None:
         return list(shares(experts.shape[0], count))
-    return torch.bincount(experts, minlength=count).tolist()
+    starts = torch.searchsorted(experts, torch.arange(count + 1, device=experts.device)).tolist()
+    return [end - start for start, end in pairwise(starts)]
 
 
 def _expert(module: nn.Module, x: Tensor, index: int) -> Tensor:

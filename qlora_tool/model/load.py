@@ -37,6 +37,26 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+
+def attention_options(config) -> dict[str, str]:
+    """Which attention transformers is to be told to take, as arguments of `from_config` and `from_pretrained`.
+
+    Scores with a cap need `eager`: `sdpa` has none, and up to transformers 5.17 left the cap out without a word, where
+    newer ones choose `eager` themselves.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return {"attn_implementation": "eager"} if capped else {}
+
+
+class _NeverDropped:
+    """Stands in for a `layerdrop` of 0: families draw a number for each layer and compare it with that (OPT, BioGPT,
+    XGLM; some versions of transformers at 0 too). The answer is known without the number, which a prediction has not.
+    """
+
+    def __gt__(self, other: object) -> bool:
+        return False
+
+
 def build_skeleton(config, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model with its parameters on meta and its computed buffers (rotary frequencies, say) real.
 
@@ -61,13 +81,16 @@ def build_skeleton(config, trust_remote_code: bool = False, dtype: torch.dtype |
         # as the memory is never touched. And buffers stay real, so that what they are computed from can be read off.
         with _disable_current_modes(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code, dtype=dtype or config.dtype
+                config, trust_remote_code=trust_remote_code, dtype=dtype or config.dtype, **attention_options(config)
             )
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"config.json, model type {config.model_type!r}: no causal language model can be made of it: {reason}"
         ) from error
+    for module in model.modules():
+        if vars(module).get("layerdrop") == 0:
+            module.layerdrop = _NeverDropped()
     if getattr(model.config, "is_decoder", True) is False and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise UserError(
             f"model type {config.model_type!r} is not a causal language model: its tokens attend to those after them; "

@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qlora_tool.model.masks import known_padding
 from qlora_tool.ops.declare import CPU, Target, target_of
 
 if TYPE_CHECKING:
@@ -102,19 +103,29 @@ def attending_by(segments: Segments) -> Iterator[None]:
 
 
 def segment_mask(
-    *args, local_size: int | None = None, allow_is_causal_skip: bool = True, use_vmap: bool = False, **options
+    *args,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    **options,
 ) -> SegmentMask | Tensor | None:
     """transformers' mask function: what stands for the mask of one kind of layer.
 
     Args:
+        attention_mask: (rows, length), False where a token is padding.
         local_size: the window of layers that have one.
         allow_is_causal_skip: whether causality, and the window, are all there is to the mask.
         use_vmap: whether the family adds conditions of its own.
     """
     segments = _segments.get()
     if segments is None:
-        options |= {"allow_is_causal_skip": allow_is_causal_skip, "use_vmap": use_vmap}
-        return sdpa_mask(*args, local_size=local_size, **options)
+        # `sdpa_mask` looks whether the mask hides anything: one that does not is not given to it.
+        padded = known_padding()
+        options |= {"attention_mask": None if padded is False else attention_mask, "use_vmap": use_vmap}
+        return sdpa_mask(
+            *args, local_size=local_size, allow_is_causal_skip=allow_is_causal_skip and not padded, **options
+        )
     if use_vmap or not allow_is_causal_skip:
         raise NotImplementedError("a mask with conditions of the family's own")
     return SegmentMask(segments, local_size)
@@ -183,7 +194,9 @@ def plain_attention(
 # ------------------------------------------------------------------------------------------------------ flash, on CUDA
 
 
-GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 has it not
+# Several query heads may share a key head in the kernel (`mha_varlen_fwd`, `mha_varlen_bwd`). Since torch 2.12
+# `varlen_attn` wants to be told that this is meant; before, it had no such argument and asked for none.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def has_flash_cuda(target: Target, query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -203,11 +216,7 @@ def _flash_cuda(query: Tensor, key: Tensor, value: Tensor, mask: SegmentMask, sc
     """All segments in one kernel. A window of n is n - 1 tokens back and none ahead."""
     offsets, longest = mask.segments.offsets, mask.segments.longest
     window = (-1 if mask.window is None else mask.window - 1, 0)
-    groups, options = query.shape[1] // key.shape[1], {}
-    if groups > 1 and GROUPS_HEADS:
-        options["enable_gqa"] = True
-    elif groups > 1:
-        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    options = GROUPED if query.shape[1] != key.shape[1] else {}
     return varlen_attn(
         query, key, value, offsets, offsets, longest, longest, scale=scaling, window_size=window, **options
     )

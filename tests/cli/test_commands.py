@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from child_process import child_environment
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tiny_adapters import write_chat_base, write_peft_adapter, write_run
@@ -437,7 +437,7 @@ def test_the_program_itself(here: Path):
     """As a process of its own: the module runs, stdout stays clean, the exit code arrives."""
     process = subprocess.run(
         [sys.executable, "-m", "qlora_tool", "train", "good.yaml", "--set", "adapter.r=0", "--set", "data.trian=x"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, capture_output=True, text=True,
+        env=child_environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert process.returncode == 2
     assert process.stdout == ""

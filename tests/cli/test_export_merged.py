@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -12,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from child_process import child_environment
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tiny_adapters import write_adapter, write_chat_base, write_run
 
-import qlora_tool
 from qlora_tool.cli import main
 from qlora_tool.export import staging
 from qlora_tool.export.merge import MergedModel
@@ -227,7 +226,7 @@ def test_two_exports_at_once(here: Path, monkeypatch: pytest.MonkeyPatch):
     ids=["shards", "gguf"],
 )
 def test_killed_at_random_moments_and_run_again(here: Path, tmp_path: Path, options, kills: int):
-    environment = {**os.environ, "PYTHONPATH": str(Path(qlora_tool.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = child_environment(OMP_NUM_THREADS=1)
     command = [sys.executable, KILLER, str(here / "run"), str(tmp_path / "killed"), str(kills), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
+from child_process import child_environment
 
 import qlora_tool
 from qlora_tool.cli import COMMANDS, main
@@ -76,7 +76,7 @@ def test_recipes_are_found_inside_an_installed_package(tmp_path: Path):
     result = subprocess.run(
         [sys.executable, "-c", "from qlora_tool.cli import main; main()", "recipes", "show", "demo"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        env=child_environment(tmp_path / "site"),
         capture_output=True,
         text=True,
     )

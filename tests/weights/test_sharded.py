@@ -90,6 +90,9 @@ def run_two(*arguments) -> None:
 
 
 @pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs gloo on Linux or macOS")
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="fully_shard of torch 2.11 takes parameters of floating point alone"
+)
 def test_sharded_handles_give_the_product_of_one_process(tmp_path):
     from tiny_models import relative_error, write_tiny
 

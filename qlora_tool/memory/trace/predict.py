@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import masking_utils
 
 from qlora_tool.build import Random, build, packs_apart
 from qlora_tool.data.batches import Batch, Segments
@@ -210,7 +209,12 @@ def predict(
         UserError: the model's code cannot run on fake tensors, as where it looks at values; the module is named.
     """
     try:
-        with _fake_world(shape), meant_for(target), assuming_routing(even_shares), Tracer(has_data=False) as tracer:
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            meant_for(target),
+            assuming_routing(even_shares),
+            Tracer(has_data=False) as tracer,
+        ):
             trial_run(config, model_config, shape, compute_dtype, recomputation, watch=TracerWatch(tracer))
     except ToolError:
         raise
@@ -233,20 +237,3 @@ def _failing_module(error: Exception) -> str:
     whole = next((model.module for model in frames if isinstance(model, CausalLM)), running[0])
     names = {module: name for name, module in whole.named_modules()}
     return f"module {names.get(running[-1]) or '(the whole model)'} ({type(running[-1]).__name__})"
-
-
-@contextmanager
-def _fake_world(shape: BatchShape) -> Iterator[None]:
-    """Fake tensors, and transformers told what cannot be read off them.
-
-    Whether positions begin anew within a row is a matter of values, so transformers assumes they do where it has none,
-    and makes a mask of length × length. It is told that rows that are not packed are not.
-    """
-    asked = masking_utils.find_packed_sequence_indices
-    if shape.segments is None:
-        masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
-    finally:
-        masking_utils.find_packed_sequence_indices = asked
