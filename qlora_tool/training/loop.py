@@ -226,7 +226,8 @@ def _fit(run: Run, watcher: Watcher | None) -> None:
         with StopRequest() as stop, LiveLine(total, run.progress.step) as line:
             _take_steps(run, stop, line, watcher)
     finally:
-        run.accelerator.end_training()
+        if run.accelerator is not None:
+            run.accelerator.end_training()
 
 
 def _take_steps(run: Run, stop: StopRequest, line: LiveLine, watcher: Watcher | None) -> None:
@@ -257,7 +258,7 @@ def _take_steps(run: Run, stop: StopRequest, line: LiveLine, watcher: Watcher | 
             record |= _evaluate(run, line)
         if record is not None:
             metrics.write(record)
-            if run.accelerator.trackers:
+            if run.accelerator is not None:
                 run.accelerator.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=step)
         line.step(step, record)
         if saving or stop.signal_number:
@@ -340,16 +341,17 @@ def _refuse_no_number(run: Run, numbers: StepNumbers) -> None:
     )
 
 
-def _start_trackers(run: Run) -> Accelerator:
-    """accelerate's view of the run: its process and the trackers of `report_to`."""
+def _start_trackers(run: Run) -> Accelerator | None:
+    """The trackers of `report_to`; None where there are none."""
+    if not (names := run.training.report_to):
+        return None
     from accelerate import Accelerator
 
-    names = run.training.report_to
-    accelerator = Accelerator(cpu=run.model.device.type == "cpu", log_with=names or None, project_dir=run.folder.path)
-    if names:
-        flat = {f"{section}.{key}": value if isinstance(value, (int, float, str, bool)) else str(value)
-                for section, values in run.config.model_dump().items() for key, value in values.items()}  # fmt: skip
-        accelerator.init_trackers("qlora-tool", flat)
+    # It only writes: the device is none of its business, and of one process it takes one answer for good.
+    accelerator = Accelerator(cpu=True, log_with=names, project_dir=run.folder.path)
+    flat = {f"{section}.{key}": value if isinstance(value, (int, float, str, bool)) else str(value)
+            for section, values in run.config.model_dump().items() for key, value in values.items()}  # fmt: skip
+    accelerator.init_trackers("qlora-tool", flat)
     return accelerator
 
 

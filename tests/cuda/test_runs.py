@@ -56,12 +56,12 @@ def test_losses_in_fp32_are_the_cpus(config, tmp_path, values):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("packing", [False, True])
-def test_losses_in_16_bits_are_near_fp32s(config, tmp_path, dtype, packing):
-    if REHEARSAL and dtype == "float16":
-        pytest.skip("float16 has no products on a CPU")
-    train(config("half", model__compute_dtype=dtype, data__packing=packing))
-    train(config("full", data__packing=packing))
-    found, wanted = losses(tmp_path / "half"), losses(tmp_path / "full")
+def test_losses_in_16_bits_are_near_the_cpus(config, tmp_path, dtype, packing):
+    """Both round alike, if not at the same places; the same steps are left out where float16 gradients overflow."""
+    values = {"model__compute_dtype": dtype, "data__packing": packing}
+    train(config("card", **values))
+    train(config("cpu", **values, model__device="cpu"))
+    found, wanted = losses(tmp_path / "card"), losses(tmp_path / "cpu")
     assert wanted[-1] < wanted[0]
     for one, other in zip(found, wanted, strict=True):
         assert one == pytest.approx(other, rel=0.03)

@@ -22,6 +22,7 @@ from qlora_tool.build import Setup
 from qlora_tool.config import load_config
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files import tensors
+from qlora_tool.memory.run_report import RunMemory
 from qlora_tool.training import loop
 from qlora_tool.training.loop import train
 from qlora_tool.training.progress import Speed
@@ -457,6 +458,16 @@ def test_a_run_that_starts_from_an_adapter_goes_on_with_its_kind(inputs, tmp_pat
     assert float((logits[0] - logits[1]).abs().max()) < 1e-5
     train(load_config(str(tmp_path / "run" / "config.yaml"), [f"training.output_dir={tmp_path / 'again'}"]))
     assert adapter_bytes(tmp_path / "again") == adapter_bytes(tmp_path / "run")
+
+
+def test_what_is_recomputed_is_chosen_for_a_run_that_starts_from_an_adapter(inputs, tmp_path):
+    """The choice looks at models of few layers, on which an adapter to all layers has no place."""
+    model = write_model(tmp_path / "deep", num_hidden_layers=6)
+    start = write_peft_adapter(tmp_path / "start", model, target_modules=["q_proj", "v_proj"], r=6, lora_alpha=5)
+    values = {"adapter.init_from": str(start), "training.gradient_checkpointing": "auto", "training.max_memory": "1GB"}
+    config = run_config(model, inputs[1], tmp_path / "run", values)
+    run = train(config.model_copy(update={"adapter": type(config.adapter)(init_from=str(start))}), watcher=RunMemory())
+    assert run.model.recomputation is not None and len(run.model.recomputation.layers) == 6
 
 
 def test_a_configuration_that_contradicts_the_adapter_to_start_from(inputs, tmp_path, start):

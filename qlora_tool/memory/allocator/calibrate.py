@@ -11,6 +11,7 @@ import torch
 
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.cache import cache_folder, write_cached
+from qlora_tool.ops.precision import choose_compute_dtype
 
 LARGEST_CONTEXT = 1_500_000_000  # bytes; more than any context known: someone else's memory
 _SIDE = 64
@@ -96,21 +97,19 @@ def measure_workspaces(device: int = 0) -> tuple[int, int]:
 
 
 def _load_kernels(device: int) -> None:
-    """Run what a training step runs: kernels are loaded when they are first used, into the context."""
-    from qlora_tool.weights.quantized import quantize
+    """Take steps with one layer of a 7B, in plain rows and in packed ones: kernels are loaded into the context when they
+    are first used, and which those are depends on the sizes."""
+    from transformers import LlamaConfig
+
+    from qlora_tool.config import Config, with_values
+    from qlora_tool.memory.trace.predict import BatchShape, Watch, trial_run
 
     cuda = torch.device("cuda", device)
-    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    weight = quantize(torch.ones(256, 256, dtype=dtype, device=cuda), "nf4").dequantize(dtype)
-    x = torch.ones(1, 2, 128, 128, dtype=dtype, device=cuda, requires_grad=True)
-    attended = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
-    hidden = attended.transpose(1, 2).reshape(128, 256) @ weight
-    hidden = torch.nn.functional.silu(hidden) * hidden.float().pow(2).mean(-1, keepdim=True).rsqrt().to(dtype)
-    targets = torch.zeros(128, dtype=torch.int64, device=cuda)
-    torch.nn.functional.cross_entropy(hidden.float(), targets).backward()
-    master = x.detach().float().requires_grad_()
-    master.grad = x.grad.float()
-    torch.optim.AdamW([master], foreach=False).step()
+    model_config = LlamaConfig(num_hidden_layers=1, vocab_size=4096)
+    values = {"training.gradient_checkpointing": True, "training.optim": "adamw_8bit"}
+    for shape in (BatchShape.full(1, 512), BatchShape(1, 512, 509, segments=(100, 12, 400))):
+        trial_run(with_values(Config(), values), model_config, shape, choose_compute_dtype(cuda), watch=Watch(),
+                  device=cuda)  # fmt: skip
 
 
 def _file() -> Path:

@@ -34,10 +34,11 @@ def cublas_workspace(capability: tuple[int, int]) -> int:
     return 32 * MIB if capability[0] in (9, 10, 12) else 2 * 4096 * 1024 + 8 * 16 * 1024
 
 
-# The CUDA context with PyTorch's, cuBLAS' and bitsandbytes' kernels loaded as they are needed, in MB. ESTIMATED: seen
-# between 300 and 620 MB from one machine to the next (driver, CUDA version and number of multiprocessors decide);
-# `calibrate` measures it.
-_CONTEXT_MB = {7: 350, 8: 450, 9: 560, 10: 600, 12: 560}
+# The CUDA context with the kernels of a step in it, in MB: PyTorch's, cuBLAS', bitsandbytes' and Triton's are loaded when
+# they are first used. Capability 9 was measured: 905 on an H200 (driver 580, CUDA 13, torch 2.11), of which 730 were
+# there before a step. The others are ESTIMATED: between 430 and 620 was seen, more with newer drivers and with more
+# multiprocessors; `calibrate` measures it.
+_CONTEXT_MB = {7: 450, 8: 620, 9: 905, 10: 905, 12: 700}
 
 
 def estimated_context(capability: tuple[int, int]) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from qlora_tool.config import memory_settings
+from qlora_tool.config import memory_settings, with_values
 from qlora_tool.memory.breakdown import PHASES
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.predict import BatchShape, predict
@@ -208,7 +208,9 @@ def _peaks(case: _Case, device: str) -> Mapping[Moment, int]:
 @lru_cache(maxsize=2)  # of one case for several devices
 def _trace(case: _Case) -> Trace:
     model_config = with_layers(case.model.model_config, case.depth)
-    return predict(case.config, model_config, case.shape, case.compute_dtype, target=case.target)
+    # What an adapter to start from decides stands in the configuration; it is on layers that are not there.
+    config = with_values(case.config, {"adapter.init_from": None})
+    return predict(config, model_config, case.shape, case.compute_dtype, target=case.target)
 
 
 def timeline_on(trace: Trace, device: str) -> Timeline:
