@@ -175,7 +175,7 @@ def _dequantize_4bit_cuda(
 
     dense = codes.new_empty(shape, dtype=dtype)
     dequantize.dequantize_4bit(
-        codes.contiguous(), code_values(kind, codes.device), scales, code_values("nested", codes.device),
+        codes.contiguous(), code_values(kind, codes.device), scales.contiguous(), code_values("nested", codes.device),
         nested_scales, nested_offset, block_size, NESTED_BLOCK_SIZE, first_block, dense,
     )  # fmt: skip
     return dense

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # Weights at a time. On a CPU their fp32 copies stay in the cache; a CUDA device is kept busy.
-CHUNK, CUDA_CHUNK = 1 << 18, 1 << 21
+CHUNK, CUDA_CHUNK = 1 << 18, 1 << 20
 _CELLS = 1024
 
 

@@ -8,8 +8,9 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from measuring import kernels
-from measuring.kernels import Case, Timed, cases, compare, difference, passes, shares
+from measuring import kernel_cases, kernels
+from measuring.kernel_cases import Case, cases
+from measuring.kernels import Timed, compare, difference, passes, shares
 
 CPU = torch.device("cpu")
 
@@ -28,7 +29,7 @@ class Clock:
 
 
 def case(kind: str = "nf4", dtype: str = "bfloat16") -> Case:
-    make = functools.partial(kernels.dense_arguments, shape=(64, 128), kind=kind, double=True, dtype=dtype)
+    make = functools.partial(kernel_cases.dense_arguments, shape=(64, 128), kind=kind, double=True, dtype=dtype)
     return Case("dequantize_int8" if kind == "int8" else "dequantize_4bit", kind, make)
 
 
@@ -71,7 +72,7 @@ def test_the_difference_is_one_of_norms():
 
 def test_every_dequantization_is_timed_at_each_matrix_of_a_7b():
     known = {(one.operation, one.what.partition(" bfloat16")[0]) for one in cases()}
-    for rows, columns in kernels.MATRICES:
+    for rows, columns in kernel_cases.MATRICES:
         assert ("dequantize_4bit", f"{rows} x {columns} nf4 double") in known
         assert ("dequantize_int8", f"{rows} x {columns} int8") in known
 
@@ -79,8 +80,9 @@ def test_every_dequantization_is_timed_at_each_matrix_of_a_7b():
 def test_inputs_are_those_that_the_operations_take(monkeypatch):
     """At a small size; operations that this version lacks are passed over, as in a run."""
     for name, small in {"MATRICES": ((64, 128),), "BATCHES": ((1, 8),), "HIDDEN": 32, "INTERMEDIATE": 48, "HEADS": 2,
-                        "HEAD_DIM": 16, "ROTATED": 1.0}.items():  # fmt: skip
-        monkeypatch.setattr(kernels, name, small)
+                        "HEAD_DIM": 16, "LAYERS": 2, "RANK": 8}.items():  # fmt: skip
+        monkeypatch.setattr(kernel_cases, name, small)
+    monkeypatch.setattr(kernels, "ROTATED", 1.0)
     found = [compare(one, Clock()) for one in cases()]
     assert all(passes(one) for one in found), [one.error for one in found if not passes(one)]
     timed = {one.operation for one in found if one.kernel is not None}
@@ -128,6 +130,5 @@ def test_without_a_card_there_is_one_line(monkeypatch, capsys):
 @pytest.mark.cuda
 def test_on_a_card_one_case_is_timed():
     clock = kernels.DeviceClock(torch.device("cuda", torch.cuda.current_device()))
-    make = functools.partial(kernels.dense_arguments, shape=(1024, 1024), kind="nf4", double=True, dtype="bfloat16")
-    found = compare(Case("dequantize_4bit", "", make), clock)
+    found = compare(case(), clock)
     assert found.equal and passes(found) and found.kernel.device > 0

@@ -19,12 +19,13 @@ import functools
 import importlib
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from measuring.command import add_outputs
+from measuring.kernel_cases import BATCHES, JOINED, Case, cases, product_calls
 from measuring.results import machine, passed_or_missed, say, show_table
 from qlora_tool.errors import MachineError
 
@@ -32,30 +33,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-MATRICES = ((4096, 4096), (11008, 4096), (4096, 11008))
-BATCHES = ((1, 2048), (4, 1024))
-JOINED = {"q, k, v": (4096, 4096, 4096), "gate, up": (11008, 11008)}
-HIDDEN, INTERMEDIATE, HEADS, HEAD_DIM = 4096, 11008, 32, 128
 ROTATED = 400e6  # bytes that calls take turns on: eight times the cache of the largest card
 CALLS, ROUNDS = 20, 7
+ROUND = 0.1  # seconds: of slow calls there are fewer in a round
 AHEAD = 20_000_000  # cycles, some 10 ms, that the device waits while it is given the calls of a round
-MODULES = ("quantization", "norm", "rotary", "gated")  # of `qlora_tool.ops`, that declare such operations
+MODULES = ("quantization", "norm", "rotary", "gated", "adamw")  # of `qlora_tool.ops`, that declare such operations
 EXACT = ("dequantize_4bit", "dequantize_int8")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operation at one shape.
-
-    Attributes:
-        operation: its name without the namespace.
-        what: the shape and kind in words.
-        arguments: makes them on a device; another seed, other numbers.
-    """
-
-    operation: str
-    what: str
-    arguments: Callable[[torch.device, int], tuple[Any, ...]]
 
 
 @dataclass
@@ -86,93 +69,24 @@ class Figures:
     shares: dict[str, float] = field(default_factory=dict)
 
 
-# ------------------------------------------------------------------------------------------------------------- inputs
-
-
-def weight(device: torch.device, seed: int, shape: tuple[int, int], kind: str, double: bool) -> Any:
-    """A quantized matrix of random numbers."""
-    from qlora_tool.weights.quantized import quantize
-
-    return quantize(random_arguments(device, seed, sizes=(shape,), rest=())[0], kind, double)
-
-
-def dense_arguments(
-    device: torch.device, seed: int, *, shape: tuple[int, int], kind: str, double: bool, dtype: str
-) -> tuple[Any, ...]:
-    import torch
-
-    of = weight(device, seed, shape, kind, double)
-    rest = () if kind == "int8" else (of.nested_scales, of.nested_offset, kind, of.block_size, 0, shape)
-    return of.codes, of.scales, *rest, getattr(torch, dtype)
-
-
-def random_arguments(
-    device: torch.device, seed: int, *, sizes: Sequence[tuple[int, ...]], rest: tuple[Any, ...]
-) -> tuple[Any, ...]:
-    """bf16 tensors of these sizes, and what comes after them."""
-    import torch
-
-    draw = torch.Generator(device).manual_seed(seed)
-    made = [torch.randn(size, generator=draw, device=device, dtype=torch.bfloat16) for size in sizes]
-    return (*made, *rest)
-
-
-def norm_backward_arguments(device: torch.device, seed: int, *, size: tuple[int, ...]) -> tuple[Any, ...]:
-    import torch
-
-    grad, x, scaling = random_arguments(device, seed, sizes=(size, size, size[-1:]), rest=())
-    return grad, x, scaling, torch.rsqrt(x.float().square().mean(-1) + 1e-5), 0.0
-
-
-def cases() -> list[Case]:
-    """All that are known, those of operations that this version does not have too."""
-    found = []
-
-    def dense(shape: tuple[int, int], kind: str, double: bool = False, dtype: str = "bfloat16") -> None:
-        what = f"{shape[0]} x {shape[1]} {kind}{' double' if double else ''} {dtype}"
-        make = functools.partial(dense_arguments, shape=shape, kind=kind, double=double, dtype=dtype)
-        found.append(Case("dequantize_int8" if kind == "int8" else "dequantize_4bit", what, make))
-
-    for shape in MATRICES:
-        dense(shape, "nf4", True)
-        dense(shape, "int8")
-    dense(MATRICES[0], "nf4")
-    dense(MATRICES[0], "fp4", True)
-    dense(MATRICES[0], "nf4", True, "float16")
-    dense(MATRICES[0], "nf4", True, "float32")
-    for rows, length in BATCHES:
-        hidden, inner = (rows, length, HIDDEN), (rows * length, INTERMEDIATE)
-        heads, angles = (rows, length, HEADS, HEAD_DIM), (1, length, HEAD_DIM)
-
-        def add(operation: str, make: Callable[..., tuple[Any, ...]], what: str = f"{rows} x {length}", **of: Any):
-            found.append(Case(operation, what, functools.partial(make, **of)))
-
-        add("rms_norm", random_arguments, sizes=(hidden, hidden[-1:]), rest=(1e-5, 0.0, True))
-        add("rms_norm_backward", norm_backward_arguments, size=hidden)
-        add("rotary", random_arguments, sizes=(heads, heads, angles, angles), rest=(False,))
-        add("gated_product", random_arguments, sizes=(inner, inner), rest=("silu",))
-        add("gated_gradients_", random_arguments, sizes=(inner,) * 3, rest=("silu",))
-    return found
-
-
 # -------------------------------------------------------------------------------------------------- comparing, timing
 
 
-def tensors_of(values: Iterable[Any]) -> list[Tensor]:
+def tensors_of(values: Any) -> list[Tensor]:
     import torch
+    from torch.utils._pytree import tree_leaves
 
-    return [value for value in values if isinstance(value, torch.Tensor)]
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 
 def results_of(call: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor]:
     """What a call on copies of the arguments gives; where it writes into them, those."""
     import torch
+    from torch.utils._pytree import tree_map_only
 
-    copies = tuple(value.clone() if isinstance(value, torch.Tensor) else value for value in arguments)
+    copies = tree_map_only(torch.Tensor, torch.Tensor.clone, arguments)
     result = call(*copies)
-    if result is None:
-        return tensors_of(copies)
-    return tensors_of(result if isinstance(result, tuple | list) else (result,))
+    return tensors_of(copies if result is None else result)
 
 
 def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -198,9 +112,12 @@ class DeviceClock:
         """Time `call(*inputs[0])`, `call(*inputs[1])`, ... in turn."""
         import torch
 
-        kept: list[Any] = [None] * len(inputs)
-        for number, arguments in enumerate(inputs):  # compiles, and fills the allocator's cache
-            kept[number] = call(*arguments)
+        kept: list[Any] = [call(*arguments) for arguments in inputs]  # compiles, and fills the allocator's cache
+        torch.cuda.synchronize(self.device)
+        begin = time.perf_counter()
+        kept[0] = call(*inputs[0])
+        torch.cuda.synchronize(self.device)
+        calls = max(1, min(CALLS, round(ROUND / (time.perf_counter() - begin))))
         on_device, on_host = [], []
         for _ in range(ROUNDS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -208,14 +125,14 @@ class DeviceClock:
             with suppress(AttributeError):
                 torch.cuda._sleep(AHEAD)
             start.record()
-            for number in range(CALLS):
+            for number in range(calls):
                 turn = number % len(inputs)
                 begin = time.perf_counter()
                 kept[turn] = call(*inputs[turn])
                 on_host.append(time.perf_counter() - begin)
             end.record()
             torch.cuda.synchronize(self.device)
-            on_device.append(start.elapsed_time(end) / CALLS)
+            on_device.append(start.elapsed_time(end) / calls)
             if time.monotonic() > self.until:
                 break
         return Timed(1e3 * statistics.median(on_device), 1e6 * statistics.median(on_host))
@@ -250,10 +167,9 @@ def compare(case: Case, clock: DeviceClock) -> Figures:
     try:
         arguments = case.arguments(clock.device, 0)
         found, expected = results_of(operation, arguments), results_of(operation.reference, arguments)
-        figures.difference = difference(found, expected)
+        figures.difference = difference(found[: case.compared], expected[: case.compared])
         figures.equal = figures.difference == 0.0
-        written = sum(tensor.nbytes for tensor in found)
-        figures.nbytes = sum(tensor.nbytes for tensor in tensors_of(arguments)) + written
+        figures.nbytes = sum(tensor.nbytes for tensor in [*tensors_of(arguments), *found])
         del found, expected
         turns = min(16, max(2, round(ROTATED / figures.nbytes)))
         inputs = [arguments, *(case.arguments(clock.device, seed) for seed in range(1, turns))]
@@ -280,38 +196,6 @@ def joined_products(what: str, sizes: Sequence[int], tokens: int, clock: DeviceC
     except Exception as error:
         return {"what": what, "tokens": tokens, "error": in_a_line(error)}
     return {"what": what, "tokens": tokens, "us": us}
-
-
-def product_calls(sizes: Sequence[int], tokens: int, device: torch.device) -> dict[str, Callable[[], Any]]:
-    import torch
-
-    from qlora_tool.ops.kernels.dequantize import dequantize_4bit
-    from qlora_tool.ops.quantization import NESTED_BLOCK_SIZE, code_values
-
-    weights = [weight(device, seed, (size, HIDDEN), "nf4", True) for seed, size in enumerate(sizes)]
-    x, *grads = random_arguments(device, 0, sizes=((tokens, HIDDEN), *((tokens, size) for size in sizes)), rest=())
-    codes, nested = code_values("nf4", device), code_values("nested", device)
-
-    def together() -> Tensor:
-        dense = x.new_empty(sum(sizes), HIDDEN)
-        for one, part in zip(weights, dense.split(list(sizes)), strict=True):
-            dequantize_4bit(one.codes, codes, one.scales, nested, one.nested_scales, one.nested_offset,
-                            one.block_size, NESTED_BLOCK_SIZE, 0, part)  # fmt: skip
-        return dense
-
-    def gradient_apart() -> Tensor:
-        dx = None
-        for grad, one in zip(grads, weights, strict=True):
-            dense = one.dequantize(torch.bfloat16)
-            dx = torch.mm(grad, dense) if dx is None else dx.addmm_(grad, dense)
-        return dx
-
-    return {
-        "forward apart": lambda: [torch.mm(x, one.dequantize(torch.bfloat16).T) for one in weights],
-        "forward joined": lambda: torch.mm(x, together().T),
-        "gradient apart": gradient_apart,
-        "gradient joined": lambda: torch.mm(torch.cat(grads, 1), together()),
-    }
 
 
 # -------------------------------------------------------------------------------------------------------- the subject

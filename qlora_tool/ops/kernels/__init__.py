@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_tool.ops.declare import Target
 
@@ -72,7 +73,8 @@ def _failure(device: torch.device) -> str | None:
     try:
         from qlora_tool.ops.kernels import trial
 
-        return trial.failure(device)
+        with _disable_current_modes():  # whoever watches a step must not see it, and it needs data
+            return trial.failure(device)
     except Exception as error:  # compilers, drivers and file systems fail in ways of their own
         return f"a first one failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 

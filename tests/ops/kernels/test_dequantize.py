@@ -107,14 +107,16 @@ def check(ptx: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("double", [True, False])
-def test_4_bits_compile(assembly, double, dtype):
+@pytest.mark.parametrize(("double", "integer"), [(True, "i32"), (False, "i32"), (True, "i64")])
+def test_4_bits_compile(assembly, double, integer, dtype):
+    """With 64-bit counts where a matrix has more than 2³¹ weights."""
     from qlora_tool.ops.kernels import dequantize
 
     each = 16 // dtype.itemsize
     types = dict.fromkeys(("values", "nested_values", "nested_scales"), "*fp32@16")
     types |= {"codes": "*u8@16", "scales": "*u8@16" if double else "*fp32@16", "nested_offset": "*fp32",
-              "result": POINTERS[dtype], "size": "i32@16", "count": "i32@16", "first_block": "i32"}  # fmt: skip
+              "result": POINTERS[dtype], "size": f"{integer}@16", "count": f"{integer}@16",
+              "first_block": integer}  # fmt: skip
     constants = {"BLOCK_SIZE": 64, "NESTED_BLOCK_SIZE": 256, "GROUPS": 4096 // each, "EACH": each}
     for name in () if double else ("nested_scales", "nested_offset"):
         del types[name]
