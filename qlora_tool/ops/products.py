@@ -110,7 +110,7 @@ def matmul_add(left: Tensor, right: Tensor, to: Tensor) -> Tensor:
 
 
 def scaled_matmul(left: Tensor, right: Tensor, scale: float, to: Tensor | None = None) -> Tensor:
-    """scale · (n, k) · (k, m), into `to` (n, m) where that is given. On a CUDA device it is scaled by the product itself,
+    """scale · (n, k) · (k, m), into `to` (n, m) where that is given. On a CUDA device the product itself scales it,
     before it is rounded."""
     if target_of(left).type == "cuda":
         to = left.new_empty(left.shape[0], right.shape[1]) if to is None else to
