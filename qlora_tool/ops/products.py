@@ -109,6 +109,16 @@ def matmul_add(left: Tensor, right: Tensor, to: Tensor) -> Tensor:
     return to.addmm_(left, right)
 
 
+def scaled_matmul(left: Tensor, right: Tensor, scale: float, to: Tensor | None = None) -> Tensor:
+    """scale · (n, k) · (k, m), into `to` (n, m) where that is given. On a CUDA device the product itself scales it,
+    before it is rounded."""
+    if target_of(left).type == "cuda":
+        to = left.new_empty(left.shape[0], right.shape[1]) if to is None else to
+        return to.addmm_(left, right, beta=0, alpha=scale)
+    product = matmul(left, right).mul_(scale)
+    return product if to is None else to.copy_(product)
+
+
 class SpeedCheck:
     """Times some of a process's first large fp32 products, and has them measured again where they are far slower than
     what was measured before. This process keeps its choice: the numbers of a run do not change in the middle of it.

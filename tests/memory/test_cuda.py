@@ -251,9 +251,9 @@ def test_llama_2_7b_by_hand(layers: int):
     # Embeddings, output projection and norms in bf16, 64 rotary frequencies twice in fp32.
     others = (2 * vocabulary * hidden + (2 * layers + 1) * hidden) * 2
     assert found.at_peak["other_weights"] == pytest.approx(others, abs=1024)
-    # In the MLP's backward, when the gradients of down_proj's A and B are there.
-    assert found.peak_phase == "backward" and found.at_peak["gradients"] == r * (hidden + wide) * 2
+    # In the MLP's backward, when the gradient of what goes into down_proj is made, before that of any adapter.
+    assert found.peak_phase == "backward" and found.at_peak["gradients"] == 0
     # One layer recomputed and the step's temporaries, the same whatever the depth; two workspaces and rounding.
     one_layer = found.at_peak["temporaries"] + found.activations["recomputed"] + found.activations["saved"]
-    assert one_layer == pytest.approx(436 * MIB, rel=0.03)
+    assert one_layer == pytest.approx(345 * MIB, rel=0.03)
     assert found.at_peak["framework"] < 50 * MIB

@@ -9,7 +9,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_tool.memory.trace.tracer import Tracer
 from qlora_tool.ops import products, speeds
-from qlora_tool.ops.products import ONEDNN, PYTORCH, matmul, matmul_add, products_choice, use_products
+from qlora_tool.ops.declare import CPU, Target, meant_for
+from qlora_tool.ops.products import (
+    ONEDNN,
+    PYTORCH,
+    matmul,
+    matmul_add,
+    products_choice,
+    scaled_matmul,
+    use_products,
+)
 from qlora_tool.ops.speeds import has_onednn
 
 
@@ -40,6 +49,19 @@ def test_products_are_right(library, shape, turned, dtype):
     assert found.dtype == dtype and ((found.double() - expected).abs() <= bound).all()
     exact = to.double() + expected
     assert ((matmul_add(left, right, to).double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("target", [CPU, Target("cuda", (9, 0))])
+@pytest.mark.parametrize("into", [False, True])
+def test_scaled_products_are_right(library, into, target):
+    left, right, whole = normal(33, 16), normal(50, 16).T, torch.full((33, 70), torch.nan)
+    with meant_for(target):
+        found = scaled_matmul(left, right, 0.3, whole[:, 10:60] if into else None)
+    expected = 0.3 * (left.double() @ right.double())
+    bound = 20 * torch.finfo(torch.float32).eps * (left.double().abs() @ right.double().abs())
+    assert ((found.double() - expected).abs() <= bound).all()
+    if into:
+        assert torch.equal(whole[:, 10:60], found) and whole[:, :10].isnan().all() and whole[:, 60:].isnan().all()
 
 
 def test_products_are_bit_for_bit_the_librarys(library):
