@@ -166,7 +166,7 @@ class Setup:
     @property
     def padding_free(self) -> bool:
         """Whether rows that are not packed are laid one after the other, as asked for and as the family allows."""
-        return self.config.data.padding_free and packs_apart(self.config, self.model_config)
+        return goes_without_padding(self.config, self.model_config)
 
     def build(self, tensors: Tensors | None = None, recomputation: Recomputation | None = None) -> Built:
         """The model with its adapters; see `build`. Read from the model's files unless `tensors` says otherwise."""
@@ -227,6 +227,13 @@ def packs_apart(config: Config, model_config: Any) -> bool:
     return behaviour_of(model_config, config.model.trust_remote_code).keeps_apart is not None
 
 
+def goes_without_padding(config: Config, model_config: Any) -> bool:
+    """Whether rows that are not packed are laid one after the other: where that is asked for and attention goes by
+    segment. A family that needs masks would get one of all rows by all rows, larger than those of the rows together."""
+    by_segment = behaviour_of(model_config, config.model.trust_remote_code).keeps_apart == "segments"
+    return config.data.padding_free and by_segment
+
+
 def build(
     config: Config,
     model_config: Any,
@@ -269,6 +276,11 @@ def build(
         remarks.append(
             f"adapter.method: {config.adapter.method}: PEFT cannot load it onto transformers' Conv1D ({conv1d[0]} and "
             f"{len(conv1d) - 1} more here): this adapter is read by qlora-tool alone; export it merged for other tools"
+        )
+    if config.data.packing and not model.by_segment:
+        remarks.append(
+            f"data.packing: {model.config.model_type} keeps packed examples apart by masks of row by row, for which it "
+            "takes more memory and time than families that attend to one segment at a time"
         )
     if not model.projects_plainly:
         remarks.append(

@@ -106,6 +106,15 @@ def test_every_dependency_has_a_pinned_version():
     assert distributions([*PROJECT["dependencies"], *extras]) <= distributions(pins)
 
 
+def test_the_oldest_versions_that_are_tested_are_the_oldest_that_are_allowed():
+    older = dict(line.split("==") for line in (ROOT / "tools" / "constraints-oldest.txt").read_text().splitlines()
+                 if "==" in line)  # fmt: skip
+    for name in ("torch", "transformers"):
+        [allowed] = (line for line in PROJECT["dependencies"] if line.startswith(f"{name}>="))
+        lowest = re.match(r"[a-z]+>=([\d.]+)", allowed)[1]
+        assert older[name].removesuffix(".0") == lowest.removesuffix(".0"), name
+
+
 @pytest.mark.parametrize(
     ("source", "found"),
     [

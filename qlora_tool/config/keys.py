@@ -165,7 +165,7 @@ class DataConfig(Keys):
     packing: bool = True
     """Several examples a row, never attending to one another."""
     padding_free: bool = True
-    """Without packing: a batch's rows one after the other, with nothing to fill up; false pads them to one length."""
+    """Without packing: a batch's rows one after the other where the family needs no mask for it; false pads them."""
     shuffle: bool = True
     """False keeps the file's order."""
     chat_template: Annotated[Text, Field(title="a Jinja file")] | None = None

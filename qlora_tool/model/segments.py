@@ -11,7 +11,9 @@ of variable length, on a CPU one kernel takes neighbours of one length.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qlora_tool.data.batches import Segments
+
+logger = logging.getLogger(__name__)
 
 NAME = "qlora_tool"
 FLASH_HEAD_DIM = 256
@@ -164,8 +168,19 @@ def segment_attention(
     elif not dropout and has_flash_cpu(target, q, k, v):
         output = _FlashCpu.apply(q, k, v, attention_mask, scaling)
     else:
+        if query.is_cuda:
+            _say_plain(target, q.dtype, q.shape[-1], v.shape[-1], bool(dropout))
         output = plain_attention(q, k, v, attention_mask, scaling, dropout)
     return output.unflatten(0, (rows, length)), None
+
+
+@functools.cache
+def _say_plain(target: Target, dtype: torch.dtype, head_dim: int, value_dim: int, dropout: bool) -> None:
+    have = f"{str(dtype).removeprefix('torch.')}, capability {target.capability[0]}.{target.capability[1]}, heads of "
+    have += f"{head_dim}" if head_dim == value_dim else f"{head_dim} and {value_dim}"
+    logger.warning("packed rows: attention goes from example to example, which is slower than one kernel for all of "
+                   "them; that takes float16 or bfloat16, capability 8.0, heads of one size of at most %d, a multiple "
+                   "of 8, no dropout (here %s%s)", FLASH_HEAD_DIM, have, ", dropout" if dropout else "")  # fmt: skip
 
 
 def plain_attention(

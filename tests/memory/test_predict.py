@@ -163,11 +163,21 @@ def test_only_rows_that_need_one_get_a_mask():
     length = 61  # of nothing else
     full = BatchShape.full(1, length)
     assert not masks(predict(settings(), tiny_config("llama"), full, torch.float32), length)
+    assert not masks(predict(settings(), tiny_config("opt", max_position_embeddings=128), full, torch.float32), length)
     packed = BatchShape(1, length, length - 2, segments=(30, 31))
     assert not masks(predict(settings(), tiny_config("llama"), packed, torch.float32), length)
     assert masks(predict(settings(), tiny_config("gemma2"), packed, torch.float32), length)
     padded = BatchShape(2, length, 2 * length - 3, padded=True)
     assert masks(predict(settings(), tiny_config("llama"), padded, torch.float32), length, 2)
+
+
+def test_rows_that_would_need_a_mask_together_are_padded_instead():
+    """Laid one after the other, four rows of 64 would get a mask of 256 × 256."""
+    config = settings(data__packing=False, data__max_length=64, training__per_device_train_batch_size=4)
+    assert BatchShape.assumed(config, tiny_config("llama")) == BatchShape(1, 256, 4 * 63, segments=(64,) * 4)
+    assert BatchShape.assumed(config, tiny_config("gemma2")) == BatchShape.full(4, 64)
+    packed = BatchShape.assumed(with_values(config, {"data.packing": True}), tiny_config("gemma2"))
+    assert packed == BatchShape(4, 64, 4 * 63, segments=(64,))
 
 
 def test_batches_have_the_shape_that_they_say():

@@ -56,7 +56,7 @@ def gradients(model, adapters) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt2", "opt", "phi", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt2", "opt", "phi", "phimoe", "deepseek_v3"])
 def test_gradients_are_the_same_whatever_is_recomputed(family, dropout, tmp_path):
     model, adapters = adapted(family, tmp_path, dropout)
     model.checkpoint_layers(False)

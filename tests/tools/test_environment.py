@@ -21,21 +21,24 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name, value in {
         "ROOT": tmp_path,
         "VENV": tmp_path / ".venv",
-        "STAMP": tmp_path / ".venv" / "installed.sha256",
+        "OLDEST_VENV": tmp_path / ".venv-oldest",
         "CONSTRAINTS": tmp_path / "constraints.txt",
+        "OLDEST_CONSTRAINTS": tmp_path / "constraints-oldest.txt",
     }.items():
         monkeypatch.setattr(module, name, value)
-    (tmp_path / "constraints.txt").write_text("torch==1\n")
+    (tmp_path / "constraints.txt").write_text("numpy==1\ntorch==1\n")
+    (tmp_path / "constraints-oldest.txt").write_text("# older\ntorch==0\n")
     (tmp_path / "pyproject.toml").write_text("")
     module.pip_status, module.installations = 0, 0
 
     def pip(command: list[str], **_: object) -> subprocess.CompletedProcess:
-        assert command[1:4] == ["-m", "pip", "install"] and str(module.CONSTRAINTS) in command
+        assert command[1:4] == ["-m", "pip", "install"] and command[-4] == "-c"
+        module.pins = Path(command[-3]).read_text()
         module.installations += 1
         return subprocess.CompletedProcess(command, module.pip_status)
 
     monkeypatch.setattr(module.subprocess, "run", pip)
-    monkeypatch.setattr(module.venv, "create", lambda *_, **__: _touch(module.venv_python()))
+    monkeypatch.setattr(module.venv, "create", lambda folder, **_: _touch(module.venv_python(folder)))
     return module
 
 
@@ -56,6 +59,19 @@ def test_installed_again_only_when_the_pins_or_the_project_changed(environment, 
     assert environment.installations == 2
     (tmp_path / "pyproject.toml").write_text("[project]\n")
     environment.ready_python(ABSENT)
+    assert environment.installations == 3
+
+
+def test_the_oldest_versions_have_an_environment_of_their_own(environment, tmp_path: Path):
+    assert environment.ready_python(ABSENT) == environment.venv_python()
+    assert environment.pins == "numpy==1\ntorch==1\n"
+    older = environment.ready_python(("json",), oldest=True)  # whatever the running Python has
+    assert older == environment.venv_python(tmp_path / ".venv-oldest") and older != environment.venv_python()
+    assert environment.pins == "numpy==1\ntorch==0\n"
+    (tmp_path / "constraints-oldest.txt").write_text("torch==0.1\n")
+    environment.ready_python(ABSENT)
+    assert environment.installations == 2
+    environment.ready_python(ABSENT, oldest=True)
     assert environment.installations == 3
 
 

@@ -12,10 +12,10 @@ from collections import Counter
 import pytest
 import torch
 import transformers
-from packaging.version import Version
 from test_causal_lm import ROWS, example, open_tiny
 from tiny_models import FAMILIES
 from torch.overrides import TorchFunctionMode
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_tool.adapters.attach import attach
@@ -94,7 +94,7 @@ def copies_a_number(model: CausalLM) -> bool:
     """Whether transformers copies a number from the host for masks that are added to scores: GPT-Neo in its own code,
     all that run on `eager` up to 5.17 or so."""
     eager = model.config.get_text_config()._attn_implementation == "eager"
-    return model.config.model_type == "gpt_neo" or (eager and Version(transformers.__version__) < Version("5.23"))
+    return model.config.model_type == "gpt_neo" or (eager and TorchVersion(transformers.__version__) < "5.23")
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ROUTED])

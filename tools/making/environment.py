@@ -1,4 +1,5 @@
-"""The virtual environment that the tools work in: `.venv` in the checkout, made when missing.
+"""The virtual environments that the tools work in, made in the checkout when missing: `.venv`, and `.venv-oldest` with
+the oldest torch and transformers that `pyproject.toml` allows.
 
 Only the standard library is used here, since nothing else is there yet.
 """
@@ -16,8 +17,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv"
+OLDEST_VENV = ROOT / ".venv-oldest"
 CONSTRAINTS = ROOT / "tools" / "constraints.txt"
-STAMP = VENV / "installed.sha256"
+OLDEST_CONSTRAINTS = ROOT / "tools" / "constraints-oldest.txt"  # those that differ
+STAMP = "installed.sha256"
 EXTRAS = "test,demo"
 # What is imported from other packages; together they stand for an installation that is complete.
 MODULES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "safetensors", "click", "pydantic")
@@ -39,11 +42,11 @@ def shown(command: Sequence[str | Path]) -> str:
     return "$ " + " ".join(f"'{word}'" if " " in word or "*" in word else word for word in words)
 
 
-def venv_python() -> Path:
-    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+def venv_python(folder: Path | None = None) -> Path:
+    return (folder or VENV) / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
-def ready_python(modules: Sequence[str] = MODULES, *, use_running: bool = False) -> Path:
+def ready_python(modules: Sequence[str] = MODULES, *, use_running: bool = False, oldest: bool = False) -> Path:
     """The Python that has all that is needed, after making and filling `.venv` where there is no such Python yet.
 
     An activated virtual environment that has every module is used as it is.
@@ -51,6 +54,7 @@ def ready_python(modules: Sequence[str] = MODULES, *, use_running: bool = False)
     Args:
         modules: what an environment must be able to import to be used as it is.
         use_running: take the running Python, and fail where it lacks something.
+        oldest: the environment of the oldest versions, never an activated one.
 
     Raises:
         EnvironmentFailure: Python is too old, the environment cannot be made, or pip fails.
@@ -63,45 +67,60 @@ def ready_python(modules: Sequence[str] = MODULES, *, use_running: bool = False)
             f"{sys.executable} lacks {', '.join(missing)}; install '.[{EXTRAS}]' there, or let .venv be made instead"
         )
     activated = sys.prefix != sys.base_prefix and Path(sys.prefix).resolve() != VENV
-    if use_running or (activated and not missing):
+    if use_running or (activated and not missing and not oldest):
         say(f"environment: the running one, {sys.prefix}")
         return Path(sys.executable)
-    if not venv_python().exists():
-        _make()
-    wanted = _fingerprint()
-    if not STAMP.exists() or STAMP.read_text() != wanted:
-        _install()
-        STAMP.write_text(wanted)
+    folder = OLDEST_VENV if oldest else VENV
+    if not venv_python(folder).exists():
+        _make(folder)
+    stamp, wanted = folder / STAMP, _fingerprint(oldest)
+    if not stamp.exists() or stamp.read_text() != wanted:
+        _install(folder, oldest)
+        stamp.write_text(wanted)
     else:
-        say(f"environment: {VENV.name}, up to date")
-    return venv_python()
+        say(f"environment: {folder.name}, up to date")
+    return venv_python(folder)
 
 
-def _make() -> None:
-    say(f"making a virtual environment in {VENV.name} (Python {sys.version.split()[0]})")
+def _make(folder: Path) -> None:
+    say(f"making a virtual environment in {folder.name} (Python {sys.version.split()[0]})")
     try:
-        venv.create(VENV, clear=True, with_pip=True, symlinks=os.name != "nt")
+        venv.create(folder, clear=True, with_pip=True, symlinks=os.name != "nt")
     except (subprocess.CalledProcessError, OSError) as error:
         raise EnvironmentFailure(
-            f"no virtual environment could be made in {VENV} ({error}); Debian and Ubuntu need the package python3-venv"
+            f"no virtual environment could be made in {folder} ({error}); "
+            "Debian and Ubuntu need the package python3-venv"
         ) from error
 
 
-def _install() -> None:
-    command = [venv_python(), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-input"]
-    command += ["-c", CONSTRAINTS, "-e", f".[{EXTRAS}]"]
-    say(f"installing qlora-tool and what it needs at the versions of {CONSTRAINTS.relative_to(ROOT)} (a few minutes)")
+def _install(folder: Path, oldest: bool) -> None:
+    pinned = CONSTRAINTS
+    if oldest:
+        pinned = folder / "constraints.txt"
+        pinned.write_text("\n".join(_pins(oldest=True)) + "\n")
+    command = [venv_python(folder), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-input"]
+    command += ["-c", pinned, "-e", f".[{EXTRAS}]"]
+    say(f"installing qlora-tool and what it needs at the versions of {pinned.relative_to(ROOT)} (a few minutes)")
     say(shown(command))
     # The build backend comes from the same list: older pips read the first variable, newer ones the second.
-    pins = {"PIP_CONSTRAINT": str(CONSTRAINTS), "PIP_BUILD_CONSTRAINT": str(CONSTRAINTS)}
+    pins = {"PIP_CONSTRAINT": str(pinned), "PIP_BUILD_CONSTRAINT": str(pinned)}
     done = subprocess.run([str(word) for word in command], cwd=ROOT, env={**os.environ, **pins})
     if done.returncode:
         raise EnvironmentFailure("pip could not install what is needed; it says above why")
 
 
-def _fingerprint() -> str:
+def _pins(oldest: bool) -> list[str]:
+    """Lines of constraints; of two for a package, the older."""
+    pins = CONSTRAINTS.read_text().splitlines()
+    if not oldest:
+        return pins
+    older = [line for line in OLDEST_CONSTRAINTS.read_text().splitlines() if "==" in line]
+    replaced = {line.partition("==")[0] for line in older}
+    return [line for line in pins if line.partition("==")[0] not in replaced] + older
+
+
+def _fingerprint(oldest: bool) -> str:
     """Changes whenever an installation made before no longer fits."""
     digest = hashlib.sha256(f"{sys.version_info[:2]} {EXTRAS}".encode())
-    for file in (CONSTRAINTS, ROOT / "pyproject.toml"):
-        digest.update(file.read_bytes())
+    digest.update("\n".join(_pins(oldest)).encode() + (ROOT / "pyproject.toml").read_bytes())
     return digest.hexdigest()

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qlora_tool.build import Random, build, packs_apart
+from qlora_tool.build import Random, build, goes_without_padding, packs_apart
 from qlora_tool.data.batches import Batch, Segments
 from qlora_tool.errors import ToolError, UserError
 from qlora_tool.memory.trace.classify import name_gradients, name_optimizer, name_weights
@@ -71,11 +71,11 @@ class BatchShape:
         """
         rows, length = config.training.per_device_train_batch_size, config.data.max_length
         full = cls.full(rows, length)
-        if not (config.data.packing or config.data.padding_free) or not packs_apart(config, model_config):
-            return full
-        if config.data.packing:
+        if config.data.packing and packs_apart(config, model_config):
             return replace(full, segments=(length,))
-        return replace(full, rows=1, length=rows * length, segments=(length,) * rows)
+        if goes_without_padding(config, model_config):
+            return replace(full, rows=1, length=rows * length, segments=(length,) * rows)
+        return full
 
     @classmethod
     def of(cls, batch: Batch) -> BatchShape:
