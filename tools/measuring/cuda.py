@@ -4,12 +4,13 @@ What was found is in FOLDER as it comes:
 
     tools/measure cuda results/
 
-The parts, each with a time limit of its own: the device as `doctor` sees it, the tests marked cuda, a 7B of random
-weights in NF4 (3.9 GB in FOLDER, removed at the end), its training step at 1 x 2048 and 4 x 1024 against transformers +
-PEFT (`tools/measure benchmark cuda`), the longest sequence that trains under 8, 12, 16 and 24 GB, the predicted memory
-against the measured (`tools/measure memory-cuda`), and PEFT's longest sequences in the time that is left. A part that
-takes too long is cut; what it wrote until then stays, and the next one begins. cuda_check.json is written anew after
-each.
+The parts, each with a time limit of its own: the device as `doctor` sees it, the memory of steps (`tools/measure
+memory-cuda`; predicted for elsewhere, with --measured), the tests marked cuda, each kernel against its reference, the
+profile of a 7B's step at 4 x 1024 and 1 x 2048, a 7B of random weights in NF4 (3.9 GB in FOLDER, removed at the end),
+its training step against transformers + PEFT (`tools/measure benchmark cuda`), the longest sequence that trains under
+8, 12, 16 and 24 GB, here and in PEFT, and the step without each kernel. A part that takes too long is cut; what it
+wrote until then stays, and the next one begins. cuda_check.json is written anew after each. `--only` chooses some, so
+that several short runs make one.
 
 Needs 16 GB of memory, 5 GB of disk, and bitsandbytes and PEFT beside torch. Asked for: no part failed or was cut, and
 there is a CUDA device.
@@ -33,6 +34,7 @@ from typing import Any
 
 from making.environment import ROOT
 
+from measuring.ours import KERNELS
 from measuring.results import machine, say, show_table
 from qlora_tool.errors import MachineError
 from qlora_tool.files.atomic import write_json
@@ -137,16 +139,24 @@ def parts_for(folder: Path) -> list[Part]:
     python, model = sys.executable, folder / MODEL
     measure = [python, str(ROOT / "tools" / "measure")]
     plot = ["--plot", str(folder / "benchmark.png")] if importlib.util.find_spec("matplotlib") else []
+    workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     longest = [*measure, "longest", str(model), "--json"]
+    profile = [*measure, "step-profile"]
     return [
         Part("device", [python, "-m", "qlora_tool", "doctor"], 40),
-        Part("tests", [python, "-m", "pytest", "tests", "-m", "cuda", "--durations=10"], 110),
+        Part("memory", [*measure, "memory-cuda", str(folder / "memory"), "--no-predictions"], 110),
+        Part("tests", [python, "-m", "pytest", "tests", "-m", "cuda", "-rA", "--durations=10", *workers], 110),
+        Part("kernels", [*measure, "kernels", "--json", str(folder / "kernels.json")], 60),
+        Part("profile", [*profile, "llama-7b-4x1024", "--json", str(folder / "step.json"),
+                         "--trace", str(folder / "step.trace.json.gz")], 40),
+        Part("profile-one-row", [*profile, "llama-7b", "--json", str(folder / "step-one-row.json")], 40),
         Part("model", [python, str(ROOT / "tools" / "make"), "nf4-model", str(model), "--device", "cuda"], 60),
         Part("benchmark", [*measure, "benchmark", "cuda", str(model), "--json", str(folder / "benchmark.json"), *plot],
              160, model),
         Part("caps", [*longest, str(folder / "caps.json")], 110, model),
-        Part("memory", [*measure, "memory-cuda", str(folder / "memory")], 150),
         Part("caps-peft", [*longest, str(folder / "caps-peft.json"), "--side", "peft"], 120, model),
+        *(Part(f"without-{name}", [*profile, "llama-7b-4x1024", "--no-profile", "--without", name,
+                                   "--json", str(folder / f"without-{name}.json")], 30) for name in KERNELS),
     ]  # fmt: skip
 
 

@@ -302,6 +302,28 @@ class StepMemory:
         return measure_on_cuda(*self._arguments())
 
 
+KERNELS = ("norm", "rotary", "gated", "dequantization", "adamw")
+
+
+def leave_out_kernels(names: Sequence[str]) -> None:
+    """Let these operations run by their references on a card, in models that are made from now on, in this process."""
+    from types import SimpleNamespace
+
+    from qlora_tool.model import fused_modules
+    from qlora_tool.ops import adamw, gated, quantization
+
+    def no(_: Any) -> Any:
+        return None
+
+    places = {"norm": (fused_modules, "norm_kind"), "rotary": (fused_modules, "rotation_in"),
+              "gated": (gated, "in_one_pass"), "adamw": (adamw, "usable")}  # fmt: skip
+    for name in names:
+        if name == "dequantization":
+            quantization.kernels = SimpleNamespace(usable=no, available=no)
+        else:
+            setattr(*places[name], no)
+
+
 def predicted_phases(config: Config, rows: int, length: int) -> dict[str, int]:
     """The most bytes of each phase of a run on full rows, predicted without weights."""
     from qlora_tool.model.source import read_model_config

@@ -1,6 +1,7 @@
 """Where the time of a training step goes on a CUDA device: each kernel, launches, waits (a 7B: 1 minute).
 
     tools/measure step-profile llama-7b-4x1024 --json step.json --trace step.trace.json.gz
+    tools/measure step-profile llama-7b-4x1024 --without norm adamw --no-profile
 
 The configurations are those of `memory-cuda`, with random weights. Steps are timed without the profiler, by the host's
 clock around a synchronized device; one more is profiled.
@@ -21,6 +22,7 @@ from typing import Any
 
 from measuring.command import add_outputs, at_least
 from measuring.memory_cuda import CONFIGURATIONS
+from measuring.ours import KERNELS, leave_out_kernels
 from measuring.results import machine, mb, save_results, say, show_table
 from qlora_tool.errors import MachineError
 from qlora_tool.files.atomic import replacing_file
@@ -33,6 +35,9 @@ LARGEST_TRACE = 15_000_000  # bytes, compressed
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("configuration", choices=CONFIGURATIONS, metavar="NAME", help=", ".join(CONFIGURATIONS))
     parser.add_argument("--steps", type=at_least(1), default=5, metavar="N", help="that are timed (default: 5)")
+    parser.add_argument("--without", nargs="+", default=[], choices=KERNELS, metavar="KERNEL",
+                        help=f"run by its reference: {', '.join(KERNELS)}")  # fmt: skip
+    parser.add_argument("--no-profile", action="store_true", help="only take the time")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="the profiler's trace, for perfetto (.json.gz)")
     add_outputs(parser)
 
@@ -42,6 +47,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     if not torch.cuda.is_available():
         raise MachineError("PyTorch sees no CUDA device here: start this on the machine that has one")
+    leave_out_kernels(options.without)
     one = CONFIGURATIONS[options.configuration]
     say(f"{options.configuration}: loading")
     step = one.step().ready("cuda")
@@ -51,12 +57,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     median = statistics.median(seconds)
     results = {
         "machine": machine(), "device": torch.cuda.get_device_name(), "configuration": options.configuration,
-        "seconds": seconds, "tokens_per_second": one.rows * one.length / median,
+        "without": options.without, "seconds": seconds, "tokens_per_second": one.rows * one.length / median,
         "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
     }  # fmt: skip
     save_results(options.json, results)
-    results |= _profiled(step, options.trace)
-    save_results(options.json, results)
+    if not options.no_profile:
+        results |= _profiled(step, options.trace)
+        save_results(options.json, results)
     return results
 
 
@@ -124,6 +131,8 @@ def show(results: dict[str, Any]) -> None:
     milliseconds, peak = statistics.median(results["seconds"]) * 1000, results["peak_allocated_bytes"]
     print(f"{results['device']}, {results['configuration']}: {milliseconds:.1f} ms a step, "
           f"{results['tokens_per_second']:,.0f} tokens/s, {mb(peak)} MB at the peak")  # fmt: skip
+    if "kernels" not in results:
+        return
     print(f"profiled: {results['launches']:,} launches, waits {results['waits'] or 'none'}; the device works "
           f"{results['device_ms']:.1f} ms of {results['span_ms']:.1f}")
     rows = [(name[:100], figures["count"], f"{figures['milliseconds']:.2f}")

@@ -97,8 +97,8 @@ def measure_workspaces(device: int = 0) -> tuple[int, int]:
 
 
 def _load_kernels(device: int) -> None:
-    """Take steps with one layer of a 7B, in plain rows and in packed ones: kernels are loaded into the context when they
-    are first used, and which those are depends on the sizes."""
+    """Take steps with one layer of a 7B, in plain rows and in packed ones: kernels are loaded into the context when
+    they are first used, and which those are depends on the sizes."""
     from transformers import LlamaConfig
 
     from qlora_tool.config import Config, with_values

@@ -34,9 +34,9 @@ def cublas_workspace(capability: tuple[int, int]) -> int:
     return 32 * MIB if capability[0] in (9, 10, 12) else 2 * 4096 * 1024 + 8 * 16 * 1024
 
 
-# The CUDA context with the kernels of a step in it, in MB: PyTorch's, cuBLAS', bitsandbytes' and Triton's are loaded when
-# they are first used. Capability 9 was measured: 905 on an H200 (driver 580, CUDA 13, torch 2.11), of which 730 were
-# there before a step. The others are ESTIMATED: between 430 and 620 was seen, more with newer drivers and with more
+# The CUDA context with the kernels of a step in it, in MB: PyTorch's, cuBLAS', bitsandbytes' and Triton's are loaded
+# when they are first used. Capability 9 was measured: 905 on an H200 (driver 580, CUDA 13, torch 2.11), 730 of them
+# before a step. The others are ESTIMATED: between 430 and 620 was seen, more with newer drivers and with more
 # multiprocessors; `calibrate` measures it.
 _CONTEXT_MB = {7: 450, 8: 620, 9: 905, 10: 905, 12: 700}
 
