@@ -5,12 +5,13 @@ never fused (`enable_fp_fusion`), rounded once. A weight is written once; what i
 a byte of 4 bits and its block's share of a scale.
 
 A thread makes the weights of 16 bytes, and neighbours lie beside each other: a warp writes 512 bytes in a row, out of
-128 of 4-bit codes or 256 of int8 where weights are 16-bit. No thread needs what another one has read, and the table of
-the 16 values of 4 bits fits a line of the cache.
+128 of 4-bit codes, a word a thread, or 256 of int8 where weights are 16-bit. No thread needs what another one has read,
+and the table of the 16 values of 4 bits fits a line of the cache.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,11 +29,16 @@ def _dequantize_4bit(
     BLOCK_SIZE: tl.constexpr, NESTED_BLOCK_SIZE: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)  # of EACH weights, in one block
-    place = group[:, None] * (EACH // 2) + tl.arange(0, EACH // 2)[None, :]
-    packed = tl.load(codes + place, mask=place < size, other=0)
-    first, second = tl.load(values + (packed >> 4)), tl.load(values + (packed & 15))
-    value = tl.reshape(tl.join(first, second), (GROUPS, EACH))
     there = group * EACH < count
+    if codes.dtype.element_ty == tl.uint8:
+        place = group[:, None] * (EACH // 2) + tl.arange(0, EACH // 2)[None, :]
+        packed = tl.load(codes + place, mask=place < size, other=0)
+        first, second = tl.load(values + (packed >> 4)), tl.load(values + (packed & 15))
+        value = tl.reshape(tl.join(first, second), (GROUPS, EACH))
+    else:  # words of EACH weights, their lowest byte first, of a byte its high half first
+        # Told of no neighbours, the compiler reads one word a thread, where its weights are made.
+        word = tl.load(codes + tl.max_contiguous(group, 1), mask=there, other=0).to(tl.int32)
+        value = tl.load(values + ((word[:, None] >> ((tl.arange(0, EACH) ^ 1) * 4)[None, :]) & 15))
     block = first_block + group * EACH // BLOCK_SIZE
     scale = tl.load(scales + block, mask=there, other=0)
     if nested_scales is not None:
@@ -50,7 +56,7 @@ def dequantize_4bit(
     the scale of its own block + the offset.
 
     Args:
-        codes: uint8, contiguous, two weights a byte, the first in the high half.
+        codes: uint8, contiguous, two weights a byte, the first in the high half; read by words where they are some.
         values: fp32 (16,), those of the codes.
         scales: fp32 (blocks,), or uint8 under double quantization; contiguous.
         nested_values: fp32 (256,), those of the scales' codes.
@@ -65,6 +71,9 @@ def dequantize_4bit(
     if count == 0:
         return
     each = _WIDTH // result.element_size()
+    word = torch.int32 if each == 8 else torch.int16
+    if codes.numel() % word.itemsize == codes.data_ptr() % word.itemsize == codes.storage_offset() % word.itemsize == 0:
+        codes = codes.view(word)  # for half of the instructions
     with on_device_of(result):
         _dequantize_4bit[(triton.cdiv(count, _WEIGHTS),)](
             codes, values, scales, nested_values, nested_scales, nested_offset, result, codes.numel(), count,

@@ -70,6 +70,25 @@ def test_4_bits_from_a_block_in_the_middle(interpreted, first):
     assert torch.equal(found, whole[first:])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("begin", [1, 2, 4])
+def test_codes_that_begin_anywhere(interpreted, begin, dtype):
+    """They are read by words only where they lie at addresses of words."""
+    module = interpreted("dequantize")
+    codes, scales, nested_scales, offset = quantized((40, 64), "nf4", 64, True)
+    buffer = torch.zeros(len(codes) + begin, dtype=torch.uint8)
+    buffer[begin:] = codes
+    found = torch.full((40, 64), torch.nan, dtype=dtype)
+    module.dequantize_4bit(
+        buffer[begin:], code_values("nf4", CPU), scales, code_values("nested", CPU), nested_scales, offset, 64,
+        NESTED_BLOCK_SIZE, 0, found,
+    )  # fmt: skip
+    expected = quantization.dequantize_4bit.reference(
+        codes, scales, nested_scales, offset, "nf4", 64, 0, (40, 64), dtype
+    )
+    assert torch.equal(found, expected)
+
+
 def test_what_lies_behind_the_result_is_left_alone(interpreted):
     module = interpreted("dequantize")
     codes, scales, nested_scales, offset = quantized((5, 7), "nf4", 64, True)
@@ -107,16 +126,18 @@ def check(ptx: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("double", "integer"), [(True, "i32"), (False, "i32"), (True, "i64")])
-def test_4_bits_compile(assembly, double, integer, dtype):
-    """With 64-bit counts where a matrix has more than 2³¹ weights."""
+@pytest.mark.parametrize(
+    ("double", "integer", "codes"), [(True, "i32", "words"), (False, "i32", "words"), (True, "i64", "bytes")]
+)
+def test_4_bits_compile(assembly, double, integer, codes, dtype):
+    """With 64-bit counts where a matrix has more than 2³¹ weights; codes by bytes where they are no whole words."""
     from qlora_tool.ops.kernels import dequantize
 
     each = 16 // dtype.itemsize
     types = dict.fromkeys(("values", "nested_values", "nested_scales"), "*fp32@16")
-    types |= {"codes": "*u8@16", "scales": "*u8@16" if double else "*fp32@16", "nested_offset": "*fp32",
-              "result": POINTERS[dtype], "size": f"{integer}@16", "count": f"{integer}@16",
-              "first_block": integer}  # fmt: skip
+    types |= {"codes": "*u8@16" if codes == "bytes" else f"*i{4 * each}@16", "nested_offset": "*fp32",
+              "scales": "*u8@16" if double else "*fp32@16", "result": POINTERS[dtype],
+              "size": f"{integer}@16", "count": f"{integer}@16", "first_block": integer}  # fmt: skip
     constants = {"BLOCK_SIZE": 64, "NESTED_BLOCK_SIZE": 256, "GROUPS": 4096 // each, "EACH": each}
     for name in () if double else ("nested_scales", "nested_offset"):
         del types[name]
