@@ -63,7 +63,7 @@ def _laid_out(x: Tensor) -> tuple[int, int, dict[str, int]]:
     width = x.shape[-1]
     columns = triton.next_power_of_2(width)
     rows = max(1, _NUMBERS // columns)
-    warps = min(16, max(4, columns * rows // 1024))
+    warps = min(16, max(4, columns * rows // 512))
     return triton.cdiv(x.numel() // width, rows), width, {"ROWS": rows, "COLUMNS": columns, "num_warps": warps}
 
 
