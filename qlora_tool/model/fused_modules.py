@@ -1,10 +1,11 @@
 """Fused operations in the place of what a family's code computes step by step, where both compute the same.
 
-Two things are found by trying them on random numbers, once a class: modules that are an RMSNorm (`ops.norm`), and
+Three things are found by trying them on random numbers, once a class: modules that are an RMSNorm (`ops.norm`);
 functions by the name that transformers' modeling files give to rotary position embeddings (`ops.rotary`), in modules
-whose forward pass calls one. Such a module's class is replaced by a subclass with the same name; its parameters, their
-names and everything else stay. What is not found computes as it did, and so does any call that the operation does not
-take: on a CPU, with a trained weight, in a dtype of its own.
+whose forward pass calls one; and layers that add and normalize in turn (`fused_layers`). Such a module's class is
+replaced by a subclass with the same name; its parameters, their names and everything else stay. What is not found
+computes as it did, and so does any call that the operation does not take: on a CPU, with a trained weight, in a dtype
+of its own.
 """
 
 from __future__ import annotations
@@ -13,16 +14,15 @@ import functools
 import inspect
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._python_dispatch import _disable_current_modes
 
+from qlora_tool.model.fused_layers import Norm, is_pre_norm, layer_class, weight_of
+from qlora_tool.model.trials import AsText, attributes_of, subclass, trying, twin
 from qlora_tool.ops.norm import KINDS, WIDEST, NormKind, rms_norm, rms_norm_reference
 from qlora_tool.ops.one_pass import in_one_pass
 from qlora_tool.ops.rotary import rotary, rotary_reference
@@ -34,7 +34,7 @@ _MATCHING = 0.99  # of bf16 results that are equal: rounding elsewhere changes a
 
 @dataclass(frozen=True)
 class FusedModules:
-    """How many modules compute by a fused operation, by the operation: `RMSNorm`, `RoPE`."""
+    """How many modules compute by a fused operation, by the operation: `RMSNorm`, `RoPE`, `residual + RMSNorm`."""
 
     modules: dict[str, int] = field(default_factory=dict)
 
@@ -50,31 +50,22 @@ def fuse_modules(model: nn.Module) -> FusedModules:
     for module in model.modules():
         if "forward" in vars(module):  # something else has put one there
             continue
-        if (kind := norm_kind(module)) is not None:
-            module.__class__ = _norm_class(type(module), kind, _epsilon(module))
+        if (norm := norm_of(module)) is not None:
+            module.__class__ = _norm_class(type(module), norm)
             counts["RMSNorm"] += 1
+        elif (norms := _norms_of(module)) is not None:
+            module.__class__ = layer_class(type(module), *norms)
+            counts["residual + RMSNorm"] += 1
         elif (rotation := rotation_in(type(module))) is not None:
             module.__class__ = _attention_class(type(module), rotation)
             counts["RoPE"] += 1
     return FusedModules(dict(sorted(counts.items())))
 
 
-@contextmanager
-def _trying() -> Iterator[None]:
-    """What runs meanwhile is a trial on small real tensors, and no part of a step that is watched."""
-    with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad(), torch.device("cpu"):
-        yield
-
-
-def _subclass(kind: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
-    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (kind,), {**named, "forward": forward})
-
-
 # ----------------------------------------------------------------------------------------------------------- RMSNorm
 
 
-def norm_kind(module: nn.Module) -> NormKind | None:
+def norm_of(module: nn.Module) -> Norm | None:
     """How a module computes RMSNorm over its last dimension; None if it computes anything else."""
     names = [name for name, _ in module.named_parameters()]
     weight = getattr(module, "weight", None)
@@ -82,11 +73,19 @@ def norm_kind(module: nn.Module) -> NormKind | None:
         [], ["weight"]
     ) or _epsilon(module) is None or (names and weight.dim() != 1):  # fmt: skip
         return None
-    plain = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
     width = weight.shape[0] if names else 64
     if width > WIDEST:
         return None
-    return _tried_norm(type(module), width if names else None, _AsText(plain))
+    kind = _tried_norm(type(module), width if names else None, attributes_of(module))
+    return None if kind is None else Norm(kind, _epsilon(module))
+
+
+def _norms_of(layer: nn.Module) -> tuple[Norm, Norm] | None:
+    """The two norms of a layer that adds and normalizes in turn."""
+    if not is_pre_norm(layer):
+        return None
+    first, second = norm_of(layer.input_layernorm), norm_of(layer.post_attention_layernorm)
+    return None if first is None or second is None else (first, second)
 
 
 def _epsilon(module: nn.Module) -> float | None:
@@ -94,41 +93,23 @@ def _epsilon(module: nn.Module) -> float | None:
     return next((value for value in found if isinstance(value, float)), None)
 
 
-class _AsText(dict[str, Any]):
-    """A module's attributes, equal to others that read the same."""
-
-    def __hash__(self) -> int:  # type: ignore[override]  # nothing changes it
-        return hash(str(self))
-
-    def __eq__(self, other: object) -> bool:
-        return str(self) == str(other)
-
-
 @functools.lru_cache(maxsize=256)
-def _tried_norm(kind: type[nn.Module], width: int | None, attributes: _AsText) -> NormKind | None:
-    with _trying():
+def _tried_norm(kind: type[nn.Module], width: int | None, attributes: AsText) -> NormKind | None:
+    with trying():
         generator = torch.Generator().manual_seed(0)
         numbers = torch.randn(48, width or 64, generator=generator) + 0.5  # a mean that a LayerNorm would take away
         x = numbers * torch.logspace(-4, 2, 48).unsqueeze(1)  # the smallest rows show ε
         weight = None if width is None else torch.randn(width, generator=generator)
-        twin = _twin(kind, attributes, weight)
+        made = twin(kind, attributes)
+        if weight is not None:
+            made.weight = nn.Parameter(weight.clone(), requires_grad=False)
         found = {}
         try:
             for dtype in (torch.float32, torch.bfloat16):
-                found[dtype] = twin.to(dtype)(x.to(dtype))
+                found[dtype] = made.to(dtype)(x.to(dtype))
         except Exception:  # it takes or does something else, whatever that is
             return None
-        return next((one for one in KINDS if _is_norm(one, x, weight, _epsilon(twin), found)), None)
-
-
-def _twin(kind: type[nn.Module], attributes: dict[str, Any], weight: Tensor | None) -> nn.Module:
-    """A module of a class, with these attributes, and this weight in the place of its own."""
-    twin = kind.__new__(kind)
-    nn.Module.__init__(twin)
-    twin.__dict__.update(attributes)
-    if weight is not None:
-        twin.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    return twin
+        return next((one for one in KINDS if _is_norm(one, x, weight, _epsilon(made), found)), None)
 
 
 def _is_norm(
@@ -147,20 +128,14 @@ def _is_norm(
 
 
 @functools.cache
-def _norm_class(kind: type[nn.Module], norm: NormKind, eps: float) -> type[nn.Module]:
+def _norm_class(kind: type[nn.Module], norm: Norm) -> type[nn.Module]:
     def forward(self: nn.Module, x: Tensor, *rest: Any, **options: Any) -> Tensor:
-        weight = getattr(self, "weight", None)
-        if rest or options or not in_one_pass(x) or not _takes(weight, x, norm):
+        if rest or options or not in_one_pass(x) or not norm.takes(self, x):
             result: Tensor = kind.forward(self, x, *rest, **options)
             return result
-        return rms_norm(x, weight, eps, norm)
+        return rms_norm(x, weight_of(self), norm.eps, norm.kind)
 
-    return _subclass(kind, forward)
-
-
-def _takes(weight: Tensor | None, x: Tensor, norm: NormKind) -> bool:
-    """Whether the operation gives what the module would. A weight of a wider dtype would widen what was rounded."""
-    return weight is None or (not weight.requires_grad and (not norm.rounds or weight.dtype == x.dtype))
+    return subclass(kind, forward)
 
 
 # -------------------------------------------------------------------------------------------------------------- RoPE
@@ -216,7 +191,7 @@ def rotation_of(function: Callable[..., Any]) -> Rotation | None:
     names = list(inspect.signature(function).parameters)
     if names[:4] != ["q", "k", "cos", "sin"] or "unsqueeze_dim" not in names:
         return None
-    with _trying():
+    with trying():
         generator = torch.Generator().manual_seed(0)
         q, k = (torch.randn(2, heads, 5, 8, generator=generator) for heads in (4, 2))
         cos, sin = torch.randn(2, 2, 5, 8, generator=generator)
@@ -254,4 +229,4 @@ def _attention_class(kind: type[nn.Module], rotation: Rotation) -> type[nn.Modul
         own.__code__, {**own.__globals__, ROTARY: rotation}, own.__name__, own.__defaults__, own.__closure__
     )
     bound.__kwdefaults__ = own.__kwdefaults__
-    return _subclass(kind, functools.wraps(own)(bound))
+    return subclass(kind, functools.wraps(own)(bound))

@@ -74,7 +74,55 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
-        return _backward(grad, x, weight, scale, ctx.offset), None, None, None
+        return _backward(grad, None, x, weight, scale, ctx.offset), None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------- beside a residual
+
+
+def pass_and_norm(x: Tensor, weight: Tensor | None, eps: float, kind: NormKind) -> tuple[Tensor, Tensor]:
+    """x itself, and x normalized as by `rms_norm`. Where the first is used in the place of x from there on, both
+    gradients of x meet in one pass."""
+    return _PassAndNorm.apply(x, weight, eps, kind)
+
+
+def add_and_norm(
+    x: Tensor, update: Tensor, weight: Tensor | None, eps: float, kind: NormKind
+) -> tuple[Tensor, Tensor]:
+    """x + update, both of one dtype, and that sum normalized as by `rms_norm`."""
+    return _AddAndNorm.apply(x, update, weight, eps, kind)
+
+
+class _PassAndNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor | None, eps: float, kind: NormKind) -> tuple[Tensor, Tensor]:
+        y, scale = _forward(x, weight, eps, kind.offset, kind.rounds)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.offset = kind.offset
+        return x, y
+
+    @staticmethod
+    def backward(ctx, passed: Tensor, grad: Tensor):
+        x, weight, scale = ctx.saved_tensors
+        return _backward(grad, passed, x, weight, scale, ctx.offset), None, None, None
+
+
+class _AddAndNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, update: Tensor, weight: Tensor | None, eps: float, kind: NormKind
+    ) -> tuple[Tensor, Tensor]:
+        total, y, scale = _add_forward(x, update, weight, eps, kind.offset, kind.rounds)
+        ctx.save_for_backward(total, weight, scale)
+        ctx.offset = kind.offset
+        return total, y
+
+    @staticmethod
+    def backward(ctx, passed: Tensor, grad: Tensor):
+        total, weight, scale = ctx.saved_tensors
+        dx = _backward(grad, passed, total, weight, scale, ctx.offset)
+        needs_x, needs_update, *_ = ctx.needs_input_grad
+        return dx if needs_x else None, dx if needs_update else None, None, None, None
 
 
 # --------------------------------------------------------------------------------------------------------- operations
@@ -101,7 +149,7 @@ def _forward_cuda(
     from qlora_tool.ops.kernels import norm
 
     y, scale = _forward_shapes(x, weight, eps, offset, rounds)
-    norm.forward(x.contiguous(), weight, eps, offset, rounds, y, scale)
+    norm.forward(x.contiguous(), None, weight, eps, offset, rounds, None, y, scale)
     return y, scale
 
 
@@ -111,54 +159,101 @@ def _forward_shapes(
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
+def _forward_workspace(x: Tensor, weight: Tensor | None, eps: float, offset: float, rounds: bool) -> int:
+    return 8 * x.numel() + 4 * (x.numel() // x.shape[-1])
+
+
 _forward = declare(  # (…, N) → y (…, N), and 1/√(mean(x²) + ε), fp32 (…)
     "rms_norm(Tensor x, Tensor? weight, float eps, float offset, bool rounds) -> (Tensor, Tensor)",
     reference=_forward_reference,
     shapes=_forward_shapes,
     versions={"cuda": _forward_cuda},
+    workspace={"cpu": _forward_workspace, "cuda": lambda x, weight, eps, offset, rounds: _copied(x)},
+)
+
+
+def _add_reference(
+    x: Tensor, update: Tensor, weight: Tensor | None, eps: float, offset: float, rounds: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = torch.add(x, update, out=x.new_empty(x.shape))
+    return total, *_forward_reference(total, weight, eps, offset, rounds)
+
+
+def _add_cuda(
+    x: Tensor, update: Tensor, weight: Tensor | None, eps: float, offset: float, rounds: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not usable(x.device):
+        return _add_reference(x, update, weight, eps, offset, rounds)
+    from qlora_tool.ops.kernels import norm
+
+    total, y, scale = _add_shapes(x, update, weight, eps, offset, rounds)
+    norm.forward(x.contiguous(), update.contiguous(), weight, eps, offset, rounds, total, y, scale)
+    return total, y, scale
+
+
+def _add_shapes(
+    x: Tensor, update: Tensor, weight: Tensor | None, eps: float, offset: float, rounds: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), *_forward_shapes(x, weight, eps, offset, rounds)
+
+
+_add_forward = declare(  # the same of x + update, and before it that sum
+    "add_rms_norm(Tensor x, Tensor update, Tensor? weight, float eps, float offset, bool rounds) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference=_add_reference,
+    shapes=_add_shapes,
+    versions={"cuda": _add_cuda},
     workspace={
-        "cpu": lambda x, weight, eps, offset, rounds: 8 * x.numel() + 4 * (x.numel() // x.shape[-1]),
-        "cuda": lambda x, weight, eps, offset, rounds: _copied(x),
+        "cpu": lambda x, update, *rest: _forward_workspace(x, *rest),
+        "cuda": lambda x, update, *rest: _copied(x) + _copied(update),
     },
 )
 
 
-def _backward_reference(grad: Tensor, x: Tensor, weight: Tensor | None, scale: Tensor, offset: float) -> Tensor:
-    result, scale = _backward_shapes(grad, x, weight, scale, offset), scale.unsqueeze(-1)
+def _backward_reference(
+    grad: Tensor, passed: Tensor | None, x: Tensor, weight: Tensor | None, scale: Tensor, offset: float
+) -> Tensor:
+    result, scale = _backward_shapes(grad, passed, x, weight, scale, offset), scale.unsqueeze(-1)
     unit = x.to(torch.float32, copy=True).mul_(scale)
     through = grad.to(torch.float32, copy=True)
     if weight is not None:
         through.mul_(offset + weight.float())
     unit.mul_((through * unit).mean(-1, keepdim=True))
-    return result.copy_(through.sub_(unit).mul_(scale))
+    through.sub_(unit).mul_(scale)
+    return result.copy_(through if passed is None else through.add_(passed))
 
 
-def _backward_cuda(grad: Tensor, x: Tensor, weight: Tensor | None, scale: Tensor, offset: float) -> Tensor:
+def _backward_cuda(
+    grad: Tensor, passed: Tensor | None, x: Tensor, weight: Tensor | None, scale: Tensor, offset: float
+) -> Tensor:
     if not usable(x.device):
-        return _backward_reference(grad, x, weight, scale, offset)
+        return _backward_reference(grad, passed, x, weight, scale, offset)
     from qlora_tool.ops.kernels import norm
 
-    result = _backward_shapes(grad, x, weight, scale, offset)
-    norm.backward(grad.contiguous(), x.contiguous(), weight, scale, offset, result)
+    result = _backward_shapes(grad, passed, x, weight, scale, offset)
+    passed = None if passed is None else passed.contiguous()
+    norm.backward(grad.contiguous(), passed, x.contiguous(), weight, scale, offset, result)
     return result
 
 
-def _backward_shapes(grad: Tensor, x: Tensor, weight: Tensor | None, scale: Tensor, offset: float) -> Tensor:
+def _backward_shapes(
+    grad: Tensor, passed: Tensor | None, x: Tensor, weight: Tensor | None, scale: Tensor, offset: float
+) -> Tensor:
     return x.new_empty(x.shape)
 
 
-_backward = declare(  # the gradients of y → those of x, (…, N)
-    "rms_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor scale, float offset) -> Tensor",
+_backward = declare(  # the gradient of y → that of x, (…, N), plus what passed beside the norm
+    "rms_norm_backward(Tensor grad, Tensor? passed, Tensor x, Tensor? weight, Tensor scale, float offset) -> Tensor",
     reference=_backward_reference,
     shapes=_backward_shapes,
     versions={"cuda": _backward_cuda},
     workspace={
-        "cpu": lambda grad, x, weight, scale, offset: 12 * x.numel() + 4 * scale.numel(),
-        "cuda": lambda grad, x, weight, scale, offset: _copied(grad) + _copied(x),
+        "cpu": lambda grad, passed, x, weight, scale, offset: 12 * x.numel() + 4 * scale.numel(),
+        "cuda": lambda grad, passed, x, weight, scale, offset: _copied(grad) + _copied(passed) + _copied(x),
     },
 )
 
 
-def _copied(tensor: Tensor) -> int:
+def _copied(tensor: Tensor | None) -> int:
     """Bytes of the copy that a kernel is given of a tensor that is not laid out row by row."""
-    return 0 if tensor.is_contiguous() else tensor.numel() * tensor.element_size()
+    return 0 if tensor is None or tensor.is_contiguous() else tensor.numel() * tensor.element_size()

@@ -10,7 +10,7 @@ from tiny_models import FAMILIES, tiny_model, tokens
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_tool.model.fused_modules import fuse_modules, norm_kind, rotation_of
+from qlora_tool.model.fused_modules import fuse_modules, norm_of, rotation_of
 from qlora_tool.ops.declare import Target, meant_for
 from qlora_tool.ops.norm import NormKind
 
@@ -65,16 +65,46 @@ def test_a_model_computes_what_it_did(family):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
 
 
-def test_what_a_llama_has_of_them():
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_what_a_llama_has_of_them(recomputed):
     model = frozen_norms(tiny_model("llama"))
+    if recomputed:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
     with meant_for(CARD):
         found = fuse_modules(model)
         with Operators() as seen:
             results(model)
-    assert found.modules == {"RMSNorm": 5, "RoPE": 2} and str(found) == "RMSNorm in 5 modules, RoPE in 2 modules"
+    assert found.modules == {"RMSNorm": 5, "RoPE": 2, "residual + RMSNorm": 2}
+    assert str(found) == "RMSNorm in 5 modules, RoPE in 2 modules, residual + RMSNorm in 2 modules"
+    twice = 2 if recomputed else 1
     assert {name: count for name, count in seen.counts.items() if name.startswith("qlora_tool")} == {
-        "qlora_tool::rms_norm": 5, "qlora_tool::rms_norm_backward": 5, "qlora_tool::rotary": 4,
+        "qlora_tool::rms_norm": 2 * twice + 1, "qlora_tool::add_rms_norm": 2 * twice,
+        "qlora_tool::rms_norm_backward": 5, "qlora_tool::rotary": 2 * twice + 2,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["gemma", "qwen3", "mixtral"])
+def test_layers_that_add_and_normalize_in_turn(family):
+    with meant_for(CARD):
+        assert fuse_modules(tiny_model(family)).modules["residual + RMSNorm"] == 2
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2", "granite", "phi3", "cohere", "gpt_neox"])
+def test_layers_that_do_otherwise(family):
+    """Norms after attention, a multiplied or dropped sum, one norm for both, attention and MLP side by side."""
+    with meant_for(CARD):
+        assert "residual + RMSNorm" not in fuse_modules(tiny_model(family)).modules
+
+
+def test_a_sum_of_two_dtypes_is_taken_as_it_was():
+    model = tiny_model("llama").requires_grad_(False)
+    layer = model.model.layers[0]
+    layer.self_attn.register_forward_hook(lambda _module, _args, output: (output[0].bfloat16(), None))
+    x, angles = torch.randn(1, 5, 64), model.model.rotary_emb(torch.randn(1, 5, 64), torch.arange(5)[None])
+    expected = layer(x, position_embeddings=angles)
+    with meant_for(CARD):
+        fuse_modules(model)
+        torch.testing.assert_close(layer(x, position_embeddings=angles), expected)
 
 
 def test_on_a_cpu_everything_stays():
@@ -123,10 +153,10 @@ class AnotherEpsilon(Centered):
 
 
 def test_what_is_not_quite_an_rms_norm_is_left_alone():
-    assert norm_kind(nn.RMSNorm(64, eps=1e-6)) == NormKind(0.0, rounds=False)
-    assert norm_kind(nn.LayerNorm(64)) is None and norm_kind(nn.LayerNorm(64, bias=False)) is None
-    assert norm_kind(Centered()) is None and norm_kind(AnotherEpsilon()) is None
-    assert norm_kind(nn.Linear(64, 1)) is None and norm_kind(nn.Identity()) is None
+    assert norm_of(nn.RMSNorm(64, eps=1e-6)) == (NormKind(0.0, rounds=False), 1e-6)
+    assert norm_of(nn.LayerNorm(64)) is None and norm_of(nn.LayerNorm(64, bias=False)) is None
+    assert norm_of(Centered()) is None and norm_of(AnotherEpsilon()) is None
+    assert norm_of(nn.Linear(64, 1)) is None and norm_of(nn.Identity()) is None
 
 
 @pytest.mark.parametrize(("family", "kind"), [
@@ -134,7 +164,7 @@ def test_what_is_not_quite_an_rms_norm_is_left_alone():
     ("olmo2", NormKind(0.0, rounds=False)),
 ])  # fmt: skip
 def test_a_familys_norm_is_told_by_its_numbers(family, kind):
-    assert norm_kind(tiny_model(family).model.norm) == kind
+    assert norm_of(tiny_model(family).model.norm).kind == kind
 
 
 def test_rotations_are_told_by_their_numbers():

@@ -98,9 +98,14 @@ ARGUMENTS: dict[str, list[Callable[[], tuple]]] = {
         lambda: (random(40, 64).T, random(40), 1e-6, 1.0, False),
         lambda: (random(40, 64), None, 1e-6, 0.0, False),
     ],
+    "qlora_tool::add_rms_norm": [
+        lambda: (random(6, 40, 64), random(6, 40, 64), random(64), 1e-5, 0.0, True),
+        lambda: (random(40, 64, dtype=torch.bfloat16), random(64, 40, dtype=torch.bfloat16).T, None, 1e-5, 0.0, False),
+    ],
     "qlora_tool::rms_norm_backward": [
-        lambda: (random(6, 40, 64), random(6, 40, 64), random(64), random(6, 40), 0.0),
-        lambda: (random(64, 40, dtype=torch.bfloat16).T, random(40, 64, dtype=torch.bfloat16), None, random(40), 0.0),
+        lambda: (random(6, 40, 64), random(6, 40, 64), random(6, 40, 64), random(64), random(6, 40), 0.0),
+        lambda: (random(64, 40, dtype=torch.bfloat16).T, None, random(40, 64, dtype=torch.bfloat16), None, random(40),
+                 0.0),
     ],
     "qlora_tool::rotary": [
         lambda: (random(2, 40, 4, 64), random(2, 40, 2, 64), random(1, 40, 64), random(1, 40, 64), False),

@@ -63,11 +63,13 @@ def random_arguments(
     return (*made, *rest)
 
 
-def norm_backward_arguments(device: torch.device, seed: int, *, size: tuple[int, ...]) -> tuple[Any, ...]:
+def norm_backward_arguments(
+    device: torch.device, seed: int, *, size: tuple[int, ...], passed: bool
+) -> tuple[Any, ...]:
     import torch
 
-    grad, x, scaling = random_arguments(device, seed, sizes=(size, size, size[-1:]), rest=())
-    return grad, x, scaling, torch.rsqrt(x.float().square().mean(-1) + 1e-5), 0.0
+    grad, x, beside, scaling = random_arguments(device, seed, sizes=(size, size, size, size[-1:]), rest=())
+    return grad, beside if passed else None, x, scaling, torch.rsqrt(x.float().square().mean(-1) + 1e-5), 0.0
 
 
 def adapter_shapes() -> list[tuple[int, int]]:
@@ -120,7 +122,9 @@ def cases() -> list[Case]:
             found.append(Case(operation, what, functools.partial(make, **of)))
 
         add("rms_norm", random_arguments, sizes=(hidden, hidden[-1:]), rest=(1e-5, 0.0, True))
-        add("rms_norm_backward", norm_backward_arguments, size=hidden)
+        add("add_rms_norm", random_arguments, sizes=(hidden, hidden, hidden[-1:]), rest=(1e-5, 0.0, True))
+        for passed, where in ((False, "alone"), (True, "beside a residual")):
+            add("rms_norm_backward", norm_backward_arguments, f"{rows} x {length} {where}", size=hidden, passed=passed)
         add("rotary", random_arguments, sizes=(heads, heads, angles, angles), rest=(False,))
         add("gated_product", random_arguments, sizes=(inner, inner), rest=("silu",))
         add("gated_gradients_", random_arguments, sizes=(inner,) * 3, rest=("silu",))

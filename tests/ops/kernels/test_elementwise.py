@@ -52,8 +52,8 @@ def test_norms_and_their_gradients(interpreted, shape, kind, weighted, dtype):
     x, grad = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
     weight = random(shape[-1], dtype=dtype, seed=2) if weighted else None
     y, scale, dx = nans(x), nans(x[..., 0].float()), nans(x)
-    module.forward(x, weight, 1e-5, kind.offset, kind.rounds, y, scale)
-    module.backward(grad, x, weight, scale, kind.offset, dx)
+    module.forward(x, None, weight, 1e-5, kind.offset, kind.rounds, None, y, scale)
+    module.backward(grad, None, x, weight, scale, kind.offset, dx)
 
     exact_x = x.double().requires_grad_()
     exact = exact_norm(exact_x, None if weight is None else weight.double(), kind)
@@ -64,6 +64,26 @@ def test_norms_and_their_gradients(interpreted, shape, kind, weighted, dtype):
         assert_rounded(dx, exact_dx, terms=through * scale.double().unsqueeze(-1))
 
 
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES)
+def test_norms_of_a_sum_and_gradients_that_meet_another(interpreted, shape, dtype):
+    module, kind = interpreted("norm"), KINDS[0]
+    x, update, grad, passed = (random(*shape, dtype=dtype, seed=seed) for seed in range(4))
+    weight = random(shape[-1], dtype=dtype, seed=5)
+    total, y, scale, dx = nans(x), nans(x), nans(x[..., 0].float()), nans(x)
+    module.forward(x, update, weight, 1e-5, kind.offset, kind.rounds, total, y, scale)
+    assert torch.equal(total, x + update)
+    module.backward(grad, passed, total, weight, scale, kind.offset, dx)
+
+    exact_x = total.double().requires_grad_()
+    exact = exact_norm(exact_x, weight.double(), kind)
+    (exact_dx,) = torch.autograd.grad(exact, exact_x, grad.double())
+    if x.numel():
+        assert_rounded(y, exact.detach(), 1.1)
+        through = grad.double() * weight.double() * scale.double().unsqueeze(-1)
+        assert_rounded(dx, exact_dx + passed.double(), terms=through.abs().amax() + passed.double().abs().amax())
+
+
 def test_a_norm_rounds_where_the_family_does(interpreted):
     """Llama's normalized numbers are bf16 before they meet the weight, olmo's are not: the bits tell."""
     module = interpreted("norm")
@@ -71,7 +91,7 @@ def test_a_norm_rounds_where_the_family_does(interpreted):
     unit = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)
     for rounds, expected in ((True, weight * unit.bfloat16()), (False, (weight.float() * unit).bfloat16())):
         y = nans(x)
-        module.forward(x, weight, 1e-5, 0.0, rounds, y, nans(x[:, 0].float()))
+        module.forward(x, None, weight, 1e-5, 0.0, rounds, None, y, nans(x[:, 0].float()))
         assert (y == expected).float().mean() > 0.99
 
 
@@ -175,8 +195,12 @@ def test_norms_compile(assembly, dtype):
     types = {"x_at": pointer, "weight_at": pointer, "scale_at": "*fp32@16", "rows": "i32", "width": "i32@16",
              "offset": "fp32"}  # fmt: skip
     sizes = {"ROWS": 1, "COLUMNS": 4096}
-    assembly(norm._forward, types | {"y_at": pointer, "eps": "fp32"}, {"ROUNDS": True, **sizes})
-    assembly(norm._backward, types | {"grad_at": pointer, "result_at": pointer}, {"ROWS": 32, "COLUMNS": 128})
+    forward, backward = {"y_at": pointer, "eps": "fp32"}, {"grad_at": pointer, "result_at": pointer}
+    alone = {"update_at": None, "sum_at": None, "ROUNDS": False, "ROWS": 32, "COLUMNS": 128}
+    assembly(norm._forward, types | forward, alone)
+    assembly(norm._forward, types | forward | {"update_at": pointer, "sum_at": pointer}, {"ROUNDS": True, **sizes})
+    assembly(norm._backward, types | backward, {"passed_at": None, "ROWS": 32, "COLUMNS": 128})
+    assembly(norm._backward, types | backward | {"passed_at": pointer}, sizes)
 
 
 @each_dtype
