@@ -113,7 +113,7 @@ def declare(
 
     Args:
         schema: name, arguments and results, as `torch.library.define` takes them; results share no memory with
-            arguments.
+            arguments. The first argument is a tensor, or a list of them.
         reference: see `Operation`.
         shapes: makes empty results of the right shapes, dtypes and sizes in memory; never looks at values.
         versions: by device (cpu, cuda).

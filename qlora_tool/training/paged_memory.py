@@ -35,6 +35,8 @@ class PagedMemory:
     def __init__(self, size: int, device: torch.device):
         self._block = _Block(size, device)
         self._bytes = torch.as_tensor(self._block, device=device).zero_()
+        if not self._block.holds(self._bytes):
+            raise OSError("PyTorch copies managed memory into its own")
         self._taken = 0
 
     @classmethod
@@ -85,6 +87,10 @@ class _Block:
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         return {"shape": (self._size,), "typestr": "|u1", "data": (self._address.value, False), "version": 2}
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor begins where it begins."""
+        return tensor.data_ptr() == self._address.value
 
     def prefetch(self) -> None:
         """Have all of it moved to the device, in the order of PyTorch's stream; where that fails, use moves it."""

@@ -13,7 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 from qlora_tool.memory.trace.measure import allocations
 from qlora_tool.ops import adamw
 from qlora_tool.ops.adamw import SLICE, join_master, split_master
+from qlora_tool.training import paged_memory
 from qlora_tool.training.optimizers import Optimizer
+from qlora_tool.training.paged_memory import PagedMemory
+from qlora_tool.training.parameter_state import ParameterState
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,3 +151,44 @@ def test_a_transposed_parameter_takes_the_same_steps(name):
         reference.grad = gradient.bfloat16().float().t().contiguous()
         theirs.step()
     assert torch.equal(turned.t(), reference.bfloat16())
+
+
+# -------------------------------------------------------------------------------------------------------------- pages
+
+
+class Pages:
+    """What stands for managed memory on a CPU."""
+
+    def __init__(self):
+        self.given: list[Tensor] = []
+
+    def take(self, size: int) -> Tensor:
+        self.given.append(torch.zeros(size, dtype=torch.uint8))
+        return self.given[-1]
+
+
+def test_a_resumed_state_is_in_pages_again():
+    """Large moments of 8 bits, and nothing else; bitsandbytes puts those that are loaded elsewhere."""
+    weight = nn.Parameter(torch.zeros(100_000, dtype=torch.bfloat16))
+    saved = ParameterState(weight, eight_bit=True).state_dict()
+    for number, name in enumerate(("state1", "state2")):
+        saved[name] = torch.full_like(saved[name], 5 + number)
+    pages = Pages()
+    resumed = ParameterState(weight, eight_bit=True, paged=True, pages=pages)
+    resumed.load_state_dict(saved)
+    first, second = pages.given
+    assert resumed.tensors["state1"] is first and first.eq(5).all()
+    assert resumed.tensors["state2"] is second and second.eq(6).all()
+    ParameterState(nn.Parameter(torch.zeros(99_999)), eight_bit=True, paged=True, pages=pages)
+    ParameterState(weight, eight_bit=False, paged=True, pages=pages)
+    assert len(pages.given) == 2
+
+
+def test_without_a_driver_nothing_is_paged_and_that_is_said(monkeypatch, caplog):
+    def fails(*_):
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(paged_memory, "_Block", fails)
+    assert PagedMemory.of([100, 200], torch.device("cuda", 0)) is None
+    expected = "training.optim: paged_adamw_8bit runs as adamw_8bit, as libcuda.so.1: cannot open shared object file"
+    assert caplog.messages == [expected]
