@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_tool.ops import kernels, quantize_by_table
 from qlora_tool.ops.declare import declare, target_of
@@ -143,11 +144,28 @@ def _dequantize_4bit_reference(
         ).add_(nested_offset)
     count, width = math.prod(shape), _width(shape, block_size)
     scales = scales[first_block : first_block - (-count // block_size)]
-    known = dtype if dtype in DTYPES else torch.float32  # of others bitsandbytes leaves the memory as it was
+    known = _made_in(dtype, codes.device.type)
     weight = torch.ops.bitsandbytes.dequantize_4bit.default(
         codes, scales, block_size, kind, (-(-count // width), width), known
     )
     return weight.view(-1)[:count].view(shape).to(dtype)
+
+
+def _made_in(dtype: torch.dtype, device: str) -> torch.dtype:
+    """What bitsandbytes is asked for on the way to `dtype`: where it knows none, it leaves the memory as it was."""
+    right = dtype in DTYPES and (dtype != torch.float16 or device != "cpu" or rounds_to_fp16())
+    return dtype if right else torch.float32
+
+
+@functools.cache
+def rounds_to_fp16() -> bool:
+    """Whether what bitsandbytes dequantizes to fp16 on the CPU is rounded to nearest, ties to even. Its library for
+    CUDA (0.50), which is loaded for the CPU too where there is a card, rounds ties away from zero."""
+    with _disable_current_modes():  # a prediction asks
+        tie = torch.tensor([1 + 2**-11])  # between 1 and the next number
+        codes = torch.full((32,), 0xFF, dtype=torch.uint8)  # of 1
+        found = torch.ops.bitsandbytes.dequantize_4bit.default(codes, tie, 64, "nf4", (1, 64), torch.float16)
+        return bool((found == 1).all())
 
 
 def _width(shape: Sequence[int], block_size: int) -> int:
@@ -185,13 +203,20 @@ def _empty_dense(codes, scales, nested_scales, nested_offset, kind, block_size, 
     return codes.new_empty(shape, dtype=dtype)
 
 
-def _dense_workspace(codes, scales, nested_scales, nested_offset, kind, block_size, first_block, shape, dtype) -> int:
+def _dense_workspace(device, scales, nested_scales, shape, dtype) -> int:
+    """Of the reference: the scales, and the weights in fp32 where they are made so first."""
     plain = 0 if nested_scales is None else 4 * scales.numel()
-    return plain + (0 if dtype in DTYPES else 4 * -(-math.prod(shape) // 2) * 2)
+    return plain + (0 if _made_in(dtype, device) == dtype else 4 * -(-math.prod(shape) // 2) * 2)
 
 
-def _dense_workspace_cuda(codes, *rest) -> int:
-    return 0 if rest[-1] in DTYPES and kernels.available(target_of(codes)) else _dense_workspace(codes, *rest)
+def _dense_workspace_cpu(codes, scales, nested_scales, offset, kind, block_size, first_block, shape, dtype) -> int:
+    return _dense_workspace("cpu", scales, nested_scales, shape, dtype)
+
+
+def _dense_workspace_cuda(codes, scales, nested_scales, offset, kind, block_size, first_block, shape, dtype) -> int:
+    if dtype in DTYPES and kernels.available(target_of(codes)):
+        return 0
+    return _dense_workspace("cuda", scales, nested_scales, shape, dtype)
 
 
 # The codes of (out, in) weights and the scales of all of a matrix, of which `first_block` belongs to the first of these
@@ -202,7 +227,7 @@ dequantize_4bit = declare(
     reference=_dequantize_4bit_reference,
     shapes=_empty_dense,
     versions={"cuda": _dequantize_4bit_cuda},
-    workspace={"cpu": _dense_workspace, "cuda": _dense_workspace_cuda},
+    workspace={"cpu": _dense_workspace_cpu, "cuda": _dense_workspace_cuda},
 )
 
 

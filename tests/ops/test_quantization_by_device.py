@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_tool.ops import kernels
+from qlora_tool.ops import kernels, quantization
 from qlora_tool.ops.declare import CPU, Target, meant_for
 from qlora_tool.ops.quantization import (
     dequantize_4bit,
@@ -79,6 +79,19 @@ def test_a_block_of_zeros_stays_zero():
         name: tensor for name, tensor in found.tensors().items() if name != "codes"
     }).dequantize()[:, 0]  # fmt: skip
     assert scales[::5].any()  # the code of 1 gives the scale itself
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_fp16_is_rounded_to_even_by_either_of_bitsandbytes_libraries(kind, monkeypatch):
+    """Its library for CUDA, which the CPU's functions come from where there is a card, rounds ties away from zero."""
+    scales = 1 + torch.arange(1024) * 2.0**-11  # the code of 1 gives them: every other one lies between two numbers
+    codes = torch.full((512 * 64,), {"nf4": 0xFF, "fp4": 0x33}[kind], dtype=torch.uint8)
+    arguments = (codes, scales, None, None, kind, 64, 0, (1024, 64), torch.float16)
+    expected = scales.half().unsqueeze(1).expand(1024, 64)
+    assert torch.equal(dequantize_4bit(*arguments), expected)
+    monkeypatch.setattr(quantization, "rounds_to_fp16", lambda: False)  # then by way of fp32
+    assert torch.equal(dequantize_4bit(*arguments), expected)
+    assert dequantize_4bit.workspace(CPU, *arguments) == 4 * 1024 * 64
 
 
 @pytest.mark.parametrize("count", [1000, 32768, 32769, 700_001])
