@@ -59,11 +59,11 @@ class _Attention(nn.Module):
 
 
 class _Applied(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]):
+    def __init__(self, function: Callable[[Tensor], Any]):
         super().__init__()
         self.function = function
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.function(x)
 
 
@@ -86,6 +86,12 @@ def _tried(kind: type[nn.Module], attributes: AsText) -> bool:
         middle = x + x.sin().cos()
         expected = middle + middle.tanh().exp()
         given = getattr(attention, "given", {})
+        layer.mlp = _Applied(lambda hidden: (hidden.exp(), None))  # with experts, say, and what they were chosen by
+        try:
+            kind.forward(layer, x, **options)
+            return False  # its code looks at what the MLP gives
+        except TypeError:  # a sum of a tensor and a tuple
+            pass
         return (
             isinstance(found, Tensor) and torch.allclose(found, expected)
             and given.keys() == options.keys() and all(given[name] is value for name, value in options.items())

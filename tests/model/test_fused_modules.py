@@ -10,6 +10,7 @@ from tiny_models import FAMILIES, tiny_model, tokens
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_tool.model.fused_layers import is_pre_norm
 from qlora_tool.model.fused_modules import fuse_modules, norm_of, rotation_of
 from qlora_tool.ops.declare import Target, meant_for
 from qlora_tool.ops.norm import NormKind
@@ -94,6 +95,28 @@ def test_layers_that_do_otherwise(family):
     """Norms after attention, a multiplied or dropped sum, one norm for both, attention and MLP side by side."""
     with meant_for(CARD):
         assert "residual + RMSNorm" not in fuse_modules(tiny_model(family)).modules
+
+
+def test_a_layer_that_looks_at_what_its_mlp_gives_is_left_alone():
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    class Looking(LlamaDecoderLayer):
+        def forward(self, hidden_states, **options):
+            x = hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **options)[0]
+            update = self.mlp(self.post_attention_layernorm(x))
+            return x + (update[0] if isinstance(update, tuple) else update)
+
+    class Plain(LlamaDecoderLayer):
+        def forward(self, hidden_states, **options):
+            x = hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **options)[0]
+            return x + self.mlp(self.post_attention_layernorm(x))
+
+    layer = tiny_model("llama").model.layers[0]
+    found = []
+    for kind in (Looking, Plain):
+        layer.__class__ = kind
+        found.append(is_pre_norm(layer))
+    assert found == [False, True]
 
 
 def test_a_sum_of_two_dtypes_is_taken_as_it_was():

@@ -315,13 +315,15 @@ def leave_out_kernels(names: Sequence[str]) -> None:
     def no(_: Any) -> Any:
         return None
 
-    places = {"norm": (fused_modules, "norm_kind"), "rotary": (fused_modules, "rotation_in"),
+    places = {"norm": (fused_modules, "norm_of"), "rotary": (fused_modules, "rotation_in"),
               "gated": (gated, "in_one_pass"), "adamw": (adamw, "usable")}  # fmt: skip
     for name in names:
         if name == "dequantization":
             quantization.kernels = SimpleNamespace(usable=no, available=no)
         else:
-            setattr(*places[name], no)
+            place, attribute = places[name]
+            assert hasattr(place, attribute)  # or nothing would be left out
+            setattr(place, attribute, no)
 
 
 def predicted_phases(config: Config, rows: int, length: int) -> dict[str, int]:
