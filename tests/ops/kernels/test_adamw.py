@@ -158,19 +158,22 @@ def test_a_gradient_laid_out_otherwise(interpreted):
 
 @pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("eight_bit", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_it_compiles(assembly, dtype, eight_bit, aligned):
+@pytest.mark.parametrize(
+    ("dtype", "alone"), [("float32", False), ("bfloat16", True), ("bfloat16", False), ("float16", True)]
+)
+def test_it_compiles(assembly, dtype, alone, eight_bit, aligned):
+    """Also for one weight alone, whose number Triton takes as a constant, without a factor."""
     from triton import language
 
     from qlora_tool.ops.kernels import adamw
 
-    types = {"addresses": "*i64", "numbers": "*fp32", "factor": "*fp32", "count": "i32"}
+    types = {"addresses": "*i64", "numbers": "*fp32"} | ({} if alone else {"factor": "*fp32", "count": "i32"})
     of_codes = ("first_codes", "second_codes")
     types |= dict.fromkeys(of_codes, "*fp32") if eight_bit else {}
     constants = {
         "BISECTIONS": 9, "BETA1": 0.9, "BETA2": 0.999, "EPSILON": 1e-8, "weight_type": getattr(language, dtype),
         "gradient_type": language.float32, "BLOCK": 256, "BLOCKS": 4, "ALIGNED": aligned,
-    } | ({} if eight_bit else dict.fromkeys(of_codes))  # fmt: skip
+    } | ({} if eight_bit else dict.fromkeys(of_codes)) | ({"factor": None, "count": 1} if alone else {})  # fmt: skip
     found = assembly(adamw._adamw, types, constants, num_warps=4, enable_fp_fusion=False)
     assert ".target sm_" in found and "fma" not in found
     assert ("ld.global.v4" in found) == aligned  # 16 bytes at once
