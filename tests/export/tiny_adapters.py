@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from tiny_models import write_tiny
+from tiny_models import read_by_transformers, write_tiny
 from tokenizers_for_tests import CHATML, byte_level
 from torch import nn
 
@@ -65,9 +65,8 @@ def write_peft_adapter(folder: Path, base: Path, **settings) -> Path:
         settings: of `LoraConfig`.
     """
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = read_by_transformers(base)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied tensors that come apart, and of one-dimensional ones
         model = get_peft_model(model, LoraConfig(**({"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | settings)))
@@ -94,19 +93,14 @@ def live_logits(artifact: Artifact, ids: torch.Tensor = IDS) -> torch.Tensor:
 def peft_logits(base: Path, adapter: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
     """Of PEFT's model on the unquantized base."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return PeftModel.from_pretrained(model, adapter).eval()(input_ids=ids, use_cache=False).logits
+    return PeftModel.from_pretrained(read_by_transformers(base), adapter).eval()(input_ids=ids, use_cache=False).logits
 
 
 @torch.no_grad()
 def plain_logits(folder: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
     """Of a model folder in plain transformers, its products in fp32."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model(input_ids=ids, use_cache=False).logits
+    return read_by_transformers(folder)(input_ids=ids, use_cache=False).logits
 
 
 def write_chat_base(family: str, folder: Path, **changes) -> Path:
