@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlora_tool.adapters.adapter import Adapter
+from qlora_tool.model.trials import trying
 from qlora_tool.ops.gated import ACTIVATIONS, Activation
 from qlora_tool.ops.lora import LoraWeights, lora_gated_mlp, lora_linear
 from qlora_tool.weights.modules import FrozenLinear
@@ -110,7 +110,7 @@ def _is_gated_mlp(kind: type[nn.Module], mlp: nn.Module, activation: Activation)
     """Whether the forward pass of `kind`, on three small matrices, gives what the formula gives."""
     key = (kind, type(getattr(mlp, "act_fn", None)), str(getattr(mlp, "act_fn", None)), activation.name)
     if key not in _found:
-        with unset_fake_temporarily(), torch.no_grad(), torch.device("cpu"):
+        with trying():
             _found[key] = _computes_as(kind, mlp, activation)
     return _found[key]
 

@@ -188,10 +188,10 @@ def test_nothing_of_the_predicting_cpu_is_in_it(settings):
     one, other = ([(life.nbytes, life.operator, sign) for life, sign in trace.events] for trace in traces)
     assert one == other
     quantized = [life.nbytes for life in traces[0].storages if life.operator.startswith("qlora_tool::quantize")]
-    # For nf4 the codes, the scales, those less their mean, and their own codes, scales and mean; for int8 a piece in 16
-    # bits with its sizes and what is finite of it, 8 bytes a row, codes and scales. fp32 weights: q_proj's.
+    # For nf4 what is taken to look codes up, the codes, the scales, and their own codes, scales and mean; for int8 a
+    # piece in 16 bits with its quotients and codes, 8 bytes a row, codes and scales. fp32 weights: q_proj's.
     weights, blocks = 256 * 256, 256 * 256 // 64
-    expected = [weights // 2, 4 * blocks, 4 * blocks, blocks, 4 * blocks // 256, 4]
+    expected = [14 * weights + 4 * blocks, weights // 2, 4 * blocks, blocks, 4 * blocks // 256, 4]
     if settings:
         expected = [7 * weights + 8 * 256, weights, 4 * 256]
     assert quantized[: len(expected)] == expected
