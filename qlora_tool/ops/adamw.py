@@ -110,7 +110,7 @@ def _on_cuda(weights: Sequence[Tensor], *others: Any) -> None:
         return _reference(weights, *others)
     from qlora_tool.ops.kernels.adamw import step
 
-    step(weights, *others)
+    step(weights, *others, beta1=BETA1, beta2=BETA2, epsilon=EPSILON)
 
 
 def _reference_workspace(

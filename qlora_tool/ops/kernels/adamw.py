@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlora_tool.ops.adamw import BETA1, BETA2, BLOCK, EPSILON
 from qlora_tool.ops.kernels import on_device_of
 
-_BLOCKS = 4  # of 256 elements, that one program takes
+_BLOCK = 256  # elements that share a scale of moments in 8 bits
+_BLOCKS = 4  # of them, that one program takes
 _WARPS = 4
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -131,19 +131,20 @@ def step(
     weights: Sequence[Tensor], gradients: Sequence[Tensor], exact: Sequence[Tensor], first: Sequence[Tensor],
     second: Sequence[Tensor], first_scales: Sequence[Tensor], second_scales: Sequence[Tensor],
     codes: Sequence[Tensor], factor: Tensor | None, steps: Sequence[int], rates: Sequence[float], weight_decay: float,
+    *, beta1: float, beta2: float, epsilon: float,
 ) -> None:  # fmt: skip
-    """Take a step with each weight; the arguments are those of `ops.adamw.adamw`."""
+    """Take a step with each weight; the arguments are those of `ops.adamw.adamw`, and AdamW's three constants."""
     gradients = [_laid_out_as(*pair) for pair in zip(weights, gradients, strict=True)]
     sizes = [weight.numel() for weight in weights]
-    programs = list(accumulate((triton.cdiv(size, _BLOCKS * BLOCK) for size in sizes), initial=0))
+    programs = list(accumulate((triton.cdiv(size, _BLOCKS * _BLOCK) for size in sizes), initial=0))
     nothing = [0] * len(weights)
     columns = [programs[:-1], sizes]
     for tensors in (gradients, weights, exact, first, second, first_scales, second_scales):
         columns.append([tensor.data_ptr() for tensor in tensors] or nothing)
     numbers = [
         [1 - rate * weight_decay for rate in rates],
-        [rate / (1 - BETA1**number) for rate, number in zip(rates, steps, strict=True)],
-        [(1 - BETA2**number) ** 0.5 for number in steps],
+        [rate / (1 - beta1**number) for rate, number in zip(rates, steps, strict=True)],
+        [(1 - beta2**number) ** 0.5 for number in steps],
     ]
     if programs[-1] == 0:
         return
@@ -153,7 +154,7 @@ def step(
     with on_device_of(weights[0]):
         _adamw[(programs[-1],)](
             *tables, *(codes or (None, None)), factor, len(weights), len(weights).bit_length(),
-            BETA1, BETA2, EPSILON, _TYPES[weights[0].dtype], _TYPES[gradients[0].dtype], BLOCK, _BLOCKS, aligned,
+            beta1, beta2, epsilon, _TYPES[weights[0].dtype], _TYPES[gradients[0].dtype], _BLOCK, _BLOCKS, aligned,
             num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 

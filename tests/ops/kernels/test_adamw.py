@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_tool.ops.adamw import BLOCK, join_master
+from qlora_tool.ops.adamw import BETA1, BETA2, BLOCK, EPSILON, join_master
 
 SHAPES = [(64, 80), (5,), (), (37, 121), (1024,), (3, 1025), (0,)]  # programs take 1024 elements each
 STEPS, RATES, DECAY = [3, 1, 4, 9, 2, 700, 1], [1e-2, 1e-3, 1e-1, 1e-2, 3e-3, 1e-2, 1e-2], 0.1
+CONSTANTS = {"beta1": BETA1, "beta2": BETA2, "epsilon": EPSILON}
 EPS = 2.0**-24  # an operation in fp32 is off by this much of its result at most
 
 
@@ -70,7 +71,7 @@ def test_a_step_in_fp64(interpreted, dtype, gradients, eight_bit):
     made = arguments(dtype, gradients, eight_bit)
     before, (first, second) = masters(made[0], made[2]), moments_of(made)
     scaled = [gradient.double().flatten() * 0.3 for gradient in made[1]]
-    interpreted("adamw").step(*made)
+    interpreted("adamw").step(*made, **CONSTANTS)
     after, stored = masters(made[0], made[2]), moments_of(made)
     for number, gradient in enumerate(scaled):
         step, rate = STEPS[number], RATES[number]
@@ -114,7 +115,7 @@ def test_nothing_and_no_numbers(interpreted, gradient):
         made[1][number].zero_()
     made[1][0][5] = gradient
     before = masters(made[0], made[2])
-    interpreted("adamw").step(*made)
+    interpreted("adamw").step(*made, **CONSTANTS)
     after, stored = masters(made[0], made[2]), moments_of(made)
     for number in range(2):
         good = torch.ones(len(after[number]), dtype=torch.bool)
@@ -141,7 +142,7 @@ def test_one_launch_for_all(interpreted, monkeypatch):
     made = arguments(torch.float32, torch.float32, False, shapes)
     made[9:11] = [1] * 101, [1e-2] * 101
     before = [weight.clone() for weight in made[0]]
-    module.step(*made)
+    module.step(*made, **CONSTANTS)
     assert grids == [(102,)]
     assert not any(torch.equal(one, other) for one, other in zip(before, made[0], strict=True))
 
@@ -152,7 +153,7 @@ def test_a_gradient_laid_out_otherwise(interpreted):
     turned[1] = [turned[1][0].t().contiguous().t()]
     assert turned[1][0].stride() != plain[1][0].stride()
     for made in (plain, turned):
-        module.step(*made)
+        module.step(*made, **CONSTANTS)
     assert torch.equal(plain[0][0], turned[0][0]) and torch.equal(plain[2][0], turned[2][0])
 
 
