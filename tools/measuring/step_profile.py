@@ -1,4 +1,4 @@
-"""Where the time of a training step goes on a CUDA device: each kernel, launches, waits (a 7B: 1 minute).
+"""Where the time of a step goes on a CUDA device: each kernel, launches, waits (a 7B: 1 minute).
 
     tools/measure step-profile llama-7b-4x1024 --json step.json --trace step.trace.json.gz
     tools/measure step-profile llama-7b-4x1024 --without norm adamw --no-profile

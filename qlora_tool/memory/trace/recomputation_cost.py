@@ -107,7 +107,8 @@ class Costs:
         cls, config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype, target: Target = CPU
     ) -> Costs:
         shallow, names, choices, alike = shallow_model(config, model_config, compute_dtype)
-        one_batch = with_values(config, {"training.gradient_accumulation_steps": 1})
+        # What an adapter to start from decides stands in the configuration; it is on layers that are not there.
+        one_batch = with_values(config, {"training.gradient_accumulation_steps": 1, "adapter.init_from": None})
         seen: dict[Recomputed, _Seen] = {}
         for choice in dict.fromkeys([ALL_RECOMPUTED, *(choice for layer in choices for choice in layer)]):
             policy = Recomputation(tuple(choice if choice in layer else NOTHING_RECOMPUTED for layer in choices))
