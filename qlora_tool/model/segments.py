@@ -178,9 +178,11 @@ def segment_attention(
 def _say_plain(target: Target, dtype: torch.dtype, head_dim: int, value_dim: int, dropout: bool) -> None:
     have = f"{str(dtype).removeprefix('torch.')}, capability {target.capability[0]}.{target.capability[1]}, heads of "
     have += f"{head_dim}" if head_dim == value_dim else f"{head_dim} and {value_dim}"
+    have += ", dropout" if dropout else ""
+    have += "" if torch.backends.cuda.is_flash_attention_available() else ", a PyTorch without flash attention"
     logger.warning("packed rows: attention goes from example to example, which is slower than one kernel for all of "
                    "them; that takes float16 or bfloat16, capability 8.0, heads of one size of at most %d, a multiple "
-                   "of 8, no dropout (here %s%s)", FLASH_HEAD_DIM, have, ", dropout" if dropout else "")  # fmt: skip
+                   "of 8, no dropout (here %s)", FLASH_HEAD_DIM, have)  # fmt: skip
 
 
 def plain_attention(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -364,3 +365,14 @@ def test_cuda_gives_what_the_definition_gives(dtype, lengths, rows, window):
     grads = [torch.autograd.grad(x.square().sum(), of) for x, of in ((found, there), (expected, inputs))]
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one.double().cpu(), other, atol=4 * tolerance, rtol=4 * tolerance)
+
+
+@pytest.mark.cuda
+def test_a_card_says_when_it_goes_from_example_to_example(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
+    lengths = (5, 3, 8)
+    for dtype, said in ((torch.bfloat16, 0), (torch.float32, 1), (torch.float32, 1)):  # once
+        inputs = [x.detach().to("cuda", dtype) for x in made_up(lengths, dim=24)]
+        given = Segments.of(lengths)
+        segment_attention(nn.Module(), *inputs, SegmentMask(replace(given, offsets=given.offsets.cuda())))
+        assert sum("from example to example" in one.getMessage() for one in caplog.records) == said
