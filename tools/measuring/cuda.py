@@ -139,13 +139,14 @@ def parts_for(folder: Path) -> list[Part]:
     python, model = sys.executable, folder / MODEL
     measure = [python, str(ROOT / "tools" / "measure")]
     plot = ["--plot", str(folder / "benchmark.png")] if importlib.util.find_spec("matplotlib") else []
-    workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    workers = ["-n", "6"] if importlib.util.find_spec("xdist") else []
     longest = [*measure, "longest", str(model), "--json"]
     profile = [*measure, "step-profile"]
     return [
         Part("device", [python, "-m", "qlora_tool", "doctor"], 40),
         Part("memory", [*measure, "memory-cuda", str(folder / "memory"), "--no-predictions"], 110),
-        Part("tests", [python, "-m", "pytest", "tests", "-m", "cuda", "-rA", "--durations=10", *workers], 110),
+        Part("tests", [python, "-m", "pytest", "tests", "-m", "cuda", "-v", "--tb=short", "--durations=10", *workers],
+             150),
         Part("kernels", [*measure, "kernels", "--json", str(folder / "kernels.json")], 60),
         Part("profile", [*profile, "llama-7b-4x1024", "--json", str(folder / "step.json"),
                          "--trace", str(folder / "step.trace.json.gz")], 40),
