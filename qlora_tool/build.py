@@ -37,6 +37,7 @@ from qlora_tool.model.segments import leave_out_cudnn
 from qlora_tool.model.slots import Quantization
 from qlora_tool.model.source import read_model_config
 from qlora_tool.model.source import resolve as resolve_model
+from qlora_tool.ops.declare import target_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -287,9 +288,10 @@ def build(
             f"{model.config.model_type} changes its logits before the loss: the loss takes the full logits, "
             "which needs more memory"
         )
-    if config.training.offload_boundaries and device.type != "cuda":
+    on_card = target_of(torch.empty(0, device=device)).type == "cuda"
+    if config.training.offload_boundaries and not on_card:
         remarks.append("training.offload_boundaries: the model is in host memory already; nothing is moved")
-    model.offload_boundaries = config.training.offload_boundaries and device.type == "cuda"
+    model.offload_boundaries = config.training.offload_boundaries and on_card
     model.checkpoint_layers(recomputation or bool(config.training.gradient_checkpointing), around_recomputation)
     model.module.train()
     return Built(model, adapters, remarks)

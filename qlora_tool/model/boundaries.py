@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from qlora_tool.ops.host_memory import to_host
+
 SMALLEST = 2_000_000  # bytes: below, starting a copy takes longer than the copy
 
 
@@ -22,7 +24,8 @@ class HostBoundaries:
 
     Args:
         run: `torch.utils.checkpoint.checkpoint`, without reentrance.
-        device: where the model is; on CUDA copies overlap with computing, elsewhere they are plain copies.
+        device: where the model is; on CUDA copies overlap with computing, elsewhere, as in a prediction, they are plain
+            copies.
         smallest: tensors of fewer bytes stay.
     """
 
@@ -57,7 +60,7 @@ class _Boundary:
     def move(self) -> None:
         """To the host; the device's memory is free for others as soon as the copy is done."""
         if self.stream is None:
-            self.host = self.tensor.clone()
+            self.host = to_host(self.tensor)
         else:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):

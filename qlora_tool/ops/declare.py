@@ -80,12 +80,14 @@ class Operation:
         reference: the same in plain torch (or another library's), on any device.
         versions: faster ones, by device.
         workspaces: by device, what gives the bytes that are taken inside, from the arguments.
+        results_on_host: its results are in host memory, and not on the device.
     """
 
     name: str
     reference: Callable[..., Any]
     versions: Mapping[str, Callable[..., Any]]
     workspaces: Mapping[str, Callable[..., int]]
+    results_on_host: bool
     _call: Callable[..., Any]
 
     def __call__(self, *arguments: Any) -> Any:
@@ -108,6 +110,7 @@ def declare(
     shapes: Callable[..., Any],
     versions: Mapping[str, Callable[..., Any]] | None = None,
     workspace: Mapping[str, Callable[..., int]] | None = None,
+    results_on_host: bool = False,
 ) -> Operation:
     """Declare an operation. Nothing here is differentiable: those that use it write their own backward.
 
@@ -118,6 +121,7 @@ def declare(
         shapes: makes empty results of the right shapes, dtypes and sizes in memory; never looks at values.
         versions: by device (cpu, cuda).
         workspace: by device; 0 where none is given. It is asked with real and with fake tensors.
+        results_on_host: see `Operation`.
     """
     name = _library.define(schema)
     _library.impl(name, reference, "CompositeExplicitAutograd")
@@ -125,6 +129,8 @@ def declare(
         _library.impl(name, version, _KEYS[device])
     torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=_library)
     call = getattr(getattr(torch.ops, NAMESPACE), name).default
-    operation = Operation(f"{NAMESPACE}::{name}", reference, versions or {}, workspace or {}, call)
+    operation = Operation(
+        f"{NAMESPACE}::{name}", reference, versions or {}, workspace or {}, results_on_host, call
+    )  # fmt: skip
     OPERATIONS[operation.name] = operation
     return operation

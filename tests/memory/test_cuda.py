@@ -23,7 +23,7 @@ from qlora_tool.memory.breakdown import PARTS
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.predict import BatchShape, predict
 from qlora_tool.memory.trace.tracer import Call, Storage, Trace
-from qlora_tool.ops.declare import Target
+from qlora_tool.ops.declare import CPU, Target
 from qlora_tool.ops.products import ONEDNN, PYTORCH, use_products
 from qlora_tool.ops.speeds import has_onednn
 
@@ -195,6 +195,24 @@ def test_nothing_of_the_predicting_cpu_is_in_it(settings):
     if settings:
         expected = [7 * weights + 8 * 256, weights, 4 * 256]
     assert quantized[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("target", [Target("cuda", HOPPER), CPU])
+def test_boundaries_in_host_memory_take_nothing_of_a_card(target):
+    """Of eight layers' inputs, 2 MiB each, at most those of the layer that is differentiated and of the one before."""
+    model = LlamaConfig(hidden_size=256, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4,
+                        num_key_value_heads=4, vocab_size=64, max_position_embeddings=1024)  # fmt: skip
+    peaks, boundaries = {}, {}
+    for offload in (False, True):
+        config = with_values(Config(), CHECKPOINTED | {"training.offload_boundaries": offload})
+        trace = predict(config, model, BatchShape.full(4, 1024), torch.bfloat16, target=target)
+        found = cuda_timeline(trace, compute_capability=HOPPER) if target != CPU else timeline(trace)
+        peaks[offload], boundaries[offload] = found.breakdown().peak_bytes, found.breakdown().activations["boundaries"]
+    if target == CPU:
+        assert peaks[True] == peaks[False]  # they are in host memory already
+    else:
+        assert boundaries[False] == 8 * 2 * MIB and boundaries[True] <= 2 * 2 * MIB
+        assert peaks[False] - peaks[True] >= 5 * 2 * MIB
 
 
 def test_a_tiny_step(tiny: Trace):

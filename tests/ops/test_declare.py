@@ -114,6 +114,7 @@ ARGUMENTS: dict[str, list[Callable[[], tuple]]] = {
     ],
     "qlora_tool::gated_product": [lambda: (random(40, 64), random(40, 64), "silu")],
     "qlora_tool::gated_gradients_": [lambda: (random(40, 64), random(40, 64), random(40, 64), "gelu tanh")],
+    "qlora_tool::to_host": [lambda: (random(40, 64),), lambda: (random(40, 64, dtype=torch.bfloat16).T,)],
     "qlora_tool::quantize_int8": [
         lambda: (random(300, 64),),
         lambda: (random(600, 4096, dtype=torch.bfloat16),),  # several pieces

@@ -227,6 +227,8 @@ class Tracer(TorchDispatchMode):
         operation = OPERATIONS.get(operator)
         workspace = operation and self._take(operation.workspace(target_of(_first_tensor(args)), *args), operator)
         result = func(*args, **(kwargs or {}))
+        if operation and operation.results_on_host:
+            return result
         for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if not isinstance(leaf, torch.Tensor) or leaf.device.type == "meta":
                 continue
