@@ -53,7 +53,7 @@ def doctor(measure: bool, clear_cache: bool) -> None:
         measure_anew()
     _show("Products", _products())
     _show("Compute dtype that auto chooses", _compute_dtypes())
-    kernels, fault = _kernels(versions["triton"])
+    kernels, fault = _kernels()
     _show("Kernels", kernels)
     _show("Disk", [("cache", _free_disk())])
     if fault:
@@ -116,17 +116,28 @@ def _dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _kernels(triton: str | None) -> tuple[list[tuple[str, str]], str | None]:
-    """What there is of bitsandbytes' native library and Triton; and a fault, where bitsandbytes has no library here."""
+def _kernels() -> tuple[list[tuple[str, str]], str | None]:
+    """What there is of bitsandbytes' native library and Triton, and which operations of a step are Triton kernels on
+    each card; and a fault, where bitsandbytes has no library here."""
+    import torch
     from bitsandbytes.cextension import lib
+
+    from qlora_tool.ops.kernels import lacking
 
     library = getattr(getattr(lib, "_lib", None), "_name", None)
     rows = [
         ("bitsandbytes", Path(library).name if library else "no native library was loaded"),
-        ("triton", "available" if triton else "not installed (needed on CUDA only)"),
+        ("triton", lacking() or "can compile kernels for CUDA devices"),
+        *((f"cuda:{index}", _kernels_on(torch.device("cuda", index))) for index in range(torch.cuda.device_count())),
     ]
     fault = "bitsandbytes loaded no native library; install it for this machine: pip install -U bitsandbytes"
     return rows, None if library else fault
+
+
+def _kernels_on(device: Any) -> str:
+    from qlora_tool.ops.kernels import OPERATIONS, usable
+
+    return f"Triton kernels for {', '.join(OPERATIONS)}" if usable(device) else "slower operations than Triton kernels"
 
 
 def _free_disk() -> str:

@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_tool.ops.declare import Target
 
+OPERATIONS = ("AdamW", "dequantization", "gated MLPs", "RMSNorm", "rotary embeddings")
+"""What there are kernels for, in words."""
 OLDEST = (7, 5)  # Turing, that Triton compiles for
 _log = logging.getLogger(__name__)
 
