@@ -29,9 +29,10 @@ from qlora_tool.methods import METHODS
 from qlora_tool.model.behaviour import behaviour_of
 from qlora_tool.model.cached_base import cached_base, write_cached_base
 from qlora_tool.model.causal_lm import CausalLM
+from qlora_tool.model.devices import choose_device
 from qlora_tool.model.fused_modules import fuse_modules
 from qlora_tool.model.load import load_base
-from qlora_tool.model.open import choose_device, choose_dtype
+from qlora_tool.model.open import choose_dtype
 from qlora_tool.model.random_source import RandomSource
 from qlora_tool.model.segments import leave_out_cudnn
 from qlora_tool.model.slots import Quantization

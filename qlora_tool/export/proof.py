@@ -25,8 +25,9 @@ from qlora_tool.export.verify import Agreement, Predictions, Rows, choose_rows, 
 from qlora_tool.files.tensors import Checkpoint, give_back_freed_memory
 from qlora_tool.inference.open import tokenizer_folder
 from qlora_tool.model.causal_lm import CausalLM
+from qlora_tool.model.devices import choose_device
 from qlora_tool.model.load import attention_options, build_skeleton
-from qlora_tool.model.open import choose_device, open_tokenizer
+from qlora_tool.model.open import open_tokenizer
 from qlora_tool.model.parameter_source import ParameterSource
 from qlora_tool.model.slots import Quantization, find_embedding_slots, find_slots
 from qlora_tool.model.source import read_model_config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,22 +12,6 @@ from qlora_tool.ops.precision import COMPUTE_DTYPES, choose_compute_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-logger = logging.getLogger(__name__)
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto`, `cuda` or `cpu` as a device.
-
-    Raises:
-        UserError: cuda is asked for and not there.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "model.device: cuda, but PyTorch sees no CUDA device here; `qlora-tool doctor` shows what it sees"
-        )
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -35,7 +35,8 @@ def model_folder(config: Config) -> Path:
 
 def device_and_dtype(config: Config) -> tuple[torch.device, torch.dtype]:
     """What the configuration's `auto` means on this machine."""
-    from qlora_tool.model.open import choose_device, choose_dtype
+    from qlora_tool.model.devices import choose_device
+    from qlora_tool.model.open import choose_dtype
 
     device = choose_device(config.model.device)
     return device, choose_dtype(config.model.compute_dtype, device)
