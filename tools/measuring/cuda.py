@@ -144,9 +144,9 @@ def parts_for(folder: Path) -> list[Part]:
     profile = [*measure, "step-profile"]
     return [
         Part("device", [python, "-m", "qlora_tool", "doctor"], 40),
-        Part("memory", [*measure, "memory-cuda", str(folder / "memory"), "--no-predictions"], 110),
-        Part("tests", [python, "-m", "pytest", "tests", "-m", "cuda", "-v", "--tb=short", "--durations=10", *workers],
-             150),
+        Part("memory", [*measure, "memory-cuda", str(folder / "memory"), "--no-predictions", "--together", "4"], 130),
+        Part("tests", ["env", "OMP_NUM_THREADS=1", python, "-m", "pytest", "tests", "-m", "cuda", "-v", "--tb=short",
+                       "--durations=10", *workers], 150),
         Part("kernels", [*measure, "kernels", "--json", str(folder / "kernels.json")], 60),
         Part("profile", [*profile, "llama-7b-4x1024", "--json", str(folder / "step.json"),
                          "--trace", str(folder / "step.trace.json.gz")], 40),

@@ -21,12 +21,14 @@ import io
 import json
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from making.random_model import SHAPES
 
+from measuring.command import at_least
 from measuring.ours import StepMemory, look_at_cuda
 from measuring.processes import in_fresh_process
 from measuring.results import machine, say, show_table
@@ -217,6 +219,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     when = parser.add_mutually_exclusive_group()
     when.add_argument("--no-predictions", action="store_true", help="measure only")
     when.add_argument("--measured", action="store_true", help="predict what memory_cuda.json in FOLDER has measured")
+    parser.add_argument("--together", type=at_least(1), default=1, metavar="N",
+                        help="at a time, where the card and the host have memory for several (1)")  # fmt: skip
     parser.add_argument("--capability", default="8.9", metavar="M.N", help="to predict for without a device (8.9)")
 
 
@@ -226,24 +230,32 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     results = _measured_before(options) if options.measured else _new_results(options)
     device, on_card = results["device"], results["measured"] and not options.measured
     print(title(device), flush=True)
-    for name in options.only:
-        row = results["configurations"].setdefault(name, {})
+    rows = results["configurations"]
+
+    def work_on(name: str) -> None:
+        row = rows[name]
         if not options.no_predictions:
             row["predicted"] = on_its_own(predict_here, cuda=False, name=name, device=device)
-            save(options.folder, results)
         snapshot = str((options.folder / f"{name}.pickle").absolute())
         if on_card:
             row["measured"] = on_its_own(measure_here, cuda=True, name=name, snapshot=snapshot,
                                          expandable_segments=CONFIGURATIONS[name].expandable)  # fmt: skip
+            if options.together > 1:
+                row["measured"].pop("context_bytes", None)  # those of all count together
         if not options.no_predictions and Path(snapshot).exists():
             row["allocator_model"] = on_its_own(replay_here, cuda=False, snapshot=snapshot)
         row["errors"], row["passed"] = errors_of(row), passed(row)
-        save(options.folder, results)
-        for side in ("predicted", "measured", "allocator_model"):
-            if "error" in row.get(side, {}):
-                say(f"{name}, {side}: {row[side]['error']}")
-        print(" ".join(table({"configurations": {name: row}})[1]), flush=True)
-    return results | {"passed": all(results["configurations"][name]["passed"] for name in options.only)}
+
+    for name in options.only:
+        rows.setdefault(name, {})
+    with ThreadPoolExecutor(options.together) as pool:
+        for name, _ in zip(options.only, pool.map(work_on, options.only), strict=True):
+            save(options.folder, results)
+            for side in ("predicted", "measured", "allocator_model"):
+                if "error" in rows[name].get(side, {}):
+                    say(f"{name}, {side}: {rows[name][side]['error']}")
+            print(" ".join(table({"configurations": {name: rows[name]}})[1]), flush=True)
+    return results | {"passed": all(rows[name].get("passed") for name in options.only)}
 
 
 def _measured_before(options: argparse.Namespace) -> dict[str, Any]:
