@@ -61,6 +61,8 @@ def _show(profiled: MemoryProfile, with_plan: bool, console: Console) -> None:
 
     render_report(profiled.report, budget=profiled.budget_bytes, budget_name=profiled.budget_name,
                   unquantized=profiled.unquantized, console=console)  # fmt: skip
+    if profiled.target is not None and profiled.target.assumed:
+        console.print(f"no card is named or here: {profiled.target} is assumed; name one, as --device-memory rtx-4090")
     if profiled.estimated:
         console.print(f"estimated, not measured: {', '.join(profiled.estimated)}")
     if profiled.fits is False and not with_plan:

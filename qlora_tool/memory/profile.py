@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,8 @@ from torch import nn
 
 from qlora_tool.build import resolve as resolve_run
 from qlora_tool.errors import UserError
-from qlora_tool.memory.allocator.calibrate import Calibration, cached_calibration
-from qlora_tool.memory.allocator.cards import Card, find_card
-from qlora_tool.memory.allocator.operators import estimated_context
-from qlora_tool.memory.allocator.timeline import cuda_timeline
+from qlora_tool.memory.allocator.target import CudaTarget, device_of, target_on
+from qlora_tool.memory.allocator.timeline import replay_on
 from qlora_tool.memory.breakdown import PARTS, Breakdown, MemoryReport
 from qlora_tool.memory.show.legend import full_size, limit
 from qlora_tool.memory.trace.classify import timeline
@@ -30,12 +27,12 @@ from qlora_tool.model.open import check_length, choose_dtype
 from qlora_tool.model.parameter_source import tied_names
 from qlora_tool.model.slots import Quantization, find_embedding_slots, find_slots, is_linear
 from qlora_tool.model.source import read_model_config, resolve
-from qlora_tool.ops.declare import CPU, Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from qlora_tool.config import Config
+    from qlora_tool.memory.allocator.cards import Card
     from qlora_tool.memory.trace.tracer import Trace
     from qlora_tool.model.checkpointing import Recomputation
 
@@ -47,58 +44,6 @@ _SIZES = {
     "vocab_size": (),
 }
 _BASE = ("base_weights", "quantization_state", "other_weights")
-
-
-@dataclass(frozen=True)
-class CudaTarget:
-    """The card that a prediction is for.
-
-    Attributes:
-        capability: its compute capability.
-        calibration: what was measured on it; None where nothing was.
-        expandable_segments: whether its allocator is told to grow its segments.
-    """
-
-    capability: tuple[int, int]
-    calibration: Calibration | None
-    expandable_segments: bool
-
-    @classmethod
-    def of(cls, card: Card | None) -> CudaTarget:
-        """A card of the table, or the one that is here; where there is none, one of the Ada generation."""
-        settings = "".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
-        expandable = "expandable_segments:true" in settings.lower()
-        if torch.cuda.is_available() and (card is None or _is_here(card)):
-            calibration = cached_calibration(torch.cuda.get_device_name())
-            return cls(torch.cuda.get_device_capability(), calibration, expandable)
-        return cls(card.compute_capability if card else (8, 9), None, expandable)
-
-    @property
-    def device(self) -> Target:
-        """What a step is meant for that is predicted for the card."""
-        return Target("cuda", self.capability)
-
-    @property
-    def context_bytes(self) -> int:
-        """The CUDA context, measured or estimated."""
-        return self.calibration.context_bytes if self.calibration else estimated_context(self.capability)
-
-
-def target_on(device: str, card: Card | None = None) -> CudaTarget | None:
-    """The card that a prediction for `device` (cuda or cpu) is for: `card`, or the one that is here; None on a CPU."""
-    return CudaTarget.of(card) if device == "cuda" else None
-
-
-def device_of(target: CudaTarget | None) -> Target:
-    """What a step is meant for: the card, or a CPU where there is none."""
-    return CPU if target is None else target.device
-
-
-def _is_here(card: Card) -> bool:
-    try:
-        return find_card(torch.cuda.get_device_name()) == card
-    except UserError:  # the one that is here is not in the table
-        return False
 
 
 @dataclass(frozen=True)
@@ -115,10 +60,7 @@ class Prediction:
         if target is None:
             line = timeline(trace)
             return cls(line, line.breakdown())
-        found = cuda_timeline(
-            trace, expandable_segments=target.expandable_segments, compute_capability=target.capability,
-            calibration=target.calibration,
-        )  # fmt: skip
+        found = replay_on(trace, target)
         return cls(found.timeline, found.breakdown(), found.estimated)
 
 
@@ -130,6 +72,7 @@ class Profile:
         report: the numbers of `memory.json`, as `MemoryReport` has them.
         timelines: by `predicted` and `measured`.
         unquantized: bytes of each weight that is left unquantized, by parameter name.
+        target: the card that it is predicted for; None: a CPU.
         estimated: what of the prediction is neither read from a source nor measured, in words.
         allocator_peak: what the allocator itself counted in a measured run, no tracer near it; None where not measured.
     """
@@ -137,6 +80,7 @@ class Profile:
     report: MemoryReport
     timelines: dict[str, Timeline]
     unquantized: Mapping[str, int]
+    target: CudaTarget | None = None
     estimated: tuple[str, ...] = ()
     allocator_peak: int | None = None
 
@@ -227,7 +171,7 @@ def profile(
         allocator_peak = measure_peak(*run)
     report = MemoryReport(device, config.model_dump(mode="json"), predicted.breakdown, measured)
     unquantized = unquantized_bytes(config, model_config, dtype)
-    return Profile(report, lines, unquantized, predicted.estimated, allocator_peak)
+    return Profile(report, lines, unquantized, target, predicted.estimated, allocator_peak)
 
 
 def refuse_small_budget(profiled: Profile, budget: int, budget_name: str = "") -> None:

@@ -119,7 +119,7 @@ def planned(profiled: MemoryProfile) -> MemoryProfile:
     assert profiled.budget is not None
     config, device = profiled.config, profiled.report.device
     dtype = compute_dtype_on(config, device, _card_of(profiled.budget))
-    found = plan(config, model_config_of(config), profiled.budget.bytes, dtype, device)
+    found = plan(config, model_config_of(config), profiled.budget.bytes, dtype, profiled.target)
     profiled = replace(profiled, plan=found)
     if not found.fits and found.change is None:
         raise NothingFits(profiled, found.misses_by)

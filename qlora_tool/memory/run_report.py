@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import write_json
 from qlora_tool.memory.allocator.available import available_bytes
+from qlora_tool.memory.allocator.target import device_of, target_on
 from qlora_tool.memory.breakdown import Breakdown, MemoryReport
 from qlora_tool.memory.plan.budget import choose_for_run
 from qlora_tool.memory.plan.cached import cached
 from qlora_tool.memory.plan.search import change_that_fits
-from qlora_tool.memory.profile import Prediction, device_of, target_on
+from qlora_tool.memory.profile import Prediction
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.predict import BatchShape, TracerWatch, predict
 from qlora_tool.memory.trace.tracer import Tracer
@@ -105,9 +106,10 @@ def cure(setup: Setup, shape: BatchShape, free: int, predicted: Breakdown) -> st
     """What to do about a run that takes more than is free: the options that make it fit, looked for in a few seconds,
     or else the command that looks for longer."""
     device = setup.device.type
+    target = target_on(device)
     command = f"`qlora-tool profile-memory CONFIG --plan --device {device} --device-memory {free}B`"
     try:
-        change = change_that_fits(setup.config, setup.model_config, free, setup.compute_dtype, device, shape, predicted,
+        change = change_that_fits(setup.config, setup.model_config, free, setup.compute_dtype, target, shape, predicted,
                                   seconds=SECONDS_FOR_A_CHANGE)  # fmt: skip
     except TimeoutError:
         return f"{command} shows what fits"

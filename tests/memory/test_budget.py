@@ -19,9 +19,10 @@ from qlora_tool.build import Setup
 from qlora_tool.cli import main
 from qlora_tool.config import Config, config_to_yaml, load_config, with_values
 from qlora_tool.files.cache import cache_folder
+from qlora_tool.memory.allocator.target import CudaTarget
 from qlora_tool.memory.plan import budget
 from qlora_tool.memory.plan.budget import BudgetTooSmall, Choice, budget_of, choose, choose_for_run
-from qlora_tool.memory.profile import CudaTarget, model_config_of
+from qlora_tool.memory.profile import model_config_of
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.measure import measure_peak
 from qlora_tool.memory.trace.predict import BatchShape, predict
@@ -30,7 +31,6 @@ from qlora_tool.memory.trace.tracer import Call
 from qlora_tool.model.checkpointing import ALL_RECOMPUTED as ALL
 from qlora_tool.model.checkpointing import NOTHING_RECOMPUTED as NONE
 from qlora_tool.model.checkpointing import Recomputation
-from qlora_tool.ops.declare import CPU
 
 MB = 1_000_000
 LAYERS = 3  # a first, a last, and one between them
@@ -48,7 +48,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
     find_out = Costs.of
 
-    def costs_of(config, model_config, shape, dtype, target=CPU):
+    def costs_of(config, model_config, shape, dtype, target=None):
         key = config.adapter.model_dump_json(), model_config.to_json_string(), shape, target
         if key not in _costs:
             _costs[key] = find_out(config, model_config, shape, dtype, target)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from qlora_tool.config import Config, with_values
+from qlora_tool.memory.allocator import timeline as replayed
 from qlora_tool.memory.allocator.calibrate import Calibration
 from qlora_tool.memory.allocator.model import OutOfMemory
 from qlora_tool.memory.allocator.operators import (
@@ -18,7 +21,6 @@ from qlora_tool.memory.allocator.operators import (
     cublas_workspace,
     temporaries_inside,
 )
-from qlora_tool.memory.allocator.timeline import cuda_timeline
 from qlora_tool.memory.breakdown import PARTS
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.predict import BatchShape, predict
@@ -29,6 +31,8 @@ from qlora_tool.ops.speeds import has_onednn
 
 MIB = 2**20
 ADA, HOPPER = (8, 9), (9, 0)
+
+cuda_timeline = functools.partial(replayed.cuda_timeline, compute_capability=ADA)
 CHECKPOINTED = {"training.gradient_checkpointing": True}
 
 
@@ -99,7 +103,8 @@ def test_a_workspace_for_each_thread_at_its_first_product():
 
 def test_measured_figures_take_the_place_of_estimates():
     trace = made_trace(("a", MIB), call("aten::mm", 1), call("aten::mm", 1, in_backward=True))
-    assert "the CUDA context" in cuda_timeline(trace).estimated
+    [context] = [line for line in cuda_timeline(trace).estimated if line.startswith("the CUDA context")]
+    assert context.startswith("the CUDA context, 620 MB (430 to 905 MB were seen") and "--calibrate" in context
     found = cuda_timeline(trace, calibration=Calibration("card", 432_100_000, 4 * MIB, 0))
     assert found.context_bytes == 432_100_000 and found.workspace_bytes == 4 * MIB and not found.estimated
     assert found.breakdown().context_bytes == 432_100_000

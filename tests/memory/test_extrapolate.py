@@ -46,10 +46,10 @@ def settings(**values) -> Config:
 def test_the_peak_of_every_phase_is_that_of_the_whole_model(family, checkpointing):
     config = settings(**{"training.gradient_checkpointing": checkpointing})
     model_config, shape = made(family), BatchShape.full(2, 96)
-    found = estimate_peak(config, model_config, shape, torch.float32)
+    found = estimate_peak(config, model_config, shape, torch.float32, None)
     layers = model_config.num_hidden_layers
     assert max(found.traced_layers) < layers
-    whole = timeline_on(predict(config, made(family), shape, torch.float32), "cpu").breakdown()
+    whole = timeline_on(predict(config, made(family), shape, torch.float32), None).breakdown()
     assert found.peak_bytes == pytest.approx(whole.peak_bytes, rel=1e-5)
     for phase in PHASES:
         assert found.phase_peak_bytes[phase] == pytest.approx(whole.phase_peak_bytes[phase], rel=1e-4), phase
@@ -58,7 +58,7 @@ def test_the_peak_of_every_phase_is_that_of_the_whole_model(family, checkpointin
 
 def test_weights_are_those_of_the_whole_model():
     config = settings(**{"model.quantization": "none"})
-    found = estimate_peak(config, made("llama"), BatchShape.full(1, 32), torch.float32)
+    found = estimate_peak(config, made("llama"), BatchShape.full(1, 32), torch.float32, None)
     # By hand, a layer: q and o 64 x 64, k and v 64 x 32, gate, up and down 64 x 128, in bf16; two norms of 64 in fp32
     layer = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + 4 * 2 * 64
     # r = 16 on each of them, fp32: 16 (in + out)
@@ -76,8 +76,8 @@ def test_long_batches_are_drawn_out_of_shorter_ones(monkeypatch, segments):
     if segments:  # a mask of length x length, and scores
         family, shape = "gemma2", BatchShape(2, 1300, 2600, segments=(1300,))
     model_config = made(family, num_hidden_layers=1, max_position_embeddings=4096)
-    found = estimate_peak(settings(), model_config, shape, torch.float32)
-    whole = timeline_on(predict(settings(), model_config, shape, torch.float32), "cpu").peak_bytes
+    found = estimate_peak(settings(), model_config, shape, torch.float32, None)
+    whole = timeline_on(predict(settings(), model_config, shape, torch.float32), None).peak_bytes
     assert found.peak_bytes == pytest.approx(whole, rel=2e-3)
 
 
@@ -86,12 +86,12 @@ def test_what_is_asked_twice_is_traced_once(monkeypatch):
     monkeypatch.setattr(extrapolate, "predict", lambda *args, **to: calls.append(args) or predict(*args, **to))
     sizes = {"vocab_size": 300, "num_hidden_layers": 1}
     model_config, shape = made("llama", **sizes), BatchShape.full(1, 32)
-    first = estimate_peak(settings(), model_config, shape, torch.float32)
+    first = estimate_peak(settings(), model_config, shape, torch.float32, None)
     again = settings(**{"training.learning_rate": 1e-5, "data.max_length": 77})  # which no trace depends on
-    assert estimate_peak(again, made("llama", **sizes), shape, torch.float32) == first
+    assert estimate_peak(again, made("llama", **sizes), shape, torch.float32, None) == first
     assert len(calls) == 1
-    assert estimate_peak(settings(**{"adapter.r": 32}), model_config, shape, torch.float32) != first
-    assert estimate_peak(settings(), made("llama", **sizes | {"vocab_size": 400}), shape, torch.float32) != first
+    assert estimate_peak(settings(**{"adapter.r": 32}), model_config, shape, torch.float32, None) != first
+    assert estimate_peak(settings(), made("llama", **sizes | {"vocab_size": 400}), shape, torch.float32, None) != first
 
 
 def test_layers_that_repeat_by_pattern_and_those_that_come_first():

@@ -64,7 +64,7 @@ def few_options() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def roomy() -> Plan:
-    return plan(asked(), tiny(), 8 * MIB, torch.float32)
+    return plan(asked(), tiny(), 8 * MIB, torch.float32, None)
 
 
 KEPT = {"training.gradient_checkpointing": False}
@@ -84,7 +84,7 @@ def tight(with_and_without: tuple[int, int]) -> Plan:
         patch.setattr("qlora_tool.memory.plan.search._ALTERNATIVES", dict.fromkeys(FEW, ()))
         patch.setattr("qlora_tool.memory.plan.search.SHORTEST", 256)  # no other length is tried
         model_config = tiny(num_hidden_layers=LAYERS, max_position_embeddings=256)
-        return plan(asked(**KEPT), model_config, sum(with_and_without) // 2, torch.float32)
+        return plan(asked(**KEPT), model_config, sum(with_and_without) // 2, torch.float32, None)
 
 
 def test_the_longest_rows_measure_under_the_limit_and_a_tenth_more_over(roomy):
@@ -124,7 +124,7 @@ def predicted(config: Config, shape: BatchShape) -> Breakdown:
 def change(config: Config, limit: int, rows: int = 2, length: int = 256, **more) -> Change | None:
     sized = with_values(config, {"training.per_device_train_batch_size": rows, "data.max_length": length})
     shape = BatchShape.assumed(sized, tiny())
-    return change_that_fits(config, tiny(), limit, torch.float32, "cpu", shape, predicted(config, shape), **more)
+    return change_that_fits(config, tiny(), limit, torch.float32, None, shape, predicted(config, shape), **more)
 
 
 def test_the_next_in_line_where_checkpointing_is_on():
@@ -164,16 +164,16 @@ def test_no_change_where_nothing_fits():
 def test_a_budget_below_the_weights(monkeypatch):
     monkeypatch.setattr("qlora_tool.memory.plan.search.BATCH_SIZES", ())
     monkeypatch.setattr("qlora_tool.memory.plan.search._ALTERNATIVES", {})
-    found = plan(asked(**{"data.max_length": 72}), tiny(), MIB // 8, torch.float32)
+    found = plan(asked(**{"data.max_length": 72}), tiny(), MIB // 16, torch.float32, None)
     assert (found.fits, found.line) == (False, "")
     assert found.weights_bytes > found.usable_bytes
-    assert found.misses_by == found.smallest_bytes - MIB // 8
+    assert found.misses_by == found.smallest_bytes - MIB // 16
     assert [option.length for option in found.options if option.group == "length"] == [0, 0]
     assert "the weights alone take" in printed(found)
 
 
 def test_the_margin_is_kept_free(roomy):
-    kept = plan(asked(), tiny(), 10 * MIB, torch.float32, margin=0.2, confirm=False)
+    kept = plan(asked(), tiny(), 10 * MIB, torch.float32, None, margin=0.2, confirm=False)
     assert kept.usable_bytes == 8 * MIB
     assert kept.longest.settings == roomy.longest.settings
 
@@ -181,7 +181,7 @@ def test_the_margin_is_kept_free(roomy):
 def test_a_model_that_cannot_be_traced():
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     with pytest.raises(UserError, match="not a causal language model"):
-        plan(asked(), BertConfig(**sizes), MIB, torch.float32)
+        plan(asked(), BertConfig(**sizes), MIB, torch.float32, None)
 
 
 def test_checkpointing_costs_a_pass():

@@ -36,14 +36,26 @@ def cublas_workspace(capability: tuple[int, int]) -> int:
 
 # The CUDA context with the kernels of a step in it, in MB: PyTorch's, cuBLAS', bitsandbytes' and Triton's are loaded
 # when they are first used. Capability 9 was measured: 905 on an H200 (driver 580, CUDA 13, torch 2.11), 730 of them
-# before a step. The others are ESTIMATED: between 430 and 620 was seen, more with newer drivers and with more
-# multiprocessors; `calibrate` measures it.
+# before a step. The others are ESTIMATED: between 430 and 620 was seen on older cards, more with newer
+# drivers and with more multiprocessors; `calibrate` measures it.
 _CONTEXT_MB = {7: 450, 8: 620, 9: 905, 10: 905, 12: 700}
+
+
+_CONTEXTS_SEEN_MB = (430, 905)
 
 
 def estimated_context(capability: tuple[int, int]) -> int:
     """Bytes of the CUDA context, for want of a measurement."""
     return _CONTEXT_MB.get(capability[0], 600) * 10**6
+
+
+def about_estimated_context(capability: tuple[int, int]) -> str:
+    """That estimate in words: how large, how far it may be off, and how to replace it."""
+    least, most = _CONTEXTS_SEEN_MB
+    return (
+        f"the CUDA context, {estimated_context(capability) // 10**6} MB ({least} to {most} MB were seen on various "
+        "cards; `qlora-tool profile-memory CONFIG --calibrate` on the card measures it)"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- attention

@@ -17,6 +17,7 @@ from qlora_tool.memory.allocator.operators import (
     ESTIMATED,
     RANDOM_STATE,
     Attention,
+    about_estimated_context,
     cublas_workspace,
     estimated_context,
     temporaries_inside,
@@ -28,6 +29,7 @@ from qlora_tool.memory.trace.tracer import PRODUCTS, Call, Storage, Trace
 if TYPE_CHECKING:
     from qlora_tool.memory.allocator.blocks import Block
     from qlora_tool.memory.allocator.calibrate import Calibration
+    from qlora_tool.memory.allocator.target import CudaTarget
     from qlora_tool.memory.breakdown import Breakdown
 
 
@@ -61,7 +63,7 @@ def cuda_timeline(
     *,
     expandable_segments: bool = False,
     limit: int | None = None,
-    compute_capability: tuple[int, int] = (8, 9),
+    compute_capability: tuple[int, int],
     calibration: Calibration | None = None,
 ) -> CudaPrediction:
     """Replay a trace on a modelled CUDA device.
@@ -86,7 +88,15 @@ def cuda_timeline(
     return CudaPrediction(
         Timeline.from_events(replay.events), allocator.peak_allocated_bytes, allocator.peak_reserved_bytes,
         allocator.peak_requested_bytes, context, sum(replay.workspaces.values()),
-        (*(() if calibration else ("the CUDA context",)), *estimated),
+        (*(() if calibration else (about_estimated_context(compute_capability),)), *estimated),
+    )  # fmt: skip
+
+
+def replay_on(trace: Trace, target: CudaTarget) -> CudaPrediction:
+    """Replay a trace, made for the same target, on the card."""
+    return cuda_timeline(
+        trace, expandable_segments=target.expandable_segments, compute_capability=target.capability,
+        calibration=target.calibration,
     )  # fmt: skip
 
 

@@ -21,16 +21,10 @@ from qlora_tool.build import resolve as resolve_run
 from qlora_tool.config import parse_size, with_values
 from qlora_tool.errors import UserError
 from qlora_tool.memory.allocator.available import available_bytes, margin_on, usable
+from qlora_tool.memory.allocator.target import CudaTarget, device_of, target_on
 from qlora_tool.memory.breakdown import Breakdown
 from qlora_tool.memory.plan.cached import cached
-from qlora_tool.memory.profile import (
-    CudaTarget,
-    Prediction,
-    compute_dtype_on,
-    device_of,
-    model_config_of,
-    target_on,
-)
+from qlora_tool.memory.profile import Prediction, compute_dtype_on, model_config_of
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.predict import BatchShape, predict
 from qlora_tool.memory.trace.recomputation_cost import Cost, Costs
@@ -228,7 +222,7 @@ class _Chooser:
 
     @cached_property
     def costs(self) -> Costs:
-        return Costs.of(self.config, self.model_config, self.shape, self.compute_dtype, device_of(self.target))
+        return Costs.of(self.config, self.model_config, self.shape, self.compute_dtype, self.target)
 
     def _predict(self, chosen: Sequence[Cost]) -> Breakdown:
         """By a full prediction; later estimates follow it."""

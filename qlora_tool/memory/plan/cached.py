@@ -17,7 +17,7 @@ from qlora_tool.ops.products import products_choice
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
-    from qlora_tool.memory.profile import CudaTarget
+    from qlora_tool.memory.allocator.target import CudaTarget
     from qlora_tool.memory.trace.predict import BatchShape
 
 

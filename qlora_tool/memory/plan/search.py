@@ -18,30 +18,39 @@ from qlora_tool.build import resolve as resolve_run
 from qlora_tool.config import with_values
 from qlora_tool.errors import UserError
 from qlora_tool.memory.allocator.available import margin_on, usable
+from qlora_tool.memory.allocator.target import device_of
+from qlora_tool.memory.plan.changes import (
+    CHANGES,
+    CHECKPOINTING,
+    EMBEDDINGS,
+    LENGTH,
+    OFFLOAD,
+    OPTIM,
+    QUANTIZATION,
+    RANK,
+    RANKS,
+    ROWS,
+    SHORTEST,
+    TILED,
+    Asked,
+)
 from qlora_tool.memory.plan.length import longest_length, step_of
-from qlora_tool.memory.trace.extrapolate import ANY_CARD, Estimate, estimate_peak, resized, timeline_on
+from qlora_tool.memory.profile import Prediction
+from qlora_tool.memory.trace.extrapolate import Estimate, estimate_peak, resized
 from qlora_tool.memory.trace.predict import BatchShape, predict
-from qlora_tool.ops.declare import CPU
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
+    from qlora_tool.memory.allocator.target import CudaTarget
     from qlora_tool.memory.breakdown import Breakdown
 
 BATCH_SIZES = (1, 2, 4, 8)
-RANKS = (8, 16, 32, 64)
 OPTIMIZERS = ("adamw", "adamw_8bit")
-SHORTEST = 64  # tokens: shorter rows are not suggested
 UNBOUNDED = 131072  # tokens: how far lengths are tried where the model names no limit
 CONFIRMATIONS = 3
 
-_CHECKPOINTING = "training.gradient_checkpointing"
-_OPTIM = "training.optim"
-_ROWS = "training.per_device_train_batch_size"
-_ACCUMULATION = "training.gradient_accumulation_steps"
-_QUANTIZATION = "model.quantization"
 _DOUBLE = "model.double_quant"
-_LENGTH = "data.max_length"
-_RANK = "adapter.r"
+_SAVINGS = "savings"
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,8 @@ class Option:
     """One way to run.
 
     Attributes:
-        group: which of its keys is looked at: `length` (the longest that fits), a key of the configuration, or `asked`.
+        group: which of its keys is looked at: `length` (the longest that fits), a key of the configuration, `savings`
+            (what takes less at a price), or `asked`.
         settings: keys of the configuration that differ from what was asked for, or would, and their values.
         rows, length: of the batch; a length of 0 says that not even `SHORTEST` tokens fit.
         peak_bytes: what the device has to give: the peak on a CPU, what is reserved and the context on CUDA.
@@ -93,7 +103,7 @@ class Plan:
     """What fits.
 
     Attributes:
-        device: cpu or cuda.
+        target: the card that it is for; None: a CPU.
         budget_bytes: what the device has.
         margin: the share of it that is kept free.
         asked: the asked configuration.
@@ -106,7 +116,7 @@ class Plan:
             fits, of `change`, or of the least.
     """
 
-    device: str
+    target: CudaTarget | None
     budget_bytes: int
     margin: float
     asked: Option
@@ -116,6 +126,11 @@ class Plan:
     change: Change | None = None
     smallest_bytes: int = 0
     weights_bytes: int = 0
+
+    @property
+    def device(self) -> str:
+        """cpu or cuda."""
+        return device_of(self.target).type
 
     @property
     def usable_bytes(self) -> int:
@@ -162,7 +177,7 @@ def plan(
     model_config,
     budget_bytes: int,
     compute_dtype: torch.dtype,
-    device: str = "cpu",
+    target: CudaTarget | None,
     *,
     margin: float | None = None,
     shape: BatchShape | None = None,
@@ -175,7 +190,7 @@ def plan(
         model_config: the model's transformers configuration.
         budget_bytes: what the device has.
         compute_dtype: what products run in.
-        device: cpu or cuda.
+        target: the card that it is for, with what was measured on it; None: a CPU.
         margin: share of the budget to keep free; by default `margin_on` it.
         shape: the kind of batch that is asked for; by default what training would make of full rows.
         confirm: trace the answer at the model's full depth. Takes as long as a prediction.
@@ -183,24 +198,26 @@ def plan(
     Raises:
         UserError: the model cannot be traced as it is asked for.
     """
+    device = device_of(target).type
     margin = margin_on(device) if margin is None else margin
     config = resolve_run(config, model_config, device, compute_dtype)
     assumed = shape is None
     shape = shape or BatchShape.full(config.training.per_device_train_batch_size, config.data.max_length)
-    search = _Search.of_run(config, model_config, usable(budget_bytes, margin), compute_dtype, device, shape)
+    search = _Search.of_run(config, model_config, usable(budget_bytes, margin), compute_dtype, target, shape)
     search.assumed = assumed
-    if device != "cpu":
-        search.calibrate({})
-    config, asked, options = search.config, search.option("asked", {}), tuple(search.options())
+    if target is not None:
+        search.traced({})
+    config, asked = search.config, search.option("asked", {})
+    options = tuple(search.options(asked))
     longest = faster = change = None
     smallest = 0
     if asked.fits:
         settings: dict[str, Any] = {}
-        without, length = {_CHECKPOINTING: False}, search.longest({})
-        if config.training.gradient_checkpointing and search.needed(without) <= search.limit:
+        without, length = {CHECKPOINTING: False}, search.longest({})
+        if config.training.gradient_checkpointing and search.fits(without):
             faster = search.confirmed(without, confirm)
         if length > shape.length:
-            longest = search.confirmed({_LENGTH: length}, confirm)
+            longest = search.confirmed({LENGTH: length}, confirm)
     else:
         fits, settings = search.what_fits()
         if fits:
@@ -208,7 +225,7 @@ def plan(
         else:
             smallest = search.needed(settings)
     return Plan(
-        device, budget_bytes, margin, asked, options, longest, faster, change, smallest, search.weights(settings)
+        target, budget_bytes, margin, asked, options, longest, faster, change, smallest, search.weights(settings)
     )  # fmt: skip
 
 
@@ -217,7 +234,7 @@ def change_that_fits(
     model_config,
     budget_bytes: int,
     compute_dtype: torch.dtype,
-    device: str,
+    target: CudaTarget | None,
     shape: BatchShape,
     predicted: Breakdown,
     *,
@@ -228,6 +245,7 @@ def change_that_fits(
     Args:
         config: the run's; `gradient_checkpointing: auto` counts as true.
         budget_bytes: what the device has; on CUDA a margin of it is kept free.
+        target: the card that it is for, with what was measured on it; None: a CPU.
         shape: the run's largest batch.
         predicted: what a full trace says of the run as it is.
         seconds: how long to look for one. No estimate, of some two seconds each, begins after that.
@@ -235,8 +253,8 @@ def change_that_fits(
     Raises:
         TimeoutError: nothing was found in that time.
     """
-    limit = usable(budget_bytes, margin_on(device))
-    search = _Search.of_run(config, model_config, limit, compute_dtype, device, shape)
+    limit = usable(budget_bytes, margin_on(device_of(target).type))
+    search = _Search.of_run(config, model_config, limit, compute_dtype, target, shape)
     search.deadline = time.monotonic() + seconds
     search.follow({}, predicted.needed_bytes, predicted.context_bytes or 0)
     fits, settings = search.what_fits()
@@ -259,7 +277,7 @@ class _Search:
     model_config: Any
     limit: int
     compute_dtype: torch.dtype
-    device: str
+    target: CudaTarget | None
     shape: BatchShape
     context: int = 0
     share: float = 1.0
@@ -268,11 +286,13 @@ class _Search:
     _slopes: dict[bool, float] = field(default_factory=dict)  # bytes a token, by checkpointing
 
     @classmethod
-    def of_run(cls, config: Config, model_config, limit: int, compute_dtype, device: str, shape: BatchShape) -> _Search:
+    def of_run(
+        cls, config: Config, model_config, limit: int, compute_dtype, target: CudaTarget | None, shape: BatchShape
+    ) -> _Search:
         """A search around a run whose largest batch has this shape."""
         checkpointing = config.training.gradient_checkpointing
-        values = {_ROWS: shape.rows, _LENGTH: shape.length, _CHECKPOINTING: checkpointing == "auto" or checkpointing}
-        return cls(with_values(config, values), model_config, limit, compute_dtype, device, shape)
+        values = {ROWS: shape.rows, LENGTH: shape.length, CHECKPOINTING: checkpointing == "auto" or checkpointing}
+        return cls(with_values(config, values), model_config, limit, compute_dtype, target, shape)
 
     def of(self, settings: Mapping[str, Any]) -> Config:
         return with_values(self.config, settings)
@@ -286,11 +306,14 @@ class _Search:
         if time.monotonic() > self.deadline:
             raise TimeoutError("the time for the search is over")
         config = self.of(settings)
-        return estimate_peak(config, self.model_config, self._shape(config), self.compute_dtype, self.device)
+        return estimate_peak(config, self.model_config, self._shape(config), self.compute_dtype, self.target)
 
     def needed(self, settings: Mapping[str, Any]) -> int:
         """What the device has to give, estimated."""
         return self.context + round(self._estimate(settings).peak_bytes * self.share)
+
+    def fits(self, settings: Mapping[str, Any]) -> bool:
+        return self.needed(settings) <= self.limit
 
     def weights(self, settings: Mapping[str, Any]) -> int:
         return self._estimate(settings).weights_bytes
@@ -303,20 +326,15 @@ class _Search:
             return False
         return True
 
-    def calibrate(self, settings: Mapping[str, Any]) -> int:
+    def traced(self, settings: Mapping[str, Any]) -> int:
         """What the device has to give, from a full trace; estimates follow it from here on."""
         config = self.of(settings)
-        target = CPU if self.device == "cpu" else ANY_CARD
-        trace = predict(config, self.model_config, self._shape(config), self.compute_dtype, target=target)
-        if self.device == "cpu":
-            needed, context = timeline_on(trace, "cpu").peak_bytes, 0
-        else:
-            from qlora_tool.memory.allocator.timeline import cuda_timeline
-
-            seen = cuda_timeline(trace)
-            needed, context = seen.reserved_peak + seen.context_bytes, seen.context_bytes
-        self.follow(settings, needed, context)
-        return needed
+        trace = predict(
+            config, self.model_config, self._shape(config), self.compute_dtype, target=device_of(self.target)
+        )  # fmt: skip
+        seen = Prediction.of(trace, self.target).breakdown
+        self.follow(settings, seen.needed_bytes, seen.context_bytes or 0)
+        return seen.needed_bytes
 
     def follow(self, settings: Mapping[str, Any], needed: int, context: int) -> None:
         """Let estimates be what was seen, for these settings, and in proportion to it for others."""
@@ -328,12 +346,12 @@ class _Search:
         if not confirm:
             return Change(settings, self.needed(settings), False)
         for _ in range(CONFIRMATIONS):
-            needed = self.calibrate(settings)
+            needed = self.traced(settings)
             if needed <= self.limit:
                 return Change(settings, needed, True)
-            if length := settings.get(_LENGTH):
+            if length := settings.get(LENGTH):
                 length = max(SHORTEST, min(self.longest(settings), length - step_of(length)))
-                settings = {**settings, _LENGTH: length}
+                settings = {**settings, LENGTH: length}
         return Change(settings, needed, False)
 
     # Lengths
@@ -345,7 +363,7 @@ class _Search:
         text = self.model_config.get_text_config()
         top = max(self.shape.length, getattr(text, "max_position_embeddings", None) or UNBOUNDED)
         length, slope = longest_length(
-            lambda length: self.needed({**settings, _LENGTH: length}),
+            lambda length: self.needed({**settings, LENGTH: length}),
             self.limit, SHORTEST, top, start=config.data.max_length, slope=self._slopes.get(checkpointing, 0.0) * rows,
         )  # fmt: skip
         if slope:
@@ -362,13 +380,16 @@ class _Search:
             needed <= self.limit, relative_speed(config, self.config), config == self.config,
         )  # fmt: skip
 
-    def options(self) -> Iterator[Option]:
+    def options(self, asked: Option) -> Iterator[Option]:
         """All rows of the table, but for those that the model does not allow."""
         for checkpointing in (True, False):
-            if self.possible({_CHECKPOINTING: checkpointing}):
+            if self.possible({CHECKPOINTING: checkpointing}):
                 yield from self._lengths(checkpointing)
         for group, choices in _ALTERNATIVES.items():
             options = [self.option(group, settings) for settings in choices if self.possible(settings)]
+            if group == _SAVINGS:  # not what is there already, or does nothing for this run
+                yield from (option for option in options if option.asked or option.peak_bytes < asked.peak_bytes)
+                continue
             if not any(option.asked for option in options):
                 section, _, key = group.partition(".")
                 yield self.option(group, {group: getattr(getattr(self.config, section), key)})
@@ -378,13 +399,13 @@ class _Search:
         tokens = self.shape.rows * self.shape.length
         for rows in sorted({*BATCH_SIZES, self.shape.rows}):
             start = max(SHORTEST, tokens // rows)
-            settings = {_CHECKPOINTING: checkpointing, _ROWS: rows}
-            length = self.longest({**settings, _LENGTH: start})
+            settings = {CHECKPOINTING: checkpointing, ROWS: rows}
+            length = self.longest({**settings, LENGTH: start})
             if length:
                 tokens = rows * length
-                yield self.option("length", {**settings, _LENGTH: length})
+                yield self.option("length", {**settings, LENGTH: length})
             else:
-                shortest = self.option("length", {**settings, _LENGTH: SHORTEST})
+                shortest = self.option("length", {**settings, LENGTH: SHORTEST})
                 yield Option("length", settings, rows, 0, shortest.peak_bytes, False, shortest.speed)
 
     # What to change
@@ -392,64 +413,45 @@ class _Search:
     def what_fits(self) -> tuple[bool, dict[str, Any]]:
         """The first change that makes the configuration fit: one if one is enough, else several on top of one another.
         False where all together, which are then returned, do not."""
-        for kind in _KINDS:
-            for settings in kind(self, {}):
-                if self.possible(settings) and self.needed(settings) <= self.limit:
+        asked = Asked(self.config, self.shape, self.compute_dtype, self.target is not None, self.longest)
+        for change in CHANGES:
+            for settings in change(asked, {}):
+                if self.possible(settings) and self.fits(settings):
                     return True, settings
-        together: dict[str, Any] = {}
-        for kind in _KINDS:
-            last = {}
-            for settings in kind(self, together):
-                if self.possible({**together, **settings}):
+        parts: list[dict[str, Any]] = []
+        for change in CHANGES:
+            before, last = _merged(parts), {}
+            for settings in change(asked, before):
+                if self.possible({**before, **settings}):
                     last = settings
-                    if self.needed({**together, **last}) <= self.limit:
-                        return True, {**together, **last}
-            together |= last
-        return False, together
+                    if self.fits({**before, **last}):
+                        return True, self._needed_of([*parts, last])
+            parts.append(last)
+        return False, _merged(parts)
 
-    def checkpointing(self, _settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        if not self.config.training.gradient_checkpointing:
-            yield {_CHECKPOINTING: True}
-
-    def optimizer(self, _settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        if self.config.training.optim == "adamw":
-            yield {_OPTIM: "adamw_8bit"}
-
-    def fewer_rows(self, _settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        rows, accumulated = self.shape.rows, self.config.training.gradient_accumulation_steps
-        while rows > 1:  # the rows of an optimizer step stay as many
-            by = 2 if rows % 2 == 0 else rows
-            rows, accumulated = rows // by, accumulated * by
-            yield {_ROWS: rows, _ACCUMULATION: accumulated}
-
-    def quantization(self, _settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        if self.config.model.quantization in ("int8", "none"):
-            yield {_QUANTIZATION: "nf4"}
-
-    def shorter_rows(self, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        length = self.longest(settings)
-        if self.shape.length > SHORTEST:
-            yield {_LENGTH: length or SHORTEST}
-
-    def lower_rank(self, _settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        rank = self.config.adapter.r
-        while rank // 2 >= RANKS[0]:
-            rank //= 2
-            yield {_RANK: rank}
+    def _needed_of(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
+        """Of changes that together are enough, those that it takes; the last, which made it enough, is one of them."""
+        for part in parts[-2::-1]:
+            fewer = [other for other in parts if other is not part]
+            try:
+                if part and self.possible(_merged(fewer)) and self.fits(_merged(fewer)):
+                    parts = fewer
+            except TimeoutError:
+                break
+        return _merged(parts)
 
 
-# In this order, the least harmful to the result first.
-_KINDS = (
-    _Search.checkpointing, _Search.optimizer, _Search.fewer_rows, _Search.quantization, _Search.shorter_rows,
-    _Search.lower_rank,
-)  # fmt: skip
+def _merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: value for part in parts for key, value in part.items()}
+
 
 # One key at a time, whatever else was asked for.
 _ALTERNATIVES: dict[str, list[dict[str, Any]]] = {
-    _RANK: [{_RANK: rank} for rank in RANKS],
-    _QUANTIZATION: [
-        {_QUANTIZATION: "nf4", _DOUBLE: True}, {_QUANTIZATION: "nf4", _DOUBLE: False}, {_QUANTIZATION: "int8"},
-        {_QUANTIZATION: "none"},
+    RANK: [{RANK: rank} for rank in RANKS],
+    QUANTIZATION: [
+        {QUANTIZATION: "nf4", _DOUBLE: True}, {QUANTIZATION: "nf4", _DOUBLE: False}, {QUANTIZATION: "int8"},
+        {QUANTIZATION: "none"},
     ],
-    _OPTIM: [{_OPTIM: optimizer} for optimizer in OPTIMIZERS],
+    OPTIM: [{OPTIM: optimizer} for optimizer in OPTIMIZERS],
+    _SAVINGS: [{TILED: True}, {OFFLOAD: True}, {EMBEDDINGS: "int8"}],
 }  # fmt: skip

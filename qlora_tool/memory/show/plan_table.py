@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qlora_tool.memory.plan.changes import CHECKPOINTING, costs_of
 from qlora_tool.memory.plan.search import Change, Option, Plan
 from qlora_tool.memory.show.legend import binary_size, full_size
 
-_CHECKPOINTING = "training.gradient_checkpointing"
 _NOTE = "peak: expected; speed: tokens/s against what was asked for, by counting passes, not measured\n"
 
 
@@ -38,9 +38,10 @@ def render_plan(plan: Plan, console: Console) -> None:
 def _headline(plan: Plan) -> str:
     asked, free = plan.asked, plan.usable_bytes - plan.asked.peak_bytes
     kept = f", {plan.margin:.0%} of it kept free" if plan.margin else ", nothing kept free"
+    card = f" ({plan.target})" if plan.target else ""
     verdict = f"it fits, {binary_size(free)} left" if plan.fits else f"it does not fit by {binary_size(-free)}"
     return (
-        f"plan for {binary_size(plan.budget_bytes)} on {plan.device}{kept}\n"
+        f"plan for {binary_size(plan.budget_bytes)} on {plan.device}{card}{kept}\n"
         f"asked for: {_batch(asked)} take {full_size(asked.peak_bytes)}: {verdict}"
     )
 
@@ -62,7 +63,7 @@ def _lengths(plan: Plan) -> Table:
     for option in plan.options:
         if option.group != "length":
             continue
-        checkpointing = option.settings[_CHECKPOINTING]
+        checkpointing = option.settings[CHECKPOINTING]
         name = ("with checkpointing" if checkpointing else "without") if checkpointing != before else ""
         before = checkpointing
         length = str(option.length) if option.length else "none fit"
@@ -80,7 +81,8 @@ def _alternatives(plan: Plan) -> Table:
             continue
         fits = "fits" if option.fits else "too much"
         cells = (_setting(option.settings), binary_size(option.peak_bytes), fits, f"{option.speed:.2f}")
-        table.add_row(Text(cells[0]), *cells[1:], "asked for" if option.asked else "")
+        note = "asked for" if option.asked else ", ".join(costs_of(option.settings))
+        table.add_row(Text(cells[0]), *cells[1:], note)
     return table
 
 
@@ -90,7 +92,8 @@ def _setting(settings: dict[str, Any]) -> str:
 
 def _answer(plan: Plan) -> str:
     if plan.change:
-        return f"this makes it fit: {_peak(plan.change)}:"
+        costs = "".join(f"; {cost}" for cost in costs_of(plan.change.settings))
+        return f"this makes it fit: {_peak(plan.change)}{costs}:"
     if plan.longest:
         return f"nothing has to change; the longest rows that fit: {_peak(plan.longest)}:"
     if plan.fits:

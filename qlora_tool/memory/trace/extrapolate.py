@@ -19,16 +19,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from qlora_tool.config import memory_settings, with_values
+from qlora_tool.memory.allocator.target import CudaTarget, device_of
+from qlora_tool.memory.allocator.timeline import replay_on
 from qlora_tool.memory.breakdown import PHASES
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.predict import BatchShape, predict
 from qlora_tool.model.layer_stack import LayerStack, layer_stack, with_layers
-from qlora_tool.ops.declare import CPU, Target
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
     from qlora_tool.memory.trace.timeline import Timeline
     from qlora_tool.memory.trace.tracer import Trace
+    from qlora_tool.ops.declare import Target
 
 LONG_BATCH = 16384  # tokens
 
@@ -70,12 +72,9 @@ class Moment(NamedTuple):
 WEIGHTS = Moment("weights")
 
 
-ANY_CARD = Target("cuda", (8, 9))  # what `cuda_timeline` assumes too
-
-
 def estimate_peak(
-    config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype, device: str = "cpu",
-    target: Target | None = None,
+    config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype, target: CudaTarget | None, *,
+    replayed: bool = True,
 ) -> Estimate:  # fmt: skip
     """The peak that a full trace (`predict`) would show, from the traces of two shallow models.
 
@@ -86,25 +85,25 @@ def estimate_peak(
         model_config: the model's transformers configuration.
         shape: of the batch.
         compute_dtype: what products run in.
-        device: `cpu`, or `cuda`: what the caching allocator has then allocated (not reserved).
-        target: what the steps are meant for; by default the device.
+        target: the card it is for: what its caching allocator has then allocated (not reserved). None: a CPU.
+        replayed: False counts, for a card too, what tensors ask for and not what its allocator gives.
 
     Raises:
         UserError: no causal language model can be made of `model_config`, it cannot be traced, or it has no layers to
             recompute.
     """
     stack = _layer_stack(_text_of(model_config), config.model.trust_remote_code)
-    target = target or (CPU if device == "cpu" else ANY_CARD)
-    make = partial(_Case.of, config, model_config, compute_dtype, target, stack)
+    make = partial(_Case.of, config, model_config, compute_dtype, device_of(target), stack)
+    card = target if replayed else None
     if shape.rows * shape.length <= LONG_BATCH:
-        found = _by_phase(_peaks_at_depth(make, shape, device))
+        found = _by_phase(_peaks_at_depth(make, shape, card))
     else:
         shorter = [max(64, LONG_BATCH * share // 4 // shape.rows // 64 * 64) for share in (2, 3, 4)]
         shapes = [resized(shape, shape.rows, length) for length in shorter]
-        points = [(shape.length, _peaks_at_depth(make, shape, "cpu")) for shape in shapes]
+        points = [(shape.length, _peaks_at_depth(make, shape, None)) for shape in shapes]
         found = _by_phase(_lengthen(points, shape.length))
-        if device != "cpu":  # its allocator rounds, which no line follows; most of what it adds is the weights' share
-            here, there = _by_phase(points[-1][1]), _by_phase(_peaks_at_depth(make, shapes[-1], device))
+        if card is not None:  # its allocator rounds, which no line follows; most of what it adds is the weights' share
+            here, there = _by_phase(points[-1][1]), _by_phase(_peaks_at_depth(make, shapes[-1], card))
             found = {phase: found[phase] + there[phase] - here[phase] for phase in found}
     weights = found.pop(WEIGHTS.phase)
     return Estimate(max(found.values()), found, weights, stack.traced)
@@ -126,10 +125,10 @@ def resized(shape: BatchShape, rows: int, length: int) -> BatchShape:
     return replace(shape, rows=rows, length=length, trained_tokens=trained, segments=segments)
 
 
-def _peaks_at_depth(make: partial[_Case], shape: BatchShape, device: str) -> Mapping[Moment, int]:
+def _peaks_at_depth(make: partial[_Case], shape: BatchShape, card: CudaTarget | None) -> Mapping[Moment, int]:
     """The peaks of a batch at the model's own depth: each on the line through the two that were traced."""
     stack = make.args[-1]
-    shallow, *deep = (_peaks(make(shape, depth), device) for depth in stack.traced)
+    shallow, *deep = (_peaks(make(shape, depth), card) for depth in stack.traced)
     if not deep:
         return shallow
     return _along_line(stack.traced, (shallow, deep[0]), stack.layers)
@@ -201,11 +200,11 @@ class _Case:
 
 
 @lru_cache(maxsize=1024)
-def _peaks(case: _Case, device: str) -> Mapping[Moment, int]:
-    return peaks_of(timeline_on(_trace(case), device), case.stack, case.depth)
+def _peaks(case: _Case, card: CudaTarget | None) -> Mapping[Moment, int]:
+    return peaks_of(timeline_on(_trace(case), card), case.stack, case.depth)
 
 
-@lru_cache(maxsize=2)  # of one case for several devices
+@lru_cache(maxsize=2)  # of one case, replayed and not
 def _trace(case: _Case) -> Trace:
     model_config = with_layers(case.model.model_config, case.depth)
     # What an adapter to start from decides stands in the configuration; it is on layers that are not there.
@@ -213,13 +212,11 @@ def _trace(case: _Case) -> Trace:
     return predict(config, model_config, case.shape, case.compute_dtype, target=case.target)
 
 
-def timeline_on(trace: Trace, device: str) -> Timeline:
-    """What a trace looks like on a device that it was made for: `cpu` or `cuda`."""
-    if device == "cpu":
+def timeline_on(trace: Trace, target: CudaTarget | None) -> Timeline:
+    """What a trace looks like on the card that it was made for; on a CPU where `target` is None."""
+    if target is None:
         return timeline(trace)
-    from qlora_tool.memory.allocator.timeline import cuda_timeline
-
-    return cuda_timeline(trace).timeline
+    return replay_on(trace, target).timeline
 
 
 def peaks_of(line: Timeline, stack: LayerStack, depth: int) -> dict[Moment, int]:

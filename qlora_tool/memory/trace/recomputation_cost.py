@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from qlora_tool.config import with_values
+from qlora_tool.memory.allocator.target import CudaTarget, device_of
 from qlora_tool.memory.trace.extrapolate import Estimate, estimate_peak
 from qlora_tool.memory.trace.predict import STEPS, BatchShape, predict
 from qlora_tool.memory.trace.tracer import PRODUCTS
@@ -27,7 +28,6 @@ from qlora_tool.model.checkpointing import (
 )
 from qlora_tool.model.layer_stack import layer_stack, with_layers
 from qlora_tool.model.load import build_skeleton
-from qlora_tool.ops.declare import CPU, Target
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
@@ -104,19 +104,24 @@ class Costs:
 
     @classmethod
     def of(
-        cls, config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype, target: Target = CPU
+        cls, config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype,
+        target: CudaTarget | None = None,
     ) -> Costs:
+        """
+        Args:
+            target: the card it is for; None: a CPU. Bytes are counted as they are asked for, whatever it allocates.
+        """
         shallow, names, choices, alike = shallow_model(config, model_config, compute_dtype)
         # What an adapter to start from decides stands in the configuration; it is on layers that are not there.
         one_batch = with_values(config, {"training.gradient_accumulation_steps": 1, "adapter.init_from": None})
         seen: dict[Recomputed, _Seen] = {}
         for choice in dict.fromkeys([ALL_RECOMPUTED, *(choice for layer in choices for choice in layer)]):
             policy = Recomputation(tuple(choice if choice in layer else NOTHING_RECOMPUTED for layer in choices))
-            seen[choice] = _Seen.of(predict(one_batch, shallow, shape, compute_dtype, policy, target), names)
+            seen[choice] = _Seen.of(predict(one_batch, shallow, shape, compute_dtype, policy, device_of(target)), names)
         costs = [[Cost(choice, seen[choice].kept_bytes[number], seen[choice].flops[number]) for choice in layer]
                  for number, layer in enumerate(choices)]  # fmt: skip
         checkpointed = with_values(config, {"training.gradient_checkpointing": bool(costs)})
-        whole = estimate_peak(checkpointed, model_config, shape, compute_dtype, target=target)
+        whole = estimate_peak(checkpointed, model_config, shape, compute_dtype, target, replayed=False)
         turns = {phase: {choice: found.turns[phase] for choice, found in seen.items()} for phase in TURNS}
         layers = [costs[number] for number in alike]
         return cls(layers, *upgrades(layers), whole, turns, seen[ALL_RECOMPUTED].trace)
