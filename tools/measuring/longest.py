@@ -108,7 +108,7 @@ def search(side: Side, caps: list[float], limit: int, save: Callable[[dict[str, 
     for cap in sorted(caps):
         size = int(cap * 1e9)
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), side.device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), torch.cuda.current_device())
         guess = int((size - short) / a_token) + 4 * STEP
         good, bad = longest(trials.trains, max(STEP, guess), limit)
         found["caps"][f"{cap:g} GB"] = {"longest": good, "too_long": bad}
