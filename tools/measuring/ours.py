@@ -296,6 +296,18 @@ class StepMemory:
             calibration=Calibration(**device["calibration"]) if device.get("calibration") else None,
         )
 
+    def watched_without_data(self, watch: Any, capability: tuple[int, int]) -> None:
+        """Run the steps on fake tensors, meant for a card; `watch`, a `Watch` and a dispatch mode, sees all of it."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        from qlora_tool.memory.trace.predict import trial_run
+        from qlora_tool.model.experts import assuming_routing, even_shares
+        from qlora_tool.ops.declare import Target, meant_for
+
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with fake, meant_for(Target("cuda", capability)), assuming_routing(even_shares), watch:
+            trial_run(*self._arguments(), watch=watch)
+
     def measured_on_cuda(self) -> Any:
         """The breakdown and the allocator's history of a step on the device."""
         from qlora_tool.memory.trace.measure_cuda import measure_on_cuda
