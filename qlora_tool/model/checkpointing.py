@@ -25,6 +25,7 @@ from qlora_tool.errors import UserError
 from qlora_tool.model.boundaries import HostBoundaries
 from qlora_tool.model.experts import is_experts_module
 from qlora_tool.model.slots import is_linear
+from qlora_tool.weights.handles import KeptWeights
 from qlora_tool.weights.modules import FrozenLinear
 
 if TYPE_CHECKING:
@@ -40,13 +41,19 @@ _MOST_CHILDREN = 3  # with more children than these not every combination is a c
 
 @dataclass(frozen=True)
 class Recomputation:
-    """What is recomputed of every decoder layer, the first layer first."""
+    """What is recomputed of every decoder layer, the first layer first.
+
+    Attributes:
+        keeps_weights: weights that are dequantized while a layer is computed again are kept for its gradients, which
+            would dequantize them once more: for one layer at a time, each until its use.
+    """
 
     layers: tuple[Recomputed, ...]
+    keeps_weights: bool = False
 
     @classmethod
-    def uniform(cls, recomputed: Recomputed, layers: int) -> Recomputation:
-        return cls((recomputed,) * layers)
+    def uniform(cls, recomputed: Recomputed, layers: int, keeps_weights: bool = False) -> Recomputation:
+        return cls((recomputed,) * layers, keeps_weights)
 
     def __str__(self) -> str:
         """`18 of 30 layers not recomputed, 6 with self_attn recomputed, 6 recomputed`."""
@@ -56,7 +63,8 @@ class Recomputation:
         )
         said = [f"{count} {_said(recomputed)}" for recomputed, count in counts]
         first, space, rest = said[0].partition(" ")
-        return ", ".join([f"{first} of {len(self.layers)} layers{space}{rest}", *said[1:]])
+        kept = ["with their weights kept for backward"] if self.keeps_weights else []
+        return ", ".join([f"{first} of {len(self.layers)} layers{space}{rest}", *said[1:], *kept])
 
 
 def _said(recomputed: Recomputed) -> str:
@@ -126,11 +134,14 @@ def checkpoint_layers(
                 "training.gradient_checkpointing: false"
             )
         recomputed = Recomputation.uniform(ALL_RECOMPUTED if recomputed else NOTHING_RECOMPUTED, len(layers))
+    again = around_recomputation
+    if recomputed.keeps_weights:
+        again = _around_both(around_recomputation, KeptWeights())
     run = partial(
         checkpoint,
         use_reentrant=False,
         preserve_rng_state=_draws_random_numbers(model),
-        context_fn=lambda: (nullcontext(), around_recomputation()),
+        context_fn=lambda: (nullcontext(), again()),
     )
     if offload:
         run = HostBoundaries(run, next(model.parameters()).device)
@@ -145,6 +156,27 @@ def checkpoint_layers(
         for name in chosen if chosen != ALL_RECOMPUTED else ():
             _RecomputedForward(layer.get_submodule(name), run)
     return recomputed
+
+
+class _Within(AbstractContextManager):
+    """One context within another. It can be opened more than once where they can."""
+
+    def __init__(self, outer: AbstractContextManager, inner: AbstractContextManager):
+        self.outer, self.inner = outer, inner
+
+    def __enter__(self) -> None:
+        self.outer.__enter__()
+        self.inner.__enter__()
+
+    def __exit__(self, *raised) -> None:
+        self.inner.__exit__(*raised)
+        self.outer.__exit__(*raised)
+
+
+def _around_both(
+    outer: Callable[[], AbstractContextManager], inner: AbstractContextManager
+) -> Callable[[], AbstractContextManager]:
+    return lambda: _Within(outer(), inner)
 
 
 class _RecomputedForward:

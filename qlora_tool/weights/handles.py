@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar, Token
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,6 +19,44 @@ from qlora_tool.ops.linear import frozen_linear
 from qlora_tool.weights.quantized import QuantizedTensor
 
 Role = Literal["codes", "quantization_state", "unquantized"]
+
+
+class KeptWeights:
+    """Weights that are dequantized while it is open are kept until they are asked for again, once.
+
+    It is opened where a part of a model is computed again within a backward pass, whose gradients need the same
+    weights. Each is given up with its use, what was left when it is opened again, and what no gradient needed (those of
+    the first layer's input are nobody's) when the backward pass ends.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[WeightHandle] = []
+        self._opened: list[Token[KeptWeights | None]] = []
+
+    def __enter__(self) -> KeptWeights:
+        self.release()
+        in_backward = torch._C._current_graph_task_id() >= 0
+        if in_backward:  # elsewhere nothing would say when to give up what is left
+            torch.autograd.Variable._execution_engine.queue_callback(self.release)
+        # Of this thread: a card's backward has its own.
+        self._opened.append(_keeping.set(self if in_backward else None))
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        _keeping.reset(self._opened.pop())
+
+    def add(self, handle: WeightHandle) -> None:
+        """A handle keeps its weight."""
+        self._handles.append(handle)
+
+    def release(self) -> None:
+        """Give up what is left."""
+        for handle in self._handles:
+            handle.give_up()
+        self._handles.clear()
+
+
+_keeping: ContextVar[KeptWeights | None] = ContextVar("keeping", default=None)
 
 
 class WeightHandle(nn.Module):
@@ -40,6 +79,7 @@ class WeightHandle(nn.Module):
         super().__init__()
         self.shape = torch.Size(value.shape)
         self._held: Tensor | None = None
+        self._kept: Tensor | None = None
         if isinstance(value, QuantizedTensor):
             self.kind, self._block_size, self._quantized_from = value.kind, value.block_size, value.dtype
             self._store(value.tensors())
@@ -105,10 +145,22 @@ class WeightHandle(nn.Module):
         """The weight in `dtype`: (out, in), or (experts, out, in); one expert's (out, in) where `expert` names it."""
         if self._held is not None and self._held.dtype == dtype:
             return self._held if expert is None else self._held[expert]
+        keeping = _keeping.get()
+        if self._kept is not None and expert is None and self._kept.dtype == dtype:
+            kept, self._kept = self._kept, self._kept if keeping else None
+            return kept
         value = self.stored()
-        if isinstance(value, QuantizedTensor):
-            return (value if expert is None else value.expert(expert)).dequantize(dtype)
-        return (value if expert is None else value[expert]).to(dtype)
+        if not isinstance(value, QuantizedTensor):
+            return (value if expert is None else value[expert]).to(dtype)
+        dense = (value if expert is None else value.expert(expert)).dequantize(dtype)
+        if keeping and expert is None:
+            self._kept = dense
+            keeping.add(self)
+        return dense
+
+    def give_up(self) -> None:
+        """Forget what `KeptWeights` had it keep."""
+        self._kept = None
 
     def rows(self, index: Tensor) -> Tensor:
         """The rows that `index`, of any shape, names: (*index.shape, in), in the weight's dtype.

@@ -12,9 +12,9 @@ from measuring.step_count import class_of, counted
 LAYERS = 32
 
 
-def shallow(layers: int) -> dict[str, Any]:
+def shallow(layers: int, keeps_weights: bool = False) -> dict[str, Any]:
     one = CONFIGURATIONS["llama-7b-4x1024"]
-    return counted(replace(one, model=one.model | {"num_hidden_layers": layers}).step())
+    return counted(replace(one, model=one.model | {"num_hidden_layers": layers}).step(), keeps_weights)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,12 @@ def test_launches_bytes_passes_and_waits(counts):
     assert launches["optimizer"] < 16
     assert [found["waits"] for found in counts] == [{}, {}]
     assert [found["weights"] for found in counts] == [14, 28]
+
+
+def test_kept_weights_are_made_twice_and_not_three_times():
+    """Forward, and in the recomputation or, down's, in backward."""
+    found = shallow(2, keeps_weights=True)
+    assert found["dequantizations"] == 2 * 14 == 2 * found["weights"]
 
 
 def test_classes():

@@ -296,17 +296,23 @@ class StepMemory:
             calibration=Calibration(**device["calibration"]) if device.get("calibration") else None,
         )
 
-    def watched_without_data(self, watch: Any, capability: tuple[int, int]) -> None:
-        """Run the steps on fake tensors, meant for a card; `watch`, a `Watch` and a dispatch mode, sees all of it."""
+    def watched_without_data(self, watch: Any, capability: tuple[int, int], keeps_weights: bool = False) -> None:
+        """Run the steps on fake tensors, meant for a card; `watch`, a `Watch` and a dispatch mode, sees all of it.
+
+        With `keeps_weights` everything is recomputed, and weights are kept from then until their gradients' products.
+        """
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         from qlora_tool.memory.trace.predict import trial_run
+        from qlora_tool.model.checkpointing import ALL_RECOMPUTED, Recomputation
         from qlora_tool.model.experts import assuming_routing, even_shares
         from qlora_tool.ops.declare import Target, meant_for
 
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake, meant_for(Target("cuda", capability)), assuming_routing(even_shares), watch:
-            trial_run(*self._arguments(), watch=watch)
+            layers = self.model_config.num_hidden_layers
+            keeping = Recomputation.uniform(ALL_RECOMPUTED, layers, keeps_weights=True) if keeps_weights else None
+            trial_run(*self._arguments(), keeping, watch=watch)
 
     def measured_on_cuda(self) -> Any:
         """The breakdown and the allocator's history of a step on the device."""

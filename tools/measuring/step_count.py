@@ -38,8 +38,8 @@ def class_of(operator: str, phase: str) -> str:
     return "attention" if "attention" in name or "attn" in name else "elementwise"
 
 
-def counted(step: StepMemory) -> dict[str, Any]:
-    """Count the second step.
+def counted(step: StepMemory, keeps_weights: bool = False) -> dict[str, Any]:
+    """Count the second step; with `keeps_weights`, as `--keep-weights` says.
 
     Returns:
         `launches`, `bytes` and `operators` ({operator: launches}) by class; `dequantizations`, `weights` (quantized
@@ -95,7 +95,7 @@ def counted(step: StepMemory) -> dict[str, Any]:
             self.operators.setdefault(kind, Counter())[operator] += 1
 
     count = Count()
-    step.watched_without_data(count, (9, 0))
+    step.watched_without_data(count, (9, 0), keeps_weights)
     return {
         "launches": dict(count.launches), "bytes": dict(count.moved),
         "operators": {kind: dict(found.most_common()) for kind, found in count.operators.items()},
@@ -105,12 +105,15 @@ def counted(step: StepMemory) -> dict[str, Any]:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("configuration", choices=CONFIGURATIONS, metavar="NAME", help=", ".join(CONFIGURATIONS))
+    parser.add_argument("--keep-weights", action="store_true",
+                        help="from the recomputation of a layer until its gradients' products")  # fmt: skip
     add_outputs(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     one = CONFIGURATIONS[options.configuration]
-    return {"configuration": options.configuration, "layers": one.model["num_hidden_layers"], **counted(one.step())}
+    layers = one.model["num_hidden_layers"]
+    return {"configuration": options.configuration, "layers": layers, **counted(one.step(), options.keep_weights)}
 
 
 def show(results: dict[str, Any]) -> None:
