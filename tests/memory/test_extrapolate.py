@@ -61,7 +61,7 @@ def test_the_peak_of_every_phase_is_that_of_the_whole_model(family, checkpointin
 @pytest.mark.parametrize("more", [{}, {"training.tiled_mlp": True}, {"training.gradient_accumulation_steps": 2}])
 @pytest.mark.parametrize("offload", [False, True])
 def test_the_peak_on_a_card_with_boundaries_in_host_memory(offload, more):
-    """Gradients grow in backward then and no boundary leaves, so that the peak is near the first layer, not the last."""
+    """Gradients grow in backward then and no boundary leaves: the peak is near the first layer, not the last."""
     config = settings(**{"training.offload_boundaries": offload, "adapter.r": 64, **more})
     model_config = made("llama", hidden_size=512, intermediate_size=1024, num_hidden_layers=12)
     shape = BatchShape.full(2, 1024)

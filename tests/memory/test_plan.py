@@ -290,7 +290,7 @@ def test_the_refusal_looks_on_the_same_card(asked_alone):
         found = change_that_fits(config, sizes, round((now.needed_bytes - 1) / 0.95), torch.bfloat16, card, shape, now)
         assert found is not None
         after = whole(with_values(config, found.settings), sizes, card)
-        assert found.peak_bytes == pytest.approx(after.needed_bytes, abs=5 * MIB)
+        assert found.peak_bytes == pytest.approx(after.needed_bytes, abs=20 * MIB)  # one segment
 
 
 def deep(layers: int = 8) -> LlamaConfig:
@@ -333,5 +333,5 @@ def test_what_takes_less_is_shown_with_what_it_costs(monkeypatch, asked_alone):
     found = plan(config, sizes, 10**10, torch.bfloat16, H100, confirm=False)
     assert [option.settings for option in found.options if option.group == "savings"] == savings[1:]
     lines = [line.split("  ") for line in printed(found).splitlines()]
-    costs = {cells[0]: cells[-1].strip() for cells in lines if "=" in cells[0]}
+    costs = {cells[0]: cells[-1].strip() for cells in lines if cells[0].startswith(("off", "emb", "til"))}
     assert costs == {"offload_boundaries=true": "copies to and from the host", "embeddings=int8": "rounded to 8 bits"}
