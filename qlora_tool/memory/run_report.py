@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import write_json
 from qlora_tool.memory.allocator.available import available_bytes
+from qlora_tool.memory.allocator.operators import about_estimated_context
 from qlora_tool.memory.allocator.target import device_of, target_on
 from qlora_tool.memory.breakdown import Breakdown, MemoryReport
 from qlora_tool.memory.plan.budget import choose_for_run
@@ -56,6 +57,9 @@ class RunMemory:
         needed = self.predicted.needed_bytes
         logger.info("memory: %.2f GB predicted at the peak (rows of up to %d tokens); %.2f GB are free on %s",
                     needed / 1e9, shape.length, free / 1e9, device)  # fmt: skip
+        target = target_on(device.type)
+        if target is not None and target.calibration is None:
+            logger.info("memory: estimated in it: %s", about_estimated_context(target.capability))
         if needed > free:
             line = (
                 f"this run needs {needed / 1e9:.2f} GB at its peak, and {free / 1e9:.2f} GB are free on {device}; "

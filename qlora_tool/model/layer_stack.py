@@ -30,9 +30,15 @@ class LayerStack:
     @property
     def traced(self) -> tuple[int, ...]:
         """Two depths whose last layer is of the kind that the model's last is, and that have each kind near either end;
-        the model's own if it is no deeper."""
+        the model's own if it is no deeper.
+
+        The layers near the first have each kind once more after the first layer of all: that one is unlike others, as
+        nothing below it wants a gradient, and in the backward of those next to it nearly all gradients are there.
+        """
         rest = (self.layers - self.first) % self.period
         shallow = self.first + rest + self.period * (2 if rest == 0 else 1)
+        while shallow < max(self.first, 1) + self.period + 1:
+            shallow += self.period
         deep = shallow + max(2, self.period)
         return (shallow, deep) if self.path and deep < self.layers else (self.layers,)
 

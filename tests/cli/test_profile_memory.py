@@ -154,6 +154,8 @@ def test_a_card_by_the_size_it_is_sold_with(here: Path):
     output = shown("--device-memory", "24GB")
     assert "a card of 24 GB has 23.04 GiB" in output
     assert "what the driver keeps of the card" in " ".join(output.split())  # wherever the line breaks
+    assert "no card is named or here: compute capability 8.9 is assumed" in " ".join(output.split())
+    assert output.count("--calibrate") == 1
 
 
 def test_a_size_to_the_byte_that_does_not_suffice(here: Path):

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from qlora_tool.config import Config, with_values
+from qlora_tool.memory.allocator.target import CudaTarget
 from qlora_tool.memory.breakdown import PHASES
 from qlora_tool.memory.trace import extrapolate
 from qlora_tool.memory.trace.extrapolate import (
@@ -19,15 +20,16 @@ from qlora_tool.memory.trace.extrapolate import (
 )
 from qlora_tool.memory.trace.predict import BatchShape, predict
 
+H100 = CudaTarget((9, 0), None, False)
 SIZES = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 1024, "num_hidden_layers": 5,
+    "max_position_embeddings": 1024, "num_hidden_layers": 6,
 }  # fmt: skip
 FAMILIES = {
     "llama": SIZES,
-    "gemma2": SIZES | {"head_dim": 16, "sliding_window": 64, "num_hidden_layers": 7},
+    "gemma2": SIZES | {"head_dim": 16, "sliding_window": 64, "num_hidden_layers": 9},
     "mixtral": SIZES | {"num_local_experts": 4},
-    "gpt2": {"vocab_size": 512, "n_embd": 64, "n_layer": 5, "n_head": 4, "n_positions": 1024},
+    "gpt2": {"vocab_size": 512, "n_embd": 64, "n_layer": 6, "n_head": 4, "n_positions": 1024},
 }
 
 
@@ -56,6 +58,24 @@ def test_the_peak_of_every_phase_is_that_of_the_whole_model(family, checkpointin
     assert model_config.num_hidden_layers == layers  # left as it was
 
 
+@pytest.mark.parametrize("more", [{}, {"training.tiled_mlp": True}, {"training.gradient_accumulation_steps": 2}])
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_peak_on_a_card_with_boundaries_in_host_memory(offload, more):
+    """Gradients grow in backward then and no boundary leaves: the peak is near the first layer, not the last."""
+    config = settings(**{"training.offload_boundaries": offload, "adapter.r": 64, **more})
+    model_config = made("llama", hidden_size=512, intermediate_size=1024, num_hidden_layers=12)
+    shape = BatchShape.full(2, 1024)
+    found = estimate_peak(config, model_config, shape, torch.bfloat16, H100, replayed=False)
+    assert max(found.traced_layers) < 12
+    trace = predict(config, model_config, shape, torch.bfloat16, target=H100.device)
+    whole = timeline_on(trace, None).breakdown()
+    for phase in PHASES:
+        assert found.phase_peak_bytes[phase] == pytest.approx(whole.phase_peak_bytes[phase], rel=1e-4), phase
+    assert found.peak_bytes == pytest.approx(whole.peak_bytes, rel=1e-4)
+    replayed = estimate_peak(config, model_config, shape, torch.bfloat16, H100)
+    assert replayed.peak_bytes == pytest.approx(timeline_on(trace, H100).peak_bytes, rel=0.02)  # blocks are rounded
+
+
 def test_weights_are_those_of_the_whole_model():
     config = settings(**{"model.quantization": "none"})
     found = estimate_peak(config, made("llama"), BatchShape.full(1, 32), torch.float32, None)
@@ -66,7 +86,7 @@ def test_weights_are_those_of_the_whole_model():
     outside = 2 * 2 * 512 * 64 + 4 * 64
     rope = 2 * 4 * 8  # inverse frequencies, and as they were first
     batch = 8 * (2 * 32 + 2 * 31) + 4  # token ids, positions, places and targets of labels; the loss so far
-    assert found.weights_bytes == 5 * (layer + adapters) + outside + rope + batch
+    assert found.weights_bytes == 6 * (layer + adapters) + outside + rope + batch
 
 
 @pytest.mark.parametrize("segments", [None, (300,)])
@@ -106,6 +126,9 @@ def test_layers_that_repeat_by_pattern_and_those_that_come_first():
     assert (stack.first, stack.period, stack.traced) == (2, 1, (4, 6))
     assert LayerStack(5, "model.layers", 0, 2).traced == (5,)  # 3 and 5 layers would be no less
     assert LayerStack(8, "model.layers", 0, 2).traced == (4, 6)
+    # The second layer, which is the first with a gradient below it, is told from those in between.
+    assert LayerStack(32, "model.layers", 0, 1).traced == (3, 5)
+    assert LayerStack(25, "model.layers", 0, 6).traced == (13, 19)
 
 
 def test_fewer_layers_keep_what_is_listed_for_each():

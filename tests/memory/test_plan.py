@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,13 @@ from transformers import BertConfig, LlamaConfig
 
 from qlora_tool.config import Config, load_config, with_values
 from qlora_tool.errors import UserError
+from qlora_tool.memory.allocator.calibrate import Calibration
+from qlora_tool.memory.allocator.cards import find_card
+from qlora_tool.memory.allocator.target import CudaTarget
 from qlora_tool.memory.breakdown import Breakdown
 from qlora_tool.memory.plan.length import longest_length
 from qlora_tool.memory.plan.search import Change, Plan, change_that_fits, plan, relative_speed
+from qlora_tool.memory.profile import Prediction
 from qlora_tool.memory.show.plan_table import render_plan
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.measure import measure_peak
@@ -227,3 +232,106 @@ def test_the_search_finds_the_longest_length(limit, start, slope):
 
 def test_the_search_knows_when_nothing_fits():
     assert longest_length(lambda length: 1000 + length, 1000, 64, 4096, start=2048)[0] == 0
+
+
+# ------------------------------------------------------------------------------------------------- for one card
+
+H100, RTX_3060 = (CudaTarget.of(find_card(name)) for name in ("h100", "rtx-3060"))
+ON_CARD = {"training.gradient_checkpointing": True, "training.per_device_train_batch_size": 1}
+
+
+@pytest.fixture
+def asked_alone(monkeypatch):
+    """A plan of what was asked for alone, without a table."""
+    monkeypatch.setattr("qlora_tool.memory.plan.search.BATCH_SIZES", ())
+    monkeypatch.setattr("qlora_tool.memory.plan.search._ALTERNATIVES", {})
+    monkeypatch.setattr("qlora_tool.memory.plan.search.SHORTEST", 256)
+
+
+def whole(config: Config, model_config, target: CudaTarget) -> Breakdown:
+    shape = BatchShape.assumed(config, model_config)
+    trace = predict(config, model_config, shape, torch.bfloat16, target=target.device)
+    return Prediction.of(trace, target).breakdown
+
+
+def test_a_plan_is_for_the_card_that_is_asked_for(asked_alone):
+    """Hopper's cuBLAS keeps 32 MiB for each of two threads where others keep 8.1, and its context takes more."""
+    config, sizes = asked(), tiny(max_position_embeddings=256)
+    found = {card: plan(config, sizes, 10**10, torch.bfloat16, card) for card in (H100, RTX_3060)}
+    for card, answer in found.items():
+        assert answer.device == "cuda"
+        assert answer.asked.peak_bytes == whole(config, sizes, card).needed_bytes
+        assert f"on cuda ({card})" in printed(answer)
+    contexts = H100.context_bytes - RTX_3060.context_bytes
+    more = found[H100].asked.peak_bytes - found[RTX_3060].asked.peak_bytes
+    assert more - contexts == pytest.approx(2 * (32 * MIB - 8519680), abs=4 * MIB)  # segments have whole 2 MiB
+    between = found[H100].asked.peak_bytes - 1  # fits one and not the other
+    assert plan(config, sizes, between, torch.bfloat16, RTX_3060, margin=0.0, confirm=False).fits
+    assert not plan(config, sizes, between, torch.bfloat16, H100, margin=0.0, confirm=False).fits
+
+
+def test_what_was_measured_on_a_card_changes_its_plan(asked_alone):
+    measured = Calibration("here", 700_000_000, 0, 4 * MIB)
+    config, sizes = asked(), tiny(max_position_embeddings=256)
+    target = replace(H100, calibration=measured)
+    found = plan(config, sizes, 10**10, torch.bfloat16, target)
+    assert found.asked.peak_bytes == whole(config, sizes, target).needed_bytes
+    estimated = plan(config, sizes, 10**10, torch.bfloat16, H100, confirm=False)
+    less = estimated.asked.peak_bytes - found.asked.peak_bytes
+    assert less - (H100.context_bytes - 700_000_000) == pytest.approx(60 * MIB, abs=22 * MIB)  # a segment more or less
+
+
+def test_the_refusal_looks_on_the_same_card(asked_alone):
+    """What makes a run fit on a card is estimated with the card's own workspaces."""
+    config, sizes = asked(**{"training.per_device_train_batch_size": 8}), tiny(max_position_embeddings=256)
+    shape = BatchShape.assumed(config, sizes)
+    for card in (H100, RTX_3060):
+        now = whole(config, sizes, card)
+        found = change_that_fits(config, sizes, round((now.needed_bytes - 1) / 0.95), torch.bfloat16, card, shape, now)
+        assert found is not None
+        after = whole(with_values(config, found.settings), sizes, card)
+        assert found.peak_bytes == pytest.approx(after.needed_bytes, abs=20 * MIB)  # one segment
+
+
+def deep(layers: int = 8) -> LlamaConfig:
+    """A model whose boundaries, 4 MiB each of 2048 tokens in 16 bits, are most of what a step takes."""
+    return tiny(hidden_size=1024, intermediate_size=512, num_hidden_layers=layers, vocab_size=128)
+
+
+def test_boundaries_go_to_the_host_before_rows_are_shortened(monkeypatch, asked_alone):
+    """Also where `train` refuses; and with them there it fits."""
+    monkeypatch.setattr("qlora_tool.memory.plan.search.SHORTEST", 2048)  # no other length is tried
+    config = asked(**ON_CARD | {"data.max_length": 2048, "training.optim": "adamw_8bit", "training.tiled_mlp": True})
+    now = whole(config, deep(), H100)
+    then = whole(with_values(config, {"training.offload_boundaries": True}), deep(), H100)
+    assert now.needed_bytes - then.needed_bytes > 5 * 4 * MIB
+    limit = (now.needed_bytes + then.needed_bytes) // 2
+    found = plan(config, deep(), limit, torch.bfloat16, H100, margin=0.0)
+    assert found.change.settings == {"training.offload_boundaries": True} and found.change.confirmed
+    assert found.change.peak_bytes == then.needed_bytes < limit < found.asked.peak_bytes
+    assert printed(found).rstrip().endswith("--set training.offload_boundaries=true")
+    assert "; copies to and from the host:" in " ".join(printed(found).split())
+    shape = BatchShape.assumed(config, deep())
+    refusal = change_that_fits(config, deep(), round(limit / 0.95), torch.bfloat16, H100, shape, now)
+    assert refusal.settings == found.change.settings
+
+
+def test_a_cpu_is_never_told_to_copy_to_its_own_memory(monkeypatch):
+    monkeypatch.setattr("qlora_tool.memory.plan.search.BATCH_SIZES", ())
+    monkeypatch.setattr("qlora_tool.memory.plan.search.SHORTEST", 256)
+    found = plan(asked(), tiny(max_position_embeddings=256), MIB, torch.float32, None)
+    shown = {key for option in found.options for key in option.settings}
+    assert "training.offload_boundaries" not in shown | set(found.change.settings if found.change else {})
+
+
+def test_what_takes_less_is_shown_with_what_it_costs(monkeypatch, asked_alone):
+    """Not what does nothing for this run: 1024 tokens are one tile."""
+    savings = [{"training.tiled_mlp": True}, {"training.offload_boundaries": True}, {"model.embeddings": "int8"}]
+    monkeypatch.setattr("qlora_tool.memory.plan.search._ALTERNATIVES", {"savings": savings})
+    config, sizes = asked(**ON_CARD | {"training.per_device_train_batch_size": 4}), deep(6)
+    sizes.max_position_embeddings, sizes.vocab_size = 256, 512
+    found = plan(config, sizes, 10**10, torch.bfloat16, H100, confirm=False)
+    assert [option.settings for option in found.options if option.group == "savings"] == savings[1:]
+    lines = [line.split("  ") for line in printed(found).splitlines()]
+    costs = {cells[0]: cells[-1].strip() for cells in lines if cells[0].startswith(("off", "emb", "til"))}
+    assert costs == {"offload_boundaries=true": "copies to and from the host", "embeddings=int8": "rounded to 8 bits"}

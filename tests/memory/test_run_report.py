@@ -110,10 +110,17 @@ def test_a_broken_cached_prediction_is_made_again(config: Config, content: str):
 # --------------------------------------------------------------------------------------- a run that does not fit
 
 
-def test_a_run_that_cannot_fit_is_refused_on_a_card(config: Config, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_that_cannot_fit_is_refused_on_a_card(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     setup, memory = on_card(config), RunMemory()
     monkeypatch.setattr(run_report, "available_bytes", lambda *_: 1 << 40)
-    memory.check(setup, batch(20, 12))
+    monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
+    with caplog.at_level(logging.INFO, "qlora_tool"):
+        memory.check(setup, batch(20, 12))
+    told = [record.getMessage() for record in caplog.records]
+    context = [line for line in told if "estimated in it: the CUDA context, 620 MB (430 to 905 MB were seen" in line]
+    assert len(context) == len([line for line in told if "predicted at the peak" in line]) > 0  # as often: once a check
     needed = memory.predicted.needed_bytes
     assert needed > memory.predicted.peak_bytes  # the context, and what the allocator holds
     monkeypatch.setattr(run_report, "available_bytes", lambda *_: needed)

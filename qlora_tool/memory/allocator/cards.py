@@ -58,7 +58,7 @@ class Budget:
     """How much memory a plan may count on.
 
     Attributes:
-        bytes: all that CUDA sees of the device, its own context (300 to 600 MB) included.
+        bytes: all that CUDA sees of the device, its own context (430 to 905 MB) included.
         name: what was asked for, in words.
         estimated: whether what the driver keeps was estimated.
     """
