@@ -106,3 +106,17 @@ def test_a_card_gives_what_was_read_of_it():
 def test_what_is_neither_size_nor_card_is_an_error(written):
     with pytest.raises(UserError, match="24GB"):
         parse_device_memory(written)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0GB", r"above 0.*found '0GB'"), ("-3GB", "above 0"), ("0", "above 0"), ("0.0GiB", "above 0"),
+        ("12", "write 12GB"), ("mi300x", "only those are supported"), ("m2", "NVIDIA's cards"),
+        ("M3 Max", "--device cpu"), ("Radeon RX 7900", "--device cpu"), ("rx-7900", "--device cpu"),
+        ("Intel Arc A770", "--device cpu"),
+    ],
+)  # fmt: skip
+def test_what_is_no_size_and_no_card_of_nvidia(text, said):
+    with pytest.raises(UserError, match=said):
+        parse_device_memory(text)

@@ -206,6 +206,11 @@ def find_card(name: str) -> Card:
     raise UserError(f"the card '{name}' is not in the table of cards; {hint}give its memory, such as 24GB or 22GiB")
 
 
+_OTHER_MAKERS = re.compile(
+    r"(amd|radeon|instinct|rx[ -]?\d|mi\d{2,3}|apple|m\d([ -]?(pro|max|ultra))?$|intel|arc\b)", re.IGNORECASE
+)
+
+
 def parse_device_memory(text: str) -> Budget:
     """What `--device-memory` means: a card by name, or a size.
 
@@ -216,12 +221,21 @@ def parse_device_memory(text: str) -> Budget:
         UserError: it is neither.
     """
     text = text.strip()
-    if (sold := re.fullmatch(r"(\d+)\s*GB", text, re.IGNORECASE)) and int(sold[1]) > 0:
+    if re.fullmatch(r"-.*|0+(\.0+)?\s*([KMGT]?i?B)?", text, re.IGNORECASE):
+        raise UserError(f"expected a size above 0, such as 24GB, or a card such as rtx-4090, found '{text}'")
+    if sold := re.fullmatch(r"(\d+)\s*GB", text, re.IGNORECASE):
         gib = int(sold[1])
         return Budget(estimate_total(gib), f"a card of {gib} GB", True)
     # Digits alone are bytes, but for short ones: 4090 is a card.
     if re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]i?B|B)|\d{6,}", text, re.IGNORECASE):
         return Budget(parse_size(text), text, False)
+    if re.fullmatch(r"\d{1,3}", text):
+        raise UserError(f"'{text}' is neither a size nor a card: write {text}GB, or a card such as rtx-4090")
+    if _OTHER_MAKERS.match(text):
+        raise UserError(
+            f"'{text}' is not one of NVIDIA's cards, and only those are supported; elsewhere runs are on the CPU: give "
+            "--device cpu"
+        )
     card = find_card(text)
     return Budget(card.total_bytes, card.name, card.estimated)
 
