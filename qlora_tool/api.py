@@ -110,7 +110,7 @@ def profile_memory(
         MachineError: the hub is out of reach.
     """
     configuration = load_config(config, set)
-    from qlora_tool.memory.allocator.cards import parse_device_memory
+    from qlora_tool.memory.allocator.cards import CARDS, parse_device_memory
 
     if device not in (None, "cuda", "cpu"):
         raise UserError(f"--device: expected cuda or cpu, found {device!r}")
@@ -121,6 +121,11 @@ def profile_memory(
     if plan and budget is None:
         raise OptionError("--plan needs to know what must suffice: give --device-memory, such as 24GB or rtx-4090")
     device = device or ("cpu" if configuration.model.device == "cpu" else "cuda")
+    if device == "cpu" and budget is not None and budget.name in {card.name for card in CARDS}:
+        raise OptionError(
+            f"--device-memory {budget.name}: a card, but the prediction is for a CPU; give --device cuda, or a size "
+            "such as 16GiB"
+        )
     from qlora_tool.memory.profile_run import draw, planned, profile_run
 
     profiled = profile_run(configuration, device, budget, measure=measure, calibrate=calibrate, may_change=plan)

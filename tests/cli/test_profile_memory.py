@@ -260,3 +260,9 @@ def test_a_card_that_is_not_here(here: Path, option: str, monkeypatch: pytest.Mo
 
 def test_a_plot_of_another_kind(here: Path):
     assert "step.pdf: expected a name that ends in .png or .html" in refused("--plot", "step.pdf")
+
+
+def test_a_card_is_no_memory_of_a_cpu(here: Path):
+    result = run("--device", "cpu", "--device-memory", "rtx-4090")
+    assert result.exit_code == 2
+    assert "--device-memory rtx-4090: a card, but the prediction is for a CPU; give --device cuda" in result.stderr
