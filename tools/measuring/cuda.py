@@ -1,4 +1,4 @@
-"""All that needs a CUDA device of 24 GB or more, in one run of at most nine minutes.
+"""All that needs a CUDA device of 24 GB or more, in runs of at most nine minutes.
 
 What was found is in FOLDER as it comes:
 
