@@ -1,1 +1,1 @@
-"""From data files to batches: sources → formats → chat → labels → tokenize → batches; prompts for generation."""
+"""From data files to batches: sources, formats, messages, chat, labels, tokenize, batches; prompts for generation."""

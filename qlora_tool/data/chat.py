@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_tool.data.faults import RowFault
-from qlora_tool.data.formats import Conversation, Message
+from qlora_tool.data.messages import Conversation, Message
 from qlora_tool.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -127,6 +127,53 @@ def render(
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RowFault(f"the chat template refuses this conversation: {reason}") from error
+
+
+@dataclass(frozen=True)
+class RenderedRow:
+    """One row as the model sees it.
+
+    Args:
+        text: all of it.
+        answers: begin and end of every answer that is trained, as positions in `text`.
+        where: the row it comes from, and which answer of it where it has one alone (`FILE, line N, answer 2`).
+        ends_added: answers that got an end-of-text token because the template ends them with no special token.
+    """
+
+    text: str
+    answers: list[tuple[int, int]]
+    where: str
+    ends_added: int = 0
+
+
+@dataclass(frozen=True)
+class ConversationRenderer:
+    """Turns conversations into the rows they are trained as: one, or one an answer.
+
+    Args:
+        tokenizer: with the chat template to render with; see `install_chat_template`.
+        special: its special tokens.
+        every_answer: whether the answers must be told apart (to train on them alone).
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    special: SpecialTokens
+    every_answer: bool = True
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, *, every_answer: bool = True) -> ConversationRenderer:
+        """One for a tokenizer."""
+        return cls(tokenizer, SpecialTokens.of(tokenizer), every_answer)
+
+    def rows(self, conversation: Conversation) -> list[RenderedRow]:
+        """The rows that a conversation is trained as, each rendered as at inference.
+
+        Raises:
+            RowFault: the template refuses the conversation, or an answer cannot be told apart.
+            UserError: what no row of this data set can be trained with.
+        """
+        rendered = render_conversation(self.tokenizer, conversation, self.special, every_answer=self.every_answer)
+        return [RenderedRow(rendered.text, rendered.answers, conversation.where, rendered.ends_added)]
 
 
 @dataclass

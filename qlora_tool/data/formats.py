@@ -14,41 +14,14 @@ A `system` column goes before the conversation; the first three formats pass a `
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_tool.data.faults import RowFault, RowFaults
+from qlora_tool.data.faults import RowFault, RowFaults, hint, kind_of
+from qlora_tool.data.messages import Conversation, Message, read_list, read_turns
 from qlora_tool.data.sources import Row
-from qlora_tool.errors import UserError, did_you_mean
-
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-# What others call the roles that chat templates know.
-ROLE_ALIASES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-}
-Message = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """The turns of one row, as chat templates take them."""
-
-    messages: list[Message]
-    where: str
-    tools: list[Any] | None = None
-
-    @property
-    def has_answer(self) -> bool:
-        """Whether an assistant turn says something (or calls a tool)."""
-        return any(turn["role"] == "assistant" and _says_something(turn) for turn in self.messages)
+from qlora_tool.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -86,7 +59,7 @@ def find_format(rows: Sequence[Row], wanted: str = "auto", *, need_answers: bool
     columns = ", ".join(found[:20]) + (", …" if len(found) > 20 else "") or "none"
     needs = "; ".join(f"{name}: {form.form}" for name, form in candidates.items())
     reason = "are those of no format" if wanted == "auto" else f"are not those of the format {wanted}"
-    raise UserError(f"{rows[0].where}: the columns ({columns}) {reason}; needed are {needs}{_hint(found, known)}")
+    raise UserError(f"{rows[0].where}: the columns ({columns}) {reason}; needed are {needs}{hint(found, known)}")
 
 
 def read_conversations(rows: Sequence[Row], name: str, *, need_answers: bool = True) -> list[Conversation]:
@@ -104,7 +77,7 @@ def read_conversations(rows: Sequence[Row], name: str, *, need_answers: bool = T
             system = _string(row.fields, "system")
             if system.strip() and (not messages or messages[0]["role"] != "system"):
                 messages = [{"role": "system", "content": system}, *messages]
-            tools = _list(row.fields["tools"], "tools") if form.takes_tools and row.fields.get("tools") else None
+            tools = read_list(row.fields["tools"], "tools") if form.takes_tools and row.fields.get("tools") else None
             conversations.append(Conversation(messages, row.where, tools))
         except RowFault as fault:
             faults.add(row.where, fault)
@@ -129,16 +102,8 @@ def _require_columns(row: Row, columns: tuple[str, ...], name: str) -> None:
     missing = [column for column in columns if column not in row.fields]
     if missing:
         there = ", ".join(map(str, row.fields)) or "none at all"
-        hint = _hint(map(str, row.fields), columns)
-        raise RowFault(f"no column '{missing[0]}', which the format {name} needs (found {there}){hint}")
-
-
-def _hint(found: Iterable[str], expected: Collection[str]) -> str:
-    """The closest expected name for the first found one that looks misspelt."""
-    for name in found:
-        if name not in expected and (close := did_you_mean(name, expected)):
-            return f"; '{name}' is not read{close}"
-    return ""
+        close = hint(map(str, row.fields), columns)
+        raise RowFault(f"no column '{missing[0]}', which the format {name} needs (found {there}){close}")
 
 
 def _string(fields: dict[str, Any], column: str) -> str:
@@ -147,72 +112,8 @@ def _string(fields: dict[str, Any], column: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise RowFault(f"'{column}' is {_kind(value)}, expected a string")
+        raise RowFault(f"'{column}' is {kind_of(value)}, expected a string")
     return value
-
-
-def _kind(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:39] + '…'}"
-
-
-def _list(value: Any, column: str) -> list[Any]:
-    """A column that holds a list; where cells can only be strings (.csv), one written as JSON."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise RowFault(f"'{column}' is a string that is not JSON ({error.msg}), expected a list") from error
-    if not isinstance(value, list):
-        raise RowFault(f"'{column}' is {_kind(value)}, expected a list")
-    return value
-
-
-def _turns(fields: dict[str, Any], column: str) -> list[Message]:
-    turns = _list(fields[column], column) if fields[column] is not None else []
-    return [_turn(turn, f"{column}[{index}]") for index, turn in enumerate(turns)]
-
-
-def _turn(turn: Any, name: str) -> Message:
-    """One message: {role, content} or {from, value}, with what else a template may read (tool_calls, …)."""
-    if not isinstance(turn, dict):
-        raise RowFault(f"{name} is {_kind(turn)}, expected an object such as {{role, content}} or {{from, value}}")
-    role_key, content_key = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
-    if role_key not in turn:
-        raise RowFault(f"{name} has no 'role' (found {', '.join(map(str, turn)) or 'nothing'})")
-    if content_key not in turn and not turn.get("tool_calls"):
-        hint = _hint(map(str, turn), (role_key, content_key))
-        raise RowFault(f"{name} has no '{content_key}' (found {', '.join(map(str, turn))}){hint}")
-    rest = {key: value for key, value in turn.items() if key not in (role_key, content_key) and value is not None}
-    return {"role": _role(turn[role_key], name), "content": _content(turn.get(content_key), name), **rest}
-
-
-def _role(role: Any, name: str) -> str:
-    """The role's usual name. Roles that only some templates know pass, misspelt ones do not."""
-    if not isinstance(role, str):
-        raise RowFault(f"{name}: the role is {_kind(role)}, expected one of {', '.join(ROLES)}")
-    role = ROLE_ALIASES.get(role, role)
-    if role not in ROLES and (close := did_you_mean(role, ROLES)):
-        raise RowFault(f"{name}: the role is '{role}'{close}")
-    return role
-
-
-def _content(content: Any, name: str) -> str:
-    """A turn's text. A list of text parts is joined: many templates take nothing but strings."""
-    if content is None:
-        return ""
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        other = [part for part in content if not isinstance(part.get("text"), str)]
-        if other:
-            raise RowFault(f"{name} holds {_kind(other[0])}, expected text alone")
-        return "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise RowFault(f"{name}: the content is {_kind(content)}, expected a string")
-    return content
-
-
-def _says_something(turn: Message) -> bool:
-    return bool(turn["content"].strip() or turn.get("tool_calls"))
 
 
 def _question_and_answer(question: str, answer: str) -> list[Message]:
@@ -232,11 +133,15 @@ def _read_dolly(fields: dict[str, Any]) -> list[Message]:
     return _question_and_answer(_joined(fields, "instruction", "context"), _string(fields, "response"))
 
 
+def _read_column(column: str) -> Callable[[dict[str, Any]], list[Message]]:
+    return lambda fields: read_turns(fields[column], column)
+
+
 def _read_prompt_completion(fields: dict[str, Any]) -> list[Message]:
     messages: list[Message] = []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
         if isinstance(fields.get(column), list):
-            messages += _turns(fields, column)
+            messages += read_turns(fields[column], column)
         else:
             messages.append({"role": role, "content": _string(fields, column)})
     return messages
@@ -248,9 +153,9 @@ def _read_text(fields: dict[str, Any]) -> list[Message]:
 
 # In the order in which `auto` tries them: Alpaca's own file has a `text` column besides.
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), (), lambda f: _turns(f, "messages"), "messages (a list of {role, content})"),
+    "messages": Format(("messages",), (), _read_column("messages"), "messages (a list of {role, content})"),
     "sharegpt": Format(
-        ("conversations",), (), lambda f: _turns(f, "conversations"), "conversations (a list of {from, value})"
+        ("conversations",), (), _read_column("conversations"), "conversations (a list of {from, value})"
     ),
     "prompt_completion": Format(("prompt",), ("completion",), _read_prompt_completion, "prompt and completion"),
     "alpaca": Format(

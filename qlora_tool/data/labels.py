@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from qlora_tool.data.chat import RenderedConversation, SpecialTokens
+from qlora_tool.data.chat import RenderedRow, SpecialTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +21,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_toke
 
 
 def label_answers(
-    tokenizer: PreTrainedTokenizerBase, rendered: RenderedConversation, special: SpecialTokens, max_length: int
+    tokenizer: PreTrainedTokenizerBase, rendered: RenderedRow, special: SpecialTokens, max_length: int
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels of a rendered conversation, not yet truncated. No special token is added to the template's.
 

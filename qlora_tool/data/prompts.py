@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from qlora_tool.data.chat import install_chat_template, render
 from qlora_tool.data.faults import RowFault, RowFaults
-from qlora_tool.data.formats import Conversation, find_format, read_conversations
+from qlora_tool.data.formats import find_format, read_conversations
 from qlora_tool.data.labels import token_ids
+from qlora_tool.data.messages import Conversation
 from qlora_tool.data.sources import read_rows
 from qlora_tool.errors import UserError
 

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qlora_tool.data.chat import SpecialTokens, install_chat_template, render_conversation
+from qlora_tool.data.chat import ConversationRenderer, RenderedRow, install_chat_template
 from qlora_tool.data.faults import RowFault, RowFaults
-from qlora_tool.data.formats import Conversation, find_format, read_conversations, read_documents
+from qlora_tool.data.formats import find_format, read_conversations, read_documents
 from qlora_tool.data.labels import IGNORED, label_answers, token_ids
+from qlora_tool.data.messages import Conversation
 from qlora_tool.data.report import DataReport
 from qlora_tool.data.sources import Row, hashes, read_rows
 from qlora_tool.errors import UserError
@@ -170,30 +171,35 @@ def _conversation_examples(
     conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase, report: DataReport
 ) -> list[Example]:
     examples, faults = [], RowFaults()
-    every_answer = report.train_on == "completion"
-    special = SpecialTokens.of(tokenizer)
+    renderer = ConversationRenderer.of(tokenizer, every_answer=report.train_on == "completion")
     for conversation in conversations:
         if not conversation.has_answer:
             report.dropped_no_answer += 1
             continue
         try:
-            rendered = render_conversation(tokenizer, conversation, special, every_answer=every_answer)
+            rows = renderer.rows(conversation)
         except RowFault as fault:
             faults.add(conversation.where, fault)
             continue
-        ids, labels = label_answers(tokenizer, rendered, special, report.max_length)
-        if not every_answer:
-            labels = list(ids)
-        example = Example(ids[: report.max_length], labels[: report.max_length], conversation.where)
-        if example.trained_tokens < 1:
-            report.dropped_truncated += 1
-            continue
-        report.ends_added += rendered.ends_added
-        report.truncated += len(ids) > report.max_length
-        examples.append(example)
+        made = [example for row in rows if (example := _example(row, renderer, report))]
+        report.kept += bool(made)
+        report.dropped_truncated += not made
+        examples += made
     faults.raise_any()
-    report.kept = len(examples)
     return examples
+
+
+def _example(row: RenderedRow, renderer: ConversationRenderer, report: DataReport) -> Example | None:
+    """The row's tokens, within max_length; None where nothing is left to train."""
+    ids, labels = label_answers(renderer.tokenizer, row, renderer.special, report.max_length)
+    if not renderer.every_answer:
+        labels = list(ids)
+    example = Example(ids[: report.max_length], labels[: report.max_length], row.where)
+    if example.trained_tokens < 1:
+        return None
+    report.ends_added += row.ends_added
+    report.truncated += len(ids) > report.max_length
+    return example
 
 
 def _text_examples(rows: list[Row], tokenizer: PreTrainedTokenizerBase, report: DataReport) -> list[Example]:

@@ -17,11 +17,10 @@ from tokenizers_for_tests import (
     trained_texts,
 )
 
-from qlora_tool.data import chat
-from qlora_tool.data.chat import SpecialTokens, install_chat_template, render
+from qlora_tool.data.chat import ConversationRenderer, SpecialTokens, install_chat_template, render
 from qlora_tool.data.faults import RowFault
-from qlora_tool.data.formats import Conversation
 from qlora_tool.data.labels import label_answers, token_ids
+from qlora_tool.data.messages import Conversation
 from qlora_tool.errors import UserError
 
 LONG = 10_000
@@ -35,7 +34,8 @@ def conversation(*contents, system=None, first="user") -> Conversation:
 
 
 def render_conversation(tokenizer, given, **options):
-    return chat.render_conversation(tokenizer, given, SpecialTokens.of(tokenizer), **options)
+    (row,) = ConversationRenderer.of(tokenizer, **options).rows(given)
+    return row
 
 
 def tokenized(tokenizer, given, max_length=LONG):
