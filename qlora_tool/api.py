@@ -251,7 +251,7 @@ def generate(
     if file is not None:
         from qlora_tool.data.sources import read_rows
 
-        read_rows(file)  # a fault of the file is told before the model is read
+        list(read_rows(file))  # a fault of the file is told before the model is read
     artifact = _artifact(run_or_model, model, quantization, double_quant, device, compute_dtype)
     from qlora_tool.inference.generate import generate as answer
 

@@ -153,7 +153,7 @@ class DataConfig(Keys):
     marks = frozenset({Mark.NOT_IN_MEMORY})
 
     train: Annotated[Text, Field(title="a file, a folder or a hub id")] = "data/train.jsonl"
-    """A .json, .jsonl, .csv, .parquet or .txt file, a folder, or a hub id. Paths are relative to the current folder."""
+    """A .jsonl, .json, .csv, .tsv, .xlsx, .parquet, .arrow or .txt file, packed or not, a folder, or a hub id."""
     eval: Evaluation = None
     """The same; or a fraction of the training data, such as 0.02; or a mapping from names to files."""
     format: DataFormat = "auto"

@@ -18,21 +18,46 @@ class RowFault(Exception):
 
 @dataclass
 class RowFaults:
-    """The faulty rows of one pass over the data, each a line `FILE, line N: what is wrong`."""
+    """The faulty rows of one pass over the data, each a line `FILE, line N: what is wrong`, and what else is to say.
 
+    Attributes:
+        skip: whether faulty rows are left out and counted (`data.on_error: skip`), not raised.
+        lines: the first few of them.
+        count: how many there are.
+        remarks: what the user should know of files that were read all the same, a line each.
+    """
+
+    skip: bool = False
     lines: list[str] = field(default_factory=list)
+    count: int = 0
+    remarks: list[str] = field(default_factory=list)
 
     def add(self, where: str, message: object) -> None:
-        self.lines.append(f"{where}: {message}")
+        """Note a faulty row."""
+        self.add_lines([f"{where}: {message}"])
+
+    def add_lines(self, lines: Iterable[str], count: int | None = None) -> None:
+        """Note faulty rows that are lines already, `count` of them where not all have one."""
+        before = len(self.lines)
+        self.lines += lines
+        self.count += len(self.lines) - before if count is None else count
+        del self.lines[FAULTS_SHOWN:]
+
+    def remark(self, line: str) -> None:
+        """Note something that is no fault, once."""
+        if line not in self.remarks:
+            self.remarks.append(line)
 
     def raise_any(self) -> None:
-        """Raise the first few together as a `UserError` that says how many more there are."""
-        if not self.lines:
-            return
-        shown = self.lines[:FAULTS_SHOWN]
-        if more := len(self.lines) - len(shown):
-            shown.append(f"and {more} more faulty row{'s' if more > 1 else ''}")
-        raise UserError(shown)
+        """Raise the first few together as a `UserError` that says how many more there are; nothing where they are
+        skipped."""
+        if self.lines and not self.skip:
+            raise UserError(self.shown())
+
+    def shown(self) -> list[str]:
+        """The first few, and how many more there are."""
+        more = self.count - len(self.lines)
+        return [*self.lines, *([f"and {more} more faulty row{'s' if more > 1 else ''}"] if more else [])]
 
 
 def kind_of(value: Any) -> str:

@@ -14,13 +14,13 @@ A `system` column goes before the conversation; the first three formats pass a `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from qlora_tool.data.faults import RowFault, RowFaults, hint, kind_of
 from qlora_tool.data.messages import Conversation, Message, read_list, read_turns
-from qlora_tool.data.sources import Row
+from qlora_tool.data.readers.rows import Row
 from qlora_tool.errors import UserError
 
 
@@ -38,10 +38,11 @@ class Format:
         return self.asks + self.answers if need_answers else self.asks
 
 
-def find_format(rows: Sequence[Row], wanted: str = "auto", *, need_answers: bool = True) -> str:
+def find_format(rows: Iterable[Row], wanted: str = "auto", *, need_answers: bool = True) -> str:
     """The format of the rows: `wanted`, or with `auto` the first one in the table above whose columns a row has.
 
     Args:
+        rows: iterated more than once, as far as need be.
         need_answers: whether the columns with the answers must be there (they need not be to generate).
 
     Raises:
@@ -59,10 +60,11 @@ def find_format(rows: Sequence[Row], wanted: str = "auto", *, need_answers: bool
     columns = ", ".join(found[:20]) + (", …" if len(found) > 20 else "") or "none"
     needs = "; ".join(f"{name}: {form.form}" for name, form in candidates.items())
     reason = "are those of no format" if wanted == "auto" else f"are not those of the format {wanted}"
-    raise UserError(f"{rows[0].where}: the columns ({columns}) {reason}; needed are {needs}{hint(found, known)}")
+    where = next(iter(rows)).where
+    raise UserError(f"{where}: the columns ({columns}) {reason}; needed are {needs}{hint(found, known)}")
 
 
-def read_conversations(rows: Sequence[Row], name: str, *, need_answers: bool = True) -> list[Conversation]:
+def read_conversations(rows: Iterable[Row], name: str, *, need_answers: bool = True) -> list[Conversation]:
     """Every row as a conversation, those without an answer too.
 
     Raises:
@@ -85,7 +87,7 @@ def read_conversations(rows: Sequence[Row], name: str, *, need_answers: bool = T
     return conversations
 
 
-def read_documents(rows: Sequence[Row]) -> list[str]:
+def read_documents(rows: Iterable[Row]) -> list[str]:
     """The text of every row, in order; an empty string where a row has none."""
     documents, faults = [], RowFaults()
     for row in rows:

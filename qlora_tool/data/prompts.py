@@ -48,7 +48,7 @@ def read_prompts(source: str, data_format: str, tokenizer: PreTrainedTokenizerBa
     Raises:
         UserError: the source is missing or broken, or the template refuses a row.
     """
-    rows = read_rows(source)
+    rows = list(read_rows(source))
     if Path(source).suffix.lower() == ".txt":
         lines = enumerate(rows[0].fields["text"].split("\n"), start=1)
         texts = [(line.rstrip("\r"), f"{source}, line {number}") for number, line in lines if line.strip()]

@@ -1,53 +1,150 @@
-"""Rows from .json, .jsonl, .csv, .parquet and .txt files, from a folder of them, or from the hub."""
+"""Where data lie: files of the kinds in `READERS`, packed or not, folders of them, or the hub."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
-import json.decoder
-import json.scanner
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_tool.data.faults import RowFaults
+from qlora_tool.data.readers.arrow import read_arrow, read_parquet
+from qlora_tool.data.readers.delimited import read_delimited
+from qlora_tool.data.readers.json_lines import read_json, read_json_lines
+from qlora_tool.data.readers.plain_text import read_text
+from qlora_tool.data.readers.rows import Row
+from qlora_tool.data.readers.spreadsheet import read_spreadsheet
+from qlora_tool.data.readers.streams import COMPRESSIONS
 from qlora_tool.errors import MachineError, UserError, did_you_mean
 from qlora_tool.files.hashes import sha256
+
+__all__ = ["READERS", "Part", "Row", "Rows", "hashes", "read_rows", "skipped_files", "source_files", "source_parts"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+){0,2}")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of a data source: its columns, and where it stands (`FILE, line N`) for whoever must name it."""
+class Rows:
+    """The rows of a data source, in order; each iteration reads them anew, one after the other.
 
-    fields: dict[str, Any]
-    where: str
+    Attributes:
+        source: as it was given.
+        parts: what it consists of, each by itself: files, or a data set of the hub.
+        faults: is told of faulty rows; None: they are raised together behind the last row.
+    """
+
+    source: str
+    parts: list[Part]
+    faults: RowFaults | None = None
+
+    def __iter__(self) -> Iterator[Row]:
+        faults = RowFaults() if self.faults is None else self.faults
+        for part in self.parts:
+            yield from part.rows(faults)
+        if self.faults is None:
+            faults.raise_any()
 
 
-def read_rows(source: str) -> list[Row]:
-    """All rows of a data source, in order.
+def read_rows(source: str, faults: RowFaults | None = None) -> Rows:
+    """The rows of a data source, lazily.
 
     Args:
         source: a file; a folder, whose data files are read in the order of their names; or, where no such path
             exists, a hub id: `owner/name`, `owner/name:split` or `owner/name:configuration:split` (default: train).
-            A .txt file is one row whose `text` is the whole file. A .json file is a list of objects, `{"data": [...]}`,
-            or one object a line.
+            A .txt file is one row whose `text` is the whole file. A spreadsheet's sheet is `FILE.xlsx:SHEET`.
+        faults: see `Rows`.
 
     Raises:
-        UserError: nothing there, nothing in it, or rows that cannot be read (several are named at once).
+        UserError: nothing there; and, while rows are read, nothing in it or rows that cannot be read (several are named
+            at once).
         MachineError: the hub cannot be reached.
     """
+    return Rows(source, source_parts(source), faults)
+
+
+class Part:
+    """A source whose rows have one form: a file or a data set of the hub.
+
+    Attributes:
+        name: what it is called.
+        file: None for a data set of the hub.
+    """
+
+    name: str
+    file: Path | None = None
+
+    def rows(self, faults: RowFaults) -> Iterator[Row]:
+        """Its rows, read one after the other."""
+        raise NotImplementedError
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 by file, of its bytes; for a hub id, of its rows as JSON lines."""
+        raise NotImplementedError
+
+
+class FilePart(Part):
+    """A file, or a sheet of one."""
+
+    def __init__(self, file: Path, sheet: str | None = None):
+        self.file, self.sheet = file, sheet
+        self.name = f"{file}:{sheet}" if sheet else str(file)
+
+    def rows(self, faults: RowFaults) -> Iterator[Row]:
+        reader = _reader(self.file)
+        before, empty = faults.count, True
+        rows = read_spreadsheet(self.file, faults, self.sheet) if self.sheet else reader(self.file, faults)
+        try:
+            for row in rows:
+                empty = False
+                yield row
+        except OSError as error:
+            raise UserError(f"{self.file}: cannot be read: {error.strerror or error}") from error
+        if empty and faults.count == before:
+            raise UserError(f"{self.name}: the file has no rows; expected at least one")
+
+    def hashes(self) -> dict[str, str]:
+        return {str(self.file): sha256(self.file)}
+
+
+class HubPart(Part):
+    """A split of a data set on the hub."""
+
+    def __init__(self, source: str):
+        self.name = source
+        self.loaded: Any = None
+
+    def rows(self, faults: RowFaults) -> Iterator[Row]:
+        self.loaded = _hub_rows(self.name) if self.loaded is None else self.loaded
+        for number, fields in enumerate(self.loaded, start=1):
+            yield Row(dict(fields), f"{self.name}, row {number}")
+
+    def hashes(self) -> dict[str, str]:
+        digest = hashlib.sha256()
+        for row in self.rows(RowFaults()):
+            digest.update(json.dumps(row.fields, sort_keys=True, default=str).encode() + b"\n")
+        return {self.name: digest.hexdigest()}
+
+
+def source_parts(source: str) -> list[Part]:
+    """What a source consists of; a folder of its data files, in the order of their names.
+
+    Raises:
+        UserError: there is nothing, or a file of an unknown kind, or a folder with none that is known.
+    """
     path = Path(source).expanduser()
-    if not path.exists():
-        if _looks_like_hub_id(source, path):
-            return _hub_rows(source)
-        raise UserError(_missing(source, path))
-    return [row for file in source_files(source) for row in _file_rows(file)]
+    if path.exists():
+        if not path.is_dir():
+            _reader(path)
+        return [FilePart(file) for file in source_files(source)]
+    file, colon, sheet = source.rpartition(":")
+    if colon and file.lower().endswith(".xlsx") and Path(file).expanduser().is_file():
+        return [FilePart(Path(file).expanduser(), sheet)]
+    if _looks_like_hub_id(source, path):
+        return [HubPart(source)]
+    raise UserError(_missing(source, path))
 
 
 def source_files(source: str) -> list[Path]:
@@ -55,22 +152,53 @@ def source_files(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if not path.is_dir():
         return [path] if path.exists() else []
-    inside = sorted(path.rglob("*"), key=lambda file: file.relative_to(path).as_posix())
-    hidden = {file for file in inside if any(part.startswith(".") for part in file.relative_to(path).parts)}
-    files = [file for file in inside if file.suffix.lower() in READERS and file.is_file() and file not in hidden]
+    files = [file for file in _inside(path) if _kind(file) in READERS and file.name not in _BESIDE]
     if not files:
         raise UserError(f"{source}: a folder without data files; expected {_kinds()} files in it")
     return files
 
 
-def hashes(source: str, rows: list[Row]) -> dict[str, str]:
+def skipped_files(source: str) -> list[str]:
+    """The files of a folder that are not read, by their names in it; hidden ones are not named."""
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return []
+    read = {*source_files(source)}
+    return [file.relative_to(path).as_posix() for file in _inside(path) if file not in read]
+
+
+def _inside(folder: Path) -> list[Path]:
+    """The files of a folder and those below it, but hidden ones, in the order of their names."""
+    inside = sorted(folder.rglob("*"), key=lambda file: file.relative_to(folder).as_posix())
+    return [file for file in inside if file.is_file()
+            and not any(part.startswith(".") for part in file.relative_to(folder).parts)]  # fmt: skip
+
+
+def hashes(source: str) -> dict[str, str]:
     """SHA-256 by file, of its bytes; for a hub id, of its rows as JSON lines."""
-    if files := source_files(source):
-        return {str(file): sha256(file) for file in files}
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row.fields, sort_keys=True, default=str).encode() + b"\n")
-    return {source: digest.hexdigest()}
+    return {name: digest for part in source_parts(source) for name, digest in part.hashes().items()}
+
+
+def _kind(file: Path) -> str:
+    """The ending that tells how a file is read, without that of its packed form."""
+    ending = file.suffix.lower()
+    if ending not in COMPRESSIONS:
+        return ending
+    inner = Path(file.stem).suffix.lower()
+    return f"{inner}{ending}" if inner in _NOT_PACKED else inner
+
+
+def _reader(file: Path) -> Callable[[Path, RowFaults], Iterator[Row]]:
+    kind = _kind(file)
+    if kind in READERS:
+        return READERS[kind]
+    if cure := _CURES.get(file.suffix.lower()):
+        raise UserError(f"{file}: no data file; {cure} (read are {_kinds()} files)")
+    found = f"the unknown ending '{file.suffix}'" if file.suffix else "no ending"
+    if file.suffix.lower() in COMPRESSIONS:
+        found = f"the ending '{Path(file.stem).suffix}{file.suffix}', which is read unpacked only"
+        found = found if kind else f"no ending before '{file.suffix}'"
+    raise UserError(f"{file}: a data file with {found}; expected {_kinds()}")
 
 
 def _kinds() -> str:
@@ -88,178 +216,46 @@ def _missing(source: str, path: Path) -> str:
 def _looks_like_hub_id(source: str, path: Path) -> bool:
     """Whether a source that is not a path can be meant as a hub id: not a file's name, not in a folder that exists, and
     not a misspelling of something in this folder."""
-    if not HUB_ID.fullmatch(source) or path.suffix.lower() in READERS:
+    if not HUB_ID.fullmatch(source) or _kind(path) in READERS:
         return False
     if "/" in source:
         return not path.parent.is_dir()
     return not did_you_mean(source, (entry.name for entry in Path().iterdir()))
 
 
-def _file_rows(file: Path) -> list[Row]:
-    reader = READERS.get(file.suffix.lower())
-    if reader is None:
-        kind = f"the unknown ending '{file.suffix}'" if file.suffix else "no ending"
-        raise UserError(f"{file}: a data file with {kind}; expected {_kinds()}")
-    try:
-        rows = reader(file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
-    if not rows:
-        raise UserError(f"{file}: the file has no rows; expected at least one")
-    return rows
-
-
-def _text(file: Path) -> str:
-    """A file's content. A byte order mark is left out, line ends stay as they are."""
-    content = file.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{file}, line {line}: not UTF-8 (byte 0x{content[error.start]:02x}); save the file as UTF-8"
-        ) from error
-
-
-def _json_kind(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return json.dumps(value)
-    kinds = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
-    return kinds.get(type(value), type(value).__name__)
-
-
-def _not_json(error: json.JSONDecodeError) -> str:
-    return f"not JSON ({error.msg}, column {error.colno})"
-
-
-def _read_jsonl(file: Path) -> list[Row]:
-    return _json_lines(file, _text(file))
-
-
-def _json_lines(file: Path, text: str) -> list[Row]:
-    rows: list[Row] = []
-    faults = RowFaults()
-    # Split at line feeds alone: JSON strings may hold other characters that str.splitlines takes for line ends.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        try:
-            _add_row(rows, faults, json.loads(line), where)
-        except json.JSONDecodeError as error:
-            faults.add(where, _not_json(error))
-    faults.raise_any()
-    return rows
-
-
-def _add_row(rows: list[Row], faults: RowFaults, value: Any, where: str) -> None:
-    if isinstance(value, dict):
-        rows.append(Row(value, where))
-    else:
-        faults.add(where, f'{_json_kind(value)}, expected an object such as {{"prompt": "…", "completion": "…"}}')
-
-
-def _read_json(file: Path) -> list[Row]:
-    text = _text(file)
-    if not text.strip():
-        return []
-    decoder = _LocatingDecoder()
-    try:
-        content = decoder.decode(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            return _json_lines(file, text)
-        raise UserError(f"{file}, line {error.lineno}: {_not_json(error)}") from error
-    items = content.get("data") if isinstance(content, dict) else content
-    if not isinstance(items, list):
-        keys = f" with the keys {', '.join(map(str, content))}" if isinstance(content, dict) else ""
-        raise UserError(f'{file}: {_json_kind(content)}{keys}; expected a list of objects, or {{"data": [...]}}')
-    rows: list[Row] = []
-    faults, line, counted = RowFaults(), 1, 0
-    for number, (position, item) in enumerate(zip(decoder.positions[id(items)], items, strict=True), start=1):
-        line, counted = line + text.count("\n", counted, position), position
-        _add_row(rows, faults, item, f"{file}, line {line} (row {number})")
-    faults.raise_any()
-    return rows
-
-
-class _LocatingDecoder(json.JSONDecoder):
-    """The standard decoder, which notes besides where the items of the outermost lists begin.
-
-    Attributes:
-        positions: by the id of a list, an offset for each of its items.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.positions: dict[int, list[int]] = {}
-        # Around the items the module's scanner in Python, which calls `parse_array`; the items by that in C.
-        self._scan_item: Callable[[str, int], tuple[Any, int]] = self.scan_once  # type: ignore[has-type]
-        self.parse_array = self._parse_list
-        self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
-
-    def _parse_list(self, text_and_start: tuple[str, int], _: Any) -> tuple[list[Any], int]:
-        positions: list[int] = []
-
-        def scan_item(text: str, position: int) -> tuple[Any, int]:
-            positions.append(position)
-            return self._scan_item(text, position)
-
-        items, end = json.decoder.JSONArray(text_and_start, scan_item)  # type: ignore[attr-defined]
-        self.positions[id(items)] = positions
-        return items, end
-
-
-def _read_csv(file: Path) -> list[Row]:
-    """Rows by the names in the first line. Quoted cells may span lines; a row's line is the one it begins on."""
-    csv.field_size_limit(1 << 30)  # the module's default refuses cells over 128 KiB
-    reader = csv.reader(io.StringIO(_text(file), newline=""), strict=True)
-    rows, faults = [], RowFaults()
-    names: list[str] = []
-    begin = 1
-    try:
-        for cells in reader:
-            where, begin = f"{file}, line {begin}", reader.line_num + 1
-            if not names:
-                names = cells
-                if twice := sorted({name for name in names if names.count(name) > 1}):
-                    raise UserError(f"{where}: the column '{twice[0]}' stands twice; give each a name of its own")
-            elif cells and len(cells) != len(names):
-                faults.add(where, f"{len(cells)} cells, expected {len(names)} ({', '.join(names)})")
-            elif cells:
-                rows.append(Row(dict(zip(names, cells, strict=True)), where))
-    except csv.Error as error:
-        faults.add(f"{file}, line {begin}", f"not CSV ({error})")
-    faults.raise_any()
-    return rows
-
-
-def _read_parquet(file: Path) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(file)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{file}: not a Parquet file ({str(error).splitlines()[0]})") from error
-    return [Row(fields, f"{file}, row {number}") for number, fields in enumerate(table.to_pylist(), start=1)]
-
-
-def _read_txt(file: Path) -> list[Row]:
-    text = _text(file)
-    return [Row({"text": text}, str(file))] if text.strip() else []
-
-
-READERS: dict[str, Callable[[Path], list[Row]]] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".txt": _read_txt,
+READERS: dict[str, Callable[[Path, RowFaults], Iterator[Row]]] = {
+    ".json": read_json,
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".csv": read_delimited,
+    ".tsv": read_delimited,
+    ".xlsx": read_spreadsheet,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".txt": read_text,
 }
+# What is read as a whole file that can be sought in, and so not unpacked on the way.
+_NOT_PACKED = (".xlsx", ".parquet", ".arrow")
+# What people have besides, and what to do with it.
+_CURES = {
+    ".xls": "save it as .xlsx or .csv",
+    ".xlsm": "save it as .xlsx",
+    ".ods": "save it as .xlsx or .csv",
+    ".zip": "unpack it",
+    ".tar": "unpack it",
+    ".tgz": "unpack it",
+    ".pkl": "save it as .jsonl or .parquet",
+    ".pdf": "save its text as .txt",
+    ".docx": "save its text as .txt, or its table as .csv",
+    ".md": "rename it to .txt to train on its text",
+    ".yaml": "save it as .jsonl",
+    ".yml": "save it as .jsonl",
+}
+# What `datasets` writes beside its Arrow files.
+_BESIDE = {"dataset_info.json", "dataset_dict.json", "state.json"}
 
 
-def _hub_rows(source: str) -> list[Row]:
+def _hub_rows(source: str) -> Any:
     import datasets
     import huggingface_hub
 
@@ -285,4 +281,4 @@ def _hub_rows(source: str) -> list[Row]:
         huggingface_hub.logging.set_verbosity(verbosity)
     if not len(rows):
         raise UserError(f"{source}: the split '{split}' has no rows; expected at least one")
-    return [Row(dict(fields), f"{source}, row {number}") for number, fields in enumerate(rows, start=1)]
+    return rows

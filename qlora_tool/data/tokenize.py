@@ -13,8 +13,9 @@ from qlora_tool.data.faults import RowFault, RowFaults
 from qlora_tool.data.formats import find_format, read_conversations, read_documents
 from qlora_tool.data.labels import IGNORED, label_answers, token_ids
 from qlora_tool.data.messages import Conversation
+from qlora_tool.data.readers.rows import Row
 from qlora_tool.data.report import DataReport
-from qlora_tool.data.sources import Row, hashes, read_rows
+from qlora_tool.data.sources import hashes, read_rows
 from qlora_tool.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def build_dataset(
             is left to learn from.
         MachineError: the hub cannot be reached.
     """
-    rows = read_rows(source)
+    rows = list(read_rows(source))
     form = find_format(rows, data.format)
     as_text = form == "text"
     # Evaluation files may be text beside a training set of conversations, so only the training set can contradict.
@@ -92,7 +93,7 @@ def build_dataset(
         train_on="all" if as_text else data.train_on,
         max_length=data.max_length,
         rows=len(rows),
-        files=hashes(source, rows),
+        files=hashes(source),
     )
     if as_text:
         examples = _text_examples(rows, tokenizer, report)

@@ -84,7 +84,7 @@ def evaluate(
         UserError: see `read_rows`, `find_format`, `open_artifact`, `check_length`, `score`.
     """
     for source in sources.values():
-        find_format(read_rows(source), data.format)  # a fault of the data is told before the model is read
+        find_format(list(read_rows(source)), data.format)  # a fault of the data is told before the model is read
     model, tokenizer = open_artifact(artifact)
     own = artifact.run.data if artifact.run else DataConfig()
     if max_length:

@@ -9,8 +9,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from qlora_tool.data.faults import RowFaults
 from qlora_tool.data.sources import hashes, read_rows, source_files
 from qlora_tool.errors import MachineError, UserError
+
+KINDS = ".json, .jsonl, .ndjson, .csv, .tsv, .xlsx, .parquet, .arrow or .txt"
 
 
 def write(folder, name, content):
@@ -22,7 +25,7 @@ def write(folder, name, content):
 
 def faults(source) -> list[str]:
     with pytest.raises(UserError) as raised:
-        read_rows(source)
+        list(read_rows(source))
     return raised.value.lines
 
 
@@ -54,10 +57,38 @@ def test_of_many_broken_lines_five_are_shown_and_the_rest_counted(tmp_path):
     assert lines[5:] == ["and 3 more faulty rows"]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
-def test_what_is_not_utf8_is_named_by_line(tmp_path, name):
-    source = write(tmp_path, name, b'{"text": "one"}\n{"text": "caf\xe9"}\n')
-    assert faults(source) == [f"{source}, line 2: not UTF-8 (byte 0xe9); save the file as UTF-8"]
+ENCODED = {
+    "a.jsonl": '{"text": "one"}\n{"text": "café “”"}\n', "a.json": '[{"text": "one"},\n{"text": "café “”"}]',
+    "a.csv": "text\none\ncafé “”\n", "a.tsv": "text\tid\none\t1\ncafé “”\t2\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENCODED)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_every_usual_encoding_gives_the_same_text(tmp_path, name, encoding):
+    source = write(tmp_path, name, ENCODED[name].encode(encoding))
+    told = RowFaults()
+    assert [row.fields["text"] for row in read_rows(source, told)] == ["one", "café “”"]
+    assert not told.lines
+    assert bool(told.remarks) == (encoding == "cp1252")
+    assert all("read as Windows-1252" in line for line in told.remarks)
+
+
+def test_a_book_in_another_encoding(tmp_path):
+    source = write(tmp_path, "a.txt", "one\ncafé".encode("cp1252"))
+    told = RowFaults()
+    assert [row.fields["text"] for row in read_rows(source, told)] == ["one\ncafé"]
+    assert told.remarks == [
+        f"{source}: not UTF-8 (line 2, byte 0xe9): read as Windows-1252; where letters come out wrong, save it as UTF-8"
+    ]
+
+
+def test_a_broken_byte_in_utf8_is_a_faulty_row(tmp_path):
+    good = '{"text": "caf\u00e9 \u2026"}\n'.encode()
+    source = write(tmp_path, "a.jsonl", good + b'{"text": "\xff"}\n' + good)
+    assert faults(source) == [f"{source}, line 2: not UTF-8 (byte 0xff); save the file as UTF-8"]
+    source = write(tmp_path, "a.csv", b"text\n" + "café…\n".encode() + b"\xff\n")
+    assert faults(source) == [f"{source}, line 3: not UTF-8 (byte 0xff); save the file as UTF-8"]
 
 
 def test_json_rows_are_named_by_the_line_they_begin_on(tmp_path):
@@ -85,10 +116,9 @@ def test_json_in_spite_of_bom_odd_line_ends_and_long_rows(tmp_path):
     assert places(source) == [(f", line {n} (row {i + 1})", rows[i]) for i, n in enumerate([2, 4, 4])]
 
 
-def test_of_two_data_lists_the_last_one_counts_as_for_json(tmp_path):
-    text = '{"data": [{"text": "a"}, {"text": "b"}],\n "d\\u0061ta": [\n{"text": "c"}]}'
-    assert json.loads(text) == {"data": [{"text": "c"}]}
-    assert places(write(tmp_path, "rows.json", text)) == [(", line 3 (row 1)", {"text": "c"})]
+def test_of_two_lists_of_rows_none_is_left_out_in_silence(tmp_path):
+    source = write(tmp_path, "rows.json", '{"data": [{"text": "a"}, {"text": "b"}],\n "d\\u0061ta": [\n{"text": "c"}]}')
+    assert faults(source) == [f"{source}, line 2: a second list of rows, 'data' beside 'data'; keep one"]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +167,8 @@ def test_broken_csv(tmp_path, content, message):
 
 def test_a_csv_cell_may_be_long(tmp_path):
     source = write(tmp_path, "rows.csv", "text\n" + "x" * 300_000 + "\n")
-    assert len(read_rows(source)[0].fields["text"]) == 300_000
+    (row,) = read_rows(source)
+    assert len(row.fields["text"]) == 300_000
 
 
 def test_parquet(tmp_path):
@@ -165,7 +196,7 @@ def test_a_folder_is_all_its_data_files_in_order_of_name(tmp_path):
     write(tmp_path, "notes.md", "no data")
     write(tmp_path, ".hidden/x.txt", "no")
     write(tmp_path, ".b.jsonl", "half written")
-    rows = read_rows(str(tmp_path))
+    rows = list(read_rows(str(tmp_path)))
     assert [row.fields["text"] for row in rows] == ["1", "2", "3", "4"]
     assert rows[2].where == f"{tmp_path / 'b.jsonl'}, line 2"
     assert [file.name for file in source_files(str(tmp_path))] == ["a.txt", "b.jsonl", "d.csv"]
@@ -175,7 +206,7 @@ def test_a_folder_without_data_files(tmp_path):
     write(tmp_path, "notes.md", "no data")
     (line,) = faults(str(tmp_path))
     assert line == (
-        f"{tmp_path}: a folder without data files; expected .json, .jsonl, .csv, .parquet or .txt files in it"
+        f"{tmp_path}: a folder without data files; expected {KINDS} files in it"
     )
 
 
@@ -197,13 +228,13 @@ def test_a_misspelt_name_here_is_not_looked_for_on_the_hub(tmp_path, monkeypatch
 
 
 def test_a_file_of_another_kind(tmp_path):
-    (line,) = faults(write(tmp_path, "rows.xlsx", "x"))
-    assert "the unknown ending '.xlsx'; expected .json, .jsonl, .csv, .parquet or .txt" in line
+    (line,) = faults(write(tmp_path, "rows.xyz", "x"))
+    assert f"the unknown ending '.xyz'; expected {KINDS}" in line
 
 
 def test_hashes_are_those_of_the_files(tmp_path):
     source = write(tmp_path, "a.txt", "one")
-    assert hashes(str(tmp_path), read_rows(source)) == {source: hashlib.sha256(b"one").hexdigest()}
+    assert hashes(str(tmp_path)) == {source: hashlib.sha256(b"one").hexdigest()}
 
 
 class TestHub:
@@ -214,7 +245,7 @@ class TestHub:
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         with pytest.raises(MachineError) as raised:
-            read_rows("someone/some-data")
+            list(read_rows("someone/some-data"))
         (line,) = raised.value.lines
         assert line.startswith("someone/some-data: no such file or folder, and the hub cannot be reached (")
 
@@ -236,14 +267,14 @@ class TestHub:
             return datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        rows = read_rows(source)
+        rows = [(row.where, row.fields) for row in read_rows(source)]
         assert calls == [asked]
-        assert [(row.where, row.fields) for row in rows] == [
+        assert rows == [
             (f"{source}, row 1", {"text": "a"}),
             (f"{source}, row 2", {"text": "b"}),
         ]
         lines = b'{"text": "a"}\n{"text": "b"}\n'
-        assert hashes(source, rows) == {source: hashlib.sha256(lines).hexdigest()}
+        assert hashes(source) == {source: hashlib.sha256(lines).hexdigest()}
 
     def test_an_unknown_split_is_the_users_fault(self, monkeypatch):
         import datasets

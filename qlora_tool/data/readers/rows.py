@@ -1,0 +1,49 @@
+"""What readers give: rows with their places."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_tool.data.faults import RowFault
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a data source: its columns, and where it stands (`FILE, line N`) for whoever must name it."""
+
+    fields: dict[str, Any]
+    where: str
+
+
+def fields_of(value: Any) -> dict[str, Any]:
+    """The columns of a row as JSON has it. A list of turns by itself is the `messages` of its row; what the hub's
+    viewer puts around a row (`row_idx`, `row`) is taken off.
+
+    Raises:
+        RowFault: the value is no row.
+    """
+    if isinstance(value, dict):
+        wrapped = value.get("row")
+        return wrapped if isinstance(wrapped, dict) and "row_idx" in value else value
+    if isinstance(value, list) and value and all(_is_turn(turn) for turn in value):
+        return {"messages": value}
+    raise RowFault(f'{json_kind(value)}, expected an object such as {{"prompt": "…", "completion": "…"}}')
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and ("role" in value or "from" in value)
+
+
+def json_kind(value: Any) -> str:
+    """What a value of JSON is, in words."""
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    kinds = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
+    return kinds.get(type(value), type(value).__name__)
+
+
+def not_json(error: json.JSONDecodeError) -> str:
+    """What is said of text that is no JSON."""
+    return f"not JSON ({error.msg}, column {error.colno})"

@@ -1,0 +1,187 @@
+"""The text of a file as lines or blocks: unpacked as it is read, its encoding found out.
+
+A byte order mark decides; without one, bytes that are every other one zero are UTF-16, and all else is UTF-8. A file
+whose first letters beyond ASCII are not UTF-8 is taken for Windows-1252, what spreadsheets write, and that is said.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from qlora_tool.data.faults import RowFaults
+from qlora_tool.errors import UserError
+
+BLOCK = 1 << 20  # bytes
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",  # before UTF-16's, with which one begins
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig",
+}  # fmt: skip
+
+
+class Line(NamedTuple):
+    """A line of a file with its end, counted from 1. `fault` says which byte is no letter of the encoding."""
+
+    number: int
+    text: str
+    fault: str | None = None
+
+
+def lines(file: Path, faults: RowFaults) -> Iterator[Line]:
+    """The lines of a file, split at line feeds alone: JSON strings may hold other characters that end lines elsewhere.
+
+    Args:
+        faults: is told of a file that is not UTF-8.
+
+    Raises:
+        UserError: the file cannot be read, or its compressed form is broken.
+    """
+    with _reading(file) as (stream, place):
+        encoding = _marked_encoding(stream)
+        if encoding not in (None, "utf-8-sig"):
+            text = io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline="\n")
+            for place[0], line in enumerate(text, start=1):
+                yield Line(place[0], line, _undecoded(line, encoding))
+            return
+        if encoding:
+            stream.read(len(codecs.BOM_UTF8))
+        decoder = _EightBit(file, faults, decided=bool(encoding))
+        for place[0], raw in enumerate(stream, start=1):
+            yield Line(place[0], *decoder.decode(raw, stream, place[0]))
+
+
+def blocks(file: Path, faults: RowFaults) -> Iterator[str]:
+    """The text of a file, a block at a time; a byte order mark is left out, line ends stay as they are.
+
+    Raises:
+        UserError: as `lines`; or a byte is no letter of the encoding.
+    """
+    with _reading(file) as (stream, place):
+        encoding = _marked_encoding(stream)
+        decoder = None if encoding is None else codecs.getincrementaldecoder(encoding)()
+        place[0] = 1
+        block = b"-"
+        while block:
+            block = stream.read(BLOCK)
+            if decoder is None and not block.isascii():
+                found = _eight_bit(block, stream)
+                _say_windows(file, faults, found, block, place[0])
+                decoder = codecs.getincrementaldecoder(found)()
+            try:
+                text = block.decode() if decoder is None else decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                line = place[0] + error.object.count(b"\n", 0, error.start)
+                raise UserError(f"{file}, line {line}: {_not_utf8(error)}") from error
+            place[0] += block.count(b"\n")
+            if text:
+                yield text
+
+
+def whole_text(file: Path, faults: RowFaults) -> str:
+    """All of a file's text; see `blocks`."""
+    return "".join(blocks(file, faults))
+
+
+class _EightBit:
+    """Decodes lines of an encoding that has ASCII's bytes for its letters, which is known from the first line on that
+    has others."""
+
+    def __init__(self, file: Path, faults: RowFaults, *, decided: bool):
+        self.file, self.faults = file, faults
+        self.encoding = "utf-8" if decided else None
+
+    def decode(self, raw: bytes, stream: io.BufferedReader, number: int) -> tuple[str, str | None]:
+        if raw.isascii():
+            return raw.decode("ascii"), None
+        if self.encoding is None:
+            self.encoding = _eight_bit(raw, stream)
+            _say_windows(self.file, self.faults, self.encoding, raw, number)
+        try:
+            return raw.decode(self.encoding), None
+        except UnicodeDecodeError as error:
+            return raw.decode(self.encoding, "replace"), _not_utf8(error)
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    tried = "neither UTF-8 nor Windows-1252" if error.encoding == "charmap" else f"not {error.encoding.upper()}"
+    return f"{tried} (byte 0x{error.object[error.start]:02x}); save the file as UTF-8"
+
+
+def _undecoded(line: str, encoding: str) -> str | None:
+    if line.isascii() or not (bad := [letter for letter in line if "\udc80" <= letter <= "\udcff"]):
+        return None
+    return f"not {encoding.upper()} (byte 0x{ord(bad[0]) - 0xDC00:02x}); save the file as UTF-8"
+
+
+def _marked_encoding(stream: io.BufferedReader) -> str | None:
+    """The encoding that a file's first bytes tell; None for UTF-8 and its like without a mark."""
+    head = stream.peek(4096)[:4096]
+    for mark, encoding in _MARKS.items():
+        if head.startswith(mark):
+            return encoding
+    even, odd = (part.count(0) / max(1, len(part)) for part in (head[0::2], head[1::2]))
+    if max(even, odd) > 0.3 and min(even, odd) < 0.05:
+        return "utf-16-le" if odd > even else "utf-16-be"
+    return None
+
+
+def _eight_bit(begun: bytes, stream: io.BufferedReader) -> str:
+    """UTF-8 or Windows-1252, by what is beyond ASCII in what was read and what comes next. UTF-8 hardly ever comes
+    about by chance."""
+    following = stream.peek(BLOCK)
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    text = decoder.decode(begun + following, final=not following)
+    bad = sum("\udc80" <= letter <= "\udcff" for letter in text if letter > "\x7f")
+    good = sum(letter > "\x7f" for letter in text) - bad
+    return "utf-8" if good >= bad else "cp1252"
+
+
+def _say_windows(file: Path, faults: RowFaults, encoding: str, block: bytes, number: int) -> None:
+    if encoding == "cp1252":
+        place = next(index for index, byte in enumerate(block) if byte > 0x7F)
+        line = number + block.count(b"\n", 0, place)
+        found = f"line {line}, byte 0x{block[place]:02x}"
+        cure = "where letters come out wrong, save it as UTF-8"
+        faults.remark(f"{file}: not UTF-8 ({found}): read as Windows-1252; {cure}")
+
+
+def open_bytes(file: Path) -> Any:
+    """A file's bytes, unpacked where its ending says that it is packed."""
+    return COMPRESSIONS.get(file.suffix.lower(), open)(file, "rb")
+
+
+def _zstandard(file: Path, mode: str) -> BinaryIO:
+    import pyarrow
+
+    stream: BinaryIO = pyarrow.input_stream(str(file), compression="zstd")
+    return stream
+
+
+COMPRESSIONS: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open, ".zst": _zstandard, ".bz2": bz2.open, ".xz": lzma.open,
+}  # fmt: skip
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[tuple[io.BufferedReader, list[int]]]:
+    """A file's bytes and a place for the number of the line that was read last; faults of the disk and of the
+    compressed form as one line."""
+    place = [0]
+    try:
+        with open_bytes(file) as stream, io.BufferedReader(stream, BLOCK) as buffered:
+            yield buffered, place
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        if file.suffix.lower() not in COMPRESSIONS or getattr(error, "errno", None):
+            raise UserError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        after = f" after line {place[0]}" if place[0] else ""
+        cut = isinstance(error, EOFError) or "runcated" in str(error)
+        reason = f"cut short{after}" if cut else f"not a {file.suffix.lower()} file, or broken{after} ({error})"
+        raise UserError(f"{file}: {reason}; get the file again, whole") from error
