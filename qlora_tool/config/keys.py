@@ -170,6 +170,10 @@ class DataConfig(Keys):
     """False keeps the file's order."""
     chat_template: Annotated[Text, Field(title="a Jinja file")] | None = None
     """A Jinja file, used in place of the chat template that comes with the model."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """What the chat template is given besides, such as {enable_thinking: false}; generate takes it from the run."""
+    multi_turn: Literal["auto", "together", "one_per_answer"] = "auto"
+    """Rows of a conversation; auto: one, but one an answer where the chat template writes earlier turns anew."""
 
 
 class TrainingConfig(Keys):

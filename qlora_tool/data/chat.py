@@ -1,132 +1,31 @@
-"""Chat templates, and which parts of what they write are answers.
+"""From a conversation to the rows it is trained as: what the model sees, and which parts of it are answers.
 
-An answer is all that the template writes for an assistant turn after the generation prompt, up to the next turn or the
-end: the end-of-turn token and what follows it included. It is found by rendering the conversation's beginnings, so that
-nothing need be known of the template:
-
-    the turns before it, with the generation prompt    <user>2 + 2?<end><assistant>
-    and with the turn itself                           <user>2 + 2?<end><assistant>4<end>
-    the whole conversation                             <user>2 + 2?<end><assistant>4<end><user>Why?<end>…
-
-Each must begin with the one above it, and what the second adds is the answer.
+Most templates write a turn once and for all, so a conversation is one row with all its answers. Others write earlier
+turns anew once later ones follow (they take out the reasoning, move the tools or the end of text): there each answer
+gets a row of its own, which is what the model sees when it has to write that answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Literal
 
+from qlora_tool.data.answers import Answer, Write, find_answer, speech_of, thought_of
+from qlora_tool.data.dialect import Dialect
+from qlora_tool.data.ends import Ends
 from qlora_tool.data.faults import RowFault
+from qlora_tool.data.kept import calls_written, is_written, unwritten
 from qlora_tool.data.messages import Conversation, Message
-from qlora_tool.errors import UserError, did_you_mean
+from qlora_tool.data.template import SpecialTokens, check_template_kwargs, render, template_sources
+from qlora_tool.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MODEL_TEMPLATE, PLAIN_TEMPLATE = "the model's", "plain"
-PLAIN_TEMPLATE_TEXT = """\
-{%- for message in messages -%}
-{%- if not loop.first %}{{ '\\n\\n' }}{% endif -%}
-{{ '### ' + message['role'] | capitalize + ':\\n' + message['content'] -}}
-{%- if message['role'] == 'assistant' %}{{ eos_token }}{% endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt %}{{ '\\n\\n### Assistant:\\n' }}{% endif -%}
-"""
-
-
-def install_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None = None) -> str:
-    """Give the tokenizer the template that conversations are written with, so that what is saved of it generates alike.
-
-    Args:
-        path: a Jinja file that overrides the tokenizer's own template. Without one the tokenizer keeps its own, and
-            where it has none it gets a plain one: `### User:`, `### Assistant:`, and an end-of-text token after each
-            answer.
-
-    Returns:
-        The template's name for logs: "the model's", "plain" or the path.
-    """
-    plain = ("{{ bos_token }}" if adds_bos(tokenizer) else "") + PLAIN_TEMPLATE_TEXT
-    if path is not None:
-        tokenizer.chat_template = read_chat_template(Path(path))
-        return path
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = plain
-    return PLAIN_TEMPLATE if tokenizer.chat_template == plain else MODEL_TEMPLATE
-
-
-def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts a beginning-of-text token before every text by itself."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-
-
-def read_chat_template(path: Path) -> str:
-    """
-    Raises:
-        UserError: there is no such file, or it cannot be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"data.chat_template: {path}: no such file{did_you_mean(path.name, names)}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.chat_template: {path}: cannot be read ({error}); expected a Jinja file") from error
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """A tokenizer's special tokens, looked up once: some have thousands, and asking for them takes milliseconds.
-
-    Attributes:
-        texts: how they are written.
-        ids: their ids.
-        anchor: one that text may be put behind without changing its tokens (the end of text); empty if there is none.
-    """
-
-    texts: tuple[str, ...]
-    ids: frozenset[int]
-    anchor: str
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
-        """Those of `tokenizer`: the named ones (bos, eos, …) and all added ones that are marked special."""
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        texts = {*tokenizer.all_special_tokens, *(str(token) for token in added.values() if token.special)}
-        end = added.get(tokenizer.eos_token_id)
-        anchor = tokenizer.eos_token if end is not None and not end.rstrip else ""  # rstrip: it swallows spaces
-        if tokenizer(anchor + "a", add_special_tokens=False)["input_ids"][:1] != [tokenizer.eos_token_id]:
-            anchor = ""
-        return cls(tuple(texts), frozenset(tokenizer.convert_tokens_to_ids(list(texts))), anchor)
-
-
-def render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    *,
-    tools: list | None = None,
-    add_generation_prompt: bool = False,
-) -> str:
-    """The text that the chat template writes, special tokens (and so the beginning-of-text token) included.
-
-    Raises:
-        RowFault: the template refuses these turns (no system role, roles that must alternate, …).
-        UserError: the template itself is broken.
-    """
-    import jinja2
-
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(
-            f"the chat template, line {error.lineno}: {error.message}; mend it, or name another with data.chat_template"
-        ) from error
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise RowFault(f"the chat template refuses this conversation: {reason}") from error
+MultiTurn = Literal["auto", "together", "one_per_answer"]
 
 
 @dataclass(frozen=True)
@@ -146,132 +45,220 @@ class RenderedRow:
     ends_added: int = 0
 
 
-@dataclass(frozen=True)
-class ConversationRenderer:
-    """Turns conversations into the rows they are trained as: one, or one an answer.
+@dataclass
+class Rendered:
+    """The rows of one conversation.
 
     Args:
-        tokenizer: with the chat template to render with; see `install_chat_template`.
+        rows: none where the template writes none of its answers.
+        rewritten: whether each answer has a row of its own because the template writes earlier turns anew.
+        notes: what has to be said of it, `noun: sentence`, and how often.
+    """
+
+    rows: list[RenderedRow]
+    rewritten: bool = False
+    notes: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class ConversationRenderer:
+    """Turns conversations into the rows they are trained as, and into prompts.
+
+    Args:
+        tokenizer: with the chat template to render with; see `template.install_chat_template`.
         special: its special tokens.
         every_answer: whether the answers must be told apart (to train on them alone).
+        multi_turn: `together`: a conversation is one row; `one_per_answer`: each answer has one; `auto`: one row where
+            every answer in it stands as it would at inference.
+        kwargs: what the template is given besides (`data.chat_template_kwargs`).
     """
 
     tokenizer: PreTrainedTokenizerBase
     special: SpecialTokens
     every_answer: bool = True
+    multi_turn: MultiTurn = "auto"
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, *, every_answer: bool = True) -> ConversationRenderer:
-        """One for a tokenizer."""
-        return cls(tokenizer, SpecialTokens.of(tokenizer), every_answer)
+    def of(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        every_answer: bool = True,
+        multi_turn: MultiTurn = "auto",
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> ConversationRenderer:
+        """One for a tokenizer.
 
-    def rows(self, conversation: Conversation) -> list[RenderedRow]:
+        Raises:
+            UserError: the template does not read one of `kwargs`.
+        """
+        check_template_kwargs(tokenizer, kwargs or {})
+        return cls(tokenizer, SpecialTokens.of(tokenizer), every_answer, multi_turn, kwargs or {})
+
+    def prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> str:
+        """What the model sees when it has to write the next turn.
+
+        Raises:
+            RowFault: the template refuses these turns.
+        """
+        return self._writer(tools)(messages, add_generation_prompt=True)
+
+    def answer(self, conversation: Conversation, turn: int) -> Answer:
+        """The prompt and the target of an assistant turn.
+
+        Raises:
+            RowFault: the template refuses the conversation, or begins the answer otherwise than the generation prompt.
+        """
+        return find_answer(self._writer(conversation.tools), conversation.messages, turn, self._closes)
+
+    def rows(self, conversation: Conversation) -> Rendered:
         """The rows that a conversation is trained as, each rendered as at inference.
 
         Raises:
             RowFault: the template refuses the conversation, or an answer cannot be told apart.
             UserError: what no row of this data set can be trained with.
         """
-        rendered = render_conversation(self.tokenizer, conversation, self.special, every_answer=self.every_answer)
-        return [RenderedRow(rendered.text, rendered.answers, conversation.where, rendered.ends_added)]
-
-
-@dataclass
-class RenderedConversation:
-    """A conversation as text.
-
-    Args:
-        text: all of it.
-        answers: begin and end of every answer, as positions in `text`.
-        ends_added: answers that got an end-of-text token because the template ends them with no special token.
-    """
-
-    text: str
-    answers: list[tuple[int, int]] = field(default_factory=list)
-    ends_added: int = 0
-
-
-def render_conversation(
-    tokenizer: PreTrainedTokenizerBase,
-    conversation: Conversation,
-    special: SpecialTokens,
-    *,
-    every_answer: bool = True,
-) -> RenderedConversation:
-    """Render a conversation and find its answers.
-
-    Where the template writes no special token at the end of an answer, the tokenizer's end-of-text token is put there:
-    a model that never sees answers end never stops.
-
-    Args:
-        every_answer: whether every answer must be found (to train on the answers alone). If not, a template that writes
-            earlier turns anew leaves `answers` empty.
-
-    Raises:
-        RowFault: the template refuses the conversation, or an answer cannot be told apart.
-        UserError: the template rewrites earlier turns, and there are several answers to train on.
-    """
-    messages, tools = conversation.messages, conversation.tools
-    text = render(tokenizer, messages, tools=tools)
-    try:
-        answers = _answers(tokenizer, conversation, text)
-    except (RowFault, UserError):
-        if every_answer:
-            raise
+        if self._dialect.writes_answers is False:
+            raise UserError(
+                "the chat template does not write what the assistant says, so there is nothing to train; name another "
+                "with data.chat_template"
+            )
+        if not self.every_answer and self.multi_turn != "one_per_answer":
+            return self._whole(conversation)
+        notes: Counter[str] = Counter()
         answers = []
-    rendered = RenderedConversation(text)
-    copied, parts, shift = 0, [], 0
-    for begin, end in answers:
-        added = ""
-        if not text[begin:end].rstrip().endswith(special.texts):
-            added = _end_of_text(tokenizer)
-            rendered.ends_added += 1
-        parts += [text[copied:end], added]
-        rendered.answers.append((begin + shift, end + shift + len(added)))
-        copied, shift = end, shift + len(added)
-    rendered.text = "".join([*parts, text[copied:]])
-    return rendered
+        for turn in conversation.answers:
+            answer = self.answer(conversation, turn)
+            if self._is_trained(answer, conversation.messages[turn], notes):
+                notes.update(answer.notes)
+                answers.append(answer)
+        if not answers:
+            return Rendered([], notes=notes)
+        rendered = self._together(conversation, answers) or self._apart(conversation, answers)
+        said_before = conversation.messages[: answers[-1].turn]
+        notes.update(unwritten(said_before, conversation.tools, rendered.rows[-1].text))
+        return replace(rendered, notes=notes)
 
-
-def _answers(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, text: str) -> list[tuple[int, int]]:
-    messages, tools = conversation.messages, conversation.tools
-    turns = [index for index, turn in enumerate(messages) if turn["role"] == "assistant"]
-    answers = []
-    for index in turns:
-        last = index == len(messages) - 1
-        through_turn = text if last else render(tokenizer, messages[: index + 1], tools=tools)
-        if not text.startswith(through_turn):
-            raise _rewrites(conversation, len(turns))
-        if index == 0:
+    def _is_trained(self, answer: Answer, said: Message, notes: Counter[str]) -> bool:
+        """Whether what a turn says is in its target; notes what is not."""
+        seen = answer.prompt[-200:] + answer.target
+        speech = speech_of(said)
+        if speech.strip() and not is_written(speech, answer.target):
+            begins = " ".join(speech.split())[:40]
             raise RowFault(
-                "the conversation begins with an assistant turn, which answers nothing; begin with a user turn"
+                f"the chat template does not write the answer of turn {answer.turn + 1} ({begins!r}) as the data has "
+                "it; name another template with data.chat_template"
             )
-        before = render(tokenizer, messages[:index], tools=tools, add_generation_prompt=True)
-        if not through_turn.startswith(before):
-            if not text.startswith(render(tokenizer, messages[:index], tools=tools)):
-                raise _rewrites(conversation, len(turns))
-            raise RowFault(
-                f"the chat template begins the answer of turn {index + 1} differently from its own generation prompt "
-                f"({before[-40:]!r}); name another template with data.chat_template"
+        calls = said.get("tool_calls") and not calls_written(said, answer.target)
+        thought = thought_of(said) and not is_written(thought_of(said), seen)
+        if not speech.strip() and (calls or not said.get("tool_calls")) and (thought or not thought_of(said)):
+            what = "tool calls" if calls else "thoughts"
+            notes[f"answer: not trained, for the chat template does not write {what}, and the data has only these"] += 1
+            return False
+        if calls:
+            notes["answer: trained without the tool calls that the data has, for the chat template writes none"] += 1
+        if thought and not any("without the reasoning" in note for note in answer.notes):
+            notes["answer: trained without the reasoning that the data has, for the chat template writes none"] += 1
+        return True
+
+    def _together(self, conversation: Conversation, answers: Sequence[Answer]) -> Rendered | None:
+        """All answers in one row; None where they would not stand in it as they do at inference."""
+        if self.multi_turn == "one_per_answer" or (self.multi_turn == "auto" and len(answers) == 1):
+            return None
+        text = self._writer(conversation.tools)(conversation.messages)
+        for answer in answers:
+            if answer.through is None or not text.startswith(answer.through):
+                if self.multi_turn == "auto" or len(conversation.answers) == 1:
+                    return None
+                raise UserError(
+                    f"{conversation.where}: data.multi_turn: together cannot go with this chat template, which writes "
+                    f"turn {answer.turn + 1} otherwise once others follow: what the model would see is not what it was "
+                    "trained on; set data.multi_turn: one_per_answer (or leave it at auto)"
+                )
+        row = _RowInParts(text, conversation.where)
+        for answer in answers:
+            end = self._ends.missing(answer, conversation.messages)
+            begin, stop = len(answer.prompt), len(answer.prompt) + len(answer.target)
+            in_place = text.startswith(end, stop)
+            if not in_place and stop < len(text) and self.multi_turn == "auto":
+                return None  # at inference there is no such token between the turns
+            row.add(begin, stop + (len(end) if in_place else 0), "" if in_place else end)
+        return Rendered([row.done()])
+
+    def _apart(self, conversation: Conversation, answers: Sequence[Answer]) -> Rendered:
+        """Each answer in a row of its own."""
+        spoken = [turn for turn, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        rows = []
+        for answer in answers:
+            number = f", answer {spoken.index(answer.turn) + 1}" if len(answers) > 1 else ""
+            end = self._ends.missing(answer, conversation.messages)
+            text = answer.prompt + answer.target + end
+            rows.append(
+                RenderedRow(text, [(len(answer.prompt), len(text))], conversation.where + number, int(bool(end)))
             )
-        answers.append((len(before), len(through_turn)))
-    return answers
+        return Rendered(rows, rewritten=len(rows) > 1)
+
+    def _whole(self, conversation: Conversation) -> Rendered:
+        """The conversation as the template writes it, to train on all of it."""
+        text = self._writer(conversation.tools)(conversation.messages)
+        row = _RowInParts(text, conversation.where)
+        for turn in conversation.answers:
+            try:
+                answer = self.answer(conversation, turn)
+            except RowFault:
+                continue
+            if answer.through is not None and text.startswith(answer.through):
+                end = self._ends.missing(answer, conversation.messages)
+                stop = len(answer.through)
+                in_place = text.startswith(end, stop)
+                row.add(len(answer.prompt), stop + (len(end) if in_place else 0), "" if in_place else end)
+        notes = Counter(unwritten(conversation.messages, conversation.tools, text))
+        for turn in conversation.answers:
+            said = conversation.messages[turn]
+            if not is_written(said["content"], text) or not calls_written(said, text):
+                notes["answer: the chat template does not write all of it"] += 1
+        return Rendered([row.done()], notes=notes)
+
+    def _writer(self, tools: list[Any] | None) -> Write:
+        return partial(self._write, tools)
+
+    def _write(
+        self, tools: list[Any] | None, messages: Sequence[Message], *, add_generation_prompt: bool = False
+    ) -> str:
+        return render(
+            self.tokenizer, self._dialect.messages(messages), tools=tools,
+            add_generation_prompt=add_generation_prompt, kwargs=self.kwargs,
+        )  # fmt: skip
+
+    def _closes(self, tag: str) -> bool:
+        return tag in self.special.texts or any(tag in source for source in template_sources(self.tokenizer))
+
+    @cached_property
+    def _dialect(self) -> Dialect:
+        return Dialect(self.tokenizer, self.kwargs)
+
+    @cached_property
+    def _ends(self) -> Ends:
+        return Ends(self.tokenizer, self.special, self._writer(None))
 
 
-def _rewrites(conversation: Conversation, turns: int) -> RowFault | UserError:
-    if turns == 1:
-        return RowFault("the chat template rewrites the answer when another turn follows; end the row with its answer")
-    return UserError(
-        f"{conversation.where}: the chat template rewrites earlier turns, so it cannot be trained on several turns "
-        f"(this row has {turns} answers): what the model would see of them is not what it was trained on; give rows of "
-        "one answer each, name another template with data.chat_template, or set data.train_on: all"
-    )
+class _RowInParts:
+    """A row in the making: a text, into which ends are put, and its answers, from left to right."""
 
+    def __init__(self, text: str, where: str):
+        self.text, self.where = text, where
+        self.parts: list[str] = []
+        self.answers: list[tuple[int, int]] = []
+        self.copied = self.shift = self.ends_added = 0
 
-def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    if tokenizer.eos_token is None:
-        raise UserError(
-            "the chat template ends answers with no special token and the tokenizer has no end-of-text token, "
-            "so the model would never learn to stop; set eos_token in the model's tokenizer_config.json"
-        )
-    return tokenizer.eos_token
+    def add(self, begin: int, stop: int, end: str) -> None:
+        """An answer from `begin` to `stop` of the text as it was, with `end` put behind it."""
+        self.parts += [self.text[self.copied : stop], end]
+        self.answers.append((begin + self.shift, stop + self.shift + len(end)))
+        self.copied, self.shift = stop, self.shift + len(end)
+        self.ends_added += bool(end)
+
+    def done(self) -> RenderedRow:
+        text = "".join([*self.parts, self.text[self.copied :]])
+        return RenderedRow(text, self.answers, self.where, self.ends_added)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_tool.data.faults import RowFault, RowFaults, hint, kind_of
-from qlora_tool.data.messages import Conversation, Message, read_list, read_turns
+from qlora_tool.data.messages import Conversation, Message, as_context, read_conversation, read_turns
 from qlora_tool.data.readers.rows import Row
 from qlora_tool.errors import UserError
 
@@ -79,8 +79,10 @@ def read_conversations(rows: Iterable[Row], name: str, *, need_answers: bool = T
             system = _string(row.fields, "system")
             if system.strip() and (not messages or messages[0]["role"] != "system"):
                 messages = [{"role": "system", "content": system}, *messages]
-            tools = read_list(row.fields["tools"], "tools") if form.takes_tools and row.fields.get("tools") else None
-            conversations.append(Conversation(messages, row.where, tools))
+            elif system.strip() and messages[0]["content"].strip() != system.strip():
+                raise RowFault("the 'system' column and the system turn differ; leave one of them out")
+            tools = row.fields.get("tools") if form.takes_tools else None
+            conversations.append(read_conversation(messages, row.where, tools))
         except RowFault as fault:
             faults.add(row.where, fault)
     faults.raise_any()
@@ -143,7 +145,8 @@ def _read_prompt_completion(fields: dict[str, Any]) -> list[Message]:
     messages: list[Message] = []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
         if isinstance(fields.get(column), list):
-            messages += read_turns(fields[column], column)
+            turns = read_turns(fields[column], column)
+            messages += as_context(turns) if column == "prompt" else turns
         else:
             messages.append({"role": role, "content": _string(fields, column)})
     return messages

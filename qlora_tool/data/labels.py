@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from qlora_tool.data.chat import RenderedRow, SpecialTokens
+from qlora_tool.data.chat import RenderedRow
+from qlora_tool.data.template import SpecialTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ def label_answers(
             break
         if text.ids[: len(prompt)] != prompt:
             text.cut(begin, prompt)
-        spans.append((len(prompt), _shared(text.ids, text.beginning(end))))
+        spans.append((len(prompt), _end(tokenizer, text.ids, text.beginning(end))))
     labels = [IGNORED] * len(text.ids)
     for begin, end in spans:
         labels[begin:end] = text.ids[begin:end]
@@ -106,10 +107,11 @@ class _CutText:
         return ids[skipped:], borders
 
 
-def _shared(ids: Sequence[int], beginning: Sequence[int]) -> int:
-    """How many of `ids` belong to a text that begins with the tokens `beginning`. Where the two part, the last token
-    reaches into what follows; it begins inside, so it belongs."""
+def _end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], beginning: Sequence[int]) -> int:
+    """How many of `ids` belong to a text that begins with the tokens `beginning`. Where the two part, a token reaches
+    into what follows; it begins inside, so it belongs, unless white space is all that it has of the inside."""
     if ids[: len(beginning)] == beginning:
         return len(beginning)
     parted = (place for place, (left, right) in enumerate(zip(ids, beginning, strict=False)) if left != right)
-    return next(parted, len(ids) - 1) + 1
+    place = next(parted, len(ids) - 1)
+    return place + bool(tokenizer.decode(beginning[place:]).strip())

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from qlora_tool.data.chat import install_chat_template, render
+from qlora_tool.data.chat import ConversationRenderer
 from qlora_tool.data.faults import RowFault, RowFaults
 from qlora_tool.data.formats import find_format, read_conversations
 from qlora_tool.data.labels import token_ids
 from qlora_tool.data.messages import Conversation
 from qlora_tool.data.sources import read_rows
+from qlora_tool.data.template import install_chat_template
 from qlora_tool.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,22 +29,28 @@ class Prompt:
         answer: what the data says (the last assistant turn's content), None where it says nothing.
         where: the row it comes from.
         text: the question as a person would write it: the last turn before the answer.
+        expected: what a model that has learnt the answer writes, special tokens left out: the answer as the chat
+            template has it, perhaps with an empty block of thoughts before it. None where `answer` is.
     """
 
     input_ids: list[int]
     answer: str | None
     where: str
     text: str
+    expected: str | None = None
 
 
-def read_prompts(source: str, data_format: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def read_prompts(
+    source: str, data_format: str, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None = None
+) -> list[Prompt]:
     """The prompt of every row: the conversation up to its last assistant turn, which is the answer; all of it where
     another turn is the last.
 
     Args:
         source: a file, a folder or a hub id. In a .txt file each line that is not blank is a prompt.
         data_format: one of `formats.FORMATS`, or `auto`; columns with answers may be missing.
-        tokenizer: see `chat.install_chat_template`.
+        tokenizer: see `template.install_chat_template`.
+        kwargs: what its chat template is given besides (`data.chat_template_kwargs`).
 
     Raises:
         UserError: the source is missing or broken, or the template refuses a row.
@@ -52,34 +59,42 @@ def read_prompts(source: str, data_format: str, tokenizer: PreTrainedTokenizerBa
     if Path(source).suffix.lower() == ".txt":
         lines = enumerate(rows[0].fields["text"].split("\n"), start=1)
         texts = [(line.rstrip("\r"), f"{source}, line {number}") for number, line in lines if line.strip()]
-        return prompts_from_texts(texts, tokenizer)
+        return prompts_from_texts(texts, tokenizer, kwargs)
     form = find_format(rows, data_format, need_answers=False)
     conversations = read_conversations(rows, form, need_answers=False)
     if form == "text":
-        return prompts_from_texts(((turns.messages[-1]["content"], turns.where) for turns in conversations), tokenizer)
+        given = ((turns.messages[-1]["content"], turns.where) for turns in conversations)
+        return prompts_from_texts(given, tokenizer, kwargs)
     install_chat_template(tokenizer)
+    renderer = ConversationRenderer.of(tokenizer, kwargs=kwargs)
     prompts, faults = [], RowFaults()
     for conversation in conversations:
         try:
-            prompts.append(_prompt(conversation, tokenizer))
+            prompts.append(_prompt(conversation, renderer))
         except RowFault as fault:
             faults.add(conversation.where, fault)
     faults.raise_any()
     return prompts
 
 
-def prompts_from_texts(texts: Iterable[str | tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def prompts_from_texts(
+    texts: Iterable[str | tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    kwargs: Mapping[str, Any] | None = None,
+) -> list[Prompt]:
     """Each text as a user turn; where the tokenizer has no chat template, as the beginning of a text to go on with.
 
     Args:
         texts: texts, or pairs of a text and where it comes from (else `--prompt`).
+        kwargs: what the chat template is given besides (`data.chat_template_kwargs`).
     """
     prompts = []
+    renderer = ConversationRenderer.of(tokenizer, kwargs=kwargs) if tokenizer.chat_template else None
     for item in texts:
         text, where = (item, "--prompt") if isinstance(item, str) else item
-        if tokenizer.chat_template:
+        if renderer is not None:
             try:
-                prompts.append(_prompt(Conversation([{"role": "user", "content": text}], where), tokenizer))
+                prompts.append(_prompt(Conversation([{"role": "user", "content": text}], where), renderer))
             except RowFault as fault:
                 raise UserError(f"{where}: {fault}") from fault
         else:
@@ -88,11 +103,25 @@ def prompts_from_texts(texts: Iterable[str | tuple[str, str]], tokenizer: PreTra
     return prompts
 
 
-def _prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    messages, answer = conversation.messages, None
+def _prompt(conversation: Conversation, renderer: ConversationRenderer) -> Prompt:
+    messages, answer, expected = conversation.messages, None, None
     if messages and messages[-1]["role"] == "assistant":
-        messages, answer = messages[:-1], messages[-1]["content"]
+        messages, answer = messages[:-1], messages[-1]["content"] or None
     if not messages:
         raise RowFault("nothing stands before the answer; a prompt needs a user turn at least")
-    text = render(tokenizer, messages, tools=conversation.tools, add_generation_prompt=True)
-    return Prompt(token_ids(tokenizer, text), answer or None, conversation.where, messages[-1]["content"])
+    text = renderer.prompt(messages, conversation.tools)
+    if len(messages) < len(conversation.messages):
+        expected = _expected(conversation, renderer)
+    ids = token_ids(renderer.tokenizer, text)
+    return Prompt(ids, answer, conversation.where, messages[-1]["content"], expected)
+
+
+def _expected(conversation: Conversation, renderer: ConversationRenderer) -> str | None:
+    last = len(conversation.messages) - 1
+    if last not in conversation.answers:
+        return None
+    try:
+        target = renderer.answer(conversation, last).target
+    except RowFault:  # it can be asked, though not trained
+        return None
+    return str(renderer.tokenizer.decode(token_ids(renderer.tokenizer, target), skip_special_tokens=True))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qlora_tool.data.chat import ConversationRenderer, RenderedRow, install_chat_template
+from qlora_tool.data.chat import ConversationRenderer, Rendered, RenderedRow
 from qlora_tool.data.faults import RowFault, RowFaults
 from qlora_tool.data.formats import find_format, read_conversations, read_documents
 from qlora_tool.data.labels import IGNORED, label_answers, token_ids
@@ -16,6 +17,7 @@ from qlora_tool.data.messages import Conversation
 from qlora_tool.data.readers.rows import Row
 from qlora_tool.data.report import DataReport
 from qlora_tool.data.sources import hashes, read_rows
+from qlora_tool.data.template import install_chat_template
 from qlora_tool.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,7 +69,7 @@ def build_dataset(
 
     Args:
         source: a file, a folder or a hub id.
-        data: `format`, `train_on`, `max_length` and `chat_template` are read from it.
+        data: how rows are read, rendered and cut; its `train` and `eval` are not looked at.
         tokenizer: for conversations it leaves with the chat template that was used as its own (see
             `chat.install_chat_template`), so that saving it keeps that too.
         key: what errors call the source. Text in `data.train` contradicts a `train_on: completion` that somebody set.
@@ -98,7 +100,13 @@ def build_dataset(
     if as_text:
         examples = _text_examples(rows, tokenizer, report)
     else:
-        examples = _conversation_examples(read_conversations(rows, form), tokenizer, report)
+        renderer = ConversationRenderer.of(
+            tokenizer,
+            every_answer=data.train_on == "completion",
+            multi_turn=data.multi_turn,
+            kwargs=data.chat_template_kwargs,
+        )
+        examples = _conversation_examples(read_conversations(rows, form), renderer, report)
     _count_tokens(report, examples)
     if not report.trained_tokens:
         raise UserError(
@@ -151,8 +159,16 @@ def _split(train: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
         rows=len(chosen),
         kept=len(chosen),
         dropped_no_answer=0,
+        dropped_context=0,
+        dropped_unwritten=0,
         dropped_truncated=0,
         truncated=0,
+        answers=0,
+        context_answers=0,
+        empty_answers=0,
+        rewritten=0,
+        rewritten_examples=0,
+        notes=Counter(),
         ends_added=0,
     )
     remaining = replace(train.report, split_off=len(chosen))
@@ -169,25 +185,39 @@ def _count_tokens(report: DataReport, examples: list[Example]) -> None:
 
 
 def _conversation_examples(
-    conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase, report: DataReport
+    conversations: Iterable[Conversation], renderer: ConversationRenderer, report: DataReport
 ) -> list[Example]:
     examples, faults = [], RowFaults()
-    renderer = ConversationRenderer.of(tokenizer, every_answer=report.train_on == "completion")
     for conversation in conversations:
         if not conversation.has_answer:
-            report.dropped_no_answer += 1
+            report.dropped_context += bool(conversation.context)
+            report.dropped_no_answer += not conversation.context
             continue
         try:
-            rows = renderer.rows(conversation)
+            rendered = renderer.rows(conversation)
         except RowFault as fault:
             faults.add(conversation.where, fault)
             continue
-        made = [example for row in rows if (example := _example(row, renderer, report))]
-        report.kept += bool(made)
-        report.dropped_truncated += not made
+        made = [example for row in rendered.rows if (example := _example(row, renderer, report))]
+        _count_conversation(report, conversation, rendered, len(made))
         examples += made
     faults.raise_any()
     return examples
+
+
+def _count_conversation(report: DataReport, conversation: Conversation, rendered: Rendered, made: int) -> None:
+    report.notes.update(rendered.notes)
+    if not made:
+        report.dropped_truncated += bool(rendered.rows)
+        report.dropped_unwritten += not rendered.rows
+        return
+    report.kept += 1
+    report.answers += sum(len(row.answers) for row in rendered.rows)
+    report.context_answers += len(conversation.context)
+    report.empty_answers += len(conversation.empty_answers)
+    if rendered.rewritten:
+        report.rewritten += 1
+        report.rewritten_examples += made
 
 
 def _example(row: RenderedRow, renderer: ConversationRenderer, report: DataReport) -> Example | None:

@@ -172,9 +172,9 @@ def _template_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The first special token that the chat template writes after an answer."""
     if not tokenizer.chat_template:
         return None
-    from qlora_tool.data.chat import render
     from qlora_tool.data.faults import RowFault
     from qlora_tool.data.labels import token_ids
+    from qlora_tool.data.template import render
 
     content = "the last words"
     try:

@@ -107,9 +107,10 @@ def _answers(
     with PeakMemory() as peak:
         model, tokenizer = open_artifact(artifact)
         peak.watch(model.device)
-        prompts = prompts_from_texts(texts, tokenizer)
+        kwargs = artifact.run.data.chat_template_kwargs if artifact.run else None
+        prompts = prompts_from_texts(texts, tokenizer, kwargs)
         if file is not None:
-            prompts += read_prompts(file, "auto", tokenizer)
+            prompts += read_prompts(file, "auto", tokenizer, kwargs)
         answers = answer(model, tokenizer, prompts, sampling)
     return prompts, answers, peak.bytes
 

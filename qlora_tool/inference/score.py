@@ -92,7 +92,10 @@ def evaluate(
     else:
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         max_length = min(own.max_length, positions or own.max_length)
-    data = DataConfig(format=data.format, max_length=max_length, train_on=own.train_on)
+    data = DataConfig(
+        format=data.format, max_length=max_length, train_on=own.train_on, multi_turn=own.multi_turn,
+        chat_template_kwargs=own.chat_template_kwargs,
+    )  # fmt: skip
     return EvaluateResult({
         name: score(model, tokenizer, source, data, sampling=sampling, batch_size=batch_size)
         for name, source in sources.items()
@@ -140,19 +143,23 @@ def score(
     dataset = build_dataset(source, data, tokenizer, key="--data")
     for line in dataset.report.lines():
         logger.info(line)
-    prompts = [] if sampling is None else _with_answers(source, data.format, tokenizer)
+    prompts = [] if sampling is None else _with_answers(source, data, tokenizer)
     pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
     result = evaluate_loss(model, dataset, batch_size, pad)
     if sampling is None:
         return Score(result.loss, result.perplexity, result.tokens)
     answers = answer(model, tokenizer, prompts, sampling, done)
-    right = sum(exact_match(text, prompt.answer or "") for text, prompt in zip(answers.texts, prompts, strict=True))
+    right = sum(exact_match(text, prompt.expected or "") for text, prompt in zip(answers.texts, prompts, strict=True))
     return Score(result.loss, result.perplexity, result.tokens, right / len(prompts), answers)
 
 
-def _with_answers(source: str, data_format: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def _with_answers(source: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """The prompts of the rows that say what the answer should be."""
-    prompts = [prompt for prompt in read_prompts(source, data_format, tokenizer) if (prompt.answer or "").strip()]
+    prompts = [
+        prompt
+        for prompt in read_prompts(source, data.format, tokenizer, data.chat_template_kwargs)
+        if (prompt.expected or "").strip()
+    ]
     if not prompts:
         raise UserError(f"{source}: --generate compares answers, and no row has one; leave it out to get the loss")
     return prompts

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qlora_tool.data.chat import read_chat_template
+from qlora_tool.data.template import read_chat_template
 from qlora_tool.errors import UserError
 from qlora_tool.training.optimizers import FLOAT16_IN_BACKWARD
 from qlora_tool.world import World

@@ -39,7 +39,8 @@ adapter: {method: lora, r: 16, lora_alpha: 32, lora_dropout: 0.0, target_modules
   use_rslora: false, init_lora_weights: default,
   loraplus_lr_ratio: null}
 data: {train: data/train.jsonl, eval: null, format: auto, train_on: completion, max_length: 2048, packing: true,
-  padding_free: true, shuffle: true, chat_template: null}
+  padding_free: true, shuffle: true, chat_template: null, chat_template_kwargs: {},
+  multi_turn: auto}
 training: {output_dir: runs/my-model, num_train_epochs: 1, max_steps: -1, per_device_train_batch_size: 4,
   gradient_accumulation_steps: 1, group_by_length: false, learning_rate: 2.0e-4,
   lr_scheduler_type: cosine, warmup_steps: 0.03,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 from tokenizers_for_tests import (
@@ -17,10 +18,11 @@ from tokenizers_for_tests import (
     trained_texts,
 )
 
-from qlora_tool.data.chat import ConversationRenderer, SpecialTokens, install_chat_template, render
+from qlora_tool.data.chat import ConversationRenderer
 from qlora_tool.data.faults import RowFault
 from qlora_tool.data.labels import label_answers, token_ids
 from qlora_tool.data.messages import Conversation
+from qlora_tool.data.template import SpecialTokens, install_chat_template, render
 from qlora_tool.errors import UserError
 
 LONG = 10_000
@@ -34,12 +36,20 @@ def conversation(*contents, system=None, first="user") -> Conversation:
 
 
 def render_conversation(tokenizer, given, **options):
-    (row,) = ConversationRenderer.of(tokenizer, **options).rows(given)
+    (row,) = render_rows(tokenizer, given, **options)
     return row
 
 
-def tokenized(tokenizer, given, max_length=LONG):
-    rendered = render_conversation(tokenizer, given)
+def render_rows(tokenizer, given, **options):
+    return ConversationRenderer.of(tokenizer, **options).rows(given).rows
+
+
+def trained_parts(row) -> list[str]:
+    return [row.text[begin:end] for begin, end in row.answers]
+
+
+def tokenized(tokenizer, given, max_length=LONG, **options):
+    rendered = render_conversation(tokenizer, given, **options)
     return label_answers(tokenizer, rendered, SpecialTokens.of(tokenizer), max_length)
 
 
@@ -123,7 +133,7 @@ def test_of_a_long_conversation_the_answers_are_trained_and_nothing_else(kind):
     install_chat_template(tokenizer)
     contents = ["hello", "yes", "and?", " no", "boats?", "\n\n12 boats\n", "trips?", "4"]
     given = conversation(*contents)
-    ids, labels = tokenized(tokenizer, given)
+    ids, labels = tokenized(tokenizer, given, multi_turn="together")
     expected = []
     for turn in range(1, len(contents), 2):
         before = tokenizer.apply_chat_template(given.messages[:turn], tokenize=False, add_generation_prompt=True)
@@ -163,12 +173,37 @@ def test_a_cut_puts_no_space_of_sentencepieces_before_the_answer():
 
 class TestEnds:
     def test_an_end_is_put_after_every_answer_that_the_template_does_not_end(self):
-        tokenizer = byte_level(WITHOUT_END)
-        rendered = render_conversation(tokenizer, conversation("a?", "b", "c?", "d"))
-        assert rendered.text == "Question: a?\nAnswer: b\n<|im_end|>Question: c?\nAnswer: d\n<|im_end|>"
-        assert [rendered.text[begin:end] for begin, end in rendered.answers] == ["b\n<|im_end|>", "d\n<|im_end|>"]
-        assert rendered.ends_added == 2
-        assert answers(tokenizer, conversation("a?", "b", "c?", "d")) == ["b\n<|im_end|>", "d\n<|im_end|>"]
+        rows = render_rows(byte_level(WITHOUT_END), conversation("a?", "b", "c?", "d"))
+        # A row each: a server puts no end between the turns.
+        assert [row.text for row in rows] == [
+            "Question: a?\nAnswer: b\n<|im_end|>",
+            "Question: a?\nAnswer: b\nQuestion: c?\nAnswer: d\n<|im_end|>",
+        ]
+        assert [trained_parts(row) for row in rows] == [["b\n<|im_end|>"], ["d\n<|im_end|>"]]
+        assert [row.ends_added for row in rows] == [1, 1]
+
+    def test_together_they_stand_between_the_turns(self):
+        tokenizer, given = byte_level(WITHOUT_END), conversation("a?", "b", "c?", "d")
+        row = render_conversation(tokenizer, given, multi_turn="together")
+        assert row.text == "Question: a?\nAnswer: b\n<|im_end|>Question: c?\nAnswer: d\n<|im_end|>"
+        assert trained_parts(row) == ["b\n<|im_end|>", "d\n<|im_end|>"]
+        assert row.ends_added == 2
+
+    @pytest.mark.parametrize("stops", [{"eos_token_id": 1}, {"eos_token_id": [4, 1]}, {}])
+    def test_what_the_generation_configuration_stops_at(self, tmp_path, stops):
+        """The next role's token where that is among its stops; else the end of text."""
+        template = "{% for m in messages %}{{ '<s>' if m.role == 'user' else '</s>' }}{{ m.content }}{% endfor %}"
+        tokenizer = byte_level(template + "{% if add_generation_prompt %}</s>{% endif %}")
+        assert tokenizer.convert_ids_to_tokens([1, 4]) == ["<|endoftext|>", "<s>"]
+        (tmp_path / "generation_config.json").write_text(json.dumps(stops))
+        tokenizer.name_or_path = str(tmp_path)
+        rows = render_rows(tokenizer, conversation("a?", "b", "c?", "d"))
+        if stops.get("eos_token_id") == [4, 1]:
+            assert [row.text for row in rows] == ["<s>a?</s>b<s>c?</s>d<s>"]
+            assert trained_parts(rows[0]) == ["b<s>", "d<s>"]
+        else:
+            end = "<|endoftext|>" if stops else "<|im_end|>"
+            assert [row.text for row in rows] == [f"<s>a?</s>b{end}", f"<s>a?</s>b<s>c?</s>d{end}"]
 
     @pytest.mark.parametrize("template", [CHATML, STRIPPING, REWRITING])
     def test_none_is_put_after_one_that_it_ends(self, template):
@@ -186,13 +221,31 @@ class TestRewriting:
         expected = ["<think>\n\n</think>\n\nb<|im_end|>\n"]
         assert answers(byte_level(REWRITING), conversation("a?", "b")) == expected
 
-    def test_several_answers_are_rejected(self):
-        with pytest.raises(UserError, match="file, line 1: the chat template rewrites earlier turns"):
-            render_conversation(byte_level(REWRITING), conversation("a?", "b", "c?", "d"))
+    @pytest.mark.parametrize("multi_turn", ["auto", "one_per_answer"])
+    def test_of_several_answers_each_becomes_a_row(self, multi_turn):
+        rows = render_rows(byte_level(REWRITING), conversation("a?", "b", "c?", "d"), multi_turn=multi_turn)
+        first = "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\n"
+        assert [row.text for row in rows] == [
+            f"{first}<think>\n\n</think>\n\nb<|im_end|>\n",
+            f"{first}b<|im_end|>\n<|im_start|>user\nc?<|im_end|>\n<|im_start|>assistant\n"
+            "<think>\n\n</think>\n\nd<|im_end|>\n",
+        ]
+        assert [row.where for row in rows] == ["file, line 1, answer 1", "file, line 1, answer 2"]
+        assert [trained_parts(row)[0][-12:] for row in rows] == ["b<|im_end|>\n", "d<|im_end|>\n"]
 
-    def test_so_is_one_that_is_not_the_last_turn(self):
-        with pytest.raises(RowFault, match="rewrites the answer when another turn follows"):
-            render_conversation(byte_level(REWRITING), conversation("a?", "b", "c?"))
+    def test_together_is_refused_with_the_line_to_set(self):
+        with pytest.raises(UserError, match=r"file, line 1: data.multi_turn: together .* set data.multi_turn: one_"):
+            render_rows(byte_level(REWRITING), conversation("a?", "b", "c?", "d"), multi_turn="together")
+
+    def test_one_answer_that_is_not_the_last_turn_ends_the_row(self):
+        (row,) = render_rows(byte_level(REWRITING), conversation("a?", "b", "c?"))
+        assert row.text.endswith("<think>\n\n</think>\n\nb<|im_end|>\n")
+        assert row.where == "file, line 1"
+
+    def test_one_row_an_answer_by_request(self):
+        rows = render_rows(byte_level(CHATML), conversation("a?", "b", "c?", "d"), multi_turn="one_per_answer")
+        assert [trained_parts(row) for row in rows] == [["b<|im_end|>\n"], ["d<|im_end|>\n"]]
+        assert rows[1].text.startswith(rows[0].text)
 
     def test_a_generation_prompt_that_no_answer_begins_with_is_rejected(self):
         template = REWRITING.replace("assistant\\n' }}{% endif %}", "assistant\\n<reason>' }}{% endif %}")

@@ -99,11 +99,11 @@ def test_what_templates_may_read_besides_is_kept():
         "tools": [{"name": "add"}],
     }
     (conversation,) = read_conversations(rows(fields), "messages")
-    assert conversation.tools == [{"name": "add"}]
+    assert conversation.tools == [{"type": "function", "function": {"name": "add"}}]
     assert conversation.has_answer
     assert conversation.messages == [
         {"role": "user", "content": "2 + 2?"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", **call}]},
         {"role": "tool", "content": "4", "name": "add"},
     ]
 

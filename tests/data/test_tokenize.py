@@ -117,12 +117,20 @@ def test_rows_that_the_template_refuses_are_named_together(tmp_path):
     assert lines[5:] == ["and 2 more faulty rows"]
 
 
-def test_a_template_that_rewrites_turns_is_rejected_for_completions_alone(tmp_path):
+def test_with_a_template_that_rewrites_turns_each_answer_becomes_an_example(tmp_path):
     turns = [{"role": role, "content": "x"} for role in ["user", "assistant"] * 2]
     source = write(tmp_path / "rows.jsonl", {"messages": turns[:2]}, {"messages": turns})
-    (line,) = failure(source, byte_level(REWRITING))
-    assert line.startswith(f"{source}, line 2: the chat template rewrites earlier turns")
-    assert dataset(source, byte_level(REWRITING), train_on="all").report.kept == 2
+    made = dataset(source, byte_level(REWRITING))
+    assert [example.where for example in made.examples] == [
+        f"{source}, line 1",
+        f"{source}, line 2, answer 1",
+        f"{source}, line 2, answer 2",
+    ]
+    assert (made.report.kept, made.report.answers) == (2, 3)
+    (line,) = made.report.warnings()
+    assert line.startswith("1 row became 2 examples, one an answer: the chat template writes earlier turns otherwise")
+    together = dataset(source, byte_level(REWRITING), train_on="all")
+    assert [example.where for example in together.examples] == [f"{source}, line 1", f"{source}, line 2"]
 
 
 def test_ends_that_the_template_lacks_are_reported(tmp_path):

@@ -1,0 +1,59 @@
+"""Whether what a row says is in the text that was made of it: templates leave out in silence what they do not know."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+from qlora_tool.data.messages import Message
+
+WORD = re.compile(r"\w+")
+
+
+def is_written(content: str, text: str) -> bool:
+    """Whether `text` has the content: as it is, as JSON, or at least all its words (some templates trim, indent or
+    quote)."""
+    content = content.strip()
+    return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text or _words(content) <= _words(text)
+
+
+@lru_cache(maxsize=8)
+def _words(text: str) -> frozenset[str]:
+    return frozenset(WORD.findall(text)) | frozenset(WORD.findall(re.sub(r"\\[nrt]", " ", text)))
+
+
+def calls_written(turn: Message, text: str) -> bool:
+    """Whether `text` has the names and arguments of a turn's tool calls."""
+    return all(
+        is_written(part, text)
+        for call in turn.get("tool_calls") or ()
+        for part in (call["function"]["name"], *_strings(call["function"]["arguments"]))
+    )
+
+
+def unwritten(messages: Sequence[Message], tools: Sequence[Any] | None, text: str) -> list[str]:
+    """What of a conversation is not in its text, but for the answers.
+
+    Returns:
+        Notes, each `noun: sentence`.
+    """
+    lost = list(dict.fromkeys(turn["role"] for turn in messages
+                              if turn["role"] != "assistant" and not is_written(turn["content"], text)))  # fmt: skip
+    notes = [f"row: the chat template does not write its {role} turns" for role in lost]
+    if any(not is_written(tool["function"]["name"], text) for tool in tools or ()):
+        notes.append("row: the chat template does not write its tools")
+    return notes
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _strings(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _strings(part)
