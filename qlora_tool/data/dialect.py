@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool.data.faults import RowFault
-from qlora_tool.data.messages import REASONING, TRAIN, Message, reasoning
+from qlora_tool.data.messages import CALL_TEXT, REASONING, TRAIN, Message, reasoning
 from qlora_tool.data.template import render
 
 if TYPE_CHECKING:
@@ -130,7 +130,11 @@ class Dialect:
         if thought := reasoning(turn):
             # transformers gives it both of the first and last name from 5.20 on; there are templates for each of three.
             message.update({name: thought for name in REASONING if not message.get(name)})
-        if turn.get("tool_calls"):
+        text = message.pop(CALL_TEXT, None)
+        if text is not None and not self.writes_calls:
+            message["content"] = _parts(text) if self.in_parts else text
+            del message["tool_calls"]
+        elif turn.get("tool_calls"):
             as_json = self.arguments_as_json if as_json is None else as_json
             message["tool_calls"] = [_call(call, as_json) for call in turn["tool_calls"]]
         return message

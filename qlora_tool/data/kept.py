@@ -11,6 +11,7 @@ from typing import Any
 from qlora_tool.data.messages import Message
 
 WORD = re.compile(r"\w+")
+UNICODE = re.compile(r"\\u([0-9a-fA-F]{4})")
 
 
 def is_written(content: str, text: str) -> bool:
@@ -22,7 +23,8 @@ def is_written(content: str, text: str) -> bool:
 
 @lru_cache(maxsize=8)
 def _words(text: str) -> frozenset[str]:
-    return frozenset(WORD.findall(text)) | frozenset(WORD.findall(re.sub(r"\\[nrt]", " ", text)))
+    unescaped = UNICODE.sub(lambda found: chr(int(found[1], 16)), re.sub(r"\\[nrt]", " ", text))
+    return frozenset(WORD.findall(text)) | frozenset(WORD.findall(unescaped))
 
 
 def calls_written(turn: Message, text: str) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_tool.data.faults import RowFault, hint, kind_of
-from qlora_tool.data.tool_calls import Message, parse_list, plain_calls, plain_tools, tool_calls
+from qlora_tool.data.tool_calls import Message, calls_in_text, parse_list, plain_calls, plain_tools, tool_calls
 from qlora_tool.errors import did_you_mean
 
 __all__ = ["ROLES", "Conversation", "Message", "as_context", "read_conversation", "read_list", "read_turns"]
@@ -36,6 +36,8 @@ ROLE_ALIASES = {
     "tool_result": "tool",
 }
 REASONING = ("reasoning_content", "reasoning", "thinking")  # the names that templates read it by
+CALLERS = ("function_call", "tool_call")  # LLaMA-Factory's roles: the content is the call, as JSON
+CALL_TEXT = "call_text"  # that content, for templates that know no calls
 # Turns marked as context; templates do not get to see these keys.
 MARKS = ("weight", "train", "loss")
 TRAIN = "train"
@@ -156,6 +158,8 @@ def _turn(turn: Any, name: str) -> Message:
     told = {role_key, content_key, "function_call", "tool_calls", *MARKS}
     rest = {key: value for key, value in turn.items() if key not in told and value is not None}
     message = {"role": _role(turn[role_key], name), "content": _content(turn.get(content_key), name), **rest}
+    if not calls and str(turn[role_key]).strip().lower() in CALLERS and (calls := calls_in_text(message["content"])):
+        message.update({"content": "", CALL_TEXT: message["content"]})
     if calls:
         message["tool_calls"] = calls
     if (trained := _mark(turn, name)) is not None:

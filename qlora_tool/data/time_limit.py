@@ -38,9 +38,14 @@ class _Watch:
                 _raise_in(thread, None)  # what was done in the very last moment counts
 
     def _run(self) -> None:
+        idle = 0
         while True:
             time.sleep(0.2)
             with self.lock:
+                idle = 0 if self.deadlines else idle + 1
+                if idle == 50:  # ten seconds: let the process be
+                    self.process = None
+                    return
                 for thread, deadline in list(self.deadlines.items()):
                     if time.monotonic() > deadline:
                         del self.deadlines[thread]

@@ -66,6 +66,19 @@ def tool_calls(turn: Mapping[str, Any], name: str) -> list[Any]:
     return [_call(call, f"{name}.tool_calls[{place}]") for place, call in enumerate(calls)]
 
 
+def calls_in_text(text: str) -> list[Any]:
+    """The calls that a text consists of (an object with `name` and `arguments` as JSON, or a list of them); none where
+    it is something else."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return []
+    calls = value if isinstance(value, list) else [value]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) and "arguments" in call for call in calls):
+        return []
+    return [_call(call, "the call") for call in calls]
+
+
 def _call(value: Any, name: str) -> dict[str, Any]:
     call = {key: part for key, part in _object(value, name).items() if part is not None}
     if "function" in call:

@@ -107,6 +107,17 @@ class TestCalls:
         assert trained(dataset)[0] == ['<call>add{"a": 2, "b": "è"}<|im_end|>\n']
         assert dataset.report.warnings() == []
 
+    def test_a_call_as_the_content_of_a_role_of_its_own(self, tmp_path):
+        """LLaMA-Factory's form; where the template knows no calls, the text is the answer."""
+        call = json.dumps(CALL["function"])
+        row = {"conversations": [{"from": "human", "value": "a?"}, {"from": "function_call", "value": call}]}
+        plain = {"conversations": [*row["conversations"][:1], {"from": "function_call", "value": "add(2, 2)"}]}
+        assert trained(made(tmp_path, CALLING, row, plain)) == [
+            ['<call>add{"a": 2, "b": "è"}<|im_end|>\n'],
+            ["add(2, 2)<|im_end|>\n"],
+        ]
+        assert trained(made(tmp_path, CHATML, row)) == [[f"{call}<|im_end|>\n"]]
+
     def test_out_of_parquet_too(self, tmp_path):
         import pyarrow
         import pyarrow.parquet
