@@ -138,6 +138,8 @@ class ConversationRenderer:
         rendered = self._together(conversation, answers) or self._apart(conversation, answers)
         said_before = conversation.messages[: answers[-1].turn]
         notes.update(unwritten(said_before, conversation.tools, rendered.rows[-1].text))
+        if self._dialect.asks_the_date:
+            notes["row: the chat template writes the date of the day, so rows that are made on another day differ"] += 1
         return replace(rendered, notes=notes)
 
     def _is_trained(self, answer: Answer, said: Message, notes: Counter[str]) -> bool:
@@ -173,8 +175,8 @@ class ConversationRenderer:
                     return None
                 raise UserError(
                     f"{conversation.where}: data.multi_turn: together cannot go with this chat template, which writes "
-                    f"turn {answer.turn + 1} otherwise once others follow: what the model would see is not what it was "
-                    "trained on; set data.multi_turn: one_per_answer (or leave it at auto)"
+                    f"turn {answer.turn + 1} otherwise than at inference once others follow: the model would train "
+                    "on what it never sees; set data.multi_turn: one_per_answer (or leave it at auto)"
                 )
         row = _RowInParts(text, conversation.where)
         for answer in answers:

@@ -94,6 +94,17 @@ class Dialect:
         """Whether tool calls are written, in whatever form."""
         return self._writes_calls(as_json=False) or self._writes_calls(as_json=True)
 
+    @cached_property
+    def asks_the_date(self) -> bool:
+        """Whether the template writes the date of the day."""
+        if self._try([USER]) is None:
+            return False
+        try:
+            render(self.tokenizer, self.messages([USER]), kwargs={**self.kwargs, "strftime_now": ""})
+        except RowFault as fault:
+            return "not callable" in str(fault)
+        return False
+
     def _writes_calls(self, as_json: bool) -> bool:
         call = self._message(CALL, as_json=as_json)
         result = {"role": "tool", "name": "w7name", "tool_call_id": "w7call000", "content": RESULT}

@@ -18,7 +18,10 @@ def is_written(content: str, text: str) -> bool:
     """Whether `text` has the content: as it is, as JSON, or at least all its words (some templates trim, indent or
     quote)."""
     content = content.strip()
-    return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text or _words(content) <= _words(text)
+    if content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text:
+        return True
+    words = _words(content)
+    return words <= _words(text) if words else "".join(content.split()) in "".join(text.split())
 
 
 @lru_cache(maxsize=8)

@@ -206,6 +206,14 @@ SWITCHED = CHATML.replace("'<|im_start|>assistant\\n' }}{% endif", "'<|im_start|
                           "('' if enable_thinking else '<think></think>') }}{% endif")  # fmt: skip
 
 
+class TestDate:
+    def test_one_that_changes_by_the_day_is_told(self, tmp_path):
+        dated = "{% if not date %}{% set date = strftime_now('%Y') %}{% endif %}{{ date }}" + CHATML
+        (note,) = notes(made(tmp_path, dated, answered("4")))
+        assert note == "the chat template writes the date of the day, so rows that are made on another day differ"
+        assert notes(made(tmp_path, dated, answered("4"), chat_template_kwargs={"date": "2026"})) == []
+
+
 class TestKwargs:
     def test_they_reach_the_template_in_training_and_in_prompts(self, tmp_path):
         assert trained(made(tmp_path, SWITCHED, answered("4"), chat_template_kwargs={"enable_thinking": True})) == [
@@ -282,6 +290,11 @@ class TestBadTemplates:
         template = CHATML.replace("for message in messages %}", "for message in messages if message.role == 'user' %}")
         with pytest.raises(UserError, match="the chat template does not write what the assistant says"):
             made(tmp_path, template, answered("4"))
+
+    def test_one_that_drops_what_is_no_word(self, tmp_path):
+        template = CHATML.replace("+ message['content'] +", "+ message['content'].replace('🙂', '') +")
+        with pytest.raises(UserError, match=r"does not write the answer of turn 2 \('🙂'\) as the data has it"):
+            made(tmp_path, template, answered("🙂"))
 
     def test_one_that_writes_part_of_an_answer(self, tmp_path):
         template = CHATML.replace("+ message['content'] +", "+ message['content'][:12] +")
