@@ -25,6 +25,7 @@ from qlora_tool.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ANSWER = ", answer "
 MultiTurn = Literal["auto", "together", "one_per_answer"]
 
 
@@ -193,7 +194,7 @@ class ConversationRenderer:
         spoken = [turn for turn, message in enumerate(conversation.messages) if message["role"] == "assistant"]
         rows = []
         for answer in answers:
-            number = f", answer {spoken.index(answer.turn) + 1}" if len(answers) > 1 else ""
+            number = f"{ANSWER}{spoken.index(answer.turn) + 1}" if len(answers) > 1 else ""
             end = self._ends.missing(answer, conversation.messages)
             text = answer.prompt + answer.target + end
             rows.append(
@@ -243,6 +244,12 @@ class ConversationRenderer:
     @cached_property
     def _ends(self) -> Ends:
         return Ends(self.tokenizer, self.special, self._writer(None))
+
+
+def row_of(where: str) -> str:
+    """The row of data of a place, which may be one answer of it."""
+    row, found, number = where.rpartition(ANSWER)
+    return row if found and number.isdigit() else where
 
 
 class _RowInParts:

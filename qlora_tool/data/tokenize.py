@@ -7,9 +7,10 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from qlora_tool.data.chat import ConversationRenderer, Rendered, RenderedRow
+from qlora_tool.data.chat import ConversationRenderer, Rendered, RenderedRow, row_of
 from qlora_tool.data.faults import RowFault, RowFaults
 from qlora_tool.data.formats import find_format, read_conversations, read_documents
 from qlora_tool.data.labels import IGNORED, label_answers, token_ids
@@ -142,7 +143,15 @@ def build_evaluation_sets(
 
 
 def _split(train: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
-    digests = [hashlib.sha256(array("q", example.input_ids).tobytes()).digest() for example in train.examples]
+    digests: list[bytes] = []
+    row = None
+    for example in train.examples:
+        # Answers of one conversation stay together: the later ones have the earlier ones in their prompts.
+        if row is None or row_of(example.where) != row:
+            row = row_of(example.where)
+            digests.append(hashlib.sha256(array("q", example.input_ids).tobytes()).digest())
+        else:
+            digests.append(digests[-1])
     wanted = max(1, round(fraction * len(digests)))
     last = sorted(digests)[wanted - 1]
     chosen = [example for example, digest in zip(train.examples, digests, strict=True) if digest <= last]
@@ -163,7 +172,7 @@ def _split(train: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
         dropped_unwritten=0,
         dropped_truncated=0,
         truncated=0,
-        answers=0,
+        answers=sum(_answers(example) for example in chosen),
         context_answers=0,
         empty_answers=0,
         rewritten=0,
@@ -171,10 +180,15 @@ def _split(train: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
         notes=Counter(),
         ends_added=0,
     )
-    remaining = replace(train.report, split_off=len(chosen))
+    remaining = replace(train.report, split_off=len(chosen), answers=train.report.answers - evaluation.answers)
     _count_tokens(evaluation, chosen)
     _count_tokens(remaining, rest)
     return Dataset(rest, remaining), Dataset(chosen, evaluation)
+
+
+def _answers(example: Example) -> int:
+    """The runs of trained tokens."""
+    return sum(before == IGNORED != label for before, label in pairwise([IGNORED, *example.labels]))
 
 
 def _count_tokens(report: DataReport, examples: list[Example]) -> None:

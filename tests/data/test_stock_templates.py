@@ -14,7 +14,8 @@ from tokenizers_for_tests import byte_level
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_tool.config import DataConfig
-from qlora_tool.data.tokenize import build_dataset
+from qlora_tool.data.batches import collate, plan_epoch
+from qlora_tool.data.tokenize import Example, build_dataset
 
 FOUND = importlib.util.find_spec("trl")  # not imported: only its files are read
 if FOUND is None:
@@ -171,10 +172,10 @@ def refused(name, case, tokenizer):
     return False
 
 
-def dataset(tmp_path, tokenizer, case, **data):
+def dataset(tmp_path, tokenizer, *cases, **data):
     path = tmp_path / "rows.jsonl"
-    row = {"messages": CASES[case]} | ({"tools": TOOLS} if case == "tools" else {})
-    path.write_text(json.dumps(row) + "\n")
+    rows = [{"messages": CASES[case]} | ({"tools": TOOLS} if case == "tools" else {}) for case in cases]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return build_dataset(str(path), DataConfig(**{"max_length": 100_000} | data), tokenizer)
 
 
@@ -243,3 +244,22 @@ def test_a_limit_cuts_the_end_and_leaves_the_rest_as_it_was(tmp_path, tokenizers
     assert [(example.input_ids, example.labels) for example in cut] == [
         (example.input_ids[: longest - 1], example.labels[: longest - 1]) for example in made
     ]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_packed_into_a_row_each_keeps_its_answers(tmp_path, tokenizers, name):
+    tokenizer = tokenizers(name)
+    cases = [case for case in CASES if (name, case) not in REFUSED]
+    examples = dataset(tmp_path, tokenizer, *cases).examples
+    rows = [row for case in cases for row in Template(name, case, tokenizer).rows()]
+    expected = [target for _, _, targets in rows for target in targets]
+    lengths = [len(example.input_ids) for example in examples]
+    plan = plan_epoch(lengths, batch_size=1, max_length=sum(lengths), packing=True, shuffle=False, seed=0, epoch=0)
+    assert plan == [[list(range(len(examples)))]]
+    batch = collate([examples], pad_token_id=0, packing=True)
+    assert batch.position_ids[0].tolist() == [place for length in lengths for place in range(length)]
+    packed = Example(batch.input_ids[0].tolist(), batch.labels[0].tolist(), "")
+    trained = [part for flag, part in runs(tokenizer, packed) if flag]
+    if name == "llava_next":
+        trained, expected = [part.rstrip() for part in trained], [part.rstrip() for part in expected]
+    assert trained == expected

@@ -258,6 +258,21 @@ class TestEvaluation:
         ]
         assert chosen[0] == chosen[1] == chosen[2]
 
+    @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5])
+    def test_a_fraction_takes_conversations_whole(self, tmp_path, fraction):
+        """An answer that is evaluated is not in the prompt of one that is trained."""
+        rows = [{"messages": [{"role": role, "content": f"{number}"} for role in ["user", "assistant"] * 3]}
+                for number in range(20)]  # fmt: skip
+        train, sets = build_evaluation_sets(
+            data := DataConfig(eval=fraction),
+            tokenizer := byte_level(REWRITING),
+            build_dataset(write(tmp_path / "rows.jsonl", *rows), data, tokenizer),
+        )
+        sides = [{e.where.partition(", answer")[0] for e in made.examples} for made in (train, sets["eval"])]
+        assert not sides[0] & sides[1]
+        assert sum(map(len, sides)) == 20
+        assert train.report.answers + sets["eval"].report.answers == 60
+
     def test_a_fraction_leaves_something_to_train_on(self, tmp_path):
         source = write(tmp_path / "rows.jsonl", asked("a?", "b"))
         with pytest.raises(UserError, match=r"data.eval: a fraction of 0.5 takes all of the 1 examples"):
