@@ -1,6 +1,6 @@
 """Fine-tune language models on a quantized base with LoRA, and export the result exactly.
 
-    from qlora_tool import evaluate, export_merged, generate, profile_memory, train
+    from qlora_tool import evaluate, export_merged, generate, preview, profile_memory, train
 
 What the command line does, as functions; see `qlora_tool.api`. Importing this package imports nothing heavy.
 """
@@ -14,13 +14,14 @@ from qlora_tool._version import __version__
 from qlora_tool.errors import MachineError, UserError
 
 if TYPE_CHECKING:
-    from qlora_tool.api import evaluate, export_merged, generate, profile_memory, train
+    from qlora_tool.api import evaluate, export_merged, generate, preview, profile_memory, train
     from qlora_tool.config import Config
     from qlora_tool.export.write import ExportResult
     from qlora_tool.inference.generate import GenerateResult
     from qlora_tool.inference.score import EvaluateResult
     from qlora_tool.memory.profile_run import MemoryProfile
     from qlora_tool.training.interrupt import Interrupted
+    from qlora_tool.training.preview import PreviewResult
     from qlora_tool.training.result import TrainResult
 
 __all__ = [
@@ -31,12 +32,14 @@ __all__ = [
     "Interrupted",
     "MachineError",
     "MemoryProfile",
+    "PreviewResult",
     "TrainResult",
     "UserError",
     "__version__",
     "evaluate",
     "export_merged",
     "generate",
+    "preview",
     "profile_memory",
     "train",
 ]
@@ -45,6 +48,7 @@ _HOMES = {
     "evaluate": "api",
     "export_merged": "api",
     "generate": "api",
+    "preview": "api",
     "profile_memory": "api",
     "train": "api",
     "Config": "config",
@@ -53,6 +57,7 @@ _HOMES = {
     "GenerateResult": "inference.generate",
     "Interrupted": "training.interrupt",
     "MemoryProfile": "memory.profile_run",
+    "PreviewResult": "training.preview",
     "TrainResult": "training.result",
 }
 

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from qlora_tool.inference.generate import GenerateResult
     from qlora_tool.inference.score import EvaluateResult
     from qlora_tool.memory.profile_run import MemoryProfile
+    from qlora_tool.training.preview import PreviewResult
     from qlora_tool.training.result import TrainResult
 
-__all__ = ["evaluate", "export_merged", "generate", "profile_memory", "train"]
+__all__ = ["evaluate", "export_merged", "generate", "preview", "profile_memory", "train"]
 
 AnyPath = str | os.PathLike[str]
 AnyConfig = AnyPath | Mapping[str, Any] | Config
@@ -64,6 +65,9 @@ def train(
     """
     configuration = load_config(config, _with_output_dir(set, output_dir))
     started = time.perf_counter()
+    from qlora_tool.data.check import check_data
+
+    check_data(configuration.data)
     from qlora_tool.memory.run_report import RunMemory
     from qlora_tool.training.loop import train as run_training
     from qlora_tool.training.result import TrainResult
@@ -72,6 +76,42 @@ def train(
         configuration, resume=os.fspath(resume), overwrite=overwrite, dry_run=dry_run, watcher=RunMemory()
     )
     return TrainResult.of(run, time.perf_counter() - started, finished=not dry_run)
+
+
+def preview(
+    config: AnyConfig,
+    *,
+    set: Overrides = (),
+    rows: int = 5,
+    all: bool = False,
+    json: AnyPath | None = None,
+) -> PreviewResult:
+    """Show rows as the model will see them, and count what becomes of the data.
+
+    The tokenizer and the data are read, no weights. The rows are the first that training takes.
+
+    Args:
+        config: a configuration.
+        set: keys that are to have other values; see `train`.
+        rows: how many rows to show.
+        all: count over all rows, and pack all of them; else the first 2,000 of each file, which takes seconds.
+        json: where to write rows and counts.
+
+    Raises:
+        UserError: the configuration, the data or the tokenizer is at fault.
+        MachineError: the hub is out of reach.
+    """
+    configuration = load_config(config, set)
+    if rows < 0:
+        raise OptionError(f"--rows: expected at least 0, found {rows}")
+    from qlora_tool.data.check import check_data
+
+    check_data(configuration.data)
+    from qlora_tool.training.preview import preview as look
+
+    result = look(configuration, rows, every_row=all)
+    _write_json(json, result.as_json())
+    return result
 
 
 def profile_memory(
@@ -188,12 +228,16 @@ def export_merged(
         from qlora_tool.export.upload import refuse_bad_name
 
         refuse_bad_name(push_to_hub)
+    rows = None if verify_data is None else os.fspath(verify_data)
+    if rows is not None:
+        from qlora_tool.data.check import check_sources
+
+        check_sources([rows])
     artifact = _artifact(run_or_adapter, model, quantization, double_quant)
     from qlora_tool.export.upload import push_to_hub as upload
     from qlora_tool.export.write import ExportOptions
     from qlora_tool.export.write import export_merged as export
 
-    rows = None if verify_data is None else os.fspath(verify_data)
     result = export(
         artifact, Path(output_dir), ExportOptions(base, dtype, size, overwrite, format, gguf_type, verify, rows)
     )
@@ -249,9 +293,9 @@ def generate(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, batch_size)
     if file is not None:
-        from qlora_tool.data.sources import read_rows
+        from qlora_tool.data.check import check_sources
 
-        list(read_rows(file))  # a fault of the file is told before the model is read
+        check_sources([file], need_answers=False)
     artifact = _artifact(run_or_model, model, quantization, double_quant, device, compute_dtype)
     from qlora_tool.inference.generate import generate as answer
 
@@ -297,8 +341,7 @@ def evaluate(
 
     settings = with_values(Config(), {"data.format": format, **({"data.max_length": max_length} if max_length else {})})
     sampling = Sampling(max_new_tokens=max_new_tokens, batch_size=batch_size)
-    from qlora_tool.inference.score import evaluate as score
-    from qlora_tool.inference.score import named_sources
+    from qlora_tool.data.check import check_sources, named_sources
 
     if isinstance(data, Mapping):
         sources = {name: os.fspath(source) for name, source in data.items()}
@@ -306,7 +349,10 @@ def evaluate(
         sources = named_sources([data] if isinstance(data, str | os.PathLike) else data)
     if not sources:
         raise OptionError("nothing to score: give --data FILE")
+    check_sources(sources.values(), format)
     artifact = _artifact(run_or_model, model, quantization, double_quant, device, compute_dtype)
+    from qlora_tool.inference.score import evaluate as score
+
     result = score(artifact, sources, settings.data, max_length=max_length, sampling=sampling if generate else None,
                    batch_size=batch_size)  # fmt: skip
     _write_json(json, result.as_json())

@@ -217,11 +217,18 @@ def resolve(
         values["training.gradient_checkpointing"] = True
     if config.adapter.init_from:
         values |= initial_settings(read_adapter(Path(config.adapter.init_from)), config.adapter)
+    if not packs(config, model_config):
+        values["data.packing"] = False
+    return with_values(config, values)
+
+
+def packs(config: Config, model_config: Any) -> bool:
+    """Whether rows are packed: where that is asked for and the family can. Where it cannot, a warning says so."""
     if config.data.packing and not packs_apart(config, model_config):
         logger.warning("data.packing: in a %s model packed examples would attend to one another; rows are padded "
                        "instead", model_config.model_type)  # fmt: skip
-        values["data.packing"] = False
-    return with_values(config, values)
+        return False
+    return config.data.packing
 
 
 def packs_apart(config: Config, model_config: Any) -> bool:

@@ -53,7 +53,9 @@ def test_python_in_the_readme_calls_what_there_is():
     """Every name that is imported, and every argument that is given by name."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     calls = [node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
-    assert {call.func.id for call in calls} == {"evaluate", "export_merged", "generate", "profile_memory", "train"}
+    assert {call.func.id for call in calls} == {
+        "evaluate", "export_merged", "generate", "preview", "profile_memory", "train",
+    }  # fmt: skip
     for call in calls:
         arguments = {keyword.arg: None for keyword in call.keywords}
         inspect.signature(getattr(qlora_tool, call.func.id)).bind(*call.args, **arguments)

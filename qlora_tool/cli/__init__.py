@@ -38,6 +38,7 @@ class Entry(NamedTuple):
 MAIN, USE, AROUND = "Main commands", "Use a model", "Around them"
 COMMANDS = {
     "train": Entry(MAIN, "qlora_tool.cli.train:train", "Train an adapter on a quantized model."),
+    "preview": Entry(MAIN, "qlora_tool.cli.preview:preview", "Show rows as they will be trained, and counts."),
     "profile-memory": Entry(
         MAIN, "qlora_tool.cli.profile_memory:profile_memory", "Predict where every byte of a run goes, before it."
     ),
@@ -50,6 +51,7 @@ COMMANDS = {
 
 EXAMPLES = """
 qlora-tool recipes                            # what is ready to run
+qlora-tool preview demo                       # what of your data will be trained
 qlora-tool train demo --output-dir runs/demo  # train an adapter on a small model
 qlora-tool export-merged runs/demo --output-dir merged/demo
 qlora-tool train my.yaml --set training.max_steps=20 --set model.quantization=int8

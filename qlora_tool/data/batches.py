@@ -253,7 +253,7 @@ def collate(rows: list[list[Example]], *, pad_token_id: int, packing: bool, padd
         padding = sequence - len(ids)
         input_ids.append(ids + [pad_token_id] * padding)
         mask.append([1] * len(ids) + [0] * padding)
-        labels.append([label for example in row for label in _counted_labels(example)] + [IGNORED] * padding)
+        labels.append([label for example in row for label in counted_labels(example)] + [IGNORED] * padding)
         # Padding is a segment of its own: as the last example's next positions it would be attended with it.
         segments += [len(example.input_ids) for example in row]
         if padding:
@@ -279,5 +279,6 @@ def collate(rows: list[list[Example]], *, pad_token_id: int, packing: bool, padd
     )
 
 
-def _counted_labels(example: Example) -> list[int]:
+def counted_labels(example: Example) -> list[int]:
+    """An example's labels as they count: never the first, which would be predicted from another example."""
     return [IGNORED, *example.labels[1:]] if example.labels else []

@@ -16,6 +16,7 @@ class DataReport:
         template: "the model's", "plain", a Jinja file, or None for text, which needs none.
         train_on: what is trained: `completion`, or `all` (always with text).
         rows: rows read.
+        more_rows: whether there are more, which were not read.
         kept: rows of which something is trained.
         examples: sequences made of them and not split off; a text may be cut into several.
         dropped_no_answer: rows without an answer (or, for text, without text).
@@ -44,6 +45,7 @@ class DataReport:
     train_on: str
     max_length: int
     rows: int = 0
+    more_rows: bool = False
     kept: int = 0
     examples: int = 0
     dropped_no_answer: int = 0
@@ -75,7 +77,7 @@ class DataReport:
             f"{_count(self.tokens, 'token')}, {self.trained_tokens} of them trained; the longest has {self.longest}"
         ]
         if self.template is not None:
-            lines.append(f"chat template: {self._template_name()}; trained: {self._trained_part()}")
+            lines.append(f"chat template: {self.template_name()}; trained: {self.trained_part()}")
         return lines + self.warnings()
 
     def warnings(self) -> list[str]:
@@ -113,10 +115,12 @@ class DataReport:
             )
         return lines
 
-    def _template_name(self) -> str:
+    def template_name(self) -> str:
+        """The chat template's name as a person would say it."""
         return "a plain one, as the tokenizer has none" if self.template == "plain" else str(self.template)
 
-    def _trained_part(self) -> str:
+    def trained_part(self) -> str:
+        """Which tokens are trained."""
         return "the answers" if self.train_on == "completion" else "every token"
 
 

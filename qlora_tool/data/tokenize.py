@@ -7,7 +7,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING
 
 from qlora_tool.data.chat import ConversationRenderer, Rendered, RenderedRow, row_of
@@ -64,7 +64,12 @@ class Dataset:
 
 
 def build_dataset(
-    source: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, key: str = "data.train"
+    source: str,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    key: str = "data.train",
+    first: int | None = None,
 ) -> Dataset:
     """Read, format and tokenize a data source.
 
@@ -74,21 +79,18 @@ def build_dataset(
         tokenizer: for conversations it leaves with the chat template that was used as its own (see
             `chat.install_chat_template`), so that saving it keeps that too.
         key: what errors call the source. Text in `data.train` contradicts a `train_on: completion` that somebody set.
+        first: read no more rows than this; `DataReport.more_rows` says whether there are more. Files are not hashed.
 
     Raises:
         UserError: the source is missing or broken, rows do not have the format, the template refuses them, or nothing
             is left to learn from.
         MachineError: the hub cannot be reached.
     """
-    rows = list(read_rows(source))
+    rows, more_rows = _first_rows(source, first)
     form = find_format(rows, data.format)
     as_text = form == "text"
-    # Evaluation files may be text beside a training set of conversations, so only the training set can contradict.
-    if as_text and key == "data.train" and data.train_on == "completion" and "train_on" in data.model_fields_set:
-        raise UserError(
-            f"data.train_on: completion cannot go with data.train {source}, which is text and so has no answers: every "
-            "token is trained; leave data.train_on out, or set it to all"
-        )
+    if as_text and key == "data.train":
+        refuse_answers_of_text(data, source)
     report = DataReport(
         source=source,
         format=form,
@@ -96,7 +98,8 @@ def build_dataset(
         train_on="all" if as_text else data.train_on,
         max_length=data.max_length,
         rows=len(rows),
-        files=hashes(source),
+        more_rows=more_rows,
+        files=hashes(source) if first is None else {},
     )
     if as_text:
         examples = _text_examples(rows, tokenizer, report)
@@ -117,8 +120,41 @@ def build_dataset(
     return Dataset(examples, report)
 
 
+def refuse_answers_of_text(data: DataConfig, source: str) -> None:
+    """Refuse a `train_on: completion` that somebody set where the training data are text.
+
+    Evaluation files may be text beside a training set of conversations, so only the training set can contradict.
+    """
+    if data.train_on == "completion" and "train_on" in data.model_fields_set:
+        raise UserError(
+            f"data.train_on: completion cannot go with data.train {source}, which is text and so has no answers: every "
+            "token is trained; leave data.train_on out, or set it to all"
+        )
+
+
+def _first_rows(source: str, count: int | None) -> tuple[list[Row], bool]:
+    """The first `count` rows of a source, or all of them; and whether there are more.
+
+    Raises:
+        UserError: rows that cannot be read are among them.
+    """
+    faults = RowFaults()
+    rows = iter(read_rows(source, faults))
+    taken = list(islice(rows, count))
+    more = next(rows, None) is not None
+    faults.raise_any()
+    return taken, more
+
+
+def evaluation_sources(data: DataConfig) -> dict[str, str]:
+    """The sources that `data.eval` names, by name; none where it is a fraction of the training data."""
+    if isinstance(data.eval, str):
+        return {"eval": data.eval}
+    return dict(data.eval) if isinstance(data.eval, dict) else {}
+
+
 def build_evaluation_sets(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, train: Dataset
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, train: Dataset, *, first: int | None = None
 ) -> tuple[Dataset, dict[str, Dataset]]:
     """The evaluation sets that `data.eval` asks for, by name, and what is left to train on.
 
@@ -126,18 +162,22 @@ def build_evaluation_sets(
     depends on their tokens alone, not on their order or `data.shuffle`: equal examples never part, so none that is
     evaluated is trained on as well.
 
+    Args:
+        first: read no more rows of a source than this.
+
     Returns:
         The training set, smaller where a fraction was split off it, and the evaluation sets.
     """
     if data.eval is None:
         return train, {}
-    if isinstance(data.eval, dict):
-        sets = {
-            name: build_dataset(source, data, tokenizer, key=f"data.eval.{name}") for name, source in data.eval.items()
+    if sources := evaluation_sources(data):
+        named = isinstance(data.eval, dict)
+        return train, {
+            name: build_dataset(
+                source, data, tokenizer, key=f"data.eval.{name}" if named else "data.eval", first=first
+            )
+            for name, source in sources.items()
         }
-        return train, sets
-    if isinstance(data.eval, str):
-        return train, {"eval": build_dataset(data.eval, data, tokenizer, key="data.eval")}
     rest, evaluation = _split(train, float(data.eval))
     return rest, {"eval": evaluation}
 

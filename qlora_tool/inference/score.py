@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool.config import DataConfig
-from qlora_tool.data.formats import find_format
 from qlora_tool.data.prompts import Prompt, read_prompts
-from qlora_tool.data.sources import read_rows
 from qlora_tool.data.tokenize import build_dataset
 from qlora_tool.errors import UserError
 from qlora_tool.inference.answer import Answers, answer
@@ -81,10 +77,8 @@ def evaluate(
         batch_size: rows of a forward pass.
 
     Raises:
-        UserError: see `read_rows`, `find_format`, `open_artifact`, `check_length`, `score`.
+        UserError: see `open_artifact`, `check_length`, `score`.
     """
-    for source in sources.values():
-        find_format(list(read_rows(source)), data.format)  # a fault of the data is told before the model is read
     model, tokenizer = open_artifact(artifact)
     own = artifact.run.data if artifact.run else DataConfig()
     if max_length:
@@ -100,23 +94,6 @@ def evaluate(
         name: score(model, tokenizer, source, data, sampling=sampling, batch_size=batch_size)
         for name, source in sources.items()
     })  # fmt: skip
-
-
-def named_sources(sources: Sequence[str | os.PathLike[str]]) -> dict[str, str]:
-    """{name: source} of sources given as NAME=FILE, or as FILE, which is called by the file's name.
-
-    Raises:
-        UserError: two have one name.
-    """
-    named: dict[str, str] = {}
-    for source in (os.fspath(source) for source in sources):
-        name, equals, rest = source.partition("=")
-        if not equals or Path(source).exists():
-            name, rest = Path(source).stem or source, source
-        if name in named:
-            raise UserError(f"--data: two sets are called {name!r}; name them apart, as NAME=FILE")
-        named[name] = rest
-    return named
 
 
 def score(

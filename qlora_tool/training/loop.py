@@ -17,6 +17,7 @@ from qlora_tool.adapters.peft_files import save_adapter
 from qlora_tool.build import Setup
 from qlora_tool.config import Config, TrainingConfig
 from qlora_tool.data.batches import Batch, collate, plan_epoch
+from qlora_tool.data.preview import first_row
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.atomic import replacing_folder, write_json
 from qlora_tool.inference.evaluation import EvaluationResult, evaluate_loss
@@ -84,7 +85,7 @@ class StepPlan:
 
     @classmethod
     def of(cls, config: Config, lengths: list[int]) -> StepPlan:
-        micro_batches = len(_epoch(config, lengths, 0))
+        micro_batches = len(epoch_batches(config, lengths, 0))
         steps_per_epoch = math.ceil(micro_batches / config.training.gradient_accumulation_steps)
         total = config.training.max_steps
         if total == -1:
@@ -100,14 +101,15 @@ class StepPlan:
         """The micro-batches (rows of example indices) of every step after the first `done`."""
         size = self.config.training.gradient_accumulation_steps
         for epoch in range(done // self.steps_per_epoch, math.ceil(self.epochs)):
-            batches = _epoch(self.config, self.lengths, epoch)
+            batches = epoch_batches(self.config, self.lengths, epoch)
             for index in range(self.steps_per_epoch):
                 step = epoch * self.steps_per_epoch + index
                 if done <= step < self.total_steps:
                     yield batches[index * size : (index + 1) * size]
 
 
-def _epoch(config: Config, lengths: list[int], epoch: int) -> list[list[list[int]]]:
+def epoch_batches(config: Config, lengths: list[int], epoch: int) -> list[list[list[int]]]:
+    """The micro-batches of an epoch, each of rows of example indices."""
     return plan_epoch(
         lengths, batch_size=config.training.per_device_train_batch_size, max_length=config.data.max_length,
         packing=config.data.packing, shuffle=config.data.shuffle, seed=config.training.seed, epoch=epoch,
@@ -169,6 +171,7 @@ def train(
     plan = StepPlan.of(config, data.train.lengths)
     run = Run(config, folder, data, model, adapters, optimizer, plan, setup.padding_free)
     logger.info("run: %d steps (%d an epoch) into %s", plan.total_steps, plan.steps_per_epoch, folder.path)
+    logger.info(first_row(data.train, next(plan.steps(0))[0][0], data.tokenizer))
     if checkpoint is not None:
         refuse_another_run(checkpoint, config)
     if dry_run:
@@ -195,7 +198,8 @@ def _largest_batch(config: Config, data: RunData, padding_free: bool) -> Batch:
             return sum(tokens), False, trained
         return len(tokens) * max(tokens), not packing and len(set(tokens)) > 1, trained
 
-    batches = (batch for epoch in range(min(epochs, EPOCHS_LOOKED_AT)) for batch in _epoch(config, lengths, epoch))
+    looked_at = range(min(epochs, EPOCHS_LOOKED_AT))
+    batches = (batch for epoch in looked_at for batch in epoch_batches(config, lengths, epoch))
     chosen = [[examples[index] for index in row] for row in max(batches, key=size)]
     return collate(chosen, pad_token_id=data.pad_token_id, packing=packing, padding_free=padding_free)
 

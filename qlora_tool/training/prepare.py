@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool._version import __version__
@@ -46,25 +47,47 @@ def prepare_data(setup: Setup) -> tuple[RunData, Setup]:
     Returns:
         The data, and the setup with what they decide: a text found as such is trained on every token.
     """
-    config, model_config = setup.config, setup.model_config
+    config = setup.config
     folder = resolve_model(config.model.name_or_path, config.model.revision, weights=False)
-    check_length(model_config, config.data.max_length)
+    data = read_run_data(config, folder, setup.model_config)
+    for dataset in (data.train, *data.evaluations.values()):
+        for line in dataset.report.lines():
+            logger.info(line)
+    decided = with_values(config, {"data.train_on": data.train.report.train_on})
+    return data, replace(setup, config=decided)
+
+
+def read_run_data(config: Config, folder: Path, model_config: Any, *, first: int | None = None) -> RunData:
+    """The tokenized data of a run.
+
+    Args:
+        folder: the model's, which has the tokenizer.
+        model_config: the model's transformers configuration; None where there is none to check the data against.
+        first: read no more rows of a source than this.
+
+    Raises:
+        UserError: the data or the tokenizer is at fault, or they do not fit the model.
+        MachineError: the hub cannot be reached.
+    """
+    if model_config is not None:
+        check_length(model_config, config.data.max_length)
     tokenizer = open_tokenizer(folder, config.model.trust_remote_code)
-    train = build_dataset(config.data.train, config.data, tokenizer)
-    train, evaluations = build_evaluation_sets(config.data, tokenizer, train)
-    vocabulary = model_config.get_text_config().vocab_size
-    datasets = (train, *evaluations.values())
+    train = build_dataset(config.data.train, config.data, tokenizer, first=first)
+    train, evaluations = build_evaluation_sets(config.data, tokenizer, train, first=first)
+    data = RunData(tokenizer, train, evaluations)
+    if model_config is not None:
+        _refuse_foreign_tokens(data, folder, model_config.get_text_config().vocab_size)
+    return data
+
+
+def _refuse_foreign_tokens(data: RunData, folder: Path, vocabulary: int) -> None:
+    datasets = (data.train, *data.evaluations.values())
     highest = max(max(example.input_ids) for dataset in datasets for example in dataset.examples)
     if highest >= vocabulary:
         raise UserError(
             f"{folder}: its tokenizer gives token {highest}, but the model's vocabulary has {vocabulary} tokens; "
             "use the tokenizer files that came with the model"
         )
-    for dataset in datasets:
-        for line in dataset.report.lines():
-            logger.info(line)
-    decided = with_values(config, {"data.train_on": train.report.train_on})
-    return RunData(tokenizer, train, evaluations), replace(setup, config=decided)
 
 
 def describe(built: Built, init_from: str | None) -> list[str]:

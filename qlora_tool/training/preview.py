@@ -1,0 +1,88 @@
+"""What `preview` shows: the first rows that training takes, and counts, from the tokenizer and the data alone."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_tool.build import packs
+from qlora_tool.config import Config, with_values
+from qlora_tool.data.preview import PreviewCounts, PreviewRow, preview_rows
+from qlora_tool.model.source import read_model_config
+from qlora_tool.model.source import resolve as resolve_model
+from qlora_tool.training.loop import epoch_batches
+from qlora_tool.training.prepare import read_run_data
+
+if TYPE_CHECKING:
+    from qlora_tool.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+FIRST_ROWS = 2000  # of a file; what they show is there in seconds, whatever its size
+
+
+@dataclass(frozen=True)
+class PreviewResult:
+    """Rows as the model will see them.
+
+    Attributes:
+        rows: the first that training takes, in its order; those of one epoch at most.
+        rows_per_epoch: how many rows the counted data make; fewer than in training where not all of it was read.
+        max_length: tokens of a row at most.
+        packing: whether a row may hold several examples.
+        counts: what became of the training data.
+        evaluations: of each evaluation set, by name.
+    """
+
+    rows: tuple[PreviewRow, ...]
+    rows_per_epoch: int
+    max_length: int
+    packing: bool
+    counts: PreviewCounts
+    evaluations: dict[str, PreviewCounts]
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` writes."""
+        evaluations = {name: counts.as_json() for name, counts in self.evaluations.items()}
+        counts = {**self.counts.as_json(), "rows_per_epoch": self.rows_per_epoch}
+        return {"rows": [row.as_json() for row in self.rows], "counts": counts, "eval": evaluations}
+
+
+def preview(config: Config, rows: int = 5, *, every_row: bool = False) -> PreviewResult:
+    """Read data as training does, and show what it would see.
+
+    Args:
+        rows: how many rows to show; no more than an epoch has.
+        every_row: count and pack all rows; else the first 2,000 of each file.
+
+    Raises:
+        UserError: the configuration, the data or the tokenizer is at fault.
+        MachineError: the hub is out of reach.
+    """
+    folder, model_config = _model(config.model)
+    if model_config is not None:
+        config = with_values(config, {"data.packing": packs(config, model_config)})
+    data = read_run_data(config, folder, model_config, first=None if every_row else FIRST_ROWS)
+    planned = [row for batch in epoch_batches(config, data.train.lengths, 0) for row in batch]
+    return PreviewResult(
+        rows=tuple(preview_rows(data.train, planned[:rows], data.tokenizer)),
+        rows_per_epoch=len(planned),
+        max_length=config.data.max_length,
+        packing=config.data.packing,
+        counts=PreviewCounts.of(data.train),
+        evaluations={name: PreviewCounts.of(dataset) for name, dataset in data.evaluations.items()},
+    )
+
+
+def _model(config: ModelConfig) -> tuple[Path, Any]:
+    """The model's folder and its configuration. A folder that has nothing but a tokenizer does: there is no
+    configuration then, and nothing is checked against it."""
+    path = Path(config.name_or_path).expanduser()
+    if path.is_dir() and not (path / "config.json").exists() and (path / "tokenizer_config.json").exists():
+        logger.warning("%s: no config.json in it: rows are packed as the configuration says, and no length is checked "
+                       "against the model", path)  # fmt: skip
+        return path, None
+    folder = resolve_model(config.name_or_path, config.revision, weights=False)
+    return folder, read_model_config(folder, config.trust_remote_code)
