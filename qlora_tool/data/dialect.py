@@ -139,7 +139,7 @@ class Dialect:
         if self.in_parts:
             message["content"] = _parts(turn["content"])
         if thought := reasoning(turn):
-            # transformers gives it both of the first and last name from 5.20 on; there are templates for each of three.
+            # Later transformers give it the first and the last of the names; there are templates for each of the three.
             message.update({name: thought for name in REASONING if not message.get(name)})
         text = message.pop(CALL_TEXT, None)
         if text is not None and not self.writes_calls:

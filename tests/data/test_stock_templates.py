@@ -27,6 +27,7 @@ SOURCES = {
     if not path.stem.endswith("_training")
 }
 IN_PARTS = {"idefics3", "llava_next", "smolvlm"}
+THINKING = {"gptoss", "lfm2_2_5"}  # they read reasoning by that name, which later transformers add themselves
 JSON_ARGUMENTS = {"deepseekv3"}
 # They leave tool calls out without a word; the answer that is nothing else is not trained then.
 WITHOUT_CALLS = {"deepseek_r1_distill", "idefics3", "lfm2", "llama3", "phi3", "phi3_5", "qwen2_5_vl", "smolvlm"}
@@ -116,6 +117,8 @@ class Template:
     def text(self, turns, prompt=False):
         turns = copy.deepcopy(turns)
         for turn in turns:
+            if self.name in THINKING and "reasoning_content" in turn:
+                turn["thinking"] = turn["reasoning_content"]
             if self.name in IN_PARTS:
                 turn["content"] = [{"type": "text", "text": turn["content"]}]
             if self.name in JSON_ARGUMENTS and "tool_calls" in turn:
