@@ -102,14 +102,18 @@ def find_answer(write: Write, messages: Sequence[Message], turn: int, closes: Ca
 
 def thought_of(said: Message) -> str:
     """The reasoning of a turn, in a field of its own or before `</think>` in its content; empty where it has none."""
-    inline = THOUGHT.fullmatch(said["content"])
+    inline = _inline(said["content"])
     return (reasoning(said) or (inline["thought"] if inline else "")).strip()
 
 
 def speech_of(said: Message) -> str:
     """The content of a turn without the reasoning that stands in it."""
-    inline = THOUGHT.fullmatch(said["content"])
+    inline = _inline(said["content"])
     return inline["rest"] if inline else said["content"]
+
+
+def _inline(content: str) -> re.Match[str] | None:
+    return THOUGHT.fullmatch(content) if "</think>" in content else None
 
 
 def without_thought(said: Message) -> Message:
@@ -131,7 +135,7 @@ def _written(
 ) -> Answer:
     """Where the template writes the answer after the prompt, as it should."""
     turn, target = len(before), through[len(prompt) :]
-    inline = THOUGHT.fullmatch(said["content"])
+    inline = _inline(said["content"])
     empty = bool(closing) and target.lstrip().startswith(closing)
     if inline and empty and not reasoning(said):
         # The template writes an empty thought, and the thought in the content as if it were said.
