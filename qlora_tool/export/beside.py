@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
                    "chat_template.jinja", "chat_templates")  # fmt: skip
-MODEL_FILES = ("generation_config.json", "*.py", "LICENSE*")
+# Processors of images and sound: preprocessor_config.json, processor_config.json, video_preprocessor_config.json …
+MODEL_FILES = ("generation_config.json", "*processor*.json", "*.py", "LICENSE*")
 
 
 def write_config(merged: MergedModel, folder: Path, quantization: Mapping[str, Any] | None = None) -> None:
