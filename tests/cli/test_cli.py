@@ -110,7 +110,7 @@ def test_version():
     ("args", "line"),
     [
         (["trian"], "error: no command 'trian'; did you mean 'train'? (in 'qlora-tool'; see 'qlora-tool --help')"),
-        (["xyz"], "error: no command 'xyz'; commands are train, profile-memory, export-merged, "),
+        (["xyz"], "error: no command 'xyz'; commands are train, preview, profile-memory, export-merged, "),
         (["--vresion"], "error: no option '--vresion'; did you mean '--version'? (in 'qlora-tool'; see"),
         (["recipes", "shwo"], "error: no command 'shwo'; did you mean 'show'? (in 'qlora-tool recipes'; see"),
         (["try", "--dtpye", "x"], "error: no option '--dtpye'; did you mean '--dtype'? (in 'qlora-tool try'; see"),
