@@ -232,7 +232,7 @@ def export_merged(
     if rows is not None:
         from qlora_tool.data.check import check_sources
 
-        check_sources([rows])
+        check_sources([rows], run=run_or_adapter)
     artifact = _artifact(run_or_adapter, model, quantization, double_quant)
     from qlora_tool.export.upload import push_to_hub as upload
     from qlora_tool.export.write import ExportOptions
@@ -295,7 +295,7 @@ def generate(
     if file is not None:
         from qlora_tool.data.check import check_sources
 
-        check_sources([file], need_answers=False)
+        check_sources([file], need_answers=False, run=run_or_model)
     artifact = _artifact(run_or_model, model, quantization, double_quant, device, compute_dtype)
     from qlora_tool.inference.generate import generate as answer
 
@@ -349,7 +349,7 @@ def evaluate(
         sources = named_sources([data] if isinstance(data, str | os.PathLike) else data)
     if not sources:
         raise OptionError("nothing to score: give --data FILE")
-    check_sources(sources.values(), format)
+    check_sources(sources.values(), format, run=run_or_model)
     artifact = _artifact(run_or_model, model, quantization, double_quant, device, compute_dtype)
     from qlora_tool.inference.score import evaluate as score
 

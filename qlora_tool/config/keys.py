@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, create_model
 
 from qlora_tool.choices import ComputeDtype, DataFormat, Device, Quantization
 from qlora_tool.config.schema import choices_of, expected, json_schema, name_of, schemas_of
-from qlora_tool.config.types import Evaluation, ModuleNames, Pattern, Size, StepsOrShare, Text
+from qlora_tool.config.types import Columns, Evaluation, ModuleNames, Pattern, Size, StepsOrShare, Text, Training
 from qlora_tool.methods import method_keys
 from qlora_tool.methods.keys import WHOLE, Count, Keys, Mark, MethodKeys, NotNegative, Positive, Share
 
@@ -154,12 +154,16 @@ class DataConfig(Keys):
 
     marks = frozenset({Mark.NOT_IN_MEMORY})
 
-    train: Annotated[Text, Field(title="a file, a folder or a hub id")] = "data/train.jsonl"
+    train: Training = "data/train.jsonl"
     """A .jsonl, .json, .csv, .tsv, .xlsx, .parquet, .arrow or .txt file, packed or not, a folder, or a hub id."""
     eval: Evaluation = None
     """The same; or a fraction of the training data, such as 0.02; or a mapping from names to files."""
     format: DataFormat = "auto"
     """How rows are read; auto tells by their columns."""
+    columns: Columns = Field(default_factory=dict)
+    """The file's columns by what they are read as, {prompt: …, completion: …}; usual names are found by themselves."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """A faulty row is an error, or is left out and counted."""
     train_on: Literal["completion", "all"] = "completion"
     """Loss on the answers alone, or on every token. Of format text, every token is trained."""
     max_length: Count = 2048
@@ -261,7 +265,7 @@ SECTIONS: dict[str, type[Keys]] = {
 # Names that other tools have for our keys; reading turns them into ours.
 OTHER_NAMES = {"adapter": ("use_dora",), "model": (), "data": (), "training": ("activation_checkpointing",)}
 # Keys whose value is a mapping: `--set adapter.rank_pattern.NAME=8` sets one entry of it.
-MAPPINGS = ("adapter.rank_pattern", "adapter.alpha_pattern", "data.eval")
+MAPPINGS = ("adapter.rank_pattern", "adapter.alpha_pattern", "data.eval", "data.columns")
 
 
 def config_schema() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from qlora_tool.config.messages import found
+from qlora_tool.config.sources import check_columns, check_sources
 from qlora_tool.errors import UserError
 from qlora_tool.methods.keys import AS_WRITTEN, to_number
 
@@ -86,9 +87,22 @@ Size = (
     | Annotated[int, Field(gt=0, title="a whole number of bytes")]
 )
 Fraction = Annotated[float, Field(gt=0, lt=1, title="a fraction above 0 and below 1"), AS_WRITTEN]
+Mixture = Annotated[
+    list[str | dict[str, Any]],
+    BeforeValidator(_to_list),
+    AfterValidator(check_sources),
+    Field(min_length=1, title="a list of such, each a path or {path, weight or rows or repeat, format, columns}"),
+]
+Columns = Annotated[
+    dict[str, str],
+    AfterValidator(check_columns),
+    Field(title="a mapping such as {prompt: question, completion: reply}"),
+]
+Training = Annotated[Text, Field(title="a file, a folder, a hub id")] | Mixture
 Evaluation = Annotated[
     Fraction
     | Annotated[Text, Field(title="a file, a folder, a hub id")]
+    | Mixture
     | Annotated[dict[NotEmpty, Text], Field(min_length=1, title="a mapping from names to such")]
     | None,
     BeforeValidator(to_number),

@@ -8,12 +8,13 @@ another example's. Padding-free batches are the same thing without packing: one 
 
 from __future__ import annotations
 
+import operator
 import random
-from collections import defaultdict
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_tool.data.labels import IGNORED
 
@@ -26,6 +27,52 @@ if TYPE_CHECKING:
 _BATCHES_SORTED_TOGETHER = 50
 
 
+class EpochPlan(Sequence[list[list[int]]]):
+    """The batches of an epoch, each of rows of example indices, made when they are asked for: what is held is a number
+    or two an example, so that a million of them take some megabytes.
+
+    Args:
+        indices: of the examples, row after row.
+        batch_size: rows in a batch.
+        begins: where each row begins in `indices`; None: each is one example.
+        order: the rows in the order in which they come; None: as they lie.
+    """
+
+    def __init__(
+        self, indices: array[int], batch_size: int, begins: array[int] | None = None, order: array[int] | None = None
+    ):
+        self._indices, self._batch_size, self._begins, self._order = indices, batch_size, begins, order
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are in all batches."""
+        return len(self._indices) if self._begins is None else len(self._begins)
+
+    def __len__(self) -> int:
+        return -(-self.rows // self._batch_size)
+
+    def __getitem__(self, item: Any) -> Any:
+        if isinstance(item, slice):
+            return [self[number] for number in range(*item.indices(len(self)))]
+        number = item + len(self) if item < 0 else item
+        if not 0 <= number < len(self):
+            raise IndexError(item)
+        begin = number * self._batch_size
+        return [self._row(place) for place in range(begin, min(begin + self._batch_size, self.rows))]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
+
+    __hash__ = None
+
+    def _row(self, place: int) -> list[int]:
+        row = place if self._order is None else self._order[place]
+        if self._begins is None:
+            return [self._indices[row]]
+        end = self._begins[row + 1] if row + 1 < len(self._begins) else len(self._indices)
+        return self._indices[self._begins[row] : end].tolist()
+
+
 def plan_epoch(
     lengths: Sequence[int],
     *,
@@ -36,7 +83,7 @@ def plan_epoch(
     seed: int,
     epoch: int,
     group_by_length: bool = False,
-) -> list[list[list[int]]]:
+) -> EpochPlan:
     """Batches of rows of example indices: every example once, the same for the same arguments, whatever random state.
 
     Without packing a row is one example; grouped by length, those of a batch are about as long. With packing and
@@ -62,83 +109,101 @@ def plan_epoch(
             "cannot be packed; cut it before, or raise data.max_length"
         )
     # A string seeds alike in every process and Python version (hash() of a tuple would not promise that).
-    order = random.Random(f"{seed}, epoch {epoch}")
-    indices = list(range(len(lengths)))
+    draw = random.Random(f"{seed}, epoch {epoch}")
+    indices = array("i", range(len(lengths)))
     if shuffle:
-        order.shuffle(indices)
-    if not packing and shuffle and group_by_length:
-        return _length_grouped(indices, lengths, batch_size, order)
+        draw.shuffle(indices)
     if not packing:
-        rows = [[index] for index in indices]
-    elif shuffle:
-        rows = _longest_first(indices, lengths, max_length)
-        order.shuffle(rows)
-    else:
-        rows = _next_fit(indices, lengths, max_length)
-    return [rows[begin : begin + batch_size] for begin in range(0, len(rows), batch_size)]
+        grouped = shuffle and group_by_length
+        return EpochPlan(_length_grouped(indices, lengths, batch_size, draw) if grouped else indices, batch_size)
+    if not shuffle:
+        return EpochPlan(indices, batch_size, _next_fit(indices, lengths, max_length))
+    indices, begins = _longest_first(indices, lengths, max_length)
+    rows = array("i", range(len(begins)))
+    draw.shuffle(rows)
+    return EpochPlan(indices, batch_size, begins, rows)
 
 
-def _length_grouped(
-    indices: list[int], lengths: Sequence[int], batch_size: int, order: random.Random
-) -> list[list[list[int]]]:
-    """Batches of like length: the shuffled examples are sorted a stretch at a time, their batches shuffled again."""
+def _length_grouped(indices: array[int], lengths: Sequence[int], batch_size: int, draw: random.Random) -> array[int]:
+    """Examples so that batches are of like length: the shuffled ones are sorted a stretch at a time, their batches
+    shuffled again."""
     stretch = batch_size * _BATCHES_SORTED_TOGETHER
-    together = []
+    together = array("i")
     for begin in range(0, len(indices), stretch):
-        together += sorted(indices[begin : begin + stretch], key=lambda index: -lengths[index])
-    batches = [[[index] for index in together[begin : begin + batch_size]]
-               for begin in range(0, len(together), batch_size)]  # fmt: skip
-    last = [batches.pop()] if len(together) % batch_size else []  # the short one stays at the end
-    order.shuffle(batches)
-    return batches + last
+        together.extend(sorted(indices[begin : begin + stretch], key=lambda index: -lengths[index]))
+    batches = array("i", range(len(together) // batch_size))
+    draw.shuffle(batches)
+    order = array("i")
+    for batch in batches:
+        order.extend(together[batch * batch_size : (batch + 1) * batch_size])
+    order.extend(together[len(batches) * batch_size :])  # the short one stays at the end
+    return order
 
 
-def _longest_first(indices: Sequence[int], lengths: Sequence[int], max_length: int) -> list[list[int]]:
+def _longest_first(
+    indices: array[int], lengths: Sequence[int], max_length: int
+) -> tuple[array[int], array[int]]:
     """Row by row: a length that fills the room left, or else two that do together, or else the longest that fits.
 
     Best-fit decreasing with a look one step ahead: plain, it leaves every row a rest that is just too short for the
     shortest example. O(n log n), n times some words of bits: lengths that wait are bits of one integer, and those of
     its mirror image, shifted, say which two make up a room. Examples of one length keep their order.
+
+    Returns:
+        The indices row by row, and where each row begins.
     """
-    waiting: defaultdict[int, list[int]] = defaultdict(list)
-    for index in reversed(indices):
-        waiting[lengths[index]].append(index)
+    by_length, waiting, count = _by_length(indices, lengths)
     there = sum(1 << length for length in waiting)
     mirrored = sum(1 << (max_length - length) for length in waiting)
-    rows = []
+    packed, begins = array("i"), array("i")
     while there:
-        row: list[int] = []
+        begins.append(len(packed))
         room = max_length
         while fitting := there & ((2 << room) - 1):
             pairs = there & (mirrored >> (max_length - room))  # bit n is set where n and room - n both wait
-            if not there >> room & 1 and pairs and _are_two(pairs, room, waiting):
+            if not there >> room & 1 and pairs and _are_two(pairs, room, count):
                 fitting = pairs
             length = fitting.bit_length() - 1
-            row.append(waiting[length].pop())
+            packed.append(by_length[waiting[length]])
             room -= length
-            if not waiting[length]:
+            waiting[length] += 1
+            count[length] -= 1
+            if not count[length]:
                 there ^= 1 << length
                 mirrored ^= 1 << (max_length - length)
-        rows.append(row)
-    return rows
+    return packed, begins
 
 
-def _are_two(pairs: int, room: int, waiting: dict[int, list[int]]) -> bool:
+def _by_length(
+    indices: array[int], lengths: Sequence[int]
+) -> tuple[array[int], dict[int, int], dict[int, int]]:
+    """The indices sorted by length, those of one length in their order; and by length, where its first one is and how
+    many there are."""
+    import numpy
+
+    order = numpy.frombuffer(indices, dtype=numpy.int32) if len(indices) else numpy.zeros(0, numpy.int32)
+    given = numpy.asarray(lengths, dtype=numpy.int32)[order]
+    found, begins, counts = numpy.unique(numpy.sort(given), return_index=True, return_counts=True)
+    by_length = array("i", order[numpy.argsort(given, kind="stable")].tobytes())
+    return by_length, *(dict(zip(found.tolist(), each.tolist(), strict=True)) for each in (begins, counts))
+
+
+def _are_two(pairs: int, room: int, count: dict[int, int]) -> bool:
     """Whether the longest of a pair has a partner: half the room is its own, but only where two such wait."""
     length = pairs.bit_length() - 1
-    return 2 * length != room or len(waiting[length]) > 1
+    return 2 * length != room or count[length] > 1
 
 
-def _next_fit(indices: Sequence[int], lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    rows: list[list[int]] = []
+def _next_fit(indices: array[int], lengths: Sequence[int], max_length: int) -> array[int]:
+    """Where each row begins."""
+    begins = array("i")
     room = -1
-    for index in indices:
+    for place, index in enumerate(indices):
         if lengths[index] > room:
-            rows.append([])
+            begins.append(place)
             room = max_length
-        rows[-1].append(index)
         room -= lengths[index]
-    return rows
+    return begins
 
 
 @dataclass(frozen=True)

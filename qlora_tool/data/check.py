@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_tool.data.faults import RowFaults
-from qlora_tool.data.formats import find_format, read_conversations, read_documents
-from qlora_tool.data.readers.rows import Row
-from qlora_tool.data.sources import read_rows
+from qlora_tool.config.sources import DataSource, sources_of, told
+from qlora_tool.data.columns import columns_there, find_layout
+from qlora_tool.data.faults import RowFault, RowFaults
+from qlora_tool.data.sources import source_parts
 from qlora_tool.data.template import read_chat_template
 from qlora_tool.data.tokenize import evaluation_sources, refuse_answers_of_text
 from qlora_tool.errors import UserError
+from qlora_tool.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from qlora_tool.config import DataConfig
@@ -41,33 +42,65 @@ def check_data(data: DataConfig) -> None:
     if data.chat_template is not None:
         with _gathering(faults):
             read_chat_template(Path(data.chat_template))
-    with _gathering(faults):
-        if check_source(data.train, data.format) == "text":
-            refuse_answers_of_text(data, data.train)
-    for source in evaluation_sources(data).values():
+    formats = set()
+    for source in sources_of(data.train):
         with _gathering(faults):
-            check_source(source, data.format)
+            formats.add(_check(source, data))
+    with _gathering(faults):
+        if formats == {"text"}:
+            refuse_answers_of_text(data, told(data.train))
+    for sources in evaluation_sources(data).values():
+        for source in sources_of(sources):
+            with _gathering(faults):
+                _check(source, data)
     if faults:
         raise UserError(list(dict.fromkeys(faults)))
 
 
-def check_sources(sources: Iterable[str], data_format: str = "auto", *, need_answers: bool = True) -> None:
-    """`check_source` of each, the faults of all told together."""
+def _check(source: DataSource, data: DataConfig) -> str:
+    columns = data.columns if source.columns is None else source.columns
+    return check_source(source.path, source.format or data.format, columns, skip=data.on_error == "skip")
+
+
+def check_sources(
+    sources: Iterable[str],
+    data_format: str = "auto",
+    *,
+    need_answers: bool = True,
+    run: str | os.PathLike[str] | None = None,
+) -> None:
+    """`check_source` of each, the faults of all told together.
+
+    Args:
+        run: what is to be asked about them. Where it is a run's folder, its `data.columns` are taken where they fit.
+    """
+    folder = None if run is None else RunFolder(Path(run))
+    columns = folder.config().data.columns if folder is not None and folder.holds_run() else {}
     faults: list[str] = []
     for source in sources:
         with _gathering(faults):
-            check_source(source, data_format, need_answers=need_answers)
+            check_source(source, data_format, columns, need_answers=need_answers, strict=False)
     if faults:
         raise UserError(list(dict.fromkeys(faults)))
 
 
-def check_source(source: str, data_format: str = "auto", *, need_answers: bool = True) -> str:
+def check_source(
+    source: str,
+    data_format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    *,
+    need_answers: bool = True,
+    strict: bool = True,
+    skip: bool = False,
+) -> str:
     """Read the rows of a source, as many as can be read in `SECONDS`, and turn them into conversations.
 
     Args:
         source: a file, a folder or a hub id.
-        data_format: how its rows are read; see `find_format`.
+        data_format, columns: how its rows are read; see `find_layout`.
         need_answers: whether the columns with the answers must be there.
+        strict: whether `columns` must be there.
+        skip: whether faulty rows are no matter.
 
     Returns:
         The format.
@@ -76,22 +109,29 @@ def check_source(source: str, data_format: str = "auto", *, need_answers: bool =
         UserError: the source is missing or broken, or rows do not have the format.
         MachineError: the hub cannot be reached.
     """
-    faults = RowFaults()
-    rows = iter(read_rows(source, faults))
-    head = list(islice(rows, HEAD))
-    if not head:
-        faults.raise_any()
-    form = find_format(head, data_format, need_answers=need_answers)
+    faults = RowFaults(skip=skip)
     started = time.monotonic()
-    for some in _batches(chain(head, rows), ROWS_AT_A_TIME):
-        if form == "text":
-            read_documents(some)
-        else:
-            read_conversations(some, form, need_answers=need_answers)
-        if time.monotonic() - started > SECONDS:
-            break
+    found = ""
+    for part in source_parts(source):
+        rows = part.rows(faults)
+        head = list(islice(rows, HEAD))
+        faults.raise_any()  # what cannot be read is told before anything is said of columns
+        if not head:
+            continue
+        wanted = columns or {}
+        layout = find_layout(
+            head, data_format, wanted if strict else columns_there(head, wanted), need_answers=need_answers
+        )
+        found = found or layout.format
+        for number, row in enumerate(chain(head, rows)):
+            try:
+                layout.document(row) if layout.format == "text" else layout.conversation(row)
+            except RowFault as fault:
+                faults.add(row.where, fault)
+            if number % ROWS_AT_A_TIME == 0 and number and time.monotonic() - started > SECONDS:
+                break
     faults.raise_any()
-    return form
+    return found
 
 
 def named_sources(sources: Sequence[str | os.PathLike[str]]) -> dict[str, str]:
@@ -118,9 +158,3 @@ def _gathering(faults: list[str]) -> Iterator[None]:
         yield
     except UserError as error:
         faults += error.lines
-
-
-def _batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    rows = iter(rows)
-    while some := list(islice(rows, size)):
-        yield some

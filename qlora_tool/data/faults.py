@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,23 +26,26 @@ class RowFaults:
         lines: the first few of them.
         count: how many there are.
         remarks: what the user should know of files that were read all the same, a line each.
+        bytes_read: of files of text, unpacked.
     """
 
     skip: bool = False
     lines: list[str] = field(default_factory=list)
     count: int = 0
     remarks: list[str] = field(default_factory=list)
+    bytes_read: int = 0
 
     def add(self, where: str, message: object) -> None:
         """Note a faulty row."""
-        self.add_lines([f"{where}: {message}"])
+        self.count += 1
+        if len(self.lines) < FAULTS_SHOWN:
+            self.lines.append(f"{where}: {message}")
 
-    def add_lines(self, lines: Iterable[str], count: int | None = None) -> None:
-        """Note faulty rows that are lines already, `count` of them where not all have one."""
-        before = len(self.lines)
-        self.lines += lines
-        self.count += len(self.lines) - before if count is None else count
-        del self.lines[FAULTS_SHOWN:]
+    def take(self, other: RowFaults) -> None:
+        """Take over the faulty rows of `other`, which has none afterwards."""
+        self.lines = [*self.lines, *other.lines][:FAULTS_SHOWN]
+        self.count += other.count
+        other.lines, other.count = [], 0
 
     def remark(self, line: str) -> None:
         """Note something that is no fault, once."""
@@ -57,7 +61,16 @@ class RowFaults:
     def shown(self) -> list[str]:
         """The first few, and how many more there are."""
         more = self.count - len(self.lines)
-        return [*self.lines, *([f"and {more} more faulty row{'s' if more > 1 else ''}"] if more else [])]
+        files = list(dict.fromkeys(_place(line)[0] for line in self.lines))
+        lines = sorted(self.lines, key=lambda line: (files.index(_place(line)[0]), _place(line)[1]))
+        return [*lines, *([f"and {more} more faulty row{'s' if more > 1 else ''}"] if more else [])]
+
+
+def _place(line: str) -> tuple[str, int]:
+    """The file of a line, and which line or row of it. They may have been found out of order: some when the file was
+    read, and some later."""
+    found = re.match(r"(.*?), (?:line|row) (\d+)", line)
+    return (found[1], int(found[2])) if found else (line, 0)
 
 
 def kind_of(value: Any) -> str:

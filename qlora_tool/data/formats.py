@@ -10,104 +10,53 @@
 | text              | `text`, trained on every token                              |
 
 A `system` column goes before the conversation; the first three formats pass a `tools` column to the chat template.
+Columns by other names are brought to these by `columns.find_layout`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_tool.data.faults import RowFault, RowFaults, hint, kind_of
+from qlora_tool.data.faults import RowFault, kind_of
 from qlora_tool.data.messages import Conversation, Message, as_context, read_conversation, read_turns
-from qlora_tool.data.readers.rows import Row
-from qlora_tool.errors import UserError
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format: the columns that ask, the columns that answer, and how its rows become messages."""
+    """A format: the columns that ask, the columns that answer, how its rows become messages, and what else it reads."""
 
     asks: tuple[str, ...]
     answers: tuple[str, ...]
     read: Callable[[dict[str, Any]], list[Message]]
     form: str
-    takes_tools: bool = True
+    optional: tuple[str, ...] = ("system", "tools")
 
     def columns(self, need_answers: bool) -> tuple[str, ...]:
+        """The columns that have to be there."""
         return self.asks + self.answers if need_answers else self.asks
 
 
-def find_format(rows: Iterable[Row], wanted: str = "auto", *, need_answers: bool = True) -> str:
-    """The format of the rows: `wanted`, or with `auto` the first one in the table above whose columns a row has.
-
-    Args:
-        rows: iterated more than once, as far as need be.
-        need_answers: whether the columns with the answers must be there (they need not be to generate).
+def conversation_of(fields: dict[str, Any], name: str, where: str) -> Conversation:
+    """A row of a format as a conversation, without an answer too.
 
     Raises:
-        UserError: no row has the columns; says which columns there are and what every format needs.
-    """
-    candidates = FORMATS if wanted == "auto" else {wanted: FORMATS[wanted]}
-    # Columns with answers first, even where they may be missing: they tell Dolly from Alpaca.
-    for with_answers in (True,) if need_answers else (True, False):
-        for row in rows:
-            for name, form in candidates.items():
-                if all(column in row.fields for column in form.columns(with_answers)):
-                    return name
-    found = list(dict.fromkeys(str(column) for row in rows for column in row.fields))
-    known = {column for form in candidates.values() for column in form.columns(True)}
-    columns = ", ".join(found[:20]) + (", …" if len(found) > 20 else "") or "none"
-    needs = "; ".join(f"{name}: {form.form}" for name, form in candidates.items())
-    reason = "are those of no format" if wanted == "auto" else f"are not those of the format {wanted}"
-    where = next(iter(rows)).where
-    raise UserError(f"{where}: the columns ({columns}) {reason}; needed are {needs}{hint(found, known)}")
-
-
-def read_conversations(rows: Iterable[Row], name: str, *, need_answers: bool = True) -> list[Conversation]:
-    """Every row as a conversation, those without an answer too.
-
-    Raises:
-        UserError: rows that do not have the format; the first few are named.
+        RowFault: a column does not hold what the format says.
     """
     form = FORMATS[name]
-    conversations, faults = [], RowFaults()
-    for row in rows:
-        try:
-            _require_columns(row, form.columns(need_answers), name)
-            messages = form.read(row.fields)
-            system = _string(row.fields, "system")
-            if system.strip() and (not messages or messages[0]["role"] != "system"):
-                messages = [{"role": "system", "content": system}, *messages]
-            elif system.strip() and messages[0]["content"].strip() != system.strip():
-                raise RowFault("the 'system' column and the system turn differ; leave one of them out")
-            tools = row.fields.get("tools") if form.takes_tools else None
-            conversations.append(read_conversation(messages, row.where, tools))
-        except RowFault as fault:
-            faults.add(row.where, fault)
-    faults.raise_any()
-    return conversations
+    messages = form.read(fields)
+    system = _string(fields, "system")
+    if system.strip() and (not messages or messages[0]["role"] != "system"):
+        messages = [{"role": "system", "content": system}, *messages]
+    elif system.strip() and messages[0]["content"].strip() != system.strip():
+        raise RowFault("the 'system' column and the system turn differ; leave one of them out")
+    return read_conversation(messages, where, fields.get("tools") if "tools" in form.optional else None)
 
 
-def read_documents(rows: Iterable[Row]) -> list[str]:
-    """The text of every row, in order; an empty string where a row has none."""
-    documents, faults = [], RowFaults()
-    for row in rows:
-        try:
-            _require_columns(row, ("text",), "text")
-            documents.append(_string(row.fields, "text"))
-        except RowFault as fault:
-            faults.add(row.where, fault)
-    faults.raise_any()
-    return documents
-
-
-def _require_columns(row: Row, columns: tuple[str, ...], name: str) -> None:
-    missing = [column for column in columns if column not in row.fields]
-    if missing:
-        there = ", ".join(map(str, row.fields)) or "none at all"
-        close = hint(map(str, row.fields), columns)
-        raise RowFault(f"no column '{missing[0]}', which the format {name} needs (found {there}){close}")
+def document_of(fields: dict[str, Any]) -> str:
+    """The text of a row of format text; an empty string where it has none."""
+    return _string(fields, "text")
 
 
 def _string(fields: dict[str, Any], column: str) -> str:
@@ -146,6 +95,11 @@ def _read_prompt_completion(fields: dict[str, Any]) -> list[Message]:
     for column, role in (("prompt", "user"), ("completion", "assistant")):
         if isinstance(fields.get(column), list):
             turns = read_turns(fields[column], column)
+            if column == "completion" and turns and turns[0]["role"] in ("system", "user"):
+                raise RowFault(
+                    f"'{column}' begins with a {turns[0]['role']} turn, so it has the prompt in it; name it as "
+                    "messages, data.columns: {messages: …}"
+                )
             messages += as_context(turns) if column == "prompt" else turns
         else:
             messages.append({"role": role, "content": _string(fields, column)})
@@ -162,12 +116,16 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format(
         ("conversations",), (), _read_column("conversations"), "conversations (a list of {from, value})"
     ),
-    "prompt_completion": Format(("prompt",), ("completion",), _read_prompt_completion, "prompt and completion"),
+    "prompt_completion": Format(
+        ("prompt",), ("completion",), _read_prompt_completion, "prompt and completion (or question and answer, …)"
+    ),
     "alpaca": Format(
-        ("instruction",), ("output",), _read_alpaca, "instruction and output, input where there is one", False
+        ("instruction",), ("output",), _read_alpaca, "instruction and output, input where there is one",
+        ("input", "system"),
     ),
     "dolly": Format(
-        ("instruction",), ("response",), _read_dolly, "instruction and response, context where there is one", False
+        ("instruction",), ("response",), _read_dolly, "instruction and response, context where there is one",
+        ("context", "system"),
     ),
-    "text": Format(("text",), (), _read_text, "text", False),
-}
+    "text": Format(("text",), (), _read_text, "text", ()),
+}  # fmt: skip

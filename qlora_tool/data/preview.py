@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool.data.batches import counted_labels
-from qlora_tool.data.chat import row_of
+from qlora_tool.data.examples import Examples, as_examples
 from qlora_tool.data.labels import IGNORED
 from qlora_tool.data.report import DataReport
 from qlora_tool.data.spans import Span, in_short, spans_of
@@ -101,7 +102,7 @@ class PreviewCounts:
         """The counts of a data set."""
         report = dataset.report
         told_apart = report.train_on == "completion"
-        answers = Counter(_answers(dataset.examples).values()) if told_apart else {}
+        answers = Counter(_answers(as_examples(dataset.examples))) if told_apart else {}
         return cls(report, dict(sorted(answers.items())))
 
     def lines(self) -> list[tuple[str, str]]:
@@ -136,20 +137,15 @@ class PreviewCounts:
 
     def as_json(self) -> dict[str, Any]:
         """The counts for `--json`."""
-        facts = {field.name: getattr(self.report, field.name) for field in fields(self.report)}
+        facts = self.report.as_dict()
         facts.pop("files")
-        facts["notes"] = dict(self.report.notes)
         return {"over": self.over, "answers_per_row": {str(k): v for k, v in self.answers.items()}, **facts}
 
 
-def _answers(examples: Iterable[Example]) -> Counter[str]:
-    """Answers that are trained, by the row they come from: stretches of labels. A row may be several examples."""
-    counts: Counter[str] = Counter()
-    for example in examples:
-        counts[row_of(example.where)] += sum(
-            trained for trained, _ in groupby(label != IGNORED for label in counted_labels(example))
-        )
-    return counts
+def _answers(examples: Examples) -> Iterable[int]:
+    """Answers that are trained, of every row. A row may be several examples."""
+    for _, of_row in groupby(zip(examples.rows, examples.answers, strict=True), key=itemgetter(0)):
+        yield sum(int(answers) for _, answers in of_row)
 
 
 def preview_rows(

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool.data.chat import ConversationRenderer
+from qlora_tool.data.columns import columns_there, find_layout
 from qlora_tool.data.faults import RowFault, RowFaults
-from qlora_tool.data.formats import find_format, read_conversations
 from qlora_tool.data.labels import token_ids
+from qlora_tool.data.layout import read_conversations
 from qlora_tool.data.messages import Conversation
 from qlora_tool.data.sources import read_rows
 from qlora_tool.data.template import install_chat_template
@@ -41,7 +42,11 @@ class Prompt:
 
 
 def read_prompts(
-    source: str, data_format: str, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None = None
+    source: str,
+    data_format: str,
+    tokenizer: PreTrainedTokenizerBase,
+    kwargs: Mapping[str, Any] | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> list[Prompt]:
     """The prompt of every row: the conversation up to its last assistant turn, which is the answer; all of it where
     another turn is the last.
@@ -51,6 +56,7 @@ def read_prompts(
         data_format: one of `formats.FORMATS`, or `auto`; columns with answers may be missing.
         tokenizer: see `template.install_chat_template`.
         kwargs: what its chat template is given besides (`data.chat_template_kwargs`).
+        columns: its columns by what they are read as (`data.columns`), where it has them.
 
     Raises:
         UserError: the source is missing or broken, or the template refuses a row.
@@ -60,9 +66,9 @@ def read_prompts(
         lines = enumerate(rows[0].fields["text"].split("\n"), start=1)
         texts = [(line.rstrip("\r"), f"{source}, line {number}") for number, line in lines if line.strip()]
         return prompts_from_texts(texts, tokenizer, kwargs)
-    form = find_format(rows, data_format, need_answers=False)
-    conversations = read_conversations(rows, form, need_answers=False)
-    if form == "text":
+    layout = find_layout(rows, data_format, columns_there(rows, columns or {}), need_answers=False)
+    conversations = read_conversations(rows, layout)
+    if layout.format == "text":
         given = ((turns.messages[-1]["content"], turns.where) for turns in conversations)
         return prompts_from_texts(given, tokenizer, kwargs)
     install_chat_template(tokenizer)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from qlora_tool.data.examples import Example
+from qlora_tool.data.faults import RowFaults
 
 
 @dataclass
@@ -37,6 +42,13 @@ class DataReport:
         longest: tokens of the longest example.
         max_length: the limit that rows were cut at.
         files: SHA-256 by file.
+        columns: the source's columns by what they are read as, where their names differ.
+        unused_columns: those that are not read, in order.
+        faulty: rows that were left out because they are faulty (`data.on_error: skip`).
+        faulty_lines: the first few of them.
+        remarks: what else is to be said of the files.
+        skipped_files: files of a folder that are not read.
+        parts: of a mixture, what became of each source, and the rows that the mixture has of it.
     """
 
     source: str
@@ -65,6 +77,48 @@ class DataReport:
     trained_tokens: int = 0
     longest: int = 0
     files: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)
+    unused_columns: dict[str, None] = field(default_factory=dict)
+    faulty: int = 0
+    faulty_lines: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    skipped_files: list[str] = field(default_factory=list)
+    parts: list[tuple[DataReport, int]] = field(default_factory=list)
+
+    def count(self, examples: Iterable[Example]) -> None:
+        """Count the tokens of examples that were made."""
+        for example in examples:
+            length = len(example.input_ids)
+            self.examples += 1
+            self.tokens += length
+            self.trained_tokens += example.trained_tokens
+            self.longest = max(self.longest, length)
+
+    def add(self, other: DataReport) -> None:
+        """Add the counts of another part of the same source, or of another source of the same mixture."""
+        for each in fields(self):
+            own, new = getattr(self, each.name), getattr(other, each.name)
+            if each.name in ("longest", "max_length"):
+                setattr(self, each.name, max(own, new))
+            elif isinstance(own, bool):
+                setattr(self, each.name, own or new)
+            elif isinstance(own, int):
+                setattr(self, each.name, own + new)
+            elif isinstance(own, dict):  # counters add up
+                own.update(new)
+            elif isinstance(own, list):
+                own += [item for item in new if item not in own]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        facts = {each.name: getattr(self, each.name) for each in fields(self)}
+        parts = [{**part.as_dict(), "taken": taken} for part, taken in self.parts]
+        return {**facts, "notes": dict(self.notes), "unused_columns": list(self.unused_columns), "parts": parts}
+
+    def take(self, faults: RowFaults) -> None:
+        """Take in what was said of the files, and the faulty rows that were skipped."""
+        self.faulty, self.faulty_lines = faults.count, faults.shown()[: len(faults.lines)]
+        self.remarks = list(faults.remarks)
 
     def lines(self) -> list[str]:
         """The report in sentences, warnings last."""
@@ -73,16 +127,33 @@ class DataReport:
         made = f", {_count(examples, 'example')} made of them" if examples != self.kept else ""
         split = f", {self.split_off} of these split off for evaluation" if self.split_off else ""
         lines = [
-            f"{self.source}: {_count(self.rows, unit)} ({self.format}), {self.kept} kept{made}{split}; "
-            f"{_count(self.tokens, 'token')}, {self.trained_tokens} of them trained; the longest has {self.longest}"
+            f"{self.source}: {_count(self.rows, unit)} ({self.read_as()}), {self.kept} kept{made}{split}; "
+            f"{_count(self.tokens, 'token')}, {self.trained_tokens} of them trained; the longest has {self.longest}",
+            *self.shares(),
         ]
         if self.template is not None:
             lines.append(f"chat template: {self.template_name()}; trained: {self.trained_part()}")
         return lines + self.warnings()
 
+    def read_as(self) -> str:
+        """The format, and which columns are read under other names: `prompt_completion: Question as prompt, …`."""
+        renamed = ", ".join(f"{theirs} as {ours}" for ours, theirs in self.columns.items())
+        return f"{self.format}: {renamed}" if renamed else self.format
+
+    def shares(self) -> list[str]:
+        """What a mixture has of each of its sources, in sentences; empty where there is one."""
+        total = sum(taken for _, taken in self.parts)
+        return [
+            f"  {taken / total:.1%} {part.source}: {taken} rows out of {part.kept} ({part.read_as()})"
+            for part, taken in self.parts
+        ]
+
     def warnings(self) -> list[str]:
         """What was dropped, cut or added, in sentences; empty where all is as it was."""
-        lines = []
+        lines = [f"{part.source}: {line}" for part, _ in self.parts for line in part.warnings()]
+        if self.parts:
+            return lines
+        lines = self._file_warnings()
         if self.dropped_no_answer:
             missing = "text" if self.format == "text" else "an answer"
             lines.append(f"{_dropped(self.dropped_no_answer)}: without {missing}")
@@ -115,6 +186,18 @@ class DataReport:
             )
         return lines
 
+    def _file_warnings(self) -> list[str]:
+        """What was not read, in sentences."""
+        lines = list(self.remarks)
+        if self.skipped_files:
+            lines.append(f"files not read, as they are no data files: {_some(self.skipped_files)}")
+        if self.unused_columns:
+            lines.append(f"columns not used: {_some(self.unused_columns)}")
+        if self.faulty:
+            more = f", and {self.faulty - len(self.faulty_lines)} more" if self.faulty > len(self.faulty_lines) else ""
+            lines.append(f"{_count(self.faulty, 'faulty row')} skipped: {'; '.join(self.faulty_lines)}{more}")
+        return lines
+
     def template_name(self) -> str:
         """The chat template's name as a person would say it."""
         return "a plain one, as the tokenizer has none" if self.template == "plain" else str(self.template)
@@ -122,6 +205,12 @@ class DataReport:
     def trained_part(self) -> str:
         """Which tokens are trained."""
         return "the answers" if self.train_on == "completion" else "every token"
+
+
+def _some(names: Collection[str]) -> str:
+    """The first few names."""
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return f"{', '.join(list(names)[:10])}{more}"
 
 
 def _count(number: int, noun: str) -> str:

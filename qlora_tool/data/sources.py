@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from qlora_tool.data.readers.rows import Row
 from qlora_tool.data.readers.spreadsheet import read_spreadsheet
 from qlora_tool.data.readers.streams import COMPRESSIONS
 from qlora_tool.errors import MachineError, UserError, did_you_mean
-from qlora_tool.files.hashes import sha256
+from qlora_tool.files.hashes import kept_hashes, sha256
 
 __all__ = ["READERS", "Part", "Row", "Rows", "hashes", "read_rows", "skipped_files", "source_files", "source_parts"]
 
+HASH_KEPT_FROM = 4 << 20  # bytes: smaller files are hashed sooner than the kept hashes are read
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+){0,2}")
 
 
@@ -76,6 +78,11 @@ class Part:
     name: str
     file: Path | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """About how many bytes of text it has."""
+        raise NotImplementedError
+
     def rows(self, faults: RowFaults) -> Iterator[Row]:
         """Its rows, read one after the other."""
         raise NotImplementedError
@@ -92,6 +99,11 @@ class FilePart(Part):
         self.file, self.sheet = file, sheet
         self.name = f"{file}:{sheet}" if sheet else str(file)
 
+    @property
+    def nbytes(self) -> int:
+        size = self.file.stat().st_size
+        return 4 * size if self.file.suffix.lower() in (*COMPRESSIONS, *_NOT_PACKED) else size
+
     def rows(self, faults: RowFaults) -> Iterator[Row]:
         reader = _reader(self.file)
         before, empty = faults.count, True
@@ -106,7 +118,8 @@ class FilePart(Part):
             raise UserError(f"{self.name}: the file has no rows; expected at least one")
 
     def hashes(self) -> dict[str, str]:
-        return {str(self.file): sha256(self.file)}
+        keep = self.file.stat().st_size >= HASH_KEPT_FROM
+        return {str(self.file): kept_hashes([self.file])[self.file] if keep else sha256(self.file)}
 
 
 class HubPart(Part):
@@ -114,10 +127,17 @@ class HubPart(Part):
 
     def __init__(self, source: str):
         self.name = source
-        self.loaded: Any = None
+
+    @cached_property
+    def loaded(self) -> Any:
+        """The data set, as `datasets` has it."""
+        return _hub_rows(self.name)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.loaded.data.nbytes)
 
     def rows(self, faults: RowFaults) -> Iterator[Row]:
-        self.loaded = _hub_rows(self.name) if self.loaded is None else self.loaded
         for number, fields in enumerate(self.loaded, start=1):
             yield Row(dict(fields), f"{self.name}, row {number}")
 

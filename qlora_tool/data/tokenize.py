@@ -1,24 +1,32 @@
-"""From a data source to token ids and labels."""
+"""From data sources to token ids and labels."""
 
 from __future__ import annotations
 
-import hashlib
+import logging
+import time
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, pairwise
-from typing import TYPE_CHECKING
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from qlora_tool.data.chat import ConversationRenderer, Rendered, RenderedRow, row_of
-from qlora_tool.data.faults import RowFault, RowFaults
-from qlora_tool.data.formats import find_format, read_conversations, read_documents
-from qlora_tool.data.labels import IGNORED, label_answers, token_ids
-from qlora_tool.data.messages import Conversation
+from qlora_tool.config.sources import DataSource, sources_of, told
+from qlora_tool.data.blocks import Block
+from qlora_tool.data.columns import LOOKED_AT, columns_there, find_layout
+from qlora_tool.data.encoding import Encoder, refuse_without_end
+from qlora_tool.data.examples import Example, ExampleList, Examples, Selection, as_examples
+from qlora_tool.data.faults import RowFaults
+from qlora_tool.data.fingerprint import fingerprint
+from qlora_tool.data.layout import Layout
+from qlora_tool.data.mixture import Share, mixture
 from qlora_tool.data.readers.rows import Row
 from qlora_tool.data.report import DataReport
-from qlora_tool.data.sources import hashes, read_rows
-from qlora_tool.data.template import install_chat_template
+from qlora_tool.data.sources import Part, skipped_files, source_parts
+from qlora_tool.data.store import open_store, store_folder, write_store
+from qlora_tool.data.template import install_chat_template, read_chat_template
+from qlora_tool.data.workers import Chunk, encode_all, processes_for
 from qlora_tool.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,98 +34,77 @@ if TYPE_CHECKING:
 
     from qlora_tool.config import DataConfig
 
-__all__ = ["DataReport", "Dataset", "Example", "build_dataset", "build_evaluation_sets"]
+__all__ = ["DataReport", "Dataset", "Example", "build_dataset", "build_evaluation_sets", "evaluation_sources"]
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class Example:
-    """One sequence to train on.
-
-    Attributes:
-        input_ids: at most max_length token ids.
-        labels: as many; the id itself where the token is trained, else -100. Not shifted: the model does that, so the
-            first label never counts.
-        where: the row it comes from.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    where: str
-
-    @property
-    def trained_tokens(self) -> int:
-        """The labels that count in the loss."""
-        return len(self.labels) - 1 - self.labels[1:].count(IGNORED)
+KEPT_FROM = 4 << 20  # bytes of a source: what is tokenized in a second or two is not kept on the disk
+ROWS_AT_A_TIME = 500
+SAID_EVERY = 10.0  # seconds
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The examples of one source, in its order, and the report on how they came about."""
+    """The examples of a source or a mixture, and the report on how they came about."""
 
-    examples: list[Example]
+    examples: Sequence[Example]
     report: DataReport
 
     @property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> Sequence[int]:
         """Tokens of every example, as `batches.plan_epoch` takes them."""
-        return [len(example.input_ids) for example in self.examples]
+        return as_examples(self.examples).lengths
+
+    @property
+    def trained(self) -> Sequence[int]:
+        """Labels of every example that count in the loss."""
+        return as_examples(self.examples).trained
+
+    @property
+    def highest_token(self) -> int:
+        """The highest token id in any example."""
+        return as_examples(self.examples).highest
 
 
 def build_dataset(
-    source: str,
+    source: str | Sequence[Any],
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
     key: str = "data.train",
     first: int | None = None,
+    seed: int = 0,
 ) -> Dataset:
-    """Read, format and tokenize a data source.
+    """Read, format and tokenize a data source, or several as a mixture.
 
     Args:
-        source: a file, a folder or a hub id.
+        source: a file, a folder or a hub id; or a list as `data.train` has it.
         data: how rows are read, rendered and cut; its `train` and `eval` are not looked at.
         tokenizer: for conversations it leaves with the chat template that was used as its own (see
-            `chat.install_chat_template`), so that saving it keeps that too.
-        key: what errors call the source. Text in `data.train` contradicts a `train_on: completion` that somebody set.
-        first: read no more rows than this; `DataReport.more_rows` says whether there are more. Files are not hashed.
+            `template.install_chat_template`), so that saving it keeps that too.
+        key: what errors call the source. Text in `data.train` contradicts a `train_on: completion` that somebody set;
+            an option's source (`--data`) need not have the columns of `data.columns`, which are its run's.
+        first: read no more rows of a source than this; `DataReport.more_rows` says whether there are more. Nothing is
+            kept then, and files are not hashed.
+        seed: draws the rows of a mixture's sources of which not all are taken.
 
     Raises:
         UserError: the source is missing or broken, rows do not have the format, the template refuses them, or nothing
             is left to learn from.
         MachineError: the hub cannot be reached.
     """
-    rows, more_rows = _first_rows(source, first)
-    form = find_format(rows, data.format)
-    as_text = form == "text"
-    if as_text and key == "data.train":
-        refuse_answers_of_text(data, source)
-    report = DataReport(
-        source=source,
-        format=form,
-        template=None if as_text else install_chat_template(tokenizer, data.chat_template),
-        train_on="all" if as_text else data.train_on,
-        max_length=data.max_length,
-        rows=len(rows),
-        more_rows=more_rows,
-        files=hashes(source) if first is None else {},
-    )
-    if as_text:
-        examples = _text_examples(rows, tokenizer, report)
-    else:
-        renderer = ConversationRenderer.of(
-            tokenizer,
-            every_answer=data.train_on == "completion",
-            multi_turn=data.multi_turn,
-            kwargs=data.chat_template_kwargs,
-        )
-        examples = _conversation_examples(read_conversations(rows, form), renderer, report)
-    _count_tokens(report, examples)
-    if not report.trained_tokens:
+    sources = sources_of(source)
+    strict = not key.startswith("--")
+    built = [_Source(each, data, tokenizer, first, strict=strict).dataset() for each in sources]
+    if key == "data.train" and all(dataset.report.format == "text" for dataset in built):
+        refuse_answers_of_text(data, told(source))
+    dataset = built[0] if len(built) == 1 and _is_whole(sources[0]) else _mixed(sources, built, seed)
+    if not dataset.report.trained_tokens:
         raise UserError(
-            f"{key}: nothing to learn from: {'; '.join(report.lines())}; each row needs an answer that begins within "
-            "data.max_length"
+            f"{key}: nothing to learn from: {'; '.join(dataset.report.lines())}; each row needs an answer that begins "
+            "within data.max_length"
         )
-    return Dataset(examples, report)
+    return dataset
 
 
 def refuse_answers_of_text(data: DataConfig, source: str) -> None:
@@ -132,29 +119,198 @@ def refuse_answers_of_text(data: DataConfig, source: str) -> None:
         )
 
 
-def _first_rows(source: str, count: int | None) -> tuple[list[Row], bool]:
-    """The first `count` rows of a source, or all of them; and whether there are more.
+class _Source:
+    """One source on its way to examples."""
 
-    Raises:
-        UserError: rows that cannot be read are among them.
-    """
-    faults = RowFaults()
-    rows = iter(read_rows(source, faults))
-    taken = list(islice(rows, count))
-    more = next(rows, None) is not None
-    faults.raise_any()
-    return taken, more
+    def __init__(
+        self,
+        source: DataSource,
+        data: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        first: int | None,
+        *,
+        strict: bool = True,
+    ):
+        own = {"format": source.format, "columns": source.columns}
+        self.data = data.model_copy(update={key: value for key, value in own.items() if value is not None})
+        self.path, self.tokenizer, self.first, self.strict = source.path, tokenizer, first, strict
+        self.parts = source_parts(self.path)
+        self.faults, self.read = RowFaults(skip=data.on_error == "skip"), RowFaults()
+        self.report = DataReport(self.path, "", None, data.train_on, data.max_length)
+        self.rows = 0
+
+    def dataset(self) -> Dataset:
+        size = sum(part.nbytes for part in self.parts)
+        if self.first is not None or size < KEPT_FROM:
+            return self._in_memory()
+        path = self.data.chat_template
+        template = None if path is None else read_chat_template(Path(path))
+        files = self._hashes()
+        folder = store_folder(fingerprint(files, self.data, self.tokenizer, template))
+        stored = open_store(folder)
+        if stored is None:
+            stored = write_store(folder, self._blocks(size), self.report)
+        elif stored.report.template is not None:
+            install_chat_template(self.tokenizer, path)
+        stored.report.files = files
+        return Dataset(stored, stored.report)
+
+    def _hashes(self) -> dict[str, str]:
+        return {name: digest for part in self.parts for name, digest in part.hashes().items()}
+
+    def _in_memory(self) -> Dataset:
+        rows = []
+        for chunk in self._chunks():
+            rows += self._encoder.encode(chunk.rows, chunk.layout, self.report, self.faults)
+        self._finish()
+        if self.first is None:
+            self.report.files = self._hashes()
+        numbers = [number for number, examples in enumerate(rows) for _ in examples]
+        return Dataset(ExampleList(chain.from_iterable(rows), numbers), self.report)
+
+    def _blocks(self, size: int) -> Iterator[Block]:
+        """The examples as they are made, by several processes where there is enough to do."""
+        progress = _Progress(self.path, size, self.read)
+        chunks = self._chunks(ROWS_AT_A_TIME)
+        first = next(chunks, None)  # finds the format, so that the template is installed before processes start
+        given = [first] if first is not None else []
+        blank = replace(self.report, unused_columns={}, columns={}, notes=Counter())
+        for encoded in encode_all(self._encoder, chain(given, chunks), blank, processes_for(size)):
+            self.report.add(encoded.report)
+            self.faults.take(encoded.faults)
+            self.faults.raise_any()
+            progress.say(self.report.rows)
+            yield encoded.block
+        self._finish()
+
+    def _finish(self) -> None:
+        self.faults.take(self.read)
+        self.faults.raise_any()
+        self.faults.remarks = self.read.remarks
+        self.report.take(self.faults)
+        self.report.skipped_files = skipped_files(self.path)
+
+    @property
+    def _encoder(self) -> Encoder:
+        data = self.data
+        return Encoder(self.tokenizer, data.train_on, data.max_length, data.multi_turn, data.chat_template_kwargs)
+
+    def _chunks(self, size: int | None = None) -> Iterator[Chunk]:
+        """The rows of every part under its layout, `size` at a time; None: a part at once."""
+        for part in self.parts:
+            rows = self._taken(part)
+            head = list(islice(rows, LOOKED_AT if size else None))
+            if size is None:  # what cannot be read is told before anything is said of columns
+                self.faults.take(self.read)
+                self.faults.raise_any()
+            if not head:
+                continue
+            columns = self.data.columns if self.strict else columns_there(head, self.data.columns)
+            layout = find_layout(head, self.data.format, columns)
+            self._use(layout, part)
+            size_now = size or len(head)
+            chunks = [head[begin : begin + size_now] for begin in range(0, len(head), size_now)]
+            for some in chunks[:-1]:
+                yield Chunk(layout, some)
+            some = chunks[-1]
+            while some:
+                read = RowFaults()
+                read.take(self.read)
+                yield Chunk(layout, some, read)
+                some = list(islice(rows, size_now))
+
+    def _taken(self, part: Part) -> Iterator[Row]:
+        """The rows of a part, as far as they are wanted."""
+        for row in part.rows(self.read):
+            if self.first is not None and self.rows >= self.first:
+                self.report.more_rows = True
+                return
+            self.rows += 1
+            yield row
+
+    def _use(self, layout: Layout, part: Part) -> None:
+        """Take a layout into the report; get the tokenizer ready for it."""
+        before, as_text = self.report.format, layout.format == "text"
+        if before and as_text != (before == "text"):
+            kind = "text" if as_text else "conversations"
+            raise UserError(
+                f"{part.name}: {kind}, and what comes before it in {self.path} is not; name the two apart in a list, "
+                "data.train: [{path: …}, {path: …}]"
+            )
+        if layout.format not in before.split(" + "):
+            self.report.format = f"{before} + {layout.format}" if before else layout.format
+        self.report.columns.update({ours: theirs for ours, theirs in layout.columns.items() if ours != theirs})
+        if as_text:
+            self.report.train_on = "all"
+            refuse_without_end(self.tokenizer, self.path)
+        elif self.report.template is None:
+            self.report.template = install_chat_template(self.tokenizer, self.data.chat_template)
 
 
-def evaluation_sources(data: DataConfig) -> dict[str, str]:
+class _Progress:
+    """A line now and then, while rows are tokenized."""
+
+    def __init__(self, name: str, size: int, faults: RowFaults):
+        self.name, self.size, self.faults = name, size, faults
+        self.began = self.said = time.monotonic()
+
+    def say(self, rows: int) -> None:
+        now = time.monotonic()
+        if now - self.said < SAID_EVERY:
+            return
+        self.said = now
+        share = f" ({min(self.faults.bytes_read / self.size, 1):.0%})" if self.faults.bytes_read else ""
+        logger.info("tokenizing %s: %d rows%s, %d rows a second", self.name, rows, share, rows / (now - self.began))
+
+
+def _is_whole(source: DataSource) -> bool:
+    return source.weight is None and source.rows is None and source.repeat is None
+
+
+def _mixed(sources: Sequence[DataSource], built: Sequence[Dataset], seed: int) -> Dataset:
+    """Several data sets as one, in the shares that are asked for; one after the other where none are."""
+    parts = [as_examples(dataset.examples) for dataset in built]
+    if all(map(_is_whole, sources)):
+        examples, counts = Selection(parts), [dataset.report.kept for dataset in built]
+    else:
+        shares = [Share(source.weight, source.rows, source.repeat) for source in sources]
+        indices, counts = mixture([part.rows for part in parts], shares, seed)
+        examples = Selection(parts, indices)
+    report = _total(", ".join(map(str, sources)), [dataset.report for dataset in built], counts)
+    _count_tokens(report, examples)
+    return Dataset(examples, report)
+
+
+def _total(source: str, reports: Sequence[DataReport], counts: Sequence[int]) -> DataReport:
+    """The report on a mixture."""
+    formats = " + ".join(dict.fromkeys(report.format for report in reports))
+    template = next((report.template for report in reports if report.template is not None), None)
+    train_on = "all" if all(report.format == "text" for report in reports) else reports[-1].train_on
+    for report in reports:
+        if report.format != "text":
+            train_on = report.train_on
+    total = DataReport(source, formats, template, train_on, reports[0].max_length)
+    for report in reports:
+        total.add(replace(report, remarks=[], faulty_lines=[], skipped_files=[], columns={}, unused_columns={}))
+    total.kept = sum(counts)
+    total.parts = list(zip(reports, counts, strict=True))
+    return total
+
+
+def evaluation_sources(data: DataConfig) -> dict[str, str | list[Any]]:
     """The sources that `data.eval` names, by name; none where it is a fraction of the training data."""
-    if isinstance(data.eval, str):
+    if isinstance(data.eval, str | list):
         return {"eval": data.eval}
     return dict(data.eval) if isinstance(data.eval, dict) else {}
 
 
 def build_evaluation_sets(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, train: Dataset, *, first: int | None = None
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    *,
+    first: int | None = None,
+    seed: int = 0,
 ) -> tuple[Dataset, dict[str, Dataset]]:
     """The evaluation sets that `data.eval` asks for, by name, and what is left to train on.
 
@@ -163,7 +319,7 @@ def build_evaluation_sets(
     evaluated is trained on as well.
 
     Args:
-        first: read no more rows of a source than this.
+        first, seed: see `build_dataset`.
 
     Returns:
         The training set, smaller where a fraction was split off it, and the evaluation sets.
@@ -171,11 +327,9 @@ def build_evaluation_sets(
     if data.eval is None:
         return train, {}
     if sources := evaluation_sources(data):
-        named = isinstance(data.eval, dict)
+        prefix = "data.eval." if isinstance(data.eval, dict) else "data."
         return train, {
-            name: build_dataset(
-                source, data, tokenizer, key=f"data.eval.{name}" if named else "data.eval", first=first
-            )
+            name: build_dataset(source, data, tokenizer, key=f"{prefix}{name}", first=first, seed=seed)
             for name, source in sources.items()
         }
     rest, evaluation = _split(train, float(data.eval))
@@ -183,145 +337,37 @@ def build_evaluation_sets(
 
 
 def _split(train: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
-    digests: list[bytes] = []
-    row = None
-    for example in train.examples:
-        # Answers of one conversation stay together: the later ones have the earlier ones in their prompts.
-        if row is None or row_of(example.where) != row:
-            row = row_of(example.where)
-            digests.append(hashlib.sha256(array("q", example.input_ids).tobytes()).digest())
-        else:
-            digests.append(digests[-1])
-    wanted = max(1, round(fraction * len(digests)))
-    last = sorted(digests)[wanted - 1]
-    chosen = [example for example, digest in zip(train.examples, digests, strict=True) if digest <= last]
-    rest = [example for example, digest in zip(train.examples, digests, strict=True) if digest > last]
-    if not rest:
+    import numpy
+
+    examples = as_examples(train.examples)
+    digests = examples.digests
+    different = numpy.arange(len(digests))
+    if isinstance(examples, Selection):  # what a mixture has several times is evaluated once
+        different = numpy.unique(numpy.asarray(examples.indices), return_index=True)[1]
+    wanted = max(1, round(fraction * len(different)))
+    last = numpy.sort(digests[different])[wanted - 1]
+    chosen = numpy.sort(different[digests[different] <= last])
+    rest = numpy.flatnonzero(digests > last)
+    if not len(rest):
         raise UserError(
             f"data.eval: a fraction of {fraction} takes all of the {len(digests)} examples of {train.report.source}; "
             "give a smaller one, or a file"
         )
-    source = f"{train.report.source} ({fraction:g} of it)"
-    evaluation = replace(
-        train.report,
-        source=source,
-        rows=len(chosen),
-        kept=len(chosen),
-        dropped_no_answer=0,
-        dropped_context=0,
-        dropped_unwritten=0,
-        dropped_truncated=0,
-        truncated=0,
-        answers=sum(_answers(example) for example in chosen),
-        context_answers=0,
-        empty_answers=0,
-        rewritten=0,
-        rewritten_examples=0,
-        notes=Counter(),
-        ends_added=0,
-    )
-    remaining = replace(train.report, split_off=len(chosen), answers=train.report.answers - evaluation.answers)
-    _count_tokens(evaluation, chosen)
-    _count_tokens(remaining, rest)
-    return Dataset(rest, remaining), Dataset(chosen, evaluation)
+    report = train.report
+    evaluation = DataReport(
+        f"{report.source} ({fraction:g} of it)", report.format, report.template, report.train_on, report.max_length,
+        rows=len(chosen), kept=len(chosen), more_rows=report.more_rows, files=report.files, columns=report.columns,
+    )  # fmt: skip
+    remaining = replace(report, split_off=len(chosen))
+    parts = [Selection([examples], array("i", indices.astype("int32").tobytes())) for indices in (rest, chosen)]
+    for each, selection in zip((remaining, evaluation), parts, strict=True):
+        _count_tokens(each, selection)
+        each.answers = 0 if report.format == "text" else int(sum(selection.answers))
+    return Dataset(parts[0], remaining), Dataset(parts[1], evaluation)
 
 
-def _answers(example: Example) -> int:
-    """The runs of trained tokens."""
-    return sum(before == IGNORED != label for before, label in pairwise([IGNORED, *example.labels]))
-
-
-def _count_tokens(report: DataReport, examples: list[Example]) -> None:
+def _count_tokens(report: DataReport, examples: Examples) -> None:
     report.examples = len(examples)
-    report.tokens = sum(len(example.input_ids) for example in examples)
-    report.trained_tokens = sum(example.trained_tokens for example in examples)
-    report.longest = max((len(example.input_ids) for example in examples), default=0)
-
-
-def _conversation_examples(
-    conversations: Iterable[Conversation], renderer: ConversationRenderer, report: DataReport
-) -> list[Example]:
-    examples, faults = [], RowFaults()
-    for conversation in conversations:
-        if not conversation.has_answer:
-            report.dropped_context += bool(conversation.context)
-            report.dropped_no_answer += not conversation.context
-            continue
-        try:
-            rendered = renderer.rows(conversation)
-        except RowFault as fault:
-            faults.add(conversation.where, fault)
-            continue
-        made = [example for row in rendered.rows if (example := _example(row, renderer, report))]
-        _count_conversation(report, conversation, rendered, len(made))
-        examples += made
-    faults.raise_any()
-    return examples
-
-
-def _count_conversation(report: DataReport, conversation: Conversation, rendered: Rendered, made: int) -> None:
-    report.notes.update(rendered.notes)
-    if not made:
-        report.dropped_truncated += bool(rendered.rows)
-        report.dropped_unwritten += not rendered.rows
-        return
-    report.kept += 1
-    report.answers += sum(len(row.answers) for row in rendered.rows)
-    report.context_answers += len(conversation.context)
-    report.empty_answers += len(conversation.empty_answers)
-    if rendered.rewritten:
-        report.rewritten += 1
-        report.rewritten_examples += made
-
-
-def _example(row: RenderedRow, renderer: ConversationRenderer, report: DataReport) -> Example | None:
-    """The row's tokens, within max_length; None where nothing is left to train."""
-    ids, labels = label_answers(renderer.tokenizer, row, renderer.special, report.max_length)
-    if not renderer.every_answer:
-        labels = list(ids)
-    example = Example(ids[: report.max_length], labels[: report.max_length], row.where)
-    if example.trained_tokens < 1:
-        return None
-    report.ends_added += row.ends_added
-    report.truncated += len(ids) > report.max_length
-    return example
-
-
-def _text_examples(rows: list[Row], tokenizer: PreTrainedTokenizerBase, report: DataReport) -> list[Example]:
-    """Every document whole, an end-of-text token after it, cut into examples of max_length: nothing is thrown away."""
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"{report.source}: text needs an end-of-text token after each document, and the tokenizer has none "
-            "(eos_token); set one in the model's tokenizer_config.json"
-        )
-    examples = []
-    for row, text in zip(rows, read_documents(rows), strict=True):
-        if not text.strip():
-            report.dropped_no_answer += 1
-            continue
-        ids = _document_ids(tokenizer, text)
-        for begin, end in _cuts(len(ids), report.max_length):
-            where = row.where if end - begin == len(ids) else f"{row.where}, tokens {begin + 1}-{end}"
-            examples.append(Example(ids[begin:end], ids[begin:end], where))
-        report.kept += 1
-    return examples
-
-
-def _document_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The document's ids: with the beginning-of-text token where the tokenizer puts one, once, and one end-of-text."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    ids = token_ids(tokenizer, text, add_special_tokens=True)
-    if bos is not None and ids[:2] == [bos, bos]:  # the text has its own
-        ids = ids[1:]
-    if ids[-1:] != [eos]:  # some tokenizers write it by themselves
-        ids = [*ids, eos]
-    return ids
-
-
-def _cuts(length: int, max_length: int) -> list[tuple[int, int]]:
-    """Begin and end of the pieces of a document. A lone last token, which by itself would train nothing, takes the one
-    before it along."""
-    ends = [*range(max_length, length, max_length), length]
-    if len(ends) > 1 and length - ends[-2] == 1 and max_length > 2:
-        ends[-2] -= 1
-    return list(zip([0, *ends], ends, strict=False))
+    report.tokens = sum(examples.lengths)
+    report.trained_tokens = sum(examples.trained)
+    report.longest = max(examples.lengths, default=0)

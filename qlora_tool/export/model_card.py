@@ -12,6 +12,7 @@ from yaml import YAMLError
 
 from qlora_tool._version import __version__
 from qlora_tool.artifacts import Artifact
+from qlora_tool.config.sources import told
 from qlora_tool.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -238,9 +239,10 @@ def _training(artifact: Artifact) -> list[tuple[str, Any]]:
     data, training = artifact.run.data, artifact.run.training
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
     clipped = f"gradients clipped at a norm of {training.max_grad_norm}" if training.max_grad_norm else "no clipping"
-    evaluation = data.eval if not isinstance(data.eval, dict) else ", ".join(data.eval.values())
+    evaluation = ", ".join(data.eval.values()) if isinstance(data.eval, dict) else data.eval
+    evaluation = told(evaluation) if isinstance(evaluation, list) else evaluation
     return [
-        ("data", data.train),
+        ("data", told(data.train)),
         ("evaluation data", evaluation),
         ("trained on", "the answers" if data.train_on == "completion" else "every token"),
         ("rows a step", f"{rows}, of up to {data.max_length} tokens{', packed' if data.packing else ''}"),

@@ -19,7 +19,9 @@ from torch import Tensor
 from qlora_tool.artifacts import Artifact, base_folder
 from qlora_tool.build import open_model
 from qlora_tool.config import DataConfig
-from qlora_tool.data.tokenize import Example, build_dataset, build_evaluation_sets
+from qlora_tool.config.sources import told
+from qlora_tool.data.examples import Selection, as_examples
+from qlora_tool.data.tokenize import Example, build_dataset, build_evaluation_sets, evaluation_sources
 from qlora_tool.errors import ToolError
 from qlora_tool.export.verify import Agreement, Predictions, Rows, choose_rows, compare, predict
 from qlora_tool.files.tensors import Checkpoint, give_back_freed_memory
@@ -211,7 +213,7 @@ def _stored_as(folder: Path) -> str:
     return quantized["bnb_4bit_quant_type"] if quantized.get("load_in_4bit") else "int8"
 
 
-def find_rows(artifact: Artifact, data: str | None) -> tuple[list[Example], str]:
+def find_rows(artifact: Artifact, data: str | None) -> tuple[Sequence[Example], str]:
     """The rows to compare on, and what to call them: of `data`; else of the run's evaluation sets; else, where it has
     none, the rows it trained on, which tell as well whether two models agree.
 
@@ -235,21 +237,22 @@ def find_rows(artifact: Artifact, data: str | None) -> tuple[list[Example], str]
     if artifact.run is None:
         return [], "the adapter comes without its run, and so without rows; give some with --verify-data FILE"
     try:
-        return _rows_of_run(settings, tokenizer)
+        return _rows_of_run(settings, tokenizer, artifact.run.training.seed)
     except ToolError as error:
         return [], f"the run's data cannot be read ({error}); give rows with --verify-data FILE"
 
 
-def _rows_of_run(settings: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], str]:
+def _rows_of_run(
+    settings: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[Sequence[Example], str]:
     if settings.eval is None:
-        examples = build_dataset(settings.train, settings, tokenizer).examples
-        return examples, f"{settings.train} (trained on: the run has no evaluation rows)"
-    splits_off = not isinstance(settings.eval, str | dict)
-    train = build_dataset(settings.train, settings, tokenizer) if splits_off else None
-    _, sets = build_evaluation_sets(settings, tokenizer, train)
-    return [example for dataset in sets.values() for example in dataset.examples], ", ".join(
-        f"{dataset.report.source} (evaluation)" for dataset in sets.values()
-    )
+        examples = build_dataset(settings.train, settings, tokenizer, seed=seed).examples
+        return examples, f"{told(settings.train)} (trained on: the run has no evaluation rows)"
+    splits_off = not evaluation_sources(settings)
+    train = build_dataset(settings.train, settings, tokenizer, seed=seed) if splits_off else None
+    _, sets = build_evaluation_sets(settings, tokenizer, train, seed=seed)
+    found = Selection([as_examples(dataset.examples) for dataset in sets.values()])
+    return found, ", ".join(f"{dataset.report.source} (evaluation)" for dataset in sets.values())
 
 
 def _shortage(artifact: Artifact) -> str | None:

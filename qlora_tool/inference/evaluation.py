@@ -37,10 +37,11 @@ def evaluate_loss(model: CausalLM, dataset: Dataset, batch_size: int, pad_token_
     """
     training = model.module.training
     model.module.eval()
-    examples = sorted(dataset.examples, key=lambda example: len(example.input_ids))
+    lengths = dataset.lengths
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     total, tokens = 0.0, 0
-    for start in range(0, len(examples), batch_size):
-        rows = [[example] for example in examples[start : start + batch_size]]
+    for start in range(0, len(by_length), batch_size):
+        rows = [[dataset.examples[index]] for index in by_length[start : start + batch_size]]
         batch = collate(rows, pad_token_id=pad_token_id, packing=False).to(model.device)
         total += float(model.loss_sum(batch))
         tokens += batch.trained_tokens

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_tool.artifacts import Artifact
+from qlora_tool.config import DataConfig
 from qlora_tool.data.prompts import Prompt, prompts_from_texts, read_prompts
 from qlora_tool.errors import UserError
 from qlora_tool.inference.answer import Answers, answer
@@ -107,10 +108,11 @@ def _answers(
     with PeakMemory() as peak:
         model, tokenizer = open_artifact(artifact)
         peak.watch(model.device)
-        kwargs = artifact.run.data.chat_template_kwargs if artifact.run else None
+        own = artifact.run.data if artifact.run else DataConfig()
+        kwargs = own.chat_template_kwargs
         prompts = prompts_from_texts(texts, tokenizer, kwargs)
         if file is not None:
-            prompts += read_prompts(file, "auto", tokenizer, kwargs)
+            prompts += read_prompts(file, "auto", tokenizer, kwargs, own.columns)
         answers = answer(model, tokenizer, prompts, sampling)
     return prompts, answers, peak.bytes
 

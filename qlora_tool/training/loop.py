@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,12 +79,12 @@ class StepPlan:
     """
 
     config: Config
-    lengths: list[int]
+    lengths: Sequence[int]
     steps_per_epoch: int
     total_steps: int
 
     @classmethod
-    def of(cls, config: Config, lengths: list[int]) -> StepPlan:
+    def of(cls, config: Config, lengths: Sequence[int]) -> StepPlan:
         micro_batches = len(epoch_batches(config, lengths, 0))
         steps_per_epoch = math.ceil(micro_batches / config.training.gradient_accumulation_steps)
         total = config.training.max_steps
@@ -108,7 +108,7 @@ class StepPlan:
                     yield batches[index * size : (index + 1) * size]
 
 
-def epoch_batches(config: Config, lengths: list[int], epoch: int) -> list[list[list[int]]]:
+def epoch_batches(config: Config, lengths: Sequence[int], epoch: int) -> Sequence[list[list[int]]]:
     """The micro-batches of an epoch, each of rows of example indices."""
     return plan_epoch(
         lengths, batch_size=config.training.per_device_train_batch_size, max_length=config.data.max_length,
@@ -187,13 +187,13 @@ def train(
 def _largest_batch(config: Config, data: RunData, padding_free: bool) -> Batch:
     """Of all epochs, the batch whose tensor has the most tokens; each epoch deals the rows anew. Of two that have as
     many, one that needs a mask takes more, and then one with more tokens that are trained."""
-    lengths, examples = data.train.lengths, data.train.examples
+    lengths, labels, examples = data.train.lengths, data.train.trained, data.train.examples
     epochs = math.ceil(StepPlan.of(config, lengths).epochs)
     packing = config.data.packing
 
     def size(rows: list[list[int]]) -> tuple[int, bool, int]:
         tokens = [sum(lengths[index] for index in row) for row in rows]
-        trained = sum(examples[index].trained_tokens for row in rows for index in row)
+        trained = sum(labels[index] for row in rows for index in row)
         if padding_free and not packing:
             return sum(tokens), False, trained
         return len(tokens) * max(tokens), not packing and len(set(tokens)) > 1, trained

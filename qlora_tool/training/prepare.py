@@ -72,8 +72,9 @@ def read_run_data(config: Config, folder: Path, model_config: Any, *, first: int
     if model_config is not None:
         check_length(model_config, config.data.max_length)
     tokenizer = open_tokenizer(folder, config.model.trust_remote_code)
-    train = build_dataset(config.data.train, config.data, tokenizer, first=first)
-    train, evaluations = build_evaluation_sets(config.data, tokenizer, train, first=first)
+    seed = config.training.seed
+    train = build_dataset(config.data.train, config.data, tokenizer, first=first, seed=seed)
+    train, evaluations = build_evaluation_sets(config.data, tokenizer, train, first=first, seed=seed)
     data = RunData(tokenizer, train, evaluations)
     if model_config is not None:
         _refuse_foreign_tokens(data, folder, model_config.get_text_config().vocab_size)
@@ -82,7 +83,7 @@ def read_run_data(config: Config, folder: Path, model_config: Any, *, first: int
 
 def _refuse_foreign_tokens(data: RunData, folder: Path, vocabulary: int) -> None:
     datasets = (data.train, *data.evaluations.values())
-    highest = max(max(example.input_ids) for dataset in datasets for example in dataset.examples)
+    highest = max(dataset.highest_token for dataset in datasets)
     if highest >= vocabulary:
         raise UserError(
             f"{folder}: its tokenizer gives token {highest}, but the model's vocabulary has {vocabulary} tokens; "

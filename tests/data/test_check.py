@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -55,5 +56,6 @@ def test_reading_ends_after_a_while(monkeypatch: pytest.MonkeyPatch):
     """A source without an end, of which the last row that is looked at is in order."""
     monkeypatch.setattr(check, "SECONDS", 0.05)
     row = Row({"prompt": "a", "completion": "b"}, "endless, line 1")
-    monkeypatch.setattr(check, "read_rows", lambda source, faults: itertools.repeat(row))
+    endless = SimpleNamespace(rows=lambda faults: itertools.repeat(row))
+    monkeypatch.setattr(check, "source_parts", lambda source: [endless])
     assert check_source("endless") == "prompt_completion"

@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from qlora_tool.data.formats import FORMATS, find_format, read_conversations, read_documents
+from qlora_tool.data.columns import find_layout
+from qlora_tool.data.formats import FORMATS
+from qlora_tool.data.layout import Layout, read_conversations, read_documents
 from qlora_tool.data.sources import Row
 from qlora_tool.errors import UserError
 
@@ -17,14 +19,14 @@ def rows(*fields) -> list[Row]:
 
 def turns(fields, wanted="auto"):
     given = rows(fields)
-    (conversation,) = read_conversations(given, find_format(given, wanted))
+    (conversation,) = read_conversations(given, find_layout(given, wanted))
     return [(turn["role"], turn["content"]) for turn in conversation.messages]
 
 
 def faults(*fields, form=None) -> list[str]:
     given = rows(*fields)
     with pytest.raises(UserError) as raised:
-        read_conversations(given, form or find_format(given))
+        read_conversations(given, Layout(form) if form else find_layout(given))
     return raised.value.lines
 
 
@@ -68,14 +70,14 @@ ASKED = [("user", "2 + 2?"), ("assistant", "4")]
     ],
 )
 def test_formats_are_told_by_their_columns(fields, form, expected):
-    assert find_format(rows(fields)) == form
+    assert find_layout(rows(fields)).format == form
     assert turns(fields) == turns(fields, form) == expected
 
 
 def test_text_is_no_conversation():
     given = rows({"text": "Once upon a time"}, {"text": None})
-    assert find_format(given) == "text"
-    assert read_documents(given) == ["Once upon a time", ""]
+    assert find_layout(given).format == "text"
+    assert read_documents(given, find_layout(given)) == ["Once upon a time", ""]
 
 
 def test_lists_may_be_written_as_json_where_cells_are_strings():
@@ -98,7 +100,7 @@ def test_what_templates_may_read_besides_is_kept():
         ],
         "tools": [{"name": "add"}],
     }
-    (conversation,) = read_conversations(rows(fields), "messages")
+    (conversation,) = read_conversations(rows(fields), Layout("messages"))
     assert conversation.tools == [{"type": "function", "function": {"name": "add"}}]
     assert conversation.has_answer
     assert conversation.messages == [
@@ -110,13 +112,13 @@ def test_what_templates_may_read_besides_is_kept():
 
 @pytest.mark.parametrize("answer", ["", "  \n", None])
 def test_a_row_without_an_answer_says_so(answer):
-    (conversation,) = read_conversations(rows({"prompt": "2 + 2?", "completion": answer}), "prompt_completion")
+    (conversation,) = read_conversations(rows({"prompt": "2 + 2?", "completion": answer}), Layout("prompt_completion"))
     assert not conversation.has_answer
 
 
 def test_columns_of_no_format_are_listed_with_what_every_format_needs():
     with pytest.raises(UserError) as raised:
-        find_format(rows({"instruction": "a", "ouptut": "b"}, {"id": 1}))
+        find_layout(rows({"instruction": "a", "ouptut": "b"}, {"id": 1}))
     (line,) = raised.value.lines
     assert line.startswith(
         "file.jsonl, line 1: the columns (instruction, ouptut, id) are those of no format; needed are "
@@ -127,7 +129,7 @@ def test_columns_of_no_format_are_listed_with_what_every_format_needs():
 
 def test_a_format_asked_for_must_fit():
     with pytest.raises(UserError) as raised:
-        find_format(rows({"prompt": "a", "completion": "b"}), "dolly")
+        find_layout(rows({"prompt": "a", "completion": "b"}), "dolly")
     assert raised.value.lines == [
         "file.jsonl, line 1: the columns (prompt, completion) are not those of the format dolly; needed are dolly: "
         "instruction and response, context where there is one"
@@ -135,11 +137,11 @@ def test_a_format_asked_for_must_fit():
 
 
 def test_answers_may_be_missing_where_they_are_not_needed():
-    assert find_format(rows({"prompt": "a"}), need_answers=False) == "prompt_completion"
-    assert find_format(rows({"instruction": "a", "context": "b"}), need_answers=False) == "alpaca"
-    assert find_format(rows({"instruction": "a", "response": "b"}), need_answers=False) == "dolly"
+    assert find_layout(rows({"prompt": "a"}), need_answers=False).format == "prompt_completion"
+    assert find_layout(rows({"instruction": "a", "context": "b"}), need_answers=False).format == "alpaca"
+    assert find_layout(rows({"instruction": "a", "response": "b"}), need_answers=False).format == "dolly"
     with pytest.raises(UserError):
-        find_format(rows({"prompt": "a"}))
+        find_layout(rows({"prompt": "a"}))
 
 
 @pytest.mark.parametrize(

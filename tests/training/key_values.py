@@ -27,6 +27,7 @@ FORMATS = ("messages", "sharegpt", "alpaca", "dolly", "prompt_completion", "text
 
 # Files have their names in the folder that runs are started in; EVAL is one of the format of the training data.
 EVAL = "eval.jsonl"
+MIXTURE = [{"path": "alpaca.jsonl", "weight": 3}, {"path": "alpaca.csv", "weight": 1, "format": "alpaca"}]
 TEXTS: dict[str, list[Any]] = {
     "model.name_or_path": ["base"],
     "model.revision": [None, "main"],
@@ -37,8 +38,10 @@ TEXTS: dict[str, list[Any]] = {
     "adapter.alpha_pattern": [{}, {"down_proj": 4.5}],
     "adapter.init_from": [None, "start"],
     "data.train": [f"{name}.jsonl" for name in FORMATS] + [f"alpaca.{end}" for end in ("json", "csv", "parquet")]
-    + ["text.txt", "prompt_completion"],
-    "data.eval": [0.2, None, EVAL, {"one": EVAL, "other": EVAL}],
+    + ["text.txt", "prompt_completion", MIXTURE],
+    "data.eval": [0.2, None, EVAL, {"one": EVAL, "other": EVAL}, [EVAL, EVAL]],
+    "data.columns": [{}, {"instruction": "instruction", "output": "output"}],
+    "data.chat_template_kwargs": [{}],
     "data.chat_template": [None, "chat.jinja"],
     "training.output_dir": ["run"],
     "training.max_memory": [None, "2GB", 1_500_000_000],
@@ -86,7 +89,9 @@ VALUES = {key: values_of(key) for key in KEYS}
 def with_company(key: str, value: Any) -> dict[str, Any]:
     """A value, with those of other keys that it cannot go without."""
     if key == "data.train":
-        return {key: value} | ({"data.train_on": "all"} if value.startswith("text") else {})
+        return {key: value} | ({"data.train_on": "all"} if str(value).startswith("text") else {})
+    if key == "data.columns" and value:
+        return {key: value, "data.train": "alpaca.jsonl", "data.format": "alpaca"}
     if key == "data.format" and value != "auto":
         return {key: value} | with_company("data.train", f"{value}.jsonl")
     if (key, value) == ("training.group_by_length", True):
@@ -144,7 +149,8 @@ def written(folder: Path, run: dict[str, Any]) -> Path:
         section, _, name = key.partition(".")
         if value is not OMITTED:
             sections.setdefault(section, {})[name] = value
-    form = run["data.train"].partition(".")[0]
+    train = run["data.train"] if isinstance(run["data.train"], str) else run["data.train"][0]["path"]
+    form = train.partition(".")[0]
     text = yaml.safe_dump(sections).replace(EVAL, f"eval-{form}.jsonl")
     (folder / "run.yaml").write_text(text)
     return folder / "run.yaml"

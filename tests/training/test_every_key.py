@@ -50,9 +50,10 @@ def excluded(run: Run) -> bool:
     except UserError:
         return True
     file, form = run.get("data.train", "alpaca"), run.get("data.format", "auto")
-    name = file.partition(".")[0]
+    name = (file if isinstance(file, str) else file[0]["path"]).partition(".")[0]
     return (
         form not in ("auto", name)
+        or (bool(given.get("data.columns")) and name != "alpaca")
         or (name == "text" and run.get("data.train_on", "completion") == "completion")
         or (run.get("training.optimizer_in_backward", False) and run.get("model.compute_dtype") == "float16")
         or (run.get("adapter.init_from") is not None and any(run.get(key, OMITTED) is not OMITTED
@@ -142,7 +143,8 @@ def test_a_run(here: Path, number: int):
     if steps > 1:
         memory = json.loads((folder / "memory.json").read_text())
         predicted, measured = (memory[kind]["peak_bytes"] for kind in ("predicted", "measured"))
-        least = 0.97 if run["data.train"] != "text.txt" else 0.9  # whose last, shorter piece is in another batch
+        # A text's last, shorter piece, and what a mixture has of shorter rows, is in another batch than the first two.
+        least = 0.97 if isinstance(run["data.train"], str) and run["data.train"] != "text.txt" else 0.9
         assert least < measured / predicted < 1.03, (measured / predicted, run)
 
 

@@ -55,6 +55,7 @@ def lines(file: Path, faults: RowFaults) -> Iterator[Line]:
             stream.read(len(codecs.BOM_UTF8))
         decoder = _EightBit(file, faults, decided=bool(encoding))
         for place[0], raw in enumerate(stream, start=1):
+            faults.bytes_read += len(raw)
             yield Line(place[0], *decoder.decode(raw, stream, place[0]))
 
 
@@ -71,6 +72,7 @@ def blocks(file: Path, faults: RowFaults) -> Iterator[str]:
         block = b"-"
         while block:
             block = stream.read(BLOCK)
+            faults.bytes_read += len(block)
             if decoder is None and not block.isascii():
                 found = _eight_bit(block, stream)
                 _say_windows(file, faults, found, block, place[0])

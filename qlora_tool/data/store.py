@@ -1,0 +1,264 @@
+"""Tokenized examples on the disk, in Arrow files that `datasets` reads, mapped into memory and not read into it.
+
+A folder of the cache holds one source, tokenized: `examples.arrow` has tokens, masks and places; `numbers.npz` the
+lengths and what else is asked of all examples at once; `meta.json` the report, and by what the rest is known to be
+whole. The folder gets its name when it is complete, and the name is a fingerprint of everything that made it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import mmap
+import os
+import shutil
+import tempfile
+import zlib
+from array import array
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_tool.data.blocks import Block
+from qlora_tool.data.examples import Example, Examples
+from qlora_tool.data.labels import IGNORED
+from qlora_tool.data.report import DataReport
+from qlora_tool.errors import MachineError
+from qlora_tool.files.atomic import replacing_folder
+from qlora_tool.files.cache import cache_folder
+
+if TYPE_CHECKING:
+    import numpy
+    import pyarrow
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1  # of the files
+KEPT_BYTES = 20 * 10**9  # of all sources together; those used longest ago go first
+GIVEN_BACK_AFTER = 32 << 20  # bytes of tokens read until mapped pages are given back
+
+
+class StoredExamples(Examples):
+    """Examples of a folder that `write_store` wrote. Of the file there is in memory what is being read.
+
+    Raises:
+        ValueError: the folder is not whole.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, folder: Path):
+        import datasets
+        import numpy
+        import pyarrow
+
+        self.folder = folder
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        arrow, numbers = folder / "examples.arrow", folder / "numbers.npz"
+        if meta["version"] != VERSION or arrow.stat().st_size != meta["bytes"] or _crc_of(numbers) != meta["numbers"]:
+            raise ValueError("not whole")
+        self.report = _report(meta["report"])
+        self.highest = meta["highest"]
+        self._crc, self._seen = meta["crc"], bytearray(len(meta["crc"]))
+        with numpy.load(numbers) as stored:
+            self.lengths, self.trained = (array("i", stored[name].tobytes()) for name in ("lengths", "trained"))
+            self.answers, self.rows = stored["answers"], stored["rows"]
+        with arrow.open("rb") as stream:
+            self._mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self._read = 0
+        try:
+            table = datasets.Dataset.from_buffer(pyarrow.py_buffer(self._mapped)).data
+        except pyarrow.ArrowException as error:
+            raise ValueError(str(error)) from error
+        self._chunks = [table.column(name).chunks for name in ("input_ids", "trained", "where")]
+        self._begins = [0]
+        for chunk in self._chunks[0]:
+            self._begins.append(self._begins[-1] + len(chunk))
+        if self._begins[-1] != len(self.lengths) or len(self._begins) != len(self._crc) + 1:
+            raise ValueError("not whole")
+
+    @property
+    def digests(self) -> numpy.ndarray[Any, Any]:
+        import numpy
+
+        with numpy.load(self.folder / "numbers.npz") as stored:
+            found: numpy.ndarray[Any, Any] = stored["digests"]
+            return found
+
+    def example(self, index: int) -> Example:
+        import numpy
+
+        number = bisect_right(self._begins, index) - 1
+        ids, trained, where = (chunks[number] for chunks in self._chunks)
+        if not self._seen[number]:
+            self._check(number, (ids, trained, where))
+        place = index - self._begins[number]
+        tokens = ids[place].values.to_numpy()
+        labels = numpy.where(trained[place].values.to_numpy(zero_copy_only=False), tokens, IGNORED)
+        example = Example(tokens.tolist(), labels.tolist(), where[place].as_py())
+        self._read += 4 * len(tokens)
+        if self._read > GIVEN_BACK_AFTER:
+            self._give_back()
+        return example
+
+    def _check(self, number: int, columns: Iterable[pyarrow.Array]) -> None:
+        """Refuse a chunk whose bytes are not those that were written, when it is first read."""
+        if _crc_of_columns(columns) != self._crc[number]:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise MachineError(f"{self.folder}: tokenized data were changed on the disk; start again to make them anew")
+        self._seen[number] = 1
+        self._read += 4 * len(self._chunks[0][number].values)
+
+    def _give_back(self) -> None:
+        """Mapped pages count as the process's memory; the system has them still, and gives them again."""
+        self._read = 0
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def store_folder(fingerprint: str) -> Path:
+    """Where the source of a fingerprint is kept."""
+    return cache_folder() / "datasets" / fingerprint
+
+
+def open_store(folder: Path) -> StoredExamples | None:
+    """The examples kept in a folder; None where there are none, or not all of them."""
+    if not folder.is_dir():
+        return None
+    try:
+        stored = StoredExamples(folder)
+    except (OSError, ValueError, KeyError, TypeError, zlib.error) as error:
+        logger.warning("%s: tokenized data that are not whole (%s); they are made again", folder, error)
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(folder)  # used last
+    return stored
+
+
+def write_store(folder: Path, blocks: Iterable[Block], report: DataReport) -> StoredExamples:
+    """Write blocks as they come, and open what was written.
+
+    Args:
+        folder: gets its name when all is written. Where the cache cannot be written, a temporary folder takes its place
+            for as long as this process lives, which is said.
+        report: taken when the last block is there.
+
+    Raises:
+        MachineError: the disk is full.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.parent):
+            pass
+    except OSError as error:
+        temporary = tempfile.TemporaryDirectory(prefix="qlora-tool-")
+        logger.warning(
+            "the cache %s cannot be written (%s): tokenized data go to %s and are made again in every run; set "
+            "QLORA_TOOL_CACHE to a folder that you may write to",
+            cache_folder(), error.strerror or error, temporary.name,
+        )  # fmt: skip
+        folder = Path(temporary.name) / folder.name
+        _write(folder, blocks, report)
+        stored = StoredExamples(folder)
+        stored.temporary = temporary  # type: ignore[attr-defined]  # lives as long as they do
+        return stored
+    with replacing_folder(folder) as new:
+        _write(new, blocks, report)
+    _forget_oldest(folder)
+    return StoredExamples(folder)
+
+
+def _write(folder: Path, blocks: Iterable[Block], report: DataReport) -> None:
+    import numpy
+    import pyarrow
+
+    folder.mkdir(parents=True, exist_ok=True)
+    schema = pyarrow.schema(
+        [("input_ids", pyarrow.list_(pyarrow.int32())), ("trained", pyarrow.list_(pyarrow.bool_())),
+         ("where", pyarrow.string())]
+    )  # fmt: skip
+    numbers: dict[str, list[Any]] = {name: [] for name in ("lengths", "trained", "answers", "rows", "digests")}
+    crc, rows, highest = [], 0, 0
+    with pyarrow.OSFile(str(folder / "examples.arrow"), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
+        for block in blocks:
+            if not len(block):
+                continue
+            batch = _batch(block, schema)
+            writer.write_batch(batch)
+            crc.append(_crc_of_columns(batch.columns))
+            for name in numbers:
+                numbers[name].append(getattr(block, name) + rows if name == "rows" else getattr(block, name))
+            rows += int(block.rows[-1]) + 1
+            highest = max(highest, int(block.tokens.max()))
+    kinds = {"digests": numpy.uint64}
+    numpy.savez(folder / "numbers.npz", **{
+        name: numpy.concatenate(parts) if parts else numpy.zeros(0, kinds.get(name, numpy.int32))
+        for name, parts in numbers.items()
+    })  # fmt: skip
+    meta = {
+        "version": VERSION, "bytes": (folder / "examples.arrow").stat().st_size, "crc": crc, "highest": highest,
+        "numbers": _crc_of(folder / "numbers.npz"), "report": {**vars(report), "parts": []},
+    }  # fmt: skip
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _batch(block: Block, schema: pyarrow.Schema) -> pyarrow.RecordBatch:
+    import numpy
+    import pyarrow
+
+    offsets = numpy.zeros(len(block) + 1, dtype=numpy.int32)
+    numpy.cumsum(block.lengths, out=offsets[1:])
+    ids, trained = (pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(values))
+                    for values in (block.tokens, block.mask))  # fmt: skip
+    return pyarrow.RecordBatch.from_arrays([ids, trained, pyarrow.array(block.where, pyarrow.string())], schema=schema)
+
+
+def _crc_of_columns(columns: Iterable[pyarrow.Array]) -> int:
+    crc = 0
+    for column in columns:
+        for buffer in column.buffers():
+            crc = crc if buffer is None else zlib.crc32(buffer, crc)
+    return crc
+
+
+def _crc_of(file: Path) -> int:
+    crc = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _report(kept: dict[str, Any]) -> DataReport:
+    return DataReport(**{**kept, "notes": Counter(kept["notes"])})
+
+
+def _forget_oldest(newest: Path) -> None:
+    """Delete the sources used longest ago, as far as all of them take too much."""
+    folders = sorted((entry for entry in _folders(newest.parent) if entry != newest), key=lambda entry: -_used(entry))
+    total = _size(newest)
+    for folder in folders:
+        total += _size(folder)
+        if total > KEPT_BYTES:
+            logger.info("%s: tokenized data used longest ago, deleted to keep the cache below %d GB", folder,
+                        KEPT_BYTES // 10**9)  # fmt: skip
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folders(parent: Path) -> Iterator[Path]:
+    yield from (entry for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _used(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _size(folder: Path) -> int:
+    with contextlib.suppress(OSError):
+        return sum(file.stat().st_size for file in folder.iterdir())
+    return 0
