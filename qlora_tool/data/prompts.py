@@ -13,6 +13,7 @@ from qlora_tool.data.faults import RowFault, RowFaults
 from qlora_tool.data.labels import token_ids
 from qlora_tool.data.layout import read_conversations
 from qlora_tool.data.messages import Conversation
+from qlora_tool.data.raw_text import prompt_ids
 from qlora_tool.data.sources import read_rows
 from qlora_tool.data.template import install_chat_template
 from qlora_tool.errors import UserError
@@ -104,8 +105,7 @@ def prompts_from_texts(
             except RowFault as fault:
                 raise UserError(f"{where}: {fault}") from fault
         else:
-            ids = token_ids(tokenizer, text, add_special_tokens=True)
-            prompts.append(Prompt(ids, None, where, text))
+            prompts.append(Prompt(prompt_ids(tokenizer, text), None, where, text))
     return prompts
 
 
