@@ -17,9 +17,11 @@ from torch import Tensor
 from qlora_tool.adapters.peft_files import CONFIG_NAME, PREFIX, WEIGHTS_NAME, StoredAdapter
 from qlora_tool.artifacts import base_folder
 from qlora_tool.errors import UserError
-from qlora_tool.export.beside import TOKENIZER_FILES, copy_files
+from qlora_tool.export.generation import named_and_trained
 from qlora_tool.files.atomic import write_json
 from qlora_tool.files.tensors import write_all
+from qlora_tool.model.source import read_model_config
+from qlora_tool.model.tokenizer_files import copy_tokenizer, has_tokenizer
 
 if TYPE_CHECKING:
     from qlora_tool.artifacts import Artifact
@@ -36,7 +38,8 @@ def write_adapter(artifact: Artifact, folder: Path, portable: bool) -> dict[str,
 
     Returns:
         method, layers and base (a hub id, or the full path of a folder); where `portable`, the ranks' common size `r`
-        and the `dtype`; `resize_token_embeddings`, where a reader has to call that on the base first.
+        and the `dtype`; `resize_token_embeddings`, where a reader has to call that on the base first;
+        `eos_token_id`, where answers end in tokens that the base's generation settings do not name.
 
     Raises:
         UserError: `portable`, and PEFT has nothing that computes what this adapter does.
@@ -54,7 +57,9 @@ def write_adapter(artifact: Artifact, folder: Path, portable: bool) -> dict[str,
     else:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             shutil.copyfile(stored.folder / name, folder / name)
-    copy_files(stored.folder, TOKENIZER_FILES, folder)
+    copy_tokenizer(stored.folder, base_folder(artifact), folder)
+    if has_tokenizer(stored.folder) and (ends := _other_ends(artifact)):
+        facts["eos_token_id"] = ends
     if rows := _new_rows(artifact):
         facts["resize_token_embeddings"] = rows
     return facts
@@ -122,6 +127,13 @@ def _named_modules(stored: StoredAdapter) -> list[str]:
     listed = peft.get("target_modules")
     further = any(peft.get(key) for key in ("exclude_modules", "layers_to_transform", "layers_pattern"))
     return sorted(listed) if isinstance(listed, list) and not further else names
+
+
+def _other_ends(artifact: Artifact) -> list[int]:
+    """The ends of an answer, where those at which the base ends one are not all."""
+    base, trust = base_folder(artifact), artifact.model.trust_remote_code
+    named, ends = named_and_trained(base, read_model_config(base, trust), artifact.adapter.folder, trust)
+    return ends if ends != named else []
 
 
 def _new_rows(artifact: Artifact) -> int | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +12,7 @@ from qlora_tool.files.atomic import write_json
 if TYPE_CHECKING:
     from qlora_tool.export.merge import MergedModel
 
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
-                   "chat_template.jinja", "chat_templates")  # fmt: skip
-# Processors of images and sound: preprocessor_config.json, processor_config.json, video_preprocessor_config.json …
-MODEL_FILES = ("generation_config.json", "*processor*.json", "*.py", "LICENSE*")
+MODEL_FILES = ("*.py", "LICENSE*")
 
 
 def write_config(merged: MergedModel, folder: Path, quantization: Mapping[str, Any] | None = None) -> None:
@@ -31,9 +27,3 @@ def write_config(merged: MergedModel, folder: Path, quantization: Mapping[str, A
         config["quantization_config"] = dict(quantization)
     write_json(folder / "config.json", config)
 
-
-def copy_files(source: Path, patterns: Iterable[str], folder: Path) -> None:
-    """Copy what fits one of `patterns`, folders as a whole."""
-    for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
-        copy = shutil.copytree if path.is_dir() else shutil.copyfile
-        copy(path, folder / path.name)

@@ -9,10 +9,12 @@ from typing import Any
 
 from qlora_tool.artifacts import Artifact
 from qlora_tool.choices import ExportFormat
-from qlora_tool.export.beside import MODEL_FILES, TOKENIZER_FILES, copy_files, write_config
+from qlora_tool.export.beside import MODEL_FILES, write_config
+from qlora_tool.export.generation import write_generation_config
 from qlora_tool.export.merge import MergedModel
 from qlora_tool.export.shards import write_shards
 from qlora_tool.export.staging import Staging
+from qlora_tool.model.tokenizer_files import copy_files, copy_tokenizer, has_tokenizer
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Job:
     def tokenizer_folder(self) -> Path:
         """The adapter's, with which it was trained, else the base's."""
         adapter = self.artifact.adapter.folder
-        return adapter if (adapter / "tokenizer_config.json").exists() else self.base_folder
+        return adapter if has_tokenizer(adapter) else self.base_folder
 
 
 Write = Callable[[Job, Staging], dict[str, Any]]
@@ -67,7 +69,7 @@ class Format:
 
 
 def _write_safetensors(job: Job, staging: Staging) -> dict[str, Any]:
-    specs = [*(spec for group in job.merged.specs() for spec in group), *job.merged.copied_specs()]
+    specs = [spec for group in job.merged.specs() for spec in group]
     files = write_shards(staging, specs, job.merged.stream_from, job.max_shard_size)
     write_config(job.merged, staging.folder)
     _copy_beside(job, staging.folder)
@@ -75,13 +77,14 @@ def _write_safetensors(job: Job, staging: Staging) -> dict[str, Any]:
 
 
 def _merged_bytes(job: Job) -> int:
-    merged = job.merged
-    return sum(spec.nbytes for specs in (*merged.specs(), merged.copied_specs()) for spec in specs)
+    return sum(spec.nbytes for group in job.merged.specs() for spec in group)
 
 
 def _copy_beside(job: Job, folder: Path) -> None:
     copy_files(job.base_folder, MODEL_FILES, folder)
-    copy_files(job.tokenizer_folder, TOKENIZER_FILES, folder)
+    copy_tokenizer(job.tokenizer_folder, job.base_folder, folder)
+    write_generation_config(job.base_folder, job.merged.skeleton.config, job.tokenizer_folder, folder,
+                            job.artifact.model.trust_remote_code)  # fmt: skip
 
 
 def _write_gguf(job: Job, staging: Staging) -> dict[str, Any]:

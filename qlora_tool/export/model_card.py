@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from yaml import YAMLError
 from qlora_tool._version import __version__
 from qlora_tool.artifacts import Artifact
 from qlora_tool.config.sources import told
+from qlora_tool.model.tokenizer_files import has_tokenizer
 from qlora_tool.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -50,18 +52,27 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{folder}", gguf_file="{file}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}", gguf_file="{file}")
 ```"""
+_MISREAD = """`AutoTokenizer` of some transformers, {version} among them, reads `tokenizer.json` otherwise than it is
+written and than this model was trained. Load the tokenizer by `PreTrainedTokenizerFast.from_pretrained("{folder}")`,
+and give it to a pipeline as `tokenizer=`."""
 _ADAPTER = """```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base = AutoModelForCausalLM.from_pretrained("{base}"{revision}{quantized})
 {resized}model = PeftModel.from_pretrained(base, "{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
+{ends}tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
 ```"""
 
 
 def model_card(
-    artifact: Artifact, base_folder: Path, result: dict[str, Any], *, chat: bool, proof: Proof | None = None
+    artifact: Artifact,
+    base_folder: Path,
+    result: dict[str, Any],
+    *,
+    chat: bool,
+    misread: bool = False,
+    proof: Proof | None = None,
 ) -> str:
     """The card in Markdown, with the header that model hubs read. Nothing in it changes when the export is repeated.
 
@@ -70,6 +81,7 @@ def model_card(
         base_folder: its base's.
         result: what `export_merged` returns.
         chat: whether the tokenizer has a chat template.
+        misread: whether transformers' `AutoTokenizer` reads the tokenizer otherwise than its file says.
         proof: how the files compare with the live model; None where nobody asked.
     """
     from huggingface_hub import ModelCard
@@ -82,7 +94,7 @@ def model_card(
         f"`{base}`, fine-tuned with its weights {_quantization(artifact)} and {_exported(result)} by qlora-tool "
         f"{__version__}.",
         _load(artifact, result, chat),
-        *_other_base(artifact, result),
+        *([_MISREAD.format(folder=result["output_dir"], version=version("transformers"))] if misread else []),
         *_verification(proof),
         "## How it was made",
         _table(_facts(artifact, result)),
@@ -131,13 +143,14 @@ def _load(artifact: Artifact, result: dict[str, Any], chat: bool) -> str:
 
 def _load_adapter(artifact: Artifact, result: dict[str, Any]) -> str:
     folder, base, rows = result["output_dir"], result["base"], result.get("resize_token_embeddings")
-    revision = artifact.model.revision
+    revision, ends = artifact.model.revision, result.get("eos_token_id")
     return _ADAPTER.format(
         folder=folder,
         base=base,
-        tokenizer=folder if (artifact.adapter.folder / "tokenizer_config.json").exists() else base,
+        tokenizer=folder if has_tokenizer(artifact.adapter.folder) else base,
         revision=f', revision="{revision}"' if revision and not Path(base).is_dir() else "",
         quantized=_as_trained(artifact),
+        ends=f"model.generation_config.eos_token_id = {ends}  # where answers end, beside the base's\n" if ends else "",
         resized=f"base.resize_token_embeddings({rows})  # for the tokens that were added\n" if rows else "",
     )
 
@@ -150,25 +163,7 @@ def _as_trained(artifact: Artifact) -> str:
     settings = {"load_in_8bit": True} if kind == "int8" else {
         "load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double
     }  # fmt: skip
-    if isinstance(skipped := artifact.model.skip_modules, list) and skipped:
-        settings["llm_int8_skip_modules"] = ["lm_head", *skipped]
     return f", quantization_config={ {'quant_method': 'bitsandbytes', **settings} }"
-
-
-def _other_base(artifact: Artifact, result: dict[str, Any]) -> list[str]:
-    """What to know where the base that was trained on is not the one that PEFT makes of the same files."""
-    found = (artifact.adapter.provenance or {}).get("beyond_peft")
-    if not found:
-        return []
-    names = ", ".join(f"`{name}`" for name in found["names"][:4]) + (" …" if len(found["names"]) > 4 else "")
-    said = (
-        f"The base that it was trained on differs from the one that PEFT makes of the same files: {found['weights']} "
-        f"weights ({names}; {found['unquantized_bytes'] / 1e6:,.1f} MB) were quantized to {found['kind']} too, which "
-        "transformers with bitsandbytes leaves unquantized."
-    )
-    if _format(result).startswith("adapter"):
-        said += " On PEFT's base the adapter answers otherwise (logits are off by about 1): merge it with qlora-tool."
-    return [said]
 
 
 def _verification(proof: Proof | None) -> list[str]:
@@ -214,7 +209,6 @@ def _facts(artifact: Artifact, result: dict[str, Any]) -> list[tuple[str, Any]]:
     targets = artifact.adapter.peft.get("target_modules")
     facts = [
         ("base", artifact.model.name_or_path + (f" at {artifact.model.revision}" if artifact.model.revision else "")),
-        ("not quantized", _skipped(artifact)),
         ("adapter", f"{artifact.adapter.method.name}, r {usual.r}, alpha {usual.alpha}{dropout}"),
         ("adapted modules", ", ".join(targets) if isinstance(targets, list) else targets),
     ]
@@ -226,13 +220,6 @@ def _facts(artifact: Artifact, result: dict[str, Any]) -> list[tuple[str, Any]]:
         facts += [*_training(artifact), *_losses(artifact.adapter.folder.parent),
                   *_memory(artifact.adapter.folder.parent)]  # fmt: skip
     return [(name, value) for name, value in facts if value is not None]
-
-
-def _skipped(artifact: Artifact) -> str | None:
-    skipped = artifact.model.skip_modules
-    if artifact.model.quantization == "none" or not skipped:
-        return None
-    return "what bitsandbytes has no modules for, as under PEFT" if isinstance(skipped, str) else ", ".join(skipped)
 
 
 def _training(artifact: Artifact) -> list[tuple[str, Any]]:

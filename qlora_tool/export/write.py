@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -33,10 +32,13 @@ from qlora_tool.export.staging import Staging, staged_folder, written_so_far
 from qlora_tool.files.atomic import write_json, write_text
 from qlora_tool.files.hashes import file_hashes, sha256
 from qlora_tool.files.tensors import Checkpoint
+from qlora_tool.inference.ends import generation_settings
 from qlora_tool.model.cached_base import cached_base
 from qlora_tool.model.load import build_skeleton
 from qlora_tool.model.slots import Quantization
 from qlora_tool.model.source import read_model_config
+from qlora_tool.model.tokenizer_check import is_misread
+from qlora_tool.model.tokenizer_files import read_templates
 
 if TYPE_CHECKING:
     from qlora_tool.data.tokenize import Example
@@ -139,6 +141,7 @@ def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> E
     refuse_taken(output, options.overwrite)
     folder = base_folder(artifact)
     refuse_inputs(output, {"the base": folder, "the adapter": artifact.adapter.folder})
+    generation_settings(folder)  # a fault of the file is told before anything is written
     rows = _rows(artifact, options)
     changed = refuse_changed_base(artifact, folder)
     job = _job(artifact, folder, output, options)
@@ -167,7 +170,10 @@ def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> E
         result["verification"] = proof.as_dict() if proof else {"left_out": _no_proof(options)}
         write_json(staging.folder / "qlora_tool.json", _provenance(artifact, options, result))
         write_json(staging.folder / "export.json", _report(artifact, folder, options, result))
-        card = model_card(artifact, folder, result, chat=_has_chat_template(job.tokenizer_folder), proof=proof)
+        card = model_card(
+            artifact, folder, result, chat=bool(read_templates(job.tokenizer_folder)),
+            misread=is_misread(staging.folder), proof=proof,
+        )  # fmt: skip
         write_text(staging.folder / "README.md", card)
     facts = result | {"seconds": round(time.perf_counter() - started, 2)}
     return ExportResult(
@@ -303,12 +309,6 @@ def _inputs(artifact: Artifact, folder: Path, options: ExportOptions) -> dict[st
     }
 
 
-def _has_chat_template(folder: Path) -> bool:
-    settings = folder / "tokenizer_config.json"
-    named = json.loads(settings.read_text(encoding="utf-8")).get("chat_template") if settings.exists() else None
-    return bool(named) or (folder / "chat_template.jinja").exists()
-
-
 def _provenance(artifact: Artifact, options: ExportOptions, result: dict[str, Any]) -> dict[str, Any]:
     """What the adapter says of itself, and what it was merged onto in fact: the command line may have named another."""
     known = artifact.adapter.provenance or {"method": artifact.adapter.method.name}
@@ -318,7 +318,6 @@ def _provenance(artifact: Artifact, options: ExportOptions, result: dict[str, An
         "quantization": artifact.model.quantization,
         "double_quant": artifact.model.double_quant,
         "embeddings": artifact.model.embeddings,
-        "skip_modules": artifact.model.skip_modules,
         "merged": {"base": options.base, "dtype": result["dtype"]},
     }
 
@@ -340,7 +339,6 @@ def _report(artifact: Artifact, folder: Path, options: ExportOptions, result: di
                 "quantization": artifact.model.quantization,
                 "double_quant": artifact.model.double_quant,
                 "embeddings": artifact.model.embeddings,
-                "skip_modules": artifact.model.skip_modules,
                 "files": file_hashes(folder),
             },
             "adapter": {

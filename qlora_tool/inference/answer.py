@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_tool.errors import UserError
+from qlora_tool.inference.ends import answer_ends, generation_settings
 from qlora_tool.inference.sampling import Sampling
 from qlora_tool.ops.free_memory import free_bytes
 from qlora_tool.weights.handles import WeightHandle
@@ -146,41 +146,10 @@ def end_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]
     Raises:
         UserError: there is none.
     """
-    ends: list[int | None] = []
-    in_config = getattr(model.config.get_text_config(), "eos_token_id", None)
-    for named in (_generation_settings(model).get("eos_token_id"), in_config):
-        ends += named if isinstance(named, list) else [named]
-    ends += [tokenizer.eos_token_id, _template_end(tokenizer)]
-    found = list(dict.fromkeys(token for token in ends if token is not None))
+    found = answer_ends(generation_settings(model.folder), model.config, tokenizer)
     if not found:
         raise UserError(
             f"{model.folder}: neither generation_config.json nor the tokenizer names a token that ends an answer; set "
             "eos_token in tokenizer_config.json"
         )
     return found
-
-
-def _generation_settings(model: CausalLM) -> dict[str, object]:
-    file = model.folder / "generation_config.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); download the model again") from error
-
-
-def _template_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The first special token that the chat template writes after an answer."""
-    if not tokenizer.chat_template:
-        return None
-    from qlora_tool.data.faults import RowFault
-    from qlora_tool.data.labels import token_ids
-    from qlora_tool.data.template import render
-
-    content = "the last words"
-    try:
-        text = render(tokenizer, [{"role": "user", "content": "hello"}, {"role": "assistant", "content": content}])
-    except RowFault:
-        return None  # a template that wants other turns; the other sources must do
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    _, found, behind = text.rpartition(content)
-    return next((token for token in token_ids(tokenizer, behind) if token in special), None) if found else None

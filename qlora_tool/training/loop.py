@@ -22,6 +22,7 @@ from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.atomic import replacing_folder, write_json
 from qlora_tool.inference.evaluation import EvaluationResult, evaluate_loss
 from qlora_tool.model.causal_lm import CausalLM
+from qlora_tool.model.tokenizer_files import save_tokenizer
 from qlora_tool.ops.products import products_choice, use_products
 from qlora_tool.run_folder import RunFolder
 from qlora_tool.training.checkpoints import Progress, load_checkpoint, save_checkpoint
@@ -363,7 +364,7 @@ def _save_adapter(run: Run) -> None:
     """The adapter in PEFT's format, with the tokenizer and our provenance beside it."""
     base = run.config.model.name_or_path
     with replacing_folder(run.folder.adapter) as temporary:
-        run.data.tokenizer.save_pretrained(temporary)
+        save_tokenizer(run.data.tokenizer, run.model.folder, temporary)
         save_adapter(
             temporary, run.adapters, run.config.adapter, run.model.module,
             str(run.model.folder) if base == "demo" else base, run.config.model.revision,

@@ -15,6 +15,7 @@ from qlora_tool.errors import UserError
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.open import check_length, open_tokenizer
 from qlora_tool.model.source import resolve as resolve_model
+from qlora_tool.model.tokenizer_check import check_on_data
 from qlora_tool.weights.quantized import BLOCK_SIZE
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def read_run_data(config: Config, folder: Path, model_config: Any, *, first: int
     tokenizer = open_tokenizer(folder, config.model.trust_remote_code)
     seed = config.training.seed
     train = build_dataset(config.data.train, config.data, tokenizer, first=first, seed=seed)
+    check_on_data(tokenizer, folder, config.data.train)
     train, evaluations = build_evaluation_sets(config.data, tokenizer, train, first=first, seed=seed)
     data = RunData(tokenizer, train, evaluations)
     if model_config is not None:
@@ -127,8 +129,6 @@ def provenance(config: Config, model: CausalLM, data: RunData) -> dict[str, Any]
         "quantization": config.model.quantization,
         "double_quant": config.model.double_quant,
         "embeddings": config.model.embeddings,
-        "skip_modules": config.model.skip_modules,
-        "beyond_peft": found.as_dict() if (found := model.beyond_peft) else None,
         "block_size": BLOCK_SIZE,
         "compute_dtype": config.model.compute_dtype,
         "method": config.adapter.method,

@@ -85,6 +85,7 @@ def test_the_file(tmp_path):
     lines = (tmp_path / "Modelfile").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "FROM ./my-model.gguf"
     assert 'SYSTEM """You are a helpful assistant."""' in lines
-    assert lines[-2:] == ['PARAMETER stop "<|im_end|>"', 'PARAMETER stop "<|endoftext|>"']
+    ends = ("<|im_end|>", "<|endoftext|>", tokenizer.eos_token)  # the template's, the settings', the tokenizer's
+    assert lines[-3:] == [f'PARAMETER stop "{end}"' for end in ends]
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == CHATML
     assert len({shape.name for shape in SHAPES}) == len(SHAPES)

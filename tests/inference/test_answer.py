@@ -15,6 +15,7 @@ from qlora_tool.errors import UserError
 from qlora_tool.export.write import ExportOptions, export_merged
 from qlora_tool.inference import answer as module
 from qlora_tool.inference.answer import answer, dense_weights, end_tokens
+from qlora_tool.inference.ends import template_ends
 from qlora_tool.inference.open import open_artifact, open_for_inference
 from qlora_tool.inference.sampling import Sampling
 from qlora_tool.weights.handles import WeightHandle
@@ -121,8 +122,7 @@ def test_answers_stop_at_the_end_of_a_turn_that_only_the_template_names(bases, t
     ],
 )
 def test_the_end_of_a_turn_is_read_off_the_template(tokenizer, end):
-    expected = None if end is None else tokenizer.convert_tokens_to_ids(end)
-    assert module._template_end(tokenizer) == expected
+    assert template_ends(tokenizer) == ([] if end is None else [tokenizer.convert_tokens_to_ids(end)])
 
 
 def test_a_model_without_any_end_token_is_refused(opened, tmp_path: Path):

@@ -7,15 +7,19 @@ run on a short conversation, and where what comes out is one of the known shapes
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_tool.files.atomic import write_text
+from qlora_tool.inference.ends import generation_settings, listed, with_trained
+from qlora_tool.model.open import open_tokenizer
 
 _PROBE = ("First question.", "First answer.", "Second question.")
 _SYSTEM = "Some rules."
+_SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
+             "repetition_penalty": "repeat_penalty"}  # transformers' names and Ollama's  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,20 +77,20 @@ def write_modelfile(file: Path, gguf_name: str, tokenizer_folder: Path, base_fol
         tokenizer_folder: the tokenizer's, with the chat template.
         base_folder: the base's, whose generation settings may name further ends of an answer.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    write_text(file, modelfile(tokenizer, gguf_name, _ends(base_folder)))
-
-
-def _ends(base_folder: Path) -> list[int]:
-    settings = base_folder / "generation_config.json"
-    ends = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id") if settings.exists() else None
-    return ends if isinstance(ends, list) else []
+    tokenizer, settings = open_tokenizer(tokenizer_folder), generation_settings(base_folder)
+    write_text(file, modelfile(tokenizer, gguf_name, with_trained(listed(settings.get("eos_token_id")), tokenizer),
+                               settings))  # fmt: skip
 
 
-def modelfile(tokenizer: Any, gguf_name: str, ends: Sequence[int] = ()) -> str:
-    """The text of a Modelfile; `ends` are ids that end an answer beside the tokenizer's own."""
+def modelfile(
+    tokenizer: Any, gguf_name: str, ends: Sequence[int] = (), settings: Mapping[str, Any] | None = None
+) -> str:
+    """The text of a Modelfile.
+
+    Args:
+        ends: ids that end an answer beside the tokenizer's own.
+        settings: the base's generation settings; where they sample, so does Ollama.
+    """
     lines = [f"FROM ./{gguf_name}", ""]
     shape, system = find_shape(tokenizer)
     if shape is not None:
@@ -99,6 +103,9 @@ def modelfile(tokenizer: Any, gguf_name: str, ends: Sequence[int] = ()) -> str:
         stop = () if tokenizer.eos_token is None else (tokenizer.eos_token,)
     stop = dict.fromkeys([*stop, *tokenizer.convert_ids_to_tokens(list(ends))])
     lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in stop]
+    if settings and settings.get("do_sample"):
+        named = {name: settings.get(key) for key, name in _SAMPLING.items()}
+        lines += [f"PARAMETER {name} {value}" for name, value in named.items() if value is not None]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -8,15 +8,21 @@ pre-tokenizer, not guessed from its vocabulary, so that a tokenizer that was ext
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_tool.data.raw_text import added_around
 from qlora_tool.errors import UserError
+from qlora_tool.inference.ends import generation_settings, listed, with_trained
+from qlora_tool.model.open import open_tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
+
+logger = logging.getLogger(__name__)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # gguf.TokenType
 
@@ -53,8 +59,8 @@ class GgufTokenizer:
         merges: `gpt2`: pairs in order.
         scores: `llama`: a merge with a higher score comes first.
         add_space_prefix: `llama`: whether a space is put before the text.
-        special: ids of bos, eos, eot, unk and pad, where there are such.
-        add_bos, add_eos: whether they are put around a text.
+        special: ids of bos, eos, eot, eom, unk and pad, where there are such.
+        add_bos, add_eos: whether they are put around a text, prompts among them.
         chat_template: or None.
     """
 
@@ -99,12 +105,10 @@ def read_tokenizer(folder: Path, base_folder: Path, vocabulary: int) -> GgufToke
     Raises:
         UserError: no tokenizer, one of more tokens than the embeddings have rows, or one that llama.cpp cannot repeat.
     """
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = open_tokenizer(folder)
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-    except (OSError, ValueError, AttributeError) as error:
+    except (UserError, ValueError, AttributeError) as error:
         raise UserError(
             f"--format gguf: {folder}: no tokenizer that the tokenizers library reads ({str(error).splitlines()[0]}); "
             "a GGUF file carries its tokenizer: put tokenizer.json there, or choose --format safetensors"
@@ -216,12 +220,12 @@ def _add_special(result: GgufTokenizer, tokenizer: Any, base_folder: Path) -> No
     ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unk": tokenizer.unk_token_id,
            "pad": tokenizer.pad_token_id}  # fmt: skip
     result.special = {name: index for name, index in ids.items() if index is not None}
-    settings = base_folder / "generation_config.json"
-    if settings.exists():  # an end of turn beside the end of text
-        ends = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id")
-        others = [end for end in (ends if isinstance(ends, list) else []) if end != ids["eos"]]
-        if others:
-            result.special["eot"] = others[0]
-    encoded = tokenizer("a").input_ids
-    result.add_bos = ids["bos"] is not None and encoded[0] == ids["bos"]
-    result.add_eos = ids["eos"] is not None and encoded[-1] == ids["eos"]
+    named = listed(generation_settings(base_folder).get("eos_token_id"))
+    others = [end for end in with_trained(named, tokenizer) if end != ids["eos"]]
+    result.special |= dict(zip(("eot", "eom"), others, strict=False))  # beside the end of text: of turn, of message
+    if len(others) > 2:
+        unnamed = ", ".join(str(token) for token in tokenizer.convert_ids_to_tokens(others[2:]))
+        logger.warning("--format gguf: a GGUF file names three tokens that end an answer; not named in it: %s", unnamed)
+    before, _ = added_around(tokenizer)
+    result.add_bos = ids["bos"] is not None and before[:1] == [ids["bos"]]
+    # Never an end behind it: llama.cpp would put that behind prompts, too.

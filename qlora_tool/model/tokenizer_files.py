@@ -1,0 +1,183 @@
+"""A tokenizer's files: copied byte for byte, and written anew only where something of the tokenizer was changed.
+
+transformers' `save_pretrained` rewrites them in the form of its own version, which earlier versions and other tools do
+not read (a `tokenizer_class: TokenizersBackend`, say); what was not changed is therefore never saved through it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_tool.errors import UserError
+from qlora_tool.files.atomic import write_json, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SETTINGS = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
+TEMPLATES = "additional_chat_templates"  # a folder
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "vocab-*", "merges.txt", "*.model",
+    "*.tiktoken", "tekken.json", "tokenization*.py", TEMPLATE, "chat_template.json", "chat_templates", TEMPLATES,
+)  # fmt: skip
+_TEMPLATE_FILES = (TEMPLATE, "chat_template.json", "chat_templates", TEMPLATES)
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+Templates = str | dict[str, str] | None
+
+
+def copy_files(source: Path, patterns: Iterable[str], folder: Path, leave_out: Iterable[str] = ()) -> None:
+    """Copy what fits one of `patterns`, folders as a whole, but for the names in `leave_out`."""
+    found = {path for pattern in patterns for path in source.glob(pattern) if path.name not in set(leave_out)}
+    for path in sorted(found):
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, folder / path.name)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer that can be opened by itself."""
+    return (folder / SETTINGS).exists()
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, source: Path, folder: Path) -> None:
+    """Write a tokenizer that was opened from `source`: its files as they are there, with another chat template where it
+    has got one.
+
+    Args:
+        tokenizer: as it is used; nothing but its chat template may differ from its files.
+        source: the folder that it was opened from.
+        folder: where to.
+    """
+    if not has_tokenizer(source):  # files of an older kind, which can only be opened beside a config.json
+        tokenizer.save_pretrained(folder)
+        make_readable(folder)
+        return
+    template = tokenizer.chat_template
+    if template == read_templates(source):
+        copy_files(source, TOKENIZER_FILES, folder)
+    else:
+        copy_files(source, TOKENIZER_FILES, folder, leave_out=_TEMPLATE_FILES)
+        _write_templates(template, folder)
+
+
+def copy_tokenizer(trained: Path, base: Path, folder: Path) -> None:
+    """Write the tokenizer that an adapter was trained with: the base's files where they say the same, what differs
+    changed in them.
+
+    Args:
+        trained: the folder of the adapter's tokenizer; it may be `base`.
+        base: the base's folder.
+        folder: where to.
+    """
+    if trained == base or not _same_vocabulary(trained, base):
+        copy_files(trained, TOKENIZER_FILES, folder)
+        if trained != base:
+            make_readable(folder)
+        return
+    settings, known = read_settings(trained), read_settings(base)
+    changed = {name: settings[name] for name in _SPECIAL if name in settings}
+    changed = {name: token for name, token in changed.items() if _text(token) != _text(known.get(name))}
+    templates = read_templates(trained)
+    same = templates == read_templates(base)
+    copy_files(base, TOKENIZER_FILES, folder, leave_out=() if same else _TEMPLATE_FILES)
+    if changed:
+        write_json(folder / SETTINGS, known | changed)
+        _change_map(folder / "special_tokens_map.json", changed)
+    if not same:
+        _write_templates(templates, folder)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What `tokenizer_config.json` says; empty where there is none.
+
+    Raises:
+        UserError: it is broken.
+    """
+    return _read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
+
+
+def read_templates(folder: Path) -> Templates:
+    """The chat template of a folder's files, or several by name, as transformers reads them; None where there is none.
+
+    A `chat_template.jinja` counts before what `tokenizer_config.json` says.
+    """
+    named = {path.stem: path.read_text(encoding="utf-8") for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
+    if (folder / TEMPLATE).exists():
+        named["default"] = (folder / TEMPLATE).read_text(encoding="utf-8")
+    if named:
+        return named["default"] if set(named) == {"default"} else named
+    found = read_settings(folder).get("chat_template")
+    return {item["name"]: item["template"] for item in found} if isinstance(found, list) else found
+
+
+def _write_templates(templates: Templates, folder: Path) -> None:
+    """Put templates in the place of those of the tokenizer's files, which are there but for the template's own."""
+    settings = read_settings(folder)
+    if "chat_template" in settings:  # not two that differ
+        listed = [{"name": name, "template": text} for name, text in templates.items()] \
+            if isinstance(templates, dict) else templates  # fmt: skip
+        write_json(folder / SETTINGS, settings | {"chat_template": listed})
+    default = templates.get("default") if isinstance(templates, dict) else templates
+    if default is not None:
+        write_text(folder / TEMPLATE, default)
+    for name, text in (templates.items() if isinstance(templates, dict) else ()):
+        if name != "default":
+            (folder / TEMPLATES).mkdir(exist_ok=True)
+            write_text(folder / TEMPLATES / f"{name}.jinja", text)
+
+
+def _same_vocabulary(trained: Path, base: Path) -> bool:
+    """Whether two folders' `tokenizer.json` split and number text alike."""
+    files = [folder / "tokenizer.json" for folder in (trained, base)]
+    if not all(file.exists() for file in files):
+        return False
+    if files[0].read_bytes() == files[1].read_bytes():
+        return True
+    first, second = ({k: v for k, v in _read_json(file).items() if k not in ("version", "truncation", "padding")}
+                     for file in files)  # fmt: skip
+    return first == second
+
+
+def make_readable(folder: Path) -> None:
+    """Change a `tokenizer_config.json` of transformers 5 so that version 4 reads it too."""
+    settings = read_settings(folder)
+    if settings and (readable := _for_earlier_versions(settings)) != settings:
+        write_json(folder / SETTINGS, readable)
+
+
+def _for_earlier_versions(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same settings in names that transformers 4 and 5 both know."""
+    changed = dict(settings)
+    if changed.get("tokenizer_class") == "TokenizersBackend":
+        changed["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if changed.get("backend") == "tokenizers":
+        del changed["backend"]
+    if isinstance(changed.get("extra_special_tokens"), list):  # a mapping in version 4
+        changed["additional_special_tokens"] = changed.pop("extra_special_tokens")
+    return changed
+
+
+def _change_map(file: Path, changed: dict[str, Any]) -> None:
+    if file.exists():
+        write_json(file, _read_json(file) | changed)
+
+
+def _text(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); download the model again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: a {type(found).__name__}, where a JSON object is expected; download the model again")
+    return found
