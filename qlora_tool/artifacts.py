@@ -134,7 +134,9 @@ def _base_of(stored: StoredAdapter, options: BaseOptions) -> ModelConfig:
             f"{stored.folder}: PEFT's files do not say how the base was quantized while it was trained; give "
             "--quantization nf4, fp4, int8 or none (with --no-double-quant where the scales were not)"
         )
-    return _override(ModelConfig(name_or_path=name, revision=stored.peft.get("revision"), **own), options)
+    # What PEFT trains on: bitsandbytes' modules alone are quantized.
+    base = ModelConfig(name_or_path=name, revision=stored.peft.get("revision"), skip_modules="as-peft", **own)
+    return _override(base, options)
 
 
 def _own_quantization(name: str) -> dict[str, Any]:
@@ -158,6 +160,7 @@ def _base_of_provenance(provenance: dict) -> ModelConfig:
     return ModelConfig(
         name_or_path=base["name_or_path"], revision=base["revision"], quantization=provenance["quantization"],
         double_quant=provenance["double_quant"], embeddings=provenance.get("embeddings", "as_stored"),
+        skip_modules=provenance.get("skip_modules", []),
     )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from qlora_tool.model.behaviour import behaviour_of
 from qlora_tool.model.cached_base import cached_base, write_cached_base
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.devices import choose_device
+from qlora_tool.model.exceptions import refuse_unknown_names
 from qlora_tool.model.fused_modules import fuse_modules
 from qlora_tool.model.load import load_base
 from qlora_tool.model.open import choose_dtype
@@ -185,7 +186,9 @@ def _refuse_misfit(config: Config, model_config: Any) -> None:
     """
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            build(config, model_config, Random(), device=torch.device("cpu"), compute_dtype=torch.float32)
+            built = build(config, model_config, Random(), device=torch.device("cpu"), compute_dtype=torch.float32)
+            if not isinstance(config.model.skip_modules, str):
+                refuse_unknown_names("model.skip_modules", config.model.skip_modules, built.model.module)
     except ToolError:
         raise
     except Exception as error:  # what an unknown architecture's code raises: it may run on real tensors
@@ -216,7 +219,8 @@ def resolve(
     if config.training.gradient_checkpointing == "auto" and not chosen_later:
         values["training.gradient_checkpointing"] = True
     if config.adapter.init_from:
-        values |= initial_settings(read_adapter(Path(config.adapter.init_from)), config.adapter)
+        stored = read_adapter(Path(config.adapter.init_from))
+        values |= initial_settings(stored, config.adapter) | _initial_base(stored, config.model)
     if not packs(config, model_config):
         values["data.packing"] = False
     return with_values(config, values)
@@ -229,6 +233,19 @@ def packs(config: Config, model_config: Any) -> bool:
                        "instead", model_config.model_type)  # fmt: skip
         return False
     return config.data.packing
+
+
+def _initial_base(stored: StoredAdapter, config: ModelConfig) -> dict[str, Any]:
+    """What the base of an adapter to start from had unquantized: what PEFT leaves, where it is PEFT's."""
+    provenance = stored.provenance
+    found = "as-peft" if provenance is None else provenance.get("skip_modules", [])
+    if config.quantization == "none" or found == config.skip_modules:
+        return {}
+    if "skip_modules" not in config.model_fields_set:
+        return {"model.skip_modules": found}
+    logger.warning("model.skip_modules: %s, but %s, which adapter.init_from names, was trained on a base with %s: it "
+                   "goes on from other answers than it gave", config.skip_modules, stored.folder, found)  # fmt: skip
+    return {}
 
 
 def packs_apart(config: Config, model_config: Any) -> bool:
@@ -275,6 +292,11 @@ def build(
     else:
         adapters = attach(model.module, config.adapter, compute_dtype, config.training.seed)
     remarks = []
+    if found := model.beyond_peft:
+        remarks.append(
+            f"model.quantization: {found}; transformers with bitsandbytes, and so PEFT, leaves them unquantized: this "
+            "base differs from PEFT's; model.skip_modules: as-peft makes it the same"
+        )
     if not tile_mlps(model.module, config.training.tiled_mlp) and config.training.tiled_mlp:
         remarks.append(
             f"training.tiled_mlp: nothing is tiled, as {model.config.model_type} with {config.adapter.method} has no "

@@ -10,6 +10,7 @@ from qlora_tool.errors import UserError, did_you_mean
 from qlora_tool.methods import METHODS
 from qlora_tool.methods.keys import MethodKeys
 from qlora_tool.methods.method import Settings
+from qlora_tool.model.text_part import is_outside, outside_text
 from qlora_tool.weights.modules import FrozenLinear
 
 if TYPE_CHECKING:
@@ -25,19 +26,22 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, FrozenLin
 
     `target_modules` and `exclude_modules` are read as PEFT reads them: a list holds full names or the ends of them, a
     string is a regular expression that the full name must match; `all-linear` is every linear module but the output
-    embeddings. What `modules_to_save` fully trains takes no adapter.
+    embeddings. What `modules_to_save` fully trains takes no adapter. Modules beside the text part of a multimodal model
+    take one where their own part is named (`vision_tower`), not by a last name that both have.
 
     Raises:
         UserError: a name or expression that matches no linear module.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
     output = cast(Any, model).get_output_embeddings()  # transformers leaves it untyped
+    outside = outside_text(model)
     wanted, excluded = config.target_modules, config.exclude_modules
     if wanted == ALL_LINEAR:
-        chosen = [name for name, module in linears.items() if module is not output]
+        chosen = [name for name, module in linears.items() if module is not output and not is_outside(name, outside)]
     else:
-        chosen = [name for name in linears if matches(name, wanted)]
         _refuse_unmatched("adapter.target_modules", wanted, linears)
+        chosen = [name for name in linears if matches(name, wanted)]
+        chosen = _without_unnamed(chosen, wanted, outside)
     if excluded:
         _refuse_unmatched("adapter.exclude_modules", excluded, linears)
         chosen = [name for name in chosen if not matches(name, excluded)]
@@ -46,6 +50,14 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, FrozenLin
         keys = [key for key in ("exclude_modules", "modules_to_save") if getattr(config, key)]
         raise UserError(f"adapter.{' and adapter.'.join(keys)}: no module of adapter.target_modules is left to adapt")
     return {name: linears[name] for name in chosen}
+
+
+def _without_unnamed(chosen: Sequence[str], wanted: str | Sequence[str], outside: Sequence[str]) -> list[str]:
+    """The chosen modules without those of parts beside the text that no pattern names by itself, as long as others are
+    left."""
+    patterns = [wanted] if isinstance(wanted, str) else wanted
+    parts = [part for part in outside if not any(part.rpartition(".")[2] in pattern for pattern in patterns)]
+    return [name for name in chosen if not is_outside(name, parts)] or list(chosen)
 
 
 def matches(name: str, wanted: str | Sequence[str]) -> bool:

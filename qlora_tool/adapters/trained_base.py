@@ -9,6 +9,7 @@ from torch import nn
 
 from qlora_tool.errors import UserError, did_you_mean
 from qlora_tool.model.parameter_source import tied_names
+from qlora_tool.model.text_part import text_modules
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import FrozenEmbedding, FrozenLinear
 
@@ -100,11 +101,11 @@ def transposed_names(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
 def train_biases(
     model: nn.Module, which: str, adapted: Container[str], dtype: torch.dtype
 ) -> dict[str, nn.Parameter]:
-    """Make biases trained that are not yet: none, those of adapted modules (`lora_only`), or all."""
+    """Make biases trained that are not yet: none, those of adapted modules (`lora_only`), or all of the text part."""
     trained: dict[str, nn.Parameter] = {}
     if which == "none":
         return trained
-    for name, module in model.named_modules():
+    for name, module in text_modules(model).items():
         bias = getattr(module, "bias", None)
         if isinstance(bias, nn.Parameter) and not bias.requires_grad and (which == "all" or name in adapted):
             trained[f"{name}.bias"] = train_parameter(model, f"{name}.bias", dtype)

@@ -54,6 +54,8 @@ class ModelConfig(Keys):
     """Run Python code that comes with the model."""
     keep_quantized: Annotated[bool, Mark.FREE_ON_RESUME] = False
     """Cache the quantized base on disk, so that the next run starts in seconds."""
+    skip_modules: Literal["as-peft"] | ModuleNames = Field(default_factory=list)
+    """Not quantized: names as in bitsandbytes' llm_int8_skip_modules; as-peft: what bitsandbytes leaves under PEFT."""
 
 
 class AdapterKeys(Keys):

@@ -12,7 +12,8 @@ from qlora_tool.files.atomic import write_json
 if TYPE_CHECKING:
     from qlora_tool.export.merge import MergedModel
 
-MODEL_FILES = ("*.py", "LICENSE*")
+# Processors of images and sound: preprocessor_config.json, processor_config.json, video_preprocessor_config.json …
+MODEL_FILES = ("*processor*.json", "*.py", "LICENSE*")
 
 
 def write_config(merged: MergedModel, folder: Path, quantization: Mapping[str, Any] | None = None) -> None:

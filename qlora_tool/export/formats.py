@@ -69,7 +69,7 @@ class Format:
 
 
 def _write_safetensors(job: Job, staging: Staging) -> dict[str, Any]:
-    specs = [spec for group in job.merged.specs() for spec in group]
+    specs = [*(spec for group in job.merged.specs() for spec in group), *job.merged.copied_specs()]
     files = write_shards(staging, specs, job.merged.stream_from, job.max_shard_size)
     write_config(job.merged, staging.folder)
     _copy_beside(job, staging.folder)
@@ -77,7 +77,8 @@ def _write_safetensors(job: Job, staging: Staging) -> dict[str, Any]:
 
 
 def _merged_bytes(job: Job) -> int:
-    return sum(spec.nbytes for group in job.merged.specs() for spec in group)
+    merged = job.merged
+    return sum(spec.nbytes for specs in (*merged.specs(), merged.copied_specs()) for spec in specs)
 
 
 def _copy_beside(job: Job, folder: Path) -> None:

@@ -28,6 +28,7 @@ from qlora_tool.model.slots import (
     is_linear,
     quantize_parameter,
 )
+from qlora_tool.model.text_part import is_outside, outside_text
 from qlora_tool.weights.quantized import QuantizedTensor, disk_group, from_disk
 
 _SAMPLE = 1 << 16  # values of a matrix in which float16's rounding is measured
@@ -73,7 +74,8 @@ class MergedModel:
     unties: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        self.slots = find_slots(self.skeleton)
+        self.slots = find_slots(self.skeleton, self.quantization)
+        self._outside = outside_text(self.skeleton)
         self._embeddings = find_embedding_slots(self.skeleton, self.quantization)
         self.source = ParameterSource(self.skeleton, self.checkpoint, "cpu")
         self.layers = self.adapter.layers(torch.float32) if self.adapter else {}
@@ -141,12 +143,25 @@ class MergedModel:
             result.append([TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in converted.items()])
         return result
 
+    def copied_specs(self) -> list[TensorSpec]:
+        """What the base's files hold and the model has no use for, which goes along as it is: the towers of a
+        multimodal base whose text alone is a model of its own, heads that predict further tokens."""
+        return [TensorSpec(name, *self.source.unused_as(name)) for name in self.source.unused]
+
+    def copied(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of `copied_specs`."""
+        for name in self.source.unused:
+            yield name, self.source.read_unused(name)
+
     def stream_from(self, index: int) -> Iterator[tuple[str, Tensor]]:
-        """The checkpoint tensors by name, in the order of `specs`, from the one with this index on."""
+        """The checkpoint tensors by name, in the order of `specs` and then `copied_specs`, from the one with this index
+        on."""
         for group, specs in zip(self.groups, self.specs(), strict=True):
             if index < len(specs):
                 yield from list(self.tensors(group).items())[index:]
             index = max(0, index - len(specs))
+        for name in self.source.unused[index:]:
+            yield name, self.source.read_unused(name)
 
     @torch.no_grad()
     def tensors(self, group: SaveGroup) -> dict[str, Tensor]:
@@ -200,14 +215,21 @@ class MergedModel:
         return quantized.dequantize(torch.float32) if isinstance(quantized, QuantizedTensor) else quantized
 
     def _file_dtype(self, name: str) -> torch.dtype:
+        stored = self.source.stored_dtype(self._twins.get(name, name))
+        if self._is_untouched(name) and stored.is_floating_point:
+            return stored
         if name in self.slots or name in self.replaced:
             return self.default_dtype
-        stored = self.source.stored_dtype(self._twins.get(name, name))
         if not stored.is_floating_point:  # quantized codes of a parameter, or a buffer of integers
             return self.default_dtype if name in self._parameters else stored
         if self.dtype is None or (self.keeps_wider and stored.itemsize > 2):
             return stored
         return self.dtype
+
+    def _is_untouched(self, name: str) -> bool:
+        """Whether a tensor lies beside the text part and the adapter leaves it alone: its bytes stay as they are."""
+        adapted = name in self.replaced or name in self._biases or name.removesuffix(".weight") in self.layers
+        return not adapted and is_outside(name, self._outside)
 
 
 def _refuse_unfit(name: str, value: Tensor, refuse_coarse: bool) -> None:

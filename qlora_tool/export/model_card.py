@@ -94,6 +94,7 @@ def model_card(
         f"`{base}`, fine-tuned with its weights {_quantization(artifact)} and {_exported(result)} by qlora-tool "
         f"{__version__}.",
         _load(artifact, result, chat),
+        *_other_base(artifact, result),
         *([_MISREAD.format(folder=result["output_dir"], version=version("transformers"))] if misread else []),
         *_verification(proof),
         "## How it was made",
@@ -163,7 +164,25 @@ def _as_trained(artifact: Artifact) -> str:
     settings = {"load_in_8bit": True} if kind == "int8" else {
         "load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double
     }  # fmt: skip
+    if isinstance(skipped := artifact.model.skip_modules, list) and skipped:
+        settings["llm_int8_skip_modules"] = ["lm_head", *skipped]
     return f", quantization_config={ {'quant_method': 'bitsandbytes', **settings} }"
+
+
+def _other_base(artifact: Artifact, result: dict[str, Any]) -> list[str]:
+    """What to know where the base that was trained on is not the one that PEFT makes of the same files."""
+    found = (artifact.adapter.provenance or {}).get("beyond_peft")
+    if not found:
+        return []
+    names = ", ".join(f"`{name}`" for name in found["names"][:4]) + (" …" if len(found["names"]) > 4 else "")
+    said = (
+        f"The base that it was trained on differs from the one that PEFT makes of the same files: {found['weights']} "
+        f"weights ({names}; {found['unquantized_bytes'] / 1e6:,.1f} MB) were quantized to {found['kind']} too, which "
+        "transformers with bitsandbytes leaves unquantized."
+    )
+    if _format(result).startswith("adapter"):
+        said += " On PEFT's base the adapter answers otherwise (logits are off by about 1): merge it with qlora-tool."
+    return [said]
 
 
 def _verification(proof: Proof | None) -> list[str]:
@@ -209,6 +228,7 @@ def _facts(artifact: Artifact, result: dict[str, Any]) -> list[tuple[str, Any]]:
     targets = artifact.adapter.peft.get("target_modules")
     facts = [
         ("base", artifact.model.name_or_path + (f" at {artifact.model.revision}" if artifact.model.revision else "")),
+        ("not quantized", _skipped(artifact)),
         ("adapter", f"{artifact.adapter.method.name}, r {usual.r}, alpha {usual.alpha}{dropout}"),
         ("adapted modules", ", ".join(targets) if isinstance(targets, list) else targets),
     ]
@@ -220,6 +240,13 @@ def _facts(artifact: Artifact, result: dict[str, Any]) -> list[tuple[str, Any]]:
         facts += [*_training(artifact), *_losses(artifact.adapter.folder.parent),
                   *_memory(artifact.adapter.folder.parent)]  # fmt: skip
     return [(name, value) for name, value in facts if value is not None]
+
+
+def _skipped(artifact: Artifact) -> str | None:
+    skipped = artifact.model.skip_modules
+    if artifact.model.quantization == "none" or not skipped:
+        return None
+    return "what bitsandbytes has no modules for, as under PEFT" if isinstance(skipped, str) else ", ".join(skipped)
 
 
 def _training(artifact: Artifact) -> list[tuple[str, Any]]:

@@ -79,7 +79,9 @@ def refuse_changed_base(artifact: Artifact, folder: Path) -> str | None:
 def finer_base(artifact: Artifact, folder: Path) -> bool:
     """Whether the base's files hold finer weights than the 4-bit values that were trained against."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return artifact.model.quantization in ("nf4", "fp4") and not config.get("quantization_config")
+    stored = config.get("quantization_config") or {}
+    as_bitsandbytes = bool(stored) and str(stored.get("quant_method", "bitsandbytes")).startswith("bitsandbytes")
+    return artifact.model.quantization in ("nf4", "fp4") and not as_bitsandbytes
 
 
 def warn_of_rounding_away(artifact: Artifact, folder: Path, base: str) -> None:

@@ -263,7 +263,7 @@ def _shortage(artifact: Artifact) -> str | None:
                               artifact.model.trust_remote_code)  # fmt: skip
     source = ParameterSource(skeleton, Checkpoint(folder), "cpu")
     quantization = Quantization.of(artifact.model)
-    slots = find_slots(skeleton) | find_embedding_slots(skeleton, quantization)
+    slots = find_slots(skeleton, quantization) | find_embedding_slots(skeleton, quantization)
     held = largest = 0
     for name in source.names:
         shape = source.shapes[name]

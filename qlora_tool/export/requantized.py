@@ -107,12 +107,13 @@ class _Writer:
         """Whether a group is one weight matrix that bitsandbytes has a module for.
 
         Experts are not modules of their own, and what is fused on loading cannot be so in four bits; a weight that was
-        fully trained is not quantized.
+        fully trained is not quantized, nor one that was left unquantized for training.
         """
         name = group.names[0]
         return (
             len(group.names) == len(specs) == 1
             and name in self.merged.slots
+            and self.merged.slots[name].kind != "none"
             and name not in self.merged.replaced
             and len(specs[0].shape) == 2
             and specs[0].shape == tuple(self.merged.source.shapes[name])
@@ -127,7 +128,7 @@ class _Writer:
             out, width = specs[0].shape[:: -1 if self.merged.slots[group.names[0]].transposed else 1]
             meta = quantize(torch.empty(out, width, dtype=self.dtype, device="meta"), KIND, self.double_quant)
             result += _disk_form(specs[0].name, meta)
-        return result
+        return result + self.merged.copied_specs()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for group, specs in zip(self.merged.groups, self.merged.specs(), strict=True):
@@ -141,6 +142,7 @@ class _Writer:
                 self.loss.add(quantized.dequantize(), trained, self._weight(self.base, group))
             stored = to_disk(specs[0].name, dataclasses.replace(quantized, dtype=self.dtype))
             yield from ((key, _filled(key, tensor)) for key, tensor in stored.items())
+        yield from self.merged.copied()
 
     def _weight(self, model: MergedModel, group: SaveGroup) -> Tensor:
         """The one weight of a group, fp32, (out, in)."""

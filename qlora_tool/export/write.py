@@ -318,6 +318,7 @@ def _provenance(artifact: Artifact, options: ExportOptions, result: dict[str, An
         "quantization": artifact.model.quantization,
         "double_quant": artifact.model.double_quant,
         "embeddings": artifact.model.embeddings,
+        "skip_modules": artifact.model.skip_modules,
         "merged": {"base": options.base, "dtype": result["dtype"]},
     }
 
@@ -339,6 +340,7 @@ def _report(artifact: Artifact, folder: Path, options: ExportOptions, result: di
                 "quantization": artifact.model.quantization,
                 "double_quant": artifact.model.double_quant,
                 "embeddings": artifact.model.embeddings,
+                "skip_modules": artifact.model.skip_modules,
                 "files": file_hashes(folder),
             },
             "adapter": {

@@ -200,14 +200,19 @@ def unquantized_bytes(config: Config, model_config: PreTrainedConfig, compute_dt
     if config.model.quantization == "none":
         return {}
     skeleton = build_skeleton(copy.deepcopy(model_config), config.model.trust_remote_code, compute_dtype)
-    embeddings = find_embedding_slots(skeleton, Quantization.of(config.model))
-    elsewhere = find_slots(skeleton).keys() | embeddings.keys() | tied_names(skeleton).keys()
+    quantization = Quantization.of(config.model)
+    slots = find_slots(skeleton, quantization)
+    quantized = {name for name, slot in slots.items() if slot.kind != "none"}
+    embeddings = find_embedding_slots(skeleton, quantization)
+    elsewhere = quantized | embeddings.keys() | tied_names(skeleton).keys()
     stored = model_config.dtype or torch.bfloat16
     kept = stored if stored.itemsize <= 2 else compute_dtype  # of a large weight, as it lies on the disk
     found = {}
     for name, parameter in skeleton.named_parameters():
         if name not in elsewhere:
             module = skeleton.get_submodule(name.rpartition(".")[0])
-            large = name.endswith(".weight") and (isinstance(module, nn.Embedding) or is_linear(module))
+            large = name in slots or (
+                name.endswith(".weight") and (isinstance(module, nn.Embedding) or is_linear(module))
+            )
             found[name] = parameter.numel() * (kept if large else compute_dtype).itemsize
     return found | {name: buffer.nbytes for name, buffer in skeleton.named_buffers()}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from qlora_tool.model.slots import Quantization
 
-FORMAT = 1  # of the cached files; raise it when the bytes change their meaning
+FORMAT = 2  # of the cached files; raise it when the bytes change their meaning
 
 
 def base_identity(folder: Path) -> str:
@@ -42,7 +42,10 @@ def _folder(folder: Path, quantization: Quantization, compute_dtype: torch.dtype
     double = "-double" if quantization.double_quant and quantization.kind in ("nf4", "fp4") else ""
     embeddings = "-int8_embeddings" if quantization.embeddings == "int8" else ""
     dtype = str(compute_dtype).removeprefix("torch.")  # small unquantized tensors have it
-    kind = f"{quantization.kind}{double}{embeddings}"
+    skipped = quantization.skip_modules
+    named = json.dumps(skipped if isinstance(skipped, str) else sorted(skipped))
+    skips = f"-without_{hashlib.sha256(named.encode()).hexdigest()[:12]}" if skipped else ""
+    kind = f"{quantization.kind}{double}{embeddings}{skips}"
     return cache_folder() / "bases" / f"{base_identity(folder)[:24]}-{kind}-{dtype}-{FORMAT}"
 
 

@@ -17,7 +17,7 @@ from qlora_tool.model.checkpointing import Recomputation, checkpoint_layers, che
 from qlora_tool.model.fused_modules import FusedModules
 from qlora_tool.model.masks import known
 from qlora_tool.model.segments import attending_by, use_segments
-from qlora_tool.model.slots import Quantization
+from qlora_tool.model.slots import BeyondPeft, Quantization
 from qlora_tool.ops.loss import CHUNK_ROWS, LogitsTransform, frozen_cross_entropy, linear_cross_entropy
 from qlora_tool.weights.handles import model_tensors
 from qlora_tool.weights.modules import FrozenLinear
@@ -58,6 +58,11 @@ class CausalLM:
     @property
     def config(self):
         return self.module.config
+
+    @property
+    def beyond_peft(self) -> BeyondPeft | None:
+        """What is quantized here and would not be under PEFT; None for nothing."""
+        return getattr(self.module, "beyond_peft", None)
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """The last hidden states, (rows, length, hidden), normalized as the output projection takes them."""

@@ -25,6 +25,7 @@ from qlora_tool.errors import UserError
 from qlora_tool.model.boundaries import HostBoundaries
 from qlora_tool.model.experts import is_experts_module
 from qlora_tool.model.slots import is_linear
+from qlora_tool.model.text_part import text_modules
 from qlora_tool.weights.handles import KeptWeights
 from qlora_tool.weights.modules import FrozenLinear
 
@@ -74,9 +75,9 @@ def _said(recomputed: Recomputed) -> str:
 
 
 def decoder_layers(model: nn.Module) -> dict[str, GradientCheckpointingLayer]:
-    """The layers that can be recomputed, by name; of those within one another the outermost."""
+    """The text part's layers that can be recomputed, by name; of those within one another the outermost."""
     found: dict[str, GradientCheckpointingLayer] = {}
-    for name, module in model.named_modules():
+    for name, module in text_modules(model).items():
         inside = any(name.startswith(f"{outer}.") for outer in found)
         if isinstance(module, GradientCheckpointingLayer) and not inside:
             found[name] = module

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from qlora_tool.model.load import build_skeleton
+from qlora_tool.model.text_part import text_modules
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def layer_stack(model_config, trust_remote_code: bool = False) -> LayerStack:
     text = model_config.get_text_config()
     layers = text.num_hidden_layers
     skeleton = build_skeleton(copy.deepcopy(model_config), trust_remote_code)
-    lists = [(name, module) for name, module in skeleton.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [(name, module) for name, module in text_modules(skeleton).items() if isinstance(module, nn.ModuleList)]
     path, found = next(((name, module) for name, module in lists if len(module) == layers), ("", []))
     listed = [value for _, value in sorted(_layer_lists(text).items())]
     kinds = [(_weights_of(layer), *(str(value[number]) for value in listed)) for number, layer in enumerate(found)]

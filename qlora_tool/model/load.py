@@ -5,6 +5,7 @@ What is held at any time is the model so far and one group of tensors: never the
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from qlora_tool.files.tensors import Checkpoint
 from qlora_tool.model.experts import is_expert_weight, is_experts_module, use_expert_handles
 from qlora_tool.model.parameter_source import ParameterSource, TensorSource, tied_names
 from qlora_tool.model.slots import (
+    BeyondPeft,
     Prepare,
     Quantization,
     find_embedding_slots,
@@ -28,6 +30,7 @@ from qlora_tool.model.slots import (
     is_linear,
     quantize_parameter,
 )
+from qlora_tool.model.stored import StoredAs
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import FrozenEmbedding, FrozenLinear
 from qlora_tool.weights.quantized import QuantizedTensor
@@ -61,19 +64,20 @@ def build_skeleton(config, trust_remote_code: bool = False, dtype: torch.dtype |
     """The model with its parameters on meta and its computed buffers (rotary frequencies, say) real.
 
     Args:
-        config: its transformers configuration; what it says of quantization is taken out of it.
+        config: its transformers configuration. What it says of quantization is noted on the model as `stored_as`.
         trust_remote_code: whether code from the model's folder may run.
         dtype: of buffers that take the model's (gemma's embedding scale); None: as the configuration says.
 
     Raises:
-        UserError: no causal language model, or weights that are quantized by another library than bitsandbytes.
+        UserError: no causal language model, or weights that are quantized in a form that cannot be read.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    if stored := getattr(config, "quantization_config", None):
-        _refuse_other_quantizers(config.model_type, stored)
+    stored = StoredAs.of_config(config)
+    if hasattr(config, "quantization_config"):
+        config = copy.deepcopy(config)
         del config.quantization_config  # the weights are read by us, whatever they are stored as
     try:
         # accelerate moves each parameter to meta once its module has made it, so it exists for a moment. Under a
@@ -88,6 +92,7 @@ def build_skeleton(config, trust_remote_code: bool = False, dtype: torch.dtype |
         raise UserError(
             f"config.json, model type {config.model_type!r}: no causal language model can be made of it: {reason}"
         ) from error
+    model.stored_as = stored
     for module in model.modules():
         if vars(module).get("layerdrop") == 0:
             module.layerdrop = _NeverDropped()
@@ -97,16 +102,6 @@ def build_skeleton(config, trust_remote_code: bool = False, dtype: torch.dtype |
             "choose a model that generates text"
         )
     return model
-
-
-def _refuse_other_quantizers(model_type: str, stored) -> None:
-    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-    method = getattr(method, "value", method) or "bitsandbytes"  # older files do not say
-    if not str(method).startswith("bitsandbytes"):
-        raise UserError(
-            f"the {model_type} model's weights are quantized by {method}, which is not supported; expected "
-            "unquantized weights or bitsandbytes' (nf4, fp4, int8): use the unquantized model that it was made from"
-        )
 
 
 def load_base(
@@ -140,7 +135,7 @@ def load_base(
         UserError: the configuration, the weights, or both together cannot be read as a causal language model.
     """
     model = build_skeleton(config, trust_remote_code, compute_dtype)
-    slots = find_slots(model) | (embeddings := find_embedding_slots(model, quantization))
+    slots = find_slots(model, quantization) | (embeddings := find_embedding_slots(model, quantization))
     if any(is_experts_module(module) for module in model.modules()):
         use_expert_handles(model)
     # The source plans on the skeleton's own names, before its modules change.
@@ -152,15 +147,23 @@ def load_base(
     for slot in embeddings.values():
         if isinstance(module := model.get_submodule(slot.module), nn.Embedding):
             FrozenEmbedding.take_over(module, compute_dtype, device)
+    beyond: dict[str, tuple[int, int]] = {}  # bytes as quantized and as stored
     for name in source.names:
         value = source.read(name)
         if name in slots:
+            stored = value
             value = quantize_parameter(name, value, slots[name], quantization, prepare)
+            if slots[name].beyond_peft and isinstance(stored, Tensor) and isinstance(value, QuantizedTensor):
+                beyond[name] = (sum(tensor.nbytes for tensor in value.tensors().values()), stored.nbytes)
+            del stored
         if name in embeddings and isinstance(value, QuantizedTensor):
             value = replace(value, dtype=compute_dtype)  # what rows are looked up in
         _place(model, name, value, compute_dtype)
     _tie(model, source, compute_dtype)
     _place_buffers(model, device)
+    if beyond:
+        quantized, unquantized = (sum(sizes) for sizes in zip(*beyond.values(), strict=True))
+        model.beyond_peft = BeyondPeft(quantization.kind, tuple(beyond), quantized, unquantized)
     model.requires_grad_(False)
     model.eval()
     return model

@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from qlora_tool.errors import UserError
 from qlora_tool.files.tensors import Checkpoint, missing_names
 from qlora_tool.model.names import LoadGroup, plan_load
-from qlora_tool.weights.quantized import QuantizedTensor, disk_group, from_disk
+from qlora_tool.model.stored import StoredAs, refuse_leftover_scales, stored_tensors
+from qlora_tool.weights.by_rows import experts_from_rows, rows_of
+from qlora_tool.weights.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+_COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|position_ids)$")  # buffers of older files
 
 
 class TensorSource(Protocol):
@@ -42,6 +46,8 @@ class TensorSource(Protocol):
 class ParameterSource:
     """A checkpoint's tensors under the model's names, each read and converted when it is asked for: a `TensorSource`.
 
+    What is stored in FP8 or MXFP4 is dequantized as it is read.
+
     Args:
         model: a skeleton.
         checkpoint: its weights.
@@ -49,21 +55,26 @@ class ParameterSource:
 
     Attributes:
         names: of all tensors that the checkpoint gives, in its natural order.
+        unused: what the checkpoint has besides, by its own names: towers that a text model leaves out, heads that
+            predict further tokens.
 
     Raises:
-        UserError: tensors are missing.
+        UserError: tensors are missing, or scales are left over.
     """
 
     has_values = True
 
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device | str):
         self.model, self.checkpoint, self.device = model, checkpoint, device
-        self._stored = {name: group for name in checkpoint if (group := disk_group(name, checkpoint))}
-        statistics = {name for group in self._stored.values() for name in group[1:]}
-        plan = plan_load(model, [name for name in checkpoint if name not in statistics])
+        self._as = StoredAs.of(model)
+        self._stored = stored_tensors(checkpoint, self._as)
+        plan = plan_load(model, list(self._stored))
+        refuse_leftover_scales(checkpoint, plan.unexpected, self._as)
         if plan.unexpected:
             logger.warning("%d tensors of the checkpoint are not used by the model: %s", len(plan.unexpected),
                            missing_names(plan.unexpected, {}))  # fmt: skip
+        used = {source for group in plan.groups for _, source in group.sources}
+        self.unused: Sequence[str] = [name for name in self._stored if name not in used and not _COMPUTED.search(name)]
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
         }
@@ -90,19 +101,30 @@ class ParameterSource:
             )
         return value
 
+    def read_unused(self, name: str) -> Tensor:
+        """One of `unused`, byte for byte where it is not quantized."""
+        value = self._read_stored(name)
+        return value.dequantize(self._as.dtype) if isinstance(value, QuantizedTensor) else value
+
+    def unused_as(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """The dtype and shape that `read_unused` gives."""
+        tensor = self._stored[name]
+        dtype = self._as.dtype if tensor.is_bitsandbytes else tensor.dtype(self.checkpoint, self._as)
+        return dtype, tensor.shape(self.checkpoint)
+
     def stored_dtype(self, name: str) -> torch.dtype:
-        """The dtype that a tensor of the model has in the checkpoint."""
-        return self.checkpoint[self._groups[name].sources[0][1]].dtype
+        """The dtype that a tensor of the model has in the checkpoint, or after dequantizing one in FP8 or MXFP4."""
+        return self._stored[self._groups[name].sources[0][1]].dtype(self.checkpoint, self._as)
 
     def stored_bytes(self, name: str) -> int:
-        """The bytes that the checkpoint tensors of one of the model's take."""
-        return sum(self.checkpoint[source].nbytes for _, source in self._groups[name].sources)
+        """The bytes that the checkpoint tensors of one of the model's take, in `stored_dtype`."""
+        return sum(self._stored[source].nbytes(self.checkpoint, self._as) for _, source in self._groups[name].sources)
 
     def _convert(self, group: LoadGroup) -> dict[str, Tensor | QuantizedTensor]:
         if group.converter is None:
             return group.convert(self.model, self._read_stored)
         try:
-            return group.convert(self.model, self._read_plain)
+            return self._joined(group) or group.convert(self.model, self._read_plain)
         except (RuntimeError, ValueError, IndexError) as error:
             names = [name for _, name in group.sources]
             raise UserError(
@@ -111,16 +133,34 @@ class ParameterSource:
                 "another model's: download the model again"
             ) from error
 
+    def _joined(self, group: LoadGroup) -> dict[str, QuantizedTensor] | None:
+        """Experts that bitsandbytes quantized one by one, codes and scales joined as transformers joins their values;
+        None where that is not what they are."""
+        names = [name for _, name in group.sources]
+        shapes = {target: self.shapes[target] for target in group.targets()}
+        if not all(self._stored[name].is_bitsandbytes for name in names) or any(len(s) != 3 for s in shapes.values()):
+            return None
+        first, rows = None, {}
+        for name in names:
+            value = self._read_stored(name)
+            first = first or value
+            if (found := rows_of(value)) is None or (value.kind, value.dtype) != (first.kind, first.dtype):
+                return None
+            rows[name] = found
+        codes, scales = (group.convert(self.model, lambda name, part=part: rows[name][part]) for part in (0, 1))
+        try:
+            return {target: experts_from_rows(first, codes[target], scales[target], shape)
+                    for target, shape in shapes.items()}  # fmt: skip
+        except (ValueError, KeyError):  # a conversion that turns them, say
+            return None
+
     def _read_plain(self, name: str) -> Tensor:
         value = self._read_stored(name)
         return value.dequantize(value.dtype) if isinstance(value, QuantizedTensor) else value
 
     def _read_stored(self, name: str) -> Tensor | QuantizedTensor:
-        if name not in self._stored:
-            return self.checkpoint.read(name, self.device)
-        tensors = {part: self.checkpoint.read(part, self.device) for part in self._stored[name]}
         try:
-            return from_disk(name, tensors)
+            return self._stored[name].read(lambda part: self.checkpoint.read(part, self.device), self._as)
         except (ValueError, KeyError, StopIteration) as error:
             raise UserError(f"{self.checkpoint.folder}: cannot read the quantized weight {name}: {error}") from error
 

@@ -10,13 +10,20 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from qlora_tool.errors import UserError
+from qlora_tool.model.exceptions import (
+    default_skips,
+    is_named,
+    left_by_bitsandbytes,
+    stored_plain,
+)
 from qlora_tool.model.experts import expert_weight_names, is_experts_module
 from qlora_tool.model.parameter_source import tied_names
+from qlora_tool.model.text_part import is_outside, outside_text
 from qlora_tool.weights.modules import FrozenEmbedding
 from qlora_tool.weights.quantized import QuantizedTensor, quantize, quantized_bytes
 
@@ -32,16 +39,19 @@ Prepare = Callable[[str, Tensor], Tensor]  # (name, weight) → the weight to qu
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the base is stored: its linear weights in `kind` nf4, fp4, int8 or none; its `embeddings`, the output
-    projection among them, as_stored or in int8."""
+    """How the base is stored: its linear weights in `kind` nf4, fp4, int8 or none, but for the modules that
+    `skip_modules` names (or `as-peft`); its `embeddings`, the output projection among them, as_stored or in int8."""
 
     kind: str = "nf4"
     double_quant: bool = True
     embeddings: str = "as_stored"
+    skip_modules: str | tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: ModelConfig) -> Quantization:
-        return cls(config.quantization, config.double_quant, config.embeddings)
+        skipped = config.skip_modules
+        names = skipped if isinstance(skipped, str) else tuple(skipped)
+        return cls(config.quantization, config.double_quant, config.embeddings, names)
 
 
 @dataclass(frozen=True)
@@ -50,13 +60,17 @@ class Slot:
 
     Attributes:
         transposed: the model has it as (in, out), or (experts, in, out).
-        kind: what it is quantized to whatever the linear weights are.
+        kind: what it is quantized to whatever the linear weights are; none: it stays as it is stored.
+        asked: whether the configuration named it to stay so.
+        beyond_peft: whether transformers and bitsandbytes, and so PEFT, leave a weight like this unquantized.
     """
 
     module: str
     attribute: str
     transposed: bool
     kind: str | None = None
+    asked: bool = False
+    beyond_peft: bool = False
 
     def quantized_bytes(self, shape: Sequence[int], quantization: Quantization) -> int | None:
         """What a weight takes here, `shape` being the model's; None where it is not quantized."""
@@ -68,20 +82,77 @@ class Slot:
         return quantized_bytes(shape, kind, quantization.double_quant)
 
 
-def find_slots(model: PreTrainedModel) -> dict[str, Slot]:
+@dataclass(frozen=True)
+class BeyondPeft:
+    """Weights that are quantized here, and that transformers and bitsandbytes, under PEFT, leave unquantized: the base
+    that an adapter is trained on is then another than PEFT's.
+
+    Attributes:
+        kind: nf4, fp4 or int8.
+        weights: their names.
+        bytes: what they take.
+        unquantized_bytes: what they would take as they are stored.
+    """
+
+    kind: str
+    weights: tuple[str, ...]
+    bytes: int
+    unquantized_bytes: int
+
+    def __str__(self) -> str:
+        names = sorted({re.sub(r"\.\d+(?=\.)", ".*", name) for name in self.weights})
+        shown = f"{', '.join(names[:2])}{' …' if len(names) > 2 else ''}"
+        return (
+            f"{len(self.weights)} weights ({shown}) in {self.kind} take {self.bytes / 1e6:,.1f} MB instead of "
+            f"{self.unquantized_bytes / 1e6:,.1f} MB"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"kind": self.kind, "weights": len(self.weights),
+                "names": sorted({re.sub(r"\.\d+(?=\.)", ".*", name) for name in self.weights}),
+                "bytes": self.bytes, "unquantized_bytes": self.unquantized_bytes}  # fmt: skip
+
+
+def find_slots(model: PreTrainedModel, quantization: Quantization | None = None) -> dict[str, Slot]:
     """The weights to quantize, by the name of their parameter: those of all linear modules and experts, except the
-    output embeddings and what the model wants in fp32."""
-    output = model.get_output_embeddings()
+    output embeddings and what the model wants in fp32.
+
+    Slots of kind `none` stay as they are stored: what the configuration names, a checkpoint's own exceptions, and what
+    lies beside the text part (towers for images), which no training on text changes.
+
+    Args:
+        model: a skeleton, its modules as transformers made them.
+        quantization: how the rest is quantized.
+    """
+    slots, outside = _all_slots(model), outside_text(model)
+    asked = _asked_for(slots, quantization or Quantization())
+    plain = asked | stored_plain(model, slots) | {name for name in slots if is_outside(name, outside)}
+    return {name: replace(slot, kind="none", asked=name in asked) if name in plain else slot
+            for name, slot in slots.items()}  # fmt: skip
+
+
+def _all_slots(model: PreTrainedModel) -> dict[str, Slot]:
+    output, skipped = model.get_output_embeddings(), default_skips(model)
     slots = {}
     for name, module in model.named_modules():
         if module is output:
             continue
         if is_linear(module):
-            slots[f"{name}.weight"] = Slot(name, "weight", not isinstance(module, nn.Linear))
+            beyond = left_by_bitsandbytes(module) or is_named(name, skipped)
+            slots[f"{name}.weight"] = Slot(name, "weight", not isinstance(module, nn.Linear), beyond_peft=beyond)
         elif is_experts_module(module):
             for attribute in expert_weight_names(module):
-                slots[f"{name}.{attribute}"] = Slot(name, attribute, module.is_transposed)
+                slots[f"{name}.{attribute}"] = Slot(name, attribute, module.is_transposed, beyond_peft=True)
     return {name: slot for name, slot in slots.items() if not _stays_in_fp32(model, name)}
+
+
+def _asked_for(slots: dict[str, Slot], quantization: Quantization) -> set[str]:
+    """The weights that the configuration wants unquantized."""
+    wanted = quantization.skip_modules
+    if isinstance(wanted, str):
+        return {name for name, slot in slots.items() if slot.beyond_peft}
+    return {name for name, slot in slots.items() if is_named(slot.module, wanted) or is_named(name, wanted)}
 
 
 def _stays_in_fp32(model: PreTrainedModel, name: str) -> bool:
@@ -156,6 +227,8 @@ def quantize_parameter(
                 f"{name}: the checkpoint is already quantized as {value.kind}, but the adapter's start changes weights "
                 "before they are quantized; use the 16-bit model that the checkpoint was made from"
             )
+        if slot.kind == "none":
+            return _kept(name, value, slot)
         if slot.kind not in (None, value.kind):
             value, slot = value.dequantize(value.dtype), replace(slot, transposed=False)
         else:
@@ -174,9 +247,20 @@ def quantize_parameter(
         raise UserError(f"{name}: {error}; choose another {key}") from error
 
 
+def _kept(name: str, value: QuantizedTensor, slot: Slot) -> QuantizedTensor:
+    if slot.asked:
+        raise UserError(
+            f"model.skip_modules: {slot.module}: the checkpoint has it quantized as {value.kind} already, and its "
+            f"unquantized values are gone; leave it out, or use the 16-bit model that the checkpoint was made from"
+        )
+    return value
+
+
 def _as_asked_for(name: str, value: QuantizedTensor, kind: str, quantization: Quantization) -> QuantizedTensor:
     """A weight that the checkpoint holds quantized, refused where the configuration asks for another quantization."""
     found, asked = (value.kind, value.double_quant), (quantization.kind, quantization.double_quant)
+    if len(value.shape) == 3 and value.kind == kind:  # experts joined from matrices; their scales are in fp32 again
+        return value
     if found != asked and not value.kind == kind == "int8":
         double = " with double quantization" if value.double_quant else ""
         raise UserError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qlora_tool.errors import MachineError, UserError, did_you_mean
 
-_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "tokenizer*", "LICENSE*"]
+_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "tokenizer*", "LICENSE*", "README.md"]
 
 
 def resolve(name_or_path: str, revision: str | None = None, *, weights: bool = True) -> Path:

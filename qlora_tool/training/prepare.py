@@ -129,6 +129,8 @@ def provenance(config: Config, model: CausalLM, data: RunData) -> dict[str, Any]
         "quantization": config.model.quantization,
         "double_quant": config.model.double_quant,
         "embeddings": config.model.embeddings,
+        "skip_modules": config.model.skip_modules,
+        "beyond_peft": found.as_dict() if (found := model.beyond_peft) else None,
         "block_size": BLOCK_SIZE,
         "compute_dtype": config.model.compute_dtype,
         "method": config.adapter.method,

@@ -232,6 +232,13 @@ def disk_group(name: str, present: Mapping[str, object]) -> list[str]:
     return []
 
 
+def disk_shape(names: Sequence[str], read: Callable[[str], Tensor]) -> tuple[int, ...] | None:
+    """The shape of the 4-bit weight that these tensors stand for, of which the small description alone is read; None
+    for one in int8, whose codes have it."""
+    found = next((name for name in names if ".quant_state.bitsandbytes__" in name), None)
+    return tuple(unpack_tensor_to_dict(read(found).cpu())["shape"]) if found else None
+
+
 def from_disk(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> QuantizedTensor:
     """Read what `to_disk`, or bitsandbytes, wrote for the weight `name`.
 

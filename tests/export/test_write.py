@@ -399,5 +399,6 @@ def test_an_adapter_of_peft_says_nothing_of_quantization(base: Path, tmp_path: P
     provenance = json.loads((tmp_path / "merged" / "qlora_tool.json").read_text())
     assert provenance == {
         "method": "lora", "base": {"name_or_path": str(base), "revision": None}, "quantization": "fp4",
-        "double_quant": True, "embeddings": "as_stored", "merged": {"base": "dequantized", "dtype": "float32"},
+        "double_quant": True, "embeddings": "as_stored", "skip_modules": "as-peft",
+        "merged": {"base": "dequantized", "dtype": "float32"},
     }  # fmt: skip

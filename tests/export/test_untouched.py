@@ -1,0 +1,72 @@
+"""What an adapter leaves alone goes through an export byte for byte: towers for images, their processors' files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from multimodal_models import MULTIMODAL, write_multimodal
+from safetensors.torch import load_file, save_file
+from tiny_adapters import artifact_of, live_logits, plain_logits, write_adapter
+
+from qlora_tool.export.write import ExportOptions, export_merged
+
+IDS = torch.tensor([[5, 17, 99, 3, 42, 64, 110, 8, 77, 5]])
+TOWERS = ("vision_tower", "visual", "multi_modal_projector", "embed_vision")
+
+
+def tower_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if any(word in name for word in TOWERS)}
+
+
+def assert_same_bytes(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_tower_for_images_stays_byte_for_byte(family: str, dtype: str, tmp_path: Path):
+    base = write_multimodal(family, tmp_path / "base")
+    adapter = write_adapter(tmp_path / "adapter", base)
+    export_merged(artifact_of(adapter), tmp_path / "merged", ExportOptions(dtype=dtype))
+    stored, merged = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    assert len(tower_of(stored)) > 10
+    assert_same_bytes(tower_of(merged), tower_of(stored))
+    assert merged.keys() == stored.keys()
+    for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
+        assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
+    if dtype == "float32":
+        live = live_logits(artifact_of(adapter), IDS)
+        torch.testing.assert_close(plain_logits(tmp_path / "merged", IDS), live, rtol=0,
+                                   atol=2e-5 * float(live.abs().max()))  # fmt: skip
+
+
+def test_the_whole_model_is_read_from_the_export(tmp_path: Path):
+    from transformers import AutoModelForImageTextToText
+
+    base = write_multimodal("qwen3_5", tmp_path / "base")
+    export_merged(artifact_of(write_adapter(tmp_path / "adapter", base)), tmp_path / "merged", ExportOptions())
+    _, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+
+
+def test_heads_for_further_tokens_go_along(tmp_path: Path):
+    base = write_multimodal("qwen3_5", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors") | {"mtp.fc.weight": torch.randn(64, 128).bfloat16()}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    export_merged(artifact_of(write_adapter(tmp_path / "adapter", base)), tmp_path / "merged", ExportOptions())
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.equal(merged["mtp.fc.weight"], tensors["mtp.fc.weight"])
+
+
+def test_nf4_files_have_the_tower_too(tmp_path: Path):
+    base = write_multimodal("gemma3", tmp_path / "base")
+    adapter = write_adapter(tmp_path / "adapter", base)
+    export_merged(artifact_of(adapter), tmp_path / "merged", ExportOptions(format="nf4"))
+    stored, merged = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    assert_same_bytes(tower_of(merged), tower_of(stored))
