@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from qlora_tool.model.load import build_skeleton
+from qlora_tool.model.slots import Quantization, Slot, find_slots
 from qlora_tool.model.text_part import text_modules
 
 
@@ -62,15 +64,27 @@ class LayerStack:
         return places
 
 
-def layer_stack(model_config, trust_remote_code: bool = False) -> LayerStack:
-    """How the layers of a model repeat: by the shapes of their weights, and by what its configuration lists of each."""
+def layer_stack(
+    model_config, trust_remote_code: bool = False, quantization: Quantization | None = None
+) -> LayerStack:
+    """How the layers of a model repeat: by the shapes of their weights, by which of these are quantized, and by what
+    its configuration lists of each.
+
+    Args:
+        quantization: how the base is quantized: weights that stay unquantized in some layers make these of another
+            kind. By default the checkpoint's own exceptions alone.
+    """
     text = model_config.get_text_config()
     layers = text.num_hidden_layers
     skeleton = build_skeleton(copy.deepcopy(model_config), trust_remote_code)
     lists = [(name, module) for name, module in text_modules(skeleton).items() if isinstance(module, nn.ModuleList)]
     path, found = next(((name, module) for name, module in lists if len(module) == layers), ("", []))
     listed = [value for _, value in sorted(_layer_lists(text).items())]
-    kinds = [(_weights_of(layer), *(str(value[number]) for value in listed)) for number, layer in enumerate(found)]
+    slots = find_slots(skeleton, quantization)
+    kinds = [
+        (_weights_of(layer, f"{path}.{number}.", slots), *(str(value[number]) for value in listed))
+        for number, layer in enumerate(found)
+    ]
     if not kinds:
         return LayerStack(layers, "", 0, 1)
     choices = [(first, period) for first in range(layers) for period in range(1, layers - first + 1)]
@@ -81,8 +95,11 @@ def layer_stack(model_config, trust_remote_code: bool = False) -> LayerStack:
     return LayerStack(layers, path, first, period)
 
 
-def _weights_of(layer: nn.Module) -> tuple:
-    return tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
+def _weights_of(layer: nn.Module, prefix: str, slots: Mapping[str, Slot]) -> tuple:
+    return tuple(
+        (name, tuple(weight.shape), (slot := slots.get(f"{prefix}{name}")) and slot.kind)
+        for name, weight in layer.named_parameters()
+    )
 
 
 def _layer_lists(text_config) -> dict[str, list]:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from stored_models import SKIPPED, dequantized, write_quantized
-from tiny_models import logits, read_tiny, relative_error, tokens, write_tiny
+from tiny_models import logits, read_tiny, relative_error, tiny_config, tokens, write_tiny
 
 from qlora_tool.errors import UserError
 from qlora_tool.model.exceptions import is_named, refuse_unknown_names
+from qlora_tool.model.layer_stack import layer_stack
 from qlora_tool.model.load import build_skeleton, load_base
 from qlora_tool.model.slots import Quantization, find_slots
 from qlora_tool.model.source import read_model_config
@@ -108,8 +109,6 @@ def test_as_peft_is_the_base_that_transformers_and_bitsandbytes_make(family, tmp
 
 
 def test_a_name_that_fits_no_module_is_refused_with_the_closest():
-    from tiny_models import tiny_config
-
     with pytest.raises(UserError) as raised:
         refuse_unknown_names("model.skip_modules", ["dwn_proj", "lm_head", "(", "experts"],
                              build_skeleton(tiny_config("llama")))  # fmt: skip
@@ -124,3 +123,14 @@ def test_a_name_of_what_the_checkpoint_has_quantized_is_refused(tmp_path):
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
     with pytest.raises(UserError, match=r"model\.skip_modules: model\.layers\.0\.self_attn\.q_proj: the checkpoint"):
         read_skipping(folder, "q_proj")
+
+
+def test_layers_that_differ_in_what_is_quantized_are_not_taken_for_alike(tmp_path):
+    config = tiny_config("llama", num_hidden_layers=8)
+    assert layer_stack(config).traced == (3, 5)
+    every = Quantization(skip_modules=("down_proj",))
+    assert layer_stack(config, quantization=every).traced == (3, 5)
+    fifth = layer_stack(config, quantization=Quantization(skip_modules=("model.layers.5.mlp",)))
+    assert fifth.traced == (8,)
+    folder, _ = write_quantized("llama", tmp_path, skipped=["model.layers.0"])
+    assert layer_stack(read_model_config(folder)).period == 2

@@ -16,7 +16,7 @@ from qlora_tool.model.load import build_skeleton
 from qlora_tool.model.parameter_source import ParameterSource
 from qlora_tool.model.slots import find_slots
 from qlora_tool.model.source import read_model_config
-from qlora_tool.weights.quantized import QuantizedTensor, quantize
+from qlora_tool.weights.quantized import QuantizedTensor, quantize, to_disk
 
 
 def read_by_transformers(folder):
@@ -175,3 +175,34 @@ def test_experts_in_mxfp4_are_quantized_as_their_values_are(tmp_path):
     found = model.get_submodule(name).stored()
     assert isinstance(found, QuantizedTensor)
     assert torch.equal(found.codes, expected.codes)
+
+
+@pytest.mark.parametrize(("kind", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True), ("int8", True)])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3"])
+def test_experts_that_were_quantized_one_by_one_stay_as_stored(family, kind, double_quant, tmp_path, monkeypatch):
+    """As transformers 4 wrote them; its later versions join them into one weight of all experts."""
+    from qlora_tool.model import slots as slots_module
+
+    folder, values = write_tiny(family, tmp_path, dtype=torch.bfloat16), {}
+
+    def quantize_experts(tensors):
+        for name in [name for name in tensors if ".experts." in name]:
+            quantized = quantize(tensors.pop(name), kind, double_quant)
+            values[name] = quantized.dequantize(torch.bfloat16)
+            tensors |= {part: value.clone() for part, value in to_disk(name, quantized).items()}
+
+    change_tensors(folder, quantize_experts)
+    names = {"load_in_8bit": True} if kind == "int8" else {
+        "load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double_quant}  # fmt: skip
+    set_quantization(folder, {"quant_method": "bitsandbytes", **names})
+    monkeypatch.setattr(slots_module, "quantize", None)  # nothing is quantized again
+    model = read_tiny(folder, kind, double_quant)
+    gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    layer, owner = "model.layers.1", "block_sparse_moe" if family == "mixtral" else "mlp"
+    for expert in range(4):
+        stored = {part: values[f"{layer}.{owner}.experts.{expert}.{part}.weight"] for part in (gate, up, down)}
+        joined = {"gate_up_proj": torch.cat([stored[gate], stored[up]]), "down_proj": stored[down]}
+        for name, expected in joined.items():
+            handle = model.get_submodule(f"{layer}.mlp.experts.{name}")
+            assert handle.kind == kind
+            assert torch.equal(handle.dense(torch.bfloat16)[expert], expected)

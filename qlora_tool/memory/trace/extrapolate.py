@@ -25,6 +25,7 @@ from qlora_tool.memory.breakdown import PHASES
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.predict import BatchShape, predict
 from qlora_tool.model.layer_stack import LayerStack, layer_stack, with_layers
+from qlora_tool.model.slots import Quantization
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
@@ -92,7 +93,8 @@ def estimate_peak(
         UserError: no causal language model can be made of `model_config`, it cannot be traced, or it has no layers to
             recompute.
     """
-    stack = _layer_stack(_text_of(model_config), config.model.trust_remote_code)
+    quantization = Quantization.of(config.model)
+    stack = _layer_stack(_text_of(model_config), config.model.trust_remote_code, quantization)
     make = partial(_Case.of, config, model_config, compute_dtype, device_of(target), stack)
     card = target if replayed else None
     if shape.rows * shape.length <= LONG_BATCH:
@@ -173,8 +175,8 @@ def _text_of(model_config) -> _Text:
 
 
 @lru_cache(maxsize=64)
-def _layer_stack(model: _Text, trust_remote_code: bool) -> LayerStack:
-    return layer_stack(model.model_config, trust_remote_code)
+def _layer_stack(model: _Text, trust_remote_code: bool, quantization: Quantization) -> LayerStack:
+    return layer_stack(model.model_config, trust_remote_code, quantization)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from qlora_tool.model.checkpointing import (
 )
 from qlora_tool.model.layer_stack import layer_stack, with_layers
 from qlora_tool.model.load import build_skeleton
+from qlora_tool.model.slots import Quantization
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
@@ -207,7 +208,7 @@ def shallow_model(config: Config, model_config, compute_dtype: torch.dtype) -> t
         Its configuration, the names of its layers and the choices for each; and for every layer of the whole model the
         number of the one that is like it.
     """
-    stack = layer_stack(model_config, config.model.trust_remote_code)
+    stack = layer_stack(model_config, config.model.trust_remote_code, Quantization.of(config.model))
     for depth in (min(stack.layers, stack.first + 2 * stack.period), stack.layers):
         shallow = with_layers(model_config, depth)
         skeleton = build_skeleton(copy.deepcopy(shallow), config.model.trust_remote_code, compute_dtype)
