@@ -265,7 +265,9 @@ SECTIONS: dict[str, type[Keys]] = {
 # Names that other tools have for our keys; reading turns them into ours.
 OTHER_NAMES = {"adapter": ("use_dora",), "model": (), "data": (), "training": ("activation_checkpointing",)}
 # Keys whose value is a mapping: `--set adapter.rank_pattern.NAME=8` sets one entry of it.
-MAPPINGS = ("adapter.rank_pattern", "adapter.alpha_pattern", "data.eval", "data.columns")
+MAPPINGS = (
+    "adapter.rank_pattern", "adapter.alpha_pattern", "data.eval", "data.columns", "data.chat_template_kwargs",
+)  # fmt: skip
 
 
 def config_schema() -> dict[str, Any]:

@@ -4,14 +4,13 @@
     and with the turn itself                           <user>2 + 2?<end><assistant>4<end>
 
 The second begins with the first, and what it adds is the answer, all that a template writes for the turn included.
-Where it does not, the generation prompt says something that the template does not write before an answer: it opens a
-block of thoughts that the turn does not have, or closes one that it has. The answer goes on from the prompt all the
-same.
+Where it does not, the template writes the turns before otherwise once they are answered, or its generation prompt says
+something that it does not write before an answer: it opens a block of thoughts, or closes one. The answer goes on from
+the prompt all the same, for that is what the model sees.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,16 +18,16 @@ from typing import Protocol
 from qlora_tool.data.faults import RowFault
 from qlora_tool.data.kept import is_written
 from qlora_tool.data.messages import REASONING, Message, reasoning
-
-THOUGHT = re.compile(r"(?:\s*<think>)?(?P<thought>.*?)</think>(?P<rest>.*)", re.DOTALL)
-# What a generation prompt may end in, and what closes it.
-OPENINGS = (
-    (re.compile(r"(<(\w+)>)\s*$"), "</{}>"),
-    (re.compile(r"(<(\w+:\w+)>)\s*$"), "</{}>"),
-    (re.compile(r"(\[([A-Z_]+)\])\s*$"), "[/{}]"),
-    (re.compile(r"(◁(\w+)▷)\s*$"), "◁/{}▷"),
-    (re.compile(r"(<\|START_(\w+)\|>)\s*$"), "<|END_{}|>"),
-    (re.compile(r"(<\|begin_of_(\w+)\|>)\s*$"), "<|end_of_{}|>"),
+from qlora_tool.data.thoughts import (
+    TAIL,
+    closed_block,
+    empty_block,
+    inline_thought,
+    opened_block,
+    speech_of,
+    thought_apart,
+    thought_of,
+    without_thought,
 )
 
 
@@ -72,105 +71,164 @@ def find_answer(write: Write, messages: Sequence[Message], turn: int, closes: Ca
             "the conversation begins with an assistant turn, which answers nothing; begin with a user turn, or mark it "
             "as context (weight: 0)"
         )
-    before, said = messages[:turn], messages[turn]
-    prompt = write(before, add_generation_prompt=True)
-    through = write([*before, said])
-    opened, closing = _opened(prompt, closes)
-    if through.startswith(prompt):
-        return _written(write, before, said, prompt, through, closing)
-    bare = prompt.rstrip()
-    if through.startswith(bare):  # they differ in white space alone
-        target = through[len(bare) :].lstrip()
-        return Answer(turn, prompt, target, None, _filled(target, opened, closing))
-    head = prompt[: opened.start()] if opened else None
-    if opened and head is not None and closing and through.startswith(head):
-        return _unopened(said, prompt, through[len(head) :], turn, opened[1], closing)
-    if thought_of(said):
-        silent = write([*before, without_thought(said)])
-        if silent.startswith(prompt):
-            note = (
-                "answer: trained without the reasoning that the data has, for which the generation prompt has no room; "
-                "data.chat_template_kwargs sets a template's switch (often enable_thinking: true)"
-            )
-            return Answer(turn, prompt, silent[len(prompt) :], None, (note,))
-    raise RowFault(
-        f"the chat template begins the answer of turn {turn + 1} differently from its own generation prompt "
-        f"({prompt[-40:]!r}); set what it opens with data.chat_template_kwargs (often enable_thinking: false), or name "
-        "another template with data.chat_template"
+    search = _Search(write, messages[:turn], messages[turn], closes)
+    return (
+        search.written()
+        or search.unopened()
+        or search.continued()
+        or search.spaced_otherwise()
+        or search.silent()
+        or search.refuse()
     )
 
 
-def thought_of(said: Message) -> str:
-    """The reasoning of a turn, in a field of its own or before `</think>` in its content; empty where it has none."""
-    inline = _inline(said["content"])
-    return (reasoning(said) or (inline["thought"] if inline else "")).strip()
+class _Search:
+    """The ways to find the answer to `before`, each a method that gives None where it is not the one."""
 
+    def __init__(self, write: Write, before: Sequence[Message], said: Message, closes: Callable[[str], bool]):
+        self.write, self.before, self.said = write, before, said
+        self.prompt = write(before, add_generation_prompt=True)
+        self.through = write([*before, said])
+        self.opened = opened_block(self.prompt, closes)
 
-def speech_of(said: Message) -> str:
-    """The content of a turn without the reasoning that stands in it."""
-    inline = _inline(said["content"])
-    return inline["rest"] if inline else said["content"]
+    def written(self) -> Answer | None:
+        """Where the template writes the answer after the prompt, as it should."""
+        target = self._after_prompt(self.through)
+        if target is None:
+            return None
+        inline = inline_thought(self.said)
+        doubled = inline and not reasoning(self.said) and self._closed_again(target)  # an empty thought before it
+        if doubled and (answer := self._apart()):
+            return answer
+        if thought_of(self.said) and empty_block(target) and (answer := self._into_empty_block()):
+            return answer
+        thought = inline["thought"].strip() if inline else ""
+        if inline and thought and not is_written(thought, self.prompt[-TAIL:] + target):
+            rest = inline["rest"]
+            gap = rest[: len(rest) - len(rest.lstrip())]
+            before = self.said["content"].removesuffix(rest) + ("" if target.startswith(gap) else gap)
+            note = "answer: reasoning that the chat template leaves out was put back, as the data has it"
+            return self._answer(before + target, note)
+        return self._answer(target, *self._filled(target))
 
+    def unopened(self) -> Answer | None:
+        """Where the prompt opens a block that the template does not write before an answer."""
+        if self.opened is None or not self.through.startswith(self.prompt[: self.opened[0]]):
+            return None
+        place, opening, closing = self.opened
+        thought, rest = thought_of(self.said), self.through[place:]
+        if thought and is_written(thought, rest):
+            return self._apart()
+        if thought:
+            note = f"answer: reasoning that the chat template leaves out was put after {opening}"
+            return self._answer(f"{thought}\n{closing}\n\n{rest.lstrip()}", note)
+        target = rest if rest.lstrip().startswith(closing) else self._after_no_thought(rest)
+        return self._answer(target, *self._filled(target))
 
-def _inline(content: str) -> re.Match[str] | None:
-    return THOUGHT.fullmatch(content) if "</think>" in content else None
+    def _after_no_thought(self, rest: str) -> str:
+        """What follows an opened block that stays empty: as the template closes others, where it does."""
+        assert self.opened is not None
+        thought = "w7thought"
+        target = self._after_prompt(self.write([*self.before, {**self.said, REASONING[0]: thought}]))
+        if target is not None and target.lstrip().startswith(thought):
+            return target.replace(thought, "", 1)
+        return f"\n{self.opened[2]}\n\n{rest.lstrip()}"
 
+    def continued(self) -> Answer | None:
+        """Where what the template writes goes on from the prompt, though it does not begin with it."""
+        target = self._continuation(self.through)
+        return None if target is None else self._answer(target)
 
-def without_thought(said: Message) -> Message:
-    """The turn without its reasoning."""
-    rest = {key: value for key, value in said.items() if key not in REASONING}
-    return {**rest, "content": speech_of(said).lstrip("\n")}
+    def spaced_otherwise(self) -> Answer | None:
+        """Where the two differ in white space alone, wherever it stands."""
+        bare = "".join(self.prompt.split())
+        if not "".join(self.through.split()).startswith(bare):
+            return None
+        solid = [place for place, character in enumerate(self.through) if not character.isspace()]
+        rest, end = self.through[solid[len(bare) - 1] + 1 :], self.prompt[len(self.prompt.rstrip()) :]
+        target = rest.removeprefix(end) if rest.startswith(end) else rest.lstrip()
+        note = "answer: the chat template has other white space in the turns before it than in its generation prompt"
+        return self._answer(target, note)
 
-
-def _opened(prompt: str, closes: Callable[[str], bool]) -> tuple[re.Match[str] | None, str]:
-    """The tag that a prompt ends in, and what closes it."""
-    for pattern, closing in OPENINGS:
-        if (found := pattern.search(prompt[-200:])) and closes(closing.format(found[2])):
-            return pattern.search(prompt), closing.format(found[2])
-    return None, ""
-
-
-def _written(
-    write: Write, before: Sequence[Message], said: Message, prompt: str, through: str, closing: str
-) -> Answer:
-    """Where the template writes the answer after the prompt, as it should."""
-    turn, target = len(before), through[len(prompt) :]
-    inline = _inline(said["content"])
-    empty = bool(closing) and target.lstrip().startswith(closing)
-    if inline and empty and not reasoning(said):
-        # The template writes an empty thought, and the thought in the content as if it were said.
-        apart = {**said, "content": inline["rest"].lstrip("\n"), REASONING[0]: inline["thought"].strip()}
-        again = write([*before, apart])
-        if again.startswith(prompt) and not again[len(prompt) :].lstrip().startswith(closing):
-            note = (
-                "answer: reasoning was taken out of the content and given to the template by itself, as "
-                f"{REASONING[0]}, for it opens and closes a block of its own before the content"
-            )
-            return Answer(turn, prompt, again[len(prompt) :], None, (note,))
-    if inline and inline["thought"].strip() and not is_written(inline["thought"], prompt[-200:] + target):
-        at = said["content"].rindex(inline["rest"]) if inline["rest"] else len(said["content"])
-        note = "answer: reasoning that the chat template leaves out was put back, as the data has it"
-        return Answer(turn, prompt, said["content"][:at] + target, None, (note,))
-    return Answer(turn, prompt, target, through, _filled(target, closing, closing))
-
-
-def _filled(target: str, opened: object, closing: str) -> tuple[str, ...]:
-    if not opened or not target.lstrip().startswith(closing):
-        return ()
-    return (f"answer: the generation prompt opens a block of thoughts, and the data has none: {closing} comes first",)
-
-
-def _unopened(said: Message, prompt: str, rest: str, turn: int, opening: str, closing: str) -> Answer:
-    """Where the prompt opens a block that the template does not write before an answer."""
-    thought = thought_of(said)
-    if thought and is_written(thought, rest):
-        raise RowFault(
-            f"the chat template writes the reasoning of turn {turn + 1} elsewhere than after the {opening} that its "
-            "generation prompt ends in; set data.chat_template_kwargs, or name another template with data.chat_template"
+    def silent(self) -> Answer | None:
+        """Where the prompt says that there is no reasoning, and the turn has some."""
+        if not thought_of(self.said):
+            return None
+        through = self.write([*self.before, without_thought(self.said)])
+        target = self._after_prompt(through)
+        if target is None:
+            target = self._continuation(through)
+        note = (
+            "answer: trained without the reasoning that the data has, for which the generation prompt has no room; "
+            "data.chat_template_kwargs sets a template's switch (often enable_thinking: true)"
         )
-    target = f"{thought}\n{closing}\n\n{rest.lstrip()}"
-    if thought:
-        note = f"answer: reasoning that the chat template leaves out was put after the prompt's {opening}"
-    else:
-        note = f"answer: the generation prompt opens a block of thoughts, and the data has none: {closing} comes first"
-    return Answer(turn, prompt, target, None, (note,))
+        return self._apart() if target is None else self._answer(target, note)
+
+    def refuse(self) -> Answer:
+        """Say why there is no answer."""
+        raise RowFault(
+            f"the chat template begins the answer of turn {len(self.before) + 1} differently from its own generation "
+            f"prompt ({self.prompt[-40:]!r}); set what it opens with data.chat_template_kwargs (often enable_thinking: "
+            "false), or name another template with data.chat_template"
+        )
+
+    def _answer(self, target: str, *notes: str) -> Answer:
+        through = self.through if self.through == self.prompt + target else None
+        return Answer(len(self.before), self.prompt, target, through, notes)
+
+    def _after_prompt(self, through: str) -> str | None:
+        """What follows the prompt in a text that begins with it, white space at the prompt's end aside."""
+        if through.startswith(self.prompt):
+            return through[len(self.prompt) :]
+        bare = self.prompt.rstrip()
+        return through[len(bare) :].lstrip() if through.startswith(bare) else None
+
+    def _continuation(self, through: str) -> str | None:
+        """What the template writes for the turn in a text that does not begin with the prompt."""
+        closed = closed_block(self.prompt)
+        if closed and through.startswith(self.prompt[: closed[0]]):
+            rest = through[closed[0] :]
+            return None if rest.lstrip().startswith(closed[1]) else rest
+        speech = speech_of(self.said).strip()
+        asked = self.write(self.before)
+        if speech and self.prompt.startswith(asked) and through.startswith(asked):  # the prompt's header is left out
+            rest = through[len(asked) :]
+            if rest.lstrip().startswith(speech):
+                return rest
+        # The turns before are written otherwise (the system prompt moves, say): what stands behind the last of them.
+        last = str(self.before[-1]["content"]).strip()
+        behind = self.prompt[self.prompt.rfind(last) :] if last and last in self.prompt else ""
+        return through[through.rindex(behind) + len(behind) :] if behind and behind in through else None
+
+    def _apart(self) -> Answer | None:
+        """With the reasoning of the content given to the template by itself."""
+        target = self._after_prompt(self.write([*self.before, thought_apart(self.said)]))
+        if target is None or self._closed_again(target):
+            return None
+        note = (
+            "answer: reasoning was taken out of the content and given to the template by itself, as reasoning_content, "
+            "for it writes a block of its own before the content"
+        )
+        return self._answer(target, note)
+
+    def _into_empty_block(self) -> Answer | None:
+        """With the reasoning in the empty block that the template begins the answer with (as Kimi K2's does)."""
+        thought = thought_of(self.said)
+        target = self._after_prompt(self.write([*self.before, thought_apart(self.said)]))
+        block = None if target is None else empty_block(target)
+        if target is None or block is None:
+            return self._apart()
+        note = "answer: reasoning was put into the empty block that the chat template begins the answer with"
+        return self._answer(f"{target[: block[0]]}{thought}{target[block[1] :]}", note)
+
+    def _closed_again(self, target: str) -> bool:
+        """Whether a target begins with the end of the block that the prompt opens."""
+        return self.opened is not None and target.lstrip().startswith(self.opened[2])
+
+    def _filled(self, target: str) -> tuple[str, ...]:
+        if self.opened is None or not self._closed_again(target):
+            return ()
+        closing = self.opened[2]
+        return (
+            f"answer: the generation prompt opens a block of thoughts, and the data has none: {closing} comes first",
+        )

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora_tool.data.answers import Answer, Write, find_answer, speech_of, thought_of
+from qlora_tool.data.answers import Answer, Write, find_answer
 from qlora_tool.data.dialect import Dialect
 from qlora_tool.data.ends import Ends
 from qlora_tool.data.faults import RowFault
 from qlora_tool.data.kept import calls_written, is_written, unwritten
 from qlora_tool.data.messages import Conversation, Message
 from qlora_tool.data.template import SpecialTokens, check_template_kwargs, render, template_sources
+from qlora_tool.data.thoughts import TAIL, speech_of, thought_of
 from qlora_tool.errors import UserError
 
 if TYPE_CHECKING:
@@ -111,7 +112,10 @@ class ConversationRenderer:
         Raises:
             RowFault: the template refuses the conversation, or begins the answer otherwise than the generation prompt.
         """
-        return find_answer(self._writer(conversation.tools), conversation.messages, turn, self._closes)
+        answer = find_answer(self._writer(conversation.tools), conversation.messages, turn, self._closes)
+        header = self._ends.header(answer)
+        through = answer.through[: -len(header)] if header and answer.through else answer.through
+        return replace(answer, target=answer.target.removesuffix(header), through=through)
 
     def rows(self, conversation: Conversation) -> Rendered:
         """The rows that a conversation is trained as, each rendered as at inference.
@@ -145,7 +149,7 @@ class ConversationRenderer:
 
     def _is_trained(self, answer: Answer, said: Message, notes: Counter[str]) -> bool:
         """Whether what a turn says is in its target; notes what is not."""
-        seen = answer.prompt[-200:] + answer.target
+        seen = answer.prompt[-TAIL:] + answer.target
         speech = speech_of(said)
         if speech.strip() and not is_written(speech, answer.target):
             begins = " ".join(speech.split())[:40]

@@ -51,6 +51,14 @@ class Ends:
             return ""
         return self._next_role(answer, messages) or self._end_of_text()
 
+    def header(self, answer: Answer) -> str:
+        """The beginning of the next answer at the end of this one: some templates write it whether asked to or not (as
+        those of Command R7B do). Empty where there is none."""
+        ends = [answer.target.rfind(stop) + len(stop) for stop in self.stops if stop in answer.target]
+        header = answer.target[max(ends) :] if ends else ""
+        begins = any(token in header for token in self.special.texts) and answer.prompt.endswith(header)
+        return header if begins else ""
+
     @cached_property
     def stops(self) -> tuple[str, ...]:
         """The tokens at which generation stops: of the generation configuration, else of the model's."""

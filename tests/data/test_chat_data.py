@@ -190,6 +190,15 @@ class TestThoughts:
         assert notes(dataset) == ["the generation prompt opens a block of thoughts, and the data has none: </think> "
                                   "comes first"]  # fmt: skip
 
+    @pytest.mark.parametrize("row", [answered(THINKING), answered("4", reasoning="Two and two.")])
+    def test_it_goes_into_the_empty_block_of_a_template_that_always_writes_one(self, tmp_path, row):
+        """Kimi K2 Thinking."""
+        template = of_roles(USER, "<|im_start|><think></think>{{ m.content }}<|im_end|>")
+        assert trained(made(tmp_path, template, row)) == [["<think>Two and two.</think>4<|im_end|>"]]
+        assert trained(made(tmp_path, template, answered("4"))) == [["<think></think>4<|im_end|>"]]
+        partly = of_roles(USER, "<|im_start|><think>{{ m.reasoning_content }}</think>{{ m.content }}<|im_end|>")
+        assert trained(made(tmp_path, partly, row)) == [["<think>Two and two.</think>4<|im_end|>"]]
+
     @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
     @pytest.mark.parametrize("read", ["reasoning_content", "reasoning", "thinking"])
     def test_under_whatever_name(self, tmp_path, name, read):
@@ -204,6 +213,90 @@ class TestThoughts:
 
 SWITCHED = CHATML.replace("'<|im_start|>assistant\\n' }}{% endif", "'<|im_start|>assistant\\n' + "
                           "('' if enable_thinking else '<think></think>') }}{% endif")  # fmt: skip
+
+
+def of_roles(user, assistant, start="", end="{% if add_generation_prompt %}<|im_start|>{% endif %}", tool=""):
+    """A template of what it writes for each role."""
+    return (
+        f"{start}{{% for m in messages %}}{{% if m.role == 'user' %}}{user}{{% elif m.role == 'tool' %}}{tool}"
+        f"{{% elif m.role == 'assistant' %}}{assistant}{{% endif %}}{{% endfor %}}{end}"
+    )
+
+
+USER, ASSISTANT = "<s>{{ m.content }}</s>", "<|im_start|>{{ m.content }}<|im_end|>"
+TURNS = [user("2 + 2?"), turn("assistant", "4"), user("And 5?"), turn("assistant", "9")]
+
+
+class TestTurnsBefore:
+    """Prompts that are not how the template begins the answered conversation, as published templates have them."""
+
+    def texts(self, dataset):
+        return [byte_level().decode(example.input_ids) for example in dataset.examples]
+
+    def test_an_empty_block_in_the_prompt_alone(self, tmp_path):
+        """Gemma 4's larger models."""
+        header = "<|im_start|><|channel>thought<channel|>"
+        template = of_roles(USER, ASSISTANT, end=f"{{% if add_generation_prompt %}}{header}{{% endif %}}")
+        dataset = made(tmp_path, template, {"messages": TURNS})
+        assert trained(dataset) == [["4<|im_end|>"], ["9<|im_end|>"]]
+        assert self.texts(dataset) == [
+            f"<s>2 + 2?</s>{header}4<|im_end|>",
+            f"<s>2 + 2?</s><|im_start|>4<|im_end|><s>And 5?</s>{header}9<|im_end|>",
+        ]
+
+    def test_a_system_prompt_in_the_last_question(self, tmp_path):
+        """Mistral 7B and Nemo: it moves on, and is gone once the question is answered."""
+        asked = "<s>{{ messages[0].content + ' ' if loop.last and messages[0].role == 'system' }}{{ m.content }}</s>"
+        row = {"messages": [turn("system", "Brief!"), *TURNS]}
+        dataset = made(tmp_path, of_roles(asked, "{{ m.content }}<|im_end|>", end=""), row)
+        assert trained(dataset) == [["4<|im_end|>"], ["9<|im_end|>"]]
+        assert self.texts(dataset) == [
+            "<s>Brief! 2 + 2?</s>4<|im_end|>",
+            "<s>2 + 2?</s>4<|im_end|><s>Brief! And 5?</s>9<|im_end|>",
+        ]
+
+    def test_a_header_that_is_not_written_after_a_tool(self, tmp_path):
+        """Apertus: the answer goes on in the turn of the call; its generation prompt begins another."""
+        said = (
+            "{{ '<|im_start|>' if messages[loop.index0 - 1].role != 'tool' }}{{ m.content }}"
+            "{% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}<|im_end|>"
+        )
+        template = of_roles(USER, said, tool="[{{ m.content }}]")
+        calling = turn("assistant", "", tool_calls=[CALL])
+        row = {"messages": [user("2 + 2?"), calling, turn("tool", "4"), turn("assistant", "Four.")]}
+        dataset = made(tmp_path, template, row)
+        assert trained(dataset)[-1] == ["Four.<|im_end|>"]
+        assert self.texts(dataset)[-1].endswith("<|im_end|>[4]<|im_start|>Four.<|im_end|>")
+
+    def test_other_white_space(self, tmp_path):
+        """Hermes 2 and 3: a line end after each result of a tool but the last."""
+        dataset = made(tmp_path, of_roles(USER + "{{ '\\n' if not loop.last }}", ASSISTANT), answered("4"))
+        assert trained(dataset) == [["4<|im_end|>"]]
+        assert self.texts(dataset) == ["<s>2 + 2?</s><|im_start|>4<|im_end|>"]
+        (note,) = notes(dataset)
+        assert note == "the chat template has other white space in the turns before it than in its generation prompt"
+
+    def test_a_header_that_is_always_written(self, tmp_path):
+        """Command R7B with tools."""
+        template = of_roles(USER, "<s><|im_start|>{{ m.content }}<|im_end|>", end="<s><|im_start|>")
+        dataset = made(tmp_path, template, {"messages": TURNS})
+        assert trained(dataset) == [["4<|im_end|>", "9<|im_end|>"]]
+
+    @pytest.mark.parametrize(
+        ("written", "target"),
+        [
+            ("{{ '<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '</think>' }}", "</think>4"),
+            ("{{ '<think>' + m.reasoning_content + '</think>,' if m.reasoning_content }}", "</think>,4"),
+            ("", "\n</think>\n\n4"),
+        ],
+    )
+    def test_an_opened_thought_is_closed_as_the_template_does(self, tmp_path, written, target):
+        """GLM 4.7; Command A; templates that do not know how."""
+        template = of_roles(USER, f"<|im_start|>{written}{{{{ m.content }}}}<|im_end|>",
+                            end="{# </think> #}{{ '<|im_start|><think>' if add_generation_prompt }}")  # fmt: skip
+        dataset = made(tmp_path, template, answered("4"))
+        assert trained(dataset) == [[f"{target}<|im_end|>"]]
+        assert "the data has none: </think> comes first" in notes(dataset)[0]
 
 
 class TestDate:
