@@ -61,15 +61,8 @@ class Ends:
 
     @cached_property
     def stops(self) -> tuple[str, ...]:
-        """The tokens at which generation stops: of the generation configuration, else of the model's."""
-        for name in ("generation_config.json", "config.json"):
-            for folder in _folders(self.tokenizer):
-                found = _read(folder / name).get("eos_token_id")
-                if found is not None:
-                    ids = found if isinstance(found, list) else [found]
-                    tokens = [self.tokenizer.convert_ids_to_tokens(token) for token in ids]
-                    return tuple(token for token in tokens if token)
-        return (self.tokenizer.eos_token,) if self.tokenizer.eos_token else ()
+        """The tokens at which generation stops."""
+        return generation_stops(self.tokenizer)
 
     @cached_property
     def _none_in_template(self) -> bool:
@@ -106,6 +99,19 @@ class Ends:
                 "so the model would never learn to stop; set eos_token in the model's tokenizer_config.json"
             )
         return end if end in self.stops or not self.stops else self.stops[0]
+
+
+def generation_stops(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The tokens at which generation stops, by the files beside the tokenizer's: the generation configuration, else the
+    model's; else the tokenizer's end of text."""
+    for name in ("generation_config.json", "config.json"):
+        for folder in _folders(tokenizer):
+            found = _read(folder / name).get("eos_token_id")
+            if found is not None:
+                ids = found if isinstance(found, list) else [found]
+                tokens = [tokenizer.convert_ids_to_tokens(token) for token in ids]
+                return tuple(token for token in tokens if token)
+    return (tokenizer.eos_token,) if tokenizer.eos_token else ()
 
 
 def _folders(tokenizer: PreTrainedTokenizerBase) -> list[Path]:

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_tool.data.ends import generation_stops
 from qlora_tool.files.hashes import sha256
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def fingerprint(
         "data": data.model_dump(mode="json", exclude=set(NOT_IN_TOKENS)),
         "template": template,
         "tokenizer": _saved(tokenizer),
+        "stops": generation_stops(tokenizer),  # answers end there where the template writes no end
         "libraries": {name: version(name) for name in LIBRARIES},
         "code": _code(),
     }

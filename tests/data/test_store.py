@@ -177,6 +177,16 @@ class TestWhatItDependsOn:
         made = build_dataset(rows, DataConfig(), other)
         assert made.highest_token == len(other) - 1
 
+    def test_what_generation_stops_at(self, kept, rows, tmp_path):
+        """It ends the answers of a template that does not."""
+        tokenizer = byte_level(CHATML.replace("+ '<|im_end|>\\n' }}{% endfor %}", "}}{% endfor %}"))
+        tokenizer.name_or_path = str(tmp_path)
+        first = build_dataset(rows, DataConfig(), tokenizer)
+        (tmp_path / "generation_config.json").write_text('{"eos_token_id": 1}')
+        second = build_dataset(rows, DataConfig(), tokenizer)
+        ends = [made.examples[0].input_ids[-1] for made in (first, second)]
+        assert tokenizer.convert_ids_to_tokens(ends) == ["<|im_end|>", "<|endoftext|>"]
+
     def test_the_day_where_the_template_writes_it(self, kept, rows, monkeypatch):
         from qlora_tool.data import fingerprint
 
