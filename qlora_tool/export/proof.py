@@ -28,7 +28,7 @@ from qlora_tool.files.tensors import Checkpoint, give_back_freed_memory
 from qlora_tool.inference.open import tokenizer_folder
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.devices import choose_device
-from qlora_tool.model.load import attention_options, build_skeleton
+from qlora_tool.model.load import attention_options, auto_class, build_skeleton
 from qlora_tool.model.open import open_tokenizer
 from qlora_tool.model.parameter_source import ParameterSource
 from qlora_tool.model.slots import Quantization, find_embedding_slots, find_slots
@@ -336,14 +336,13 @@ def _dot(one: Tensor, other: Tensor) -> float:
 def exported_model(folder: Path, device: torch.device, trust_remote_code: bool = False) -> Iterator[CausalLM]:
     """The files as plain transformers loads them, their values brought to fp32: on the card where they fit, else left
     on the disk, from where each module's weights are read as it computes."""
-    from transformers import AutoModelForCausalLM
-
+    config = read_model_config(folder, trust_remote_code)
     with tempfile.TemporaryDirectory() as offloaded:  # for what transformers fuses on load alone
         with _quiet():
-            module = AutoModelForCausalLM.from_pretrained(
+            module = auto_class(config).from_pretrained(
                 folder, dtype=torch.float32, device_map={"": _place(folder, device)}, offload_folder=offloaded,
                 trust_remote_code=trust_remote_code,
-                **attention_options(read_model_config(folder, trust_remote_code)),
+                **attention_options(config),
             ).eval()  # fmt: skip
         if _stored_as(folder) in KINDS:
             _multiply_in_fp32(module)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,20 @@ def attention_options(config) -> dict[str, str]:
     return {"attn_implementation": "eager"} if capped else {}
 
 
+def auto_class(config) -> Any:
+    """transformers' class that makes the model of a configuration: of a multimodal one that it has no causal language
+    model for (Qwen's VL, Llava), the model for images and text."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    with_images = config.get_text_config() is not config and not config.get_text_config().is_encoder_decoder
+    known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    return AutoModelForImageTextToText if with_images and config.model_type in known else AutoModelForCausalLM
+
+
 class _NeverDropped:
     """Stands in for a `layerdrop` of 0: families draw a number for each layer and compare it with that (OPT, BioGPT,
     XGLM; some versions of transformers at 0 too). The answer is known without the number, which a prediction has not.
@@ -72,7 +86,6 @@ def build_skeleton(config, trust_remote_code: bool = False, dtype: torch.dtype |
         UserError: no causal language model, or weights that are quantized in a form that cannot be read.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     stored = StoredAs.of_config(config)
@@ -84,7 +97,7 @@ def build_skeleton(config, trust_remote_code: bool = False, dtype: torch.dtype |
         # prediction's modes that moment would count as memory of the run; a process that trains does not see it either,
         # as the memory is never touched. And buffers stay real, so that what they are computed from can be read off.
         with _disable_current_modes(), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config).from_config(
                 config, trust_remote_code=trust_remote_code, dtype=dtype or config.dtype, **attention_options(config)
             )
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:

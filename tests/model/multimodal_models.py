@@ -30,6 +30,10 @@ _QWEN_TEXT = {
 }  # fmt: skip
 _IMAGE_TOKENS = {"image_token_id": 120, "video_token_id": 121, "vision_start_token_id": 122, "vision_end_token_id": 123}
 
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+_PIXTRAL = _SIGLIP | {"model_type": "pixtral", "head_dim": 16}
+_CLIP = _SIGLIP | {"model_type": "clip_vision_model", "projection_dim": 32}
+
 # By model type: the values of its configuration, and the name that its tower for images has in the model.
 MULTIMODAL: dict[str, tuple[dict[str, Any], str]] = {
     "gemma3": ({"text_config": _TEXT | {"query_pre_attn_scalar": 16, "sliding_window": 4}, "vision_config": _SIGLIP,
@@ -40,16 +44,32 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], str]] = {
                 "vision_config": _GEMMA4_VISION, "audio_config": None, "image_token_id": 120, "video_token_id": 121,
                 "audio_token_id": 122}, "model.vision_tower"),
     "qwen3_5": ({"text_config": _TEXT | _QWEN_TEXT, "vision_config": _QWEN_VISION} | _IMAGE_TOKENS, "model.visual"),
+    "qwen3_vl": ({"text_config": _TEXT | _MROPE, "vision_config": _QWEN_VISION | {"deepstack_visual_indexes": [0]}}
+                 | _IMAGE_TOKENS, "model.visual"),
+}  # fmt: skip
+
+# More that take the same ways, for tests of that alone.
+MORE: dict[str, tuple[dict[str, Any], str]] = {
+    "qwen2_5_vl": ({"text_config": _TEXT | _MROPE, "vision_config": _QWEN_VISION | {"fullatt_block_indexes": [1]}}
+                   | _IMAGE_TOKENS, "model.visual"),
+    "mistral3": ({"text_config": _TEXT | {"model_type": "mistral"}, "vision_config": _PIXTRAL,
+                  "image_token_index": 120}, "model.vision_tower"),
+    "llava": ({"text_config": _TEXT | {"model_type": "llama"}, "vision_config": _CLIP, "image_token_index": 120,
+               "vision_feature_layer": -1}, "model.vision_tower"),
+    "idefics3": ({"text_config": _TEXT | {"model_type": "llama"},
+                  "vision_config": _SIGLIP | {"model_type": "idefics3_vision"}, "image_token_id": 120,
+                  "scale_factor": 2}, "model.vision_model"),
+    "smolvlm": ({"text_config": _TEXT | {"model_type": "llama"},
+                 "vision_config": _SIGLIP | {"model_type": "smolvlm_vision"}, "image_token_id": 120,
+                 "scale_factor": 2}, "model.vision_model"),
 }  # fmt: skip
 
 
 def write_multimodal(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
     """Write a tiny multimodal model, its tower for images included, and the settings of its processor."""
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
-    values, _ = MULTIMODAL[family]
-    from transformers import AutoConfig
-
+    values, _ = (MULTIMODAL | MORE)[family]
     config = AutoConfig.for_model(family, **values)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)

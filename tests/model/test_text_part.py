@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from multimodal_models import MULTIMODAL, write_multimodal
+from multimodal_models import MORE, MULTIMODAL, write_multimodal
 from safetensors.torch import load_file
 from tiny_models import logits, read_tiny, relative_error, tiny_config, tokens
 
@@ -18,7 +18,7 @@ from qlora_tool.model.text_part import outside_text, text_modules
 from qlora_tool.weights.handles import WeightHandle
 
 # Those whose towers are part of the model that transformers makes for text; the others' stay in the files.
-WITH_TOWER = ["gemma3", "gemma4"]
+WITH_TOWER = ["gemma3", "gemma4", "qwen3_vl"]
 
 
 @pytest.fixture(scope="module", params=MULTIMODAL)
@@ -60,10 +60,10 @@ def test_a_tower_takes_an_adapter_where_it_is_named(family, tmp_path):
     model = read_tiny(folder, "nf4")
     assert outside_text(model)[-1].startswith("model.")
     assert tower in outside_text(model)
-    both = [name for name in targets(model, target_modules=["q_proj", "vision_tower.*"][:1])]
-    assert both
-    assert not [name for name in both if name.startswith(tower)]  # its own q_proj is not meant by the last name
-    inside = targets(model, target_modules=rf".*{tower.rpartition('.')[2]}.*q_proj.*")
+    by_last_name = targets(model, target_modules=["q_proj"])
+    assert by_last_name
+    assert not [name for name in by_last_name if name.startswith(tower)]  # whose own q_proj is not meant
+    inside = targets(model, target_modules=rf".*{tower.rpartition('.')[2]}.*(q_proj|qkv).*")
     assert inside
     assert all(name.startswith(tower) for name in inside)
 
@@ -79,10 +79,14 @@ def test_a_tower_is_not_quantized(family, tmp_path):
     assert {handle.kind for name, handle in kinds.items() if ".layers." in name and name not in inside} == {"nf4"}
 
 
-def test_its_text_gives_the_logits_that_transformers_gives(family, folder):
-    from transformers import AutoModelForCausalLM
+@pytest.mark.parametrize("family", MULTIMODAL | MORE)
+def test_its_text_gives_the_logits_that_transformers_gives(family, tmp_path):
+    from transformers import AutoModelForImageTextToText
 
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    folder, tower = write_multimodal(family, tmp_path), (MULTIMODAL | MORE)[family][1]
+    outside = outside_text(build_skeleton(read_model_config(folder)))
+    assert outside == [] if family == "qwen3_5" else tower in outside
+    theirs = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     ids = tokens() % 119  # none that stand for an image
     assert relative_error(logits(read_tiny(folder), ids), logits(theirs, ids)) < 1e-5
 
