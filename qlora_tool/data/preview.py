@@ -109,15 +109,16 @@ class PreviewCounts:
         """The counts to read: what is counted, and the count."""
         report = self.report
         template = f"; chat template: {report.template_name()}" if report.template else ""
+        split = f", {report.split_off:,} examples of them split off for evaluation" if report.split_off else ""
         lines = [
             ("format", f"{report.format}{template}; trained: {report.trained_part()}"),
-            ("rows", f"{report.rows:,} read, {report.kept:,} kept"),
+            ("rows", f"{report.rows:,} read, {report.kept:,} kept{split}"),
             *(("", warning) for warning in report.warnings()),
         ]
         if self.answers:
             lines.append(("answers a row", self._answers_in_words()))
         share = report.trained_tokens / report.tokens
-        made = f" in {report.examples:,} examples" if report.examples != report.kept else ""
+        made = f" in {report.examples:,} examples" if report.examples + report.split_off != report.kept else ""
         return [
             *lines,
             ("tokens", f"{report.tokens:,}{made}, {report.trained_tokens:,} of them trained ({share:.1%})"),
