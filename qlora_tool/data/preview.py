@@ -111,8 +111,9 @@ class PreviewCounts:
         template = f"; chat template: {report.template_name()}" if report.template else ""
         split = f", {report.split_off:,} examples of them split off for evaluation" if report.split_off else ""
         lines = [
-            ("format", f"{report.format}{template}; trained: {report.trained_part()}"),
+            ("format", f"{report.read_as()}{template}; trained: {report.trained_part()}"),
             ("rows", f"{report.rows:,} read, {report.kept:,} kept{split}"),
+            *(("", share.strip()) for share in report.shares()),
             *(("", warning) for warning in report.warnings()),
         ]
         if self.answers:

@@ -20,7 +20,7 @@ from qlora_tool.data.readers.rows import Row
 from qlora_tool.data.readers.spreadsheet import read_spreadsheet
 from qlora_tool.data.readers.streams import COMPRESSIONS
 from qlora_tool.errors import MachineError, UserError, did_you_mean
-from qlora_tool.files.hashes import kept_hashes, sha256
+from qlora_tool.files.hashes import kept_hash, kept_hashes, sha256
 
 __all__ = ["READERS", "Part", "Row", "Rows", "hashes", "read_rows", "skipped_files", "source_files", "source_parts"]
 
@@ -91,6 +91,10 @@ class Part:
         """SHA-256 by file, of its bytes; for a hub id, of its rows as JSON lines."""
         raise NotImplementedError
 
+    def kept_hashes(self) -> dict[str, str] | None:
+        """The same where it is known without much reading, else None."""
+        return None
+
 
 class FilePart(Part):
     """A file, or a sheet of one."""
@@ -120,6 +124,12 @@ class FilePart(Part):
     def hashes(self) -> dict[str, str]:
         keep = self.file.stat().st_size >= HASH_KEPT_FROM
         return {str(self.file): kept_hashes([self.file])[self.file] if keep else sha256(self.file)}
+
+    def kept_hashes(self) -> dict[str, str] | None:
+        if self.file.stat().st_size < HASH_KEPT_FROM:
+            return self.hashes()
+        found = kept_hash(self.file)
+        return None if found is None else {str(self.file): found}
 
 
 class HubPart(Part):

@@ -84,8 +84,8 @@ def build_dataset(
             `template.install_chat_template`), so that saving it keeps that too.
         key: what errors call the source. Text in `data.train` contradicts a `train_on: completion` that somebody set;
             an option's source (`--data`) need not have the columns of `data.columns`, which are its run's.
-        first: read no more rows of a source than this; `DataReport.more_rows` says whether there are more. Nothing is
-            kept then, and files are not hashed.
+        first: read no more rows of a source than this, unless all of them are kept already; `DataReport.more_rows` says
+            whether there are more. Nothing is kept then, and files are not hashed.
         seed: draws the rows of a mixture's sources of which not all are taken.
 
     Raises:
@@ -141,13 +141,15 @@ class _Source:
 
     def dataset(self) -> Dataset:
         size = sum(part.nbytes for part in self.parts)
-        if self.first is not None or size < KEPT_FROM:
+        files = None if size < KEPT_FROM else self._hashes() if self.first is None else self._kept_hashes()
+        if files is None:
             return self._in_memory()
         path = self.data.chat_template
         template = None if path is None else read_chat_template(Path(path))
-        files = self._hashes()
         folder = store_folder(fingerprint(files, self.data, self.tokenizer, template))
         stored = open_store(folder)
+        if stored is None and self.first is not None:
+            return self._in_memory()
         if stored is None:
             stored = write_store(folder, self._blocks(size), self.report)
         elif stored.report.template is not None:
@@ -157,6 +159,15 @@ class _Source:
 
     def _hashes(self) -> dict[str, str]:
         return {name: digest for part in self.parts for name, digest in part.hashes().items()}
+
+    def _kept_hashes(self) -> dict[str, str] | None:
+        """Those that are known without reading large files; None where one is not."""
+        files: dict[str, str] = {}
+        for part in self.parts:
+            if (found := part.kept_hashes()) is None:
+                return None
+            files |= found
+        return files
 
     def _in_memory(self) -> Dataset:
         rows = []

@@ -18,21 +18,36 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 def kept_hashes(paths: Iterable[Path]) -> dict[Path, str]:
     """The SHA-256 of each file, kept in the cache by its path, size and time of change."""
-    kept_file = cache_folder() / "hashes.json"
-    try:
-        kept = dict(json.loads(kept_file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        kept = {}  # nothing cached yet, or unreadable
-    hashes, changed = {}, False
+    kept, hashes, changed = _kept(), {}, False
     for path in paths:
-        stat = path.resolve().stat()
-        key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        key = _key(path)
         if key not in kept:
             kept[key], changed = sha256(path), True
         hashes[path] = kept[key]
     if changed:
-        write_cached(kept_file, kept)
+        write_cached(_kept_file(), kept)
     return hashes
+
+
+def kept_hash(path: Path) -> str | None:
+    """The SHA-256 of a file where the cache has it, else None: the file is not read."""
+    return _kept().get(_key(path))
+
+
+def _kept_file() -> Path:
+    return cache_folder() / "hashes.json"
+
+
+def _kept() -> dict[str, str]:
+    try:
+        return dict(json.loads(_kept_file().read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}  # nothing cached yet, or unreadable
+
+
+def _key(path: Path) -> str:
+    stat = path.resolve().stat()
+    return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def sha256(path: Path) -> str:

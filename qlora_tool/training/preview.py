@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_tool.build import packs
 from qlora_tool.config import Config, with_values
 from qlora_tool.data.preview import PreviewCounts, PreviewRow, preview_rows
 from qlora_tool.model.source import read_model_config
 from qlora_tool.model.source import resolve as resolve_model
+from qlora_tool.training.known_packing import packs_as_known
 from qlora_tool.training.loop import epoch_batches
-from qlora_tool.training.prepare import read_run_data
+from qlora_tool.training.run_data import read_run_data
 
 if TYPE_CHECKING:
     from qlora_tool.config import ModelConfig
@@ -63,7 +63,7 @@ def preview(config: Config, rows: int = 5, *, every_row: bool = False) -> Previe
     """
     folder, model_config = _model(config.model)
     if model_config is not None:
-        config = with_values(config, {"data.packing": packs(config, model_config)})
+        config = with_values(config, {"data.packing": packs_as_known(config, model_config)})
     data = read_run_data(config, folder, model_config, first=None if every_row else FIRST_ROWS)
     planned = [row for batch in epoch_batches(config, data.train.lengths, 0) for row in batch]
     return PreviewResult(

@@ -12,6 +12,7 @@ from tokenizers_for_tests import CHATML, byte_level
 
 from qlora_tool import PreviewResult, UserError, preview
 from qlora_tool.config import Config, with_values
+from qlora_tool.data import sources, tokenize
 from qlora_tool.data.batches import Batch
 from qlora_tool.training import loop
 
@@ -113,6 +114,20 @@ def test_the_first_2000_rows_or_all(place: Path, tmp_path: Path):
     assert (some.evaluations["many"].report.rows, some.rows) == (2000, ())
     with pytest.raises(UserError, match="--rows: expected at least 0, found -1"):
         preview(config, rows=-1)
+
+
+def test_data_that_are_kept_are_counted_whole(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tokenize, "KEPT_FROM", 1)
+    monkeypatch.setattr(sources, "HASH_KEPT_FROM", 1)
+    file = tmp_path / "many.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n' * 2000 + '{"prompt": "a", "completion": "bcd"}\n' * 3)
+    config = config_of(place, {"data.train": str(file), "data.packing": True})
+    assert preview(config).counts.over == "the first 2,000 rows"
+    every = preview(config, all=True)
+    assert preview(config) == every and every.counts.over == "all 2,003 rows"
+    file.write_text('{"prompt": "a", "completion": "b"}\n' * 2001)
+    assert preview(config).counts.over == "the first 2,000 rows"
 
 
 def test_no_weights_are_needed_and_no_configuration(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):

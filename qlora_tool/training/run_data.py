@@ -1,0 +1,68 @@
+"""The tokenized data of a run, checked against the model's configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_tool.config import Config
+from qlora_tool.data.tokenize import Dataset, build_dataset, build_evaluation_sets
+from qlora_tool.errors import UserError
+from qlora_tool.model.open import check_length, open_tokenizer
+from qlora_tool.model.tokenizer_check import check_on_data
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class RunData:
+    """The tokenized data of a run."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+    evaluations: dict[str, Dataset]
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills short rows up. It is masked out and never has a label, so any token does."""
+        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if candidate is not None:
+                return candidate
+        return 0
+
+
+def read_run_data(config: Config, folder: Path, model_config: Any, *, first: int | None = None) -> RunData:
+    """The tokenized data of a run.
+
+    Args:
+        folder: the model's, which has the tokenizer.
+        model_config: the model's transformers configuration; None where there is none to check the data against.
+        first: read no more rows of a source than this.
+
+    Raises:
+        UserError: the data or the tokenizer is at fault, or they do not fit the model.
+        MachineError: the hub cannot be reached.
+    """
+    if model_config is not None:
+        check_length(model_config, config.data.max_length)
+    tokenizer = open_tokenizer(folder, config.model.trust_remote_code)
+    seed = config.training.seed
+    train = build_dataset(config.data.train, config.data, tokenizer, first=first, seed=seed)
+    check_on_data(tokenizer, folder, config.data.train)
+    train, evaluations = build_evaluation_sets(config.data, tokenizer, train, first=first, seed=seed)
+    data = RunData(tokenizer, train, evaluations)
+    if model_config is not None:
+        _refuse_foreign_tokens(data, folder, model_config.get_text_config().vocab_size)
+    return data
+
+
+def _refuse_foreign_tokens(data: RunData, folder: Path, vocabulary: int) -> None:
+    datasets = (data.train, *data.evaluations.values())
+    highest = max(dataset.highest_token for dataset in datasets)
+    if highest >= vocabulary:
+        raise UserError(
+            f"{folder}: its tokenizer gives token {highest}, but the model's vocabulary has {vocabulary} tokens; "
+            "use the tokenizer files that came with the model"
+        )
