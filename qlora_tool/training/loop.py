@@ -29,10 +29,11 @@ from qlora_tool.training.checkpoints import Progress, load_checkpoint, save_chec
 from qlora_tool.training.interrupt import Interrupted, StopRequest
 from qlora_tool.training.optimizers import LOSS_SCALE_FLOOR, Optimizer, make_optimizer, parameter_groups
 from qlora_tool.training.preconditions import refuse_at_once, refuse_dtype
-from qlora_tool.training.prepare import RunData, describe, prepare_data, provenance
+from qlora_tool.training.prepare import describe, prepare_data, provenance
 from qlora_tool.training.progress import LiveLine, Metrics, Speed, peak_memory_bytes
 from qlora_tool.training.read_late import LateNumbers, StepNumbers
 from qlora_tool.training.resume import checkpoint_at, checkpoint_to_resume, refuse_another_run
+from qlora_tool.training.run_data import RunData
 from qlora_tool.training.schedule import learning_rate, warmup_length
 from qlora_tool.training.step import During, StepSettings, no_phases, train_step
 

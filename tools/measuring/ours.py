@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qlora_tool.data.batches import Batch
     from qlora_tool.data.tokenize import Dataset, Example
     from qlora_tool.memory.breakdown import Breakdown
-    from qlora_tool.training.prepare import RunData
+    from qlora_tool.training.run_data import RunData
 
 # ------------------------------------------------------------------------------------------------- model, data, batches
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qlora_tool.data.batches import Batch
-    from qlora_tool.training.prepare import RunData
+    from qlora_tool.training.run_data import RunData
 
 LIMIT = 1.02  # our mean evaluation loss over PEFT's
 WEIGHT_DECAY = 0.01

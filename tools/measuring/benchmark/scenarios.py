@@ -22,7 +22,7 @@ from qlora_tool.errors import UserError
 
 if TYPE_CHECKING:
     from qlora_tool.data.batches import Batch
-    from qlora_tool.training.prepare import RunData
+    from qlora_tool.training.run_data import RunData
 
 WEIGHT_DECAY = 0.01
 CHECKPOINTING = "training.gradient_checkpointing"
