@@ -13,6 +13,7 @@ import pytest
 from tokenizers_for_tests import byte_level
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from qlora_tool import preview
 from qlora_tool.config import DataConfig
 from qlora_tool.data.batches import collate, plan_epoch
 from qlora_tool.data.tokenize import Example, build_dataset
@@ -266,3 +267,31 @@ def test_packed_into_a_row_each_keeps_its_answers(tmp_path, tokenizers, name):
     if name == "llava_next":
         trained, expected = [part.rstrip() for part in trained], [part.rstrip() for part in expected]
     assert trained == expected
+
+
+@pytest.fixture(scope="module")
+def base(tokenizers, tmp_path_factory):
+    """A model folder without weights: `preview` takes no more of it than this."""
+    from transformers import LlamaConfig
+
+    tokenizer = tokenizers("qwen2_5")
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer.save_pretrained(folder)
+    LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=8192).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_preview_shows_the_rows_that_are_trained(tmp_path, tokenizers, base, name):
+    tokenizer = tokenizers(name)
+    made = dataset(tmp_path, tokenizer, "two turns").examples
+    data = {"train": str(tmp_path / "rows.jsonl"), "chat_template": str(FOLDER / f"{name}.jinja"),
+            "packing": False, "shuffle": False, "max_length": 8192}  # fmt: skip
+    if name == "glm4moe":
+        stops = Path(tokenizer.name_or_path) / "generation_config.json"
+        (base / "generation_config.json").write_text(stops.read_text())
+    preview({"model": {"name_or_path": str(base)}, "data": data}, json=tmp_path / "preview.json")
+    (base / "generation_config.json").unlink(missing_ok=True)
+    rows = json.loads((tmp_path / "preview.json").read_text())["rows"]
+    assert [(row["input_ids"], row["labels"]) for row in rows] == [(list(e.input_ids), list(e.labels)) for e in made]
+    assert [row["text"] for row in rows] == [tokenizer.decode(example.input_ids) for example in made]
