@@ -33,12 +33,14 @@ from qlora_tool.methods.keys import MethodKeys, Share
 # The documented keys, in their order, with their defaults.
 DOCUMENTED = """
 model: {name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct, revision: null, quantization: nf4, double_quant: true,
-  embeddings: as_stored, compute_dtype: auto, device: auto, trust_remote_code: false, keep_quantized: false}
+  embeddings: as_stored, compute_dtype: auto, device: auto, trust_remote_code: false, keep_quantized: false,
+  skip_modules: []}
 adapter: {method: lora, r: 16, lora_alpha: 32, lora_dropout: 0.0, target_modules: all-linear, exclude_modules: [],
   modules_to_save: [], bias: none, rank_pattern: {}, alpha_pattern: {}, init_from: null,
   use_rslora: false, init_lora_weights: default,
   loraplus_lr_ratio: null}
-data: {train: data/train.jsonl, eval: null, format: auto, train_on: completion, max_length: 2048, packing: true,
+data: {train: data/train.jsonl, eval: null, format: auto, columns: {}, on_error: stop, train_on: completion,
+  max_length: 2048, packing: true,
   padding_free: true, shuffle: true, chat_template: null, chat_template_kwargs: {},
   multi_turn: auto}
 training: {output_dir: runs/my-model, num_train_epochs: 1, max_steps: -1, per_device_train_batch_size: 4,
@@ -160,7 +162,7 @@ def test_a_key_that_does_not_exist_names_the_closest(write, key, hint):
         ("data.max_length", ["0", "-1", "12.5"], "a whole number of at least 1"),
         ("data.eval", ["1.5", "0", "-0.1", "{}", "{a: 1}", "true"], "a fraction above 0 and below 1"),
         ("data.packing", ["1", "'yes'"], "true or false"),
-        ("data.train", ["null", "5", "''"], "a file, a folder or a hub id"),
+        ("data.train", ["null", "5", "''"], "a file, a folder, a hub id or a list"),
         ("model.revision", ["2024", "2024-01-01"], "put it in quotes"),
         ("training.learning_rate", ["0", "-1e-4", ".inf", "2e"], "a number above 0"),
         ("training.max_steps", ["0", "-2"], "a whole number of at least 1 or -1"),
