@@ -243,7 +243,8 @@ class Batch:
         input_ids: padded at the right.
         labels: the id where a token is trained, else -100; not shifted. An example's first token never has one.
         attention_mask: 0 where a row is padded, or None where no row is, and always with packing.
-        position_ids: with packing and without padding, beginning anew at every example and at the padding; else None.
+        position_ids: with packing and without padding, beginning anew at every example and at the padding, in which
+            they stay below the longest example's length; else None.
         predicting: (trained_tokens,), the places in the flattened batch whose logits predict a trained token: each is
             one before its label's.
         targets: (trained_tokens,), the tokens predicted there.
@@ -312,6 +313,7 @@ def collate(rows: list[list[Example]], *, pad_token_id: int, packing: bool, padd
     if padding_free and not packing:
         rows = [[example for row in rows for example in row]]
     sequence = max(sum(len(example.input_ids) for example in row) for row in rows)
+    longest = max(len(example.input_ids) for row in rows for example in row)
     input_ids, labels, segments, mask, padded_segments = [], [], [], [], []
     for row in rows:
         ids = [token for example in row for token in example.input_ids]
@@ -319,11 +321,11 @@ def collate(rows: list[list[Example]], *, pad_token_id: int, packing: bool, padd
         input_ids.append(ids + [pad_token_id] * padding)
         mask.append([1] * len(ids) + [0] * padding)
         labels.append([label for example in row for label in counted_labels(example)] + [IGNORED] * padding)
-        # Padding is a segment of its own: as the last example's next positions it would be attended with it.
+        # Padding is in segments of its own: as the last example's next positions it would be attended with it.
         segments += [len(example.input_ids) for example in row]
-        if padding:
+        for length in _cut(padding, longest):
             padded_segments.append(len(segments))
-            segments.append(padding)
+            segments.append(length)
     # A row's first label is never counted, so that none is predicted from another row.
     flat = [label for row in labels for label in row]
     trained = [place for place, label in enumerate(flat) if label != IGNORED]
@@ -342,6 +344,13 @@ def collate(rows: list[list[Example]], *, pad_token_id: int, packing: bool, padd
         where=[example.where for row in rows for example in row],
         segments=Segments.of(segments, padded_segments) if apart else None,
     )
+
+
+def _cut(padding: int, longest: int) -> list[int]:
+    """The lengths of a row's segments of padding. None is longer than the longest example: there are models that take
+    other rotary embeddings for a batch with greater positions (longrope, dynamic NTK)."""
+    whole, rest = divmod(padding, longest)
+    return [longest] * whole + [rest] * bool(rest)
 
 
 def counted_labels(example: Example) -> list[int]:

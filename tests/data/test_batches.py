@@ -162,6 +162,14 @@ class TestCollate:
         assert batch.attention_mask is None
         assert (batch.tokens, batch.trained_tokens) == (7, 4)
 
+    def test_no_position_of_padding_is_beyond_the_longest_example(self):
+        rows = [[example([5, 6, 7]), example([8, 9]), example([5, 6, 7])], [example([4])]]
+        batch = collate(rows, pad_token_id=PAD, packing=True)
+        assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], [0, 0, 1, 2, 0, 1, 2, 0]]
+        assert batch.segments.lengths == (3, 2, 3, 1, 3, 3, 1) and batch.segments.padding == {4, 5, 6}
+        places, count = batch.example_of(torch.tensor([0, 3, 7, 8]))
+        assert (places.tolist(), count) == ([0, 1, 2, 3], 4)
+
     def test_rows_without_padding(self):
         rows = [[example([5, 6, 7], 2, "a")], [example([8, PAD], 0, "b")]]
         batch = collate(rows, pad_token_id=0, packing=False, padding_free=True)
