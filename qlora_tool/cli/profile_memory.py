@@ -67,7 +67,9 @@ def _show(profiled: MemoryProfile, with_plan: bool, console: Console) -> None:
         console.print(f"estimated, not measured: {', '.join(profiled.estimated)}")
     if profiled.fits is False and not with_plan:
         console.print("it does not fit; run again with --plan to see what would")
-    if profiled.allocator_peak is not None:
+    if profiled.allocator_peak is not None and profiled.report.predicted is None:
+        console.print(f"the allocator itself, without a tracer: {profiled.allocator_peak / 1e6:.1f} MB at the peak")
+    elif profiled.allocator_peak is not None:
         error = profiled.predicted.peak_bytes / profiled.allocator_peak - 1
         console.print(f"the allocator itself, without a tracer: {profiled.allocator_peak / 1e6:.1f} MB at the peak; "
                       f"predicted {error:+.2%}")  # fmt: skip

@@ -124,12 +124,14 @@ class MemoryReport:
         config: the whole configuration, every default resolved.
         predicted: from a traced step, without weights; None where none was made.
         measured: from what happened on the device; None where nothing was run.
+        estimated: `predicted` comes from smaller steps that were measured, as this one could not be traced.
     """
 
     device: str
     config: dict[str, Any]
     predicted: Breakdown | None = None
     measured: Breakdown | None = None
+    estimated: bool = False
 
     @property
     def breakdowns(self) -> dict[str, Breakdown]:
@@ -145,6 +147,7 @@ class MemoryReport:
             "device": self.device,
             "config": self.config,
             **{name: breakdown and breakdown.to_json() for name, breakdown in both.items()},
+            **({"estimated": True} if self.estimated else {}),
         }
 
     @classmethod
@@ -165,7 +168,8 @@ class MemoryReport:
                     breakdowns[name] = Breakdown.from_json(part)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
-        return cls(value["device"], dict(_mapping("config", value["config"])), **breakdowns)
+        config, estimated = dict(_mapping("config", value["config"])), bool(value.get("estimated", False))
+        return cls(value["device"], config, **breakdowns, estimated=estimated)
 
 
 def _mapping(name: str, value: Any) -> Mapping[str, Any]:

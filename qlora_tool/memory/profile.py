@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from qlora_tool.memory.breakdown import PARTS, Breakdown, MemoryReport
 from qlora_tool.memory.show.legend import full_size, limit
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.measure import measure_categories, measure_peak
-from qlora_tool.memory.trace.predict import BatchShape, predict
+from qlora_tool.memory.trace.predict import BatchShape, Untraceable, predict
+from qlora_tool.memory.trace.small_steps import NotMeasured, estimate
 from qlora_tool.memory.trace.timeline import Timeline
 from qlora_tool.model.load import build_skeleton
 from qlora_tool.model.open import check_length, choose_dtype
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from qlora_tool.memory.trace.tracer import Trace
     from qlora_tool.model.checkpointing import Recomputation
 
+logger = logging.getLogger(__name__)
+
 # The sizes of a model, with names that configurations had for them before transformers named them in `attribute_map`.
 _SIZES = {
     "hidden_size": ("n_embed", "n_embd", "d_model"),
@@ -43,6 +47,7 @@ _SIZES = {
     "num_attention_heads": ("n_head", "n_heads", "num_heads", "attention_heads"),
     "vocab_size": (),
 }
+FROM_SMALL_STEPS = "the whole prediction, by smaller steps"
 _BASE = ("base_weights", "quantization_state", "other_weights")
 
 
@@ -70,7 +75,7 @@ class Profile:
 
     Attributes:
         report: the numbers of `memory.json`, as `MemoryReport` has them.
-        timelines: by `predicted` and `measured`.
+        timelines: by `predicted` and `measured`, those that there are.
         unquantized: bytes of each weight that is left unquantized, by parameter name.
         target: the card that it is predicted for; None: a CPU.
         estimated: what of the prediction is neither read from a source nor measured, in words.
@@ -158,8 +163,13 @@ def profile(
 
     run = config, model_config, shape, dtype, recomputation
     target = target_on(device, card)
-    predicted = Prediction.of(predict(*run, device_of(target)), target)
-    lines, measured, allocator_peak = {"predicted": predicted.timeline}, None, None
+    lines, measured, allocator_peak = {}, None, None
+    try:
+        prediction = Prediction.of(predict(*run, device_of(target)), target)
+        predicted, estimated = prediction.breakdown, prediction.estimated
+        lines["predicted"] = prediction.timeline
+    except Untraceable as error:
+        predicted, estimated = _from_small_steps(error, *run[:4], measure=measure), (FROM_SMALL_STEPS,)
     if measure and device == "cuda":
         from qlora_tool.memory.trace.measure_cuda import measure_on_cuda
 
@@ -169,9 +179,27 @@ def profile(
         lines["measured"] = timeline(measure_categories(*run))
         measured = lines["measured"].breakdown()
         allocator_peak = measure_peak(*run)
-    report = MemoryReport(device, config.model_dump(mode="json"), predicted.breakdown, measured)
+    report = MemoryReport(device, config.model_dump(mode="json"), predicted, measured,
+                          FROM_SMALL_STEPS in estimated)  # fmt: skip
     unquantized = unquantized_bytes(config, model_config, dtype)
-    return Profile(report, lines, unquantized, target, predicted.estimated, allocator_peak)
+    return Profile(report, lines, unquantized, target, estimated, allocator_peak)
+
+
+def _from_small_steps(
+    error: Untraceable, config: Config, model_config: PreTrainedConfig, shape: BatchShape, dtype: torch.dtype, *,
+    measure: bool,
+) -> Breakdown | None:  # fmt: skip
+    """What there is in the place of a prediction, with a warning; None where there is nothing but a measurement."""
+    try:
+        found = estimate(config, model_config, shape, dtype)
+    except NotMeasured as failure:
+        if not measure:
+            raise error from failure
+        logger.warning("%s, and small steps cannot be measured either: %s", error.why, failure)
+        return None
+    advice = "" if measure else "; --measure measures this one, on random weights"
+    logger.warning("%s; what is predicted is an estimate from small steps that were measured%s", error.why, advice)
+    return found
 
 
 def refuse_small_budget(profiled: Profile, budget: int, budget_name: str = "") -> None:
@@ -180,7 +208,9 @@ def refuse_small_budget(profiled: Profile, budget: int, budget_name: str = "") -
     Raises:
         UserError: naming both sizes.
     """
-    predicted = profiled.timelines["predicted"]
+    predicted = profiled.timelines.get("predicted")
+    if predicted is None:  # no more than an estimate: nothing to refuse by
+        return
     loaded = predicted.phase_spans()[0].stop - 1
     held = dict(zip(PARTS, predicted.part_bytes[loaded].tolist(), strict=True))
     weights = sum(held[part] for part in _BASE)

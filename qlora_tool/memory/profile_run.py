@@ -44,8 +44,9 @@ class MemoryProfile(Profile):
 
     @property
     def fits(self) -> bool | None:
-        """Whether the run fits into the budget; None without one."""
-        return None if self.budget is None else self.predicted.needed_bytes <= self.budget.bytes
+        """Whether the run fits into the budget; None without one, or without a prediction."""
+        known = self.budget is not None and self.report.predicted is not None
+        return self.predicted.needed_bytes <= self.budget.bytes if known else None
 
     @property
     def budget_bytes(self) -> int | None:
@@ -131,10 +132,15 @@ def draw(file: Path, profiled: MemoryProfile) -> None:
 
     Args:
         file: its name ends in .png or .html.
+
+    Raises:
+        UserError: neither a prediction nor a measurement can be drawn.
     """
     from qlora_tool.memory.show.html import write_html
     from qlora_tool.memory.show.plot import write_png
 
+    if not profiled.timelines:
+        raise UserError(f"--plot {file}: nothing to draw, as this model's step cannot be traced; add --measure")
     title, limits = profiled.config.model.name_or_path, (profiled.budget_bytes, profiled.budget_name)
     if file.suffix == ".png":
         write_png(file, profiled.timelines, profiled.report, budget=limits[0], budget_name=limits[1], title=title)

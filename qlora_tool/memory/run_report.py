@@ -19,7 +19,8 @@ from qlora_tool.memory.plan.cached import cached
 from qlora_tool.memory.plan.search import change_that_fits
 from qlora_tool.memory.profile import Prediction
 from qlora_tool.memory.trace.classify import timeline
-from qlora_tool.memory.trace.predict import BatchShape, TracerWatch, predict
+from qlora_tool.memory.trace.predict import BatchShape, TracerWatch, Untraceable, predict
+from qlora_tool.memory.trace.small_steps import NotMeasured, estimate
 from qlora_tool.memory.trace.tracer import Tracer
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class RunMemory:
 
     def __init__(self) -> None:
         self.predicted: Breakdown | None = None
+        self.estimated = False  # whether `predicted` comes from small steps, and not from a trace of this one
 
     def check(self, setup: Setup, batch: Batch) -> Recomputation | None:
         """Predict the run on its largest batch, and hold that against what the device has.
@@ -47,12 +49,16 @@ class RunMemory:
             What is recomputed, where `gradient_checkpointing: auto` leaves that to a budget.
 
         Raises:
-            UserError: on CUDA it will not fit. On a CPU, which may swap, that is a warning. Or `max_memory` is too
-                small for any choice.
+            UserError: on CUDA it will not fit. On a CPU, which may swap, and where the prediction is an estimate, that
+                is a warning. Or `max_memory` is too small for any choice.
         """
         device, shape = setup.device, BatchShape.of(batch)
-        choice = choose_for_run(setup, shape)
-        self.predicted = choice.predicted if choice else predict_run(setup, shape)
+        try:
+            choice = choose_for_run(setup, shape)
+            self.predicted = choice.predicted if choice else predict_run(setup, shape)
+        except Untraceable as error:
+            self._estimate(setup, shape, error)
+            return None
         free = available_bytes(device, self.predicted.context_bytes or 0)
         needed = self.predicted.needed_bytes
         logger.info("memory: %.2f GB predicted at the peak (rows of up to %d tokens); %.2f GB are free on %s",
@@ -69,6 +75,21 @@ class RunMemory:
                 raise UserError(line)
             logger.warning(line)
         return choice and choice.recomputation
+
+    def _estimate(self, setup: Setup, shape: BatchShape, error: Untraceable) -> None:
+        """What there is in the place of a prediction: a warning, and never a refusal."""
+        logger.warning("memory: %s", error.why)
+        try:
+            self.predicted, self.estimated = estimate_run(setup, shape), True
+        except NotMeasured as failure:
+            logger.warning("memory: nothing is predicted, as small steps cannot be measured either: %s; the run goes "
+                           "on, and its second step is measured", failure)  # fmt: skip
+            return
+        needed, free = self.predicted.needed_bytes, available_bytes(setup.device, 0)
+        logger.warning("memory: about %.2f GB at the peak, estimated from small steps that were measured (rows of up "
+                       "to %d tokens); %.2f GB are free on %s%s", needed / 1e9, shape.length, free / 1e9, setup.device,
+                       "; if it does not fit, lower training.per_device_train_batch_size or data.max_length"
+                       if needed > free else "")  # fmt: skip
 
     @contextmanager
     def watch(self, run: Run) -> Iterator[During]:
@@ -94,7 +115,8 @@ class RunMemory:
                 for hook in hooks:
                     hook.remove()
             measured = timeline(tracer.trace).breakdown()
-        report = MemoryReport(run.model.device.type, run.config.model_dump(mode="json"), self.predicted, measured)
+        report = MemoryReport(run.model.device.type, run.config.model_dump(mode="json"), self.predicted, measured,
+                              self.estimated)  # fmt: skip
         write_json(run.folder.path / "memory.json", report.to_json())
 
 
@@ -128,3 +150,13 @@ def predict_run(setup: Setup, shape: BatchShape) -> Breakdown:
     return cached(
         Breakdown, lambda: Prediction.of(predict(*run, target=device_of(target)), target).breakdown, run, target
     )
+
+
+def estimate_run(setup: Setup, shape: BatchShape) -> Breakdown:
+    """The same from small steps, where the run's own cannot be traced; cached.
+
+    Raises:
+        NotMeasured: those cannot be run either.
+    """
+    run = (setup.config, setup.model_config, shape, setup.compute_dtype)
+    return cached(Breakdown, lambda: estimate(*run), run, target_on(setup.device.type), how="small steps")

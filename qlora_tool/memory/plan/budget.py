@@ -26,7 +26,7 @@ from qlora_tool.memory.breakdown import Breakdown
 from qlora_tool.memory.plan.cached import cached
 from qlora_tool.memory.profile import Prediction, compute_dtype_on, model_config_of
 from qlora_tool.memory.trace.classify import timeline
-from qlora_tool.memory.trace.predict import BatchShape, predict
+from qlora_tool.memory.trace.predict import BatchShape, Untraceable, predict
 from qlora_tool.memory.trace.recomputation_cost import Cost, Costs
 from qlora_tool.model.checkpointing import Recomputation
 
@@ -131,6 +131,8 @@ def choose_for_profile(config: Config, device: str, card: Card | None, device_by
         choice = choose(config, model_config, BatchShape.assumed(config, model_config), dtype, budget, target)
     except BudgetTooSmall as error:
         logger.warning("%s", error)
+        return None
+    except Untraceable:  # which `profile` tells
         return None
     logger.info("%s", choice)
     return choice

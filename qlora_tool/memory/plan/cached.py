@@ -41,6 +41,7 @@ def cached(
     run: tuple[Config, Any, BatchShape, torch.dtype],
     target: CudaTarget | None,
     budget_bytes: int | None = None,
+    how: str = "",
 ) -> _T:
     """What `make` gave for the same run before, or gives now.
 
@@ -49,11 +50,13 @@ def cached(
         run: the configuration, the model's, the shape of the batch, and the dtype of products.
         target: the card it is for; None: the CPU that is here.
         budget_bytes: what it must stay within, where it depends on that.
+        how: what sets it apart from another one of this kind for the same run.
     """
     config, model_config, shape, compute_dtype = run
     device = dataclasses.astuple(target) if target else products_choice()
     identity = [__version__, torch.__version__, model_config.to_json_string(), memory_settings(config),
                 dataclasses.astuple(shape), str(compute_dtype), device, budget_bytes]  # fmt: skip
+    identity += [how] if how else []
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
     file = cache_folder() / "predictions" / f"{kind.__name__.lower()}-{digest}.json"
     try:

@@ -194,6 +194,18 @@ def trial_run(
     watch.finished()
 
 
+class Untraceable(UserError):
+    """A model's code cannot run on fake tensors: no reason to refuse a run, only to do without its prediction.
+
+    Args:
+        why: in a line, without what to do.
+    """
+
+    def __init__(self, why: str):
+        super().__init__(f"{why}; measure it with profile-memory --measure instead")
+        self.why = why
+
+
 def predict(
     config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype,
     recomputation: Recomputation | None = None, target: Target = CPU,
@@ -206,7 +218,7 @@ def predict(
         target: the device that it is predicted for; none of it need be here.
 
     Raises:
-        UserError: the model's code cannot run on fake tensors, as where it looks at values; the module is named.
+        Untraceable: the model's code cannot run on fake tensors, as where it looks at values; the module is named.
     """
     try:
         with (
@@ -221,9 +233,8 @@ def predict(
     except Exception as error:  # what an unknown architecture's code raises can be anything
         where = _failing_module(error) or f"the {tracer.current_phase} phase"
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UserError(
-            f"model type {model_config.model_type!r}: its training step cannot be traced: {where}: {reason}; "
-            "measure it with profile-memory --measure instead"
+        raise Untraceable(
+            f"model type {model_config.model_type!r}: its training step cannot be traced: {where}: {reason}"
         ) from error
     return tracer.trace
 
