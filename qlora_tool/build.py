@@ -27,6 +27,7 @@ from qlora_tool.config import Config, ModelConfig, with_values
 from qlora_tool.errors import ToolError
 from qlora_tool.methods import METHODS
 from qlora_tool.model.behaviour import behaviour_of
+from qlora_tool.model.by_example import keep_mixers_apart
 from qlora_tool.model.cached_base import cached_base, write_cached_base
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.devices import choose_device
@@ -34,6 +35,7 @@ from qlora_tool.model.exceptions import refuse_unknown_names
 from qlora_tool.model.fused_modules import fuse_modules
 from qlora_tool.model.load import load_base
 from qlora_tool.model.open import choose_dtype
+from qlora_tool.model.positions import rotate_by_example
 from qlora_tool.model.random_source import RandomSource
 from qlora_tool.model.segments import leave_out_cudnn
 from qlora_tool.model.slots import Quantization
@@ -249,7 +251,11 @@ def _initial_base(stored: StoredAdapter, config: ModelConfig) -> dict[str, Any]:
 
 
 def packs_apart(config: Config, model_config: Any) -> bool:
-    """Whether the model keeps examples apart that lie in one row."""
+    """Whether the model keeps examples apart that lie in one row; attention in chunks of fixed places (llama4) cuts
+    them where a row is longer than a chunk."""
+    chunk = getattr(model_config.get_text_config(), "attention_chunk_size", None)
+    if chunk is not None and config.data.max_length > chunk:
+        return False
     return behaviour_of(model_config, config.model.trust_remote_code).keeps_apart is not None
 
 
@@ -350,8 +356,10 @@ def _open_base(
     behaviour = behaviour_of(model_config, config.trust_remote_code)
     quantization = Quantization.of(config)
     module = tensors.base(model_config, quantization, device, compute_dtype)
+    keep_mixers_apart(module)
+    rotate_by_example(module)
     return CausalLM(
         module, tensors.folder, quantization, compute_dtype,
         projects_plainly=behaviour.projects_plainly, by_segment=behaviour.keeps_apart != "masks",
-        fused=fuse_modules(module),
+        fused=fuse_modules(module), draws=behaviour.draws,
     )  # fmt: skip

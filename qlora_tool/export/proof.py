@@ -31,6 +31,7 @@ from qlora_tool.model.devices import choose_device
 from qlora_tool.model.load import attention_options, auto_class, build_skeleton
 from qlora_tool.model.open import open_tokenizer
 from qlora_tool.model.parameter_source import ParameterSource
+from qlora_tool.model.positions import rotate_by_example
 from qlora_tool.model.slots import Quantization, find_embedding_slots, find_slots
 from qlora_tool.model.source import read_model_config
 from qlora_tool.ops.free_memory import free_bytes
@@ -346,6 +347,7 @@ def exported_model(folder: Path, device: torch.device, trust_remote_code: bool =
             ).eval()  # fmt: skip
         if _stored_as(folder) in KINDS:
             _multiply_in_fp32(module)
+        rotate_by_example(module)  # with the same frequencies as the live side, whatever batch came before
         yield CausalLM(module, folder, Quantization("none", False), torch.float32)
 
 

@@ -1,14 +1,14 @@
 """What a family's code does that no configuration declares, found by running it: its first layers, on random numbers.
 
 No weights are needed, so that predicting decides as training does. Linear modules get random weights of low rank, and
-embeddings overlapping rows of one vector of noise: nothing of a weight's size is made, whatever the model's. The
-numbers are of a size at which a cap on logits or on attention scores would show.
+embeddings overlapping rows of one vector of noise: nothing of a weight's size is made, whatever the model's. What is
+asked is asked at a scale at which a difference shows: logits small and so large that any cap would cut them, examples
+of several lengths, longer than the windows and choices of tokens that the family makes, which are made small for it.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import math
 from collections.abc import Callable
@@ -23,9 +23,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_tool.data.batches import Batch, Segments
-from qlora_tool.model.causal_lm import CausalLM
+from qlora_tool.model.by_example import is_mixer, keep_mixers_apart
+from qlora_tool.model.causal_lm import CausalLM, takes
 from qlora_tool.model.layer_stack import layer_stack, with_layers
 from qlora_tool.model.load import build_skeleton
+from qlora_tool.model.positions import rotate_by_example
 from qlora_tool.model.segments import use_segments
 from qlora_tool.model.slots import Quantization, is_linear
 
@@ -33,10 +35,16 @@ logger = logging.getLogger(__name__)
 
 RANK = 16
 LARGE = 1 << 20  # values: a tensor of more is made of overlapping parts of one of noise
-LOGITS = 30.0  # their deviation: gemma2's cap, say, takes a third of such a logit away
+LOGITS = (1.0, 1e4)  # deviations: a cap takes most of the large ones away; small ones show what else is done
 # Both ways run the same operations in fp32 on the same numbers, a few products of other shapes aside; a family that
-# does something else differs in the first digit.
-TOLERANCE = 1e-2
+# does something else differs in the first digits.
+TOLERANCE = 1e-3
+EXAMPLES = (4, 7, 3, 6)  # tokens of those that are packed into one row
+# How many tokens, or blocks of them, a token sees at most, by the names that families have for it.
+_SEEN = {
+    "sliding_window": 3, "window_size": 3, "attention_window_size": 3, "local_attention": 4, "index_topk": 2,
+    "index_block_size": 2, "index_topk_blocks": 1, "index_local_blocks": 1, "indexer_budget": 2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,10 +56,13 @@ class Behaviour:
             declares; so the loss can be taken in chunks of rows.
         keeps_apart: examples packed into one row, their positions beginning anew, give what each gives alone: by
             `segments`, by the `masks` that transformers makes of positions, or not at all (None).
+        draws: in training its code draws random numbers of its own (jitter before a router, dropout), which
+            recomputation must draw again.
     """
 
     projects_plainly: bool
     keeps_apart: str | None
+    draws: bool = True
 
 
 class _LowRank(nn.Module):
@@ -95,17 +106,22 @@ class _ByText:
 def _behaviour_of(key: _ByText, trust_remote_code: bool) -> Behaviour:
     with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad(), torch.device("cpu"):
         model = _first_layers(key.model_config, trust_remote_code)
+        draws = _tried(_draws, model, "")  # before `_keeps_apart`, which lets attention go by segment
         return Behaviour(
             _tried(_projects_plainly, model, "the loss from hidden states") or False,
             _tried(_keeps_apart, model, "packing"),
+            draws is not False,
         )
 
 
 def _tried(question: Callable[[CausalLM], Any], model: CausalLM, what: str) -> Any:
-    """The answer; None, with a warning, where the family's code cannot be run like this, whatever it raises."""
+    """The answer; None, with a warning of what is done without, where the family's code cannot be run like this,
+    whatever it raises."""
     try:
         return question(model)
     except Exception as error:  # what an unknown architecture's code raises can be anything
+        if not what:
+            return None
         logger.warning("%s: %s is done without, as its first layers could not be tried on random numbers: %s",
                        model.config.model_type, what, " ".join(str(error).split()) or type(error).__name__)  # fmt: skip
         return None
@@ -116,6 +132,7 @@ def _first_layers(model_config: Any, trust_remote_code: bool) -> CausalLM:
     stack = layer_stack(model_config, trust_remote_code)
     depth = min(stack.layers, stack.first + stack.period) if stack.path else stack.layers
     config = with_layers(copy.deepcopy(model_config), depth)
+    _see_little(config.get_text_config())
     module = build_skeleton(config, trust_remote_code, torch.float32).eval()
     if hasattr(module, "set_experts_implementation"):
         module.set_experts_implementation("eager")
@@ -128,10 +145,17 @@ def _first_layers(model_config: Any, trust_remote_code: bool) -> CausalLM:
         for name, parameter in child._parameters.items():
             if parameter is not None:
                 child._parameters[name] = nn.Parameter(_noise(parameter.shape, generator), requires_grad=False)
-    head = module.get_output_embeddings()
-    if isinstance(head, _LowRank):
-        head.up *= LOGITS
+    keep_mixers_apart(module)
+    rotate_by_example(module)
     return CausalLM(module, Path(), Quantization("none"), torch.float32)
+
+
+def _see_little(text_config: Any) -> None:
+    """Let a token see fewer tokens than an example has, where it sees a choice of them."""
+    for name, few in _SEEN.items():
+        value = getattr(text_config, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value > few:
+            setattr(text_config, name, few)
 
 
 def _noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -145,37 +169,62 @@ def _noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return noise.as_strided((rows, columns), (1, 1)).expand(shape)  # row n is the noise from place n on
 
 
+def _ids(model: CausalLM, count: int) -> Tensor:
+    return torch.arange(1, count + 1).unsqueeze(0) % model.config.get_text_config().vocab_size
+
+
 def _projects_plainly(model: CausalLM) -> bool:
     head, body = model.module.get_output_embeddings(), model.module.base_model
     if head is None or body is model.module:
         return False
-    ids = torch.arange(1, 7).unsqueeze(0) % model.config.get_text_config().vocab_size
-    expected = model.module(input_ids=ids, use_cache=False).logits
+    ids = _ids(model, 6)
     hidden = body(input_ids=ids, use_cache=False)[0]  # llama4's is the whole model: logits
-    return hidden.shape[-1] == head.in_features and _is_near(model.project(hidden), expected)
+    if hidden.shape[-1] != head.in_features:
+        return False
+    for deviation in LOGITS if isinstance(head, _LowRank) else LOGITS[:1]:
+        if isinstance(head, _LowRank):
+            head.up *= deviation
+        if not _is_near(model.project(hidden), model.module(input_ids=ids, use_cache=False).logits):
+            return False
+    return True
+
+
+def _draws(model: CausalLM) -> bool:
+    """Whether a forward pass in training changes the state of PyTorch's random numbers."""
+    with torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        model.module.train()
+        try:
+            model.module.base_model(input_ids=_ids(model, 6), use_cache=False)
+        finally:
+            model.module.eval()
+        return not torch.equal(before, torch.get_rng_state())
 
 
 def _keeps_apart(model: CausalLM) -> str | None:
-    """Eight tokens in two examples, by segments and by masks, against the second by itself."""
-    if "position_ids" not in inspect.signature(model.module.base_model.forward).parameters:
+    """Examples packed into a row, by segments and by masks, against each by itself."""
+    takes_positions = takes(model.module.base_model, "position_ids")
+    recurrent = not takes_positions and any(is_mixer(module) for module in model.module.modules())
+    if not takes_positions and not recurrent:
         return None
-    ids = torch.arange(1, 9).unsqueeze(0) % model.config.get_text_config().vocab_size
+    ids = _ids(model, sum(EXAMPLES))
     none = torch.empty(0, dtype=torch.int64)
     batch = Batch(
-        input_ids=ids, labels=ids, attention_mask=None, position_ids=torch.arange(4).repeat(1, 2), predicting=none,
-        targets=none, tokens=8, trained_tokens=0, where=[], segments=Segments.of([4, 4]),
+        input_ids=ids, labels=ids, attention_mask=None,
+        position_ids=torch.cat([torch.arange(length) for length in EXAMPLES]).unsqueeze(0), predicting=none,
+        targets=none, tokens=ids.shape[1], trained_tokens=0, where=[], segments=Segments.of(EXAMPLES),
     )  # fmt: skip
-    alone = model.module.base_model(input_ids=ids[:, 4:], use_cache=False)[0]
+    alone = [model.module.base_model(input_ids=part, use_cache=False)[0] for part in ids.split(EXAMPLES, dim=1)]
     for way in ("segments", "masks"):
         model.by_segment = way == "segments"
-        if model.by_segment and not use_segments(model.module):
+        if model.by_segment and not recurrent and not use_segments(model.module):
             continue
         try:
-            packed = model.hidden_states(batch)[:, 4:]
+            packed = model.hidden_states(batch).split(EXAMPLES, dim=1)
         except (NotImplementedError, AttributeError, TypeError) as error:  # what a family does with a mask
             logger.debug("%s: no attention by %s: %s", model.config.model_type, way, error)
             continue
-        if _is_near(packed, alone):
+        if all(_is_near(one, other) for one, other in zip(packed, alone, strict=True)):
             return way
     return None
 

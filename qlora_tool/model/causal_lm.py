@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from qlora_tool.data.batches import Batch
 from qlora_tool.model.checkpointing import Recomputation, checkpoint_layers, checkpointed_modules
 from qlora_tool.model.fused_modules import FusedModules
+from qlora_tool.model.layout import Layout, laid_out
 from qlora_tool.model.masks import known
 from qlora_tool.model.segments import attending_by, use_segments
 from qlora_tool.model.slots import BeyondPeft, Quantization
@@ -39,6 +42,7 @@ class CausalLM:
         offload_boundaries: whether what goes into recomputed layers waits for backward in host memory.
         by_segment: whether packed examples may be kept apart by attention by segment, or only by transformers' masks.
         fused: the modules of the family's code that compute by fused operations.
+        draws: whether the family's code draws random numbers in training, which recomputation must draw again.
     """
 
     module: PreTrainedModel
@@ -50,6 +54,7 @@ class CausalLM:
     by_segment: bool = True
     offload_boundaries: bool = False
     fused: FusedModules = field(default_factory=FusedModules)
+    draws: bool = True
 
     @property
     def device(self) -> torch.device:
@@ -76,16 +81,17 @@ class CausalLM:
         inputs = {"input_ids": batch.input_ids}
         if batch.attention_mask is not None:
             inputs["attention_mask"] = batch.attention_mask
-        if batch.position_ids is not None:
+        if batch.position_ids is not None and takes(self.module.base_model, "position_ids"):
             inputs["position_ids"] = batch.position_ids
         by_segment = self.by_segment and use_segments(self.module)
-        if batch.segments is None or not by_segment:
-            with known(batch):
+        with laid_out(Layout.of(batch)):
+            if batch.segments is None or not by_segment:
+                with known(batch):
+                    return module(**inputs, use_cache=False)
+            # With a mask transformers leaves the positions alone.
+            inputs["attention_mask"] = torch.ones_like(batch.input_ids, dtype=torch.bool)
+            with attending_by(batch.segments):
                 return module(**inputs, use_cache=False)
-        # With a mask transformers leaves the positions alone.
-        inputs["attention_mask"] = torch.ones_like(batch.input_ids, dtype=torch.bool)
-        with attending_by(batch.segments):
-            return module(**inputs, use_cache=False)
 
     def project(self, hidden: Tensor) -> Tensor:
         """hidden (…, hidden) → logits (…, vocabulary), with what the family does to them."""
@@ -142,7 +148,9 @@ class CausalLM:
         around_recomputation: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         """Recompute activations in backward instead of keeping them; see `checkpointing.checkpoint_layers`."""
-        self.recomputation = checkpoint_layers(self.module, recomputed, around_recomputation, self.offload_boundaries)
+        self.recomputation = checkpoint_layers(
+            self.module, recomputed, around_recomputation, self.offload_boundaries, self.draws
+        )
 
     def checkpointed_layers(self) -> list[nn.Module]:
         """The layers, and children of layers, that are recomputed in backward."""
@@ -157,6 +165,16 @@ class CausalLM:
     def quantized_bytes(self) -> int:
         """Bytes of all quantized weights, scales included."""
         return sum(tensor.nbytes for _, tensor, role in model_tensors(self.module) if role != "unquantized")
+
+
+def takes(module: nn.Module, argument: str) -> bool:
+    """Whether a module's forward pass has an argument of this name."""
+    return argument in _arguments(type(module))
+
+
+@cache
+def _arguments(kind: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def logits_transform(config) -> LogitsTransform:

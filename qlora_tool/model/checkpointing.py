@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora_tool.errors import UserError
 from qlora_tool.model.boundaries import HostBoundaries
 from qlora_tool.model.experts import is_experts_module
+from qlora_tool.model.layout import as_now
 from qlora_tool.model.slots import is_linear
 from qlora_tool.model.text_part import text_modules
 from qlora_tool.weights.handles import KeptWeights
@@ -112,6 +113,7 @@ def checkpoint_layers(
     recomputed: Recomputation | bool,
     around_recomputation: Callable[[], AbstractContextManager] = nullcontext,
     offload: bool = False,
+    draws: bool = True,
 ) -> Recomputation:
     """Recompute in backward what `recomputed` says, in place of what was recomputed before.
 
@@ -119,6 +121,7 @@ def checkpoint_layers(
         recomputed: of every layer; True: all of every layer, False: nothing.
         around_recomputation: a context that is open while something is computed again.
         offload: hold the inputs of recomputed layers in host memory meanwhile.
+        draws: whether the family's own code draws random numbers, and so has to draw the same ones again.
 
     Returns:
         What is recomputed now.
@@ -141,8 +144,8 @@ def checkpoint_layers(
     run = partial(
         checkpoint,
         use_reentrant=False,
-        preserve_rng_state=_draws_random_numbers(model),
-        context_fn=lambda: (nullcontext(), again()),
+        preserve_rng_state=draws or _has_dropout(model),
+        context_fn=lambda: (nullcontext(), _Within(again(), as_now())),
     )
     if offload:
         run = HostBoundaries(run, next(model.parameters()).device)
@@ -210,9 +213,5 @@ def checkpointed_modules(model: nn.Module) -> list[nn.Module]:
     ]  # fmt: skip
 
 
-def _draws_random_numbers(model: PreTrainedModel) -> bool:
-    """Whether the model has dropout, or jitter before its router, so that recomputation must draw the same again."""
-    settings = model.config.get_text_config().to_dict()
-    return any(isinstance(module, nn.Dropout) and module.p for module in model.modules()) or any(
-        value for name, value in settings.items() if any(word in name for word in ("dropout", "pdrop", "jitter"))
-    )
+def _has_dropout(model: PreTrainedModel) -> bool:
+    return any(isinstance(module, nn.Dropout) and module.p for module in model.modules())

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny_models import tokens, write_tiny
+from tiny_models import tiny_config, tokens, write_tiny
 
 from qlora_tool.adapters.attach import attach
 from qlora_tool.config import AdapterConfig
 from qlora_tool.errors import UserError
+from qlora_tool.model.behaviour import behaviour_of
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.checkpointing import (
     ALL_RECOMPUTED,
@@ -31,9 +32,9 @@ from qlora_tool.weights.handles import WeightHandle
 BOTH, ATTENTION, MLP = ("self_attn", "mlp"), ("self_attn",), ("mlp",)
 
 
-def adapted(family: str, folder, dropout: float = 0.0):
+def adapted(family: str, folder, dropout: float = 0.0, **changes):
     """A tiny model with adapters whose B is not zero, in training."""
-    write_tiny(family, folder)
+    write_tiny(family, folder, **changes)
     quantization = Quantization("nf4", False)
     module = load_base(folder, read_model_config(folder), quantization, torch.device("cpu"), torch.float32)
     adapters = attach(module, AdapterConfig(r=4, lora_dropout=dropout), torch.float32, seed=0)
@@ -68,6 +69,26 @@ def test_gradients_are_the_same_whatever_is_recomputed(family, dropout, tmp_path
             model.checkpoint_layers(Recomputation((first, second)))
             found = gradients(model, adapters)
             assert all(map(torch.equal, found, expected)), (first, second)
+
+
+@pytest.mark.parametrize(("family", "noise"), [("mixtral", {"router_jitter_noise": 0.3}), ("phimoe", {})])
+def test_what_a_family_draws_itself_is_drawn_again(family, noise, tmp_path):
+    """Noise before a router, and phimoe's choice of experts, whatever its settings are called."""
+    assert behaviour_of(tiny_config(family, **noise)).draws
+    model, adapters = adapted(family, tmp_path, **noise)
+    model.checkpoint_layers(False)
+    expected = gradients(model, adapters)
+    torch.manual_seed(4)
+    model.checkpoint_layers(True)
+    assert all(map(torch.equal, gradients(model, adapters), expected))
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "lfm2"])
+def test_where_nothing_is_drawn_no_state_is_kept(family):
+    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {}
+    assert not behaviour_of(tiny_config(family, **quiet)).draws
+    if family == "gpt2":
+        assert behaviour_of(tiny_config(family)).draws
 
 
 @pytest.mark.parametrize(

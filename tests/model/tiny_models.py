@@ -13,6 +13,9 @@ _PLAIN = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
 }  # fmt: skip
 _EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_DELTA = {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+          "linear_key_head_dim": 16, "linear_value_head_dim": 16}  # fmt: skip
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 _GPT2 = {
     "vocab_size": 131, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_ctx": 64, "bos_token_id": 1,
     "eos_token_id": 2,
@@ -87,6 +90,25 @@ OTHERS: dict[str, dict] = {
     "llama4_text": _EXPERTS | {"intermediate_size_mlp": 128, "attention_chunk_size": 32},
     "mamba": {"sizes": {"vocab_size": 131, "hidden_size": 64, "state_size": 16, "num_hidden_layers": 2,
                         "time_step_rank": 32, "bos_token_id": 1, "eos_token_id": 2}},
+    "jetmoe": _EXPERTS | {"kv_channels": 16, "intermediate_size": 64},
+    # Recurrences and convolutions, by themselves or between layers of attention.
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "qwen3_next": _EXPERTS | _DELTA | {"shared_expert_intermediate_size": 64, "decoder_sparse_step": 1},
+    "qwen3_5_text": _DELTA | {"type": "qwen3_5_text"},
+    "bamba": _MAMBA | {"attn_layer_indices": [1]},
+    "falcon_h1": _MAMBA | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "type": "falcon_h1"},
+    "granitemoehybrid": _MAMBA | _EXPERTS | {"shared_intermediate_size": 64, "layer_types": ["mamba", "attention"],
+                                             "position_embedding_type": "rope"},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 8},
+    "jamba": _EXPERTS | {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+                         "expert_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8},
+    "recurrent_gemma": {"lru_width": 64, "block_types": ["recurrent", "attention"], "attention_window_size": 8,
+                        "type": "recurrent_gemma"},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 8, "mamba_head_dim": 16,
+                   "ssm_state_size": 16, "n_groups": 1, "chunk_size": 8, "type": "nemotron_h"},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "mamba_d_state": 16, "mamba_headdim": 16, "n_mamba_heads": 8,
+               "mamba_ngroups": 1, "chunk_size": 8, "num_mem_blocks": 1, "attention_head_dim": 32,
+               "use_mem_rope": True, "adapter_rank": 8, "hybrid_layer_ids": [1], "num_key_value_heads": 4},
 }  # fmt: skip
 
 
