@@ -48,6 +48,17 @@ def vocabulary_size(config: Config) -> int:
     return read_model_config(model_folder(config), False).get_text_config().vocab_size
 
 
+def layout_of(file: Path) -> str:
+    """How a run of this configuration lays its examples out: `packed` (attention by segment), `masks` or `padded`."""
+    from qlora_tool.build import Setup
+    from qlora_tool.config import load_config
+    from qlora_tool.model.behaviour import behaviour_of
+
+    setup = Setup.of(load_config(file))
+    by = behaviour_of(setup.model_config).keeps_apart
+    return "padded" if not setup.config.data.packing else "packed" if by == "segments" else "masks"
+
+
 def read_data(config: Config) -> RunData:
     """The tokenized rows of `data.train` and `data.eval`."""
     from qlora_tool.build import Setup
