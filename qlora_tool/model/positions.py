@@ -79,7 +79,7 @@ class _OfLength:
         """A length that has the same frequencies: one for all that need no others than those that were trained."""
         config = self.module.config
         if self.rope_type == "dynamic":
-            return max(length, config.max_position_embeddings)
+            return max(length, int(config.max_position_embeddings))
         parameters = config.rope_parameters if self.layer_type is None else config.rope_parameters[self.layer_type]
         limit = parameters["original_max_position_embeddings"]
         return int(limit) + (length > limit)

@@ -9,7 +9,7 @@ reason.
     tools/measure families --json families.json
     tools/measure families --only qwen3_next --only lfm2
 
-About ten seconds a family.
+About seven seconds a family; `--memory` predicts and watches memory in each run as well, as `qlora-tool train` does.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STEPS = 3
-ROWS = 16
+ROWS = 8
 LENGTH = 512
 RATE = 1e-3
 DIGITS = 1e-4  # of a loss: the greatest relative difference
@@ -91,11 +91,12 @@ def causal_families() -> list[str]:
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def try_family(name: str, folder: Path, **values: Any) -> Family:
+def try_family(name: str, folder: Path, memory: bool = False, **values: Any) -> Family:
     """Train, evaluate and export a tiny model of a family, and the reference beside it.
 
     Args:
         folder: empty, or not there.
+        memory: predict and watch the run's memory.
         values: of its configuration, beside those of `tiny_config`.
     """
     family, start = Family(name), time.perf_counter()
@@ -108,7 +109,7 @@ def try_family(name: str, folder: Path, **values: Any) -> Family:
 
     with _remarks(family.remarks):
         try:
-            _ours(family, folder)
+            _ours(family, folder, memory)
         except ToolError as error:
             family.refused = error.lines[0]
             return family
@@ -134,12 +135,16 @@ def _make(name: str, folder: Path, values: dict[str, Any]) -> None:
     """`base`, its tokenizer, `start` (an adapter of PEFT's with random numbers) and `rows.jsonl`."""
     import torch
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     model = random_model(tiny_config(name, **values))
     model.save_pretrained(folder / "base")
     byte_tokenizer().save_pretrained(folder / "base")
     torch.manual_seed(1)
-    adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    head = model.get_output_embeddings()
+    linear = [name for name, module in model.named_modules()
+              if type(module) in (torch.nn.Linear, Conv1D) and module is not head]  # fmt: skip
+    adapter = LoraConfig(r=4, target_modules=linear, init_lora_weights=False, task_type="CAUSAL_LM")
     peft = get_peft_model(model.float(), adapter)
     for parameter in peft.parameters():
         parameter.data.mul_(0.3 if parameter.requires_grad else 1.0)
@@ -192,31 +197,28 @@ def _examples(folder: Path) -> Iterator[tuple[Tensor, int]]:
 # ----------------------------------------------------------------------------------------------------------- qlora-tool
 
 
-def _ours(family: Family, folder: Path) -> None:
+def _ours(family: Family, folder: Path, memory: bool) -> None:
+    from measuring.ours import layout_of, train_alone
     from qlora_tool import evaluate, export_merged, train
 
-    result = train({
+    run, rows = folder / "run", str(folder / "rows.jsonl")
+    config = {
         "model": {"name_or_path": str(folder / "base"), "quantization": "none", "compute_dtype": "float32",
                   "device": "cpu"},
         "adapter": {"init_from": str(folder / "start")},
-        "data": {"train": str(folder / "rows.jsonl"), "max_length": LENGTH},
+        "data": {"train": rows, "max_length": LENGTH},
         "training": {
-            "output_dir": str(folder / "run"), "max_steps": STEPS, "per_device_train_batch_size": ROWS,
-            "learning_rate": RATE, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0.0,
+            "output_dir": str(run), "max_steps": STEPS, "per_device_train_batch_size": ROWS, "learning_rate": RATE,
+            "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0.0,
         },
-    })  # fmt: skip
-    lines = (result.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    }  # fmt: skip
+    (train if memory else train_alone)(config)
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     family.losses = {f"step {number}": json.loads(line)["loss"] for number, line in enumerate(lines, 1)}
-    family.rows = _layout(result.folder)
-    family.losses["after"] = evaluate(result.folder, str(folder / "rows.jsonl")).as_json()["loss"]
-    export_merged(result.folder, folder / "merged", dtype="float32", verify=False)
+    family.rows = layout_of(run / "config.yaml")
+    family.losses["after"] = evaluate(run, rows, compute_dtype="float32").as_json()["loss"]
+    export_merged(run, folder / "merged", dtype="float32", verify=False)
     family.losses["export"] = _loss(_plain(folder / "merged"), folder)
-
-
-def _layout(run: Path) -> str:
-    from measuring.ours import layout_of
-
-    return layout_of(run / "config.yaml")
 
 
 @contextmanager
@@ -286,6 +288,7 @@ def _loss(model: Any, folder: Path, backward: bool = False) -> float:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", action="append", metavar="TYPE", help="this family alone; repeatable")
+    parser.add_argument("--memory", action="store_true", help="predict and watch memory, too")
     parser.add_argument("--table", type=Path, metavar="FILE.md", help="write the table of docs/families.md to FILE")
     add_outputs(parser)
 
@@ -297,7 +300,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     found = []
     for name in options.only or causal_families():
         with tempfile.TemporaryDirectory() as folder:
-            family = try_family(name, Path(folder))
+            family = try_family(name, Path(folder), options.memory)
         found.append(family)
         say(f"{name}: {family.verdict}, {family.rows} {family.difference:.1e} "
             f"{family.refused or family.left_out} ({family.seconds} s)")  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,6 +57,14 @@ def layout_of(file: Path) -> str:
     setup = Setup.of(load_config(file))
     by = behaviour_of(setup.model_config).keeps_apart
     return "padded" if not setup.config.data.packing else "packed" if by == "segments" else "masks"
+
+
+def train_alone(config: Mapping[str, Any]) -> None:
+    """What `qlora-tool train` does but for predicting and watching memory."""
+    from qlora_tool.config import load_config
+    from qlora_tool.training.loop import train
+
+    train(load_config(config))
 
 
 def read_data(config: Config) -> RunData:
