@@ -106,7 +106,7 @@ def preview(
         raise OptionError(f"--rows: expected at least 0, found {rows}")
     from qlora_tool.data.check import check_data
 
-    check_data(configuration.data)
+    check_data(configuration.data, seconds=0.2)  # the rows that are shown are read again, with the same checks
     from qlora_tool.training.preview import preview as look
 
     result = look(configuration, rows, every_row=all)

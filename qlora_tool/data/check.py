@@ -31,8 +31,11 @@ ROWS_AT_A_TIME = 500
 HEAD = 100  # rows by which a format is found
 
 
-def check_data(data: DataConfig) -> None:
+def check_data(data: DataConfig, seconds: float | None = None) -> None:
     """Check what a run reads: its chat template, its training rows and its evaluation rows.
+
+    Args:
+        seconds: spent on the rows of one source; by default `SECONDS`.
 
     Raises:
         UserError: a line for every fault found.
@@ -45,21 +48,22 @@ def check_data(data: DataConfig) -> None:
     formats = set()
     for source in sources_of(data.train):
         with _gathering(faults):
-            formats.add(_check(source, data))
+            formats.add(_check(source, data, seconds))
     with _gathering(faults):
         if formats == {"text"}:
             refuse_answers_of_text(data, told(data.train))
     for sources in evaluation_sources(data).values():
         for source in sources_of(sources):
             with _gathering(faults):
-                _check(source, data)
+                _check(source, data, seconds)
     if faults:
         raise UserError(list(dict.fromkeys(faults)))
 
 
-def _check(source: DataSource, data: DataConfig) -> str:
+def _check(source: DataSource, data: DataConfig, seconds: float | None) -> str:
     columns = data.columns if source.columns is None else source.columns
-    return check_source(source.path, source.format or data.format, columns, skip=data.on_error == "skip")
+    skip = data.on_error == "skip"
+    return check_source(source.path, source.format or data.format, columns, skip=skip, seconds=seconds)
 
 
 def check_sources(
@@ -92,8 +96,9 @@ def check_source(
     need_answers: bool = True,
     strict: bool = True,
     skip: bool = False,
+    seconds: float | None = None,
 ) -> str:
-    """Read the rows of a source, as many as can be read in `SECONDS`, and turn them into conversations.
+    """Read the rows of a source, as many as can be read in a time, and turn them into conversations.
 
     Args:
         source: a file, a folder or a hub id.
@@ -101,6 +106,7 @@ def check_source(
         need_answers: whether the columns with the answers must be there.
         strict: whether `columns` must be there.
         skip: whether faulty rows are no matter.
+        seconds: the time; by default `SECONDS`.
 
     Returns:
         The format.
@@ -110,7 +116,7 @@ def check_source(
         MachineError: the hub cannot be reached.
     """
     faults = RowFaults(skip=skip)
-    started = time.monotonic()
+    ends = time.monotonic() + (SECONDS if seconds is None else seconds)
     found = ""
     for part in source_parts(source):
         rows = part.rows(faults)
@@ -128,7 +134,7 @@ def check_source(
                 layout.document(row) if layout.format == "text" else layout.conversation(row)
             except RowFault as fault:
                 faults.add(row.where, fault)
-            if number % ROWS_AT_A_TIME == 0 and number and time.monotonic() - started > SECONDS:
+            if number % ROWS_AT_A_TIME == 0 and number and time.monotonic() > ends:
                 break
     faults.raise_any()
     return found
