@@ -255,10 +255,12 @@ def _training(artifact: Artifact) -> list[tuple[str, Any]]:
     clipped = f"gradients clipped at a norm of {training.max_grad_norm}" if training.max_grad_norm else "no clipping"
     evaluation = ", ".join(data.eval.values()) if isinstance(data.eval, dict) else data.eval
     evaluation = told(evaluation) if isinstance(evaluation, list) else evaluation
+    given = ", ".join(f"{name}={value!r}" for name, value in data.chat_template_kwargs.items())
     return [
         ("data", told(data.train)),
         ("evaluation data", evaluation),
         ("trained on", "the answers" if data.train_on == "completion" else "every token"),
+        ("chat template", f"given {given}; give it the same: apply_chat_template(…, {given})" if given else None),
         ("rows a step", f"{rows}, of up to {data.max_length} tokens{', packed' if data.packing else ''}"),
         ("learning rate", f"{training.learning_rate}, {training.lr_scheduler_type}, warm-up over "
                           f"{_warm_up(training.warmup_steps)}"),

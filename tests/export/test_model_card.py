@@ -79,6 +79,15 @@ def test_a_run_tells_how_it_was_trained(base: Path, run: Path):
     assert "## Verification" not in card
 
 
+def test_what_the_chat_template_was_given_is_told(base: Path, run: Path):
+    """Asked without it, the model sees prompts that it was not trained on."""
+    artifact = artifact_of(run)
+    data = artifact.run.data.model_copy(update={"chat_template_kwargs": {"enable_thinking": False}})
+    artifact = replace(artifact, run=artifact.run.model_copy(update={"data": data}))
+    told = facts(model_card(artifact, base, RESULT, chat=True))["chat template"]
+    assert told == "given enable_thinking=False; give it the same: apply_chat_template(…, enable_thinking=False)"
+
+
 def test_verification_is_told_with_its_warnings(base: Path, run: Path):
     agreement = Agreement(5000, 0.68, 7.2, 0.685, 859, 1.82327, 2.5, None, None)
     proof = Proof("original", "bfloat16", "held_out.jsonl (evaluation)", agreement, Update(0.99, 9.5))
