@@ -108,6 +108,29 @@ def plan_epoch(
             f"example {lengths.index(longest)} has {longest} tokens, more than a row's max_length of {max_length}: it "
             "cannot be packed; cut it before, or raise data.max_length"
         )
+    given = (batch_size, max_length, packing, shuffle, seed, epoch, group_by_length)
+    if _latest and _latest[0] is lengths and _latest[1] == given:
+        return _latest[2]
+    plan = _planned(lengths, *given)
+    if isinstance(lengths, array):
+        _latest[:] = lengths, given, plan
+    return plan
+
+
+# The plan made last, of a stored data set: a run asks for that of its first epoch several times.
+_latest: list[Any] = []
+
+
+def _planned(
+    lengths: Sequence[int],
+    batch_size: int,
+    max_length: int,
+    packing: bool,
+    shuffle: bool,
+    seed: int,
+    epoch: int,
+    group_by_length: bool,
+) -> EpochPlan:
     # A string seeds alike in every process and Python version (hash() of a tuple would not promise that).
     draw = random.Random(f"{seed}, epoch {epoch}")
     indices = array("i", range(len(lengths)))

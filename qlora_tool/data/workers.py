@@ -28,7 +28,8 @@ from qlora_tool.data.readers.rows import Row
 from qlora_tool.data.report import DataReport
 from qlora_tool.errors import MachineError, ToolError, UserError
 
-MOST = 8  # processes; each takes some 300 MB
+MOST = 8  # processes
+EACH = 1 << 30  # bytes of free memory for each: it takes half of that
 AHEAD = 3  # chunks a process that wait to be made, or to be taken
 
 
@@ -77,8 +78,10 @@ def processes_for(bytes_to_read: int) -> int:
     """How many processes are worth their start for a source of so many bytes: 1 is this one alone."""
     if bytes_to_read < PARALLEL_FROM:
         return 1
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(available, MOST)
+    import psutil
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, MOST, psutil.virtual_memory().available // EACH))
 
 
 PARALLEL_FROM = 32 << 20  # bytes of a source: some ten seconds' work for one process
