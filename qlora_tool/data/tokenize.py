@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from array import array
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool.config.sources import DataSource, sources_of, told
-from qlora_tool.data.blocks import Block
-from qlora_tool.data.columns import LOOKED_AT, columns_there, find_layout
-from qlora_tool.data.encoding import Encoder, refuse_without_end
-from qlora_tool.data.examples import Example, ExampleList, Examples, Selection, as_examples
-from qlora_tool.data.faults import RowFaults
-from qlora_tool.data.fingerprint import fingerprint
-from qlora_tool.data.layout import Layout
+from qlora_tool.data.examples import Example, Examples, Selection, as_examples
 from qlora_tool.data.mixture import Share, mixture
-from qlora_tool.data.readers.rows import Row
+from qlora_tool.data.one_source import OneSource
 from qlora_tool.data.report import DataReport
-from qlora_tool.data.sources import Part, skipped_files, source_parts
-from qlora_tool.data.store import open_store, store_folder, write_store
-from qlora_tool.data.template import install_chat_template, read_chat_template
-from qlora_tool.data.workers import Chunk, encode_all, processes_for
 from qlora_tool.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,13 +20,6 @@ if TYPE_CHECKING:
     from qlora_tool.config import DataConfig
 
 __all__ = ["DataReport", "Dataset", "Example", "build_dataset", "build_evaluation_sets", "evaluation_sources"]
-
-logger = logging.getLogger(__name__)
-
-KEPT_FROM = 4 << 20  # bytes of a source: what is tokenized in a second or two is not kept on the disk
-ROWS_AT_A_TIME = 500
-SAID_EVERY = 10.0  # seconds
-
 
 @dataclass(frozen=True)
 class Dataset:
@@ -84,8 +62,8 @@ def build_dataset(
             `template.install_chat_template`), so that saving it keeps that too.
         key: what errors call the source. Text in `data.train` contradicts a `train_on: completion` that somebody set;
             an option's source (`--data`) need not have the columns of `data.columns`, which are its run's.
-        first: read no more rows of a source than this, unless all of them are kept already; `DataReport.more_rows` says
-            whether there are more. Nothing is kept then, and files are not hashed.
+        first: read no more rows of a source than this; `DataReport.more_rows` says whether there are more. Nothing is
+            kept then, and files are not hashed. Of what is kept already, there are all rows.
         seed: draws the rows of a mixture's sources of which not all are taken.
 
     Raises:
@@ -95,7 +73,8 @@ def build_dataset(
     """
     sources = sources_of(source)
     strict = not key.startswith("--")
-    built = [_Source(each, data, tokenizer, first, strict=strict).dataset() for each in sources]
+    read = [OneSource(each, data, tokenizer, first, strict=strict) for each in sources]
+    built = [Dataset(one.examples(), one.report) for one in read]
     if key == "data.train" and all(dataset.report.format == "text" for dataset in built):
         refuse_answers_of_text(data, told(source))
     dataset = built[0] if len(built) == 1 and _is_whole(sources[0]) else _mixed(sources, built, seed)
@@ -117,161 +96,6 @@ def refuse_answers_of_text(data: DataConfig, source: str) -> None:
             f"data.train_on: completion cannot go with data.train {source}, which is text and so has no answers: every "
             "token is trained; leave data.train_on out, or set it to all"
         )
-
-
-class _Source:
-    """One source on its way to examples."""
-
-    def __init__(
-        self,
-        source: DataSource,
-        data: DataConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        first: int | None,
-        *,
-        strict: bool = True,
-    ):
-        own = {"format": source.format, "columns": source.columns}
-        self.data = data.model_copy(update={key: value for key, value in own.items() if value is not None})
-        self.path, self.tokenizer, self.first, self.strict = source.path, tokenizer, first, strict
-        self.parts = source_parts(self.path)
-        self.faults, self.read = RowFaults(skip=data.on_error == "skip"), RowFaults()
-        self.report = DataReport(self.path, "", None, data.train_on, data.max_length)
-        self.rows = 0
-
-    def dataset(self) -> Dataset:
-        size = sum(part.nbytes for part in self.parts)
-        files = None if size < KEPT_FROM else self._hashes() if self.first is None else self._kept_hashes()
-        if files is None:
-            return self._in_memory()
-        path = self.data.chat_template
-        template = None if path is None else read_chat_template(Path(path))
-        folder = store_folder(fingerprint(files, self.data, self.tokenizer, template))
-        stored = open_store(folder)
-        if stored is None and self.first is not None:
-            return self._in_memory()
-        if stored is None:
-            stored = write_store(folder, self._blocks(size), self.report)
-        elif stored.report.template is not None:
-            install_chat_template(self.tokenizer, path)
-        stored.report.files = files
-        return Dataset(stored, stored.report)
-
-    def _hashes(self) -> dict[str, str]:
-        return {name: digest for part in self.parts for name, digest in part.hashes().items()}
-
-    def _kept_hashes(self) -> dict[str, str] | None:
-        """Those that are known without reading large files; None where one is not."""
-        files: dict[str, str] = {}
-        for part in self.parts:
-            if (found := part.kept_hashes()) is None:
-                return None
-            files |= found
-        return files
-
-    def _in_memory(self) -> Dataset:
-        rows = []
-        for chunk in self._chunks():
-            rows += self._encoder.encode(chunk.rows, chunk.layout, self.report, self.faults)
-        self._finish()
-        if self.first is None:
-            self.report.files = self._hashes()
-        numbers = [number for number, examples in enumerate(rows) for _ in examples]
-        return Dataset(ExampleList(chain.from_iterable(rows), numbers), self.report)
-
-    def _blocks(self, size: int) -> Iterator[Block]:
-        """The examples as they are made, by several processes where there is enough to do."""
-        progress = _Progress(self.path, size, self.read)
-        chunks = self._chunks(ROWS_AT_A_TIME)
-        first = next(chunks, None)  # finds the format, so that the template is installed before processes start
-        given = [first] if first is not None else []
-        blank = replace(self.report, unused_columns={}, columns={}, notes=Counter())
-        for encoded in encode_all(self._encoder, chain(given, chunks), blank, processes_for(size)):
-            self.report.add(encoded.report)
-            self.faults.take(encoded.faults)
-            self.faults.raise_any()
-            progress.say(self.report.rows)
-            yield encoded.block
-        self._finish()
-
-    def _finish(self) -> None:
-        self.faults.take(self.read)
-        self.faults.raise_any()
-        self.faults.remarks = self.read.remarks
-        self.report.take(self.faults)
-        self.report.skipped_files = skipped_files(self.path)
-
-    @property
-    def _encoder(self) -> Encoder:
-        data = self.data
-        return Encoder(self.tokenizer, data.train_on, data.max_length, data.multi_turn, data.chat_template_kwargs)
-
-    def _chunks(self, size: int | None = None) -> Iterator[Chunk]:
-        """The rows of every part under its layout, `size` at a time; None: a part at once."""
-        for part in self.parts:
-            rows = self._taken(part)
-            head = list(islice(rows, LOOKED_AT if size else None))
-            if size is None:  # what cannot be read is told before anything is said of columns
-                self.faults.take(self.read)
-                self.faults.raise_any()
-            if not head:
-                continue
-            columns = self.data.columns if self.strict else columns_there(head, self.data.columns)
-            layout = find_layout(head, self.data.format, columns)
-            self._use(layout, part)
-            size_now = size or len(head)
-            chunks = [head[begin : begin + size_now] for begin in range(0, len(head), size_now)]
-            for some in chunks[:-1]:
-                yield Chunk(layout, some)
-            some = chunks[-1]
-            while some:
-                read = RowFaults()
-                read.take(self.read)
-                yield Chunk(layout, some, read)
-                some = list(islice(rows, size_now))
-
-    def _taken(self, part: Part) -> Iterator[Row]:
-        """The rows of a part, as far as they are wanted."""
-        for row in part.rows(self.read):
-            if self.first is not None and self.rows >= self.first:
-                self.report.more_rows = True
-                return
-            self.rows += 1
-            yield row
-
-    def _use(self, layout: Layout, part: Part) -> None:
-        """Take a layout into the report; get the tokenizer ready for it."""
-        before, as_text = self.report.format, layout.format == "text"
-        if before and as_text != (before == "text"):
-            kind = "text" if as_text else "conversations"
-            raise UserError(
-                f"{part.name}: {kind}, and what comes before it in {self.path} is not; name the two apart in a list, "
-                "data.train: [{path: …}, {path: …}]"
-            )
-        if layout.format not in before.split(" + "):
-            self.report.format = f"{before} + {layout.format}" if before else layout.format
-        self.report.columns.update({ours: theirs for ours, theirs in layout.columns.items() if ours != theirs})
-        if as_text:
-            self.report.train_on = "all"
-            refuse_without_end(self.tokenizer, self.path)
-        elif self.report.template is None:
-            self.report.template = install_chat_template(self.tokenizer, self.data.chat_template)
-
-
-class _Progress:
-    """A line now and then, while rows are tokenized."""
-
-    def __init__(self, name: str, size: int, faults: RowFaults):
-        self.name, self.size, self.faults = name, size, faults
-        self.began = self.said = time.monotonic()
-
-    def say(self, rows: int) -> None:
-        now = time.monotonic()
-        if now - self.said < SAID_EVERY:
-            return
-        self.said = now
-        share = f" ({min(self.faults.bytes_read / self.size, 1):.0%})" if self.faults.bytes_read else ""
-        logger.info("tokenizing %s: %d rows%s, %d rows a second", self.name, rows, share, rows / (now - self.began))
 
 
 def _is_whole(source: DataSource) -> bool:

@@ -194,6 +194,14 @@ def test_a_folder_names_what_it_skips_and_reads_each_file_in_its_own_format(file
     assert "files not read, as they are no data files: notes.docx" in made.report.warnings()
 
 
+def test_a_folder_of_which_a_part_looks_held_out(files, tmp_path, tokenizer):
+    for name in ("b.csv", "c.txt"):
+        (tmp_path / name).unlink()
+    (tmp_path / "test.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (line,) = build(str(tmp_path), tokenizer).report.warnings()
+    assert line.startswith(f"{tmp_path}: {tmp_path / 'test.jsonl'} read with the others; where that is to be evaluated")
+
+
 def test_columns_not_used_are_named(tmp_path, tokenizer):
     path = tmp_path / "rows.csv"
     path.write_text("id,question,answer,source\n1,a,b,c\n")

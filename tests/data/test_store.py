@@ -11,7 +11,7 @@ import pytest
 from tokenizers_for_tests import CHATML, REWRITING, byte_level
 
 from qlora_tool.config import DataConfig
-from qlora_tool.data import store, tokenize, workers
+from qlora_tool.data import one_source, store, workers
 from qlora_tool.data.tokenize import build_dataset, build_evaluation_sets
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.cache import cache_folder, clear_cache
@@ -21,8 +21,8 @@ from qlora_tool.files.cache import cache_folder, clear_cache
 def kept(monkeypatch, tmp_path):
     """A cache of its own, in which every source is kept."""
     monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tokenize, "KEPT_FROM", 0)
-    monkeypatch.setattr(tokenize, "ROWS_AT_A_TIME", 7)
+    monkeypatch.setattr(one_source, "KEPT_FROM", 0)
+    monkeypatch.setattr(one_source, "ROWS_AT_A_TIME", 7)
 
 
 @pytest.fixture
@@ -49,12 +49,12 @@ def facts(dataset) -> tuple:
 
 
 def in_memory(source, data, template=CHATML):
-    whole = tokenize.KEPT_FROM
-    tokenize.KEPT_FROM = 1 << 60
+    whole = one_source.KEPT_FROM
+    one_source.KEPT_FROM = 1 << 60
     try:
         return build_dataset(source, data, byte_level(template))
     finally:
-        tokenize.KEPT_FROM = whole
+        one_source.KEPT_FROM = whole
 
 
 def folders() -> list:
@@ -77,7 +77,7 @@ def test_the_same_from_memory_from_new_and_from_the_disk(kept, rows, template):
 
 def test_no_row_is_read_the_second_time(kept, rows, monkeypatch):
     first = build_dataset(rows, DataConfig(), byte_level(CHATML))
-    monkeypatch.setattr(tokenize, "encode_all", None)
+    monkeypatch.setattr(one_source, "encode_all", None)
     tokenizer = byte_level(None)
     tokenizer.chat_template = CHATML
     assert facts(build_dataset(rows, DataConfig(), tokenizer)) == facts(first)
@@ -96,12 +96,12 @@ def test_datasets_reads_the_file(kept, rows):
 def test_several_processes_make_the_same(kept, rows, monkeypatch):
     data = DataConfig(max_length=80)
     expected = in_memory(rows, data)
-    monkeypatch.setattr(tokenize, "processes_for", lambda size: 2)
+    monkeypatch.setattr(one_source, "processes_for", lambda size: 2)
     assert facts(build_dataset(rows, data, byte_level(CHATML))) == facts(expected)
 
 
 def test_faulty_rows_in_several_processes(kept, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenize, "processes_for", lambda size: 2)
+    monkeypatch.setattr(one_source, "processes_for", lambda size: 2)
     with open(rows, "a", encoding="utf-8") as stream:
         stream.write('{"messages": 5}\nbroken\n{"messages": [{"role": "usr", "content": "a"}]}\n')
     with pytest.raises(UserError) as raised:
@@ -115,7 +115,7 @@ def test_faulty_rows_in_several_processes(kept, rows, tmp_path, monkeypatch):
 
 
 def test_a_process_that_dies_is_the_machines_fault(kept, rows, monkeypatch):
-    monkeypatch.setattr(tokenize, "processes_for", lambda size: 2)
+    monkeypatch.setattr(one_source, "processes_for", lambda size: 2)
     monkeypatch.setattr(workers._Pool, "__enter__", lambda pool: _killed(pool))
     with pytest.raises(MachineError, match="a process that tokenizes ended early"):
         build_dataset(rows, DataConfig(), byte_level(CHATML))
@@ -232,7 +232,7 @@ class TestDamage:
         assert facts(build_dataset(rows, DataConfig(), byte_level(CHATML))) == expected
 
     def test_an_interruption_leaves_nothing(self, kept, rows, monkeypatch):
-        real = tokenize.encode_all
+        real = one_source.encode_all
 
         def interrupted(*arguments):
             for number, encoded in enumerate(real(*arguments)):
@@ -240,7 +240,7 @@ class TestDamage:
                     raise KeyboardInterrupt
                 yield encoded
 
-        monkeypatch.setattr(tokenize, "encode_all", interrupted)
+        monkeypatch.setattr(one_source, "encode_all", interrupted)
         with pytest.raises(KeyboardInterrupt):
             build_dataset(rows, DataConfig(), byte_level(CHATML))
         assert list((cache_folder() / "datasets").iterdir()) == []
