@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool.data.examples import Example, digests
@@ -57,6 +58,17 @@ class Block:
             numpy.array(digests(example for _, example in numbered), dtype=numpy.uint64),
             [example.where for _, example in numbered],
         )
+
+    @classmethod
+    def joined(cls, blocks: Sequence[Block]) -> Block:
+        """Several as one, their rows counted through."""
+        import numpy
+
+        firsts = accumulate((int(block.rows[-1]) + 1 for block in blocks), initial=0)
+        rows = [block.rows + first for block, first in zip(blocks, firsts, strict=False)]
+        columns = {name: numpy.concatenate([getattr(block, name) for block in blocks])
+                   for name in ("tokens", "mask", "lengths", "trained", "answers", "digests")}  # fmt: skip
+        return cls(**columns, rows=numpy.concatenate(rows), where=[each for block in blocks for each in block.where])
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -38,7 +38,9 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1  # of the files
 KEPT_BYTES = 20 * 10**9  # of all sources together; those used longest ago go first
-GIVEN_BACK_AFTER = 32 << 20  # bytes of tokens read until mapped pages are given back
+GIVEN_BACK_AFTER = 64 << 20  # bytes mapped until they are given back
+MAPPED_BY_EXAMPLE = 6 << 16  # bytes: Linux maps 64 KiB around what is touched, here in six places
+TOKENS_OF_CHUNK = 1 << 21  # at least: opening the file touches the beginning of every chunk
 
 
 class StoredExamples(Examples):
@@ -69,9 +71,12 @@ class StoredExamples(Examples):
             self._mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         self._read = 0
         try:
-            table = datasets.Dataset.from_buffer(pyarrow.py_buffer(self._mapped)).data
+            # With a fingerprint: `Dataset.from_buffer` would make one of all the bytes.
+            table = datasets.table.InMemoryTable.from_buffer(pyarrow.py_buffer(self._mapped))
+            self.dataset = datasets.Dataset(table, fingerprint=folder.name)
         except pyarrow.ArrowException as error:
             raise ValueError(str(error)) from error
+        self._give_back()
         self._chunks = [table.column(name).chunks for name in ("input_ids", "trained", "where")]
         self._begins = [0]
         for chunk in self._chunks[0]:
@@ -98,7 +103,7 @@ class StoredExamples(Examples):
         tokens = ids[place].values.to_numpy()
         labels = numpy.where(trained[place].values.to_numpy(zero_copy_only=False), tokens, IGNORED)
         example = Example(tokens.tolist(), labels.tolist(), where[place].as_py())
-        self._read += 4 * len(tokens)
+        self._read += MAPPED_BY_EXAMPLE + 4 * len(tokens)
         if self._read > GIVEN_BACK_AFTER:
             self._give_back()
         return example
@@ -109,7 +114,7 @@ class StoredExamples(Examples):
             shutil.rmtree(self.folder, ignore_errors=True)
             raise MachineError(f"{self.folder}: tokenized data were changed on the disk; start again to make them anew")
         self._seen[number] = 1
-        self._read += 4 * len(self._chunks[0][number].values)
+        self._read += 6 * len(self._chunks[0][number].values)
 
     def _give_back(self) -> None:
         """Mapped pages count as the process's memory; the system has them still, and gives them again."""
@@ -182,9 +187,7 @@ def _write(folder: Path, blocks: Iterable[Block], report: DataReport) -> None:
     numbers: dict[str, list[Any]] = {name: [] for name in ("lengths", "trained", "answers", "rows", "digests")}
     crc, rows, highest = [], 0, 0
     with pyarrow.OSFile(str(folder / "examples.arrow"), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
-        for block in blocks:
-            if not len(block):
-                continue
+        for block in _larger(blocks):
             batch = _batch(block, schema)
             writer.write_batch(batch)
             crc.append(_crc_of_columns(batch.columns))
@@ -202,6 +205,18 @@ def _write(folder: Path, blocks: Iterable[Block], report: DataReport) -> None:
         "numbers": _crc_of(folder / "numbers.npz"), "report": {**vars(report), "parts": []},
     }  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _larger(blocks: Iterable[Block]) -> Iterator[Block]:
+    """The same examples in larger blocks, none of them empty."""
+    waiting: list[Block] = []
+    for block in blocks:
+        waiting += [block] if len(block) else []
+        if sum(len(each.tokens) for each in waiting) >= TOKENS_OF_CHUNK:
+            yield Block.joined(waiting)
+            waiting = []
+    if waiting:
+        yield Block.joined(waiting)
 
 
 def _batch(block: Block, schema: pyarrow.Schema) -> pyarrow.RecordBatch:

@@ -23,6 +23,8 @@ def kept(monkeypatch, tmp_path):
     monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(one_source, "KEPT_FROM", 0)
     monkeypatch.setattr(one_source, "ROWS_AT_A_TIME", 7)
+    monkeypatch.setattr(store, "TOKENS_OF_CHUNK", 700)
+    monkeypatch.setattr(store, "GIVEN_BACK_AFTER", 10 * store.MAPPED_BY_EXAMPLE)
 
 
 @pytest.fixture
