@@ -83,19 +83,16 @@ class OneSource:
             MachineError: the hub cannot be reached, or the disk is full.
         """
         size = sum(part.nbytes for part in self.parts)
-        if size < KEPT_FROM:
+        files = None if size < KEPT_FROM else self._hashes() if self.first is None else self._kept_hashes()
+        if files is None:
             return self._in_memory()
-        known = [part.kept_hashes() for part in self.parts]
-        if self.first is not None and None in known:  # nothing can be kept of a file that was never hashed
-            return self._in_memory()
-        files = self._hashes()
         path = self.data.chat_template
         template = None if path is None else read_chat_template(Path(path))
         folder = store_folder(fingerprint(files, self.data, self.tokenizer, template))
         stored = open_store(folder)
+        if stored is None and self.first is not None:
+            return self._in_memory()
         if stored is None:
-            if self.first is not None:
-                return self._in_memory()
             stored = write_store(folder, self._blocks(size), self.report)
         elif stored.report.template is not None:
             install_chat_template(self.tokenizer, path)
@@ -105,6 +102,15 @@ class OneSource:
 
     def _hashes(self) -> dict[str, str]:
         return {name: digest for part in self.parts for name, digest in part.hashes().items()}
+
+    def _kept_hashes(self) -> dict[str, str] | None:
+        """Those that are known without reading large files; None where one is not."""
+        files: dict[str, str] = {}
+        for part in self.parts:
+            if (found := part.kept_hashes()) is None:
+                return None
+            files |= found
+        return files
 
     def _in_memory(self) -> Examples:
         rows = []

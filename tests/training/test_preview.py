@@ -118,7 +118,7 @@ def test_the_first_2000_rows_or_all(place: Path, tmp_path: Path):
 
 def test_data_that_are_kept_are_counted_whole(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tokenize, "KEPT_FROM", 1)
+    monkeypatch.setattr(one_source, "KEPT_FROM", 1)
     monkeypatch.setattr(sources, "HASH_KEPT_FROM", 1)
     file = tmp_path / "many.jsonl"
     file.write_text('{"prompt": "a", "completion": "b"}\n' * 2000 + '{"prompt": "a", "completion": "bcd"}\n' * 3)
