@@ -12,7 +12,7 @@ from tokenizers_for_tests import CHATML, byte_level
 
 from qlora_tool import PreviewResult, UserError, preview
 from qlora_tool.config import Config, with_values
-from qlora_tool.data import sources, tokenize
+from qlora_tool.data import one_source, sources
 from qlora_tool.data.batches import Batch
 from qlora_tool.training import loop
 
