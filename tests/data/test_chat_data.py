@@ -227,6 +227,19 @@ USER, ASSISTANT = "<s>{{ m.content }}</s>", "<|im_start|>{{ m.content }}<|im_end
 TURNS = [user("2 + 2?"), turn("assistant", "4"), user("And 5?"), turn("assistant", "9")]
 
 
+class TestSystemColumn:
+    def row(self, column):
+        return {"system": column, "messages": [turn("system", "Be brief."), user("a?"), turn("assistant", "b")]}
+
+    def test_it_is_not_doubled(self, tmp_path):
+        (example,) = made(tmp_path, CHATML, self.row("Be brief.\n")).examples
+        assert byte_level().decode(example.input_ids).count("Be brief.") == 1
+
+    def test_one_that_differs_from_the_turn_is_a_fault(self, tmp_path):
+        with pytest.raises(UserError, match=r"line 1: the 'system' column and the system turn differ"):
+            made(tmp_path, CHATML, self.row("Be long."))
+
+
 class TestTurnsBefore:
     """Prompts that are not how the template begins the answered conversation, as published templates have them."""
 
