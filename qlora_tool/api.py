@@ -139,7 +139,7 @@ def profile_memory(
         measure: also run real steps, on random weights, on the device that is here.
         plan: also look for what fits into `device_memory`: lengths, batches, checkpointing, quantization.
         calibrate: first measure the context and the workspaces of the card that is here, for later predictions too.
-        json: where to write the breakdown.
+        json: where to write the breakdown, and the plan where one is asked for.
         plot: where to draw the step's memory over time: a .png or .html file.
         on_profile: told the profile before a plan is looked for, which may take minutes.
 
@@ -158,7 +158,7 @@ def profile_memory(
     budget = parse_device_memory(named) if named else None
     if plot is not None and Path(plot).suffix not in (".png", ".html"):
         raise OptionError(f"invalid value for --plot: {os.fspath(plot)}: expected a name that ends in .png or .html")
-    if plan and budget is None:
+    if plan and budget is None and configuration.training.max_memory is None:
         raise OptionError("--plan needs to know what must suffice: give --device-memory, such as 24GB or rtx-4090")
     device = device or ("cpu" if configuration.model.device == "cpu" else "cuda")
     if device == "cpu" and budget is not None and budget.name in {card.name for card in CARDS}:
@@ -166,15 +166,23 @@ def profile_memory(
             f"--device-memory {budget.name}: a card, but the prediction is for a CPU; give --device cuda, or a size "
             "such as 16GiB"
         )
-    from qlora_tool.memory.profile_run import draw, planned, profile_run
+    from qlora_tool.memory.profile_run import NothingFits, draw, planned, profile_run
 
     profiled = profile_run(configuration, device, budget, measure=measure, calibrate=calibrate, may_change=plan)
     if on_profile is not None:
         on_profile(profiled)
-    _write_json(json, profiled.report.to_json())
+    _write_json(json, profiled.to_json())
     if plot is not None:
         draw(Path(plot), profiled)
-    return planned(profiled) if plan else profiled
+    if not plan:
+        return profiled
+    try:
+        profiled = planned(profiled)
+    except NothingFits as error:
+        _write_json(json, error.profile.to_json())
+        raise
+    _write_json(json, profiled.to_json())
+    return profiled
 
 
 def export_merged(

@@ -219,8 +219,9 @@ def refuse_small_budget(profiled: Profile, budget: int, budget_name: str = "") -
         beside = f" and the CUDA context {full_size(context)}" if context else ""
         kind = profiled.report.config["model"]["quantization"]
         smaller = "a smaller model" if kind in ("nf4", "fp4") else "model.quantization: nf4, a smaller model"
+        source = budget_name if budget_name == "training.max_memory" else "--device-memory"
         raise UserError(
-            f"--device-memory: {limit(budget, budget_name)}, but the base's weights ({kind}) alone take "
+            f"{source}: {limit(budget, budget_name)}, but the base's weights ({kind}) alone take "
             f"{full_size(weights)}{beside}; take {smaller}, or a larger device"
         )
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_tool.config import Config, with_values
 from qlora_tool.errors import UserError
-from qlora_tool.memory.allocator.cards import CARDS, Budget, Card
+from qlora_tool.memory.allocator.cards import Budget
 from qlora_tool.memory.plan.budget import choose_for_profile
-from qlora_tool.memory.plan.search import Plan, plan
+from qlora_tool.memory.plan.limit import Limit, card_of, limit_on
+from qlora_tool.memory.plan.planner import plan
+from qlora_tool.memory.plan.result import Plan
 from qlora_tool.memory.profile import Profile, compute_dtype_on, model_config_of, profile, refuse_small_budget
 
 if TYPE_CHECKING:
@@ -23,12 +25,15 @@ class MemoryProfile(Profile):
 
     Attributes:
         config: of the run, as it was predicted.
-        budget: what must suffice, where that was said.
-        plan: what fits into it, where that was asked for.
+        budget: the device that must suffice, where one was named.
+        limit: what the run may take: of the device all but what stays free on it, and `training.max_memory` at most;
+            None where nothing limits it.
+        plan: what fits into that, where it was asked for.
     """
 
     config: Config
     budget: Budget | None = None
+    limit: Limit | None = None
     plan: Plan | None = None
 
     @property
@@ -44,20 +49,24 @@ class MemoryProfile(Profile):
 
     @property
     def fits(self) -> bool | None:
-        """Whether the run fits into the budget; None without one, or without a prediction."""
-        known = self.budget is not None and self.report.predicted is not None
-        return self.predicted.needed_bytes <= self.budget.bytes if known else None
+        """Whether the run stays within its limit; None without one, or without a prediction."""
+        known = self.limit is not None and self.report.predicted is not None
+        return self.predicted.needed_bytes <= self.limit.bytes if known else None
 
     @property
     def budget_bytes(self) -> int | None:
-        """What the device can give, in bytes."""
-        return self.budget.bytes if self.budget else None
+        """What the run may take, in bytes."""
+        return self.limit.bytes if self.limit else None
 
     @property
     def budget_name(self) -> str:
-        """What to call the device, empty for one that was given as a number of bytes."""
-        named = self.budget and (self.budget.estimated or _card_of(self.budget))
-        return self.budget.name if self.budget and named else ""
+        """What that is, in words; empty where just so many bytes were given."""
+        return self.limit.name if self.limit else ""
+
+    def to_json(self) -> dict[str, Any]:
+        """What `memory.json` holds of a run, and the plan where there is one."""
+        found = self.report.to_json()
+        return found if self.plan is None else found | {"plan": self.plan.to_json()}
 
 
 class NothingFits(UserError):
@@ -84,7 +93,7 @@ def profile_run(
 
     Args:
         device: cuda or cpu.
-        budget: what must suffice; None: what is free on the card that is here, if any.
+        budget: the device that must suffice; None: what is free on the card that is here, if any.
         calibrate: first measure the card that is here, and cache what was found.
         may_change: a budget that the weights alone exceed is not a fault, as a plan may find another quantization.
 
@@ -95,32 +104,31 @@ def profile_run(
         from qlora_tool.memory.allocator.calibrate import calibrate as measure_card
 
         measure_card()
-    card = _card_of(budget)
-    choice = choose_for_profile(config, device, card, budget.bytes if budget else None)
+    card, limit = card_of(budget), limit_on(config, device, budget)
+    choice = choose_for_profile(config, device, card, limit)
     if choice is None and config.training.gradient_checkpointing == "auto":
         config = with_values(config, {"training.gradient_checkpointing": True})
     recomputation = choice.recomputation if choice else None
     found = profile(config, device, measure=measure, card=card, recomputation=recomputation)
-    profiled = MemoryProfile(**vars(found), config=config, budget=budget)
-    if budget is None:
-        return profiled
-    if not may_change:
-        refuse_small_budget(profiled, budget.bytes, profiled.budget_name)
-    if budget.estimated:
+    profiled = MemoryProfile(**vars(found), config=config, budget=budget, limit=limit)
+    if limit is not None and not may_change:
+        refuse_small_budget(profiled, limit.bytes, limit.name)
+    if budget is not None and budget.estimated:
         profiled = replace(profiled, estimated=(*found.estimated, "what the driver keeps of the card"))
     return profiled
 
 
 def planned(profiled: MemoryProfile) -> MemoryProfile:
-    """The same with a plan: what fits into the budget, which there must be, and what to change where the run does not.
+    """The same with a plan: what fits into the limit, which there must be, and what to change where the run does not.
 
     Raises:
         NothingFits: no configuration does.
     """
-    assert profiled.budget is not None
+    assert profiled.limit is not None
     config, device = profiled.config, profiled.report.device
-    dtype = compute_dtype_on(config, device, _card_of(profiled.budget))
-    found = plan(config, model_config_of(config), profiled.budget.bytes, dtype, profiled.target)
+    dtype = compute_dtype_on(config, device, card_of(profiled.budget))
+    found = plan(config, model_config_of(config), profiled.limit.bytes, dtype, profiled.target, margin=0.0)
+    found = replace(found, budget_name=profiled.limit.name)
     profiled = replace(profiled, plan=found)
     if not found.fits and found.change is None:
         raise NothingFits(profiled, found.misses_by)
@@ -148,7 +156,3 @@ def draw(file: Path, profiled: MemoryProfile) -> None:
         write_html(file, profiled.timelines, profiled.report, budget=limits[0], budget_name=limits[1], title=title,
                    unquantized=profiled.unquantized)  # fmt: skip
 
-
-def _card_of(budget: Budget | None) -> Card | None:
-    """The card of the table that a budget names."""
-    return next((card for card in CARDS if budget and card.name == budget.name), None)

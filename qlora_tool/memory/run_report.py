@@ -16,8 +16,10 @@ from qlora_tool.memory.allocator.target import device_of, target_on
 from qlora_tool.memory.breakdown import Breakdown, MemoryReport
 from qlora_tool.memory.plan.budget import choose_for_run
 from qlora_tool.memory.plan.cached import cached
-from qlora_tool.memory.plan.search import change_that_fits
+from qlora_tool.memory.plan.cure import cure
+from qlora_tool.memory.plan.limit import Limit, limit_on
 from qlora_tool.memory.profile import Prediction
+from qlora_tool.memory.show.legend import full_size
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.predict import BatchShape, TracerWatch, Untraceable, predict
 from qlora_tool.memory.trace.small_steps import NotMeasured, estimate
@@ -31,9 +33,6 @@ if TYPE_CHECKING:
     from qlora_tool.training.step import During
 
 logger = logging.getLogger(__name__)
-
-SECONDS_FOR_A_CHANGE = 5.0
-
 
 class RunMemory:
     """A `Watcher` of a run: refuses what will not fit, and writes `memory.json`."""
@@ -60,20 +59,21 @@ class RunMemory:
             self._estimate(setup, shape, error)
             return None
         free = available_bytes(device, self.predicted.context_bytes or 0)
-        needed = self.predicted.needed_bytes
-        logger.info("memory: %.2f GB predicted at the peak (rows of up to %d tokens); %.2f GB are free on %s",
-                    needed / 1e9, shape.length, free / 1e9, device)  # fmt: skip
-        target = target_on(device.type)
+        needed, target = self.predicted.needed_bytes, target_on(device.type)
+        limit = limit_on(setup.config, device.type, free=free) or Limit(free)
+        logger.info("memory: %s predicted at the peak (rows of up to %d tokens); %s",
+                    full_size(needed), shape.length, limit)  # fmt: skip
         if target is not None and target.calibration is None:
             logger.info("memory: estimated in it: %s", about_estimated_context(target.capability))
         if needed > free:
-            line = (
-                f"this run needs {needed / 1e9:.2f} GB at its peak, and {free / 1e9:.2f} GB are free on {device}; "
-                f"{cure(setup, shape, free, self.predicted)}"
-            )
+            what = cure(setup.config, setup.model_config, setup.compute_dtype, target, shape, self.predicted,
+                        limit.bytes, free)  # fmt: skip
+            line = f"this run needs {full_size(needed)} at its peak, and {full_size(free)} are free on {device}; {what}"
             if device.type == "cuda":
                 raise UserError(line)
             logger.warning(line)
+        elif needed > limit.bytes:
+            logger.warning("memory: it fits into what is free, but not into the %s that plans use", limit)
         return choice and choice.recomputation
 
     def _estimate(self, setup: Setup, shape: BatchShape, error: Untraceable) -> None:
@@ -126,22 +126,6 @@ def _recomputing(run: Run, around: Callable[[], AbstractContextManager]) -> Iter
     run.model.checkpoint_layers(run.model.recomputation, around)
     yield
     run.model.checkpoint_layers(run.model.recomputation)
-
-
-def cure(setup: Setup, shape: BatchShape, free: int, predicted: Breakdown) -> str:
-    """What to do about a run that takes more than is free: the options that make it fit, looked for in a few seconds,
-    or else the command that looks for longer."""
-    device = setup.device.type
-    target = target_on(device)
-    command = f"`qlora-tool profile-memory CONFIG --plan --device {device} --device-memory {free}B`"
-    try:
-        change = change_that_fits(setup.config, setup.model_config, free, setup.compute_dtype, target, shape, predicted,
-                                  seconds=SECONDS_FOR_A_CHANGE)  # fmt: skip
-    except TimeoutError:
-        return f"{command} shows what fits"
-    if change is None:
-        return f"nothing that was tried makes it fit; {command} shows what each takes. Take a smaller model"
-    return f"{change.line} makes it fit, in {change.peak_bytes / 1e9:.2f} GB (estimated)"
 
 
 def predict_run(setup: Setup, shape: BatchShape) -> Breakdown:

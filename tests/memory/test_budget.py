@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +20,14 @@ from qlora_tool.build import Setup
 from qlora_tool.cli import main
 from qlora_tool.config import Config, config_to_yaml, load_config, with_values
 from qlora_tool.files.cache import cache_folder
+from qlora_tool.memory.allocator.cards import Budget, parse_device_memory
 from qlora_tool.memory.allocator.target import CudaTarget
 from qlora_tool.memory.plan import budget
-from qlora_tool.memory.plan.budget import BudgetTooSmall, Choice, budget_of, choose, choose_for_run
+from qlora_tool.memory.plan import cure as curing
+from qlora_tool.memory.plan.budget import BudgetTooSmall, Choice, choose, choose_for_run
+from qlora_tool.memory.plan.limit import limit_on
 from qlora_tool.memory.profile import model_config_of
+from qlora_tool.memory.show.legend import full_size
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.measure import measure_peak
 from qlora_tool.memory.trace.predict import BatchShape, predict
@@ -195,10 +200,11 @@ def test_a_budget_for_everything_recomputes_nothing(extremes):
 def test_a_budget_for_nothing_is_refused_with_what_it_takes_at_least(extremes):
     least = extremes[0]
     assert chosen(int(1.01 * least)).predicted.peak_bytes <= 1.01 * least
-    with pytest.raises(BudgetTooSmall, match=r"0\.00 GB are given to this run \(training.max_memory\).* takes at least "
-                       rf"{least / 1e9:.2f} GB, with everything recomputed \(batches of up to 4 × 256 tokens\); lower "
-                       r"training\.per_device_train_batch_size") as caught:  # fmt: skip
-        chosen(int(0.2 * least), **{"training.max_memory": "2MB"})
+    said = r"takes at least .*, with everything recomputed \(batches of up to 4 × 256 tokens\): the limit is "
+    with pytest.raises(BudgetTooSmall, match=said) as caught:
+        chosen(int(0.2 * least))
+    assert caught.value.least.needed_bytes == pytest.approx(least, rel=0.01)
+    assert full_size(caught.value.least.needed_bytes) in str(caught.value)
     assert caught.value.exit_code == 2
 
 
@@ -247,12 +253,20 @@ def test_the_choice_is_made_once(monkeypatch, extremes):
         chosen(size)
 
 
-def test_budgets():
-    asked = auto(**{"training.max_memory": "2GB"})
-    assert budget_of(auto(), None) is None
-    assert budget_of(asked, None) == 2 * 10**9
-    assert budget_of(asked, 10**12) == 2 * 10**9
-    assert budget_of(asked, 10**9) == budget_of(auto(), 10**9 + 10**7) == 9 * 10**8  # a margin, in steps
+def test_limits():
+    """The least of what there is, under one name; 5 % of a card stay free, and what is free is taken in steps."""
+    asked, given = auto(**{"training.max_memory": "2GB"}), Budget(24 * 10**9, "24000000000B", False)
+    assert limit_on(auto(), "cuda") is None
+    for limit in (limit_on(asked, "cpu"), limit_on(asked, "cuda", free=10**12), limit_on(asked, "cuda", given)):
+        assert (limit.bytes, limit.name) == (2 * 10**9, "training.max_memory")
+    fixed = with_values(asked, {"training.gradient_checkpointing": True})  # which no limit can change
+    assert str(limit_on(fixed, "cuda", given)) == "21.23 GiB usable (95% of 22.35 GiB)"
+    assert str(limit_on(fixed, "cpu", given)) == "the limit is 22.35 GiB"
+    assert limit_on(auto(), "cuda", parse_device_memory("rtx-4090")).name == "95% of rtx-4090's 23.52 GiB"
+    assert limit_on(auto(), "cuda", parse_device_memory("24GB")).name == "95% of the 23.04 GiB of a card of 24 GB"
+    found = [limit_on(auto(), "cuda", free=free, steady=True) for free in (10**9, 10**9 + 10**7)]
+    assert [limit.bytes for limit in found] == [9 * 10**8] * 2
+    assert limit_on(auto(), "cuda", free=10**9).bytes == 95 * 10**7
 
 
 # ------------------------------------------------------------------------------------------------- commands
@@ -294,11 +308,33 @@ def test_a_run_within_its_budget(run: Config, tmp_path: Path):
     assert found["measured"]["peak_bytes"] <= size
 
 
-def test_a_run_that_its_budget_is_too_small_for(run: Config, tmp_path: Path):
+def test_a_run_that_its_budget_is_too_small_for(run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(curing, "SECONDS_FOR_A_CHANGE", -1)
     result = cli("train", with_values(run, {"training.gradient_checkpointing": "auto", "training.max_memory": "1kB"}))
     assert result.exit_code == 2
-    assert "error: 0.00 GB are given to this run (training.max_memory), but it takes at least" in result.stderr
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "auto: this run takes at least " in line and "0.0 MiB usable (training.max_memory); `qlora" in line
+    assert line.endswith("`qlora-tool profile-memory CONFIG --plan --device cpu` shows what fits")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_refusal_names_the_change_that_makes_it_fit(run: Config, monkeypatch: pytest.MonkeyPatch):
+    """Whatever the batch is: at one row nobody is told to take fewer."""
+    monkeypatch.setattr(curing, "SECONDS_FOR_A_CHANGE", 600)
+    for shape, key in ((SHAPE, "per_device_train_batch_size=1"), (BatchShape.full(1, 256), "model.embeddings=int8")):
+        asked = {"training.gradient_checkpointing": "auto", "training.optim": "adamw_8bit"}
+        with pytest.raises(BudgetTooSmall) as caught:
+            choose_for_run(Setup.of(with_values(run, asked | {"training.max_memory": "1kB"})), shape)
+        size = caught.value.least.needed_bytes - 50_000
+        with pytest.raises(BudgetTooSmall) as caught:
+            choose_for_run(Setup.of(with_values(run, asked | {"training.max_memory": size})), shape)
+        line = str(caught.value)
+        assert "usable (training.max_memory); --set " in line and " makes it fit, in " in line and "lower" not in line
+        assert (key in line) or shape is SHAPE
+        changed = load_config(run, re.findall(r"--set (\S+)", line) + [f"{k}={v}" for k, v in asked.items()])
+        rows = changed.training.per_device_train_batch_size if shape is SHAPE else 1
+        setup = Setup.of(with_values(changed, {"training.max_memory": size}))
+        assert choose_for_run(setup, BatchShape.full(rows, changed.data.max_length)).predicted.needed_bytes <= size
 
 
 def test_what_the_configuration_says_itself_is_not_chosen(run: Config):

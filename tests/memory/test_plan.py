@@ -19,7 +19,10 @@ from qlora_tool.memory.allocator.cards import find_card
 from qlora_tool.memory.allocator.target import CudaTarget
 from qlora_tool.memory.breakdown import Breakdown
 from qlora_tool.memory.plan.length import longest_length
-from qlora_tool.memory.plan.search import Change, Plan, change_that_fits, plan, relative_speed
+from qlora_tool.memory.plan.options import relative_speed
+from qlora_tool.memory.plan.planner import plan
+from qlora_tool.memory.plan.result import Change, Option, Plan
+from qlora_tool.memory.plan.search import change_that_fits
 from qlora_tool.memory.profile import Prediction
 from qlora_tool.memory.show.plan_table import render_plan
 from qlora_tool.memory.trace.classify import timeline
@@ -62,8 +65,8 @@ def _measured(settings: str, length: int, layers: int) -> int:
 def few_options() -> Iterator[None]:
     """A table of few rows, so that the tests take seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qlora_tool.memory.plan.search.BATCH_SIZES", (4,))
-        patch.setattr("qlora_tool.memory.plan.search._ALTERNATIVES", FEW)
+        patch.setattr("qlora_tool.memory.plan.options.BATCH_SIZES", (4,))
+        patch.setattr("qlora_tool.memory.plan.options.ALTERNATIVES", FEW)
         yield
 
 
@@ -85,9 +88,10 @@ def with_and_without() -> tuple[int, int]:
 @pytest.fixture(scope="module")
 def tight(with_and_without: tuple[int, int]) -> Plan:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qlora_tool.memory.plan.search.BATCH_SIZES", ())
-        patch.setattr("qlora_tool.memory.plan.search._ALTERNATIVES", dict.fromkeys(FEW, ()))
+        patch.setattr("qlora_tool.memory.plan.options.BATCH_SIZES", ())
+        patch.setattr("qlora_tool.memory.plan.options.ALTERNATIVES", dict.fromkeys(FEW, ()))
         patch.setattr("qlora_tool.memory.plan.search.SHORTEST", 256)  # no other length is tried
+        patch.setattr("qlora_tool.memory.plan.options.SHORTEST", 256)
         model_config = tiny(num_hidden_layers=LAYERS, max_position_embeddings=256)
         return plan(asked(**KEPT), model_config, sum(with_and_without) // 2, torch.float32, None)
 
@@ -167,8 +171,8 @@ def test_no_change_where_nothing_fits():
 
 
 def test_a_budget_below_the_weights(monkeypatch):
-    monkeypatch.setattr("qlora_tool.memory.plan.search.BATCH_SIZES", ())
-    monkeypatch.setattr("qlora_tool.memory.plan.search._ALTERNATIVES", {})
+    monkeypatch.setattr("qlora_tool.memory.plan.options.BATCH_SIZES", ())
+    monkeypatch.setattr("qlora_tool.memory.plan.options.ALTERNATIVES", {})
     found = plan(asked(**{"data.max_length": 72}), tiny(), MIB // 16, torch.float32, None)
     assert (found.fits, found.line) == (False, "")
     assert found.weights_bytes > found.usable_bytes
@@ -213,6 +217,27 @@ def test_a_table_for_80_columns_that_ends_with_the_line_to_copy(roomy, tight):
     assert "it does not fit by" in printed(tight)
 
 
+def test_nothing_is_cut_off_where_there_is_no_terminal(roomy):
+    """Every setting and every cost in full, on lines of 80 columns, or of 60."""
+    settings = [
+        {"model.quantization": "nf4", "model.double_quant": False}, {"training.offload_boundaries": True},
+        {"training.tiled_mlp": True}, {"model.embeddings": "int8"}, {"training.optim": "adamw_8bit"},
+    ]  # fmt: skip
+    options = tuple(Option("savings", keys, 8, 2048, 23 * 2**30, False, 0.67) for keys in settings)
+    for width in (80, 60):
+        stream = io.StringIO()
+        render_plan(replace(roomy, options=options), Console(file=stream, width=width, no_color=True))
+        assert "…" not in stream.getvalue()
+        lines, words = stream.getvalue().splitlines(), stream.getvalue().split()
+        assert max(map(len, lines[:-1])) <= width  # but for the line to copy
+        for said in (
+            "copies to and from the host", "half of each MLP once more", "rounded to 8 bits", "optim=adamw_8bit",
+            "quantization=nf4, double_quant=false", "offload_boundaries=true",
+        ):  # fmt: skip
+            assert width < 80 or all(word in words for word in said.split())  # below, in the midst of a word
+        assert sum("23.00 GiB  too much   0.67" in line for line in lines) == len(settings)
+
+
 @pytest.mark.parametrize("slope", [0.0, 900.0, 40_000.0])
 @pytest.mark.parametrize("start", [64, 700, 4096])
 @pytest.mark.parametrize("limit", [600_000, 2_000_000, 3_333_333, 50_000_000])
@@ -243,9 +268,10 @@ ON_CARD = {"training.gradient_checkpointing": True, "training.per_device_train_b
 @pytest.fixture
 def asked_alone(monkeypatch):
     """A plan of what was asked for alone, without a table."""
-    monkeypatch.setattr("qlora_tool.memory.plan.search.BATCH_SIZES", ())
-    monkeypatch.setattr("qlora_tool.memory.plan.search._ALTERNATIVES", {})
+    monkeypatch.setattr("qlora_tool.memory.plan.options.BATCH_SIZES", ())
+    monkeypatch.setattr("qlora_tool.memory.plan.options.ALTERNATIVES", {})
     monkeypatch.setattr("qlora_tool.memory.plan.search.SHORTEST", 256)
+    monkeypatch.setattr("qlora_tool.memory.plan.options.SHORTEST", 256)
 
 
 def whole(config: Config, model_config, target: CudaTarget) -> Breakdown:
@@ -301,6 +327,7 @@ def deep(layers: int = 8) -> LlamaConfig:
 def test_boundaries_go_to_the_host_before_rows_are_shortened(monkeypatch, asked_alone):
     """Also where `train` refuses; and with them there it fits."""
     monkeypatch.setattr("qlora_tool.memory.plan.search.SHORTEST", 2048)  # no other length is tried
+    monkeypatch.setattr("qlora_tool.memory.plan.options.SHORTEST", 2048)
     config = asked(**ON_CARD | {"data.max_length": 2048, "training.optim": "adamw_8bit", "training.tiled_mlp": True})
     now = whole(config, deep(), H100)
     then = whole(with_values(config, {"training.offload_boundaries": True}), deep(), H100)
@@ -317,8 +344,9 @@ def test_boundaries_go_to_the_host_before_rows_are_shortened(monkeypatch, asked_
 
 
 def test_a_cpu_is_never_told_to_copy_to_its_own_memory(monkeypatch):
-    monkeypatch.setattr("qlora_tool.memory.plan.search.BATCH_SIZES", ())
+    monkeypatch.setattr("qlora_tool.memory.plan.options.BATCH_SIZES", ())
     monkeypatch.setattr("qlora_tool.memory.plan.search.SHORTEST", 256)
+    monkeypatch.setattr("qlora_tool.memory.plan.options.SHORTEST", 256)
     found = plan(asked(), tiny(max_position_embeddings=256), MIB, torch.float32, None)
     shown = {key for option in found.options for key in option.settings}
     assert "training.offload_boundaries" not in shown | set(found.change.settings if found.change else {})
@@ -327,11 +355,11 @@ def test_a_cpu_is_never_told_to_copy_to_its_own_memory(monkeypatch):
 def test_what_takes_less_is_shown_with_what_it_costs(monkeypatch, asked_alone):
     """Not what does nothing for this run: 1024 tokens are one tile."""
     savings = [{"training.tiled_mlp": True}, {"training.offload_boundaries": True}, {"model.embeddings": "int8"}]
-    monkeypatch.setattr("qlora_tool.memory.plan.search._ALTERNATIVES", {"savings": savings})
+    monkeypatch.setattr("qlora_tool.memory.plan.options.ALTERNATIVES", {"savings": savings})
     config, sizes = asked(**ON_CARD | {"training.per_device_train_batch_size": 4}), deep(6)
     sizes.max_position_embeddings, sizes.vocab_size = 256, 512
     found = plan(config, sizes, 10**10, torch.bfloat16, H100, confirm=False)
     assert [option.settings for option in found.options if option.group == "savings"] == savings[1:]
-    lines = [line.split("  ") for line in printed(found).splitlines()]
+    lines = [line.rstrip().split("  ") for line in printed(found).splitlines()]
     costs = {cells[0]: cells[-1].strip() for cells in lines if cells[0].startswith(("off", "emb", "til"))}
     assert costs == {"offload_boundaries=true": "copies to and from the host", "embeddings=int8": "rounded to 8 bits"}

@@ -130,7 +130,7 @@ def test_a_budget_below_the_frozen_weights(tmp_path: Path):
     with pytest.raises(UserError) as failure:
         refuse_small_budget(profiled, expected - 1, "toy")
     assert len(failure.value.lines) == 1
-    assert "toy has 0.1" in failure.value.lines[0]
+    assert "MiB usable (toy), but the base's weights" in failure.value.lines[0]
     assert "weights (nf4) alone take" in failure.value.lines[0]
     assert "model.quantization" not in failure.value.lines[0]
 

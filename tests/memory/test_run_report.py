@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from qlora_tool.memory import run_report
 from qlora_tool.memory.allocator import available
 from qlora_tool.memory.allocator.available import available_bytes
 from qlora_tool.memory.breakdown import CATEGORIES, MemoryReport
+from qlora_tool.memory.plan import cure as curing
 from qlora_tool.memory.run_report import RunMemory, predict_run
+from qlora_tool.memory.show.legend import full_size
 from qlora_tool.memory.trace.predict import BatchShape, predict
 
 _predict = once(predict)
@@ -126,8 +129,8 @@ def test_a_run_that_cannot_fit_is_refused_on_a_card(
     monkeypatch.setattr(run_report, "available_bytes", lambda *_: needed)
     memory.check(setup, batch(20, 12))
     monkeypatch.setattr(run_report, "available_bytes", lambda *_: needed - 1)
-    monkeypatch.setattr(run_report, "SECONDS_FOR_A_CHANGE", -1)
-    with pytest.raises(UserError, match=rf"this run needs {needed / 1e9:.2f} GB at its peak") as caught:
+    monkeypatch.setattr(curing, "SECONDS_FOR_A_CHANGE", -1)
+    with pytest.raises(UserError, match=re.escape(f"this run needs {full_size(needed)} at its peak")) as caught:
         memory.check(setup, batch(20, 12))
     command = f"`qlora-tool profile-memory CONFIG --plan --device cuda --device-memory {needed - 1}B` shows what fits"
     assert caught.value.lines[0].endswith(command)
@@ -138,7 +141,7 @@ def test_the_refusal_names_the_change_that_makes_it_fit(
 ):
     """A limit between what one row and what two rows take."""
     shallow = write_model(tmp_path / "shallow", num_hidden_layers=1)
-    monkeypatch.setattr(run_report, "SECONDS_FOR_A_CHANGE", 600)
+    monkeypatch.setattr(curing, "SECONDS_FOR_A_CHANGE", 600)
     monkeypatch.setattr(available, "CUDA_MARGIN", 0.0)
     setup = on_card(with_values(config, {
         "model.name_or_path": str(shallow), "training.gradient_checkpointing": True,
@@ -181,12 +184,12 @@ def test_a_run_that_cannot_fit_in_a_cpus_memory_is_warned_about(
     config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(run_report, "available_bytes", lambda *_: 1)
-    monkeypatch.setattr(run_report, "change_that_fits", lambda *_, **__: None)
+    monkeypatch.setattr(curing, "change_that_fits", lambda *_, **__: None)
     monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
     memory = RunMemory()
     memory.check(Setup.of(config), batch(20, 12))
     [warning] = {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
-    assert f"this run needs {memory.predicted.needed_bytes / 1e9:.2f} GB at its peak" in warning
+    assert f"this run needs {full_size(memory.predicted.needed_bytes)} at its peak" in warning
     assert "nothing that was tried makes it fit" in warning and "--device cpu --device-memory 1B` shows" in warning
 
 
@@ -194,13 +197,13 @@ def test_the_refusal_comes_before_the_weights_and_leaves_nothing(config: Config,
     check = RunMemory.check
     monkeypatch.setattr(RunMemory, "check", lambda self, setup, batch: check(self, on_card(setup.config), batch))
     monkeypatch.setattr(run_report, "available_bytes", lambda *_: 1_000_000)
-    monkeypatch.setattr(run_report, "SECONDS_FOR_A_CHANGE", -1)
+    monkeypatch.setattr(curing, "SECONDS_FOR_A_CHANGE", -1)
     file = Path(config.training.output_dir).parent / "run.yaml"
     file.write_text(config_to_yaml(config))
     result = cli("train", file)
     assert result.exit_code == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "0.00 GB are free on cuda" in errors[0]
+    assert len(errors) == 1 and "1.0 MB (1.0 MiB) are free on cuda" in errors[0]
     assert "model: llama" not in result.stderr  # said when the weights are there
     assert not Path(config.training.output_dir).exists()
 

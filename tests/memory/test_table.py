@@ -68,9 +68,9 @@ def test_what_is_needed_of_the_card_and_what_is_left():
     text = printed(step_report(), budget=24 * GIB, budget_name="RTX 4090")
     assert row(text, "reserved by the allocator")[:4] == ["6488.6", "6.04", "6282.0", "5.85"]  # 6188 and 5991 MiB
     assert row(text, "needed in all")[0] == "6908.6"  # and 420.0 of context
-    assert row(text, "RTX 4090") == ["25769.8", "24.00", "25769.8", "24.00"]
+    assert row(text, "usable") == ["25769.8", "24.00", "25769.8", "24.00"]
     assert row(text, "left") == ["18861.2", "17.57", "19067.8", "17.76"]
-    assert "fits, 17.57 GiB left: 6.43 GiB needed, RTX 4090 has 24.00 GiB" in text
+    assert "fits, 17.57 GiB left: 6.43 GiB needed, 24.00 GiB usable (RTX 4090)" in text
 
 
 def test_a_plan_that_does_not_fit_says_by_how_much():

@@ -18,13 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_tool.build import resolve as resolve_run
-from qlora_tool.config import parse_size, with_values
+from qlora_tool.config import with_values
 from qlora_tool.errors import UserError
-from qlora_tool.memory.allocator.available import available_bytes, margin_on, usable
+from qlora_tool.memory.allocator.available import available_bytes
 from qlora_tool.memory.allocator.target import CudaTarget, device_of, target_on
 from qlora_tool.memory.breakdown import Breakdown
 from qlora_tool.memory.plan.cached import cached
+from qlora_tool.memory.plan.cure import cure
+from qlora_tool.memory.plan.limit import MAX_MEMORY, Limit, limit_on
 from qlora_tool.memory.profile import Prediction, compute_dtype_on, model_config_of
+from qlora_tool.memory.show.legend import full_size
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.predict import BatchShape, Untraceable, predict
 from qlora_tool.memory.trace.recomputation_cost import Cost, Costs
@@ -39,7 +42,6 @@ logger = logging.getLogger(__name__)
 
 CONFIRMATIONS = 4  # full predictions at most, but for one of everything recomputed
 MIN_GAIN = 0.02  # of all recomputation: what another full prediction must promise to save
-_FREE_STEP = 100_000_000  # bytes: what is free differs a little each time, and the choice should not
 
 
 @dataclass(frozen=True)
@@ -70,20 +72,21 @@ class Choice:
 
 
 class BudgetTooSmall(UserError):
-    """A run takes more than it may, even with everything recomputed."""
+    """A run takes more than it may, even with everything recomputed.
 
-
-def budget_of(config: Config, available: int | None) -> int | None:
-    """What `auto` stays within: `max_memory`, and a margin below what the card has `available`.
-
-    None where neither is known, as on a CPU, which is shared and may swap: everything is recomputed there then.
+    Args:
+        least: what it takes then.
+        how: everything recomputed, or nothing that can be; and for which batch.
+        limit: what it may take, in words.
+        cure: what to do about it.
     """
-    limits = []
-    if config.training.max_memory is not None:
-        limits.append(parse_size(config.training.max_memory))
-    if available is not None:
-        limits.append(usable(available, margin_on("cuda")) // _FREE_STEP * _FREE_STEP)
-    return min(limits, default=None)
+
+    def __init__(self, least: Breakdown, how: str, limit: str, cure: str = ""):
+        super().__init__(
+            f"training.gradient_checkpointing: auto: this run takes at least {full_size(least.needed_bytes)}, {how}: "
+            f"{limit}{cure and '; '}{cure}"
+        )
+        self.least, self.how = least, how
 
 
 def choose_for_run(setup: Setup, shape: BatchShape) -> Choice | None:
@@ -91,15 +94,24 @@ def choose_for_run(setup: Setup, shape: BatchShape) -> Choice | None:
     known.
 
     Raises:
-        BudgetTooSmall: the budget is too small even with everything recomputed.
+        BudgetTooSmall: the limit is too small even with everything recomputed; with what makes it fit, looked for in a
+            few seconds.
     """
     config, device = setup.config, setup.device
     if config.training.gradient_checkpointing != "auto":
         return None
-    budget = budget_of(config, _available_on_card(device) if device.type == "cuda" else None)
-    if budget is None:
+    free = _available_on_card(device) if device.type == "cuda" else None
+    limit = limit_on(config, device.type, free=free, steady=True)
+    if limit is None:
         return None
-    choice = choose(config, setup.model_config, shape, setup.compute_dtype, budget, target_on(device.type))
+    run, target = (config, setup.model_config, shape, setup.compute_dtype), target_on(device.type)
+    try:
+        choice = choose(*run, limit.bytes, target)
+    except BudgetTooSmall as error:
+        given = None if limit.name == MAX_MEMORY else free
+        what = cure(with_values(config, {"training.gradient_checkpointing": True}), setup.model_config,
+                    setup.compute_dtype, target, shape, error.least, limit.bytes, given)  # fmt: skip
+        raise BudgetTooSmall(error.least, error.how, str(limit), what) from None
     logger.info("%s", choice)
     return choice
 
@@ -108,29 +120,27 @@ def _available_on_card(device: torch.device) -> int:
     return available_bytes(device, CudaTarget.of(None).context_bytes)
 
 
-def choose_for_profile(config: Config, device: str, card: Card | None, device_bytes: int | None) -> Choice | None:
+def choose_for_profile(config: Config, device: str, card: Card | None, limit: Limit | None) -> Choice | None:
     """The same for `profile-memory`, which assumes full batches.
 
     Args:
         device: cpu or cuda.
         card: to predict for; None: the one that is here, if any.
-        device_bytes: what the device has; None: what is free on the card that is here.
+        limit: what the run may take; None: what is free on the card that is here.
     """
     if config.training.gradient_checkpointing != "auto":
         return None
-    available = device_bytes if device == "cuda" else None
-    if device == "cuda" and available is None and torch.cuda.is_available():
-        available = _available_on_card(torch.device("cuda"))
-    budget = budget_of(config, available)
-    if budget is None:
-        return None
+    if device == "cuda" and limit is None and torch.cuda.is_available():
+        limit = limit_on(config, device, free=_available_on_card(torch.device("cuda")), steady=True)
+    if limit is None or (device == "cpu" and config.training.max_memory is None):
+        return None  # a CPU is shared and may swap: everything is recomputed there, unless something is asked for
     dtype, target = compute_dtype_on(config, device, card), target_on(device, card)
     model_config = model_config_of(config)
     config = resolve_run(config, model_config, device, dtype)
     try:
-        choice = choose(config, model_config, BatchShape.assumed(config, model_config), dtype, budget, target)
+        choice = choose(config, model_config, BatchShape.assumed(config, model_config), dtype, limit.bytes, target)
     except BudgetTooSmall as error:
-        logger.warning("%s", error)
+        logger.warning("%s", BudgetTooSmall(error.least, error.how, str(limit)))
         return None
     except Untraceable:  # which `profile` tells
         return None
@@ -212,15 +222,9 @@ class _Chooser:
         return Choice(_policy(chosen), predicted, self.budget_bytes)
 
     def _refuse(self, least: Breakdown) -> None:
-        rows, length = self.shape.rows, self.shape.length
         recomputed = "with everything recomputed" if self.costs.layers else "and no layer of it can be recomputed"
-        source = "what the card has free" if self.config.training.max_memory is None else "training.max_memory"
-        raise BudgetTooSmall(
-            f"{self.budget_bytes / 1e9:.2f} GB are given to this run ({source}), but it takes at least "
-            f"{least.needed_bytes / 1e9:.2f} GB, {recomputed} (batches of up to {rows} × {length} tokens); lower "
-            "training.per_device_train_batch_size (and raise training.gradient_accumulation_steps) or data.max_length, "
-            "or give more"
-        )
+        batch = f"batches of up to {self.shape.rows} × {self.shape.length} tokens"
+        raise BudgetTooSmall(least, f"{recomputed} ({batch})", str(Limit(self.budget_bytes)))
 
     @cached_property
     def costs(self) -> Costs:

@@ -96,8 +96,8 @@ def report_rows(report: MemoryReport, *, budget: int | None = None, budget_name:
     """The table of a report in its sections: what the peak is made of, what the device has to give, peaks of phases.
 
     Args:
-        budget: bytes that the device can give to one process; with it come that limit and what is left of it.
-        budget_name: e.g. the name of the card.
+        budget: bytes that the run may take; with it come that limit and what is left of it.
+        budget_name: what they are, in words; see `plan.limit.Limit`.
     """
     names = part_names(report.config)
     shown = report.breakdowns
@@ -118,7 +118,7 @@ def report_rows(report: MemoryReport, *, budget: int | None = None, budget_name:
         device.append(row("CUDA context", lambda b: b.context_bytes))
         device.append(row("needed in all", lambda b: b.needed_bytes, strong=True))
     if budget is not None:
-        device.append(row(budget_name or "limit", lambda b: budget, compared=False))
+        device.append(row("usable" if budget_name else "limit", lambda b: budget, compared=False))
         device.append(row("left", lambda b: budget - b.needed_bytes, strong=True, compared=False))
 
     phases = [row(f"peak in {phase}", lambda b, p=phase: b.phase_peak_bytes[p]) for phase in PHASES]
@@ -154,8 +154,9 @@ def fit(breakdown: Breakdown, budget: int | None, budget_name: str) -> tuple[str
 
 
 def limit(budget: int, budget_name: str) -> str:
-    """`RTX 4090 has 23.65 GiB`; without a name, `the limit is 23.65 GiB`."""
-    return f"{budget_name} has {binary_size(budget)}" if budget_name else f"the limit is {binary_size(budget)}"
+    """`22.34 GiB usable (95% of rtx-4090's 23.52 GiB)`; without a name, `the limit is 23.65 GiB`."""
+    size = binary_size(budget)
+    return f"{size} usable ({budget_name})" if budget_name else f"the limit is {size}"
 
 
 def group_modules(sizes: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_tool.memory.plan.changes import CHECKPOINTING, costs_of
-from qlora_tool.memory.plan.search import Change, Option, Plan
+from qlora_tool.memory.plan.result import Change, Option, Plan
 from qlora_tool.memory.show.legend import binary_size, full_size
 
 _NOTE = "peak: expected; speed: tokens/s against what was asked for, by counting passes, not measured\n"
@@ -37,11 +37,12 @@ def render_plan(plan: Plan, console: Console) -> None:
 
 def _headline(plan: Plan) -> str:
     asked, free = plan.asked, plan.usable_bytes - plan.asked.peak_bytes
-    kept = f", {plan.margin:.0%} of it kept free" if plan.margin else ", nothing kept free"
+    kept = f", {plan.margin:.0%} of it kept free" if plan.margin else ""
+    named = f", {plan.budget_name}" if plan.budget_name else ""
     card = f" ({plan.target})" if plan.target else ""
     verdict = f"it fits, {binary_size(free)} left" if plan.fits else f"it does not fit by {binary_size(-free)}"
     return (
-        f"plan for {binary_size(plan.budget_bytes)} on {plan.device}{card}{kept}\n"
+        f"plan for {binary_size(plan.budget_bytes)} on {plan.device}{card}{named}{kept}\n"
         f"asked for: {_batch(asked)} take {full_size(asked.peak_bytes)}: {verdict}"
     )
 
@@ -53,7 +54,8 @@ def _batch(option: Option) -> str:
 def _plain_table(*headings: str) -> Table:
     table = Table(box=None, padding=(0, 0, 0, 2), pad_edge=False, header_style="bold")
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+        # The first takes several lines where there is no room for it on one; sizes are never cut.
+        table.add_column(heading, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
     return table
 
 
@@ -75,7 +77,8 @@ def _lengths(plan: Plan) -> Table:
 
 
 def _alternatives(plan: Plan) -> Table:
-    table = _plain_table(f"with {_batch(plan.asked)}", "peak", "", "speed", "")
+    table = _plain_table(f"with {_batch(plan.asked)}", "peak", "", "speed")
+    table.add_column("")  # notes, which take several lines where there is no room for them on one
     for option in plan.options:
         if option.group == "length":
             continue

@@ -1,0 +1,50 @@
+"""What to do about a run that takes more than it may: a change that makes it fit, looked for in a few seconds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qlora_tool.memory.plan.search import change_that_fits
+from qlora_tool.memory.show.legend import full_size
+
+if TYPE_CHECKING:
+    import torch
+
+    from qlora_tool.config import Config
+    from qlora_tool.memory.allocator.target import CudaTarget
+    from qlora_tool.memory.breakdown import Breakdown
+    from qlora_tool.memory.trace.predict import BatchShape
+
+SECONDS_FOR_A_CHANGE = 5.0
+
+
+def cure(
+    config: Config,
+    model_config,
+    compute_dtype: torch.dtype,
+    target: CudaTarget | None,
+    shape: BatchShape,
+    predicted: Breakdown,
+    limit_bytes: int,
+    given: int | None = None,
+) -> str:
+    """The options that make a run fit, to copy, or else the command that looks for longer.
+
+    Args:
+        config: the run's.
+        shape: of its largest batch.
+        predicted: what it takes, by a full trace.
+        limit_bytes: what it may take.
+        given: bytes of the device, which the command is to be told; None where the configuration says it itself.
+    """
+    device = "cpu" if target is None else "cuda"
+    memory = "" if given is None else f" --device-memory {given}B"
+    command = f"`qlora-tool profile-memory CONFIG --plan --device {device}{memory}`"
+    try:
+        change = change_that_fits(config, model_config, limit_bytes, compute_dtype, target, shape, predicted,
+                                  margin=0.0, seconds=SECONDS_FOR_A_CHANGE)  # fmt: skip
+    except TimeoutError:
+        return f"{command} shows what fits"
+    if change is None:
+        return f"nothing that was tried makes it fit; {command} shows what each takes. Take a smaller model"
+    return f"{change.line} makes it fit, in {full_size(change.peak_bytes)} (estimated)"

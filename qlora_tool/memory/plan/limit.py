@@ -1,0 +1,75 @@
+"""What a run may take of a device: one number, by one name, wherever it is shown, planned with or refused by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qlora_tool.config import parse_size
+from qlora_tool.memory.allocator.available import margin_on, usable
+from qlora_tool.memory.allocator.cards import CARDS, Budget, Card
+from qlora_tool.memory.show.legend import binary_size, limit
+
+if TYPE_CHECKING:
+    from qlora_tool.config import Config
+
+MAX_MEMORY = "training.max_memory"
+_FREE_STEP = 100_000_000  # bytes
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most that a run may take.
+
+    Attributes:
+        bytes: that much.
+        name: what that is, in words: `95% of rtx-4090's 23.52 GiB`, `training.max_memory`; empty where just so many
+            bytes were given.
+    """
+
+    bytes: int
+    name: str = ""
+
+    def __str__(self) -> str:
+        return limit(self.bytes, self.name)
+
+
+def card_of(budget: Budget | None) -> Card | None:
+    """The card of the table that a budget names."""
+    return next((card for card in CARDS if budget and card.name == budget.name), None)
+
+
+def limit_on(
+    config: Config, device: str, budget: Budget | None = None, free: int | None = None, *, steady: bool = False
+) -> Limit | None:
+    """What a run may take: of a device all but the margin that stays free on it, and at most `training.max_memory`
+    where `gradient_checkpointing: auto` has to stay within that.
+
+    Args:
+        device: cuda or cpu.
+        budget: a device that is named.
+        free: bytes that are free on the one that is here, in the place of `budget`.
+        steady: whether those are rounded down, as what is free differs a little each time.
+
+    Returns:
+        The least of the limits; None where there is none.
+    """
+    margin = margin_on(device)
+    share = f"{1 - margin:.0%} of " if margin else ""
+    limits = []
+    if budget is not None:
+        size = binary_size(budget.bytes)
+        if card_of(budget):
+            name = f"{share}{budget.name}'s {size}"
+        elif budget.estimated:
+            name = f"{share}the {size} of {budget.name}"
+        else:
+            name = f"{share}{size}" if margin else ""
+        limits.append(Limit(usable(budget.bytes, margin), name))
+    elif free is not None:
+        step = _FREE_STEP if steady else 1
+        name = f"{share or 'all of '}the {binary_size(free)} free on {device}"
+        limits.append(Limit(usable(free, margin) // step * step, name))
+    if config.training.max_memory is not None and config.training.gradient_checkpointing == "auto":
+        limits.append(Limit(parse_size(config.training.max_memory), MAX_MEMORY))
+    return min(limits, key=lambda found: found.bytes, default=None)
