@@ -50,6 +50,7 @@ _PROBES = (
     _Probe({"role": "assistant", "content": _LAST}),
     _Probe({"role": "assistant", "content": _LAST}, behind=({"role": "user", "content": "what else"},)),
     _Probe({"role": "assistant", "reasoning_content": _BEGIN, "content": _LAST}),
+    _Probe({"role": "assistant", "content": "", "tool_calls": [_call(_LAST)]}, calls=True),
     _Probe({"role": "assistant", "content": "", "tool_calls": [_call(_BEGIN), _call(_LAST)]}, calls=True),
 )
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
+from pathlib import Path
+
 import pytest
 from tokenizers_for_tests import CHATML, LLAMA_2, byte_level, metaspace
 
@@ -56,3 +60,25 @@ def test_every_kind_of_answer_has_an_end(template, known, expected):
 
 def test_llama_2():
     assert template_ends(metaspace(LLAMA_2)) == [metaspace().eos_token_id]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is there from Python 3.11 on")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama3", ["<|eot_id|>"]), ("phi3", ["<|end|>"]), ("qwen3", ["<|im_end|>"]),
+        ("gemma_training", ["<end_of_turn>"]), ("deepseekv3", ["<｜end▁of▁sentence｜>"]),
+        ("smolvlm", ["<end_of_utterance>"]),
+        ("gptoss", ["<|return|>", "<|call|>"]), ("glm4moe", ["<|user|>"]), ("gemma4", ["<turn|>", "<|tool_response>"]),
+    ],
+)  # fmt: skip
+def test_templates_as_they_are_published(name, expected):
+    """As their models' own generation settings name them, the end of text aside."""
+    file = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates" / f"{name}.jinja"
+    template = file.read_text(encoding="utf-8")
+    tokenizer = byte_level(template)
+    marks = re.findall(r"<\|?[A-Za-z_/]+?\|?>|<｜[^<>]+?｜>", template)
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted({*marks, *expected})})
+    tokenizer.eos_token = "<|endoftext|>"
+    found = template_ends(tokenizer, [tokenizer.eos_token_id])
+    assert tokenizer.convert_ids_to_tokens(found) == expected
