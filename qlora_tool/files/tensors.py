@@ -85,11 +85,12 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """One tensor, read from the disk into a buffer of its own, on `device`."""
-        self._read_bytes += self._entries[name].nbytes
+        entry = self._entries[name]
+        self._read_bytes += entry.nbytes * (4 if entry.dtype.itemsize == 1 else 1)  # it is dequantized from a byte
         if self._read_bytes >= _TRIM_EVERY:
             self._read_bytes = 0
             give_back_freed_memory()
-        return read_tensor(self._entries[name], device)
+        return read_tensor(entry, device)
 
     @property
     def nbytes(self) -> int:

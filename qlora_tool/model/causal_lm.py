@@ -21,6 +21,7 @@ from qlora_tool.model.layout import Layout, laid_out
 from qlora_tool.model.masks import known
 from qlora_tool.model.segments import attending_by, use_segments
 from qlora_tool.model.slots import BeyondPeft, Quantization
+from qlora_tool.model.text_part import text_modules
 from qlora_tool.ops.loss import CHUNK_ROWS, LogitsTransform, frozen_cross_entropy, linear_cross_entropy
 from qlora_tool.weights.handles import model_tensors
 from qlora_tool.weights.modules import FrozenLinear
@@ -63,6 +64,18 @@ class CausalLM:
     @property
     def config(self):
         return self.module.config
+
+    @property
+    def left_linears(self) -> int:
+        """How many of the text part's linear modules stay unquantized while others are quantized, the output
+        projection apart."""
+        if self.quantization.kind == "none":
+            return 0
+        output = self.module.get_output_embeddings()
+        linears = (one for one in text_modules(self.module).values() if isinstance(one, FrozenLinear))
+        return sum(
+            one is not output and one.weight.kind == "none" and not one.weight.is_trained for one in linears
+        )
 
     @property
     def beyond_peft(self) -> BeyondPeft | None:

@@ -43,6 +43,8 @@ def describe(built: Built, init_from: str | None) -> list[str]:
         kind += " with double quantization"
     if model.quantization.embeddings == "int8":
         kind += ", embeddings in int8,"
+    if left := model.left_linears:
+        kind += f", {left} linear modules left as stored,"
     trained = adapters.parameters()
     dtype = str(trained[0].dtype).removeprefix("torch.")
     return [

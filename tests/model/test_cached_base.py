@@ -8,6 +8,8 @@ import os
 
 import pytest
 import torch
+from multimodal_models import MULTIMODAL, write_multimodal
+from stored_models import write_fp8, write_mxfp4
 from tiny_models import FAMILIES, logits, read_tiny, tokens, write_tiny
 
 from qlora_tool.build import open_model
@@ -80,6 +82,26 @@ def test_it_is_found_only_for_the_same_quantization_and_products(tmp_path):
         assert cached_base(folder, other, torch.float32) is None
     # Small tensors and wide embeddings have the dtype of matrix products: another one would read rounded values.
     assert cached_base(folder, NF4, torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("published", ["fp8", "mxfp4", "gemma3", "qwen3_vl"])
+def test_a_published_base_is_cached_as_it_was_read(published, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    if published in MULTIMODAL:
+        write_multimodal(published, folder)
+    else:
+        write_fp8("llama", folder) if published == "fp8" else write_mxfp4(folder)
+    first, _ = keep(folder)
+    monkeypatch.setattr(slots_module, "quantize", None)
+    second = read_tiny(folder, "nf4", checkpoint=cached_base(folder, NF4, torch.float32))
+    assert torch.equal(logits(first, tokens() % 119), logits(second, tokens() % 119))
+
+
+def test_what_is_not_quantized_tells_bases_apart(tmp_path):
+    folder = write_tiny("llama", tmp_path / "model")
+    keep(folder)
+    for names in (("o_proj",), ("model.layers.0",), "as-peft"):
+        assert cached_base(folder, Quantization(skip_modules=names), torch.float32) is None
 
 
 def test_int8_has_no_double_quantization_to_tell_apart(tmp_path):

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from stored_models import SKIPPED, dequantized, write_quantized
 from tiny_models import logits, read_tiny, relative_error, tiny_config, tokens, write_tiny
 
+from qlora_tool.build import open_model
+from qlora_tool.config import ModelConfig
 from qlora_tool.errors import UserError
 from qlora_tool.model.exceptions import is_named, refuse_unknown_names
 from qlora_tool.model.layer_stack import layer_stack
@@ -134,3 +136,11 @@ def test_layers_that_differ_in_what_is_quantized_are_not_taken_for_alike(tmp_pat
     assert fifth.traced == (8,)
     folder, _ = write_quantized("llama", tmp_path, skipped=["model.layers.0"])
     assert layer_stack(read_model_config(folder)).period == 2
+
+
+def test_a_run_counts_what_is_left_unquantized(tmp_path):
+    folder = write_tiny("llama", tmp_path)
+    values = {"name_or_path": str(folder), "compute_dtype": "float32", "device": "cpu"}
+    assert open_model(ModelConfig(**values)).left_linears == 0
+    assert open_model(ModelConfig(**values, skip_modules=["model.layers.0.mlp", "lm_head"])).left_linears == 3
+    assert open_model(ModelConfig(**values, quantization="none")).left_linears == 0
