@@ -175,6 +175,8 @@ class MergedModel:
     def _merged(self, name: str) -> Tensor:
         """One tensor of the model in the dtype of the files, in the orientation of the model."""
         dtype, slot = self._file_dtype(name), self.slots.get(name) or self._embeddings.get(name)
+        if slot is not None and self._is_untouched(name):
+            slot = replace(slot, kind="none", asked=False)
         layer = self.layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if name in self.replaced:
             value = self.replaced[name]

@@ -119,14 +119,16 @@ def find_slots(model: PreTrainedModel, quantization: Quantization | None = None)
     output embeddings and what the model wants in fp32.
 
     Slots of kind `none` stay as they are stored: what the configuration names, a checkpoint's own exceptions, and what
-    lies beside the text part (towers for images), which no training on text changes.
+    lies beside the text part (towers for images), which no training on text changes. Under PEFT that is quantized too.
 
     Args:
         model: a skeleton, its modules as transformers made them.
         quantization: how the rest is quantized.
     """
-    slots, outside = _all_slots(model), outside_text(model)
-    asked = _asked_for(slots, quantization or Quantization())
+    quantization = quantization or Quantization()
+    slots, as_peft = _all_slots(model), isinstance(quantization.skip_modules, str)
+    outside = [] if as_peft else outside_text(model)
+    asked = _asked_for(slots, quantization)
     plain = asked | stored_plain(model, slots) | {name for name in slots if is_outside(name, outside)}
     return {name: replace(slot, kind="none", asked=name in asked) if name in plain else slot
             for name, slot in slots.items()}  # fmt: skip

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from multimodal_models import MULTIMODAL, write_multimodal
 from safetensors.torch import load_file, save_file
-from tiny_adapters import artifact_of, live_logits, write_adapter
+from tiny_adapters import artifact_of, live_logits, write_adapter, write_peft_adapter
 from transformers import AutoModelForImageTextToText
 
 from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.weights.quantized import quantize
 
 IDS = torch.tensor([[5, 17, 99, 3, 42, 64, 110, 8, 77, 5]])
 TOWERS = ("vision_tower", "visual", "multi_modal_projector", "embed_vision")
@@ -71,3 +73,21 @@ def test_nf4_files_have_the_tower_too(tmp_path: Path):
     export_merged(artifact_of(adapter), tmp_path / "merged", ExportOptions(format="nf4"))
     stored, merged = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
     assert_same_bytes(tower_of(merged), tower_of(stored))
+
+
+def test_peft_adapts_a_tower_on_its_quantized_weights(tmp_path: Path):
+    """Unlike the text's, the weights that its adapter leaves alone are not dequantized ones."""
+    base = write_multimodal("gemma3", tmp_path / "base")
+    layer = "model.vision_tower.encoder.layers.0.self_attn"
+    modules = rf"({re.escape(layer)}|.*language.*)\.q_proj"
+    adapter = write_peft_adapter(tmp_path / "adapter", base, target_modules=modules)
+    artifact = artifact_of(adapter, model=str(base), quantization="nf4")
+    export_merged(artifact, tmp_path / "merged", ExportOptions(dtype="float32"))
+    stored, merged = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    (name,) = [name for name in stored if "vision" in name and ".layers.0." in name and "q_proj.weight" in name]
+    pair = [tensor for key, tensor in sorted(load_file(adapter / "adapter_model.safetensors").items()) if layer in key]
+    down, up = pair  # lora_A, lora_B
+    expected = quantize(stored[name], "nf4").dequantize() + 2 * (up @ down)
+    torch.testing.assert_close(merged[name], expected, rtol=0, atol=1e-5)
+    rest = {key: tensor for key, tensor in tower_of(stored).items() if key != name}
+    assert_same_bytes({key: tensor for key, tensor in tower_of(merged).items() if key != name}, rest)
