@@ -219,7 +219,10 @@ def resolve(
     values: dict[str, Any] = {} if compute_dtype is None else {"model.compute_dtype": _name(compute_dtype)}
     chosen_later = config.training.max_memory is not None or device_type == "cuda"  # when the largest batch is known
     if config.training.gradient_checkpointing == "auto" and not chosen_later:
-        values["training.gradient_checkpointing"] = True
+        values["training.gradient_checkpointing"] = recomputes = _recomputes(config, model_config)
+        if not recomputes:
+            logger.warning("training.gradient_checkpointing: %s has no layers that can be recomputed; what they "
+                           "save for backward is kept", model_config.model_type)  # fmt: skip
     if config.adapter.init_from:
         stored = read_adapter(Path(config.adapter.init_from))
         values |= initial_settings(stored, config.adapter) | _initial_base(stored, config.model)
@@ -248,6 +251,10 @@ def _initial_base(stored: StoredAdapter, config: ModelConfig) -> dict[str, Any]:
     logger.warning("model.skip_modules: %s, but %s, which adapter.init_from names, was trained on a base with %s: it "
                    "goes on from other answers than it gave", config.skip_modules, stored.folder, found)  # fmt: skip
     return {}
+
+
+def _recomputes(config: Config, model_config: Any) -> bool:
+    return behaviour_of(model_config, config.model.trust_remote_code).recomputes
 
 
 def packs_apart(config: Config, model_config: Any) -> bool:

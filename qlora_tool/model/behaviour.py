@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from qlora_tool.data.batches import Batch, Segments
 from qlora_tool.model.by_example import is_mixer, keep_mixers_apart
 from qlora_tool.model.causal_lm import CausalLM, takes
+from qlora_tool.model.checkpointing import decoder_layers
 from qlora_tool.model.layer_stack import layer_stack, with_layers
 from qlora_tool.model.load import build_skeleton
 from qlora_tool.model.positions import rotate_by_example
@@ -58,11 +59,13 @@ class Behaviour:
             `segments`, by the `masks` that transformers makes of positions, or not at all (None).
         draws: in training its code draws random numbers of its own (jitter before a router, dropout), which
             recomputation must draw again.
+        recomputes: it has layers that can be recomputed in backward.
     """
 
     projects_plainly: bool
     keeps_apart: str | None
     draws: bool = True
+    recomputes: bool = True
 
 
 class _LowRank(nn.Module):
@@ -111,6 +114,7 @@ def _behaviour_of(key: _ByText, trust_remote_code: bool) -> Behaviour:
             _tried(_projects_plainly, model, "the loss from hidden states") or False,
             _tried(_keeps_apart, model, "packing"),
             draws is not False,
+            bool(decoder_layers(model.module)),
         )
 
 

@@ -48,15 +48,17 @@ def vocabulary_size(config: Config) -> int:
     return read_model_config(model_folder(config), False).get_text_config().vocab_size
 
 
-def layout_of(file: Path) -> str:
-    """How a run of this configuration lays its examples out: `packed` (attention by segment), `masks` or `padded`."""
+def behaviour_in(file: Path) -> tuple[str, bool]:
+    """How a run of this configuration lays its examples out: `packed` (attention by segment), `masks` or `padded`; and
+    whether its model draws random numbers in training."""
     from qlora_tool.build import Setup
     from qlora_tool.config import load_config
     from qlora_tool.model.behaviour import behaviour_of
 
     setup = Setup.of(load_config(file))
-    by = behaviour_of(setup.model_config).keeps_apart
-    return "padded" if not setup.config.data.packing else "packed" if by == "segments" else "masks"
+    found = behaviour_of(setup.model_config)
+    packed = "packed" if found.keeps_apart == "segments" else "masks"
+    return packed if setup.config.data.packing else "padded", found.draws
 
 
 def train_alone(config: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "decoder_attention_heads": 4,
     "encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "num_encoder_attention_heads": 4,
     "num_key_value_heads": 2, "num_kv_heads": 2, "head_dim": 16, "dim_head": 16, "attention_head_dim": 16,
-    "max_position_embeddings": 512, "n_positions": 512, "n_ctx": 512, "max_seq_len": 512, "max_target_positions": 512,
+    "max_position_embeddings": 128, "n_positions": 128, "n_ctx": 128, "max_seq_len": 128, "max_target_positions": 128,
     "vocab_size": VOCABULARY, "decoder_vocab_size": VOCABULARY,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "moe_num_experts": 4, "moe_k": 2,
@@ -40,16 +40,17 @@ SIZES: dict[str, Any] = {
 """What is made small, by the names that families give it."""
 
 OWN: dict[str, dict[str, Any]] = {
-    "bert": {"is_decoder": True},
-    "bert-generation": {"is_decoder": True},
     "cwm": {"bos_token_id": 1},
-    "dots3_note_text": {"num_key_value_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granite": {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22,
                 "attention_multiplier": 0.0625},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
     "modernbert-decoder": {"bos_token_id": 1},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
 }  # fmt: skip
 """What a family needs beside, or in the place of, what `tiny_config` finds for it."""
 
@@ -70,6 +71,10 @@ def tiny_config(model_type: str, **values: Any) -> Any:
         name: 0.0 for name, value in vars(usual).items()
         if isinstance(value, float) and any(word in name for word in ("drop", "pdrop"))
     }  # fmt: skip
+    if "kv_lora_rank" in vars(usual):
+        names["num_key_value_heads"] = 4  # as many as query heads
+    if vars(usual).get("is_decoder") is False:
+        names["is_decoder"] = True
     tokens = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2}
     return kind(**{**names, **quiet, **tokens, **OWN.get(model_type, {}), **values})
 
