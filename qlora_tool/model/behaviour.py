@@ -60,12 +60,14 @@ class Behaviour:
         draws: in training its code draws random numbers of its own (jitter before a router, dropout), which
             recomputation must draw again.
         recomputes: it has layers that can be recomputed in backward.
+        pads_apart: an example gives in a padded batch what it gives alone.
     """
 
     projects_plainly: bool
     keeps_apart: str | None
     draws: bool = True
     recomputes: bool = True
+    pads_apart: bool = True
 
 
 class _LowRank(nn.Module):
@@ -109,12 +111,14 @@ class _ByText:
 def _behaviour_of(key: _ByText, trust_remote_code: bool) -> Behaviour:
     with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad(), torch.device("cpu"):
         model = _first_layers(key.model_config, trust_remote_code)
-        draws = _tried(_draws, model, "")  # before `_keeps_apart`, which lets attention go by segment
+        # Before `_keeps_apart`, which lets attention go by segment.
+        draws, pads = _tried(_draws, model, ""), _tried(_pads_apart, model, "")
         return Behaviour(
             _tried(_projects_plainly, model, "the loss from hidden states") or False,
             _tried(_keeps_apart, model, "packing"),
             draws is not False,
             bool(decoder_layers(model.module)),
+            pads is not False,
         )
 
 
@@ -203,6 +207,17 @@ def _draws(model: CausalLM) -> bool:
         finally:
             model.module.eval()
         return not torch.equal(before, torch.get_rng_state())
+
+
+def _pads_apart(model: CausalLM) -> bool:
+    """The shorter of two examples in a padded batch against it by itself."""
+    short, long = sorted(EXAMPLES)[0], sorted(EXAMPLES)[-1]
+    ids = _ids(model, long).repeat(2, 1)
+    mask = torch.ones_like(ids)
+    ids[0, short:], mask[0, short:] = 0, 0
+    alone = model.module.base_model(input_ids=ids[:1, :short], use_cache=False)[0]
+    padded = model.module.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    return _is_near(padded[:1, :short], alone)
 
 
 def _keeps_apart(model: CausalLM) -> str | None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from tiny_models import FAMILIES, logits, read_by_transformers, relative_error, tiny_config, tokens, write_tiny
 from torch import nn
+from transformers import AutoConfig, LlamaForCausalLM
 
-from qlora_tool.build import open_model
-from qlora_tool.config import ModelConfig
+from qlora_tool.build import open_model, packs_apart
+from qlora_tool.config import Config, ModelConfig, with_values
 from qlora_tool.data.batches import collate
 from qlora_tool.data.tokenize import Example
 from qlora_tool.model.behaviour import behaviour_of
@@ -209,6 +210,34 @@ def test_keeping_packed_examples_apart_is_said_truly(family, tmp_path):
 def test_ordinary_families_are_packed():
     for family in ("llama", "qwen3", "gemma2", "mistral", "phi3", "mixtral", "gpt2"):
         assert behaviour_of(tiny_config(family)).keeps_apart == ("masks" if family == "gemma2" else "segments")
+
+
+def test_padding_that_is_seen_is_noticed():
+    """CPM-Ant tells padding by its tokens, which the mask that it is given does not."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "dim_head": 16, "dim_ff": 128, "num_hidden_layers": 2}
+    assert not behaviour_of(AutoConfig.for_model("cpmant", vocab_size=131, **sizes)).pads_apart
+    assert behaviour_of(tiny_config("llama")).pads_apart and behaviour_of(tiny_config("bloom")).pads_apart
+
+
+def test_a_cap_is_noticed_however_high(monkeypatch):
+    """The loss would otherwise be taken of logits without it."""
+    plain = LlamaForCausalLM.forward
+
+    def capped(self, *args, **kwargs):
+        found = plain(self, *args, **kwargs)
+        found.logits = 500 * torch.tanh(found.logits / 500)
+        return found
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", capped)
+    assert not behaviour_of(tiny_config("llama", max_position_embeddings=97)).projects_plainly  # of no other test
+
+
+@pytest.mark.parametrize("far", [8, 4096])
+def test_packing_is_decided_by_what_a_long_row_would_show(far):
+    """Attention in chunks of fixed places cuts an example in two where a row is longer than a chunk."""
+    config = tiny_config("llama4_text", attention_chunk_size=far)
+    settings = with_values(Config(), {"data.max_length": 2048})
+    assert packs_apart(settings, config) == (far == 4096)
 
 
 def test_a_family_that_cannot_be_tried_is_padded_and_that_is_said(monkeypatch, caplog):
