@@ -1,4 +1,4 @@
-"""Every causal family of transformers: training, evaluation and export against plain transformers and PEFT.
+"""Every causal family: training, evaluation and export against plain transformers and PEFT.
 
 Of each family a tiny model with random weights and a PEFT adapter with random numbers are made. qlora-tool trains three
 steps from that adapter, every row of the data in each, in fp32 and packed where it packs; evaluates; exports merged.
