@@ -31,6 +31,7 @@ MIXTURE = [{"path": "alpaca.jsonl", "weight": 3}, {"path": "alpaca.csv", "weight
 TEXTS: dict[str, list[Any]] = {
     "model.name_or_path": ["base"],
     "model.revision": [None, "main"],
+    "model.skip_modules": [[], ["down_proj", "model.layers.0.self_attn"], "as-peft"],
     "adapter.target_modules": ["all-linear", ["q_proj", "down_proj"], r".*\.(q|v|up)_proj"],
     "adapter.exclude_modules": [[], ["k_proj"], r".*layers\.1\.mlp.*"],
     "adapter.modules_to_save": [[], ["lm_head"], ["norm", "layers.0.self_attn.o_proj"]],
