@@ -43,6 +43,7 @@ def train(
     set: Overrides = (),
     output_dir: AnyPath | None = None,
     resume: AnyPath = "auto",
+    extend: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> TrainResult:
@@ -55,6 +56,8 @@ def train(
         set: keys that are to have other values: `{"training.max_steps": 20}`, or `["training.max_steps=20"]`.
         output_dir: the run's folder, in the place of `training.output_dir`.
         resume: auto (go on with this folder's unfinished run), never, or a checkpoint's or run's folder.
+        extend: train the folder's run for longer: with a larger `max_steps` or `num_train_epochs` it goes on from its
+            last checkpoint.
         overwrite: replace a run that the folder holds.
         dry_run: check everything, read data and model, and stop before the first step; nothing is written.
 
@@ -64,6 +67,9 @@ def train(
         Interrupted: SIGINT or SIGTERM asked to stop; a checkpoint was saved, and its `lines` say how to go on.
     """
     configuration = load_config(config, _with_output_dir(set, output_dir))
+    if extend and (overwrite or os.fspath(resume) == "never"):
+        other = "--overwrite" if overwrite else "--resume never"
+        raise OptionError(f"--extend goes on with a run and {other} replaces it: give one of the two")
     started = time.perf_counter()
     from qlora_tool.data.check import check_data
 
@@ -73,8 +79,9 @@ def train(
     from qlora_tool.training.result import TrainResult
 
     run = run_training(
-        configuration, resume=os.fspath(resume), overwrite=overwrite, dry_run=dry_run, watcher=RunMemory()
-    )
+        configuration, resume=os.fspath(resume), extend=extend, overwrite=overwrite, dry_run=dry_run,
+        watcher=RunMemory(),
+    )  # fmt: skip
     return TrainResult.of(run, time.perf_counter() - started, finished=not dry_run)
 
 

@@ -22,6 +22,8 @@ from qlora_tool.cli import ToolCommand
 @click.option("--output-dir", metavar="DIR", help="The run's folder (training.output_dir).")
 @click.option("--resume", default="auto", show_default=True, metavar="auto|never|PATH",
               help="auto: go on with this folder's unfinished run; a PATH: a checkpoint, or a run.")  # fmt: skip
+@click.option("--extend", is_flag=True,
+              help="Train the folder's run for longer: more training.max_steps or num_train_epochs.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a run that the folder holds.")
 @click.option("--dry-run", is_flag=True, help="Check everything, read data and model, and stop before the first step.")
 def train(config: str, **options: Any) -> None:
@@ -36,6 +38,11 @@ def train(config: str, **options: Any) -> None:
     result = api.train(config, **options)
     if not result.finished:
         click.echo("dry run: everything is in order; nothing was written")
+    elif not result.learned:
+        click.echo(f"adapter: {result.adapter}, which learned nothing: see the warning")
     else:
-        click.echo(f"adapter: {result.adapter}")
+        best = ""
+        if result.config.training.load_best_model_at_end:
+            best = f" (the best: step {result.adapter_step} of {result.steps})"
+        click.echo(f"adapter: {result.adapter}{best}")
         click.echo(f"next: qlora-tool export-merged {result.folder} --output-dir {result.folder}-merged")

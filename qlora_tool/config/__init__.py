@@ -9,6 +9,7 @@ defaults. This package imports neither torch nor transformers.
 """
 
 from qlora_tool.config.compare import differences, marked, memory_settings
+from qlora_tool.config.contradictions import evaluation_losses
 from qlora_tool.config.keys import (
     SECTIONS,
     AdapterConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "config_schema",
     "config_to_yaml",
     "differences",
+    "evaluation_losses",
     "load_config",
     "marked",
     "memory_settings",

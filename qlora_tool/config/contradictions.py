@@ -6,9 +6,24 @@ from collections.abc import Iterator
 
 from qlora_tool.config.keys import Config
 from qlora_tool.config.messages import found
+from qlora_tool.errors import did_you_mean
 
 # What most families call their input embeddings and output projection.
 _EMBEDDING_MODULES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+
+
+def evaluation_losses(config: Config) -> dict[str, str]:
+    """What `training.metric_for_best_model` may be, and the name that each has in `metrics.jsonl`.
+
+    As with transformers, `eval_` may be left out; the loss of one of several sets has the set's name in it.
+    """
+    names = list(config.data.eval) if isinstance(config.data.eval, dict) else []
+    keys = {"loss": "eval_loss", "eval_loss": "eval_loss"}
+    for name in names:
+        key = f"eval_{name}_loss" if len(names) > 1 else "eval_loss"
+        for accepted in (f"eval_{name}_loss", f"{name}_loss"):
+            keys.setdefault(accepted, key)
+    return keys
 
 
 def contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -40,6 +55,7 @@ def _of_training(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if training.eval_steps is not None and data.eval is None:
         message = f"{training.eval_steps}, but there is nothing to evaluate; set data.eval, or leave eval_steps out"
         yield ("training.eval_steps", "data.eval"), message
+    yield from _of_evaluations(config)
     if training.group_by_length and data.packing:
         message = "true, but packed rows are of one length already; set data.packing: false, or leave it out"
         yield ("training.group_by_length", "data.packing"), message
@@ -52,3 +68,23 @@ def _of_training(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if training.optimizer_in_backward and training.max_grad_norm:
         message = "true, but clipping needs all gradients before the first step; set training.max_grad_norm: 0"
         yield ("training.optimizer_in_backward", "training.max_grad_norm"), message
+
+
+def _of_evaluations(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What the best evaluation and stopping early need."""
+    training = config.training
+    wanted = {
+        "load_best_model_at_end": "true" if training.load_best_model_at_end else None,
+        "early_stopping_patience": training.early_stopping_patience,
+    }
+    for key, value in wanted.items():
+        if value is not None and config.data.eval is None:
+            message = f"{value}, but nothing is evaluated; set data.eval and training.eval_steps, or leave it out"
+            yield (f"training.{key}", "data.eval"), message
+        elif value is not None and training.eval_steps is None:
+            message = f"{value}, but the only evaluation is at the end; set training.eval_steps, or leave it out"
+            yield (f"training.{key}", "training.eval_steps"), message
+    metric, known = training.metric_for_best_model, evaluation_losses(config)
+    if metric not in known:
+        message = f"'{metric}' is not evaluated; expected one of {', '.join(known)}{did_you_mean(metric, known)}"
+        yield ("training.metric_for_best_model", "data.eval"), message

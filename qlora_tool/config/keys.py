@@ -6,11 +6,21 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict, Field, create_model
+from pydantic import BeforeValidator, ConfigDict, Field, SerializeAsAny, create_model
 
 from qlora_tool.choices import ComputeDtype, DataFormat, Device, Quantization
 from qlora_tool.config.schema import choices_of, expected, json_schema, name_of, schemas_of
-from qlora_tool.config.types import Columns, Evaluation, ModuleNames, Pattern, Size, StepsOrShare, Text, Training
+from qlora_tool.config.types import (
+    Columns,
+    Evaluation,
+    ModuleNames,
+    NotEmpty,
+    Pattern,
+    Size,
+    StepsOrShare,
+    Text,
+    Training,
+)
 from qlora_tool.methods import method_keys
 from qlora_tool.methods.keys import WHOLE, Count, Keys, Mark, MethodKeys, NotNegative, Positive, Share
 
@@ -193,8 +203,8 @@ class TrainingConfig(Keys):
 
     output_dir: Annotated[Text, Field(title="a folder"), Mark.NOT_IN_MEMORY, Mark.FREE_ON_RESUME] = "runs/my-model"
     """The run's folder, relative to the current folder."""
-    num_train_epochs: Annotated[Positive, Mark.NOT_IN_MEMORY] = 1
-    """Passes over the training data."""
+    num_train_epochs: Annotated[Literal["auto"] | Positive, SerializeAsAny(), Mark.NOT_IN_MEMORY] = "auto"
+    """Passes over the training data; auto: 1, or where rows are few as many as make some 100 optimizer steps."""
     max_steps: Annotated[Count | Literal[-1], WHOLE, Mark.NOT_IN_MEMORY] = -1
     """Stop after this many optimizer steps; -1: num_train_epochs decides."""
     per_device_train_batch_size: Annotated[Count, Mark.NOT_IN_MEMORY] = 4
@@ -208,7 +218,7 @@ class TrainingConfig(Keys):
     lr_scheduler_type: Annotated[Literal["constant", "linear", "cosine"], Mark.NOT_IN_MEMORY] = "cosine"
     """What the learning rate does after the warmup."""
     warmup_steps: Annotated[StepsOrShare, Mark.NOT_IN_MEMORY] = 0.03
-    """Steps over which the learning rate rises; below 1: a share of all steps."""
+    """Steps over which the learning rate rises, the first above 0; below 1: a share of all steps."""
     weight_decay: NotNegative = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: NotNegative = 1.0
@@ -237,7 +247,15 @@ class TrainingConfig(Keys):
     save_steps: Annotated[Count, Mark.NOT_IN_MEMORY, Mark.FREE_ON_RESUME] = 100
     """Steps between two checkpoints."""
     save_total_limit: Annotated[Count | None, Mark.NOT_IN_MEMORY, Mark.FREE_ON_RESUME] = 2
-    """How many checkpoints stay, the newest ones; null: all."""
+    """How many checkpoints stay, the newest ones; null: all. A best one that is to be loaded stays besides."""
+    load_best_model_at_end: Annotated[bool, Mark.NOT_IN_MEMORY, Mark.FREE_ON_RESUME] = False
+    """`adapter/` is that of the best evaluation, not that of the last step; its checkpoint is kept."""
+    metric_for_best_model: Annotated[
+        NotEmpty, Field(title="loss, or NAME_loss of one of several sets"), Mark.NOT_IN_MEMORY, Mark.FREE_ON_RESUME
+    ] = "loss"
+    """What is lowest in the best evaluation: the loss on data.eval, on the first of several sets if none is named."""
+    early_stopping_patience: Annotated[Count | None, Mark.NOT_IN_MEMORY, Mark.FREE_ON_RESUME] = None
+    """Stop after this many evaluations, one after the other, that are no better than the best before; null: never."""
     report_to: Annotated[
         list[_Reporter],
         BeforeValidator(_to_reporters, json_schema_input_type=list[_Reporter] | _Reporter | Literal["none"]),

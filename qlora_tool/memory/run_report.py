@@ -115,6 +115,7 @@ class RunMemory:
                 for hook in hooks:
                     hook.remove()
             measured = timeline(tracer.trace).breakdown()
+        run.tensor_bytes = measured.peak_bytes
         report = MemoryReport(run.model.device.type, run.config.model_dump(mode="json"), self.predicted, measured,
                               self.estimated)  # fmt: skip
         write_json(run.folder.path / "memory.json", report.to_json())

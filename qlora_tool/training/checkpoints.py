@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,23 @@ if TYPE_CHECKING:
     from qlora_tool.training.optimizers import Optimizer
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far.
+
+    Attributes:
+        step: after which it was made.
+        metric: the name that the number has in `metrics.jsonl`; the lower, the better.
+        value: the number.
+        losses: all that was evaluated then, by such names.
+    """
+
+    step: int
+    metric: str
+    value: float
+    losses: Mapping[str, float]
+
+
 @dataclass
 class Progress:
     """Where a run stands.
@@ -33,6 +51,12 @@ class Progress:
             and their number.
         products: the library of its fp32 products on a CPU, on which their last digits depend; None on CUDA, and where
             an earlier version wrote the checkpoint.
+        warmup_from_zero: whether the i-th of w steps of warmup has the rate (i - 1)/w, as in version 0.1.0, whose
+            checkpoints do not say so; else i/w.
+        untuned: losses before the first step: `loss` on training rows, and those of evaluations by their names in
+            `metrics.jsonl`; None where an earlier version began the run.
+        best: the best evaluation so far.
+        evaluations_since_best: that were no better.
     """
 
     step: int = 0
@@ -40,6 +64,10 @@ class Progress:
     unlogged_loss: float = 0.0
     unlogged_tokens: int = 0
     products: str | None = None
+    warmup_from_zero: bool = False
+    untuned: dict[str, float] | None = None
+    best: Best | None = None
+    evaluations_since_best: int = 0
 
     @classmethod
     def read(cls, checkpoint: Path) -> Progress:
@@ -50,7 +78,9 @@ class Progress:
         """
         try:
             found = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-            progress = cls(**found)
+            progress = cls(**{"warmup_from_zero": True, **found})
+            if progress.best is not None:
+                progress.best = Best(**found["best"])
         except (OSError, ValueError, TypeError) as error:
             raise _broken(checkpoint, error) from error
         if progress.products not in (None, PYTORCH, ONEDNN):
@@ -75,9 +105,14 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: RunFolder, progress: Progress, adapters: AdapterSet, optimizer: Optimizer, limit: int | None
+    folder: RunFolder,
+    progress: Progress,
+    adapters: AdapterSet,
+    optimizer: Optimizer,
+    limit: int | None,
+    keep_best: bool = False,
 ) -> Path:
-    """Write the checkpoint of `progress.step`, then remove the oldest ones beyond `limit`."""
+    """Write the checkpoint of `progress.step`, then remove the oldest ones beyond `limit`, but never the best one."""
     path = folder.checkpoint(progress.step)
     with replacing_folder(path) as temporary:
         write_all(temporary / "adapter.safetensors", adapters.tensors(), {"format": "pt"})
@@ -85,8 +120,10 @@ def save_checkpoint(
         with (temporary / "optimizer.pt").open("wb") as stream:
             torch.save({"optimizer": optimizer.state_dict(), "random": _random_state()}, stream)
         write_json(temporary / "state.json", asdict(progress))
+    best = None if progress.best is None or not keep_best else folder.checkpoint(progress.best.step)
     for old in folder.checkpoint_folders()[: -limit if limit else 0]:
-        shutil.rmtree(old)
+        if old != best:
+            shutil.rmtree(old)
     return path
 
 

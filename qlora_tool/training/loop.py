@@ -4,136 +4,48 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 
-from qlora_tool.adapters.attach import AdapterSet
-from qlora_tool.adapters.peft_files import save_adapter
 from qlora_tool.build import Setup
-from qlora_tool.config import Config, TrainingConfig
-from qlora_tool.data.batches import Batch, collate, plan_epoch
+from qlora_tool.config import Config
+from qlora_tool.data.batches import Batch, collate
 from qlora_tool.data.preview import first_row
 from qlora_tool.errors import MachineError, UserError
-from qlora_tool.files.atomic import replacing_folder, write_json
 from qlora_tool.inference.evaluation import EvaluationResult, evaluate_loss
-from qlora_tool.model.causal_lm import CausalLM
-from qlora_tool.model.tokenizer_files import save_tokenizer
 from qlora_tool.ops.products import products_choice, use_products
 from qlora_tool.run_folder import RunFolder
+from qlora_tool.training.best import best_so_far, metric_of, note_evaluation, out_of_patience, take_best_along
 from qlora_tool.training.checkpoints import Progress, load_checkpoint, save_checkpoint
+from qlora_tool.training.finish import finish, start_trackers
 from qlora_tool.training.interrupt import Interrupted, StopRequest
-from qlora_tool.training.optimizers import LOSS_SCALE_FLOOR, Optimizer, make_optimizer, parameter_groups
+from qlora_tool.training.optimizers import LOSS_SCALE_FLOOR, make_optimizer, parameter_groups
+from qlora_tool.training.plan import StepPlan, epoch_batches
 from qlora_tool.training.preconditions import refuse_at_once, refuse_dtype
-from qlora_tool.training.prepare import describe, prepare_data, provenance
-from qlora_tool.training.progress import LiveLine, Metrics, Speed, peak_memory_bytes
+from qlora_tool.training.prepare import describe, prepare_data
+from qlora_tool.training.progress import LiveLine, Metrics, Speed, memory_in_words, peak_memory_bytes
 from qlora_tool.training.read_late import LateNumbers, StepNumbers
 from qlora_tool.training.resume import checkpoint_at, checkpoint_to_resume, refuse_another_run
+from qlora_tool.training.run import Run, Watcher
 from qlora_tool.training.run_data import RunData
 from qlora_tool.training.schedule import learning_rate, warmup_length
-from qlora_tool.training.step import During, StepSettings, no_phases, train_step
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from qlora_tool.model.checkpointing import Recomputation
+from qlora_tool.training.step import StepSettings, no_phases, train_step
 
 logger = logging.getLogger(__name__)
 
 EPOCHS_LOOKED_AT = 10  # for the largest batch
 
 
-@dataclass
-class Run:
-    """A training run and where it stands.
-
-    `padding_free`: whether rows are laid one after the other, as asked for and as the family allows.
-    """
-
-    config: Config
-    folder: RunFolder
-    data: RunData
-    model: CausalLM
-    adapters: AdapterSet
-    optimizer: Optimizer
-    plan: StepPlan
-    padding_free: bool = False
-    progress: Progress = field(default_factory=Progress)
-    accelerator: Accelerator | None = None
-
-    @property
-    def training(self) -> TrainingConfig:
-        return self.config.training
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """Which examples each optimizer step sees.
-
-    Attributes:
-        config: the run's.
-        lengths: tokens of every training example.
-        steps_per_epoch, total_steps: optimizer steps.
-    """
-
-    config: Config
-    lengths: Sequence[int]
-    steps_per_epoch: int
-    total_steps: int
-
-    @classmethod
-    def of(cls, config: Config, lengths: Sequence[int]) -> StepPlan:
-        micro_batches = len(epoch_batches(config, lengths, 0))
-        steps_per_epoch = math.ceil(micro_batches / config.training.gradient_accumulation_steps)
-        total = config.training.max_steps
-        if total == -1:
-            total = math.ceil(config.training.num_train_epochs * steps_per_epoch)
-        return cls(config, lengths, steps_per_epoch, total)
-
-    @property
-    def epochs(self) -> float:
-        """How often the data is gone through."""
-        return self.total_steps / self.steps_per_epoch
-
-    def steps(self, done: int) -> Iterator[list[list[list[int]]]]:
-        """The micro-batches (rows of example indices) of every step after the first `done`."""
-        size = self.config.training.gradient_accumulation_steps
-        for epoch in range(done // self.steps_per_epoch, math.ceil(self.epochs)):
-            batches = epoch_batches(self.config, self.lengths, epoch)
-            for index in range(self.steps_per_epoch):
-                step = epoch * self.steps_per_epoch + index
-                if done <= step < self.total_steps:
-                    yield batches[index * size : (index + 1) * size]
-
-
-def epoch_batches(config: Config, lengths: Sequence[int], epoch: int) -> Sequence[list[list[int]]]:
-    """The micro-batches of an epoch, each of rows of example indices."""
-    return plan_epoch(
-        lengths, batch_size=config.training.per_device_train_batch_size, max_length=config.data.max_length,
-        packing=config.data.packing, shuffle=config.data.shuffle, seed=config.training.seed, epoch=epoch,
-        group_by_length=config.training.group_by_length,
-    )  # fmt: skip
-
-
-class Watcher(Protocol):
-    """Whoever wants to see what a run takes; the memory report, say."""
-
-    def check(self, setup: Setup, batch: Batch) -> Recomputation | None:
-        """Told the largest batch before the weights are read; raises where it will not fit. Gives what is recomputed
-        in backward, where the configuration leaves that to it."""
-
-    def watch(self, run: Run) -> AbstractContextManager[During]:
-        """Open around one early step; gives what `train_step` tells its phases to."""
-
-
 def train(
     config: Config,
     *,
     resume: str = "auto",
+    extend: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     watcher: Watcher | None = None,
@@ -142,6 +54,7 @@ def train(
 
     Args:
         resume: auto, never, or a checkpoint's path.
+        extend: the folder's run goes on for longer than it was to.
         overwrite: an earlier run in the folder may be replaced.
         dry_run: stop before the first step; nothing is written.
         watcher: sees the largest batch before the weights are read, and the second step.
@@ -157,12 +70,19 @@ def train(
     setup = Setup.of(config)
     refuse_dtype(config, setup.compute_dtype)
     folder = RunFolder(Path(config.training.output_dir))
-    checkpoint = checkpoint_to_resume(folder, setup.config, resume, overwrite)
+    checkpoint = checkpoint_to_resume(folder, setup.config, resume, overwrite, extend)
     if checkpoint is not None and (products := Progress.read(checkpoint).products):
         use_products(products)  # before anything is predicted or computed
     data, setup = prepare_data(setup)
     config = setup.config
-    largest = _largest_batch(config, data, setup.padding_free)
+    plan = StepPlan.of(config, data.train.lengths)
+    config = plan.config
+    setup = replace(setup, config=config)
+    if checkpoint is not None:
+        refuse_another_run(folder, checkpoint, config, resume, extend)
+        if extend:
+            _refuse_nothing_left(checkpoint, plan)
+    largest = _largest_batch(plan, data, setup.padding_free)
     built = setup.build(recomputation=watcher.check(setup, largest) if watcher is not None else None)
     model, adapters = built.model, built.adapters
     for line in describe(built, config.adapter.init_from):
@@ -170,28 +90,42 @@ def train(
     for remark in built.remarks:
         logger.warning(remark)
     optimizer = make_optimizer(config.training, parameter_groups(adapters))
-    plan = StepPlan.of(config, data.train.lengths)
     run = Run(config, folder, data, model, adapters, optimizer, plan, setup.padding_free)
-    logger.info("run: %d steps (%d an epoch) into %s", plan.total_steps, plan.steps_per_epoch, folder.path)
+    logger.info("run: %s into %s", plan.describe(), folder.path)
     logger.info(first_row(data.train, next(plan.steps(0))[0][0], data.tokenizer))
-    if checkpoint is not None:
-        refuse_another_run(checkpoint, config)
+    if (warning := plan.too_short()) is not None:
+        logger.warning(warning)
     if dry_run:
         return run
     torch.manual_seed(config.training.seed)  # dropout's alone: what was drawn until here does not matter
     _take_over(run, checkpoint)
     folder.write_config(config)
+    if run.progress.step == 0:
+        run.progress.untuned = {"loss": run.sampled_loss()} | _evaluate(run, logger.info)
     _fit(run, watcher)
-    _save_adapter(run)
+    finish(run)
     return run
 
 
-def _largest_batch(config: Config, data: RunData, padding_free: bool) -> Batch:
+def _refuse_nothing_left(checkpoint: Path, plan: StepPlan) -> None:
+    progress, training = Progress.read(checkpoint), plan.config.training
+    if progress.step >= plan.total_steps:
+        raise UserError(
+            f"--extend: {checkpoint} is of step {progress.step}, and this run has {plan.total_steps}; raise "
+            f"training.{'num_train_epochs' if training.max_steps == -1 else 'max_steps'}"
+        )
+    if out_of_patience(progress, plan.config):
+        raise UserError(
+            f"--extend: {checkpoint}: {progress.evaluations_since_best} evaluations were no better than the best, and "
+            f"training.early_stopping_patience is {training.early_stopping_patience}; raise it, or set it to null"
+        )
+
+
+def _largest_batch(plan: StepPlan, data: RunData, padding_free: bool) -> Batch:
     """Of all epochs, the batch whose tensor has the most tokens; each epoch deals the rows anew. Of two that have as
     many, one that needs a mask takes more, and then one with more tokens that are trained."""
-    lengths, labels, examples = data.train.lengths, data.train.trained, data.train.examples
-    epochs = math.ceil(StepPlan.of(config, lengths).epochs)
-    packing = config.data.packing
+    config, lengths, labels, examples = plan.config, plan.lengths, data.train.trained, data.train.examples
+    epochs, packing = math.ceil(plan.epochs), config.data.packing
 
     def size(rows: list[list[int]]) -> tuple[int, bool, int]:
         tokens = [sum(lengths[index] for index in row) for row in rows]
@@ -222,11 +156,13 @@ def _take_over(run: Run, checkpoint: Path | None) -> None:
         run.folder.rewind(run.progress.step)
     elif run.folder.holds_run():
         run.folder.clear()
+    if checkpoint is not None:
+        take_best_along(run.progress, run.config, checkpoint, run.folder)
 
 
 def _fit(run: Run, watcher: Watcher | None) -> None:
     """All steps that are left, with what is written and shown around them."""
-    run.accelerator = _start_trackers(run)
+    run.accelerator = start_trackers(run)
     total = run.plan.total_steps
     try:
         with StopRequest() as stop, LiveLine(total, run.progress.step) as line:
@@ -241,8 +177,8 @@ def _take_steps(run: Run, stop: StopRequest, line: LiveLine, watcher: Watcher | 
     run.model.module.train()
     settings = StepSettings.of(run.training)
     total, first = run.plan.total_steps, run.progress.step
-    for micro_batches in run.plan.steps(run.progress.step):
-        batches = [_collate(run, rows).to(run.model.device) for rows in micro_batches]
+    for micro_batches in _steps_left(run):
+        batches = [run.collate(rows).to(run.model.device) for rows in micro_batches]
         rate = _learning_rate(run)
         watched = watcher is not None and run.progress.step == first + 1  # the optimizer's state is there by then
         with watcher.watch(run) if watched else nullcontext(no_phases) as during:
@@ -261,17 +197,20 @@ def _take_steps(run: Run, stop: StopRequest, line: LiveLine, watcher: Watcher | 
         record = _record(run, numbers, rate, speed.take()) if logged else None
         paused = speed.pause()
         if evaluated:
-            record |= _evaluate(run, line)
+            losses = _evaluate(run, line.say)
+            is_best = note_evaluation(run.progress, metric_of(run.config), losses)
+            record |= losses | best_so_far(run.progress, run.config)
+            saving = saving or (is_best and run.training.load_best_model_at_end) or run.is_over
         if record is not None:
             metrics.write(record)
             if run.accelerator is not None:
                 run.accelerator.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=step)
-        line.step(step, record)
+        line.step(step, record, memory_in_words(run.model.device, run.tensor_bytes) if logged else "")
         if saving or stop.signal_number:
             _read(run, late, leave=0)  # nothing is saved of a step whose loss is no number
-            limit = run.training.save_total_limit
-            saved = save_checkpoint(run.folder, run.progress, run.adapters, run.optimizer, limit)
-            if stop.signal_number and step < total:
+            saved = save_checkpoint(run.folder, run.progress, run.adapters, run.optimizer,
+                                    run.training.save_total_limit, run.training.load_best_model_at_end)  # fmt: skip
+            if stop.signal_number and not run.is_over:
                 raise Interrupted(stop.signal_number, [
                     f"stopped after step {step} of {total}; saved {saved}",
                     f"`qlora-tool train {run.folder.config_file}` goes on from there",
@@ -279,17 +218,19 @@ def _take_steps(run: Run, stop: StopRequest, line: LiveLine, watcher: Watcher | 
         speed.resume(paused)
 
 
-def _collate(run: Run, rows: list[list[int]]) -> Batch:
-    examples = [[run.data.train.examples[index] for index in row] for row in rows]
-    return collate(
-        examples, pad_token_id=run.data.pad_token_id, packing=run.config.data.packing, padding_free=run.padding_free
-    )
+def _steps_left(run: Run) -> Iterator[list[list[list[int]]]]:
+    """The micro-batches of every step, until the last one or until no evaluation is better than the best."""
+    for micro_batches in run.plan.steps(run.progress.step):
+        if run.is_over:
+            return
+        yield micro_batches
 
 
 def _learning_rate(run: Run) -> float:
     training, total = run.training, run.plan.total_steps
     warmup = warmup_length(training.warmup_steps, total)
-    return learning_rate(run.progress.step, training.learning_rate, training.lr_scheduler_type, warmup, total)
+    return learning_rate(run.progress.step, training.learning_rate, training.lr_scheduler_type, warmup, total,
+                         from_zero=run.progress.warmup_from_zero)  # fmt: skip
 
 
 def _is_due(step: int, every: int | None, total: int) -> bool:
@@ -319,14 +260,16 @@ def _record(run: Run, numbers: StepNumbers, rate: float, speed: float | None) ->
     }
 
 
-def _evaluate(run: Run, line: LiveLine) -> dict[str, float]:
+def _evaluate(run: Run, say: Callable[[str], None]) -> dict[str, float]:
     """The loss on every evaluation set, as `eval_loss` or, with several sets, `eval_NAME_loss` too."""
     results: dict[str, EvaluationResult] = {}
     for name, dataset in run.data.evaluations.items():
         results[name] = evaluate_loss(
             run.model, dataset, run.training.per_device_train_batch_size, run.data.pad_token_id
         )
-        line.say(f"step {run.progress.step}: {name} loss {results[name].loss:.4f} over {results[name].tokens} tokens")
+        say(f"step {run.progress.step}: {name} loss {results[name].loss:.4f} over {results[name].tokens} tokens")
+    if not results:
+        return {}
     first = next(iter(results.values()))
     named = {f"eval_{name}_loss": result.loss for name, result in results.items()} if len(results) > 1 else {}
     return {"eval_loss": first.loss, **named}
@@ -345,29 +288,3 @@ def _refuse_no_number(run: Run, numbers: StepNumbers) -> None:
         f"last good checkpoint is {saved[-1] if saved else 'none yet'}; lower training.learning_rate, or set "
         "training.max_grad_norm"
     )
-
-
-def _start_trackers(run: Run) -> Accelerator | None:
-    """The trackers of `report_to`; None where there are none."""
-    if not (names := run.training.report_to):
-        return None
-    from accelerate import Accelerator
-
-    # It only writes: the device is none of its business, and of one process it takes one answer for good.
-    accelerator = Accelerator(cpu=True, log_with=names, project_dir=run.folder.path)
-    flat = {f"{section}.{key}": value if isinstance(value, (int, float, str, bool)) else str(value)
-            for section, values in run.config.model_dump().items() for key, value in values.items()}  # fmt: skip
-    accelerator.init_trackers("qlora-tool", flat)
-    return accelerator
-
-
-def _save_adapter(run: Run) -> None:
-    """The adapter in PEFT's format, with the tokenizer and our provenance beside it."""
-    base = run.config.model.name_or_path
-    with replacing_folder(run.folder.adapter) as temporary:
-        save_tokenizer(run.data.tokenizer, run.model.folder, temporary)
-        save_adapter(
-            temporary, run.adapters, run.config.adapter, run.model.module,
-            str(run.model.folder) if base == "demo" else base, run.config.model.revision,
-        )  # fmt: skip
-        write_json(temporary / "qlora_tool.json", provenance(run.config, run.model, run.data))

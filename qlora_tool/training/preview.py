@@ -12,7 +12,7 @@ from qlora_tool.data.preview import PreviewCounts, PreviewRow, preview_rows
 from qlora_tool.model.source import read_model_config
 from qlora_tool.model.source import resolve as resolve_model
 from qlora_tool.training.known_packing import packs_as_known
-from qlora_tool.training.loop import epoch_batches
+from qlora_tool.training.plan import epoch_batches
 from qlora_tool.training.run_data import read_run_data
 
 if TYPE_CHECKING:

@@ -32,6 +32,21 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def memory_in_words(device: torch.device, tensor_bytes: int | None) -> str:
+    """The peak of the tensors, and that of all that the process holds for them and besides, for the live line.
+
+    Args:
+        tensor_bytes: at the peak of a step, where that was seen; on CUDA the allocator knows.
+    """
+    peak = peak_memory_bytes(device)
+    if device.type == "cuda":
+        tensor_bytes, held, holder = peak, torch.cuda.max_memory_reserved(device), "reserved"
+    else:
+        held, holder = peak, "process"
+    tensors = "" if tensor_bytes is None else f"{tensor_bytes / 1e9:.2f} GB tensors, "
+    return f"{tensors}{held / 1e9:.2f} GB {holder}"
+
+
 class Metrics:
     """Appends to `metrics.jsonl`, a whole line at a time, flushed; what is not a number (NaN, infinity) is null."""
 
@@ -43,6 +58,12 @@ class Metrics:
                   for key, value in record.items()}  # fmt: skip
         with disk_errors(self.path), self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(finite) + "\n")
+
+
+def last_record(metrics: Path) -> dict[str, Any]:
+    """The last line of `metrics.jsonl`: a run logs its last step, and evaluates after it."""
+    record: dict[str, Any] = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])
+    return record
 
 
 class Speed:
@@ -109,13 +130,13 @@ class LiveLine:
         if self._progress is not None:
             self._progress.stop()
 
-    def step(self, step: int, record: dict[str, Any] | None) -> None:
-        """Show step `step`; `record` is what was logged, None between logged steps."""
+    def step(self, step: int, record: dict[str, Any] | None, memory: str) -> None:
+        """Show step `step`; `record` is what was logged, None between logged steps; `memory` is in words."""
         if self._progress is not None:
-            text = {} if record is None else {"text": self._text(step, record)}
+            text = {} if record is None else {"text": self._text(step, record, memory)}
             self._progress.update(self._task, completed=step, **text)
         elif record is not None:
-            print(f"step {step}/{self.total}  {self._text(step, record)}", file=sys.stderr, flush=True)
+            print(f"step {step}/{self.total}  {self._text(step, record, memory)}", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         """A line of its own that stays."""
@@ -124,11 +145,11 @@ class LiveLine:
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def _text(self, step: int, record: dict[str, Any]) -> str:
+    def _text(self, step: int, record: dict[str, Any], memory: str) -> str:
         parts = [f"loss {record['loss']:.4f}", f"lr {record['learning_rate']:.2e}"]
         if record.get("tokens_per_second"):
             parts.append(f"{record['tokens_per_second']:.0f} tokens/s")
-        parts.append(f"{record['peak_memory_bytes'] / 1e9:.2f} GB")
+        parts.append(memory)
         done = step - self.first
         left = (time.perf_counter() - self.started) / max(1, done) * (self.total - step)
         parts.append(f"{_clock(left)} left")

@@ -43,13 +43,14 @@ data: {train: data/train.jsonl, eval: null, format: auto, columns: {}, on_error:
   max_length: 2048, packing: true,
   padding_free: true, shuffle: true, chat_template: null, chat_template_kwargs: {},
   multi_turn: auto}
-training: {output_dir: runs/my-model, num_train_epochs: 1, max_steps: -1, per_device_train_batch_size: 4,
+training: {output_dir: runs/my-model, num_train_epochs: auto, max_steps: -1, per_device_train_batch_size: 4,
   gradient_accumulation_steps: 1, group_by_length: false, learning_rate: 2.0e-4,
   lr_scheduler_type: cosine, warmup_steps: 0.03,
   weight_decay: 0.0, max_grad_norm: 1.0, label_smoothing_factor: 0.0, optim: adamw, optimizer_in_backward: false,
   gradient_checkpointing: auto,
   offload_boundaries: false, tiled_mlp: false, max_memory: null, seed: 0, logging_steps: 1, eval_steps: null,
-  save_steps: 100, save_total_limit: 2, report_to: []}
+  save_steps: 100, save_total_limit: 2, load_best_model_at_end: false, metric_for_best_model: loss,
+  early_stopping_patience: null, report_to: []}
 """
 
 
@@ -445,7 +446,8 @@ def test_the_keys_that_may_differ_when_a_run_is_resumed():
     assert marked(Mark.FREE_ON_RESUME) == {
         "model.keep_quantized", "training.gradient_checkpointing", "training.offload_boundaries",
         *(f"training.{key}" for key in (
-            "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "max_memory"
+            "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "max_memory",
+                "load_best_model_at_end", "metric_for_best_model", "early_stopping_patience",
         )),
     }  # fmt: skip
 

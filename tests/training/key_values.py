@@ -45,6 +45,7 @@ TEXTS: dict[str, list[Any]] = {
     "data.chat_template_kwargs": [{}],
     "data.chat_template": [None, "chat.jinja"],
     "training.output_dir": ["run"],
+    "training.metric_for_best_model": ["loss", "eval_loss"],
     "training.max_memory": [None, "2GB", 1_500_000_000],
     "training.report_to": [[], "none"],  # what is installed, or not, has a test of its own
 }  # fmt: skip
@@ -56,7 +57,7 @@ TYPICAL: dict[str, list[float]] = {
     "training.learning_rate": [2e-4], "training.warmup_steps": [0.03, 1], "training.weight_decay": [0.1],
     "training.max_grad_norm": [1.0], "training.label_smoothing_factor": [0.1], "training.seed": [7],
     "training.logging_steps": [2], "training.eval_steps": [2], "training.save_steps": [100],
-    "training.save_total_limit": [2],
+    "training.save_total_limit": [2], "training.early_stopping_patience": [3],
 }  # fmt: skip
 # What no run on this machine can go through: a test of its own says how each is refused.
 REFUSED = [("model.device", "cuda"), ("data.max_length", 1)]
@@ -99,6 +100,10 @@ def with_company(key: str, value: Any) -> dict[str, Any]:
         return {key: value, "data.packing": False}
     if (key, value) == ("training.optimizer_in_backward", True):
         return {key: value, "training.max_grad_norm": 0}
+    if (key, value) == ("training.num_train_epochs", "auto"):
+        return {key: value, "training.max_steps": 2}  # how many it stands for has a test of its own
+    if key in ("training.load_best_model_at_end", "training.early_stopping_patience") and value:
+        return {key: value, "data.eval": 0.2, "training.eval_steps": 1}
     if key == "training.eval_steps" and value is not None:
         return {key: value, "data.eval": 0.2}
     return {key: value}

@@ -29,7 +29,7 @@ from qlora_tool.ops.products import PYTORCH, use_products
 Run = dict[str, Any]
 # With all that a user has on; where a key's values have all been seen.
 USUAL = {"data.eval": 0.2, "training.eval_steps": 1, "training.save_steps": 1, "training.max_steps": 2,
-         "data.max_length": 96, "training.per_device_train_batch_size": 3}  # fmt: skip
+         "training.num_train_epochs": 1, "data.max_length": 96, "training.per_device_train_batch_size": 3}  # fmt: skip
 OF_THE_START = [key for key in KEYS if key.startswith("adapter.")
                 and key not in ("adapter.init_from", "adapter.lora_dropout", "adapter.loraplus_lr_ratio")]  # fmt: skip
 
@@ -138,7 +138,8 @@ def test_a_run(here: Path, number: int):
     assert all(names <= record.keys() for record in records if "eval_loss" in record)
     assert (folder / "adapter" / "adapter_model.safetensors").stat().st_size > 0
     saved = [step for step in range(1, steps + 1) if step % run["training.save_steps"] == 0 or step == steps]
-    saved = saved[-(run["training.save_total_limit"] or steps) :]
+    best = {records[-1]["best_step"]} if run["training.load_best_model_at_end"] else set()
+    saved = sorted({*saved[-(run["training.save_total_limit"] or steps) :]} | best)
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [f"step-{step:06}" for step in saved]
     if steps > 1:
         memory = json.loads((folder / "memory.json").read_text())

@@ -49,7 +49,7 @@ def test_what_a_run_leaves_behind(config, tmp_path):
     assert [record["step"] for record in metrics] == [1, 2, 3, 4, 5, 6]
     assert all(record.keys() == FIELDS for record in metrics)
     assert [record["epoch"] for record in metrics] == [0.125, 0.25, 0.375, 0.5, 0.625, 0.75]  # 30 rows, 4 a step
-    rates = [0.0, 0.005, 0.01, 0.0075, 0.005, 0.0025]
+    rates = [0.005, 0.01, 0.01, 0.0075, 0.005, 0.0025]
     assert [record["learning_rate"] for record in metrics] == pytest.approx(rates)
     assert metrics[0]["tokens_per_second"] is None  # the first step warms up
     assert all(record["tokens_per_second"] > 0 for record in metrics[1:])

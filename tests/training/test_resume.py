@@ -4,50 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-from pathlib import Path
 
 import pytest
 from tiny_models import write_tiny
-from tiny_runs import adapter_bytes, comparable, read_metrics, run_config
+from tiny_runs import adapter_bytes, assert_same_run, comparable, interrupted, read_metrics, run_config
 
 from qlora_tool.errors import UserError
 from qlora_tool.memory.run_report import RunMemory
 from qlora_tool.ops.products import products_choice, use_products
 from qlora_tool.ops.speeds import ONEDNN, PYTORCH, has_onednn
 from qlora_tool.training import loop
-from qlora_tool.training.interrupt import Interrupted
 from qlora_tool.training.loop import train
-
-
-@pytest.fixture
-def stop_in_step(monkeypatch: pytest.MonkeyPatch):
-    """Let a signal arrive while step `number` of the next run is computed."""
-
-    def stop_in(number: int) -> None:
-        def step(*arguments, train_step=loop.train_step):
-            nonlocal number
-            number -= 1
-            if number == 0:
-                monkeypatch.undo()
-                signal.raise_signal(signal.SIGINT)
-            return train_step(*arguments)
-
-        monkeypatch.setattr(loop, "train_step", step)
-
-    return stop_in
-
-
-def interrupted(stop_in_step, config, step: int, **options) -> None:
-    stop_in_step(step)
-    with pytest.raises(Interrupted) as raised:
-        train(config, **options)
-    assert raised.value.exit_code == 130
-
-
-def assert_same_run(folder: Path, expected: Path) -> None:
-    assert adapter_bytes(folder) == adapter_bytes(expected)
-    assert [comparable(r) for r in read_metrics(folder)] == [comparable(r) for r in read_metrics(expected)]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ NAMES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosi
 
 @pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize(("warmup", "total"), [(0, 1), (0, 7), (3, 20), (10, 20), (20, 20), (30, 20)])
-def test_every_step_has_the_rate_that_transformers_gives(kind, warmup, total):
+def test_every_step_has_a_rate_and_after_the_warmup_that_of_transformers(kind, warmup, total):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
     scheduler = get_scheduler(NAMES[kind], optimizer, num_warmup_steps=warmup, num_training_steps=total)
     expected = []
@@ -22,7 +22,13 @@ def test_every_step_has_the_rate_that_transformers_gives(kind, warmup, total):
         optimizer.step()
         scheduler.step()
     found = [learning_rate(step, 3e-4, kind, warmup, total) for step in range(total)]
-    assert found == pytest.approx(expected, rel=1e-12, abs=1e-18)
+    assert found[warmup:] == pytest.approx(expected[warmup:], rel=1e-12, abs=1e-18)
+    # While it warms up, transformers is a step behind: its first one has a rate of 0.
+    rising = [3e-4 * step / warmup for step in range(1, min(warmup, total) + 1)]
+    assert found[:warmup] == pytest.approx(rising, rel=1e-12)
+    assert min(found) > 0
+    as_before = [learning_rate(step, 3e-4, kind, warmup, total, from_zero=True) for step in range(total)]
+    assert as_before == pytest.approx(expected, rel=1e-12, abs=1e-18)
 
 
 @pytest.mark.parametrize(

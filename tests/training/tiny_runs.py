@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tiny_models import write_tiny
 from tokenizers_for_tests import CHATML, byte_level
 
 from qlora_tool.config import Config, with_values
+from qlora_tool.training.interrupt import Interrupted
+from qlora_tool.training.loop import train
 
 ROWS = 30
 
@@ -58,3 +61,15 @@ def comparable(record: dict[str, Any]) -> dict[str, Any]:
 
 def adapter_bytes(folder: Path) -> bytes:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def interrupted(stop_in_step, config, step: int, **options) -> None:
+    stop_in_step(step)
+    with pytest.raises(Interrupted) as raised:
+        train(config, **options)
+    assert raised.value.exit_code == 130
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    assert adapter_bytes(folder) == adapter_bytes(expected)
+    assert [comparable(r) for r in read_metrics(folder)] == [comparable(r) for r in read_metrics(expected)]

@@ -1,0 +1,91 @@
+"""Whether a run learned anything: its losses before the first step and after the last, on the same rows.
+
+The training rows are those of the first steps, as many passes as have `SAMPLED_TOKENS` tokens, so that they fit where a
+step does. Dropout is off and nothing random is drawn: the steps stay those of a run that nobody looks at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from qlora_tool.adapters.attach import AdapterSet
+from qlora_tool.data.batches import Batch
+from qlora_tool.model.causal_lm import CausalLM
+
+SAMPLED_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run.
+
+    Attributes:
+        learned: whether the adapter changes anything and the loss on training rows fell.
+        warnings: what to say where not, and where an evaluation loss did not fall, in sentences.
+    """
+
+    learned: bool
+    warnings: tuple[str, ...]
+
+
+@torch.no_grad()
+def sampled_loss(model: CausalLM, batches: Iterable[Batch]) -> float:
+    """The mean loss over the trained tokens of the first batches, of as many as have `SAMPLED_TOKENS` tokens."""
+    training = model.module.training
+    model.module.eval()
+    total, trained, seen = 0.0, 0, 0
+    for batch in batches:
+        total += float(model.loss_sum(batch.to(model.device)))
+        trained += batch.trained_tokens
+        seen += batch.tokens
+        if seen >= SAMPLED_TOKENS:
+            break
+    model.module.train(training)
+    return total / trained
+
+
+def judge(
+    adapters: AdapterSet, before: Mapping[str, float] | None, after: Mapping[str, float], again: Callable[[], float]
+) -> Outcome:
+    """What came of a run.
+
+    Args:
+        adapters: as they were saved.
+        before: losses before the first step: `loss` on training rows, and those of evaluations by their names in
+            `metrics.jsonl`; None where that is not known, in a run that an earlier version began.
+        after: those of evaluations, of the adapter that is saved.
+        again: `loss` on the same training rows with that adapter.
+    """
+    if zero := _zero_updates(adapters):
+        return Outcome(False, (
+            f"nothing was learned: B is 0 in all {zero} adapters, so that the model is the untuned one; raise "
+            "training.learning_rate or the number of steps",
+        ))  # fmt: skip
+    if before is None:
+        return Outcome(True, ())
+    loss, warnings = again(), []
+    if not loss < before["loss"]:
+        warnings.append(
+            f"nothing was learned: the loss on training rows is {loss:.4f}, not below the {before['loss']:.4f} before "
+            "the first step; change training.learning_rate, or train for longer"
+        )
+    names = [name for name in after if name in before]
+    for name in names if len(names) == 1 else [name for name in names if name != "eval_loss"]:  # the first set's again
+        if not after[name] < before[name]:
+            warnings.append(
+                f"{name} is {after[name]:.4f}, not below the {before[name]:.4f} before the first step: what was "
+                "learned does not carry over to the evaluation rows; train for less long, on more rows, or keep the "
+                "best step with training.eval_steps and training.load_best_model_at_end"
+            )
+    return Outcome(loss < before["loss"], tuple(warnings))
+
+
+def _zero_updates(adapters: AdapterSet) -> int:
+    """The number of LoRA's B, where all of them are zero and nothing else is trained; else 0."""
+    tensors = adapters.tensors()
+    found = [tensor for name, tensor in tensors.items() if ".lora_B." in f".{name}."]
+    others = adapters.saved or adapters.biases or any("magnitude" in name for name in tensors)
+    return len(found) if found and not others and not any(bool(tensor.any()) for tensor in found) else 0

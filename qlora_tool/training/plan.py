@@ -1,0 +1,109 @@
+"""How long a run is, and which examples each of its steps sees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from qlora_tool.config import Config, with_values
+from qlora_tool.data.batches import plan_epoch
+
+STEPS_TO_LEARN = 100
+"""`num_train_epochs: auto` goes through few rows as often as makes this many steps."""
+SHORT_RUN = 30
+"""Steps; of a run of fewer a warning says that little is learned."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Which examples each optimizer step sees.
+
+    Attributes:
+        config: the run's, with the number of epochs decided.
+        lengths: tokens of every training example.
+        steps_per_epoch, total_steps: optimizer steps.
+        decided: why there are as many epochs as there are, where the configuration left that open; else None.
+    """
+
+    config: Config
+    lengths: Sequence[int]
+    steps_per_epoch: int
+    total_steps: int
+    decided: str | None = None
+
+    @classmethod
+    def of(cls, config: Config, lengths: Sequence[int]) -> StepPlan:
+        training = config.training
+        steps_per_epoch = math.ceil(len(epoch_batches(config, lengths, 0)) / training.gradient_accumulation_steps)
+        if training.max_steps != -1:
+            return cls(config, lengths, steps_per_epoch, training.max_steps)
+        epochs, decided = training.num_train_epochs, None
+        if epochs == "auto":
+            epochs = epochs_to_learn(steps_per_epoch)
+            decided = _why(epochs, steps_per_epoch)
+            config = with_values(config, {"training.num_train_epochs": epochs})
+        return cls(config, lengths, steps_per_epoch, math.ceil(epochs * steps_per_epoch), decided)
+
+    @property
+    def epochs(self) -> float:
+        """How often the data is gone through."""
+        return self.total_steps / self.steps_per_epoch
+
+    def steps(self, done: int) -> Iterator[list[list[list[int]]]]:
+        """The micro-batches (rows of example indices) of every step after the first `done`."""
+        size = self.config.training.gradient_accumulation_steps
+        for epoch in range(done // self.steps_per_epoch, math.ceil(self.epochs)):
+            batches = epoch_batches(self.config, self.lengths, epoch)
+            for index in range(self.steps_per_epoch):
+                step = epoch * self.steps_per_epoch + index
+                if done <= step < self.total_steps:
+                    yield batches[index * size : (index + 1) * size]
+
+    def describe(self) -> str:
+        """The run's length in a line."""
+        why = f"; {self.decided}" if self.decided else ""
+        return f"{_count(self.total_steps, 'step')} ({self.steps_per_epoch} an epoch{why})"
+
+    def too_short(self) -> str | None:
+        """What to say of a run that is too short to learn much, with the line that mends it; None of a longer one."""
+        if self.total_steps >= SHORT_RUN:
+            return None
+        training = self.config.training
+        epochs = epochs_to_learn(self.steps_per_epoch)
+        found = f"this run has {_count(self.total_steps, 'optimizer step')}, and of fewer than {SHORT_RUN} little is " \
+                "learned"  # fmt: skip
+        if training.max_steps != -1:
+            return f"{found}: as a try that will do; else leave training.max_steps out"
+        cures = [f"set training.num_train_epochs: auto (here {epochs})"]
+        if training.per_device_train_batch_size * training.gradient_accumulation_steps > 1:
+            cures.append("make a step smaller with training.per_device_train_batch_size and "
+                         "training.gradient_accumulation_steps")  # fmt: skip
+        if self.config.data.packing:
+            cures.append("set data.packing: false, so that each example is a row")
+        return f"{found}: {', or '.join(cures)}"
+
+
+def epochs_to_learn(steps_per_epoch: int) -> int:
+    """What `num_train_epochs: auto` stands for: one pass, or as many as make `STEPS_TO_LEARN` steps."""
+    return max(1, math.ceil(STEPS_TO_LEARN / steps_per_epoch))
+
+
+def _why(epochs: int, steps_per_epoch: int) -> str:
+    chosen = f"num_train_epochs: auto is {epochs}"
+    if epochs == 1:
+        return f"{chosen}, as one pass has at least {STEPS_TO_LEARN} steps"
+    return f"{chosen}, as one pass has {_count(steps_per_epoch, 'step')} and a run needs some {STEPS_TO_LEARN} to learn"
+
+
+def epoch_batches(config: Config, lengths: Sequence[int], epoch: int) -> Sequence[list[list[int]]]:
+    """The micro-batches of an epoch, each of rows of example indices."""
+    return plan_epoch(
+        lengths, batch_size=config.training.per_device_train_batch_size, max_length=config.data.max_length,
+        packing=config.data.packing, shuffle=config.data.shuffle, seed=config.training.seed, epoch=epoch,
+        group_by_length=config.training.group_by_length,
+    )  # fmt: skip
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

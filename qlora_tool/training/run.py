@@ -1,0 +1,98 @@
+"""A training run: all that its steps take, and where it stands."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from qlora_tool.adapters.attach import AdapterSet
+from qlora_tool.build import Setup
+from qlora_tool.config import Config, TrainingConfig
+from qlora_tool.data.batches import Batch, collate
+from qlora_tool.model.causal_lm import CausalLM
+from qlora_tool.run_folder import RunFolder
+from qlora_tool.training.best import out_of_patience
+from qlora_tool.training.checkpoints import Best, Progress
+from qlora_tool.training.optimizers import Optimizer
+from qlora_tool.training.outcome import Outcome, sampled_loss
+from qlora_tool.training.plan import StepPlan
+from qlora_tool.training.progress import last_record
+from qlora_tool.training.run_data import RunData
+from qlora_tool.training.step import During
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from qlora_tool.model.checkpointing import Recomputation
+
+
+@dataclass
+class Run:
+    """A training run and where it stands.
+
+    `padding_free`: whether rows are laid one after the other, as asked for and as the family allows. `tensor_bytes`:
+    what tensors take at the peak of a step, where a watcher has seen one. `outcome`: once all steps are done.
+    """
+
+    config: Config
+    folder: RunFolder
+    data: RunData
+    model: CausalLM
+    adapters: AdapterSet
+    optimizer: Optimizer
+    plan: StepPlan
+    padding_free: bool = False
+    progress: Progress = field(default_factory=Progress)
+    accelerator: Accelerator | None = None
+    tensor_bytes: int | None = None
+    outcome: Outcome | None = None
+
+    @property
+    def training(self) -> TrainingConfig:
+        return self.config.training
+
+    def collate(self, rows: list[list[int]]) -> Batch:
+        """The tensors of a micro-batch, of which rows of example indices are given."""
+        examples = [[self.data.train.examples[index] for index in row] for row in rows]
+        return collate(
+            examples, pad_token_id=self.data.pad_token_id, packing=self.config.data.packing,
+            padding_free=self.padding_free,
+        )  # fmt: skip
+
+    def sampled_loss(self) -> float:
+        """The loss on the rows of the first steps, as the model is now."""
+        return sampled_loss(self.model, (self.collate(rows) for step in self.plan.steps(0) for rows in step))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no step is left, or no evaluation is better than the best for as long as is waited."""
+        return self.progress.step >= self.plan.total_steps or out_of_patience(self.progress, self.config)
+
+    @property
+    def kept(self) -> Best | None:
+        """The evaluation whose adapter is kept; None where that of the last step is."""
+        return self.progress.best if self.training.load_best_model_at_end else None
+
+    @property
+    def kept_step(self) -> int:
+        """The step that the adapter is of."""
+        return self.kept.step if self.kept else self.progress.step
+
+    def kept_losses(self) -> dict[str, float]:
+        """The losses, by their names in `metrics.jsonl`, of the evaluation of the adapter that is kept."""
+        if self.kept:
+            return dict(self.kept.losses)
+        last = last_record(self.folder.metrics_file)
+        return {name: value for name, value in last.items() if name.startswith("eval_")}
+
+
+class Watcher(Protocol):
+    """Whoever wants to see what a run takes; the memory report, say."""
+
+    def check(self, setup: Setup, batch: Batch) -> Recomputation | None:
+        """Told the largest batch before the weights are read; raises where it will not fit. Gives what is recomputed
+        in backward, where the configuration leaves that to it."""
+
+    def watch(self, run: Run) -> AbstractContextManager[During]:
+        """Open around one early step; gives what `train_step` tells its phases to."""

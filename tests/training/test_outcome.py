@@ -1,0 +1,99 @@
+"""A run that learned nothing says so, whatever the reason is; one that learned does not."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from click.testing import CliRunner
+from tiny_runs import adapter_bytes, interrupted, read_metrics
+
+from qlora_tool import api
+from qlora_tool.cli import main
+from qlora_tool.config import config_to_yaml
+from qlora_tool.training import loop
+from qlora_tool.training.loop import train
+from qlora_tool.training.result import TrainResult
+
+PLAIN = {"adapter__lora_dropout": 0.0, "training__warmup_steps": 0}
+
+
+def result_of(config) -> TrainResult:
+    return TrainResult.of(train(config), 1.0, finished=True)
+
+
+def test_a_run_that_learned_has_no_warning(config, tmp_path, caplog):
+    result = result_of(config(training__max_steps=30))
+    assert result.learned is True
+    assert result.warnings == ()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(("method", "rate"), [("lora", 1e-45), ("lora", 1e-30), ("dora", 1e-30), ("loha", 1e-30)])
+def test_a_rate_that_moves_nothing(config, caplog, method, rate):
+    given = {} if method == "loha" else PLAIN
+    result = result_of(config(adapter__method=method, training__learning_rate=rate, **given))
+    assert result.learned is False
+    (warning,) = result.warnings
+    assert warning.startswith("nothing was learned: ") and "training.learning_rate" in warning
+    assert warning in caplog.text
+
+
+def test_b_that_stays_zero(config, monkeypatch, caplog):
+    def no_step(model, optimizer, *arguments, train_step=loop.train_step):
+        result = train_step(model, optimizer, *arguments)
+        for parameter in optimizer.parameters:
+            parameter.data.mul_(0)
+        return result
+
+    monkeypatch.setattr(loop, "train_step", no_step)
+    result = result_of(config(**PLAIN))
+    assert result.learned is False
+    assert result.warnings[0].startswith("nothing was learned: B is 0 in all 14 adapters")
+
+
+def test_a_rate_that_is_too_high(config):
+    result = result_of(config(training__learning_rate=10.0, **PLAIN))
+    assert result.learned is False
+    assert "not below the" in result.warnings[0]
+
+
+def test_what_does_not_carry_over_to_the_evaluation_rows(config, tmp_path):
+    """Rows that say the opposite of what is learned."""
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "How many are 3 and 10?", "completion": "zzz qqq zzz"}\n')
+    result = result_of(config(data__eval=str(other), training__max_steps=30, **PLAIN))
+    assert result.learned is True
+    (warning,) = result.warnings
+    assert warning.startswith(f"eval_loss is {result.eval_losses['eval']:.4f}, not below the ")
+
+
+def test_looking_at_the_losses_changes_no_step(config, tmp_path, monkeypatch):
+    train(config())
+    monkeypatch.setattr("qlora_tool.training.run.sampled_loss", lambda *_: 1.0)
+    train(config("not-looked-at"))
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "not-looked-at")
+
+
+def test_the_untuned_loss_is_that_before_the_first_step_after_a_resume_too(config, tmp_path, stop_in_step):
+    whole = train(config("whole", training__per_device_train_batch_size=30, **PLAIN))
+    # All rows are in the first step, whose loss is that of the untuned model.
+    assert whole.progress.untuned["loss"] == pytest.approx(read_metrics(tmp_path / "whole")[0]["loss"], rel=1e-6)
+    interrupted(stop_in_step, config(training__per_device_train_batch_size=30, **PLAIN), 3)
+    run = train(config(training__per_device_train_batch_size=30, **PLAIN))
+    assert run.progress.untuned == whole.progress.untuned
+
+
+def test_the_command_does_not_offer_an_export_of_nothing(config, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(config_to_yaml(config(training__learning_rate=1e-30)))
+    result = CliRunner().invoke(main, ["train", str(file)])
+    assert result.exit_code == 0
+    assert result.stdout == f"adapter: {tmp_path / 'run' / 'adapter'}, which learned nothing: see the warning\n"
+    assert "nothing was learned" in result.stderr
+
+
+def test_python_is_told_too(config):
+    result = api.train(config(training__learning_rate=1e-30))
+    assert (result.learned, len(result.warnings)) == (False, 1)
+    assert api.train(config("dry"), dry_run=True).learned is None
