@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -218,7 +218,7 @@ def _take_steps(run: Run, stop: StopRequest, line: LiveLine, watcher: Watcher | 
         speed.resume(paused)
 
 
-def _steps_left(run: Run) -> Iterator[list[list[list[int]]]]:
+def _steps_left(run: Run) -> Iterator[Sequence[list[list[int]]]]:
     """The micro-batches of every step, until the last one or until no evaluation is better than the best."""
     for micro_batches in run.plan.steps(run.progress.step):
         if run.is_over:

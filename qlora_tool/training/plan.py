@@ -50,7 +50,7 @@ class StepPlan:
         """How often the data is gone through."""
         return self.total_steps / self.steps_per_epoch
 
-    def steps(self, done: int) -> Iterator[list[list[list[int]]]]:
+    def steps(self, done: int) -> Iterator[Sequence[list[list[int]]]]:
         """The micro-batches (rows of example indices) of every step after the first `done`."""
         size = self.config.training.gradient_accumulation_steps
         for epoch in range(done // self.steps_per_epoch, math.ceil(self.epochs)):
