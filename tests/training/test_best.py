@@ -152,7 +152,7 @@ def test_a_run_that_stopped_early_goes_on_with_more_patience(config, tmp_path, l
     given = (9, 5, 6, 7, 4, 3, 2)
     losses.are(*given)
     train(config(training__early_stopping_patience=2, **BEST))
-    with pytest.raises(UserError, match=r"--extend: .* 2 evaluations were no better .* early_stopping_patience is 2;"):
+    with pytest.raises(UserError, match=r"--extend: .* 2 evaluations were no better .*early_stopping_patience is 2;"):
         train(config(training__early_stopping_patience=2, **BEST), extend=True)
     losses.are(*given, after=3)
     train(config(training__early_stopping_patience=4, **BEST), extend=True)
@@ -221,7 +221,7 @@ def test_a_run_that_goes_on_in_another_folder_takes_the_best_along(config, tmp_p
     ("values", "why"),
     [
         ({"training__load_best_model_at_end": True}, "has no checkpoint left"),
-        ({"training__metric_for_best_model": "far_loss"}, "is of eval_near_loss, not of training.metric_for_best"),
+        ({"training__metric_for_best_model": "far_loss"}, "is of eval_loss, not of training.metric_for_best"),
     ],
 )
 def test_a_best_one_that_is_no_longer_meant_or_there_is_forgotten_aloud(
@@ -233,7 +233,7 @@ def test_a_best_one_that_is_no_longer_meant_or_there_is_forgotten_aloud(
     interrupted(stop_in_step, config(**before), 3)
     losses.are(9, 5, 3, 4, 4, 4.5, 4.5, after=3)
     run = train(config(**before | values))
-    assert f"the best evaluation so far, eval_near_loss 3.0000 after step 2, {why}" in caplog.text
+    assert f"the best evaluation so far, eval_loss 3.0000 after step 2, {why}" in caplog.text
     assert (run.progress.best.step, run.progress.best.value) == (4, 4)
 
 

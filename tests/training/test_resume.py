@@ -74,6 +74,20 @@ def test_a_checkpoint_that_does_not_say_its_products_takes_those_of_here(config,
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_a_checkpoint_of_version_0_1_0_goes_on_with_the_rates_that_it_began_with(config, tmp_path, stop_in_step):
+    """It says nothing of its warmup, of which the i-th of w steps has the rate (i - 1)/w."""
+    values = {"training__warmup_steps": 5, "training__lr_scheduler_type": "constant"}
+    interrupted(stop_in_step, config(**values), 2)
+    file = tmp_path / "run" / "checkpoints" / "step-000002" / "state.json"
+    state = json.loads(file.read_text())
+    kept = ("step", "tokens", "unlogged_loss", "unlogged_tokens", "products")
+    file.write_text(json.dumps({key: state[key] for key in kept}))
+    interrupted(stop_in_step, config(**values), 1)
+    train(config(**values))
+    rates = [record["learning_rate"] for record in read_metrics(tmp_path / "run")]
+    assert rates == pytest.approx([0.002, 0.004, *(0.01 * (step - 1) / 5 for step in (3, 4, 5)), 0.01])
+
+
 def test_a_checkpoint_with_products_of_another_name_is_broken(config, tmp_path, stop_in_step):
     interrupted(stop_in_step, config(), 3)
     file = tmp_path / "run" / "checkpoints" / "step-000003" / "state.json"
