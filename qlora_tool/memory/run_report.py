@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from qlora_tool.build import Setup
     from qlora_tool.data.batches import Batch
     from qlora_tool.model.checkpointing import Recomputation
-    from qlora_tool.training.loop import Run
+    from qlora_tool.training.run import Run
     from qlora_tool.training.step import During
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from qlora_tool.training.progress import last_record
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
-    from qlora_tool.training.loop import Run
+    from qlora_tool.training.run import Run
 
 
 @dataclass(frozen=True)
