@@ -11,6 +11,7 @@ from tiny_runs import adapter_bytes, interrupted, read_metrics
 from qlora_tool import api
 from qlora_tool.cli import main
 from qlora_tool.config import config_to_yaml
+from qlora_tool.inference.evaluation import EvaluationResult
 from qlora_tool.training import loop
 from qlora_tool.training.loop import train
 from qlora_tool.training.result import TrainResult
@@ -31,8 +32,7 @@ def test_a_run_that_learned_has_no_warning(config, tmp_path, caplog):
 
 @pytest.mark.parametrize(("method", "rate"), [("lora", 1e-45), ("lora", 1e-30), ("dora", 1e-30), ("loha", 1e-30)])
 def test_a_rate_that_moves_nothing(config, caplog, method, rate):
-    given = {} if method == "loha" else PLAIN
-    result = result_of(config(adapter__method=method, training__learning_rate=rate, **given))
+    result = result_of(config(adapter__method=method, training__learning_rate=rate, **PLAIN))
     assert result.learned is False
     (warning,) = result.warnings
     assert warning.startswith("nothing was learned: ") and "training.learning_rate" in warning
@@ -52,20 +52,24 @@ def test_b_that_stays_zero(config, monkeypatch, caplog):
     assert result.warnings[0].startswith("nothing was learned: B is 0 in all 14 adapters")
 
 
-def test_a_rate_that_is_too_high(config):
-    result = result_of(config(training__learning_rate=10.0, **PLAIN))
+@pytest.mark.parametrize("after", [2.0, 2.5, float("nan")])
+def test_a_loss_that_does_not_fall(config, monkeypatch, after):
+    losses = iter([2.0, after])
+    monkeypatch.setattr("qlora_tool.training.run.sampled_loss", lambda *_: next(losses))
+    result = result_of(config(training__max_steps=1, **PLAIN))
     assert result.learned is False
-    assert "not below the" in result.warnings[0]
+    assert f"the loss on training rows is {after:.4f}, not below the 2.0000 before" in result.warnings[0]
 
 
-def test_what_does_not_carry_over_to_the_evaluation_rows(config, tmp_path):
-    """Rows that say the opposite of what is learned."""
-    other = tmp_path / "other.jsonl"
-    other.write_text('{"prompt": "How many are 3 and 10?", "completion": "zzz qqq zzz"}\n')
-    result = result_of(config(data__eval=str(other), training__max_steps=30, **PLAIN))
+def test_what_does_not_carry_over_to_the_evaluation_rows(config, monkeypatch):
+    losses = iter([2.0, 3.0, 1.0, 4.0])  # of two sets: before the first step, and after the last
+    monkeypatch.setattr(loop, "evaluate_loss", lambda *_: EvaluationResult(next(losses), 7))
+    rows = config().data.train
+    result = result_of(config(data__eval={"near": rows, "far": rows}, **PLAIN))
     assert result.learned is True
+    assert result.eval_losses == {"near": 1.0, "far": 4.0}
     (warning,) = result.warnings
-    assert warning.startswith(f"eval_loss is {result.eval_losses['eval']:.4f}, not below the ")
+    assert warning.startswith("eval_far_loss is 4.0000, not below the 3.0000 before the first step")
 
 
 def test_looking_at_the_losses_changes_no_step(config, tmp_path, monkeypatch):
