@@ -1,16 +1,12 @@
-"""The end of a run: which adapter is kept, what came of it, and what is written of it; and who is told of it."""
+"""The end of a run: which adapter is kept, and what came of it; and who is told of its steps."""
 
 from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING
 
-from qlora_tool.adapters.peft_files import save_adapter
-from qlora_tool.files.atomic import replacing_folder, write_json
-from qlora_tool.model.tokenizer_files import save_tokenizer
 from qlora_tool.training.best import describe_best, load_best
 from qlora_tool.training.outcome import judge
-from qlora_tool.training.prepare import provenance
 from qlora_tool.training.run import Run
 
 if TYPE_CHECKING:
@@ -20,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def finish(run: Run) -> None:
-    """Choose the adapter to keep, say what came of the run, and write the adapter: the last sign of a finished run."""
+    """Choose the adapter to keep, and say what came of the run."""
     progress, best = run.progress, run.progress.best
     if progress.step < run.plan.total_steps and best is not None:
         logger.info("stopped early, after step %d of %d: %d evaluations were no better than %s %.4f after step %d",
@@ -33,20 +29,6 @@ def finish(run: Run) -> None:
     run.outcome = judge(run.adapters, progress.untuned, run.kept_losses(), run.sampled_loss)
     for warning in run.outcome.warnings:
         logger.warning(warning)
-    _save_adapter(run)
-
-
-def _save_adapter(run: Run) -> None:
-    """The adapter in PEFT's format, with the tokenizer and our provenance beside it."""
-    base = run.config.model.name_or_path
-    with replacing_folder(run.folder.adapter) as temporary:
-        save_tokenizer(run.data.tokenizer, run.model.folder, temporary)
-        save_adapter(
-            temporary, run.adapters, run.config.adapter, run.model.module,
-            str(run.model.folder) if base == "demo" else base, run.config.model.revision,
-        )  # fmt: skip
-        facts = provenance(run.config, run.model, run.data) | {"step": run.kept_step}
-        write_json(temporary / "qlora_tool.json", facts)
 
 
 def start_trackers(run: Run) -> Accelerator | None:

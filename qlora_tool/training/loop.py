@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 
+from qlora_tool.adapters.peft_files import save_adapter
 from qlora_tool.build import Setup
 from qlora_tool.config import Config
 from qlora_tool.data.batches import Batch, collate
 from qlora_tool.data.preview import first_row
 from qlora_tool.errors import MachineError, UserError
+from qlora_tool.files.atomic import replacing_folder, write_json
 from qlora_tool.inference.evaluation import EvaluationResult, evaluate_loss
+from qlora_tool.model.tokenizer_files import save_tokenizer
 from qlora_tool.ops.products import products_choice, use_products
 from qlora_tool.run_folder import RunFolder
 from qlora_tool.training.best import best_so_far, metric_of, note_evaluation, out_of_patience, take_best_along
@@ -27,7 +30,7 @@ from qlora_tool.training.interrupt import Interrupted, StopRequest
 from qlora_tool.training.optimizers import LOSS_SCALE_FLOOR, make_optimizer, parameter_groups
 from qlora_tool.training.plan import StepPlan, epoch_batches
 from qlora_tool.training.preconditions import refuse_at_once, refuse_dtype
-from qlora_tool.training.prepare import describe, prepare_data
+from qlora_tool.training.prepare import describe, prepare_data, provenance
 from qlora_tool.training.progress import LiveLine, Metrics, Speed, memory_in_words, peak_memory_bytes
 from qlora_tool.training.read_late import LateNumbers, StepNumbers
 from qlora_tool.training.resume import checkpoint_at, checkpoint_to_resume, refuse_another_run
@@ -104,6 +107,7 @@ def train(
         run.progress.untuned = {"loss": run.sampled_loss()} | _evaluate(run, logger.info)
     _fit(run, watcher)
     finish(run)
+    _save_adapter(run)
     return run
 
 
@@ -288,3 +292,16 @@ def _refuse_no_number(run: Run, numbers: StepNumbers) -> None:
         f"last good checkpoint is {saved[-1] if saved else 'none yet'}; lower training.learning_rate, or set "
         "training.max_grad_norm"
     )
+
+
+def _save_adapter(run: Run) -> None:
+    """The adapter in PEFT's format, with the tokenizer and our provenance beside it."""
+    base = run.config.model.name_or_path
+    with replacing_folder(run.folder.adapter) as temporary:
+        save_tokenizer(run.data.tokenizer, run.model.folder, temporary)
+        save_adapter(
+            temporary, run.adapters, run.config.adapter, run.model.module,
+            str(run.model.folder) if base == "demo" else base, run.config.model.revision,
+        )  # fmt: skip
+        facts = provenance(run.config, run.model, run.data) | {"step": run.kept_step}
+        write_json(temporary / "qlora_tool.json", facts)

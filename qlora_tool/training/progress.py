@@ -43,8 +43,8 @@ def memory_in_words(device: torch.device, tensor_bytes: int | None) -> str:
         tensor_bytes, held, holder = peak, torch.cuda.max_memory_reserved(device), "reserved"
     else:
         held, holder = peak, "process"
-    tensors = "" if tensor_bytes is None else f"{tensor_bytes / 1e9:.2f} GB tensors, "
-    return f"{tensors}{held / 1e9:.2f} GB {holder}"
+    tensors = "" if tensor_bytes is None else f"tensors {tensor_bytes / 1e9:.2f} GB, "
+    return f"{tensors}{holder} {held / 1e9:.2f} GB"
 
 
 class Metrics:
