@@ -181,7 +181,7 @@ def test_the_choice_stays_within_the_budget_and_nothing_more_would(share, extrem
     size = between(extremes, share)
     choice = chosen(size)
     layers = list(choice.recomputation.layers)
-    found = measured(layers)
+    found = _measured(choice.recomputation)
     assert found <= size
     assert choice.predicted.peak_bytes == pytest.approx(found, rel=0.01)
     by_choice = {cost.recomputed: cost.kept_bytes for cost in costs.layers[1]}
@@ -195,6 +195,23 @@ def test_a_budget_for_everything_recomputes_nothing(extremes):
     choice = chosen(2 * extremes[1])
     assert choice.recomputation == Recomputation((NONE,) * LAYERS)
     assert str(choice).startswith("gradient checkpointing: 3 of 3 layers not recomputed; predicted peak 0.0")
+
+
+def test_weights_are_kept_for_backward_where_there_is_room_for_them(extremes):
+    """What room the activations leave is taken for the weights of a layer, and only then."""
+
+    def peak(recomputation: Recomputation) -> int:
+        return timeline(_predict(auto(), llama(), SHAPE, torch.float32, recomputation)).peak_bytes
+
+    kept = {}
+    for share in (0.01, 0.3, 0.45, 0.8):
+        choice = chosen(size := between(extremes, share))
+        kept[share] = choice.recomputation.keeps_weights
+        assert kept[share] == (peak(replace(choice.recomputation, keeps_weights=True)) <= size)
+        assert choice.predicted.peak_bytes == peak(choice.recomputation)
+        assert Choice.from_json(json.loads(json.dumps(choice.to_json()))) == choice
+    assert set(kept.values()) == {True, False}, kept
+    assert not chosen(between(extremes, 0.3), **{"model.quantization": "none"}).recomputation.keeps_weights
 
 
 def test_a_budget_for_nothing_is_refused_with_what_it_takes_at_least(extremes):

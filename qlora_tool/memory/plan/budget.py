@@ -3,7 +3,8 @@
 Storing the activations of a layer, or of its attention or MLP, costs bytes and saves floating point operations, and
 shallow models tell how many: one trace for each choice there is. The dearest recomputation per byte is avoided first,
 in the last layers first: backward begins there, so what is stored there is gone before other layers are computed again.
-What comes out is confirmed by a full prediction, and what that shows too much is taken back.
+What comes out is confirmed by a full prediction, and what that shows too much is taken back. Where room is left for the
+weights of one layer, those that a recomputation dequantizes are kept for its gradients (1 % of a step on a card).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -58,13 +59,18 @@ class Choice:
     budget_bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        recomputed = self.recomputation.layers
-        return {"recomputed": recomputed, "predicted": self.predicted.to_json(), "budget_bytes": self.budget_bytes}
+        return {
+            "recomputed": self.recomputation.layers,
+            "keeps_weights": self.recomputation.keeps_weights,
+            "predicted": self.predicted.to_json(),
+            "budget_bytes": self.budget_bytes,
+        }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Choice:
         layers = tuple(tuple(str(child) for child in children) for children in values["recomputed"])
-        return cls(Recomputation(layers), Breakdown.from_json(values["predicted"]), int(values["budget_bytes"]))
+        recomputation = Recomputation(layers, bool(values["keeps_weights"]))
+        return cls(recomputation, Breakdown.from_json(values["predicted"]), int(values["budget_bytes"]))
 
     def __str__(self) -> str:
         peak, budget = (f"{size / 1e9:.2f} GB" for size in (self.predicted.needed_bytes, self.budget_bytes))
@@ -195,15 +201,24 @@ class _Chooser:
                 break  # nothing better than what is known to fit
             predicted = self._predict(chosen)
             if predicted.needed_bytes <= self.budget_bytes:
-                best, flops = self._choice(chosen, predicted), sum(cost.flops for cost in chosen)
+                best, flops = Choice(_policy(chosen), predicted, self.budget_bytes), sum(cost.flops for cost in chosen)
             elif chosen == self.costs.least:
                 self._refuse(predicted)
         if best is None:
             predicted = self._predict(self.costs.least)
             if predicted.needed_bytes > self.budget_bytes:
                 self._refuse(predicted)
-            best = self._choice(self.costs.least, predicted)
-        return best
+            best = Choice(_policy(self.costs.least), predicted, self.budget_bytes)
+        return self._with_kept_weights(best)
+
+    def _with_kept_weights(self, best: Choice) -> Choice:
+        """The same with the weights of recomputed layers kept for their gradients, where that stays within the budget."""
+        if self.config.model.quantization == "none" or not any(best.recomputation.layers):
+            return best
+        keeping = replace(best.recomputation, keeps_weights=True)
+        predicted = self._full_prediction(keeping)
+        fits = predicted.needed_bytes <= self.budget_bytes
+        return Choice(keeping, predicted, self.budget_bytes) if fits else best
 
     def _within_budget(self) -> list[Cost]:
         """The dearest recomputation per byte saved first; of a layer for which the budget has not enough left, less."""
@@ -218,9 +233,6 @@ class _Chooser:
                 chosen[number] = now
         return chosen
 
-    def _choice(self, chosen: Sequence[Cost], predicted: Breakdown) -> Choice:
-        return Choice(_policy(chosen), predicted, self.budget_bytes)
-
     def _refuse(self, least: Breakdown) -> None:
         recomputed = "with everything recomputed" if self.costs.layers else "and no layer of it can be recomputed"
         batch = f"batches of up to {self.shape.rows} × {self.shape.length} tokens"
@@ -232,11 +244,13 @@ class _Chooser:
 
     def _predict(self, chosen: Sequence[Cost]) -> Breakdown:
         """By a full prediction; later estimates follow it."""
-        run = self.config, self.model_config, self.shape, self.compute_dtype
-        trace = predict(*run, _policy(chosen), device_of(self.target))
-        found = Prediction.of(trace, self.target).breakdown
+        found = self._full_prediction(_policy(chosen))
         self.error += found.needed_bytes - self._estimate(chosen)
         return found
+
+    def _full_prediction(self, recomputation: Recomputation) -> Breakdown:
+        run = self.config, self.model_config, self.shape, self.compute_dtype
+        return Prediction.of(predict(*run, recomputation, device_of(self.target)), self.target).breakdown
 
     def _estimate(self, chosen: Sequence[Cost]) -> int:
         return self._on_device(self.costs.peak(chosen)) + self.error
