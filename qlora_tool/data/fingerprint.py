@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Keys that say which data there are, or what becomes of them afterwards. All others count, those to come too.
 NOT_IN_TOKENS = ("train", "eval", "packing", "padding_free", "shuffle", "chat_template")
+# What a tokenizer notes of where it was read from, and whether the hub could be reached.
+COME_BY = ("is_local", "local_files_only", "name_or_path", "_commit_hash")
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow", "openpyxl")
 
 
@@ -50,9 +52,12 @@ def fingerprint(
 
 
 def _saved(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """SHA-256 of the files that the tokenizer would save."""
+    """SHA-256 of the files that the tokenizer would save, but for how it was come by."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
+        config = Path(folder) / "tokenizer_config.json"
+        kept = {key: value for key, value in json.loads(config.read_text("utf-8")).items() if key not in COME_BY}
+        config.write_text(json.dumps(kept, sort_keys=True), "utf-8")
         return {file.relative_to(folder).as_posix(): sha256(file)
                 for file in sorted(Path(folder).rglob("*")) if file.is_file()}  # fmt: skip
 

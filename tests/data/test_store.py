@@ -9,6 +9,7 @@ import random
 import datasets
 import pytest
 from tokenizers_for_tests import CHATML, REWRITING, byte_level
+from transformers import AutoTokenizer
 
 from qlora_tool.config import DataConfig
 from qlora_tool.data import one_source, store, workers
@@ -146,6 +147,12 @@ class TestWhatItDependsOn:
         build_dataset(rows, DataConfig(), byte_level(CHATML))
         build_dataset(rows, DataConfig(**change), byte_level(CHATML))
         assert len(folders()) == 2
+
+    def test_where_the_tokenizer_came_from_is_no_matter(self, kept, rows, tmp_path):
+        byte_level(CHATML).save_pretrained(tmp_path / "model")
+        for options in ({}, {"local_files_only": True}):
+            build_dataset(rows, DataConfig(), AutoTokenizer.from_pretrained(tmp_path / "model", **options))
+        assert len(folders()) == 1
 
     def test_keys_that_change_no_token(self, kept, rows):
         build_dataset(rows, DataConfig(), byte_level(CHATML))
