@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 VOCABULARY = 320
+LARGEST = 10_000_000  # weights of a model that is made
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "n_embd": 64, "n_embed": 64, "d_model": 64, "embed_dim": 64, "word_embed_proj_dim": 64,
     "embedding_size": 64, "input_embedding_size": 64, "emb_dim": 64, "dim_model": 64, "projection_dim": 64,
@@ -100,9 +101,17 @@ def _of_each_kind(usual: Any) -> dict[str, Any]:
 
 
 def random_model(model_config: Any, seed: int = 0) -> Any:
-    """A model in bf16 with random weights of a useful size, no two alike: norms are not ones, biases not zeros."""
+    """A model in bf16 with random weights of a useful size, no two alike: norms are not ones, biases not zeros.
+
+    Raises:
+        ValueError: it would not be tiny.
+    """
     from transformers import AutoModelForCausalLM
 
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(model_config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size:,} weights, which is no tiny model")
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
