@@ -41,7 +41,9 @@ SIZES: dict[str, Any] = {
 """What is made small, by the names that families give it."""
 
 OWN: dict[str, dict[str, Any]] = {
+    "afmoe": {"num_dense_layers": 1},
     "cwm": {"bos_token_id": 1},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granite": {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22,
                 "attention_multiplier": 0.0625},
@@ -74,6 +76,8 @@ def tiny_config(model_type: str, **values: Any) -> Any:
     }  # fmt: skip
     if "kv_lora_rank" in vars(usual):
         names["num_key_value_heads"] = 4  # as many as query heads
+        if usual.__dict__.get("head_dim") == usual.__dict__.get("qk_rope_head_dim"):
+            names["head_dim"] = names.get("qk_rope_head_dim", usual.qk_rope_head_dim)
     if vars(usual).get("is_decoder") is False:
         names["is_decoder"] = True
     tokens = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2}
