@@ -49,7 +49,7 @@ def check_length(model_config, max_length: int, key: str = "data.max_length") ->
         parameters.get("rope_type", "default") != "default"
         for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]
     )
-    if limit and max_length > limit and not scaled:
+    if limit and 0 < limit < max_length and not scaled:  # xlnet: -1, none
         raise UserError(
             f"{key}: {max_length}, but the model's max_position_embeddings is {limit}; set {key} "
             f"to {limit} or less, or configure RoPE scaling in the model's config.json"
