@@ -212,7 +212,7 @@ class _Chooser:
         return self._with_kept_weights(best)
 
     def _with_kept_weights(self, best: Choice) -> Choice:
-        """The same with the weights of recomputed layers kept for their gradients, where that stays within the budget."""
+        """The same with the weights of recomputed layers kept for their gradients, where the budget has room."""
         if self.config.model.quantization == "none" or not any(best.recomputation.layers):
             return best
         keeping = replace(best.recomputation, keeps_weights=True)
