@@ -132,7 +132,9 @@ def assert_one_build(config: Config, monkeypatch: pytest.MonkeyPatch) -> Run:
     found, resolved, shape = profiled(config, monkeypatch)
     for part, expected in trained.items():
         assert found[part] == expected, part
-    assert with_values(resolved, {"data.train_on": run.config.data.train_on}) == run.config
+    by_data = {"data.train_on": run.config.data.train_on,
+               "training.num_train_epochs": run.config.training.num_train_epochs}  # fmt: skip
+    assert with_values(resolved, by_data) == run.config
     batch, assumed = full_rows(run), shape.batch()
     assert shape == BatchShape.of(batch)
     assert assumed.attention_mask is batch.attention_mask is None

@@ -42,7 +42,7 @@ TEXTS: dict[str, list[Any]] = {
     + ["text.txt", "prompt_completion", MIXTURE],
     "data.eval": [0.2, None, EVAL, {"one": EVAL, "other": EVAL}, [EVAL, EVAL]],
     "data.columns": [{}, {"instruction": "instruction", "output": "output"}],
-    "data.chat_template_kwargs": [{}],
+    "data.chat_template_kwargs": [{}, {"brief": True}],
     "data.chat_template": [None, "chat.jinja"],
     "training.output_dir": ["run"],
     "training.metric_for_best_model": ["loss", "eval_loss"],
@@ -94,6 +94,8 @@ def with_company(key: str, value: Any) -> dict[str, Any]:
         return {key: value} | ({"data.train_on": "all"} if str(value).startswith("text") else {})
     if key == "data.columns" and value:
         return {key: value, "data.train": "alpaca.jsonl", "data.format": "alpaca"}
+    if key == "data.chat_template_kwargs" and value:
+        return {key: value, "data.chat_template": "chat.jinja"}
     if key == "data.format" and value != "auto":
         return {key: value} | with_company("data.train", f"{value}.jsonl")
     if (key, value) == ("training.group_by_length", True):
@@ -144,7 +146,7 @@ def write_inputs(folder: Path) -> Path:
     pyarrow.csv.write_csv(table, folder / "alpaca.csv")
     pyarrow.parquet.write_table(table, folder / "alpaca.parquet")
     (folder / "text.txt").write_text(" ".join(row["text"] for row in rows("text", 0, 400)))
-    (folder / "chat.jinja").write_text(CHATML)
+    (folder / "chat.jinja").write_text("{% if brief %}{{ 'Brief. ' }}{% endif %}" + CHATML)
     return folder
 
 

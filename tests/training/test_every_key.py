@@ -55,6 +55,7 @@ def excluded(run: Run) -> bool:
         form not in ("auto", name)
         or (bool(given.get("data.columns")) and name != "alpaca")
         or (name == "text" and run.get("data.train_on", "completion") == "completion")
+        or (bool(given.get("data.chat_template_kwargs")) and (name == "text" or not given.get("data.chat_template")))
         or (run.get("training.optimizer_in_backward", False) and run.get("model.compute_dtype") == "float16")
         or (run.get("adapter.init_from") is not None and any(run.get(key, OMITTED) is not OMITTED
                                                              for key in OF_THE_START))
