@@ -91,12 +91,12 @@ def _refuse_another_length(folder: RunFolder, config: Config, extend: bool, also
     found = _differences(there, config, free)
     if found and _is_shorter(config, there):
         raise UserError(
-            f"{folder.path}: holds another run, a longer one ({', '.join(found)}); give another --output-dir, or "
+            f"{folder.path}: holds another run ({', '.join(found)}); give another --output-dir, or "
             "--overwrite to replace it"
         )
     if found and not extend:
         raise UserError(
-            f"{folder.path}: holds another run, a shorter one ({', '.join(found)}); give --extend to go on from its "
+            f"{folder.path}: holds another run ({', '.join(found)}), a shorter one; give --extend to go on from its "
             "last checkpoint, another --output-dir, or --overwrite to replace it"
         )
 

@@ -43,8 +43,8 @@ def test_a_longer_run_names_extend_and_goes_on_with_it(config, tmp_path, stop_in
         interrupted(stop_in_step, shorter, 2)
     before = sorted((path, path.read_bytes()) for path in (tmp_path / "run").rglob("*") if path.is_file())
     line = line_of(longer)
-    assert line.startswith(f"{tmp_path / 'run'}: holds another run, a shorter one (training.")
-    assert "give --extend to go on from its last checkpoint" in line
+    assert line.startswith(f"{tmp_path / 'run'}: holds another run (training.")
+    assert "), a shorter one; give --extend to go on from its last checkpoint" in line
     assert sorted((path, path.read_bytes()) for path in (tmp_path / "run").rglob("*") if path.is_file()) == before
     train(longer, extend=True)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
@@ -64,7 +64,7 @@ def test_a_run_that_is_no_longer_is_not_extended(config, tmp_path):
     line = line_of(config(training__save_steps=2), extend=True)
     assert line.endswith("is of step 6, and this run has 6; raise training.max_steps")
     line = line_of(config(training__max_steps=5), extend=True)
-    assert line.startswith(f"{tmp_path / 'run'}: holds another run, a longer one (training.max_steps: 6 there, 5 here)")
+    assert line.startswith(f"{tmp_path / 'run'}: holds another run (training.max_steps: 6 there, 5 here); give another")
     assert line_of(config(training__max_steps=5)) == line
     line = line_of(config(training__max_steps=9, training__learning_rate=1e-3), extend=True)
     assert line.startswith(f"{tmp_path / 'run'}: holds another run (training.learning_rate: 0.01 there, 0.001 here)")
@@ -96,9 +96,9 @@ def test_epochs_that_were_chosen_are_not_asked_for_again(config, tmp_path, stop_
     values = {"training__max_steps": -1, "training__per_device_train_batch_size": 15, "data__max_length": 48}
     interrupted(stop_in_step, config(**values), 2)
     line = line_of(config(training__num_train_epochs=60, **values))
-    assert "a shorter one (training.num_train_epochs: 50 there, 60 here); give --extend" in line
+    assert "(training.num_train_epochs: 50 there, 60 here), a shorter one; give --extend" in line
     line = line_of(config(training__num_train_epochs=2, **values))
-    assert "a longer one (training.num_train_epochs: 50 there, 2 here)" in line
+    assert "(training.num_train_epochs: 50 there, 2 here); give another" in line
     caplog.set_level(logging.INFO, "qlora_tool")
     assert train(config(**values), dry_run=True).plan.total_steps == 100
     assert train(config(training__num_train_epochs=50, **values), dry_run=True).plan.total_steps == 100
