@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from qlora_tool.model.slots import Quantization
 
 FORMAT = 2  # of the cached files; raise it when the bytes change their meaning
+PLAIN_FORMAT = 1  # of bases that are neither stored quantized nor part of a larger model: theirs have not changed
+_OTHERS = {"quantization_config", "text_config", "vision_config", "audio_config"}
 
 
 def base_identity(folder: Path) -> str:
@@ -46,7 +48,9 @@ def _folder(folder: Path, quantization: Quantization, compute_dtype: torch.dtype
     named = json.dumps(skipped if isinstance(skipped, str) else sorted(skipped))
     skips = f"-without_{hashlib.sha256(named.encode()).hexdigest()[:12]}" if skipped else ""
     kind = f"{quantization.kind}{double}{embeddings}{skips}"
-    return cache_folder() / "bases" / f"{base_identity(folder)[:24]}-{kind}-{dtype}-{FORMAT}"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    version = FORMAT if _OTHERS & config.keys() or skipped else PLAIN_FORMAT
+    return cache_folder() / "bases" / f"{base_identity(folder)[:24]}-{kind}-{dtype}-{version}"
 
 
 def cached_base(folder: Path, quantization: Quantization, compute_dtype: torch.dtype) -> Checkpoint | None:

@@ -87,5 +87,19 @@ def current_layout() -> Layout | None:
 
 
 def as_now() -> AbstractContextManager[None]:
-    """A context in which the examples lie where they do now: for what is computed again later, in any thread."""
-    return laid_out(_layout.get())
+    """A context in which the examples lie where they do now: for what is computed again later, in any thread, and more
+    than once where a graph is gone through again."""
+    return _Again(_layout.get())
+
+
+class _Again(AbstractContextManager[None]):
+    def __init__(self, layout: Layout | None):
+        self.layout = layout
+        self.opened: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self.opened.append(laid_out(self.layout))
+        self.opened[-1].__enter__()
+
+    def __exit__(self, *raised: object) -> None:
+        self.opened.pop().__exit__(None, None, None)

@@ -139,8 +139,9 @@ BAD_DATA = {
         '{"instruction": "a", "outptu": "b"}\n',
         "columns.jsonl, line 1: the columns (instruction, outptu) are those of no format; needed are messages: "
         "messages (a list of {role, content}); sharegpt: conversations (a list of {from, value}); prompt_completion: "
-        "prompt and completion; alpaca: instruction and output, input where there is one; dolly: instruction and "
-        "response, context where there is one; text: text; 'outptu' is not read; did you mean 'output'?",
+        "prompt and completion (or question and answer, …); alpaca: instruction and output, input where there is one; "
+        "dolly: instruction and response, context where there is one; text: text; or name them, data.columns: {prompt: "
+        "…, completion: …}; 'outptu' is not read; did you mean 'output'?",
     ),
 }
 

@@ -116,7 +116,7 @@ def test_options_that_do_not_go_together(here: Path):
     assert error(here, *EXPORT, "--format", "gguf", "--dtype", "float16") == (
         "--dtype float16: --format gguf has dtypes of its own; give --gguf-type"
     )
-    assert error(here, *EXPORT, "--verify-data", "gone.jsonl").startswith("--verify-data gone.jsonl: no such file")
+    assert error(here, *EXPORT, "--verify-data", "gone.jsonl").startswith("gone.jsonl: no such file or folder")
     assert error(here, *EXPORT, "--push-to-hub", "nobody").startswith("--push-to-hub nobody: no hub id, which is OWNER")
 
 

@@ -183,9 +183,8 @@ def test_rows_of_one_token(here: Path):
 
 
 def test_steps_in_backward_with_gradients_that_are_scaled_together(here: Path):
-    line = refusal(here, model__compute_dtype="float16", training__optimizer_in_backward=True,
-                   training__max_grad_norm=0, data__train="no-such-file.jsonl")  # fmt: skip
-    # Before the data are missed.
+    keys = {"training__optimizer_in_backward": True, "training__max_grad_norm": 0}
+    line = refusal(here, model__compute_dtype="float16", **keys)
     assert "training.optimizer_in_backward: true, but the scale of float16 gradients" in line
 
 
