@@ -24,14 +24,8 @@ def parse_list(value: Any, name: str) -> list[Any]:
     Raises:
         RowFault: something else.
     """
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise RowFault(f"{name} is a string that is not JSON ({error.msg}), expected a list") from error
-    if not isinstance(value, list):
-        raise RowFault(f"{name} is {kind_of(value)}, expected a list")
-    return value
+    found: list[Any] = _parsed(value, name, list, "a list")
+    return found
 
 
 def plain_tools(value: Any) -> list[Any] | None:
@@ -92,13 +86,19 @@ def _call(value: Any, name: str) -> dict[str, Any]:
 
 
 def _object(value: Any, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = _parsed(value, name, dict, "an object")
+    return found
+
+
+def _parsed(value: Any, name: str, kind: type, expected: str) -> Any:
+    """A value of this kind, perhaps written as JSON."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise RowFault(f"{name} is a string that is not JSON ({error.msg}), expected an object") from error
-    if not isinstance(value, dict):
-        raise RowFault(f"{name} is {kind_of(value)}, expected an object")
+            raise RowFault(f"{name} is a string that is not JSON ({error.msg}), expected {expected}") from error
+    if not isinstance(value, kind):
+        raise RowFault(f"{name} is {kind_of(value)}, expected {expected}")
     return value
 
 

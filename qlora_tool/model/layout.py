@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar, Token
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -71,14 +71,21 @@ class Layout:
 _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 
-@contextmanager
-def laid_out(layout: Layout | None) -> Iterator[None]:
-    """Batches that are run meanwhile have their examples there; None: nothing is known of it."""
-    before = _layout.set(layout)
-    try:
-        yield
-    finally:
-        _layout.reset(before)
+def laid_out(layout: Layout | None) -> AbstractContextManager[None]:
+    """Batches that are run meanwhile have their examples there; None: nothing is known of it. It opens again, too."""
+    return _LaidOut(layout)
+
+
+class _LaidOut(AbstractContextManager[None]):
+    def __init__(self, layout: Layout | None):
+        self.layout = layout
+        self.before: list[Token[Layout | None]] = []
+
+    def __enter__(self) -> None:
+        self.before.append(_layout.set(self.layout))
+
+    def __exit__(self, *raised: object) -> None:
+        _layout.reset(self.before.pop())
 
 
 def current_layout() -> Layout | None:
@@ -89,17 +96,4 @@ def current_layout() -> Layout | None:
 def as_now() -> AbstractContextManager[None]:
     """A context in which the examples lie where they do now: for what is computed again later, in any thread, and more
     than once where a graph is gone through again."""
-    return _Again(_layout.get())
-
-
-class _Again(AbstractContextManager[None]):
-    def __init__(self, layout: Layout | None):
-        self.layout = layout
-        self.opened: list[AbstractContextManager[None]] = []
-
-    def __enter__(self) -> None:
-        self.opened.append(laid_out(self.layout))
-        self.opened[-1].__enter__()
-
-    def __exit__(self, *raised: object) -> None:
-        self.opened.pop().__exit__(None, None, None)
+    return laid_out(_layout.get())
