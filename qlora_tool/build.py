@@ -321,6 +321,11 @@ def build(
             f"adapter.method: {config.adapter.method}: PEFT cannot load it onto transformers' Conv1D ({conv1d[0]} and "
             f"{len(conv1d) - 1} more here): this adapter is read by qlora-tool alone; export it merged for other tools"
         )
+    if not model.pads_apart:
+        remarks.append(
+            f"{model.config.model_type}: an example in a padded batch would not give what it gives alone; the rows of "
+            "a batch go through the model one by one, which is slower"
+        )
     if config.data.packing and not model.by_segment:
         remarks.append(
             f"data.packing: {model.config.model_type} keeps packed examples apart by masks of row by row, for which it "
@@ -367,6 +372,6 @@ def _open_base(
     rotate_by_example(module)
     return CausalLM(
         module, tensors.folder, quantization, compute_dtype,
-        projects_plainly=behaviour.projects_plainly, by_segment=behaviour.keeps_apart != "masks",
-        fused=fuse_modules(module), draws=behaviour.draws,
+        projects_plainly=behaviour.projects_plainly, by_segment=behaviour.keeps_apart == "segments",
+        pads_apart=behaviour.pads_apart, fused=fuse_modules(module), draws=behaviour.draws,
     )  # fmt: skip

@@ -90,7 +90,7 @@ def structure(model: CausalLM, adapters: AdapterSet) -> dict[str, Any]:
         "trained in full": (list(adapters.saved), list(adapters.biases), adapters.transposed),
         "rates": {rate: len(found) for rate, found in adapters.rates().items()},
         "model": (model.quantization, model.compute_dtype, model.projects_plainly, model.by_segment,
-                  model.chunked_loss, model.offload_boundaries),
+                  model.pads_apart, model.chunked_loss, model.offload_boundaries),
         "recomputed": (model.recomputation, len(model.checkpointed_layers())),
     }  # fmt: skip
 

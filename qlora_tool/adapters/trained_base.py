@@ -86,7 +86,8 @@ def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None
             "quantizes it; leave one of the two out"
         )
     linear_weight = isinstance(module, FrozenLinear) and attribute == "weight"
-    setattr(module, attribute, WeightHandle(parameter) if linear_weight else parameter)
+    frozen = getattr(module, attribute)
+    setattr(module, attribute, WeightHandle(parameter, frozen.dtype) if linear_weight else parameter)
 
 
 def transposed_names(model: nn.Module, names: Iterable[str]) -> frozenset[str]:

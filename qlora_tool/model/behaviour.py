@@ -234,8 +234,11 @@ def _keeps_apart(model: CausalLM) -> str | None:
         targets=none, tokens=ids.shape[1], trained_tokens=0, where=[], segments=Segments.of(EXAMPLES),
     )  # fmt: skip
     alone = [model.module.base_model(input_ids=part, use_cache=False)[0] for part in ids.split(EXAMPLES, dim=1)]
+    own = model.config.get_text_config()._attn_implementation
     for way in ("segments", "masks"):
         model.by_segment = way == "segments"
+        if way == "masks" and model.config.get_text_config()._attn_implementation != own:
+            model.module.set_attn_implementation(own)
         if model.by_segment and not recurrent and not use_segments(model.module):
             continue
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -41,7 +41,8 @@ class CausalLM:
         projects_plainly: whether `project` gives the family's logits; see `behaviour.Behaviour`.
         recomputation: what is recomputed in backward; None where nothing was ever said of it.
         offload_boundaries: whether what goes into recomputed layers waits for backward in host memory.
-        by_segment: whether packed examples may be kept apart by attention by segment, or only by transformers' masks.
+        by_segment: whether packed examples are kept apart by attention by segment, or at most by transformers' masks.
+        pads_apart: whether an example gives in a padded batch what it gives alone; else rows go through one by one.
         fused: the modules of the family's code that compute by fused operations.
         draws: whether the family's code draws random numbers in training, which recomputation must draw again.
     """
@@ -53,6 +54,7 @@ class CausalLM:
     projects_plainly: bool = True
     recomputation: Recomputation | None = None
     by_segment: bool = True
+    pads_apart: bool = True
     offload_boundaries: bool = False
     fused: FusedModules = field(default_factory=FusedModules)
     draws: bool = True
@@ -84,13 +86,16 @@ class CausalLM:
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """The last hidden states, (rows, length, hidden), normalized as the output projection takes them."""
-        return self._forward(self.module.base_model, batch)[0]
+        return self._forward(self.module.base_model, batch)
 
     def logits(self, batch: Batch) -> Tensor:
         """Whole logits, (rows, length, vocabulary), by the model's own forward pass."""
-        return self._forward(self.module, batch).logits
+        return self._forward(self.module, batch)
 
-    def _forward(self, module: nn.Module, batch: Batch):
+    def _forward(self, module: nn.Module, batch: Batch) -> Tensor:
+        """The first of what a module gives: (rows, length, …)."""
+        if batch.attention_mask is not None and not self.pads_apart:
+            return self._row_by_row(module, batch.input_ids, batch.attention_mask.sum(dim=1).tolist())
         inputs = {"input_ids": batch.input_ids}
         if batch.attention_mask is not None:
             inputs["attention_mask"] = batch.attention_mask
@@ -100,11 +105,20 @@ class CausalLM:
         with laid_out(Layout.of(batch)):
             if batch.segments is None or not by_segment:
                 with known(batch):
-                    return module(**inputs, use_cache=False)
+                    return module(**inputs, use_cache=False)[0]
             # With a mask transformers leaves the positions alone.
             inputs["attention_mask"] = torch.ones_like(batch.input_ids, dtype=torch.bool)
             with attending_by(batch.segments):
-                return module(**inputs, use_cache=False)
+                return module(**inputs, use_cache=False)[0]
+
+    def _row_by_row(self, module: nn.Module, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """The same of each row without its padding, for which zeros are put in."""
+        found = []
+        for row, length in zip(input_ids, lengths, strict=True):
+            with laid_out(Layout(1, length, (length,))):
+                output = module(input_ids=row[None, :length], use_cache=False)[0]
+            found.append(nn.functional.pad(output, (0, 0, 0, len(row) - length)))
+        return torch.cat(found)
 
     def project(self, hidden: Tensor) -> Tensor:
         """hidden (…, hidden) → logits (…, vocabulary), with what the family does to them."""

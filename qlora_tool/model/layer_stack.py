@@ -85,7 +85,7 @@ def layer_stack(
         (_weights_of(layer, f"{path}.{number}.", slots), *(str(value[number]) for value in listed))
         for number, layer in enumerate(found)
     ]
-    if not kinds:
+    if not kinds or not _takes_depth(model_config, layers):
         return LayerStack(layers, "", 0, 1)
     choices = [(first, period) for first in range(layers) for period in range(1, layers - first + 1)]
     first, period = next(
@@ -108,6 +108,15 @@ def _layer_lists(text_config) -> dict[str, list]:
         name: value for name, value in vars(text_config).items()
         if isinstance(value, (list, tuple)) and len(value) == text_config.num_hidden_layers
     }  # fmt: skip
+
+
+def _takes_depth(model_config, layers: int) -> bool:
+    """Whether another depth can be set (prophetnet's encoder and decoder have one each, and it cannot)."""
+    try:
+        with_layers(model_config, layers + 1)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def with_layers(model_config, layers: int):

@@ -210,14 +210,15 @@ def _place(
     if is_weight or is_expert_weight(module, value.shape):
         value = _narrowed(value, compute_dtype) if isinstance(value, Tensor) else value
         module._parameters.pop(attribute, None)
-        setattr(module, attribute, value if isinstance(value, WeightHandle) else WeightHandle(value))
+        dtype = torch.float32 if _is_kept_in_fp32(model, name) else compute_dtype
+        setattr(module, attribute, value if isinstance(value, WeightHandle) else WeightHandle(value, dtype))
         return
     if isinstance(value, QuantizedTensor):  # of a module that does more with its weight than multiply by it
         value = value.dequantize(value.dtype)
     elif isinstance(value, WeightHandle):
-        value = value.dense(value.dtype)
+        value = value.dense(compute_dtype)
     if value.is_floating_point():
-        if any(re.search(rule, name) for rule in model._keep_in_fp32_modules_strict or ()):
+        if _is_kept_in_fp32(model, name):
             value = value.float()
         elif type(module) is nn.Embedding:
             value = _narrowed(value, compute_dtype)
@@ -230,6 +231,10 @@ def _place(
     else:
         is_parameter = isinstance(value, nn.Parameter)
         setattr(module, attribute, value if is_parameter else nn.Parameter(value, requires_grad=False))
+
+
+def _is_kept_in_fp32(model: PreTrainedModel, name: str) -> bool:
+    return any(re.search(rule, name) for rule in model._keep_in_fp32_modules_strict or ())
 
 
 def _narrowed(value: Tensor, compute_dtype: torch.dtype) -> Tensor:

@@ -8,12 +8,13 @@ are sharded over processes by `fully_shard`, which takes them as it takes any pa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar, Token
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from qlora_tool.ops.linear import frozen_linear
 from qlora_tool.weights.quantized import QuantizedTensor
@@ -67,17 +68,21 @@ class WeightHandle(nn.Module):
     Args:
         value: the weight. An unquantized one that is a parameter stays that object: tied modules share it, and one that
             requires a gradient is trained.
+        dtype: what products with it run in: family code casts what it multiplies to `weight.dtype`. The value's own, or
+            what it was quantized from, where that is not said.
 
     Attributes:
         shape: of the weight.
         kind: nf4, fp4, int8 or none.
+        dtype: as above.
     """
 
     shape: tuple[int, ...]
 
-    def __init__(self, value: QuantizedTensor | Tensor) -> None:
+    def __init__(self, value: QuantizedTensor | Tensor, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.shape = torch.Size(value.shape)
+        self.dtype = dtype or value.dtype
         self._held: Tensor | None = None
         self._kept: Tensor | None = None
         if isinstance(value, QuantizedTensor):
@@ -114,11 +119,6 @@ class WeightHandle(nn.Module):
                 for name, tensor in self.tensors().items()}  # fmt: skip
 
     # ----------------------------------------------------------------------------------------------- what it gives
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype the weight has, or had before it was quantized."""
-        return self._quantized_from if self.kind != "none" else self.tensors()["values"].dtype
 
     @property
     def device(self) -> torch.device:
@@ -163,13 +163,13 @@ class WeightHandle(nn.Module):
         self._kept = None
 
     def rows(self, index: Tensor) -> Tensor:
-        """The rows that `index`, of any shape, names: (*index.shape, in), in the weight's dtype.
+        """The rows that `index`, of any shape, names: (*index.shape, in), in what they were quantized from.
 
         Raises:
             ValueError: 4-bit weights, whose blocks may straddle rows.
         """
         value = self.stored()
-        return value.dequantize(self.dtype, rows=index) if isinstance(value, QuantizedTensor) else value[index]
+        return value.dequantize(value.dtype, rows=index) if isinstance(value, QuantizedTensor) else value[index]
 
     def hold(self, dtype: torch.dtype) -> None:
         """Keep the weight dense in `dtype` until `release`: for many products in a row, as in generation."""
@@ -179,9 +179,29 @@ class WeightHandle(nn.Module):
         """Give up what `hold` keeps."""
         self._held = None
 
+    # ------------------------------------------------------ for family code that multiplies by a weight itself
+
     def __matmul__(self, x: Tensor) -> Tensor:
-        """W (out, in) · x (…, in, n) → (…, out, n): some families multiply by a weight themselves (mamba's dt_proj)."""
+        """W (out, in) · x (…, in, n) → (…, out, n): mamba's dt_proj."""
         return frozen_linear(x.transpose(-1, -2), self).transpose(-1, -2)
+
+    def type(self, dst_type: torch.dtype) -> Tensor:  # type: ignore[override]  # a tensor's, not a module's
+        """The weight in a dtype: longcat_flash's router."""
+        return self.dense(dst_type)
+
+    def float(self) -> Tensor:  # type: ignore[override]
+        """The weight in fp32."""
+        return self.dense(torch.float32)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """What a function of torch's makes of the weight in its `dtype`."""
+        return function(*tree_map_only(cls, cls._as_tensor, args), **tree_map_only(cls, cls._as_tensor, kwargs or {}))
+
+    def _as_tensor(self) -> Tensor:
+        return self.dense(self.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {tuple(self.shape)}"

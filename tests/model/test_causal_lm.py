@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, logits, read_by_transformers, relative_error, tiny_config, tokens, write_tiny
 from torch import nn
-from transformers import AutoConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from qlora_tool.build import open_model, packs_apart
 from qlora_tool.config import Config, ModelConfig, with_values
@@ -214,9 +214,17 @@ def test_ordinary_families_are_packed():
 
 def test_padding_that_is_seen_is_noticed():
     """CPM-Ant tells padding by its tokens, which the mask that it is given does not."""
-    sizes = {"hidden_size": 64, "num_attention_heads": 4, "dim_head": 16, "dim_ff": 128, "num_hidden_layers": 2}
-    assert not behaviour_of(AutoConfig.for_model("cpmant", vocab_size=131, **sizes)).pads_apart
+    assert not behaviour_of(tiny_config("cpmant")).pads_apart
     assert behaviour_of(tiny_config("llama")).pads_apart and behaviour_of(tiny_config("bloom")).pads_apart
+
+
+def test_where_padding_is_seen_rows_go_one_by_one(tmp_path):
+    model = open_tiny("cpmant", tmp_path)
+    assert not model.pads_apart
+    rows = [[example(length, length)] for length in (5, 9, 3)]
+    losses = model.example_losses(collate(rows, pad_token_id=0, packing=False))
+    alone = [model.loss_sum(collate([row], pad_token_id=0, packing=False)) for row in rows]
+    torch.testing.assert_close(losses, torch.stack(alone), atol=0, rtol=1e-6)
 
 
 def test_a_cap_is_noticed_however_high(monkeypatch):

@@ -81,7 +81,8 @@ def quantize_in_place(model, kind: str, double_quant: bool) -> list[str]:
 
     changed, output = [], model.get_output_embeddings()
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and not (name.endswith(".router") or module is output):
+        left = name.endswith((".router", *(model._keep_in_fp32_modules or ()))) or module is output
+        if isinstance(module, (nn.Linear, Conv1D)) and not left:
             transposed = isinstance(module, Conv1D)
             value = through(module.weight.t() if transposed else module.weight)
             module.weight.copy_(value.t() if transposed else value)
@@ -147,7 +148,7 @@ def test_what_is_large_stays_in_16_bits_and_what_is_small_does_not(tmp_path):
     assert {name.rpartition(".")[2] for name in dtypes} == {"weight", "bias"}  # norms and biases are left
     weights = [m for m in model.modules() if isinstance(m, WeightHandle) and m.kind != "none"]
     assert len(weights) == 2 * 7
-    assert {weight.dtype for weight in weights} == {torch.bfloat16}
+    assert {weight.stored().dtype for weight in weights} == {torch.bfloat16}
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model.training
     assert not [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]

@@ -13,6 +13,10 @@ _PLAIN = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
 }  # fmt: skip
 _EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_LATENT = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 2,
+           "topk_group": 1, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16,
+           "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
+           "first_k_dense_replace": 1, "n_shared_experts": 1, "head_dim": 16}  # fmt: skip
 _DELTA = {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4, "linear_num_key_heads": 2,
           "linear_key_head_dim": 16, "linear_value_head_dim": 16}  # fmt: skip
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
@@ -77,19 +81,23 @@ FAMILIES: dict[str, dict] = {
     "olmoe": _EXPERTS,
     "phimoe": _EXPERTS,
     "ernie4_5_moe": _EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 1},
-    "deepseek_v3": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 2,
-                    "topk_group": 1, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16,
-                    "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
-                    "first_k_dense_replace": 1, "n_shared_experts": 1, "head_dim": 16},
+    "deepseek_v3": _LATENT,
+    # Each token attends to 4 others, which 32 heads pick: of fewer heads many scores are 0, and equal ones a matter of
+    # chance.
+    "deepseek_v32": _LATENT | {"index_topk": 4, "index_n_heads": 32, "index_head_dim": 32},
 }  # fmt: skip
 
 # Families that take another way somewhere, for tests of that alone.
 OTHERS: dict[str, dict] = {
+    "cpmant": {"sizes": {"vocab_size": 131, "hidden_size": 64, "num_attention_heads": 4, "dim_head": 16, "dim_ff": 128,
+                         "num_hidden_layers": 2}},
     "modernbert-decoder": {"layer_types": ["full_attention", "sliding_attention"], "local_attention": 4,
                            "type": "modernbert-decoder", "tie_word_embeddings": True},
     "llama4_text": _EXPERTS | {"intermediate_size_mlp": 128, "attention_chunk_size": 32},
     "mamba": {"sizes": {"vocab_size": 131, "hidden_size": 64, "state_size": 16, "num_hidden_layers": 2,
                         "time_step_rank": 32, "bos_token_id": 1, "eos_token_id": 2}},
+    "longcat_flash": _LATENT | {"num_layers": 1, "num_hidden_layers": 2, "ffn_hidden_size": 64,
+                                "expert_ffn_hidden_size": 32, "moe_topk": 2, "zero_expert_num": 2},
     "jetmoe": _EXPERTS | {"kv_channels": 16, "intermediate_size": 64},
     # Recurrences and convolutions, by themselves or between layers of attention.
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},

@@ -33,7 +33,7 @@ INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_
 # Of a CPU's tensors these read without an operator.
 LEAVING = {"cpu", "tolist", "numpy", "item", "__bool__", "__int__", "__float__", "__index__", "nonzero", "__array__"}
 ROUTED = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe", "olmoe", "phimoe", "ernie4_5_moe",
-          "deepseek_v3"]  # fmt: skip
+          "deepseek_v3", "deepseek_v32"]  # fmt: skip
 
 
 class Operators(TorchDispatchMode):

@@ -55,6 +55,30 @@ def test_an_unquantized_weight_is_given_as_it_is():
     assert torch.equal(handle @ weight.T, torch.mm(weight, weight.T))
 
 
+def test_what_family_code_casts_to_is_the_dtype_of_the_products():
+    """deepseek_v32's indexer casts what goes in to `weight.dtype`: to a stored bf16 it would round fp32."""
+    weight = noise(64, 64).bfloat16()
+    for value in (weight, quantize(weight, "nf4", True)):
+        handle = WeightHandle(value, torch.float32)
+        assert (handle.dtype, WeightHandle(value).dtype) == (torch.float32, torch.bfloat16)
+        assert handle.stored().dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
+def test_family_code_may_take_a_weight_for_a_tensor(kind):
+    weight, x = noise(48, 64), noise(2, 3, 64, seed=1)
+    handle = WeightHandle(weight if kind == "none" else quantize(weight, kind, kind == "nf4"), torch.float32)
+    dense, codes = handle.dense(torch.float32), {name: tensor.clone() for name, tensor in handle.tensors().items()}
+    linear = nn.functional.linear
+    assert torch.equal(linear(x, handle), linear(x, dense))
+    assert torch.equal(linear(x, weight=handle), linear(x, dense))
+    assert torch.equal(torch.matmul(handle, x.mT), dense @ x.mT)
+    for given in (handle.float(), handle.type(torch.float32)):  # longcat_flash's router
+        assert torch.equal(given, dense)
+    assert torch.equal(handle.type(torch.bfloat16), handle.dense(torch.bfloat16))
+    assert all(torch.equal(tensor, codes[name]) for name, tensor in handle.tensors().items())  # a module's casts itself
+
+
 def test_a_parameter_stays_the_same_object_and_takes_its_gradient():
     parameter = nn.Parameter(noise(5, 7))
     handle = WeightHandle(parameter)

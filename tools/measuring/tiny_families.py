@@ -35,10 +35,11 @@ SIZES: dict[str, Any] = {
     "n_mamba_heads": 8, "mamba_n_groups": 1, "mamba_ngroups": 1, "n_groups": 1, "mamba_chunk_size": 16,
     "chunk_size": 16, "lru_width": 64, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "sliding_window": 16, "attention_window_size": 16,
-    "attention_chunk_size": 16, "window_size": 16, "local_attention": 16, "index_topk": 16, "index_n_heads": 2,
+    "attention_chunk_size": 16, "window_size": 16, "local_attention": 16, "index_topk": 16, "index_n_heads": 64,
     "index_head_dim": 16, "rotary_dim": 8,
 }  # fmt: skip
-"""What is made small, by the names that families give it."""
+"""What is made small, by the names that families give it. Not the heads that pick tokens: with few of them many scores
+are 0, and which of equal ones `topk` takes depends on how many there are."""
 
 OWN: dict[str, dict[str, Any]] = {
     "afmoe": {"num_dense_layers": 1},
@@ -54,6 +55,7 @@ OWN: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "modernbert-decoder": {"bos_token_id": 1},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+    "xmod": {"default_language": "en_XX"},
 }  # fmt: skip
 """What a family needs beside, or in the place of, what `tiny_config` finds for it."""
 
