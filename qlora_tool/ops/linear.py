@@ -37,20 +37,18 @@ def frozen_linear(x: Tensor, weight: FrozenWeight, expert: int | None = None) ->
         weight: the handle of W.
         expert: which matrix of a three-dimensional weight.
     """
-    return _FrozenLinear.apply(x, weight, expert)
+    y = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), weight, expert)
+    return y.view(*x.shape[:-1], y.shape[1])  # out here: a view that the function gives could not be added to in place
 
 
 class _FrozenLinear(torch.autograd.Function):
+    """(n, in) · Wᵀ → (n, out)."""
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: FrozenWeight, expert: int | None) -> Tensor:
         ctx.weight, ctx.expert = weight, expert  # the handle, not a tensor: nothing is kept
-        return _product(x, weight.dense(x.dtype, expert).T)
+        return matmul(x, weight.dense(x.dtype, expert).T)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _product(grad, ctx.weight.dense(grad.dtype, ctx.expert)), None, None
-
-
-def _product(x: Tensor, matrix: Tensor) -> Tensor:
-    """x (…, k) · (k, m) → (…, m)."""
-    return matmul(x.reshape(-1, x.shape[-1]), matrix).view(*x.shape[:-1], matrix.shape[1])
+        return matmul(grad, ctx.weight.dense(grad.dtype, ctx.expert)), None, None

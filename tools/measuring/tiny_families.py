@@ -36,7 +36,7 @@ SIZES: dict[str, Any] = {
     "chunk_size": 16, "lru_width": 64, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "sliding_window": 16, "attention_window_size": 16,
     "attention_chunk_size": 16, "window_size": 16, "local_attention": 16, "index_topk": 16, "index_n_heads": 64,
-    "index_head_dim": 16, "rotary_dim": 8,
+    "index_head_dim": 16, "rotary_dim": 8, "zero_expert_num": 2,
 }  # fmt: skip
 """What is made small, by the names that families give it. Not the heads that pick tokens: with few of them many scores
 are 0, and which of equal ones `topk` takes depends on how many there are."""
