@@ -274,6 +274,7 @@ def generate(
     top_k: int = 0,
     seed: int = 0,
     batch_size: int = 16,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     model: AnyPath | None = None,
     quantization: str | None = None,
     double_quant: bool | None = None,
@@ -292,6 +293,7 @@ def generate(
         top_p, top_k: what sampling is restricted to; 1.0 and 0 restrict nothing.
         seed: of the sampling.
         batch_size: prompts at a time.
+        chat_template_kwargs: what the chat template is given besides; by default what it was in training.
         model, quantization, double_quant: the base of an adapter that does not say it all.
         device: auto, cuda or cpu.
         compute_dtype: of the matrix products: auto, bfloat16, float16 or float32.
@@ -311,7 +313,7 @@ def generate(
         from qlora_tool.data.check import check_sources
 
         check_sources([file], need_answers=False, run=run_or_model)
-    artifact = _artifact(run_or_model, model, quantization, double_quant, device, compute_dtype)
+    artifact = _artifact(run_or_model, model, quantization, double_quant, device, compute_dtype, chat_template_kwargs)
     from qlora_tool.inference.generate import generate as answer
 
     return answer(artifact, texts, file, sampling, compare_base)
@@ -327,6 +329,7 @@ def evaluate(
     max_new_tokens: int = 256,
     batch_size: int = 16,
     json: AnyPath | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     model: AnyPath | None = None,
     quantization: str | None = None,
     double_quant: bool | None = None,
@@ -344,6 +347,7 @@ def evaluate(
         max_new_tokens: of an answer at most.
         batch_size: rows at a time.
         json: where to write the scores.
+        chat_template_kwargs: what the chat template is given besides; by default what it was in training.
         model, quantization, double_quant: the base of an adapter that does not say it all.
         device: auto, cuda or cpu.
         compute_dtype: of the matrix products: auto, bfloat16, float16 or float32.
@@ -365,7 +369,7 @@ def evaluate(
     if not sources:
         raise OptionError("nothing to score: give --data FILE")
     check_sources(sources.values(), format, run=run_or_model)
-    artifact = _artifact(run_or_model, model, quantization, double_quant, device, compute_dtype)
+    artifact = _artifact(run_or_model, model, quantization, double_quant, device, compute_dtype, chat_template_kwargs)
     from qlora_tool.inference.score import evaluate as score
 
     result = score(artifact, sources, settings.data, max_length=max_length, sampling=sampling if generate else None,
@@ -390,8 +394,9 @@ def _artifact(
     double_quant: bool | None,
     device: str = "auto",
     compute_dtype: str = "auto",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Artifact:
-    """What a name and the options about its base stand for.
+    """What a name and the options about its base and its chat template stand for.
 
     Raises:
         UserError: an option has a value that its key in a configuration could not have; and see `find_artifact`.
@@ -402,7 +407,8 @@ def _artifact(
     from qlora_tool.artifacts import BaseOptions, find_artifact
 
     base = None if model is None else os.fspath(model)
-    return find_artifact(os.fspath(name), BaseOptions(base, quantization, double_quant, device, compute_dtype))
+    found = find_artifact(os.fspath(name), BaseOptions(base, quantization, double_quant, device, compute_dtype))
+    return found if chat_template_kwargs is None else replace(found, chat_template_kwargs=chat_template_kwargs)
 
 
 def _write_json(file: AnyPath | None, content: dict[str, Any]) -> None:

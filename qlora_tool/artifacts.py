@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ class Artifact:
         run: the configuration of the run that made the adapter, or None.
         base: what `--compare-base` compares with, or None.
         base_named: whether the command line named the base.
+        chat_template_kwargs: what its chat template is given besides, as in training.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Artifact:
     run: Config | None = None
     base: ModelConfig | None = None
     base_named: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,19 @@ def find_artifact(name: str, options: BaseOptions) -> Artifact:
             )
         config = run.config()
         base = _override(config.model, options, trained=True)
-        return Artifact(name, base, read_adapter(run.adapter), config, base, options.model is not None)
+        named, kwargs = options.model is not None, config.data.chat_template_kwargs
+        return Artifact(name, base, read_adapter(run.adapter), config, base, named, kwargs)
     if path.is_dir() and is_adapter(path):
         stored = read_adapter(path)
         base = _base_of(stored, options)
-        return Artifact(name, base, stored, None, base, options.model is not None)
+        kwargs = (stored.provenance or {}).get("chat_template_kwargs", {})
+        return Artifact(name, base, stored, None, base, options.model is not None, kwargs)
     model = ModelConfig(**({"name_or_path": name, "quantization": "none"} | _own_quantization(name)))
-    return Artifact(name, _override(model, replace(options, model=None)), base=_base_of_export(path, options))
+    provenance = _provenance_of_export(path)
+    return Artifact(
+        name, _override(model, replace(options, model=None)), base=_base_of_export(provenance, options),
+        chat_template_kwargs=provenance.get("chat_template_kwargs", {}),
+    )  # fmt: skip
 
 
 def base_folder(artifact: Artifact) -> Path:
@@ -164,11 +173,19 @@ def _base_of_provenance(provenance: dict) -> ModelConfig:
     )  # fmt: skip
 
 
-def _base_of_export(path: Path, options: BaseOptions) -> ModelConfig | None:
-    """What an exported model was made from, quantized as it was then; None for any other model."""
+def _provenance_of_export(path: Path) -> dict[str, Any]:
+    """What an exported model says of itself; empty for any other model."""
     try:
         provenance = json.loads((path / "qlora_tool.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return provenance if isinstance(provenance, dict) else {}
+
+
+def _base_of_export(provenance: dict[str, Any], options: BaseOptions) -> ModelConfig | None:
+    """What an exported model was made from, quantized as it was then; None for any other model."""
+    try:
         base = _base_of_provenance(provenance)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None
     return _override(base, replace(options, quantization=None, double_quant=None))

@@ -8,7 +8,7 @@ import click
 
 from qlora_tool.choices import DataFormat
 from qlora_tool.cli import ToolCommand
-from qlora_tool.cli.options import base_options, device_options
+from qlora_tool.cli.options import base_options, device_options, template_option
 
 
 @click.command(
@@ -31,6 +31,7 @@ from qlora_tool.cli.options import base_options, device_options
               help="Of an answer at most.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Rows at a time.")
 @click.option("--json", type=click.Path(dir_okay=False), metavar="FILE", help="Write the scores as JSON.")
+@template_option
 @base_options
 @device_options
 def evaluate(run_or_model: str, data: tuple[str, ...], **options: Any) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qlora_tool.cli import ToolCommand
-from qlora_tool.cli.options import base_options, device_options
+from qlora_tool.cli.options import base_options, device_options, template_option
 
 if TYPE_CHECKING:
     from qlora_tool.inference.generate import Effort
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 @click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="0: all tokens.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Prompts at a time.")
+@template_option
 @base_options
 @device_options
 def generate(run_or_model: str, **options: Any) -> None:

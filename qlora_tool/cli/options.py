@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, TypeVar, get_args
 
@@ -33,3 +34,24 @@ def device_options(command: Command) -> Command:
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+class JsonMapping(click.ParamType):
+    """A mapping, as JSON writes it."""
+
+    name = "mapping"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        try:
+            found = json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            self.fail(f"{value!r} is no JSON mapping; expected such as '{{\"enable_thinking\": false}}'", param, ctx)
+        return found
+
+
+def template_option(command: Command) -> Command:
+    """`--chat-template-kwargs`."""
+    about = "What the chat template is given besides; by default what it was in training."
+    return click.option("--chat-template-kwargs", type=JsonMapping(), metavar="JSON", help=about)(command)

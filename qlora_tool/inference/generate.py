@@ -85,7 +85,8 @@ def generate(
         prompts, answers, peak = _answers(artifact, texts, file, sampling)
         pairs = zip(prompts, answers.texts, strict=True)
         return GenerateResult(tuple(PromptAnswer(prompt.text, text) for prompt, text in pairs), _effort(answers, peak))
-    base = Artifact(_base_of(artifact).name_or_path, _base_of(artifact))
+    base = Artifact(_base_of(artifact).name_or_path, _base_of(artifact),
+                    chat_template_kwargs=artifact.chat_template_kwargs)  # fmt: skip
     _, before, base_peak = _answers(base, texts, file, sampling)
     prompts, answers, peak = _answers(artifact, texts, file, sampling)
     triples = zip(prompts, answers.texts, before.texts, strict=True)
@@ -108,8 +109,7 @@ def _answers(
     with PeakMemory() as peak:
         model, tokenizer = open_artifact(artifact)
         peak.watch(model.device)
-        own = artifact.run.data if artifact.run else DataConfig()
-        kwargs = own.chat_template_kwargs
+        own, kwargs = artifact.run.data if artifact.run else DataConfig(), artifact.chat_template_kwargs
         prompts = prompts_from_texts(texts, tokenizer, kwargs)
         if file is not None:
             prompts += read_prompts(file, "auto", tokenizer, kwargs, own.columns)

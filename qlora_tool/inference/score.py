@@ -88,7 +88,7 @@ def evaluate(
         max_length = min(own.max_length, positions or own.max_length)
     data = DataConfig(
         format=data.format, max_length=max_length, train_on=own.train_on, multi_turn=own.multi_turn,
-        chat_template_kwargs=own.chat_template_kwargs, columns=own.columns, on_error=own.on_error,
+        chat_template_kwargs=dict(artifact.chat_template_kwargs), columns=own.columns, on_error=own.on_error,
     )  # fmt: skip
     return EvaluateResult({
         name: score(model, tokenizer, source, data, sampling=sampling, batch_size=batch_size)

@@ -76,6 +76,7 @@ def provenance(config: Config, model: CausalLM, data: RunData) -> dict[str, Any]
         "block_size": BLOCK_SIZE,
         "compute_dtype": config.model.compute_dtype,
         "method": config.adapter.method,
+        "chat_template_kwargs": config.data.chat_template_kwargs,
         "data": {
             "train": data.train.report.files,
             "eval": {name: dataset.report.files for name, dataset in data.evaluations.items()},

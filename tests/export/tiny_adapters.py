@@ -114,15 +114,18 @@ def write_chat_base(family: str, folder: Path, **changes) -> Path:
     return folder
 
 
-def write_run(folder: Path, base: Path, *, adapter: dict | None = None, model: dict | None = None, **training) -> Path:
+def write_run(
+    folder: Path, base: Path, *, adapter: dict | None = None, model: dict | None = None, data: dict | None = None,
+    **training,
+) -> Path:
     """A run that really trained, three steps on a dozen sums, and its folder."""
-    data = folder.with_name(f"{folder.name}.jsonl")
+    file = folder.with_name(f"{folder.name}.jsonl")
     rows = [{"prompt": f"What is {n} and {n}?", "completion": f"It is {n + n}."} for n in range(12)]
-    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     config = {
         "model": {"name_or_path": str(base), **FP32, **(model or {})},
         "adapter": {"r": 4, **(adapter or {})},
-        "data": {"train": str(data), "max_length": 128},
+        "data": {"train": str(file), "max_length": 128, **(data or {})},
         "training": {"output_dir": str(folder), "max_steps": 3, "learning_rate": 0.01, "warmup_steps": 0} | training,
     }
     train(Config.model_validate(config))

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny_adapters import FP32, write_chat_base
+from click.testing import CliRunner
+from tiny_adapters import FP32, write_chat_base, write_run
 from tokenizers_for_tests import REWRITING, byte_level
 
+from qlora_tool import export_merged
+from qlora_tool.api import generate
 from qlora_tool.artifacts import Artifact
+from qlora_tool.cli import main
 from qlora_tool.config import Config, DataConfig
 from qlora_tool.inference import generate as generating
 from qlora_tool.inference import score as scoring
@@ -33,7 +37,7 @@ def base(tmp_path_factory):
 
 def run_of(base, **data):
     config = Config.model_validate({"model": {"name_or_path": str(base), "quantization": "none", **FP32}, "data": data})
-    return Artifact(str(base), config.model, run=config)
+    return Artifact(str(base), config.model, run=config, chat_template_kwargs=config.data.chat_template_kwargs)
 
 
 @pytest.fixture
@@ -71,3 +75,22 @@ def test_evaluate(base, asked, tmp_path, kwargs, trained):
     # What counts as right is what is trained: the empty thought is a part of the answer where the prompt has none.
     assert found.exact_match == 1
     assert found.answers.texts[0].strip() == trained.replace("<|im_end|>", "").strip()
+
+
+def test_whatever_a_run_becomes_keeps_them(base, asked, tmp_path):
+    run = write_run(tmp_path / "run", base, data={"chat_template_kwargs": {"enable_thinking": False}})
+    merged = export_merged(run, tmp_path / "merged", verify=False).folder
+    for made in (run, run / "adapter", merged):
+        generate(made, prompt="hello")
+        assert asked.pop().endswith(f"<|im_start|>assistant\n{CLOSED}")
+        generate(made, prompt="hello", chat_template_kwargs={})
+        assert asked.pop().endswith("<|im_start|>assistant\n")
+    generate(base, prompt="hello", chat_template_kwargs={"enable_thinking": False})
+    assert asked.pop().endswith(f"<|im_start|>assistant\n{CLOSED}")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "enable_thinking=false"])
+def test_the_option_is_a_mapping(base, text):
+    result = CliRunner().invoke(main, ["generate", str(base), "--prompt", "x", "--chat-template-kwargs", text])
+    assert result.exit_code == 2
+    assert "no JSON mapping" in result.stderr
