@@ -59,14 +59,22 @@ def judge(
         after: those of evaluations, of the adapter that is saved.
         again: `loss` on the same training rows with that adapter.
     """
-    if zero := _zero_updates(adapters):
+    zero, others = _zero_updates(adapters)
+    if zero and not others:
         return Outcome(False, (
-            f"nothing was learned: B is 0 in all {zero} adapters, so that the model is the untuned one; raise "
+            f"nothing was learned: B is 0 in all {len(zero)} adapters, so that the model is the untuned one; raise "
             "training.learning_rate or the number of steps",
         ))  # fmt: skip
+    warnings = []
+    if zero:
+        warnings.append(
+            f"{zero[0]}{f' and {len(zero) - 1} more' if len(zero) > 1 else ''}: no step reached these adapters, and "
+            "their B is 0: the model's code takes the weight without calling the module, or no token came by; leave "
+            "them out with adapter.target_modules"
+        )
     if before is None:
-        return Outcome(True, ())
-    loss, warnings = again(), []
+        return Outcome(True, tuple(warnings))
+    loss = again()
     if not loss < before["loss"]:
         warnings.append(
             f"nothing was learned: the loss on training rows is {loss:.4f}, not below the {before['loss']:.4f} before "
@@ -83,9 +91,10 @@ def judge(
     return Outcome(loss < before["loss"], tuple(warnings))
 
 
-def _zero_updates(adapters: AdapterSet) -> int:
-    """The number of LoRA's B, where all of them are zero and nothing else is trained; else 0."""
+def _zero_updates(adapters: AdapterSet) -> tuple[list[str], bool]:
+    """The modules whose LoRA's B is zero, and whether anything else is trained."""
     tensors = adapters.tensors()
-    found = [tensor for name, tensor in tensors.items() if ".lora_B." in f".{name}."]
+    found = {name: tensor for name, tensor in tensors.items() if ".lora_B." in f".{name}."}
+    zero = [name.partition(".lora_B.")[0] for name, tensor in found.items() if not bool(tensor.any())]
     others = adapters.saved or adapters.biases or any("magnitude" in name for name in tensors)
-    return len(found) if found and not others and not any(bool(tensor.any()) for tensor in found) else 0
+    return zero, bool(others) or len(zero) < len(found)

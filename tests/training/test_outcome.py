@@ -6,6 +6,7 @@ import logging
 
 import pytest
 from click.testing import CliRunner
+from tiny_adapters import write_chat_base
 from tiny_runs import adapter_bytes, interrupted, read_metrics
 
 from qlora_tool import api
@@ -50,6 +51,16 @@ def test_b_that_stays_zero(config, monkeypatch, caplog):
     result = result_of(config(**PLAIN))
     assert result.learned is False
     assert result.warnings[0].startswith("nothing was learned: B is 0 in all 14 adapters")
+
+
+def test_an_adapter_that_no_step_reaches_is_named(config, tmp_path):
+    """mamba multiplies by the weight of its dt_proj itself; experts that no token comes by are like it."""
+    settings = {"model__name_or_path": str(write_chat_base("mamba", tmp_path / "mamba"))}
+    result = result_of(config(adapter__target_modules=["dt_proj", "x_proj"], **settings, **PLAIN))
+    assert result.learned is True
+    (warning,) = result.warnings
+    assert warning.startswith("backbone.layers.0.mixer.dt_proj and 1 more: no step reached these adapters")
+    assert result_of(config("reached", adapter__target_modules=["x_proj"], **settings, **PLAIN)).warnings == ()
 
 
 @pytest.mark.parametrize("after", [2.0, 2.5, float("nan")])
