@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from qlora_tool.training.preview import PreviewResult
 
 TRAINED = "bold green underline"
+SHOWN = 4
+"""Examples of a packed row that are shown."""
 
 
 @click.command(
@@ -82,15 +84,21 @@ class _Screen:
         tokens = f"{len(row.input_ids):,} of {result.max_length:,} tokens, {row.trained_tokens:,} of them trained"
         self._print([])
         self._print([(f"{title}: {held}, {tokens}", "bold")])
-        for example in row.examples:
+        for example in row.examples[:SHOWN]:
             self._example(example)
+        if examples > SHOWN:
+            more = f"{examples - SHOWN} more example{'s' if examples > SHOWN + 1 else ''} in this row"
+            self._print([(f"{self._rule} {more}; --json FILE has all {self._rule * 10}", "dim")])
+
+    @property
+    def _rule(self) -> str:
+        return "──" if self.signs.space == "·" else "--"
 
     def _example(self, example: PreviewExample) -> None:
         from qlora_tool.data.spans import marked, visible
 
-        line = "──" if self.signs.space == "·" else "--"
         tokens = f"{len(example.input_ids):,} tokens, {example.trained_tokens:,} trained"
-        self._print([(f"{line} {example.where}: {tokens} {line * 10}", "dim")])
+        self._print([(f"{self._rule} {example.where}: {tokens} {self._rule * 10}", "dim")])
         if not self.coloured:
             self._print([(marked(example.spans, self.signs, self.marks).removesuffix("\n"), "")])
             return

@@ -51,6 +51,15 @@ def test_a_pipe_gets_plain_signs(here: Path):
     assert "\x1b" not in said
 
 
+def test_of_a_packed_row_a_few_examples_are_shown_and_the_others_counted(here: Path):
+    (here / "rows.jsonl").write_text('{"text": "2 + 2?"}\n' * 6)
+    lines = printed("--rows", "1", "--json", "rows.json").splitlines()
+    assert lines[2].startswith("row 1 of 1: 6 examples, ")
+    assert len([line for line in lines if line.startswith("── rows.jsonl, line ")]) == 4
+    assert [line for line in lines if line.startswith("── 2 more examples in this row; --json FILE has all")]
+    assert len(json.loads((here / "rows.json").read_text())["rows"][0]["where"]) == 6
+
+
 def test_a_terminal_gets_colour_unless_it_is_not_wanted(here: Path):
     out = printed("--rows", "1", FORCE_COLOR="1", TERM="xterm-256color", COLUMNS="300")
     assert "⟦" not in out
