@@ -73,8 +73,9 @@ class Family:
 
     @property
     def difference(self) -> float:
-        """The greatest relative difference of two losses."""
-        return max((abs(self.losses[key] / self.expected[key] - 1) for key in self.losses), default=0.0)
+        """The greatest relative difference of two losses, of those that there are two of."""
+        both = self.losses.keys() & self.expected.keys()
+        return max((abs(self.losses[key] / self.expected[key] - 1) for key in both), default=0.0)
 
     @property
     def equal(self) -> bool:
