@@ -29,7 +29,7 @@ from qlora_tool.inference.open import tokenizer_folder
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.devices import choose_device
 from qlora_tool.model.load import attention_options, auto_class, build_skeleton
-from qlora_tool.model.open import open_tokenizer
+from qlora_tool.model.open import open_tokenizer, positions_of
 from qlora_tool.model.parameter_source import ParameterSource
 from qlora_tool.model.positions import rotate_by_example
 from qlora_tool.model.slots import Quantization, find_embedding_slots, find_slots
@@ -229,9 +229,9 @@ def find_rows(artifact: Artifact, data: str | None) -> tuple[Sequence[Example], 
     if artifact.run is not None:
         settings = artifact.run.data  # as it is: which rows a fraction takes depends on max_length, too
     else:
-        config = read_model_config(model, artifact.model.trust_remote_code).get_text_config()
+        config = read_model_config(model, artifact.model.trust_remote_code)
         settings = DataConfig()
-        limit = getattr(config, "max_position_embeddings", None) or settings.max_length
+        limit = positions_of(config) or settings.max_length
         settings = settings.model_copy(update={"max_length": min(settings.max_length, limit)})
     if data is not None:
         return build_dataset(data, settings, tokenizer, key="--verify-data").examples, data

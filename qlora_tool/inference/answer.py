@@ -15,6 +15,7 @@ import torch
 from qlora_tool.errors import UserError
 from qlora_tool.inference.ends import answer_ends, generation_settings
 from qlora_tool.inference.sampling import Sampling
+from qlora_tool.model.open import positions_of
 from qlora_tool.ops.free_memory import free_bytes
 from qlora_tool.weights.handles import WeightHandle
 
@@ -60,7 +61,7 @@ def answer(
         UserError: a prompt leaves no room for an answer within the model's positions.
     """
     ends = end_tokens(model, tokenizer)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions_of(model.config)
     faults = [
         f"{prompt.where}: {len(prompt.input_ids)} tokens, but the model has {limit} positions; shorten it"
         for prompt in prompts

@@ -15,7 +15,7 @@ from qlora_tool.inference.answer import Answers, answer
 from qlora_tool.inference.evaluation import evaluate_loss
 from qlora_tool.inference.open import open_artifact
 from qlora_tool.inference.sampling import Sampling
-from qlora_tool.model.open import check_length
+from qlora_tool.model.open import check_length, positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,8 +84,7 @@ def evaluate(
     if max_length:
         check_length(model.config, max_length, "--max-length")
     else:
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        max_length = min(own.max_length, positions or own.max_length)
+        max_length = min(own.max_length, positions_of(model.config) or own.max_length)
     data = DataConfig(
         format=data.format, max_length=max_length, train_on=own.train_on, multi_turn=own.multi_turn,
         chat_template_kwargs=dict(artifact.chat_template_kwargs), columns=own.columns, on_error=own.on_error,

@@ -36,6 +36,12 @@ def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     return read_as_written(tokenizer, folder)
 
 
+def positions_of(model_config) -> int | None:
+    """How many positions a model has; None where it says nothing of a limit (xlnet: -1)."""
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit and limit > 0 else None
+
+
 def check_length(model_config, max_length: int, key: str = "data.max_length") -> None:
     """Refuse rows longer than the model's positions, unless RoPE scaling stretches them.
 
@@ -43,13 +49,13 @@ def check_length(model_config, max_length: int, key: str = "data.max_length") ->
         UserError: naming both lengths.
     """
     text = model_config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
+    limit = positions_of(model_config)
     rope = getattr(text, "rope_parameters", None) or {}
     scaled = any(
         parameters.get("rope_type", "default") != "default"
         for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]
     )
-    if limit and 0 < limit < max_length and not scaled:  # xlnet: -1, none
+    if limit and limit < max_length and not scaled:
         raise UserError(
             f"{key}: {max_length}, but the model's max_position_embeddings is {limit}; set {key} "
             f"to {limit} or less, or configure RoPE scaling in the model's config.json"

@@ -23,6 +23,7 @@ from qlora_tool.memory.plan.result import Change
 from qlora_tool.memory.profile import Prediction
 from qlora_tool.memory.trace.extrapolate import Estimate, estimate_peak, resized
 from qlora_tool.memory.trace.predict import BatchShape, predict
+from qlora_tool.model.open import positions_of
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
@@ -166,8 +167,7 @@ class Search:
         """The longest rows that fit; 0 where not even SHORTEST tokens do."""
         config = self.of(settings)
         rows, checkpointing = config.training.per_device_train_batch_size, config.training.gradient_checkpointing
-        text = self.model_config.get_text_config()
-        top = max(self.shape.length, getattr(text, "max_position_embeddings", None) or UNBOUNDED)
+        top = max(self.shape.length, positions_of(self.model_config) or UNBOUNDED)
         length, slope = longest_length(
             lambda length: self.needed({**settings, LENGTH: length}),
             self.limit, SHORTEST, top, start=config.data.max_length, slope=self._slopes.get(checkpointing, 0.0) * rows,
