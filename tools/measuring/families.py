@@ -158,7 +158,8 @@ def _make(name: str, folder: Path, values: dict[str, Any]) -> None:
 def _linear(model: Any) -> str:
     """An expression for all linear modules but the output layer, what PEFT refuses to adapt beside a recurrence, what
     it writes and does not find again (inkling2's), what the family multiplies by without calling the module
-    (longcat_flash's router), and, in a model with experts, what PEFT takes for experts' weights by its name."""
+    (mamba's dt_proj, longcat_flash's router), and, in a model with experts, what PEFT takes for experts' weights by its
+    name."""
     head = model.get_output_embeddings()
     experts = any(parameter.dim() == 3 and "expert" in name for name, parameter in model.named_parameters())
     of_experts = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3") if experts else ()
@@ -166,7 +167,7 @@ def _linear(model: Any) -> str:
     for name, module in model.named_modules():
         beside = model.get_submodule(name.rpartition(".")[0])
         refused = name.endswith("out_proj") and any("conv" in child for child, _ in beside.named_children())
-        refused = refused or name.endswith((*of_experts, "sconv.weight_proj", "router.classifier"))
+        refused = refused or name.endswith((*of_experts, "sconv.weight_proj", "router.classifier", "dt_proj"))
         if type(module).__name__ in ("Linear", "Conv1D", "FalconLinear") and module is not head and not refused:
             names.append(re.escape(name))
     return "|".join(names)
