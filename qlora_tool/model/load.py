@@ -92,6 +92,10 @@ def build_skeleton(config, trust_remote_code: bool = False, dtype: torch.dtype |
     if hasattr(config, "quantization_config"):
         config = copy.deepcopy(config)
         del config.quantization_config  # the weights are read by us, whatever they are stored as
+    if getattr(config, "rescale_every", 0):
+        # rwkv halves weights in place whenever it is evaluated, and states with them, for fp16's range alone.
+        config = copy.deepcopy(config)
+        config.rescale_every = 0
     try:
         # accelerate moves each parameter to meta once its module has made it, so it exists for a moment. Under a
         # prediction's modes that moment would count as memory of the run; a process that trains does not see it either,

@@ -55,7 +55,7 @@ def write_weights(folder, named) -> None:
 # --------------------------------------------------------------------------------------------------- family by family
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "longcat_flash"])
 def test_unquantized_every_family_gives_transformers_logits(family, tmp_path):
     folder = write_tiny(family, tmp_path)
     expected = logits(read_by_transformers(folder), tokens())
@@ -203,6 +203,14 @@ def test_a_family_that_multiplies_by_a_weight_itself_gets_the_product(tmp_path):
     reference = read_by_transformers(folder)
     quantize_in_place(reference, "nf4", True)
     assert relative_error(logits(read_tiny(folder, "nf4"), tokens()), logits(reference, tokens())) <= FP32
+
+
+def test_a_family_that_halves_its_weights_in_place_is_evaluated_as_it_trains(tmp_path):
+    """rwkv, whenever it is evaluated: a quantized weight would not come out of that. In training it does not."""
+    folder = write_tiny("rwkv", tmp_path)
+    expected = logits(read_by_transformers(folder).train(), tokens())
+    assert relative_error(logits(read_tiny(folder), tokens()), expected) <= FP32
+    assert logits(read_tiny(folder, "nf4"), tokens()).isfinite().all()
 
 
 def test_slots_leave_the_output_embeddings_out():

@@ -98,6 +98,8 @@ OTHERS: dict[str, dict] = {
                         "time_step_rank": 32, "bos_token_id": 1, "eos_token_id": 2}},
     "longcat_flash": _LATENT | {"num_layers": 1, "num_hidden_layers": 2, "ffn_hidden_size": 64,
                                 "expert_ffn_hidden_size": 32, "moe_topk": 2, "zero_expert_num": 2},
+    "rwkv": {"sizes": {"vocab_size": 131, "hidden_size": 64, "attention_hidden_size": 64, "num_hidden_layers": 4,
+                       "rescale_every": 2, "context_length": 64, "bos_token_id": 1, "eos_token_id": 2}},
     "jetmoe": _EXPERTS | {"kv_channels": 16, "intermediate_size": 64},
     # Recurrences and convolutions, by themselves or between layers of attention.
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
