@@ -144,7 +144,7 @@ class OneSource:
         self.faults.remarks = self.read.remarks
         self.report.take(self.faults)
         self.report.skipped_files = skipped_files(self.path)
-        named = [part.name for part in self.parts if part.file is not None and HELD_OUT.match(part.file.name)]
+        named = [part.name for part in self.parts if part.file is not None and _held_out(part.file, Path(self.path))]
         if named and len(named) < len(self.parts):
             self.report.remarks.append(
                 f"{self.path}: {', '.join(named)} read with the others; where that is to be evaluated on, name the "
@@ -206,6 +206,12 @@ class OneSource:
             refuse_without_end(self.tokenizer, self.path)
         elif self.report.template is None:
             self.report.template = install_chat_template(self.tokenizer, self.data.chat_template)
+
+
+def _held_out(file: Path, source: Path) -> bool:
+    """Whether a file, or a folder of the source that it lies in, is named as what is not to be trained on."""
+    inside = file.relative_to(source.expanduser()).parts if file.is_relative_to(source.expanduser()) else ()
+    return any(map(HELD_OUT.match, inside or (file.name,)))
 
 
 class _Progress:

@@ -182,10 +182,16 @@ def source_files(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if not path.is_dir():
         return [path] if path.exists() else []
-    files = [file for file in _inside(path) if _kind(file) in READERS and file.name not in _BESIDE]
+    files = [file for file in _inside(path) if _kind(file) in READERS and not _is_beside(file)]
     if not files:
         raise UserError(f"{source}: a folder without data files; expected {_kinds()} files in it")
     return files
+
+
+def _is_beside(file: Path) -> bool:
+    """Whether a file of a folder holds no rows, whatever its ending says: spreadsheets that are open have a `~$` one
+    besides."""
+    return file.name in _BESIDE or file.name.startswith("~$")
 
 
 def skipped_files(source: str) -> list[str]:
@@ -282,7 +288,7 @@ _CURES = {
     ".yml": "save it as .jsonl",
 }
 # What `datasets` writes beside its Arrow files.
-_BESIDE = {"dataset_info.json", "dataset_dict.json", "state.json"}
+_BESIDE = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
 def _hub_rows(source: str) -> Any:

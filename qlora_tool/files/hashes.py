@@ -1,4 +1,4 @@
-"""SHA-256 of large files, computed once: a file of the same size and time of change is not read again."""
+"""SHA-256 of large files, computed once: a file of the same size and times of change is not read again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def kept_hashes(paths: Iterable[Path]) -> dict[Path, str]:
-    """The SHA-256 of each file, kept in the cache by its path, size and time of change."""
+    """The SHA-256 of each file, kept in the cache by its path, size and times of change."""
     kept, hashes, changed = _kept(), {}, False
     for path in paths:
         key = _key(path)
@@ -47,7 +47,8 @@ def _kept() -> dict[str, str]:
 
 def _key(path: Path) -> str:
     stat = path.resolve().stat()
-    return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    # The second time is the file system's own, which no copying sets back (on Windows it is that of creation).
+    return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
 
 
 def sha256(path: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_tool.data.faults import RowFaults
 from qlora_tool.data.names import is_known
-from qlora_tool.data.readers.rows import Row
+from qlora_tool.data.readers.rows import Row, name_index
 from qlora_tool.data.readers.streams import Line, lines
 from qlora_tool.errors import UserError
 
@@ -35,6 +35,8 @@ def read_delimited(file: Path, faults: RowFaults) -> Iterator[Row]:
     separator, head = _separator_line(head)
     sample = [_parsable(line.text) for line in head]
     form = _form(sample, separator or DELIMITERS, ended=ended)
+    if form["quotechar"] != '"' and (opened := [line.number for line in head if _opens_a_quote(line.text, form)]):
+        faults.remark(f"{file}: quotes are read as part of the text, for one is left open (line {opened[0]})")
     table = _Table(file, faults)
     for begin, cells in _records(file, chain(head, given), form, faults):
         if row := table.row(begin, cells):
@@ -72,7 +74,8 @@ class _Table:
     def _head(self, where: str, cells: list[str]) -> None:
         while not cells[-1].strip():
             cells.pop()
-        self.names = cells
+        self.names = name_index(cells)
+        cells = self.names
         self.unnamed = [index for index, name in enumerate(cells) if not name.strip()]
         given = [name for name in cells if name.strip()]
         if twice := sorted({name for name in given if given.count(name) > 1}):
@@ -85,12 +88,16 @@ def _records(
     """Every record that can be read, with the line that it begins on."""
     undecoded: list[tuple[int, str]] = []
     first: list[int] = []
+    nulls: list[int] = []
 
     def texts() -> Iterator[str]:
         for line in given:
             first[:] = first or [line.number]
             if line.fault:
                 undecoded.append((line.number, line.fault))
+            if "\0" in line.text and not nulls:
+                nulls.append(line.number)
+                faults.remark(f"{file}: null characters (line {line.number} is the first with one) read as \ufffd")
             yield _parsable(line.text)
 
     reader = csv.reader(texts(), strict=True, **form)
@@ -128,6 +135,12 @@ def _line_by_line(given: Iterable[Line]) -> Iterator[Line]:
         for text in line.text.splitlines(keepends=True) if old else [line.text]:
             number = number + 1 if old else line.number
             yield Line(number, text, line.fault)
+
+
+def _opens_a_quote(text: str, form: dict[str, Any]) -> bool:
+    """Whether a cell of a line begins with a double quote that does not end it."""
+    cells = text.rstrip("\r\n").split(form["delimiter"])
+    return any(cell.startswith('"') and not _enclosed(cell) for cell in cells)
 
 
 def _parsable(text: str) -> str:

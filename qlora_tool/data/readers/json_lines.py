@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qlora_tool.data.faults import RowFault, RowFaults
 from qlora_tool.data.readers.json_values import read_values
-from qlora_tool.data.readers.rows import Row, fields_of, not_json
+from qlora_tool.data.readers.rows import Row, fields_of, is_turn, not_json
 from qlora_tool.data.readers.streams import Line, blocks, lines
 
 
@@ -18,7 +18,7 @@ def read_json_lines(file: Path, faults: RowFaults) -> Iterator[Row]:
     for line in lines(file, faults):
         if not line.text.strip():
             continue
-        if not begun and line.text.strip() in ("{", "["):
+        if not begun and (line.text.strip() in ("{", "[") or _is_list_of_rows(line.text)):
             yield from read_values(file, faults)
             return
         begun = True
@@ -31,6 +31,17 @@ def read_json(file: Path, faults: RowFaults) -> Iterator[Row]:
     head = next(blocks(file, faults), "").lstrip()
     first, _, rest = head.partition("\n")
     yield from (read_json_lines if _is_object(first) and rest.strip() else read_values)(file, faults)
+
+
+def _is_list_of_rows(line: str) -> bool:
+    """Whether a first line is a whole list of rows; one of turns is a row."""
+    if not line.lstrip().startswith("["):
+        return False
+    try:
+        items = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return bool(items) and all(isinstance(item, dict) and not is_turn(item) for item in items)
 
 
 def _is_object(line: str) -> bool:

@@ -80,6 +80,8 @@ def _objects(values: _Values, file: Path, faults: RowFaults) -> Iterator[Row]:
             content[name] = values.next()
     values.take("}")
     if read:
+        if others := [name for name, value in content.items() if _is_list_of(value, dict) and value]:
+            faults.remark(f"{file}: of its lists of rows '{read}' is read, and not {', '.join(map(repr, others))}")
         values.expect_end()
     elif values.peek() == "{":
         yield Row(content, where)

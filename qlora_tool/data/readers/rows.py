@@ -17,6 +17,12 @@ class Row:
     where: str
 
 
+def name_index(names: list[str]) -> list[str]:
+    """The names of a table's columns, with pandas' names for first ones that have none: it writes its index so."""
+    first = next((place for place, name in enumerate(names) if name.strip()), 0)
+    return [f"Unnamed: {place}" if place < first else name for place, name in enumerate(names)]
+
+
 def fields_of(value: Any) -> dict[str, Any]:
     """The columns of a row as JSON has it. A list of turns by itself is the `messages` of its row; what the hub's
     viewer puts around a row (`row_idx`, `row`) is taken off.
@@ -27,12 +33,13 @@ def fields_of(value: Any) -> dict[str, Any]:
     if isinstance(value, dict):
         wrapped = value.get("row")
         return wrapped if isinstance(wrapped, dict) and "row_idx" in value else value
-    if isinstance(value, list) and value and all(_is_turn(turn) for turn in value):
+    if isinstance(value, list) and value and all(is_turn(turn) for turn in value):
         return {"messages": value}
     raise RowFault(f'{json_kind(value)}, expected an object such as {{"prompt": "…", "completion": "…"}}')
 
 
-def _is_turn(value: Any) -> bool:
+def is_turn(value: Any) -> bool:
+    """Whether a value of JSON looks like a turn of a conversation."""
     return isinstance(value, dict) and ("role" in value or "from" in value)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tool.data.faults import RowFaults
-from qlora_tool.data.readers.rows import Row
+from qlora_tool.data.readers.rows import Row, name_index
 from qlora_tool.errors import UserError, did_you_mean
 
 
@@ -90,7 +90,7 @@ def _names(where: str, texts: list[str]) -> list[str]:
     given = [text for text in texts if text.strip()]
     if twice := sorted({name for name in given if given.count(name) > 1}):
         raise UserError(f"{where}: the column '{twice[0]}' stands twice; give each a name of its own")
-    return [text if text.strip() else "" for text in texts]
+    return [text if text.strip() else "" for text in name_index(texts)]
 
 
 def _fault(names: list[str], texts: list[str], cells: Any, computed: list[int]) -> str | None:

@@ -172,6 +172,25 @@ COMPRESSIONS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
+# What files of other kinds begin with, and what to do with one by a text file's name.
+_OTHER_KINDS = {
+    b"\x1f\x8b": "packed by gzip; rename it to {name}.gz",
+    b"\x28\xb5\x2f\xfd": "packed by zstd; rename it to {name}.zst",
+    b"BZh": "packed by bzip2; rename it to {name}.bz2",
+    b"\xfd7zXZ": "packed by xz; rename it to {name}.xz",
+    b"PK\x03\x04": "a spreadsheet or a .zip file; rename it to {stem}.xlsx, or unpack it",
+    b"PAR1": "a Parquet file; rename it to {stem}.parquet",
+    b"\xd0\xcf\x11\xe0": "an old Excel file; save it as .xlsx or .csv",
+    b"%PDF": "a PDF file; save its text as .txt",
+}
+
+
+def _refuse_other_kinds(file: Path, head: bytes) -> None:
+    for begin, told in _OTHER_KINDS.items():
+        if head.startswith(begin):
+            raise UserError(f"{file}: no text, but {told.format(name=file.name, stem=file.stem)}")
+
+
 @contextmanager
 def _reading(file: Path) -> Iterator[tuple[io.BufferedReader, list[int]]]:
     """A file's bytes and a place for the number of the line that was read last; faults of the disk and of the
@@ -179,6 +198,7 @@ def _reading(file: Path) -> Iterator[tuple[io.BufferedReader, list[int]]]:
     place = [0]
     try:
         with open_bytes(file) as stream, io.BufferedReader(stream, BLOCK) as buffered:
+            _refuse_other_kinds(file, buffered.peek(8)[:8])
             yield buffered, place
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         if file.suffix.lower() not in COMPRESSIONS or getattr(error, "errno", None):
