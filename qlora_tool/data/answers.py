@@ -77,6 +77,7 @@ def find_answer(write: Write, messages: Sequence[Message], turn: int, closes: Ca
         or search.unopened()
         or search.continued()
         or search.spaced_otherwise()
+        or search.joined()
         or search.silent()
         or search.refuse()
     )
@@ -149,6 +150,19 @@ class _Search:
         target = rest.removeprefix(end) if rest.startswith(end) else rest.lstrip()
         note = "answer: the chat template has other white space in the turns before it than in its generation prompt"
         return self._answer(target, note)
+
+    def joined(self) -> Answer | None:
+        """Where the template writes the answer into the turn before, whose end the generation prompt has already (as
+        Gemma 4's does behind a call that has content)."""
+        speech = speech_of(self.said).strip()
+        letters = enumerate(zip(self.prompt, self.through, strict=False))
+        same = next((place for place, (one, other) in letters if one != other), len(self.prompt))
+        rest, ended = self.through[same:], self.prompt[same:]
+        end = rest.removeprefix(speech)
+        if not speech or not end or end == rest or not ended.startswith(end):
+            return None
+        note = "answer: the chat template joins it to the turn before, which has ended in its generation prompt"
+        return self._answer(rest, note)
 
     def silent(self) -> Answer | None:
         """Where the prompt says that there is no reasoning, and the turn has some."""

@@ -8,7 +8,7 @@ gets a row of its own, which is what the model sees when it has to write that an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,8 +17,8 @@ from qlora_tool.data.answers import Answer, Write, find_answer
 from qlora_tool.data.dialect import Dialect
 from qlora_tool.data.ends import Ends
 from qlora_tool.data.faults import RowFault
-from qlora_tool.data.kept import calls_written, is_written, unwritten
-from qlora_tool.data.messages import Conversation, Message
+from qlora_tool.data.kept import calls_written, is_written, tools_unwritten, unwritten
+from qlora_tool.data.messages import Conversation, Message, says_something, unread_keys
 from qlora_tool.data.template import SpecialTokens, check_template_kwargs, render, template_sources
 from qlora_tool.data.thoughts import TAIL, speech_of, thought_of
 from qlora_tool.errors import UserError
@@ -142,7 +142,8 @@ class ConversationRenderer:
             return Rendered([], notes=notes)
         rendered = self._together(conversation, answers) or self._apart(conversation, answers)
         said_before = conversation.messages[: answers[-1].turn]
-        notes.update(unwritten(said_before, conversation.tools, rendered.rows[-1].text))
+        notes.update(self._left_out(said_before, conversation.tools, rendered.rows[-1].text, answers[-1].prompt))
+        notes.update(_said_of_turns(conversation, [answer.turn for answer in answers], self._dialect))
         if self._dialect.asks_the_date:
             notes["row: the chat template writes the date of the day, so rows that are made on another day differ"] += 1
         return replace(rendered, notes=notes)
@@ -165,6 +166,8 @@ class ConversationRenderer:
             return False
         if calls:
             notes["answer: trained without the tool calls that the data has, for the chat template writes none"] += 1
+        if said["content"].lstrip().startswith("<think>") and "</think>" not in said["content"]:
+            notes["answer: trained with a <think> that nothing closes"] += 1
         if thought and not any("without the reasoning" in note for note in answer.notes):
             notes["answer: trained without the reasoning that the data has, for the chat template writes none"] += 1
         return True
@@ -220,12 +223,28 @@ class ConversationRenderer:
                 stop = len(answer.through)
                 in_place = text.startswith(end, stop)
                 row.add(len(answer.prompt), stop + (len(end) if in_place else 0), "" if in_place else end)
-        notes = Counter(unwritten(conversation.messages, conversation.tools, text))
+        prompt = self.prompt(conversation.messages, conversation.tools) if conversation.tools else ""
+        notes = Counter(self._left_out(conversation.messages, conversation.tools, text, prompt))
+        notes.update(_said_of_turns(conversation, conversation.answers, self._dialect, whole=True))
         for turn in conversation.answers:
             said = conversation.messages[turn]
             if not is_written(said["content"], text) or not calls_written(said, text):
                 notes["answer: the chat template does not write all of it"] += 1
         return Rendered([row.done()], notes=notes)
+
+    def _left_out(
+        self, messages: Sequence[Message], tools: list[Any] | None, text: str, prompt: str
+    ) -> Iterator[str]:
+        """What of these turns and tools the template leaves out of `text`, and of the prompt behind them: notes."""
+        roles = dict.fromkeys(unwritten(messages, text)) | dict.fromkeys(self._dialect.leaves_out(messages, tools))
+        yield from (f"row: the chat template does not write its {role} turns" for role in roles)
+        if tools:
+            try:
+                without = self.prompt(messages)
+            except RowFault:
+                without = None
+            if tools_unwritten(tools, prompt, without):
+                yield "row: the chat template does not write its tools"
 
     def _writer(self, tools: list[Any] | None) -> Write:
         return partial(self._write, tools)
@@ -248,6 +267,24 @@ class ConversationRenderer:
     @cached_property
     def _ends(self) -> Ends:
         return Ends(self.tokenizer, self.special, self._writer(None))
+
+
+def _said_of_turns(
+    conversation: Conversation, trained: Sequence[int], dialect: Dialect, *, whole: bool = False
+) -> Iterator[str]:
+    """What is to be said of the turns themselves, those before and behind the answers that are trained: notes.
+
+    Args:
+        whole: whether every token of the conversation is trained.
+    """
+    messages = conversation.messages
+    keys = dict.fromkeys(key for turn in messages for key in unread_keys(turn) if not dialect.reads(key))
+    if keys:
+        yield f"row: nothing reads these keys of its turns: {', '.join(sorted(keys))}"
+    if any(messages[turn - 1]["role"] == "user" and not says_something(messages[turn - 1]) for turn in trained if turn):
+        yield "row: trained with an empty question"
+    if not whole and messages[-1]["role"] != "assistant":
+        yield "row: nothing is trained of the turns after its last answer"
 
 
 def row_of(where: str) -> str:

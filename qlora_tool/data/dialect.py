@@ -8,6 +8,7 @@ refused but left out without a word, so each form is tried on a small conversati
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_tool.data.faults import RowFault
 from qlora_tool.data.messages import CALL_TEXT, REASONING, TRAIN, Message, reasoning
-from qlora_tool.data.template import render
+from qlora_tool.data.template import render, template_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # The roles that stand in for those that a template does not know.
 STAND_INS = {"developer": "system", "function": "tool", "ipython": "tool"}
 QUESTION, ANSWER, INSTRUCTION, RESULT = "w7question", "w7answer", "w7instruction", "w7result"
+SHAPES_KEPT = 1000  # of conversations, by the roles of their turns
 USER: Message = {"role": "user", "content": QUESTION}
 CALL: Message = {
     "role": "assistant",
@@ -53,6 +55,8 @@ class Dialect:
     tokenizer: PreTrainedTokenizerBase
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)  # by role, the one it is written as; filled as roles turn up
+    keys_read: dict[str, bool] = field(default_factory=dict)  # by key of a turn, what `reads` found
+    left_out: dict[Any, frozenset[str]] = field(default_factory=dict)  # by shape, what `leaves_out` found
 
     def messages(self, turns: Sequence[Message]) -> list[Message]:
         """The turns in that form, without the marks that say what is trained."""
@@ -82,7 +86,9 @@ class Dialect:
         plain, parted = self._try(turns, parts=False), self._try(turns, parts=True)
         if plain is not None and QUESTION in plain and ANSWER in plain:
             return False
-        return parted is not None and QUESTION in parted and ANSWER in parted
+        # A template that cuts what it is given may write the list itself, as Python or JSON has it: no content either.
+        as_it_is = parted is not None and any(mark in parted for mark in ("'type':", '"type":', '\\"type\\"'))
+        return parted is not None and not as_it_is and QUESTION in parted and ANSWER in parted
 
     @cached_property
     def arguments_as_json(self) -> bool:
@@ -93,6 +99,36 @@ class Dialect:
     def writes_calls(self) -> bool:
         """Whether tool calls are written, in whatever form."""
         return self._writes_calls(as_json=False) or self._writes_calls(as_json=True)
+
+    def reads(self, key: str) -> bool:
+        """Whether the template reads a key of a turn."""
+        if key not in self.keys_read:
+            word = re.compile(rf"\b{re.escape(key)}\b")
+            self.keys_read[key] = any(word.search(source) for source in template_sources(self.tokenizer))
+        return self.keys_read[key]
+
+    def leaves_out(self, turns: Sequence[Message], tools: list[Any] | None) -> frozenset[str]:
+        """The roles of turns like these that the template leaves out, whatever they say: found with a word of its own
+        in the place of each content, for what a turn says may stand elsewhere too."""
+        said = [turn["role"] != "assistant" and bool(turn["content"].strip()) for turn in turns]
+        kinds = ((turn["role"], says, *sorted(turn)) for turn, says in zip(turns, said, strict=True))
+        shape = (tuple(kinds), bool(tools))
+        if shape not in self.left_out:
+            words = [f"w7turn{place}w7" for place in range(len(turns))]
+            marked = [{**turn, "content": word} if says else turn
+                      for turn, word, says in zip(turns, words, said, strict=True)]  # fmt: skip
+            try:
+                text = render(
+                    self.tokenizer, self.messages(marked), tools=tools, add_generation_prompt=True, kwargs=self.kwargs
+                )
+            except RowFault:
+                return frozenset()
+            lost = frozenset(turn["role"] for turn, word, says in zip(turns, words, said, strict=True)
+                             if says and word not in text)  # fmt: skip
+            if len(self.left_out) >= SHAPES_KEPT:
+                self.left_out.clear()
+            self.left_out[shape] = lost
+        return self.left_out[shape]
 
     @cached_property
     def asks_the_date(self) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_tool.data.chat import ConversationRenderer, MultiTurn, Rendered, RenderedRow
 from qlora_tool.data.examples import Example
 from qlora_tool.data.faults import RowFault, RowFaults
-from qlora_tool.data.labels import label_answers, token_ids
+from qlora_tool.data.labels import check_characters, label_answers, token_ids
 from qlora_tool.data.layout import Layout
 from qlora_tool.data.messages import Conversation
 from qlora_tool.data.readers.rows import Row
@@ -80,12 +80,17 @@ class Encoder:
             report.dropped_no_answer += not conversation.context
             return []
         rendered = self._renderer.rows(conversation)
-        made = [example for row in rendered.rows if (example := self._example(row, report))]
-        _count_conversation(report, conversation, rendered, len(made))
-        return made
+        made = [(row, self._example(row, report)) for row in rendered.rows]
+        examples = [example for _, example in made if example]
+        lost = sum(_answers_cut(row, example, self.max_length) for row, example in made)
+        if lost and examples:
+            report.notes[f"answer: not trained, for data.max_length {self.max_length} leaves nothing of it"] += lost
+        _count_conversation(report, conversation, rendered, len(examples), lost)
+        return examples
 
     def _example(self, row: RenderedRow, report: DataReport) -> Example | None:
         """The row's tokens, within max_length; None where nothing is left to train."""
+        check_characters(row.text)
         ids, labels = label_answers(self.tokenizer, row, self._renderer.special, self.max_length)
         if not self._renderer.every_answer:
             labels = list(ids)
@@ -99,6 +104,7 @@ class Encoder:
     def _document(self, row: Row, layout: Layout, report: DataReport) -> list[Example]:
         """A document whole, an end-of-text token after it, cut into examples of max_length: nothing is thrown away."""
         text = layout.document(row)
+        check_characters(text)
         if not text.strip():
             report.dropped_no_answer += 1
             return []
@@ -120,14 +126,23 @@ def refuse_without_end(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
         )
 
 
-def _count_conversation(report: DataReport, conversation: Conversation, rendered: Rendered, made: int) -> None:
+def _answers_cut(row: RenderedRow, example: Example | None, max_length: int) -> int:
+    """How many answers of a row lie behind max_length, so that nothing of them is trained."""
+    if example is None:
+        return len(row.answers)
+    return max(0, len(row.answers) - example.answers) if len(example.input_ids) == max_length else 0
+
+
+def _count_conversation(
+    report: DataReport, conversation: Conversation, rendered: Rendered, made: int, lost: int
+) -> None:
     report.notes.update(rendered.notes)
     if not made:
         report.dropped_truncated += bool(rendered.rows)
         report.dropped_unwritten += not rendered.rows
         return
     report.kept += 1
-    report.answers += sum(len(row.answers) for row in rendered.rows)
+    report.answers += sum(len(row.answers) for row in rendered.rows) - lost
     report.context_answers += len(conversation.context)
     report.empty_answers += len(conversation.empty_answers)
     if rendered.rewritten:

@@ -39,18 +39,21 @@ def calls_written(turn: Message, text: str) -> bool:
     )
 
 
-def unwritten(messages: Sequence[Message], tools: Sequence[Any] | None, text: str) -> list[str]:
-    """What of a conversation is not in its text, but for the answers.
+def unwritten(messages: Sequence[Message], text: str) -> list[str]:
+    """The roles of turns of a conversation that are not in its text, but for the answers."""
+    lost = (turn["role"] for turn in messages
+            if turn["role"] != "assistant" and not is_written(turn["content"], text))  # fmt: skip
+    return list(dict.fromkeys(lost))
 
-    Returns:
-        Notes, each `noun: sentence`.
+
+def tools_unwritten(tools: Sequence[Any], text: str, text_without: str | None) -> bool:
+    """Whether a text has not all of its tools.
+
+    Args:
+        text_without: the same conversation rendered without them; None where the template refuses it. Names alone tell
+            too little, for calls and questions have them too.
     """
-    lost = list(dict.fromkeys(turn["role"] for turn in messages
-                              if turn["role"] != "assistant" and not is_written(turn["content"], text)))  # fmt: skip
-    notes = [f"row: the chat template does not write its {role} turns" for role in lost]
-    if any(not is_written(tool["function"]["name"], text) for tool in tools or ()):
-        notes.append("row: the chat template does not write its tools")
-    return notes
+    return text == text_without or any(not is_written(tool["function"]["name"], text) for tool in tools)
 
 
 def _strings(value: Any) -> Iterator[str]:

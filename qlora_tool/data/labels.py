@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from qlora_tool.data.chat import RenderedRow
+from qlora_tool.data.faults import RowFault
 from qlora_tool.data.template import SpecialTokens
 
 if TYPE_CHECKING:
@@ -19,6 +20,19 @@ IGNORED = -100  # the label of a token that is not trained, as in transformers a
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = False) -> list[int]:
     """The ids of a text, without a warning where there are more than the model takes."""
     return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+
+
+def check_characters(text: str) -> None:
+    """
+    Raises:
+        RowFault: half of a character, which JSON can have (an emoji cut in two) and tokenizers cannot.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = f"\\u{ord(text[error.start]):04x}"
+        before = " ".join(text[max(0, error.start - 30) : error.start].split())
+        raise RowFault(f"{code} is half of a character (behind {before!r}); mend it, or take it out") from error
 
 
 def label_answers(

@@ -36,11 +36,15 @@ ROLE_ALIASES = {
     "tool_result": "tool",
 }
 REASONING = ("reasoning_content", "reasoning", "thinking")  # the names that templates read it by
+TEXT_PARTS = (None, "text", "input_text", "output_text")  # types of parts of a content that are text
+THOUGHT_PARTS = ("thinking", "reasoning")  # and of those that are reasoning
 CALLERS = ("function_call", "tool_call")  # LLaMA-Factory's roles: the content is the call, as JSON
 CALL_TEXT = "call_text"  # that content, for templates that know no calls
 # Turns marked as context; templates do not get to see these keys.
 MARKS = ("weight", "train", "loss")
 TRAIN = "train"
+# What templates or this package may read of a turn; and what data sets note beside it.
+READ_KEYS = frozenset(("role", "content", TRAIN, CALL_TEXT, "tool_calls", "tool_call_id", *REASONING))
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,12 @@ def says_something(turn: Message) -> bool:
     return bool(turn["content"].strip() or turn.get("tool_calls") or reasoning(turn).strip())
 
 
+def unread_keys(turn: Message) -> list[str]:
+    """The keys of a turn that say something, and that nothing but a template may read."""
+    read = READ_KEYS | {"name"} if turn["role"] in ("tool", "function") else READ_KEYS
+    return [key for key, value in turn.items() if key not in read and value not in (None, "", [], {})]
+
+
 def reasoning(turn: Message) -> str:
     """What stands under the first of the names that reasoning goes by; empty where there is none."""
     return next((turn[name] for name in REASONING if isinstance(turn.get(name), str) and turn[name]), "")
@@ -158,6 +168,12 @@ def _turn(turn: Any, name: str) -> Message:
     told = {role_key, content_key, "function_call", "tool_calls", *MARKS}
     rest = {key: value for key, value in turn.items() if key not in told and value is not None}
     message = {"role": _role(turn[role_key], name), "content": _content(turn.get(content_key), name), **rest}
+    if (thought := _thought_parts(turn.get(content_key))) and message["role"] != "assistant":
+        raise RowFault(f"{name}: a {message['role']} turn with a part of reasoning, expected text alone")
+    if thought and reasoning(message) not in ("", thought):
+        raise RowFault(f"{name}: its part of reasoning and its '{REASONING[0]}' differ; leave one of them out")
+    if thought:
+        message[REASONING[0]] = thought
     if not calls and str(turn[role_key]).strip().lower() in CALLERS and (calls := calls_in_text(message["content"])):
         message.update({"content": "", CALL_TEXT: message["content"]})
     if calls:
@@ -198,10 +214,24 @@ def _content(content: Any, name: str) -> str:
     if content is None:
         return ""
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        other = [part for part in content if not isinstance(part.get("text"), str)]
+        said = [part for part in content if _thought_of_part(part) is None]
+        other = [part for part in said if not isinstance(part.get("text"), str) or part.get("type") not in TEXT_PARTS]
         if other:
             raise RowFault(f"{name} holds {kind_of(other[0])}, expected text alone")
-        return "".join(part["text"] for part in content)
+        return "".join(part["text"] for part in said)
     if not isinstance(content, str):
         raise RowFault(f"{name}: the content is {kind_of(content)}, expected a string")
     return content
+
+
+def _thought_parts(content: Any) -> str:
+    """The reasoning among the parts of a content (`{"type": "thinking", "thinking": …}`); empty where there is none."""
+    parts = content if isinstance(content, list) else []
+    return "".join(thought for part in parts if isinstance(part, dict) and (thought := _thought_of_part(part)))
+
+
+def _thought_of_part(part: Message) -> str | None:
+    """The reasoning that a part holds; None where it is another part, or holds it in no way that is known."""
+    if part.get("type") not in THOUGHT_PARTS:
+        return None
+    return next((part[key] for key in (*THOUGHT_PARTS, "text") if isinstance(part.get(key), str)), None)

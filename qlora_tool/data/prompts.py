@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_tool.data.chat import ConversationRenderer
 from qlora_tool.data.columns import columns_there, find_layout
 from qlora_tool.data.faults import RowFault, RowFaults
-from qlora_tool.data.labels import token_ids
+from qlora_tool.data.labels import check_characters, token_ids
 from qlora_tool.data.layout import read_conversations
 from qlora_tool.data.messages import Conversation
 from qlora_tool.data.raw_text import prompt_ids
@@ -116,6 +116,7 @@ def _prompt(conversation: Conversation, renderer: ConversationRenderer) -> Promp
     if not messages:
         raise RowFault("nothing stands before the answer; a prompt needs a user turn at least")
     text = renderer.prompt(messages, conversation.tools)
+    check_characters(text)
     if len(messages) < len(conversation.messages):
         expected = _expected(conversation, renderer)
     ids = token_ids(renderer.tokenizer, text)

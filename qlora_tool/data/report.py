@@ -152,7 +152,7 @@ class DataReport:
         """What was dropped, cut or added, in sentences; empty where all is as it was."""
         lines = [f"{part.source}: {line}" for part, _ in self.parts for line in part.warnings()]
         if self.parts:
-            return lines
+            return lines + self.remarks
         lines = self._file_warnings()
         if self.dropped_no_answer:
             missing = "text" if self.format == "text" else "an answer"

@@ -82,7 +82,12 @@ def check_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[st
     if taken := sorted(given.intersection(kwargs)):
         raise UserError(f"data.chat_template_kwargs: '{taken[0]}' is not a template's own: it is given with each row")
     sources = "\n".join(template_sources(tokenizer))
-    for name in kwargs:
+    for name, value in kwargs.items():
+        if str(value).lower() in ("true", "false") and not isinstance(value, bool):
+            raise UserError(
+                f"data.chat_template_kwargs.{name}: the text '{value}', which is no truth value to a template; "
+                f"expected {str(value).lower()} without quotes"
+            )
         if not re.search(rf"\b{re.escape(name)}\b", sources):
             known = sorted(_variables(sources))
             close = did_you_mean(name, known) or f"; it reads {', '.join(known) or 'none of its own'}"

@@ -163,12 +163,27 @@ def build_evaluation_sets(
         return train, {}
     if sources := evaluation_sources(data):
         prefix = "data.eval." if isinstance(data.eval, dict) else "data."
-        return train, {
+        built = {
             name: build_dataset(source, data, tokenizer, key=f"{prefix}{name}", first=first, seed=seed)
             for name, source in sources.items()
         }
+        for evaluation in built.values():
+            _say_what_is_trained_too(evaluation, train)
+        return train, built
     rest, evaluation = _split(train, float(data.eval))
     return rest, {"eval": evaluation}
+
+
+def _say_what_is_trained_too(evaluation: Dataset, train: Dataset) -> None:
+    import numpy
+
+    own = as_examples(evaluation.examples).digests
+    both = int(numpy.isin(own, as_examples(train.examples).digests).sum())
+    if both:
+        evaluation.report.remarks.append(
+            f"{both} of these {len(own)} examples {'is' if both == 1 else 'are'} in data.train as well: what is learnt "
+            "by heart looks good on them"
+        )
 
 
 def _split(train: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
@@ -185,8 +200,9 @@ def _split(train: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     rest = numpy.flatnonzero(digests > last)
     if not len(rest):
         raise UserError(
-            f"data.eval: a fraction of {fraction} takes all of the {len(digests)} examples of {train.report.source}; "
-            "give a smaller one, or a file"
+            f"data.eval: a fraction of {fraction} takes all of the {len(digests)} examples of {train.report.source}"
+            f"{'' if wanted > 1 else ', for it takes one at least'}; "
+            f"{'give a smaller one, or a file' if wanted > 1 else 'give a file, or data.eval=null to do without'}"
         )
     report = train.report
     evaluation = DataReport(

@@ -132,7 +132,7 @@ def check_on_data(tokenizer: PreTrainedTokenizerBase, folder: Path, source: str 
 def _strings(value: Any) -> Iterator[str]:
     """All that is written in a field, whatever its shape."""
     if isinstance(value, str):
-        yield value[:_CHARACTERS]
+        yield value[:_CHARACTERS].encode(errors="ignore").decode()  # half characters are told elsewhere
     elif isinstance(value, Mapping | list):
         for part in value.values() if isinstance(value, Mapping) else value:
             yield from _strings(part)
