@@ -38,6 +38,7 @@ class RenderedRow:
         text: all of it.
         answers: begin and end of every answer that is trained, as positions in `text`.
         where: the row it comes from, and which answer of it where it has one alone (`FILE, line N, answer 2`).
+        not_trained: assistant turns that are context or empty, likewise; where all else is trained they are not.
         ends_added: answers that got an end-of-text token because the template ends them with no special token.
     """
 
@@ -45,6 +46,7 @@ class RenderedRow:
     answers: list[tuple[int, int]]
     where: str
     ends_added: int = 0
+    not_trained: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -143,6 +145,7 @@ class ConversationRenderer:
         rendered = self._together(conversation, answers) or self._apart(conversation, answers)
         said_before = conversation.messages[: answers[-1].turn]
         notes.update(self._left_out(said_before, conversation.tools, rendered.rows[-1].text, answers[-1].prompt))
+        notes.update(self._context_left_out(conversation, answers[-1].turn, rendered.rows[-1].text))
         notes.update(_said_of_turns(conversation, [answer.turn for answer in answers], self._dialect))
         if self._dialect.asks_the_date:
             notes["row: the chat template writes the date of the day, so rows that are made on another day differ"] += 1
@@ -213,12 +216,16 @@ class ConversationRenderer:
         """The conversation as the template writes it, to train on all of it."""
         text = self._writer(conversation.tools)(conversation.messages)
         row = _RowInParts(text, conversation.where)
-        for turn in conversation.answers:
+        skipped = {*conversation.context, *conversation.empty_answers}
+        for turn in sorted({*conversation.answers, *skipped}):
             try:
                 answer = self.answer(conversation, turn)
             except RowFault:
                 continue
             if answer.through is not None and text.startswith(answer.through):
+                if turn in skipped:
+                    row.skip(len(answer.prompt), len(answer.through))
+                    continue
                 end = self._ends.missing(answer, conversation.messages)
                 stop = len(answer.through)
                 in_place = text.startswith(end, stop)
@@ -231,6 +238,13 @@ class ConversationRenderer:
             if not is_written(said["content"], text) or not calls_written(said, text):
                 notes["answer: the chat template does not write all of it"] += 1
         return Rendered([row.done()], notes=notes)
+
+    def _context_left_out(self, conversation: Conversation, last: int, text: str) -> Iterator[str]:
+        """What earlier answers that are context say, and the template does not write: notes."""
+        for turn in conversation.context:
+            said = conversation.messages[turn]
+            if turn < last and not (is_written(speech_of(said), text) and calls_written(said, text)):
+                yield "answer: context of which the chat template does not write all"
 
     def _left_out(
         self, messages: Sequence[Message], tools: list[Any] | None, text: str, prompt: str
@@ -300,6 +314,7 @@ class _RowInParts:
         self.text, self.where = text, where
         self.parts: list[str] = []
         self.answers: list[tuple[int, int]] = []
+        self.not_trained: list[tuple[int, int]] = []
         self.copied = self.shift = self.ends_added = 0
 
     def add(self, begin: int, stop: int, end: str) -> None:
@@ -309,6 +324,10 @@ class _RowInParts:
         self.copied, self.shift = stop, self.shift + len(end)
         self.ends_added += bool(end)
 
+    def skip(self, begin: int, stop: int) -> None:
+        """A turn from `begin` to `stop` of the text as it was that is not to be trained."""
+        self.not_trained.append((begin + self.shift, stop + self.shift))
+
     def done(self) -> RenderedRow:
         text = "".join([*self.parts, self.text[self.copied :]])
-        return RenderedRow(text, self.answers, self.where, self.ends_added)
+        return RenderedRow(text, self.answers, self.where, self.ends_added, self.not_trained)

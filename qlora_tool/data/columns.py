@@ -113,12 +113,32 @@ class _Search:
         return None
 
     def _made(self, name: str, columns: Mapping[str, str]) -> Layout:
-        """A layout, with the system column where it has another of its names."""
+        """A layout, with the system column where it has another of its names.
+
+        Raises:
+            UserError: `data.columns` names what the format does not read.
+        """
         columns = dict(columns)
+        form = FORMATS[name]
+        reads = (*form.columns(True), *form.optional)
+        used = columns.values()
+        if left := [ours for ours, theirs in self.given.items()
+                    if ours not in reads and (ours in columns or theirs not in used)]:  # fmt: skip
+            other = ", ".join(f"{ours}: {theirs}" for ours, theirs in self._renamed(left[0]).items())
+            raise UserError(
+                f"data.columns.{left[0]}: rows of the format {name} have none; it reads {', '.join(reads)}"
+                f"{f'; perhaps data.columns: {{{other}}}' if other else ''}"
+            )
         system = next((self.by_plain[each] for each in names.SYSTEM if each in self.by_plain), None)
         if system not in (None, "system") and "system" not in columns and "system" in FORMATS[name].optional:
             columns["system"] = system
         return Layout(name, columns, self.need_answers)
+
+    def _renamed(self, left: str) -> dict[str, str]:
+        """`data.columns` for a question with something beside it, where that is what is left over."""
+        if left not in names.CONTEXT or not self.given.keys() >= {"prompt", "completion"}:
+            return {}
+        return {"instruction": self.given["prompt"], "context": self.given[left], "response": self.given["completion"]}
 
     def _usual(self, tiers: tuple[tuple[str, ...], ...], ours: str) -> list[str]:
         """The columns that have one of the usual names; the one of `data.columns` where that names it."""
@@ -143,10 +163,11 @@ class _Search:
         if not asks or (self.need_answers and not answers):
             return self._by_case("text") if self.wanted == "auto" and not asks and not answers else None
         ask, answer = asks[0], answers[0] if answers else None
-        context = [column for column in self.rest if names.plain(column) in names.CONTEXT and column != ask]
+        context = [self.given[ours] for ours in names.CONTEXT if ours in self.given]
+        context = context or [column for column in self.rest if names.plain(column) in names.CONTEXT and column != ask]
         if len(context) > 1:
             self._refuse_two(context, answers)
-        columns = {"system": self.given["system"]} if "system" in self.given else {}
+        columns = {ours: theirs for ours, theirs in self.given.items() if ours in ("system", "tools")}
         if context and self.wanted == "auto":
             return self._made("dolly", {**columns, "instruction": ask, "context": context[0],
                                         **({"response": answer} if answer else {})})  # fmt: skip

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool.data.chat import ConversationRenderer, MultiTurn, Rendered, RenderedRow
 from qlora_tool.data.examples import Example
 from qlora_tool.data.faults import RowFault, RowFaults
-from qlora_tool.data.labels import check_characters, label_answers, token_ids
+from qlora_tool.data.labels import IGNORED, check_characters, label_answers, token_ids
 from qlora_tool.data.layout import Layout
 from qlora_tool.data.messages import Conversation
 from qlora_tool.data.readers.rows import Row
@@ -94,6 +94,10 @@ class Encoder:
         ids, labels = label_answers(self.tokenizer, row, self._renderer.special, self.max_length)
         if not self._renderer.every_answer:
             labels = list(ids)
+        if row.not_trained:
+            skipped = replace(row, answers=row.not_trained)
+            ids, marks = label_answers(self.tokenizer, skipped, self._renderer.special, self.max_length)
+            labels = [token if mark == IGNORED else IGNORED for token, mark in zip(ids, marks, strict=True)]
         example = Example(ids[: self.max_length], labels[: self.max_length], row.where)
         if example.trained_tokens < 1:
             return None

@@ -243,6 +243,8 @@ def _kinds() -> str:
 
 
 def _missing(source: str, path: Path) -> str:
+    if any(sign in source for sign in "*?"):
+        return f"{source}: no such file, and patterns are not read; name the folder, or list the files"
     if not path.parent.is_dir():
         return f"{source}: no such file; there is no folder {path.parent} either"
     close = did_you_mean(path.name, (entry.name for entry in path.parent.iterdir()))

@@ -174,6 +174,58 @@ class TestAnswersBehindTheLimit:
         assert whole.report.answers == 3 and not any("max_length" in line for line in whole.report.warnings())
 
 
+class TestContextAndEmptyTurns:
+    def test_where_all_else_is_trained_they_are_not(self, tmp_path):
+        given = rows(
+            user("a"), answer("five", weight=0), user("b"), answer(""), user("c"), answer("yes"), user("d"),
+            answer("no", train=False), user("e"),
+        )  # fmt: skip
+        (example,) = made(tmp_path, CHATML, given, train_on="all").examples
+        left = [token for token, label in zip(example.input_ids, example.labels, strict=True) if label == -100]
+        assert byte_level().decode(left) == "five<|im_end|>\n<|im_end|>\nno<|im_end|>\n"
+        assert example.input_ids == byte_level()(byte_level().decode(example.input_ids))["input_ids"]
+
+    def test_context_that_the_template_does_not_write(self, tmp_path):
+        given = rows(user("a"), answer("one", tool_calls=[CALLING], weight=0), user("b"), answer("yes"))
+        dataset = made(tmp_path, CHATML, given)
+        assert trained(dataset) == [["yes<|im_end|>\n"]]
+        assert "1 answer: context of which the chat template does not write all" in dataset.report.warnings()
+        assert made(tmp_path, WITH_TOOLS, given).report.warnings() == ["1 answer not trained: marked as context"]
+
+
+class TestColumnsThatAreNamed:
+    ROW = {"Q": "How many?", "A": "12 boats", "note": "By the pier."}  # noqa: RUF012
+
+    @pytest.mark.parametrize("name", ["context", "input"])
+    def test_one_beside_usual_names_is_read(self, tmp_path, name):
+        dataset = made(tmp_path, CHATML, [self.ROW], columns={name: "note"})
+        assert "user\nHow many?\n\nBy the pier.<|im_end|>" in byte_level().decode(dataset.examples[0].input_ids)
+        assert dataset.report.warnings() == []
+
+    def test_tools_beside_usual_names_are_read(self, tmp_path):
+        given = [{"Q": "where?", "A": "There", "can": TOOLS}]
+        assert made(tmp_path, WITH_TOOLS, given, columns={"tools": "can"}).report.warnings() == []
+
+    @pytest.mark.parametrize(
+        ("columns", "fault"),
+        [
+            ({"prompt": "Q", "completion": "A", "context": "note"},
+             r"data.columns.context: rows of the format prompt_completion have none; it reads prompt, completion, "
+             r"system, tools; perhaps data.columns: \{instruction: Q, context: note, response: A\}"),
+            ({"instruction": "Q", "output": "A", "context": "note"}, r"data.columns.context: rows of the format alp"),
+            ({"text": "note", "system": "A"}, r"data.columns.system: rows of the format text have none; it reads text"),
+        ],
+    )  # fmt: skip
+    def test_one_that_the_format_does_not_read_is_an_error(self, tmp_path, columns, fault):
+        with pytest.raises(UserError, match=fault):
+            made(tmp_path, CHATML, [self.ROW], columns=columns)
+
+
+def test_patterns_are_told_apart_from_names(tmp_path):
+    with pytest.raises(UserError, match=r"\*\.jsonl: no such file, and patterns are not read; name the folder"):
+        build_dataset(str(tmp_path / "*.jsonl"), DataConfig(), byte_level(CHATML))
+
+
 def test_examples_that_are_trained_and_evaluated(tmp_path):
     train = made(tmp_path, CHATML, [{"prompt": str(number), "completion": "yes"} for number in range(30)])
     other = tmp_path / "other.jsonl"
