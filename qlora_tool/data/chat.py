@@ -162,12 +162,17 @@ class ConversationRenderer:
                 "it; name another template with data.chat_template"
             )
         calls = said.get("tool_calls") and not calls_written(said, answer.target)
+        some = calls and any(is_written(call["function"]["name"], answer.target) for call in said["tool_calls"])
         thought = thought_of(said) and not is_written(thought_of(said), seen)
         if not speech.strip() and (calls or not said.get("tool_calls")) and (thought or not thought_of(said)):
             what = "tool calls" if calls else "thoughts"
-            notes[f"answer: not trained, for the chat template does not write {what}, and the data has only these"] += 1
+            reason = f"does not write {what}, and the data has only these"
+            reason = "writes some of its tool calls, and not all" if some else reason
+            notes[f"answer: not trained, for the chat template {reason}"] += 1
             return False
-        if calls:
+        if some:
+            notes["answer: trained without some of its tool calls, for the chat template does not write all"] += 1
+        elif calls:
             notes["answer: trained without the tool calls that the data has, for the chat template writes none"] += 1
         if said["content"].lstrip().startswith("<think>") and "</think>" not in said["content"]:
             notes["answer: trained with a <think> that nothing closes"] += 1

@@ -54,6 +54,19 @@ class TestTools:
         assert said in made(tmp_path, WITHOUT_TOOLS, given, train_on="all").report.warnings()
 
 
+    @pytest.mark.parametrize("speech", ["", "I look."])
+    def test_calls_of_which_some_are_written(self, tmp_path, speech):
+        """As gpt-oss's template writes the first alone."""
+        first = WITH_TOOLS.replace("message.tool_calls | tojson", "message.tool_calls[0] | tojson")
+        other = {"type": "function", "function": {"name": "book", "arguments": {"boat": "twelve"}}}
+        given = rows(user("a"), answer(speech, tool_calls=[CALLING, other]), user("b"), answer("yes"))
+        said = ("trained without some of its tool calls, for the chat template does not write all" if speech else
+                "not trained, for the chat template writes some of its tool calls, and not all")  # fmt: skip
+        dataset = made(tmp_path, first, given)
+        assert dataset.report.warnings() == [f"1 answer: {said}"]
+        assert len(trained(dataset)[-1]) == (2 if speech else 1)
+
+
 class TestTurns:
     @pytest.mark.parametrize("train_on", ["completion", "all"])
     @pytest.mark.parametrize("system", ["boats", "How many?", "There 12 How"])
