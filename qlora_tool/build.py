@@ -33,7 +33,7 @@ from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.devices import choose_device
 from qlora_tool.model.exceptions import refuse_unknown_names
 from qlora_tool.model.fused_modules import fuse_modules
-from qlora_tool.model.load import load_base
+from qlora_tool.model.load import build_skeleton, load_base
 from qlora_tool.model.open import choose_dtype
 from qlora_tool.model.positions import rotate_by_example
 from qlora_tool.model.random_source import RandomSource
@@ -188,9 +188,9 @@ def _refuse_misfit(config: Config, model_config: Any) -> None:
     """
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            built = build(config, model_config, Random(), device=torch.device("cpu"), compute_dtype=torch.float32)
-            if not isinstance(config.model.skip_modules, str):
-                refuse_unknown_names("model.skip_modules", config.model.skip_modules, built.model.module)
+            if config.model.skip_modules and not isinstance(config.model.skip_modules, str):
+                refuse_unknown_names("model.skip_modules", config.model.skip_modules, build_skeleton(model_config))
+            build(config, model_config, Random(), device=torch.device("cpu"), compute_dtype=torch.float32)
     except ToolError:
         raise
     except Exception as error:  # what an unknown architecture's code raises: it may run on real tensors

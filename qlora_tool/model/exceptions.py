@@ -25,10 +25,18 @@ def is_named(name: str, patterns: Iterable[str]) -> bool:
 def refuse_unknown_names(key: str, patterns: Iterable[str], model: nn.Module) -> None:
     """Refuse names that mean nothing in the model, all in one report.
 
+    Args:
+        key: the key that lists them.
+        patterns: see `is_named`.
+        model: a skeleton, its modules as transformers made them.
+
     Raises:
-        UserError: a name that fits no module, or that is no regular expression.
+        UserError: a name that fits no module, or only blocks (`mlp`) but no module in them, or that is no regular
+            expression.
     """
     names = [name for name, _ in model.named_modules() if name]
+    with_weights = [name for name, module in model.named_modules() if next(module.parameters(recurse=False), None)
+                    is not None]  # fmt: skip
     last_names = sorted({last for name in names if not (last := name.rpartition(".")[2]).isdigit()})
     faults = []
     for pattern in patterns:
@@ -42,6 +50,11 @@ def refuse_unknown_names(key: str, patterns: Iterable[str], model: nn.Module) ->
                 f"{key}: {pattern!r} fits no module of this model{did_you_mean(pattern, last_names)}; its modules end "
                 f"in {', '.join(last_names)}"
             )
+        elif not any(is_named(name, [pattern]) for name in with_weights):
+            every = f".*{pattern}"
+            cure = f"; write '{every}'" if any(is_named(name, [every]) for name in with_weights) else ""
+            faults.append(f"{key}: {pattern!r} ends the names of blocks, and of no module with weights in them, so that "
+                          f"nothing is left out{cure}")  # fmt: skip
     if faults:
         raise UserError(faults)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from safetensors.torch import load_file
 from stored_models import SKIPPED, dequantized, write_quantized
 from tiny_models import logits, read_tiny, relative_error, tiny_config, tokens, write_tiny
 
-from qlora_tool.build import open_model
-from qlora_tool.config import ModelConfig
+from qlora_tool.build import Setup, open_model
+from qlora_tool.config import ModelConfig, load_config
 from qlora_tool.errors import UserError
 from qlora_tool.model.exceptions import is_named, refuse_unknown_names
 from qlora_tool.model.layer_stack import layer_stack
@@ -118,6 +119,24 @@ def test_a_name_that_fits_no_module_is_refused_with_the_closest():
     assert first.startswith("model.skip_modules: 'dwn_proj' fits no module of this model; did you mean 'down_proj'?")
     assert "'(' is neither a module's name nor a regular expression" in second
     assert "'experts'" in third
+
+
+@pytest.mark.parametrize(("pattern", "left"), [("mlp", ".mlp."), ("self_attn", ".self_attn."), ("layers.1", ".1.")])
+def test_a_name_of_blocks_alone_is_refused_with_what_leaves_them(pattern, left, tmp_path):
+    model = build_skeleton(tiny_config("llama"))
+    with pytest.raises(UserError, match=f"'{pattern}' ends the names of blocks") as raised:
+        refuse_unknown_names("model.skip_modules", [pattern, "o_proj"], model)
+    written = re.search(r"write '(.*)'$", raised.value.lines[0])[1]
+    refuse_unknown_names("model.skip_modules", [written, "norm", "model.layers.0"], model)
+    for name, kind in kinds_of(read_skipping(write_tiny("llama", tmp_path), written)).items():
+        assert kind == ("none" if left in name or name == "lm_head.weight" else "nf4"), name
+
+
+@pytest.mark.parametrize("pattern", ["model.layers.[0", "(", "*_proj"])
+def test_a_broken_expression_is_one_line_before_anything_is_predicted(pattern, tmp_path):
+    model = {"name_or_path": str(write_tiny("llama", tmp_path)), "skip_modules": [pattern]}
+    with pytest.raises(UserError, match=r"^model\.skip_modules: .* is neither a module's name nor a regular expression"):
+        Setup.of(load_config({"model": model}))
 
 
 def test_a_name_of_what_the_checkpoint_has_quantized_is_refused(tmp_path):
