@@ -19,9 +19,10 @@ def finish(run: Run) -> None:
     """Choose the adapter to keep, and say what came of the run."""
     progress, best = run.progress, run.progress.best
     if progress.step < run.plan.total_steps and best is not None:
-        logger.info("stopped early, after step %d of %d: %d evaluations were no better than %s %.4f after step %d",
-                    progress.step, run.plan.total_steps, progress.evaluations_since_best, best.metric, best.value,
-                    best.step)  # fmt: skip
+        count = progress.evaluations_since_best
+        logger.info("stopped early, after step %d of %d: %s no better than %s %.4f after step %d", progress.step,
+                    run.plan.total_steps, "1 evaluation was" if count == 1 else f"{count} evaluations were",
+                    best.metric, best.value, best.step)  # fmt: skip
     if run.training.load_best_model_at_end:
         load_best(progress, run.adapters, run.folder)
     if (line := describe_best(progress, run.config)) is not None:

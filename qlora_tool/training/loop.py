@@ -96,19 +96,37 @@ def train(
     run = Run(config, folder, data, model, adapters, optimizer, plan, setup.padding_free)
     logger.info("run: %s into %s", plan.describe(), folder.path)
     logger.info(first_row(data.train, next(plan.steps(0))[0][0], data.tokenizer))
-    if (warning := plan.too_short()) is not None:
-        logger.warning(warning)
+    for warning in [plan.too_short(), *plan.without_effect()]:
+        if warning is not None:
+            logger.warning(warning)
     if dry_run:
         return run
     torch.manual_seed(config.training.seed)  # dropout's alone: what was drawn until here does not matter
     _take_over(run, checkpoint)
     folder.write_config(config)
     if run.progress.step == 0:
-        run.progress.untuned = {"loss": run.sampled_loss()} | _evaluate(run, logger.info)
+        run.progress.untuned = {"loss": _loss_of_the_base(run)} | _evaluate(run, logger.info)
     _fit(run, watcher)
     finish(run)
     _save_adapter(run)
     return run
+
+
+def _loss_of_the_base(run: Run) -> float:
+    """The untuned model's loss on the first training rows.
+
+    Raises:
+        MachineError: it is not a number: no learning rate is at fault yet.
+    """
+    loss = run.sampled_loss()
+    if not math.isfinite(loss):
+        dtype = run.config.model.compute_dtype
+        cure = "set model.compute_dtype: float32, whose range is larger, or " if dtype == "float16" else ""
+        raise MachineError(
+            f"{run.config.model.name_or_path}: before the first step the loss is {loss}, so the base model itself gives "
+            f"no numbers on these rows (products in {dtype}); {cure}see whether its weights are whole: download it again"
+        )
+    return loss
 
 
 def _refuse_nothing_left(checkpoint: Path, plan: StepPlan) -> None:

@@ -80,6 +80,7 @@ def judge(
             f"nothing was learned: the loss on training rows is {loss:.4f}, not below the {before['loss']:.4f} before "
             "the first step; change training.learning_rate, or train for longer"
         )
+        return Outcome(False, tuple(warnings))  # nothing was learned that could carry over
     names = [name for name in after if name in before]
     for name in names if len(names) == 1 else [name for name in names if name != "eval_loss"]:  # the first set's again
         if not after[name] < before[name]:
@@ -88,7 +89,7 @@ def judge(
                 "learned does not carry over to the evaluation rows; train for less long, on more rows, or keep the "
                 "best step with training.eval_steps and training.load_best_model_at_end"
             )
-    return Outcome(loss < before["loss"], tuple(warnings))
+    return Outcome(True, tuple(warnings))
 
 
 def _zero_updates(adapters: AdapterSet) -> tuple[list[str], bool]:

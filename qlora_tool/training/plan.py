@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from qlora_tool.config import Config, with_values
 from qlora_tool.data.batches import plan_epoch
+from qlora_tool.training.schedule import warmup_length
 
 STEPS_TO_LEARN = 100
 """`num_train_epochs: auto` goes through few rows as often as makes this many steps."""
@@ -82,6 +83,27 @@ class StepPlan:
         if self.config.data.packing:
             cures.append("set data.packing: false, so that each example is a row")
         return f"{found}: {', or '.join(cures)}"
+
+    def without_effect(self) -> list[str]:
+        """What to say of settings that a run this short never comes to, with the lines that mend them."""
+        training, total = self.config.training, self.total_steps
+        said, warmup = [], warmup_length(training.warmup_steps, total)
+        if warmup > total:
+            highest = training.learning_rate * total / warmup
+            said.append(f"training.warmup_steps: {warmup}, but this run has {_count(total, 'step')}: the learning rate gets "
+                        f"no higher than {highest:.2e} of {training.learning_rate:.2e}; set training.warmup_steps to less, "
+                        "such as 0.03, a share of all steps")  # fmt: skip
+        before_the_end = (total - 1) // training.eval_steps if training.eval_steps else None
+        if training.load_best_model_at_end and before_the_end == 0:
+            said.append(f"training.load_best_model_at_end: true, but this run has {_count(total, 'step')} and "
+                        f"training.eval_steps is {training.eval_steps}: the last adapter is the only one to choose from; "
+                        "lower training.eval_steps")  # fmt: skip
+        patience = training.early_stopping_patience
+        if patience is not None and before_the_end is not None and before_the_end <= patience:
+            said.append(f"training.early_stopping_patience: {patience}, but this run has "
+                        f"{_count(before_the_end, 'evaluation')} before its end, too few to stop early; lower "
+                        "training.eval_steps or the patience")  # fmt: skip
+        return said
 
 
 def epochs_to_learn(steps_per_epoch: int) -> int:

@@ -279,15 +279,19 @@ def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path, inputs):
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_a_broken_weight_stops_the_run_at_its_first_step(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("dtype", "cure"), [("float32", False), ("float16", True)])
+def test_a_broken_weight_stops_the_run_before_its_first_step(config, tmp_path, monkeypatch, dtype, cure):
+    """No learning rate is at fault, as nothing has been trained."""
+
     def broken(setup, tensors=None, recomputation=None, build=Setup.build):
         built = build(setup, tensors, recomputation)
         built.model.module.model.norm.weight.data[3] = float("nan")
         return built
 
     monkeypatch.setattr(Setup, "build", broken)
-    with pytest.raises(MachineError, match=r"step 1: the loss is nan, .* the last good checkpoint is none yet"):
-        train(config())
+    with pytest.raises(MachineError, match="before the first step the loss is nan, so the base model itself") as error:
+        train(config(model__compute_dtype=dtype))
+    assert "learning_rate" not in str(error.value) and ("model.compute_dtype: float32" in str(error.value)) == cure
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

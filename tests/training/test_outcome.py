@@ -33,7 +33,8 @@ def test_a_run_that_learned_has_no_warning(config, tmp_path, caplog):
 
 @pytest.mark.parametrize(("method", "rate"), [("lora", 1e-45), ("lora", 1e-30), ("dora", 1e-30), ("loha", 1e-30)])
 def test_a_rate_that_moves_nothing(config, caplog, method, rate):
-    result = result_of(config(adapter__method=method, training__learning_rate=rate, **PLAIN))
+    values = {"data__eval": config().data.train, "training__learning_rate": rate}  # whose loss did not fall either
+    result = result_of(config(adapter__method=method, **values, **PLAIN))
     assert result.learned is False
     (warning,) = result.warnings
     assert warning.startswith("nothing was learned: ") and "training.learning_rate" in warning

@@ -59,6 +59,30 @@ def test_a_run_of_few_steps_is_told_what_mends_it(values, cures):
     assert said is None or ("packing" in said) == ("data__packing" in values)
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"training__warmup_steps": 16}, ["training.warmup_steps: 16, but this run has 15 steps: the learning rate gets "
+                                          "no higher than 1.88e-04 of 2.00e-04"]),
+        ({"training__warmup_steps": 500, "training__max_steps": 1}, ["has 1 step: the learning rate gets no higher than "
+                                                                     "4.00e-07"]),
+        ({"training__warmup_steps": 15}, []),
+        ({"training__warmup_steps": 0.99}, []),
+        ({"training__load_best_model_at_end": True, "training__eval_steps": 15}, ["the last adapter is the only one"]),
+        ({"training__load_best_model_at_end": True, "training__eval_steps": 14}, []),
+        ({"training__early_stopping_patience": 3, "training__eval_steps": 4}, ["has 3 evaluations before its end, too"]),
+        ({"training__early_stopping_patience": 3, "training__eval_steps": 3}, []),
+        ({"training__early_stopping_patience": 1, "training__eval_steps": 99, "training__load_best_model_at_end": True},
+         ["load_best_model_at_end: true", "early_stopping_patience: 1, but this run has 0 evaluations"]),
+        ({}, []),
+    ],
+)  # fmt: skip
+def test_settings_that_a_run_never_comes_to_are_told(values, said):
+    made = plan(60, training__num_train_epochs=1, data__eval=0.5, **values).without_effect()
+    assert len(made) == len(said)
+    assert all(part in line and "\n" not in line for part, line in zip(said, made))
+
+
 def test_auto_and_its_reason_are_shown(config, tmp_path, caplog):
     values = {"training__max_steps": -1, "training__per_device_train_batch_size": 15, "data__max_length": 48}
     caplog.set_level(logging.INFO, "qlora_tool")
