@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
+import logging
 import math
 import os
 import re
@@ -29,6 +31,8 @@ from torch import Tensor
 
 from qlora_tool.errors import UserError, did_you_mean
 from qlora_tool.files.atomic import write_json
+
+logger = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -106,6 +110,10 @@ def give_back_freed_memory() -> None:
 
 def _checkpoint_files(folder: Path) -> list[Path]:
     index = folder / INDEX_NAME
+    if (folder / SINGLE_NAME).exists():  # before an index, as transformers reads it
+        if index.exists():
+            _say_once(f"{folder}: {SINGLE_NAME} is read, as transformers does, and not the shards that {INDEX_NAME} names")
+        return [folder / SINGLE_NAME]
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -118,8 +126,6 @@ def _checkpoint_files(folder: Path) -> list[Path]:
                 "download the model again"
             )
         return [folder / name for name in names]
-    if (folder / SINGLE_NAME).exists():
-        return [folder / SINGLE_NAME]
     pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])
     if pickles:
         raise UserError(
@@ -130,6 +136,11 @@ def _checkpoint_files(folder: Path) -> list[Path]:
     raise UserError(
         f"{folder}: no weights found; expected {SINGLE_NAME}, or shards with {INDEX_NAME}; download the model again"
     )
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    logger.warning(line)
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
@@ -163,10 +174,19 @@ def _refusals(file: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
+        if _is_pointer(file):
+            raise UserError(
+                f"{file}: a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`, or download it again"
+            ) from error
         reason = " ".join(str(error).split()).removeprefix("Error while deserializing header: ")
         raise UserError(
             f"{file}: truncated, or not a safetensors file ({reason}; {file.stat().st_size} bytes); download it again"
         ) from error
+
+
+def _is_pointer(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(24).startswith(b"version https://git-lfs.")
 
 
 def read_tensor(entry: TensorEntry, device: torch.device | str = "cpu") -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,10 @@ from qlora_tool.ops.precision import COMPUTE_DTYPES, choose_compute_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "spm", "source.spm", "tekken")
+"""How the names of files begin that hold tokenizers; classes of their own have others, and say more."""
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -31,9 +36,20 @@ def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder}: its tokenizer cannot be read: {reason}; download the model again") from error
+        raise UserError(f"{folder}: {_why_not_read(folder, error, trust_remote_code)}") from error
     return read_as_written(tokenizer, folder)
+
+
+def _why_not_read(folder: Path, error: Exception, trust_remote_code: bool) -> str:
+    """Why transformers cannot read a folder's tokenizer, and what to do."""
+    if "custom code" in str(error) and not trust_remote_code:
+        return "its tokenizer brings its own code; read it, then set model.trust_remote_code: true to run it"
+    files = [file.name for file in folder.iterdir()]
+    if not any(name.startswith(_TOKENIZER_FILES) and name != "tokenizer_config.json" for name in files):
+        return "no tokenizer in it (tokenizer.json, tokenizer.model, vocab.json …); copy the files of the model it is from"
+    if "tokenizer.json" not in files and any(name.endswith(".model") for name in files) and not find_spec("sentencepiece"):
+        return "its tokenizer is a SentencePiece model alone, without tokenizer.json; pip install sentencepiece, which reads it"
+    return f"its tokenizer cannot be read: {' '.join(str(error).split())}; download the model again"
 
 
 def positions_of(model_config) -> int | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_tool.config import Config
 from qlora_tool.data.tokenize import Dataset, build_dataset, build_evaluation_sets
 from qlora_tool.errors import UserError
+from qlora_tool.inference.ends import generation_settings
 from qlora_tool.model.open import check_length, open_tokenizer
 from qlora_tool.model.tokenizer_check import check_on_data
 
@@ -42,12 +43,13 @@ def read_run_data(config: Config, folder: Path, model_config: Any, *, first: int
         first: read no more rows of a source than this.
 
     Raises:
-        UserError: the data or the tokenizer is at fault, or they do not fit the model.
+        UserError: the data, the tokenizer or generation_config.json is at fault, or they do not fit the model.
         MachineError: the hub cannot be reached.
     """
     if model_config is not None:
         check_length(model_config, config.data.max_length)
     tokenizer = open_tokenizer(folder, config.model.trust_remote_code)
+    generation_settings(folder)  # an export needs them: a broken file is told now, not after the last step
     seed = config.training.seed
     train = build_dataset(config.data.train, config.data, tokenizer, first=first, seed=seed)
     check_on_data(tokenizer, folder, config.data.train)

@@ -248,12 +248,6 @@ def test_a_checkpoint_is_its_shards(tmp_path):
     assert "d" not in checkpoint
 
 
-def test_an_index_outranks_a_single_file(tmp_path):
-    safetensors.torch.save_file({"old": torch.ones(1)}, tmp_path / "model.safetensors")
-    assert list(Checkpoint(tmp_path)) == ["old"]
-    assert sorted(Checkpoint(sharded(tmp_path))) == ["a", "b", "c"]
-
-
 def test_a_missing_shard_is_named(tmp_path):
     (sharded(tmp_path) / shard_name(1, 2)).unlink()
     line = fault(Checkpoint, tmp_path)
@@ -307,7 +301,22 @@ def test_a_truncated_file_is_named(tmp_path, keep):
 def test_a_pointer_of_git_lfs_is_no_safetensors_file(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
-    assert "not a safetensors file" in fault(Checkpoint, tmp_path)
+    line = fault(Checkpoint, tmp_path)
+    assert line.startswith(f"{file}: a pointer of Git LFS, not the file itself") and "git lfs pull" in line
+
+
+@pytest.mark.parametrize("stale", [True, False])
+def test_one_file_is_read_before_an_index_as_transformers_does(tmp_path, stale, caplog):
+    """Whoever saves a model into the folder of its shards leaves the index, and perhaps the shards, of the old one."""
+    sharded(tmp_path)
+    if stale:
+        for shard in tmp_path.glob("model-*.safetensors"):
+            shard.unlink()
+    safetensors.torch.save_file({"only": torch.arange(3)}, tmp_path / "model.safetensors")
+    for _ in range(2):
+        assert list(Checkpoint(tmp_path)) == ["only"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{tmp_path}: model.safetensors is read") and "model.safetensors.index.json" in line
 
 
 @pytest.mark.parametrize("content", [b"not json", b"[1, 2]", b"3", b"\xff\xfe{}", b"null"])

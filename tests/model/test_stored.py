@@ -123,6 +123,22 @@ def test_fp8_without_its_scales_is_refused(tmp_path):
     assert "model.layers.0.mlp.up_proj.weight is in FP8, but its scales" in fault(folder)
 
 
+def test_nvfp4_whose_scales_are_in_fp8_themselves_is_refused_by_its_codes(tmp_path):
+    """The configuration calls it FP8, as that of a mixture of both does."""
+    folder = write_fp8("llama", tmp_path)
+    scale = torch.ones(64, 8).to(torch.float8_e4m3fn)
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def pack(tensors):
+        del tensors[name], tensors[f"{name}_scale_inv"]
+        tensors |= {f"{name}_packed": torch.zeros(64, 64, dtype=torch.uint8), f"{name}_scale": scale,
+                    f"{name}_global_scale": torch.ones(1)}  # fmt: skip
+
+    change_tensors(folder, pack)
+    line = fault(folder)
+    assert f"{name}_packed" in line and "use the 16-bit model that it was made from" in line and "scale_scale" not in line
+
+
 def test_scales_of_another_shape_are_refused(tmp_path):
     folder = write_fp8("llama", tmp_path)
     name = "model.layers.0.mlp.up_proj.weight_scale_inv"

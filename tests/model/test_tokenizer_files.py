@@ -11,6 +11,7 @@ from tokenizers_for_tests import CHATML, STRIPPING, byte_level
 from transformers import AutoTokenizer
 
 from qlora_tool.errors import UserError
+from qlora_tool.model.open import open_tokenizer
 from qlora_tool.model.tokenizer_files import copy_tokenizer, read_templates, save_tokenizer
 
 
@@ -133,3 +134,29 @@ def test_broken_settings_are_one_line(tmp_path: Path):
         (tmp_path / "tokenizer_config.json").write_text(text)
         with pytest.raises(UserError, match=rf"tokenizer_config.json: {said}.*; download the model again"):
             read_templates(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({}, "no tokenizer in it"),
+        ({"tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}'}, "no tokenizer in it"),
+        ({"tokenizer.model": "\0junk", "tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'},
+         "pip install sentencepiece"),
+        ({"spiece.model": "\0junk", "tokenizer_config.json": '{"tokenizer_class": "T5Tokenizer"}'},
+         "pip install sentencepiece"),
+        ({"tokenizer.json": "{", "tokenizer_config.json": "{}"}, "its tokenizer cannot be read: "),
+        ({"tokenizer.json": '{"version": "1.0"}', "tokenizer_config.json": "{}"}, "its tokenizer cannot be read: "),
+        ({"tokenizer.py": "", "tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["tokenizer.Own", null]}}'},
+         "set model.trust_remote_code: true"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_cannot_be_read_is_one_line_with_what_mends_it(files, said, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("qlora_tool.model.open.find_spec", lambda name: None)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as raised:
+        open_tokenizer(tmp_path)
+    (line,) = raised.value.lines
+    assert line.startswith(str(tmp_path)) and said in line and "\n" not in line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import shutil
 from pathlib import Path
 
 import peft
@@ -265,6 +266,14 @@ def test_a_folder_that_cannot_be_renamed_leaves_the_earlier_ones(config, tmp_pat
 
 
 # ------------------------------------------------------------------------------------------------- where a run stops
+
+
+def test_a_broken_generation_config_is_told_before_training_and_not_at_the_export(config, inputs, tmp_path):
+    base = shutil.copytree(inputs[0], tmp_path / "base")
+    (base / "generation_config.json").write_text('{"eos_token_id": 2,')
+    with pytest.raises(UserError, match=r"base/generation_config\.json: not JSON"):
+        train(config(model__name_or_path=str(base)))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path, inputs):
