@@ -112,7 +112,7 @@ def _checkpoint_files(folder: Path) -> list[Path]:
     index = folder / INDEX_NAME
     if (folder / SINGLE_NAME).exists():  # before an index, as transformers reads it
         if index.exists():
-            _say_once(f"{folder}: {SINGLE_NAME} is read, as transformers does, and not the shards that {INDEX_NAME} names")
+            _say_once(f"{folder}: {SINGLE_NAME} is read, as transformers does, not the shards that {INDEX_NAME} names")
         return [folder / SINGLE_NAME]
     if index.exists():
         try:

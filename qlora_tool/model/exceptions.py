@@ -53,8 +53,8 @@ def refuse_unknown_names(key: str, patterns: Iterable[str], model: nn.Module) ->
         elif not any(is_named(name, [pattern]) for name in with_weights):
             every = f".*{pattern}"
             cure = f"; write '{every}'" if any(is_named(name, [every]) for name in with_weights) else ""
-            faults.append(f"{key}: {pattern!r} ends the names of blocks, and of no module with weights in them, so that "
-                          f"nothing is left out{cure}")  # fmt: skip
+            faults.append(f"{key}: {pattern!r} ends the names of blocks, and of no module with weights in them: "
+                          f"nothing would be left out{cure}")  # fmt: skip
     if faults:
         raise UserError(faults)
 

@@ -46,9 +46,10 @@ def _why_not_read(folder: Path, error: Exception, trust_remote_code: bool) -> st
         return "its tokenizer brings its own code; read it, then set model.trust_remote_code: true to run it"
     files = [file.name for file in folder.iterdir()]
     if not any(name.startswith(_TOKENIZER_FILES) and name != "tokenizer_config.json" for name in files):
-        return "no tokenizer in it (tokenizer.json, tokenizer.model, vocab.json …); copy the files of the model it is from"
-    if "tokenizer.json" not in files and any(name.endswith(".model") for name in files) and not find_spec("sentencepiece"):
-        return "its tokenizer is a SentencePiece model alone, without tokenizer.json; pip install sentencepiece, which reads it"
+        return "no tokenizer in it (tokenizer.json, tokenizer.model, vocab.json …); copy those it was made with"
+    alone = "tokenizer.json" not in files and any(name.endswith(".model") for name in files)
+    if alone and not find_spec("sentencepiece"):
+        return "its tokenizer is a SentencePiece model without tokenizer.json; pip install sentencepiece to read it"
     return f"its tokenizer cannot be read: {' '.join(str(error).split())}; download the model again"
 
 

@@ -123,8 +123,8 @@ def _loss_of_the_base(run: Run) -> float:
         dtype = run.config.model.compute_dtype
         cure = "set model.compute_dtype: float32, whose range is larger, or " if dtype == "float16" else ""
         raise MachineError(
-            f"{run.config.model.name_or_path}: before the first step the loss is {loss}, so the base model itself gives "
-            f"no numbers on these rows (products in {dtype}); {cure}see whether its weights are whole: download it again"
+            f"{run.config.model.name_or_path}: before the first step the loss is {loss}, so the base model itself "
+            f"gives no numbers (products in {dtype}); {cure}see whether its weights are whole, or download it again"
         )
     return loss
 

@@ -90,14 +90,14 @@ class StepPlan:
         said, warmup = [], warmup_length(training.warmup_steps, total)
         if warmup > total:
             highest = training.learning_rate * total / warmup
-            said.append(f"training.warmup_steps: {warmup}, but this run has {_count(total, 'step')}: the learning rate gets "
-                        f"no higher than {highest:.2e} of {training.learning_rate:.2e}; set training.warmup_steps to less, "
-                        "such as 0.03, a share of all steps")  # fmt: skip
+            said.append(f"training.warmup_steps: {warmup}, but this run has {_count(total, 'step')}: the learning rate "
+                        f"gets no higher than {highest:.2e} of {training.learning_rate:.2e}; set it to less, such as "
+                        "0.03, a share of all steps")  # fmt: skip
         before_the_end = (total - 1) // training.eval_steps if training.eval_steps else None
         if training.load_best_model_at_end and before_the_end == 0:
             said.append(f"training.load_best_model_at_end: true, but this run has {_count(total, 'step')} and "
-                        f"training.eval_steps is {training.eval_steps}: the last adapter is the only one to choose from; "
-                        "lower training.eval_steps")  # fmt: skip
+                        f"training.eval_steps is {training.eval_steps}: the last adapter is the only one to choose "
+                        "from; lower training.eval_steps")  # fmt: skip
         patience = training.early_stopping_patience
         if patience is not None and before_the_end is not None and before_the_end <= patience:
             said.append(f"training.early_stopping_patience: {patience}, but this run has "

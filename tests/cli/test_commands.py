@@ -182,6 +182,7 @@ def test_a_broken_model_folder(here: Path):
     shard = changed("no-shard")
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (shard.parent / "model.safetensors.index.json").write_text(json.dumps(index))
+    shard.unlink()  # which would be read, whatever the index says
     tensors = load_file(changed("no-tensor"))
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, here / "no-tensor" / "model.safetensors", {"format": "pt"})
