@@ -212,25 +212,27 @@ class ConversationRenderer:
             number = f"{ANSWER}{spoken.index(answer.turn) + 1}" if len(answers) > 1 else ""
             end = self._ends.missing(answer, conversation.messages)
             text = answer.prompt + answer.target + end
-            rows.append(
-                RenderedRow(text, [(len(answer.prompt), len(text))], conversation.where + number, int(bool(end)))
-            )
+            skipped = {} if self.every_answer else self._not_trained(conversation, text, answer.turn)
+            rows.append(RenderedRow(
+                text, [(len(answer.prompt), len(text))], conversation.where + number, int(bool(end)),
+                list(skipped.values()),
+            ))  # fmt: skip
         return Rendered(rows, rewritten=len(rows) > 1)
 
     def _whole(self, conversation: Conversation) -> Rendered:
         """The conversation as the template writes it, to train on all of it."""
         text = self._writer(conversation.tools)(conversation.messages)
         row = _RowInParts(text, conversation.where)
-        skipped = {*conversation.context, *conversation.empty_answers}
+        skipped = self._not_trained(conversation, text, len(conversation.messages))
         for turn in sorted({*conversation.answers, *skipped}):
+            if turn in skipped:
+                row.skip(*skipped[turn])
+                continue
             try:
                 answer = self.answer(conversation, turn)
             except RowFault:
                 continue
             if answer.through is not None and text.startswith(answer.through):
-                if turn in skipped:
-                    row.skip(len(answer.prompt), len(answer.through))
-                    continue
                 end = self._ends.missing(answer, conversation.messages)
                 stop = len(answer.through)
                 in_place = text.startswith(end, stop)
@@ -243,6 +245,26 @@ class ConversationRenderer:
             if not is_written(said["content"], text) or not calls_written(said, text):
                 notes["answer: the chat template does not write all of it"] += 1
         return Rendered([row.done()], notes=notes)
+
+    def _not_trained(self, conversation: Conversation, text: str, before: int) -> dict[int, tuple[int, int]]:
+        """Where in a text, of which all else is trained, the answers before a turn stand that are context or empty, by
+        their turns.
+
+        Raises:
+            RowFault: the template writes one otherwise once others follow.
+        """
+        spans = {}
+        for turn in sorted({*conversation.context, *conversation.empty_answers}):
+            if turn >= before:
+                break
+            answer = self.answer(conversation, turn)
+            if answer.through is None or not text.startswith(answer.through):
+                raise RowFault(
+                    f"turn {turn + 1} is not to be trained, but the chat template writes it otherwise once others "
+                    "follow, so that it cannot be told apart; set data.train_on: completion"
+                )
+            spans[turn] = len(answer.prompt), len(answer.through)
+        return spans
 
     def _context_left_out(self, conversation: Conversation, last: int, text: str) -> Iterator[str]:
         """What earlier answers that are context say, and the template does not write: notes."""

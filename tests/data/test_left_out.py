@@ -198,6 +198,22 @@ class TestContextAndEmptyTurns:
         assert byte_level().decode(left) == "five<|im_end|>\n<|im_end|>\nno<|im_end|>\n"
         assert example.input_ids == byte_level()(byte_level().decode(example.input_ids))["input_ids"]
 
+    def test_where_each_answer_is_a_row_they_are_not_either(self, tmp_path):
+        given = rows(user("a"), answer("five", weight=0), user("b"), answer("yes"), user("c"), answer("no"))
+        dataset = made(tmp_path, CHATML, given, train_on="all", multi_turn="one_per_answer")
+        for example in dataset.examples:
+            left = [token for token, label in zip(example.input_ids, example.labels, strict=True) if label == -100]
+            assert byte_level().decode(left) == "five<|im_end|>\n"
+        assert len(dataset.examples) == 2
+
+    @pytest.mark.parametrize("multi_turn", ["auto", "one_per_answer"])
+    def test_what_a_template_writes_anew_cannot_be_told_apart(self, tmp_path, multi_turn):
+        thought = answer("five", weight=0, reasoning_content="2 + 2")
+        given = rows(user("a"), thought, user("b"), answer("yes"))
+        with pytest.raises(UserError, match=r"turn 2 is not to be trained, .* set data\.train_on: completion"):
+            made(tmp_path, REWRITING, given, train_on="all", multi_turn=multi_turn)
+        assert trained(made(tmp_path, REWRITING, given, multi_turn=multi_turn))[0][0].endswith("yes<|im_end|>\n")
+
     def test_context_that_the_template_does_not_write(self, tmp_path):
         given = rows(user("a"), answer("one", tool_calls=[CALLING], weight=0), user("b"), answer("yes"))
         dataset = made(tmp_path, CHATML, given)
