@@ -68,7 +68,8 @@ class _Screen:
         if result.rows:
             self._legend()
         for number, row in enumerate(result.rows, start=1):
-            self._row(f"row {number} of {result.rows_per_epoch:,}", row, result)
+            part = f" from the first {result.packed_first:,} of the data" if result.packed_first else ""
+            self._row(f"row {number} of {result.rows_per_epoch:,}{part}", row, result)
         for name, counts in {"data.train": result.counts, **_named(result.evaluations)}.items():
             self._counts(name, counts)
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_tool.data.labels import IGNORED
 
 if TYPE_CHECKING:
+    import numpy
     import torch
 
     from qlora_tool.data.tokenize import Example
@@ -64,6 +65,19 @@ class EpochPlan(Sequence[list[list[int]]]):
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
 
     __hash__ = None
+
+    def sums(self, values: Sequence[int]) -> numpy.ndarray:
+        """What the examples of each row have of something together, (rows,), in the order of the rows.
+
+        Args:
+            values: of every example.
+        """
+        import numpy
+
+        of_each = numpy.asarray(values, dtype=numpy.int64)[numpy.asarray(self._indices)]
+        if self._begins is not None and len(of_each):
+            of_each = numpy.add.reduceat(of_each, numpy.asarray(self._begins))
+        return of_each if self._order is None else of_each[numpy.asarray(self._order)]
 
     def _row(self, place: int) -> list[int]:
         row = place if self._order is None else self._order[place]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool.data.batches import counted_labels
@@ -144,10 +142,13 @@ class PreviewCounts:
         return {"over": self.over, "answers_per_row": {str(k): v for k, v in self.answers.items()}, **facts}
 
 
-def _answers(examples: Examples) -> Iterable[int]:
+def _answers(examples: Examples) -> list[int]:
     """Answers that are trained, of every row. A row may be several examples."""
-    for _, of_row in groupby(zip(examples.rows, examples.answers, strict=True), key=itemgetter(0)):
-        yield sum(int(answers) for _, answers in of_row)
+    import numpy
+
+    rows = numpy.asarray(examples.rows)
+    begins = numpy.flatnonzero(numpy.diff(rows, prepend=-1))
+    return numpy.add.reduceat(numpy.asarray(examples.answers), begins).tolist() if len(rows) else []
 
 
 def preview_rows(

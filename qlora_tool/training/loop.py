@@ -7,9 +7,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from qlora_tool.adapters.peft_files import save_adapter
@@ -146,19 +148,23 @@ def _refuse_nothing_left(checkpoint: Path, plan: StepPlan) -> None:
 def _largest_batch(plan: StepPlan, data: RunData, padding_free: bool) -> Batch:
     """Of all epochs, the batch whose tensor has the most tokens; each epoch deals the rows anew. Of two that have as
     many, one that needs a mask takes more, and then one with more tokens that are trained."""
-    config, lengths, labels, examples = plan.config, plan.lengths, data.train.trained, data.train.examples
-    epochs, packing = math.ceil(plan.epochs), config.data.packing
-
-    def size(rows: list[list[int]]) -> tuple[int, bool, int]:
-        tokens = [sum(lengths[index] for index in row) for row in rows]
-        trained = sum(labels[index] for row in rows for index in row)
+    config, examples = plan.config, data.train.examples
+    packing, size = config.data.packing, config.training.per_device_train_batch_size
+    found: list[tuple[tuple[int, bool, int], list[list[int]]]] = []
+    for epoch in range(min(math.ceil(plan.epochs), EPOCHS_LOOKED_AT)):
+        batches = epoch_batches(config, plan.lengths, epoch)
+        tokens, trained = batches.sums(plan.lengths), batches.sums(data.train.trained)
+        begins = numpy.arange(0, batches.rows, size)
+        most, least = numpy.maximum.reduceat(tokens, begins), numpy.minimum.reduceat(tokens, begins)
         if padding_free and not packing:
-            return sum(tokens), False, trained
-        return len(tokens) * max(tokens), not packing and len(set(tokens)) > 1, trained
-
-    looked_at = range(min(epochs, EPOCHS_LOOKED_AT))
-    batches = (batch for epoch in looked_at for batch in epoch_batches(config, lengths, epoch))
-    chosen = [[examples[index] for index in row] for row in max(batches, key=size)]
+            total, masked = numpy.add.reduceat(tokens, begins), numpy.zeros(len(begins), dtype=bool)
+        else:
+            total = most * numpy.diff(begins, append=batches.rows)
+            masked = (most > least) & (not packing)
+        largest = numpy.lexsort((-begins, numpy.add.reduceat(trained, begins), masked, total))[-1]
+        measure = int(total[largest]), bool(masked[largest]), int(numpy.add.reduceat(trained, begins)[largest])
+        found.append((measure, batches[int(largest)]))
+    chosen = [[examples[index] for index in row] for row in max(found, key=itemgetter(0))[1]]
     return collate(chosen, pad_token_id=data.pad_token_id, packing=packing, padding_free=padding_free)
 
 

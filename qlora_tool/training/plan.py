@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from qlora_tool.config import Config, with_values
-from qlora_tool.data.batches import plan_epoch
+from qlora_tool.data.batches import EpochPlan, plan_epoch
 from qlora_tool.training.schedule import warmup_length
 
 STEPS_TO_LEARN = 100
@@ -118,7 +118,7 @@ def _why(epochs: int, steps_per_epoch: int) -> str:
     return f"{chosen}, as one pass has {_count(steps_per_epoch, 'step')} and a run needs some {STEPS_TO_LEARN} to learn"
 
 
-def epoch_batches(config: Config, lengths: Sequence[int], epoch: int) -> Sequence[list[list[int]]]:
+def epoch_batches(config: Config, lengths: Sequence[int], epoch: int) -> EpochPlan:
     """The micro-batches of an epoch, each of rows of example indices."""
     return plan_epoch(
         lengths, batch_size=config.training.per_device_train_batch_size, max_length=config.data.max_length,

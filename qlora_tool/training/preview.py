@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool.config import Config, with_values
+from qlora_tool.data.examples import as_examples
 from qlora_tool.data.preview import PreviewCounts, PreviewRow, preview_rows
 from qlora_tool.model.source import read_model_config
 from qlora_tool.model.source import resolve as resolve_model
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FIRST_ROWS = 2000  # of a file; what they show is there in seconds, whatever its size
+PACKED = 100_000  # examples; of more the first rows' alone are packed
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,10 @@ class PreviewResult:
     """Rows as the model will see them.
 
     Attributes:
-        rows: the first that training takes, in its order; those of one epoch at most.
-        rows_per_epoch: how many rows the counted data make; fewer than in training where not all of it was read.
+        rows: the first that training takes, in its order, where all rows of the data were packed; those of one epoch at
+            most.
+        rows_per_epoch: how many rows the examples make that were packed.
+        packed_first: how many rows of the data these are, the first ones; None: all.
         max_length: tokens of a row at most.
         packing: whether a row may hold several examples.
         counts: what became of the training data.
@@ -38,6 +44,7 @@ class PreviewResult:
 
     rows: tuple[PreviewRow, ...]
     rows_per_epoch: int
+    packed_first: int | None
     max_length: int
     packing: bool
     counts: PreviewCounts
@@ -46,7 +53,8 @@ class PreviewResult:
     def as_json(self) -> dict[str, Any]:
         """What `--json` writes."""
         evaluations = {name: counts.as_json() for name, counts in self.evaluations.items()}
-        counts = {**self.counts.as_json(), "rows_per_epoch": self.rows_per_epoch}
+        packed = {"rows_per_epoch": self.rows_per_epoch, "packed_first": self.packed_first}
+        counts = {**self.counts.as_json(), **packed}
         return {"rows": [row.as_json() for row in self.rows], "counts": counts, "eval": evaluations}
 
 
@@ -55,7 +63,8 @@ def preview(config: Config, rows: int = 5, *, every_row: bool = False) -> Previe
 
     Args:
         rows: how many rows to show; no more than an epoch has.
-        every_row: count and pack all rows; else the first 2,000 of each file.
+        every_row: count and pack all rows; else the first 2,000 of each file, and count all of one that is kept
+            tokenized.
 
     Raises:
         UserError: the configuration, the data or the tokenizer is at fault.
@@ -65,10 +74,17 @@ def preview(config: Config, rows: int = 5, *, every_row: bool = False) -> Previe
     if model_config is not None:
         config = with_values(config, {"data.packing": packs_as_known(config, model_config)})
     data = read_run_data(config, folder, model_config, first=None if every_row else FIRST_ROWS)
-    planned = [row for batch in epoch_batches(config, data.train.lengths, 0) for row in batch]
+    lengths, report = data.train.lengths, data.train.report
+    packed_first = report.rows if report.more_rows else None
+    if not every_row and len(lengths) > PACKED:
+        packed_first = FIRST_ROWS
+        lengths = lengths[: bisect_left(as_examples(data.train.examples).rows, FIRST_ROWS)]
+    batches = epoch_batches(config, lengths, 0)
+    shown = islice((row for batch in batches for row in batch), rows)
     return PreviewResult(
-        rows=tuple(preview_rows(data.train, planned[:rows], data.tokenizer)),
-        rows_per_epoch=len(planned),
+        rows=tuple(preview_rows(data.train, list(shown), data.tokenizer)),
+        rows_per_epoch=batches.rows,
+        packed_first=packed_first,
         max_length=config.data.max_length,
         packing=config.data.packing,
         counts=PreviewCounts.of(data.train),

@@ -42,6 +42,15 @@ def test_every_example_comes_once_and_batches_are_full_but_the_last(packing, shu
 
 
 @pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_sums_are_those_of_the_rows_in_their_order(packing, shuffle):
+    given = lengths(203)
+    batches = plan(given, packing=packing, shuffle=shuffle)
+    values = [3 * length + number for number, length in enumerate(given)]
+    assert batches.sums(values).tolist() == [sum(values[n] for n in row) for batch in batches for row in batch]
+
+
+@pytest.mark.parametrize("packing", [False, True])
 def test_without_shuffling_the_files_order_is_kept_in_every_epoch(packing):
     given = lengths(50)
     for epoch in range(2):

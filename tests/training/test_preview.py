@@ -130,6 +130,20 @@ def test_data_that_are_kept_are_counted_whole(place: Path, tmp_path: Path, monke
     assert preview(config).counts.over == "the first 2,000 rows"
 
 
+def test_of_many_examples_the_first_rows_alone_are_packed(place: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("qlora_tool.training.preview.PACKED", 5)
+    monkeypatch.setattr("qlora_tool.training.preview.FIRST_ROWS", 3)
+    monkeypatch.setattr(one_source, "KEPT_FROM", 0)
+    config = config_of(place, {"data.packing": False})
+    whole = preview(config, rows=100, all=True)  # keeps the data
+    assert whole.packed_first is None and whole.rows_per_epoch == len(whole.rows) == whole.counts.report.kept > 5
+    some = preview(config, rows=100)
+    assert (some.packed_first, some.rows_per_epoch, len(some.rows)) == (3, 3, 3)
+    assert some.counts.report.kept == whole.counts.report.kept
+    first = {f"{place / 'rows.jsonl'}, line {number}" for number in (1, 2, 3)}
+    assert {where for row in some.rows for where in row.where} <= first
+
+
 def test_no_weights_are_needed_and_no_configuration(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     expected = preview(config_of(place, {"data.packing": True}))
     bare = shutil.copytree(place / "model", tmp_path / "bare")
