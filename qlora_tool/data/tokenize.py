@@ -142,11 +142,11 @@ def evaluation_sources(data: DataConfig) -> dict[str, str | list[Any]]:
 def build_evaluation_sets(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
-    train: Dataset,
+    train: Dataset | None,
     *,
     first: int | None = None,
     seed: int = 0,
-) -> tuple[Dataset, dict[str, Dataset]]:
+) -> tuple[Dataset | None, dict[str, Dataset]]:
     """The evaluation sets that `data.eval` asks for, by name, and what is left to train on.
 
     A source by itself is named `eval`, as is a fraction split off the training set. Which examples a fraction takes
@@ -154,6 +154,7 @@ def build_evaluation_sets(
     evaluated is trained on as well.
 
     Args:
+        train: the training set; None where nothing is split off it, and nothing held against it.
         first, seed: see `build_dataset`.
 
     Returns:
@@ -167,7 +168,7 @@ def build_evaluation_sets(
             name: build_dataset(source, data, tokenizer, key=f"{prefix}{name}", first=first, seed=seed)
             for name, source in sources.items()
         }
-        for evaluation in built.values():
+        for evaluation in built.values() if train is not None else ():
             _say_what_is_trained_too(evaluation, train)
         return train, built
     rest, evaluation = _split(train, float(data.eval))
