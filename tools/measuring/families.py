@@ -116,7 +116,7 @@ def try_family(name: str, folder: Path, memory: bool = False, **values: Any) -> 
         try:
             _ours(family, folder, memory)
         except ToolError as error:
-            family.refused = error.lines[0]
+            family.refused = error.lines[0].replace(f"{folder}/", "")
             return family
         except Exception as error:  # a fault of ours
             family.refused = f"{type(error).__name__}: {_in_a_line(error)}"
@@ -349,7 +349,7 @@ def table(families: Iterable[Family]) -> str:
         if not family.left_out:
             figure = f"{family.difference:.0e}" if family.losses and family.expected else ""
             drawn = "draws random numbers in training: what was trained is held against PEFT" if family.draws else ""
-            said = family.refused or (drawn if family.equal else "differs")
+            said = f"not trained: {family.refused}" if family.refused else drawn if family.equal else "differs"
             lines.append(f"| {family.name} | {family.rows} | {figure} | {said.replace('|', '/')} |")
     return "\n".join(lines) + "\n"
 
