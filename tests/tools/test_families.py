@@ -51,4 +51,4 @@ def test_verdicts(families: list[Family], passed: bool):
 
 def test_the_table_has_a_row_for_each_that_was_tried():
     families = [Family("a", "packed", EQUAL, EQUAL), Family("b", refused="x | y"), Family("c", left_out="images")]
-    assert table(families).splitlines()[2:] == ["| a | packed | 0e+00 |  |", "| b |  |  | x / y |"]
+    assert table(families).splitlines()[2:] == ["| a | packed | 0e+00 |  |", "| b |  |  | not trained: x / y |"]
