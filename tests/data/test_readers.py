@@ -281,6 +281,52 @@ class TestJson:
         assert faults(write(tmp_path / "rows.json", text)) == ["FILE, line 6: not JSON (Expecting value, column 13)"]
 
 
+# Text of a value, well formed or not: what a library for streams of JSON refuses, changes or lets pass is among it.
+VALUES = (
+    "NaN", "-Infinity", "123456789012345678901234567890", "1e400", "-0.0", "1.5e-3", "[1, [2, {}]]", "null",
+    r'"\ud83d\ude00"', r'"\ud83d"', r'"\u0000"', '"ü…"',
+    "01", "+1", ".5", "1.", "'a'", '"a\tb"', '"a\nb"', r'"\x"', "tru", "[1 2]", "[1,]",
+    '{"b" 1}', '{"b": 1,}', "{1: 2}", '1} {"a": 2', '1}, {"a": 2', "1} x", "1}}", '1, "a": 2', "1,", "", "[", "]",
+)  # fmt: skip
+AROUND = {
+    "list": "[{}]", "data": '{{"data": [{}], "n": 1}}', "lines": '{{"a": 0}}\n{}', "one of two": '{{\n"a": 0}} {}',
+}  # fmt: skip
+
+
+class TestWhatIsJson:
+    """The same in every shape as the standard library says of the whole text: a value equal to its, or a refusal."""
+
+    @pytest.mark.parametrize("around", AROUND)
+    @pytest.mark.parametrize("value", VALUES)
+    @pytest.mark.parametrize("block", [1 << 20, 3])
+    def test_is_what_the_standard_library_says(self, tmp_path, around, value, block, monkeypatch):
+        monkeypatch.setattr("qlora_tool.data.readers.streams.BLOCK", block)
+        row = f'{{"a": {value}}}'
+        text = AROUND[around].format(row)
+        path = write(tmp_path / ("rows.jsonl" if around == "lines" else "rows.json"), text)
+        read = {"lines": _a_value_a_line, "one of two": _values_one_after_the_other}.get(around, json.loads)
+        try:
+            expected = read(text)
+        except json.JSONDecodeError:
+            assert "not JSON" in faults(path)[0]
+            return
+        expected = expected["data"] if around == "data" else expected
+        assert repr(fields(path)) == repr(expected)  # NaN is not equal to itself
+
+
+def _a_value_a_line(text: str) -> list:
+    return [json.loads(line) for line in text.split("\n")]
+
+
+def _values_one_after_the_other(text: str) -> list:
+    values, place = [], 0
+    while place < len(text):
+        value, place = json.JSONDecoder().raw_decode(text, place)
+        values.append(value)
+        place += len(text[place:]) - len(text[place:].lstrip())
+    return values
+
+
 def test_arrow_as_datasets_saves_it(tmp_path):
     import datasets
 
