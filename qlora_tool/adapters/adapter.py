@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_tool.methods.method import Method, Settings, Siblings
+from qlora_tool.methods.method import Method, PeftForm, Settings, Siblings
 from qlora_tool.weights.modules import FrozenLinear
 
 
@@ -32,7 +32,10 @@ class Adapter(nn.Module):
         super().__init__()
         self.method, self.settings = method, settings
         for name, tensor in tensors.items():
-            self.register_parameter(name, nn.Parameter(tensor))
+            if name in method.frozen:
+                self.register_buffer(name, tensor, persistent=False)
+            else:
+                self.register_parameter(name, nn.Parameter(tensor))
         self.dropout = nn.Dropout(settings.dropout) if settings.dropout else None
         self.shared: Siblings | None = None
 
@@ -51,8 +54,8 @@ class Adapter(nn.Module):
 
     @property
     def tensors(self) -> dict[str, Any]:
-        """The trained tensors by the method's names."""
-        return self._parameters
+        """The tensors by the method's names, trained and frozen."""
+        return self._parameters | self._buffers if self._buffers else self._parameters
 
     @property
     def drops(self) -> bool:
@@ -88,9 +91,14 @@ class Adapter(nn.Module):
         """What merging adds to the module's bias, fp32, (out,); None where nothing."""
         return self.method.bias_delta(self.tensors, self.settings)
 
-    def peft_tensors(self) -> dict[str, nn.Parameter]:
-        """The trained tensors by the suffix that PEFT's files give them."""
-        return {self.method.peft_names[name]: tensor for name, tensor in self.tensors.items()}
+    def trained(self) -> dict[str, Any]:
+        """The trained tensors by the suffix that PEFT's files give them; where PEFT has no such, by the method's own
+        names."""
+        return {self.method.peft_names.get(name, name): tensor for name, tensor in self._parameters.items()}
+
+    def peft_form(self) -> PeftForm:
+        """What is saved of it."""
+        return self.method.peft_form(self.tensors, self.settings)
 
 
 def placed(

@@ -76,11 +76,21 @@ class AdapterSet:
         return {rate: parameters for rate, parameters in found.items() if parameters}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every trained tensor by the name it has in PEFT's file, without the prefix, in the file's orientation."""
+        """Every trained tensor by its name in a checkpoint: that of PEFT's file without the prefix, in the file's
+        orientation, where PEFT has it."""
+        return self._named({name: layer.trained() for name, layer in self.layers.items()})
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """What is saved in PEFT's file, by its names without the prefix, in its orientation."""
+        forms = {name: layer.peft_form() for name, layer in self.layers.items()}
+        return self._named({
+            name: {form.method.peft_names[key]: tensor for key, tensor in form.tensors.items()}
+            for name, form in forms.items()
+        })  # fmt: skip
+
+    def _named(self, adapted: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {
-            f"{name}.{suffix}": tensor
-            for name, layer in self.layers.items()
-            for suffix, tensor in layer.peft_tensors().items()
+            f"{name}.{suffix}": tensor for name, tensors in adapted.items() for suffix, tensor in tensors.items()
         }
         found |= {name: tensor.T if name in self.transposed else tensor for name, tensor in self.saved.items()}
         for name, bias in self.biases.items():

@@ -48,7 +48,7 @@ def save_adapter(
         base: the base's hub id or folder.
         revision: of the hub id.
     """
-    tensors = {f"{PREFIX}{name}": tensor for name, tensor in adapters.tensors().items()}
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in adapters.peft_tensors().items()}
     write_all(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
     write_json(folder / CONFIG_NAME, _peft_config(adapters, config, model, base, revision), sort_keys=True)
 
@@ -56,13 +56,15 @@ def save_adapter(
 def _peft_config(
     adapters: AdapterSet, config: AdapterConfig, model: nn.Module, base: str, revision: str | None
 ) -> dict[str, Any]:
-    method = METHODS[config.method]
-    settings = {name: layer.settings for name, layer in adapters.layers.items()}
-    usual = Settings(config.r, config.lora_alpha, config.lora_dropout, own_keys(config))
+    method, usual = METHODS[config.method].peft_settings(
+        Settings(config.r, config.lora_alpha, config.lora_dropout, own_keys(config))
+    )
+    forms = {name: layer.peft_form() for name, layer in adapters.layers.items()}
+    settings = {name: form.settings for name, form in forms.items()}
     saved = SavedWith(
         config.bias,
         any(model.get_submodule(name).transposed for name in adapters.layers),
-        frozenset(name for layer in adapters.layers.values() for name in layer.tensors),
+        frozenset(name for form in forms.values() for name in form.tensors),
     )
     return {
         "peft_type": method.peft_type,
@@ -70,12 +72,12 @@ def _peft_config(
         "base_model_name_or_path": base,
         "revision": revision,
         "inference_mode": True,
-        "r": config.r,
+        "r": usual.r,
         "target_modules": _target_names(adapters, model),
         "modules_to_save": sorted({name.rpartition(".")[0] for name in adapters.saved}) or None,
         # Whole names: no two of them match the same layer, whatever order a reader takes them in.
-        "rank_pattern": {name: s.r for name, s in settings.items() if s.r != config.r},
-        "alpha_pattern": {name: s.alpha for name, s in settings.items() if s.alpha != config.lora_alpha},
+        "rank_pattern": {name: s.r for name, s in settings.items() if s.r != usual.r},
+        "alpha_pattern": {name: s.alpha for name, s in settings.items() if s.alpha != usual.alpha},
     } | method.to_peft(usual, saved)
 
 

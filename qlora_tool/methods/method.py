@@ -55,6 +55,15 @@ class SavedWith:
     tensors: frozenset[str]
 
 
+@dataclass(frozen=True)
+class PeftForm:
+    """What one adapter is saved as: a method that PEFT has, and its tensors by that method's names."""
+
+    method: Method
+    tensors: Mapping[str, Tensor]
+    settings: Settings
+
+
 class Siblings(Protocol):
     """The modules that one input goes to: `adapters.fusion.SharedInput`."""
 
@@ -100,6 +109,7 @@ class Method(ABC):
         additive: whether it adds to the output of its module, so that several can be active together.
         peft_takes_conv1d: whether PEFT can load it onto transformers' Conv1D.
         fp32: those of its tensors that are fp32 whatever the others are.
+        frozen: those of its tensors that are not trained: they are made again from the seed, and saved nowhere.
 
     Raises:
         TypeError: a subclass is defined that lacks a part; the part is named.
@@ -114,6 +124,7 @@ class Method(ABC):
     additive: ClassVar[bool] = True
     peft_takes_conv1d: ClassVar[bool] = True
     fp32: ClassVar[frozenset[str]] = frozenset()
+    frozen: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -186,6 +197,14 @@ class Method(ABC):
         return None
 
     # PEFT's files
+
+    def peft_form(self, tensors: Mapping[str, Tensor], settings: Settings) -> PeftForm:
+        """The adapter as PEFT has it: by default this one, its trained tensors and settings as they are."""
+        return PeftForm(self, {name: tensor for name, tensor in tensors.items() if name not in self.frozen}, settings)
+
+    def peft_settings(self, settings: Settings) -> tuple[Method, Settings]:
+        """The method and the settings of `peft_form`, for a module that no pattern names."""
+        return self, settings
 
     @abstractmethod
     def to_peft(self, settings: Settings, saved: SavedWith) -> dict[str, Any]:

@@ -98,14 +98,14 @@ def test_a_layer_computes_as_pefts_does(dropout):
     assert relative_error(start.magnitude.detach(), magnitude.detach()) < FP32
     tensors = [theirs.lora_A.default.weight, theirs.lora_B.default.weight, magnitude]
     with torch.no_grad():
-        for tensor, own in zip(tensors, ours.peft_tensors().values(), strict=True):
+        for tensor, own in zip(tensors, ours.trained().values(), strict=True):
             tensor.copy_(own)
     x, grad = noise(3, 5, IN, seed=6).requires_grad_(), noise(3, 5, OUT, seed=7)
     for training in (True, False):
         ours.train(training)
         model.train(training)
         torch.manual_seed(11)  # for dropout
-        found = output_and_gradients(lambda x: ours(x, linear), x, list(ours.peft_tensors().values()), grad)
+        found = output_and_gradients(lambda x: ours(x, linear), x, list(ours.trained().values()), grad)
         torch.manual_seed(11)
         expected = output_and_gradients(theirs, x, tensors, grad)
         for value, other in zip(found, expected, strict=True):
