@@ -41,16 +41,18 @@ class Adapter(nn.Module):
 
     @classmethod
     def start(
-        cls, method: Method, linear: FrozenLinear, settings: Settings, dtype: torch.dtype, generator: torch.Generator
+        cls, method: Method, linear: FrozenLinear, settings: Settings, dtype: torch.dtype, generator: torch.Generator,
+        shared: Mapping[str, Tensor] | None = None,
     ) -> Adapter:
         """A fresh adapter on `linear`, on its device.
 
         Args:
             dtype: of its tensors.
             generator: what the start is drawn from, a CPU one; see `generator_for`.
+            shared: what it has in common with the model's other adapters, in its place.
         """
         tensors = method.start(linear.out_features, linear.in_features, settings, linear.weight, generator)
-        return cls(method, placed(method, tensors, linear.weight.device, dtype), settings)
+        return cls(method, placed(method, tensors, linear.weight.device, dtype) | dict(shared or {}), settings)
 
     @property
     def tensors(self) -> dict[str, Any]:

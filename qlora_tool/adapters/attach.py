@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from qlora_tool.adapters.adapter import Adapter, generator_for
+from qlora_tool.adapters.adapter import Adapter, generator_for, placed
 from qlora_tool.adapters.fusion import fuse
-from qlora_tool.adapters.targets import find_targets, settings_for
+from qlora_tool.adapters.targets import find_targets, own_keys, settings_for
 from qlora_tool.adapters.trained_base import train_biases, train_modules, transposed_names
 from qlora_tool.errors import UserError
 from qlora_tool.methods import METHODS
+from qlora_tool.methods.method import Settings
 from qlora_tool.weights.modules import FrozenLinear
 
 if TYPE_CHECKING:
@@ -88,6 +89,11 @@ class AdapterSet:
             for name, form in forms.items()
         })  # fmt: skip
 
+    def peft_shared(self) -> dict[str, Tensor]:
+        """What the adapters have in common and PEFT's file holds, by its full names there."""
+        return {full: layer.tensors[name] for layer in list(self.layers.values())[:1]
+                for name, full in layer.method.saved_shared(layer.settings).items()}  # fmt: skip
+
     def _named(self, adapted: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {
             f"{name}.{suffix}": tensor for name, tensors in adapted.items() for suffix, tensor in tensors.items()
@@ -133,9 +139,15 @@ def attach(model: nn.Module, config: AdapterConfig, compute_dtype: torch.dtype, 
         UserError: names that match nothing.
     """
     method = METHODS[config.method]
+    linears = find_targets(model, config)
+    usual = Settings(config.r, config.lora_alpha, config.lora_dropout, own_keys(config))
+    made = method.shared({(linear.out_features, linear.in_features) for linear in linears.values()}, usual)
+    shared = placed(method, made, next(iter(linears.values())).weight.device, compute_dtype)
     layers = {
-        name: Adapter.start(method, linear, settings_for(name, config), compute_dtype, generator_for(seed, name))
-        for name, linear in find_targets(model, config).items()
+        name: Adapter.start(
+            method, linear, settings_for(name, config), compute_dtype, generator_for(seed, name), shared
+        )
+        for name, linear in linears.items()
     }
     put_on(model, layers)
     saved = train_modules(model, config.modules_to_save, compute_dtype)

@@ -26,10 +26,13 @@ def initial_settings(stored: StoredAdapter, config: AdapterConfig) -> dict[str, 
         UserError: keys that somebody set and that contradict the adapter.
     """
     peft, usual = stored.peft, stored.usual
+    bias = str(peft.get("bias") or "none")
     decided: dict[str, Any] = {
-        "method": stored.method.name, "r": usual.r, "lora_alpha": usual.alpha, "bias": peft.get("bias") or "none",
+        "method": stored.method.name, "r": usual.r, "lora_alpha": usual.alpha,
+        "bias": "lora_only" if bias.endswith("_only") else bias,  # PEFT's vera_only
         **{key: getattr(usual.keys, key) for key in usual.keys.model_fields_set},
     }  # fmt: skip
+    decided = {key: value for key, value in decided.items() if key not in usual.keys.not_read}
     faults = [
         f"adapter.{key}: {getattr(config, key)}, but {stored.folder}, which adapter.init_from names, has {value}; "
         f"leave adapter.{key} out"

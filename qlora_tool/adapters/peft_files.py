@@ -48,7 +48,7 @@ def save_adapter(
         base: the base's hub id or folder.
         revision: of the hub id.
     """
-    tensors = {f"{PREFIX}{name}": tensor for name, tensor in adapters.peft_tensors().items()}
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in adapters.peft_tensors().items()} | adapters.peft_shared()
     write_all(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
     write_json(folder / CONFIG_NAME, _peft_config(adapters, config, model, base, revision), sort_keys=True)
 
@@ -66,6 +66,11 @@ def _peft_config(
         any(model.get_submodule(name).transposed for name in adapters.layers),
         frozenset(name for form in forms.values() for name in form.tensors),
     )
+    # Whole names: no two of them match the same layer, whatever order a reader takes them in.
+    patterns = {
+        "rank_pattern": {name: s.r for name, s in settings.items() if s.r != usual.r},
+        "alpha_pattern": {name: s.alpha for name, s in settings.items() if s.alpha != usual.alpha},
+    }
     return {
         "peft_type": method.peft_type,
         "task_type": "CAUSAL_LM",
@@ -75,9 +80,7 @@ def _peft_config(
         "r": usual.r,
         "target_modules": _target_names(adapters, model),
         "modules_to_save": sorted({name.rpartition(".")[0] for name in adapters.saved}) or None,
-        # Whole names: no two of them match the same layer, whatever order a reader takes them in.
-        "rank_pattern": {name: s.r for name, s in settings.items() if s.r != usual.r},
-        "alpha_pattern": {name: s.alpha for name, s in settings.items() if s.alpha != usual.alpha},
+        **{key: pattern for key, pattern in patterns.items() if key not in method.keys.not_read},
     } | method.to_peft(usual, saved)
 
 
@@ -136,23 +139,49 @@ class StoredAdapter:
         return None
 
     def layers(
-        self, dtype: torch.dtype, device: torch.device | str = "cpu", dropout: float | None = None
+        self, dtype: torch.dtype, device: torch.device | str = "cpu", dropout: float | None = None,
+        shapes: Mapping[str, tuple[int, int]] | None = None,
     ) -> dict[str, Adapter]:
         """The adapters by the name of their linear module.
 
         Args:
             dropout: while training; None: as it was trained before.
+            shapes: (out, in) of the model's linear modules by name: what all adapters share is made, or checked, by
+                them; without, only what is stored of it is there.
+
+        Raises:
+            UserError: what they have in common was made for another model.
         """
+        shared = placed(self.method, self._shared(shapes or {}), device, dtype)
         return {
-            name: Adapter(self.method, placed(self.method, tensors, device, dtype), self.settings(name, dropout))
+            name: Adapter(
+                self.method, placed(self.method, tensors, device, dtype) | shared, self.settings(name, dropout)
+            )
             for name, tensors in self.by_module.items()
         }
+
+    def _shared(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+        """What the adapters have in common: as stored, or made again in the dtype that it was trained in."""
+        adapted = {shapes[name] for name in self.by_module if name in shapes}
+        stored = {name: self.tensors[full] for name, full in self.method.saved_shared(self.usual).items()}
+        if not adapted:
+            return stored
+        expected = self.method.shared_shapes(adapted, self.usual)
+        for name, tensor in stored.items():
+            if tuple(tensor.shape) != expected[name]:
+                raise UserError(
+                    f"{self.folder}: {name}, which all modules share, has shape {tuple(tensor.shape)}, but the adapted "
+                    f"modules of this model need {expected[name]}; it was trained on {self.base}: name that as its base"
+                )
+        return stored or {name: tensor.to(self.dtype) for name, tensor in
+                          self.method.shared(adapted, self.usual).items()}  # fmt: skip
 
     def settings(self, name: str, dropout: float | None = None) -> Settings:
         """The settings of the adapter on the module `name`."""
         return replace(
             self.usual,
-            r=self.method.sizes(self.by_module[name])[2],
+            r=self.method.sizes(self.by_module[name])[2]
+            or from_pattern(name, self.peft.get("rank_pattern") or {}, self.usual.r),
             alpha=from_pattern(name, self.peft.get("alpha_pattern") or {}, self.usual.alpha),
             dropout=self.usual.dropout if dropout is None else dropout,
         )
@@ -160,9 +189,10 @@ class StoredAdapter:
     def replaced_tensors(self) -> dict[str, Tensor]:
         """What it replaces, by parameter name: `modules_to_save`, biases, and an adapted output layer's weight, which
         PEFT writes along. As the model keeps them: a Conv1D's (in, out)."""
+        shared = set(self.method.saved_shared(self.usual).values())
         return {
             name.replace(".base_layer.", "."): tensor for name, tensor in self.tensors.items()
-            if self.owner(name) is None
+            if self.owner(name) is None and name not in shared
         }  # fmt: skip
 
 
@@ -229,10 +259,10 @@ def _refuse_incomplete(file: Path, stored: StoredAdapter) -> None:
     faults = [
         f"{file}: tensor {name} cannot be read here" for name in stored.replaced_tensors() if f".{family}_" in name
     ]
+    faults += _shared_faults(file, stored)
     for name, tensors in adapted.items():
-        missing = [method.peft_names[key] for key in method.peft_names if key not in {*tensors, *method.optional}]
-        faults += [f"{file}: tensor {name}.{suffix} is missing" for suffix in missing]
-        if not faults and not _fit_together(method, tensors):
+        faults += [f"{file}: tensor {name}.{method.peft_names[key]} is missing" for key in method.missing(tensors)]
+        if not faults and not _fit_together(stored, name):
             shapes = ", ".join(f"{method.peft_names[key]} {tuple(tensor.shape)}" for key, tensor in tensors.items())
             faults.append(f"{file}: the tensors of {name} do not fit together: {shapes}")
     if faults:
@@ -240,11 +270,21 @@ def _refuse_incomplete(file: Path, stored: StoredAdapter) -> None:
         raise UserError([*faults[:5], *more])
 
 
-def _fit_together(method: Method, tensors: Mapping[str, Tensor]) -> bool:
-    if any(tensor.dim() == 0 for tensor in tensors.values()):
-        return False
-    expected = method.shapes(*method.sizes(tensors))
-    return all(tuple(tensor.shape) == expected[name] for name, tensor in tensors.items())
+def _shared_faults(file: Path, stored: StoredAdapter) -> list[str]:
+    """What the file has of the tensors that all adapters share, against what its configuration says that it has."""
+    method, faults = stored.method, []
+    says = bool(method.saved_shared(stored.usual))
+    for full in method.shared_names.values():
+        if (full in stored.tensors) is not says:
+            found = "is missing" if says else "is there, which PEFT would not read"
+            cure = f"{method.shared_saved_by} of {CONFIG_NAME} is {says}: save the adapter again, or change that"
+            faults.append(f"{file}: tensor {full} {found}, as {cure}")
+    return faults[:1]
+
+
+def _fit_together(stored: StoredAdapter, name: str) -> bool:
+    tensors = stored.by_module[name]
+    return all(tensor.dim() for tensor in tensors.values()) and stored.method.fits(tensors, stored.settings(name))
 
 
 def attach_stored(
@@ -260,9 +300,9 @@ def attach_stored(
         UserError: it does not fit this model.
     """
     dtype = dtype or stored.dtype
-    layers = stored.layers(dtype, next(model.parameters()).device, dropout)
     shapes = {name: (module.out_features, module.in_features) for name, module in model.named_modules()
               if isinstance(module, FrozenLinear)}  # fmt: skip
+    layers = stored.layers(dtype, next(model.parameters()).device, dropout, shapes)
     refuse_misfit(stored, layers, shapes)
     put_on(model, layers)
     replaced = stored.replaced_tensors()
@@ -322,10 +362,10 @@ def refuse_misfit(stored: StoredAdapter, layers: Mapping[str, Adapter], shapes: 
     """
     faults = []
     for name in layers:
-        found = stored.method.sizes(stored.by_module[name])[:2]
+        told = stored.method.sizes(stored.by_module[name])[:2]
         if name not in shapes:
             faults.append(f"{stored.folder}: adapts {name}, which is not a linear module of this model")
-        elif found != shapes[name]:
+        elif (found := (told[0] or shapes[name][0], told[1] or shapes[name][1])) != shapes[name]:
             faults.append(f"{stored.folder}: adapts {name} as {found}, but it is {shapes[name]} in this model")
     _refuse(faults, stored)
 

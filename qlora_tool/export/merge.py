@@ -78,7 +78,9 @@ class MergedModel:
         self._outside = outside_text(self.skeleton)
         self._embeddings = find_embedding_slots(self.skeleton, self.quantization)
         self.source = ParameterSource(self.skeleton, self.checkpoint, "cpu")
-        self.layers = self.adapter.layers(torch.float32) if self.adapter else {}
+        self.layers = {} if self.adapter is None else self.adapter.layers(
+            torch.float32, shapes=_linear_shapes(self.skeleton)
+        )
         self.replaced = self.adapter.replaced_tensors() if self.adapter else {}
         if self.adapter:
             self._refuse_misfit()

@@ -224,12 +224,16 @@ def _licence(folder: Path) -> str | None:
 
 def _facts(artifact: Artifact, result: dict[str, Any]) -> list[tuple[str, Any]]:
     usual = artifact.adapter.usual
+    method, provenance = artifact.adapter.method, artifact.adapter.provenance or {}
+    alpha = "" if "lora_alpha" in method.keys.not_read else f", alpha {usual.alpha}"
     dropout = f", dropout {usual.dropout}" if usual.dropout else ""
+    trained_as = provenance.get("method") or method.name  # of a method that PEFT has not, the LoRA that equals it
+    equals = "" if trained_as == method.name else f", which equals what was trained as {trained_as}"
     targets = artifact.adapter.peft.get("target_modules")
     facts = [
         ("base", artifact.model.name_or_path + (f" at {artifact.model.revision}" if artifact.model.revision else "")),
         ("not quantized", _skipped(artifact)),
-        ("adapter", f"{artifact.adapter.method.name}, r {usual.r}, alpha {usual.alpha}{dropout}"),
+        ("adapter", f"{method.name}, r {usual.r}{alpha}{dropout}{equals}"),
         ("adapted modules", ", ".join(targets) if isinstance(targets, list) else targets),
     ]
     if not _format(result).startswith("adapter"):

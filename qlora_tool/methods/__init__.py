@@ -11,6 +11,9 @@ _FILES = (
     "lora",
     "dora",
     "loha",
+    "lokr",
+    "vera",
+    "additive",
 )
 
 METHODS: dict[str, Method] = {

@@ -6,10 +6,12 @@ A method's file imports no torch while it is imported itself, as the configurati
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+from pydantic import ValidationError
 
 from qlora_tool.errors import UserError
 from qlora_tool.methods.keys import MethodKeys
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from qlora_tool.ops.lora import LoraWeights
     from qlora_tool.weights.handles import WeightHandle
     from qlora_tool.weights.modules import FrozenLinear
+
+_K = TypeVar("_K", bound=MethodKeys)
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,9 @@ class Method(ABC):
         peft_takes_conv1d: whether PEFT can load it onto transformers' Conv1D.
         fp32: those of its tensors that are fp32 whatever the others are.
         frozen: those of its tensors that are not trained: they are made again from the seed, and saved nowhere.
+        shared_names: those of them that all adapters of a model have in common, and their full names in PEFT's file,
+            which may hold them.
+        shared_saved_by: PEFT's key, and the method's, that says whether it holds them.
 
     Raises:
         TypeError: a subclass is defined that lacks a part; the part is named.
@@ -125,6 +132,8 @@ class Method(ABC):
     peft_takes_conv1d: ClassVar[bool] = True
     fp32: ClassVar[frozenset[str]] = frozenset()
     frozen: ClassVar[frozenset[str]] = frozenset()
+    shared_names: ClassVar[Mapping[str, str]] = {}
+    shared_saved_by: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -152,6 +161,19 @@ class Method(ABC):
         self, out_features: int, in_features: int, settings: Settings, weight: WeightHandle, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """The tensors that training begins with, fp32, drawn from `generator` (a CPU one)."""
+
+    def shared_shapes(self, shapes: Collection[tuple[int, int]], settings: Settings) -> dict[str, tuple[int, ...]]:
+        """The shapes of what all adapters of a model have in common: those of its frozen tensors that are not a
+        module's own.
+
+        Args:
+            shapes: (out, in) of the adapted weights, at least one.
+        """
+        return {}
+
+    def shared(self, shapes: Collection[tuple[int, int]], settings: Settings) -> dict[str, Tensor]:
+        """The tensors of `shared_shapes`, fp32: made once for the whole model, the same ones every time."""
+        return {}
 
     # What it computes
 
@@ -198,6 +220,10 @@ class Method(ABC):
 
     # PEFT's files
 
+    def saved_shared(self, settings: Settings) -> Mapping[str, str]:
+        """Those of `shared_names` that are saved with an adapter of these settings."""
+        return self.shared_names if getattr(settings.keys, self.shared_saved_by, True) else {}
+
     def peft_form(self, tensors: Mapping[str, Tensor], settings: Settings) -> PeftForm:
         """The adapter as PEFT has it: by default this one, its trained tensors and settings as they are."""
         return PeftForm(self, {name: tensor for name, tensor in tensors.items() if name not in self.frozen}, settings)
@@ -221,7 +247,34 @@ class Method(ABC):
 
     @abstractmethod
     def sizes(self, tensors: Mapping[str, Tensor]) -> tuple[int, int, int]:
-        """(out, in, r) of the tensors of one adapter, as far as they tell."""
+        """(out, in, r) of the tensors of one adapter; 0 for what they do not tell."""
+
+    def missing(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """The tensors that an adapter with some in PEFT's file lacks there."""
+        return [name for name in self.peft_names if name not in tensors and name not in self.optional]
+
+    def fits(self, tensors: Mapping[str, Tensor], settings: Settings) -> bool:
+        """Whether the tensors of one adapter in PEFT's file, none of them missing, fit together."""
+        out_features, in_features, r = self.sizes(tensors)
+        expected = self.shapes(out_features, in_features, r)
+        return all(tuple(tensor.shape) == expected[name] for name, tensor in tensors.items())
+
+
+def keys_of_file(file: Path, kind: type[_K], values: Mapping[str, Any]) -> _K:
+    """A method's keys as a PEFT configuration gives them.
+
+    Raises:
+        UserError: a value that is none of the key.
+    """
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or kind.__name__
+        raise UserError(
+            f"{file}: {name} {first['input']!r} cannot be read here ({first['msg']}); save the adapter again, or merge "
+            "it with PEFT instead"
+        ) from error
 
 
 def refuse_keys(file: Path, config: Mapping[str, Any], keys: Mapping[str, Any]) -> None:

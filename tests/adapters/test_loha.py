@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
-
 import peft
 import pytest
 import torch
+from one_layer import Live
 from tiny_models import read_by_transformers, read_tiny, write_tiny
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -135,30 +134,6 @@ def test_nothing_of_the_weights_size_is_made_but_the_weight(monkeypatch):
     with Largest() as largest:
         layer(noise(3, IN, seed=6).requires_grad_(), linear).sum().backward()
     assert OUT * IN // 8 < largest.count <= OUT * IN // 4
-
-
-class Live(TorchDispatchMode):
-    """The most bytes that are there at once of what operators make under it."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and (key := leaf.untyped_storage()._cdata) not in given | self.known:
-                self.known.add(key)
-                self.bytes += leaf.untyped_storage().nbytes()
-                weakref.finalize(leaf.untyped_storage(), self.gone, key, leaf.untyped_storage().nbytes())
-        self.peak = max(self.peak, self.bytes)
-        return result
-
-    def gone(self, key: int, count: int) -> None:
-        self.known.discard(key)
-        self.bytes -= count
 
 
 def test_backward_never_holds_as_much_as_the_weight(monkeypatch):

@@ -1,4 +1,5 @@
-"""LoHa from the command line, end to end: what a user of another method has, a user of this one has."""
+"""Methods beside LoRA and DoRA from the command line, end to end: what a user of another method has, a user of each of
+these has."""
 
 from __future__ import annotations
 
@@ -21,8 +22,16 @@ from qlora_tool.ops.products import PYTORCH, use_products
 FP32 = ("--device", "cpu", "--compute-dtype", "float32")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+ADAPTERS = {
+    "loha": {"r": 4, "lora_alpha": 8},
+    "lokr": {"r": 4, "lora_alpha": 8, "init_weights": "lycoris"},
+    "vera": {"r": 48, "save_projection": False},
+    "additive": {"r": 4},
+}
+
+
+@pytest.fixture(scope="module", params=ADAPTERS)
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A working folder with a model, rows, a run's configuration and the run itself."""
     folder = tmp_path_factory.mktemp("place")
     write_model(folder / "base")
@@ -30,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_rows(folder / "others.jsonl", 8, first=50)
     config = {
         "model": {"name_or_path": "base", "compute_dtype": "float32", "device": "cpu"},
-        "adapter": {"method": "loha", "r": 4, "lora_alpha": 8},
+        "adapter": {"method": request.param, **ADAPTERS[request.param]},
         "data": {"train": "rows.jsonl", "eval": "others.jsonl", "max_length": 128, "packing": False},
         "training": {"output_dir": "run", "max_steps": 12, "learning_rate": 2e-2, "save_steps": 6, "warmup_steps": 0},
     }

@@ -38,7 +38,9 @@ model: {name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct, revision: null, quant
 adapter: {method: lora, r: 16, lora_alpha: 32, lora_dropout: 0.0, target_modules: all-linear, exclude_modules: [],
   modules_to_save: [], bias: none, rank_pattern: {}, alpha_pattern: {}, init_from: null,
   use_rslora: false, init_lora_weights: default,
-  loraplus_lr_ratio: null}
+  loraplus_lr_ratio: null,
+  decompose_both: false, decompose_factor: -1, init_weights: default,
+  projection_prng_key: 0, save_projection: true, d_initial: 0.1}
 data: {train: data/train.jsonl, eval: null, format: auto, columns: {}, on_error: stop, train_on: completion,
   max_length: 2048, packing: true,
   padding_free: true, shuffle: true, chat_template: null, chat_template_kwargs: {},

@@ -20,7 +20,9 @@ from tokenizers_for_tests import CHATML
 
 from qlora_tool.config import SECTIONS
 from qlora_tool.config.schema import choices_of, options_of, schemas_of
+from qlora_tool.methods import method_keys
 
+METHODS_KEYS = method_keys()
 KEYS = [f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys.model_fields]
 
 FORMATS = ("messages", "sharegpt", "alpaca", "dolly", "prompt_completion", "text")
@@ -52,6 +54,7 @@ TEXTS: dict[str, list[Any]] = {
 TYPICAL: dict[str, list[float]] = {
     "adapter.r": [64],  # large enough for moments in 8 bits
     "adapter.lora_alpha": [32], "adapter.lora_dropout": [0.1], "adapter.loraplus_lr_ratio": [16],
+    "adapter.decompose_factor": [4], "adapter.projection_prng_key": [7], "adapter.d_initial": [0.1],
     "data.max_length": [96], "training.num_train_epochs": [1], "training.max_steps": [2],
     "training.per_device_train_batch_size": [3], "training.gradient_accumulation_steps": [2],
     "training.learning_rate": [2e-4], "training.warmup_steps": [0.03, 1], "training.weight_decay": [0.1],
@@ -90,6 +93,10 @@ VALUES = {key: values_of(key) for key in KEYS}
 
 def with_company(key: str, value: Any) -> dict[str, Any]:
     """A value, with those of other keys that it cannot go without."""
+    section, _, name = key.partition(".")
+    readers = [method for method, keys in METHODS_KEYS.items() if name in keys.model_fields]
+    if section == "adapter" and readers and "lora" not in readers:
+        return {key: value, "adapter.method": readers[0]}
     if key == "data.train":
         return {key: value} | ({"data.train_on": "all"} if str(value).startswith("text") else {})
     if key == "data.columns" and value:
