@@ -1,6 +1,6 @@
 """Fine-tune language models on a quantized base with LoRA, and export the result exactly.
 
-    from qlora_tool import evaluate, export_merged, generate, preview, profile_memory, train
+    from qlora_tool import evaluate, export_merged, generate, inspect, preview, profile_memory, train
 
 What the command line does, as functions; see `qlora_tool.api`. Importing this package imports nothing heavy.
 """
@@ -14,11 +14,12 @@ from qlora_tool._version import __version__
 from qlora_tool.errors import MachineError, UserError
 
 if TYPE_CHECKING:
-    from qlora_tool.api import evaluate, export_merged, generate, preview, profile_memory, train
+    from qlora_tool.api import evaluate, export_merged, generate, inspect, preview, profile_memory, train
     from qlora_tool.config import Config
     from qlora_tool.export.write import ExportResult
     from qlora_tool.inference.generate import GenerateResult
     from qlora_tool.inference.score import EvaluateResult
+    from qlora_tool.inspection.inspect import InspectResult
     from qlora_tool.memory.profile_run import MemoryProfile
     from qlora_tool.training.interrupt import Interrupted
     from qlora_tool.training.preview import PreviewResult
@@ -29,6 +30,7 @@ __all__ = [
     "EvaluateResult",
     "ExportResult",
     "GenerateResult",
+    "InspectResult",
     "Interrupted",
     "MachineError",
     "MemoryProfile",
@@ -39,6 +41,7 @@ __all__ = [
     "evaluate",
     "export_merged",
     "generate",
+    "inspect",
     "preview",
     "profile_memory",
     "train",
@@ -48,6 +51,7 @@ _HOMES = {
     "evaluate": "api",
     "export_merged": "api",
     "generate": "api",
+    "inspect": "api",
     "preview": "api",
     "profile_memory": "api",
     "train": "api",
@@ -55,6 +59,7 @@ _HOMES = {
     "EvaluateResult": "inference.score",
     "ExportResult": "export.write",
     "GenerateResult": "inference.generate",
+    "InspectResult": "inspection.inspect",
     "Interrupted": "training.interrupt",
     "MemoryProfile": "memory.profile_run",
     "PreviewResult": "training.preview",

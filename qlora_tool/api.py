@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from qlora_tool.export.write import ExportResult
     from qlora_tool.inference.generate import GenerateResult
     from qlora_tool.inference.score import EvaluateResult
+    from qlora_tool.inspection.inspect import InspectResult
     from qlora_tool.memory.profile_run import MemoryProfile
     from qlora_tool.training.preview import PreviewResult
     from qlora_tool.training.result import TrainResult
 
-__all__ = ["evaluate", "export_merged", "generate", "preview", "profile_memory", "train"]
+__all__ = ["evaluate", "export_merged", "generate", "inspect", "preview", "profile_memory", "train"]
 
 AnyPath = str | os.PathLike[str]
 AnyConfig = AnyPath | Mapping[str, Any] | Config
@@ -378,6 +379,62 @@ def evaluate(
     return result
 
 
+def inspect(
+    run_or_adapter: AnyPath,
+    *,
+    truncate: int | None = None,
+    output_dir: AnyPath | None = None,
+    data: AnyPath | None = None,
+    overwrite: bool = False,
+    all: bool = False,
+    json: AnyPath | None = None,
+    plot: AnyPath | None = None,
+    model: AnyPath | None = None,
+    quantization: str | None = None,
+    double_quant: bool | None = None,
+) -> InspectResult:
+    """What an adapter learned: each update against its weight, its singular values, and what they say of the rank.
+
+    Args:
+        run_or_adapter: a run's folder, or an adapter's, ours or PEFT's.
+        truncate: also write the adapter cut to this rank, into `output_dir`.
+        output_dir: where the cut adapter goes; it must not exist.
+        data: rows on which it is compared with the whole one; None: the run's evaluation rows.
+        overwrite: replace an existing folder.
+        all: rows of the table are single modules, not kinds of them.
+        json: where to write all of it.
+        plot: where to draw it: a .png file.
+        model, quantization, double_quant: the base of an adapter that does not say it all.
+
+    Raises:
+        UserError: no adapter there, nothing to cut, an option at fault.
+        MachineError: the disk, or the hub where the loss of a cut adapter is measured.
+    """
+    if (truncate is None) != (output_dir is None):
+        raise OptionError("--truncate R and --output-dir DIR go together: the cut adapter, and where it is written")
+    if data is not None and truncate is None:
+        raise OptionError("--data measures a cut adapter: give --truncate R and --output-dir DIR with it")
+    if plot is not None and Path(plot).suffix != ".png":
+        raise OptionError(f"invalid value for --plot: {os.fspath(plot)}: expected a name that ends in .png")
+    rows = None if data is None else os.fspath(data)
+    if rows is not None:
+        from qlora_tool.data.check import check_sources
+
+        check_sources([rows], run=run_or_adapter)
+    artifact = _artifact(run_or_adapter, model, quantization, double_quant,
+                         quantization_else="none" if truncate is None else None)  # fmt: skip
+    from qlora_tool.inspection.inspect import inspect as look
+
+    result = look(artifact, every_module=all, r=truncate, output=None if output_dir is None else Path(output_dir),
+                  data=rows, overwrite=overwrite)  # fmt: skip
+    _write_json(json, result.as_json())
+    if plot is not None:
+        from qlora_tool.inspection.plot import write_png
+
+        write_png(Path(plot), result.inspection)
+    return result
+
+
 def _with_output_dir(overrides: Overrides, output_dir: AnyPath | None) -> Overrides:
     if output_dir is None:
         return overrides
@@ -395,6 +452,7 @@ def _artifact(
     device: str = "auto",
     compute_dtype: str = "auto",
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    quantization_else: str | None = None,
 ) -> Artifact:
     """What a name and the options about its base and its chat template stand for.
 
@@ -407,7 +465,8 @@ def _artifact(
     from qlora_tool.artifacts import BaseOptions, find_artifact
 
     base = None if model is None else os.fspath(model)
-    found = find_artifact(os.fspath(name), BaseOptions(base, quantization, double_quant, device, compute_dtype))
+    options = BaseOptions(base, quantization, double_quant, device, compute_dtype, quantization_else)
+    found = find_artifact(os.fspath(name), options)
     return found if chat_template_kwargs is None else replace(found, chat_template_kwargs=chat_template_kwargs)
 
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from qlora_tool.adapters.peft_files import StoredAdapter, is_adapter, read_adapter
 from qlora_tool.config import ModelConfig
 from qlora_tool.errors import ToolError, UserError
+from qlora_tool.files.hashes import file_hashes
+from qlora_tool.files.tensors import Checkpoint
 from qlora_tool.model.source import resolve
 from qlora_tool.run_folder import RunFolder
 
@@ -47,13 +49,19 @@ class Artifact:
 
 @dataclass(frozen=True)
 class BaseOptions:
-    """What the command line says of an adapter's base; None where it says nothing."""
+    """What the command line says of an adapter's base; None where it says nothing.
+
+    Attributes:
+        quantization_else: how the base is quantized where neither the command line nor the adapter says it; None: that
+            is an error.
+    """
 
     model: str | None = None
     quantization: str | None = None
     double_quant: bool | None = None
     device: str = "auto"
     compute_dtype: str = "auto"
+    quantization_else: str | None = None
 
 
 def find_artifact(name: str, options: BaseOptions) -> Artifact:
@@ -106,6 +114,25 @@ def base_folder(artifact: Artifact) -> Path:
         raise type(error)([line + hint for line in error.lines]) from error
 
 
+def changed_base(artifact: Artifact, folder: Path) -> str | None:
+    """Which weights in `folder` are others than those that the adapter was trained on, in words; None where none are
+    known to be.
+
+    Args:
+        artifact: with an adapter.
+        folder: the base's.
+    """
+    trained_on = ((artifact.adapter.provenance or {}).get("base") or {}).get("files")
+    if not trained_on:
+        return None
+    files = [file.name for file in Checkpoint(folder).files]
+    hashes = file_hashes(folder)
+    changed = [name for name in files if hashes[name] != trained_on.get(name)]
+    if not changed:
+        return None
+    return f"{folder}: {', '.join(changed[:3])} not as when {artifact.name} was trained on it (SHA-256 differs)"
+
+
 def _override(model: ModelConfig, options: BaseOptions, trained: bool = False) -> ModelConfig:
     """The base with what the options say in its place.
 
@@ -138,7 +165,9 @@ def _base_of(stored: StoredAdapter, options: BaseOptions) -> ModelConfig:
     if not name:
         raise UserError(f"{stored.folder}: does not say which base it was trained on; name it with --model BASE")
     own = _own_quantization(name)
-    if options.quantization is None and not own:
+    if options.quantization is None and not own and options.quantization_else:
+        options = replace(options, quantization=options.quantization_else)
+    elif options.quantization is None and not own:
         raise UserError(
             f"{stored.folder}: PEFT's files do not say how the base was quantized while it was trained; give "
             "--quantization nf4, fp4, int8 or none (with --no-double-quant where the scales were not)"

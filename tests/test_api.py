@@ -190,7 +190,8 @@ def test_faults_of_a_mapping_are_reported_together():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["train", "preview", "profile-memory", "export-merged", "generate", "evaluate"])
+@pytest.mark.parametrize("name", ["train", "preview", "profile-memory", "export-merged", "generate", "evaluate",
+                                  "inspect"])  # fmt: skip
 def test_a_function_takes_what_its_command_takes(name: str):
     """By the same names, with the same defaults."""
     command = main.get_command(click.Context(main), name)

@@ -54,7 +54,7 @@ def test_python_in_the_readme_calls_what_there_is():
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     calls = [node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
     assert {call.func.id for call in calls} == {
-        "evaluate", "export_merged", "generate", "preview", "profile_memory", "train",
+        "evaluate", "export_merged", "generate", "inspect", "preview", "profile_memory", "train",
     }  # fmt: skip
     for call in calls:
         arguments = {keyword.arg: None for keyword in call.keywords}

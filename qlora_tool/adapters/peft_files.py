@@ -223,6 +223,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
     provenance_file = folder / "qlora_tool.json"
     provenance = _read_json(provenance_file) if provenance_file.exists() else None
     stored = StoredAdapter(folder, peft, tensors, provenance, method, usual)
+    _refuse_no_numbers(weights_file, tensors)
     _refuse_incomplete(weights_file, stored)
     return stored
 
@@ -244,6 +245,16 @@ def _method_of(file: Path, peft: dict[str, Any]) -> tuple[Method, Settings]:
             return method, settings
     known = ", ".join(dict.fromkeys(method.peft_type for method in METHODS.values()))
     raise UserError(f"{file}: peft_type {peft.get('peft_type')!r} cannot be read here; expected one of {known}")
+
+
+def _refuse_no_numbers(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors with values that are no finite numbers."""
+    faults = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if faults:
+        raise UserError(
+            f"{file}: {len(faults)} of its {len(tensors)} tensors hold values that are not finite numbers, the first "
+            f"{faults[0]}: the training that made it diverged; take an earlier checkpoint, or train again"
+        )
 
 
 def _refuse_incomplete(file: Path, stored: StoredAdapter) -> None:

@@ -45,6 +45,7 @@ COMMANDS = {
     "export-merged": Entry(MAIN, "qlora_tool.cli.export_merged:export_merged", "Merge an adapter into its base."),
     "generate": Entry(USE, "qlora_tool.cli.generate:generate", "Answer prompts with a run or a model."),
     "evaluate": Entry(USE, "qlora_tool.cli.evaluate:evaluate", "Loss and exact match of a run or a model on a file."),
+    "inspect": Entry(USE, "qlora_tool.cli.inspect_adapter:inspect", "What an adapter learned, and if its rank fits."),
     "recipes": Entry(AROUND, "qlora_tool.cli.recipes:recipes", "Show and copy the configurations that come with it."),
     "doctor": Entry(AROUND, "qlora_tool.cli.doctor:doctor", "What this machine has: versions, devices, dtypes, disk."),
 }

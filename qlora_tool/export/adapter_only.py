@@ -76,7 +76,7 @@ def base_name(artifact: Artifact) -> str:
 def _write_portable(stored: StoredAdapter, base: str, revision: str | None, folder: Path) -> dict[str, Any]:
     tensors, rank = portable_tensors(stored)
     write_all(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
-    write_json(folder / CONFIG_NAME, _portable_config(stored, rank, base, revision), sort_keys=True)
+    write_json(folder / CONFIG_NAME, plain_config(stored, rank, base, revision), sort_keys=True)
     return {"r": rank, "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch.")}
 
 
@@ -100,8 +100,9 @@ def portable_tensors(stored: StoredAdapter) -> tuple[dict[str, Tensor], int]:
     return adapted | result, rank
 
 
-def _portable_config(stored: StoredAdapter, rank: int, base: str, revision: str | None) -> dict[str, Any]:
-    """Keys that PEFT has known from its first LoRA on, and those of later ones only where they are needed."""
+def plain_config(stored: StoredAdapter, rank: int, base: str, revision: str | None) -> dict[str, Any]:
+    """The configuration of a LoRA of scale 1 and one rank, with `stored`'s places: keys that PEFT has known from its
+    first LoRA on, and those of later ones only where they are needed."""
     peft = stored.peft
     config = {
         "peft_type": "LORA",

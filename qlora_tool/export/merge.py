@@ -196,6 +196,11 @@ class MergedModel:
             value = value.transpose(-1, -2)
         return value.to(dtype).contiguous()
 
+    def base_weight(self, module: str) -> Tensor:
+        """The weight of a linear module that the adapter was trained on top of, fp32, (out, in)."""
+        name = f"{module}.weight"
+        return self._base_value(name, self.slots.get(name) or self._embeddings.get(name)).float()
+
     def _base_value(self, name: str, slot: Slot | None) -> Tensor:
         """What the adapter was trained on top of, (out, in) where it is a linear module's."""
         name = self._twins.get(name, name)  # a tied one is quantized, and prepared, under the name it is stored by

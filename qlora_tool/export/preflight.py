@@ -8,11 +8,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from qlora_tool.artifacts import Artifact
+from qlora_tool.artifacts import Artifact, changed_base
 from qlora_tool.errors import MachineError, UserError, did_you_mean
 from qlora_tool.files.atomic import existing_parent
-from qlora_tool.files.hashes import file_hashes
-from qlora_tool.files.tensors import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +60,8 @@ def refuse_inputs(output: Path, inputs: Mapping[str, Path]) -> None:
 def refuse_changed_base(artifact: Artifact, folder: Path) -> str | None:
     """Refuse a base whose weights are others than those that the adapter was trained on; where the command line names
     the base, return what to warn of."""
-    trained_on = ((artifact.adapter.provenance or {}).get("base") or {}).get("files")
-    if not trained_on:
+    if (found := changed_base(artifact, folder)) is None:
         return None
-    files = [file.name for file in Checkpoint(folder).files]
-    hashes = file_hashes(folder)
-    changed = [name for name in files if hashes[name] != trained_on.get(name)]
-    if not changed:
-        return None
-    found = f"{folder}: {', '.join(changed[:3])} not as when {artifact.name} was trained on it (SHA-256 differs)"
     if not artifact.base_named:
         raise UserError(f"{found}; bring the old files back, or name a base with --model to merge onto it all the same")
     return f"{found}; merging onto it all the same, as --model names it"

@@ -214,9 +214,14 @@ def _stored_as(folder: Path) -> str:
     return quantized["bnb_4bit_quant_type"] if quantized.get("load_in_4bit") else "int8"
 
 
-def find_rows(artifact: Artifact, data: str | None) -> tuple[Sequence[Example], str]:
+def find_rows(
+    artifact: Artifact, data: str | None, key: str = "--verify-data"
+) -> tuple[Sequence[Example], str]:
     """The rows to compare on, and what to call them: of `data`; else of the run's evaluation sets; else, where it has
     none, the rows it trained on, which tell as well whether two models agree.
+
+    Args:
+        key: the option that `data` is given by.
 
     Returns:
         No rows, and why, where there are none to be had.
@@ -234,13 +239,13 @@ def find_rows(artifact: Artifact, data: str | None) -> tuple[Sequence[Example], 
         limit = positions_of(config) or settings.max_length
         settings = settings.model_copy(update={"max_length": min(settings.max_length, limit)})
     if data is not None:
-        return build_dataset(data, settings, tokenizer, key="--verify-data").examples, data
+        return build_dataset(data, settings, tokenizer, key=key).examples, data
     if artifact.run is None:
-        return [], "the adapter comes without its run, and so without rows; give some with --verify-data FILE"
+        return [], f"the adapter comes without its run, and so without rows; give some with {key} FILE"
     try:
         return _rows_of_run(settings, tokenizer, artifact.run.training.seed)
     except ToolError as error:
-        return [], f"the run's data cannot be read ({error}); give rows with --verify-data FILE"
+        return [], f"the run's data cannot be read ({error}); give rows with {key} FILE"
 
 
 def _rows_of_run(

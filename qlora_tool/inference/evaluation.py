@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_tool.data.batches import collate
+from qlora_tool.data.examples import Examples, as_examples
 
 if TYPE_CHECKING:
     from qlora_tool.data.tokenize import Dataset
@@ -28,7 +29,7 @@ class EvaluationResult:
 
 
 @torch.no_grad()
-def evaluate_loss(model: CausalLM, dataset: Dataset, batch_size: int, pad_token_id: int) -> EvaluationResult:
+def evaluate_loss(model: CausalLM, dataset: Dataset | Examples, batch_size: int, pad_token_id: int) -> EvaluationResult:
     """Run the whole set through the model, rows of like length together; their order does not change a sum.
 
     Args:
@@ -37,11 +38,12 @@ def evaluate_loss(model: CausalLM, dataset: Dataset, batch_size: int, pad_token_
     """
     training = model.module.training
     model.module.eval()
-    lengths = dataset.lengths
+    examples = dataset if isinstance(dataset, Examples) else as_examples(dataset.examples)
+    lengths = examples.lengths
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     total, tokens = 0.0, 0
     for start in range(0, len(by_length), batch_size):
-        rows = [[dataset.examples[index]] for index in by_length[start : start + batch_size]]
+        rows = [[examples[index]] for index in by_length[start : start + batch_size]]
         batch = collate(rows, pad_token_id=pad_token_id, packing=False).to(model.device)
         total += float(model.loss_sum(batch))
         tokens += batch.trained_tokens

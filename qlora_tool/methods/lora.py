@@ -134,6 +134,10 @@ class Lora(Method):
         # In one pass, without a Δ of the weight's size beside it.
         return weight.addmm_(tensors["lora_B"].float() * self.scaling(settings), tensors["lora_A"].float())
 
+    def factors(self, tensors: Mapping[str, Tensor], settings: Settings) -> tuple[Tensor, Tensor] | None:
+        """s·B and A."""
+        return tensors["lora_B"].double() * self.scaling(settings), tensors["lora_A"].double()
+
     def bias_delta(self, tensors: Mapping[str, Tensor], settings: Settings) -> Tensor | None:
         bias = tensors.get("lora_B_bias")
         return None if bias is None else bias.float() * self.scaling(settings)

@@ -214,6 +214,11 @@ class Method(ABC):
         """The merged weight, fp32, (out, in); `weight` may be overwritten."""
         return self.delta(tensors, settings, weight).add_(weight)
 
+    def factors(self, tensors: Mapping[str, Tensor], settings: Settings) -> tuple[Tensor, Tensor] | None:
+        """B (out, k) and A (k, in), fp64, with BA = Δ to the last bit that fp64 has; of a method that is not additive,
+        the low-rank part of what it does to the weight. None where there is no such form."""
+        return None
+
     def bias_delta(self, tensors: Mapping[str, Tensor], settings: Settings) -> Tensor | None:
         """What merging adds to the module's bias, fp32, (out,); None where nothing."""
         return None

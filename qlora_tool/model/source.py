@@ -10,13 +10,14 @@ from qlora_tool.errors import MachineError, UserError, did_you_mean
 _FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "tokenizer*", "LICENSE*", "README.md"]
 
 
-def resolve(name_or_path: str, revision: str | None = None, *, weights: bool = True) -> Path:
+def resolve(name_or_path: str, revision: str | None = None, *, weights: bool = True, fetch: bool = True) -> Path:
     """The local folder of a model, fetched first where it has to be.
 
     Args:
         name_or_path: `demo`, a folder, or a hub id such as `HuggingFaceTB/SmolLM2-135M-Instruct`.
         revision: a hub branch, tag or commit.
         weights: fetch the weights too, not just the configuration and the tokenizer.
+        fetch: whether the hub may be asked; else what its local cache has is all there is.
 
     Raises:
         UserError: no such folder, no such model on the hub, or a folder that holds no model.
@@ -43,10 +44,10 @@ def resolve(name_or_path: str, revision: str | None = None, *, weights: bool = T
             f"model {name_or_path}: no such folder{did_you_mean(path.name, siblings)}; expected a model folder, a hub "
             "id (owner/name), or demo"
         )
-    return _from_hub(name_or_path, revision, [*_FILES, "*.safetensors"] if weights else _FILES)
+    return _from_hub(name_or_path, revision, [*_FILES, "*.safetensors"] if weights else _FILES, fetch)
 
 
-def _from_hub(name: str, revision: str | None, patterns: list[str]) -> Path:
+def _from_hub(name: str, revision: str | None, patterns: list[str], fetch: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -57,7 +58,7 @@ def _from_hub(name: str, revision: str | None, patterns: list[str]) -> Path:
     )
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=not fetch))
     except RepositoryNotFoundError as error:
         raise UserError(
             f"model {name}: the hub has no such model, or it is private (log in with `hf auth login`); "
@@ -72,6 +73,8 @@ def _from_hub(name: str, revision: str | None, patterns: list[str]) -> Path:
             f"model {name}: no such folder, and not a hub id (owner/name) either: {str(error).splitlines()[0]}"
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        if not fetch:
+            raise UserError(f"model {name}: no such folder, and not in the hub's local cache") from error
         raise MachineError(
             f"model {name}: no such folder, not in the hub's local cache, and the model hub is out of reach; connect, "
             "or name a local folder (or demo)"
