@@ -89,9 +89,9 @@ class Adapter(nn.Module):
         """What merging adds to `weight` (out, in), fp32."""
         return self.method.delta(self.tensors, self.settings, weight)
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """B (out, k) and A (k, in), fp64, of the update; see `Method.factors`."""
-        return self.method.factors(self.tensors, self.settings)
+    def factors(self, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        """B (out, k) and A (k, in), fp64, of the update of a weight of this shape (out, in); see `Method.factors`."""
+        return self.method.factors(self.tensors, self.settings, shape)
 
     def bias_delta(self) -> Tensor | None:
         """What merging adds to the module's bias, fp32, (out,); None where nothing."""

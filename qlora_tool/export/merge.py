@@ -79,7 +79,7 @@ class MergedModel:
         self._embeddings = find_embedding_slots(self.skeleton, self.quantization)
         self.source = ParameterSource(self.skeleton, self.checkpoint, "cpu")
         self.layers = {} if self.adapter is None else self.adapter.layers(
-            torch.float32, shapes=_linear_shapes(self.skeleton)
+            torch.float32, shapes=linear_shapes(self.skeleton)
         )
         self.replaced = self.adapter.replaced_tensors() if self.adapter else {}
         if self.adapter:
@@ -99,7 +99,7 @@ class MergedModel:
 
     def _refuse_misfit(self) -> None:
         """Refuse an adapter for another base in one line: how much of it does not fit, and the first that does not."""
-        stored, shapes, faults = self.adapter, _linear_shapes(self.skeleton), []
+        stored, shapes, faults = self.adapter, linear_shapes(self.skeleton), []
         for name, layer in self.layers.items():
             try:
                 refuse_misfit(stored, {name: layer}, shapes)
@@ -261,7 +261,7 @@ def _refuse_unfit(name: str, value: Tensor, refuse_coarse: bool) -> None:
             raise Unfit(name, f"has typical values of {typical:.1g}, too small for it", largest)
 
 
-def _linear_shapes(skeleton: torch.nn.Module) -> dict[str, tuple[int, int]]:
+def linear_shapes(skeleton: torch.nn.Module) -> dict[str, tuple[int, int]]:
     """(out, in) of every linear module by name."""
     shapes = {}
     for name, module in skeleton.named_modules():

@@ -27,7 +27,7 @@ from qlora_tool.files.hashes import sha256
 from qlora_tool.files.tensors import write_all
 from qlora_tool.inference.evaluation import evaluate_loss
 from qlora_tool.inspection.spectrum import best_factors
-from qlora_tool.inspection.updates import Inspection, adapter_of, update_factors
+from qlora_tool.inspection.updates import Inspection, Opened, adapter_of, open_adapter, update_factors
 from qlora_tool.methods import METHODS
 from qlora_tool.model.tokenizer_files import copy_tokenizer, has_tokenizer
 
@@ -118,7 +118,7 @@ def truncate(artifact: Artifact, found: Inspection, r: int, output: Path, data: 
         lower = f"give a rank below {highest}" if highest > 1 else "there is nothing to cut"
         raise UserError(f"--truncate {r}: {artifact.name} has updates of rank {highest} at most; {lower}")
     rows, source = _rows(artifact, data)
-    tensors = cut_tensors(stored, r)
+    tensors = cut_tensors(stored, open_adapter(artifact), r)
     with replacing_folder(output) as temporary:
         write_all(temporary / WEIGHTS_NAME, tensors, {"format": "pt"})
         config = plain_config(stored, r, stored.base or artifact.model.name_or_path, stored.peft.get("revision"))
@@ -142,19 +142,19 @@ def _rows(artifact: Artifact, data: str | None) -> tuple[Sequence[Example], str]
         return [], error.lines[0]
 
 
-def cut_tensors(stored: StoredAdapter, r: int) -> dict[str, Tensor]:
+def cut_tensors(stored: StoredAdapter, opened: Opened, r: int) -> dict[str, Tensor]:
     """The tensors of the best LoRA of rank `r`, of scale 1, fp32, by PEFT's names; what is trained whole goes along."""
     names = METHODS["lora"].peft_names
     tensors: dict[str, Tensor] = {}
-    for name, layer in stored.layers(torch.float32).items():
-        shape = stored.method.sizes(stored.by_module[name])[:2]
-        factors = update_factors(name, layer, shape)
+    for name, layer in opened.layers.items():
+        factors = update_factors(name, layer, opened.shapes[name])
         best_B, best_A = best_factors(*factors, r)
         tensors[f"{PREFIX}{name}.{names['lora_A']}"] = best_A.float().contiguous()
         tensors[f"{PREFIX}{name}.{names['lora_B']}"] = best_B.float().contiguous()
         if (bias := layer.bias_delta()) is not None:
             tensors[f"{PREFIX}{name}.{names['lora_B_bias']}"] = bias.contiguous()
-    beside = {key: tensor for key, tensor in stored.tensors.items() if stored.owner(key) is None}
+    shared = set(stored.method.saved_shared(stored.usual).values())
+    beside = {key: tensor for key, tensor in stored.tensors.items() if stored.owner(key) is None and key not in shared}
     return tensors | {f"{PREFIX}{key}": tensor.contiguous() for key, tensor in beside.items()}
 
 

@@ -17,7 +17,7 @@ from qlora_tool.adapters.adapter import Adapter
 from qlora_tool.adapters.peft_files import StoredAdapter
 from qlora_tool.artifacts import Artifact, changed_base
 from qlora_tool.errors import ToolError, UserError
-from qlora_tool.export.merge import MergedModel
+from qlora_tool.export.merge import MergedModel, linear_shapes
 from qlora_tool.export.preflight import refuse_no_adapter
 from qlora_tool.export.write import find_cached_base
 from qlora_tool.files.tensors import Checkpoint
@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 SHARE = 0.9  # of an update, Frobenius norm squared, that the suggested ranks keep
 USED, HALF = 0.8, 0.5  # of r: where 90 % need more, all of it is used; where they need no more, half of it is unused
-
-Weights = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -172,12 +170,12 @@ def inspect_adapter(artifact: Artifact, every_module: bool = False) -> Inspectio
         UserError: no adapter, an adapter for another base, or one without an update of any weight.
     """
     stored = adapter_of(artifact)
-    weights, no_base = _weights(artifact)
+    opened = open_adapter(artifact)
     with torch.no_grad():
-        modules = tuple(_updates(stored, weights))
+        modules = tuple(_updates(stored, opened))
     return Inspection(
-        artifact.name, stored.method.name, artifact.model.name_or_path, stored.method.additive, modules, no_base,
-        tuple(sorted(stored.replaced_tensors())), _rows(modules, every_module),
+        artifact.name, stored.method.name, artifact.model.name_or_path, stored.method.additive, modules,
+        opened.no_base, tuple(sorted(stored.replaced_tensors())), _rows(modules, every_module),
     )  # fmt: skip
 
 
@@ -191,8 +189,46 @@ def adapter_of(artifact: Artifact) -> StoredAdapter:
     return cast(StoredAdapter, artifact.adapter)
 
 
-def _weights(artifact: Artifact) -> tuple[Weights | None, str | None]:
-    """What gives the base's weights, where it is on this machine and the one that was trained on; else why not."""
+@dataclass(frozen=True)
+class Opened:
+    """An adapter and, where it is on this machine, the base that it was trained on.
+
+    Attributes:
+        layers: the adapters by the name of their module, in the model's order.
+        shapes: (out, in) of the adapted weights by the same names.
+        weights: what gives a base's weight (out, in), fp32, or None.
+        no_base: why there are none, or None.
+    """
+
+    layers: Mapping[str, Adapter]
+    shapes: Mapping[str, tuple[int, int]]
+    weights: Callable[[str], Tensor] | None
+    no_base: str | None
+
+
+def open_adapter(artifact: Artifact) -> Opened:
+    """The adapter of a run or a folder; nothing is fetched for it.
+
+    Raises:
+        UserError: no adapter, one for another base, or one whose sizes only its base knows, which is not here.
+    """
+    stored = adapter_of(artifact)
+    merged, no_base = _base(artifact)
+    layers = merged.layers if merged else stored.layers(torch.float32)
+    sizes = {name: stored.method.sizes(stored.by_module[name])[:2] for name in layers}
+    known = linear_shapes(merged.skeleton) if merged else sizes
+    if not all(min(known[name]) for name in layers):
+        raise UserError(
+            f"{artifact.name}: the sizes of its {stored.method.name} updates are those of the base's weights, and the "
+            f"base is not at hand ({no_base}); say with --model BASE where it is"
+        )
+    ordered = sorted(layers, key=_in_order)
+    return Opened({name: layers[name] for name in ordered}, {name: known[name] for name in ordered},
+                  merged.base_weight if merged else None, no_base)  # fmt: skip
+
+
+def _base(artifact: Artifact) -> tuple[MergedModel | None, str | None]:
+    """The base that was trained on, where it is on this machine; else why not."""
     model = artifact.model
     try:
         folder = resolve(model.name_or_path, model.revision, fetch=False)
@@ -204,23 +240,20 @@ def _weights(artifact: Artifact) -> tuple[Weights | None, str | None]:
         return None, error.lines[0]
     quantization = Quantization.of(model)
     cached = find_cached_base(folder, quantization)
-    merged = MergedModel(skeleton, checkpoint, quantization, artifact.adapter, cached=cached)
-    return merged.base_weight, None
+    return MergedModel(skeleton, checkpoint, quantization, artifact.adapter, cached=cached), None
 
 
-def _updates(stored: StoredAdapter, weights: Weights | None) -> Iterable[ModuleUpdate]:
-    layers = dict(sorted(stored.layers(torch.float32).items(), key=lambda layer: _in_order(layer[0])))
-    if weights is not None:
-        logger.info("reading the %d weights of the base that are adapted, for their norms", len(layers))
-    for name, layer in layers.items():
-        out_features, in_features, r = stored.method.sizes(stored.by_module[name])
-        weight = None if weights is None else weights(name)
-        found = spectrum(*update_factors(name, layer, (out_features, in_features)))
+def _updates(stored: StoredAdapter, opened: Opened) -> Iterable[ModuleUpdate]:
+    if opened.weights is not None:
+        logger.info("reading the %d weights of the base that are adapted, for their norms", len(opened.layers))
+    for name, layer in opened.layers.items():
+        found = spectrum(*update_factors(name, layer, opened.shapes[name]))
+        weight = None if opened.weights is None else opened.weights(name)
         norm: float | None = found.norm
         if not layer.method.additive:  # what it does beside adding s·BA depends on the weight
             norm = None if weight is None else float(torch.linalg.vector_norm(layer.delta(weight), dtype=torch.float64))
         weight_norm = None if weight is None else float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-        yield ModuleUpdate(name, kind_of(name), out_features, in_features, r, norm, weight_norm, found)
+        yield ModuleUpdate(name, kind_of(name), *opened.shapes[name], stored.settings(name).r, norm, weight_norm, found)
 
 
 def update_factors(name: str, layer: Adapter, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -230,7 +263,7 @@ def update_factors(name: str, layer: Adapter, shape: tuple[int, int]) -> tuple[T
     Raises:
         UserError: the update is not one matrix.
     """
-    factors = layer.factors()
+    factors = layer.factors(shape)
     if factors is None:
         # An update that is added does not depend on the weight.
         factors = layer.delta(torch.zeros(shape)).double(), torch.eye(shape[1], dtype=torch.float64)

@@ -77,12 +77,14 @@ class Loha(Method):
         second = tensors["hada_w2_a"].float() @ tensors["hada_w2_b"].float()
         return first.mul_(second).mul_(self.scaling(settings))
 
-    def factors(self, tensors: Mapping[str, Tensor], settings: Settings) -> tuple[Tensor, Tensor] | None:
+    def factors(
+        self, tensors: Mapping[str, Tensor], settings: Settings, shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor] | None:
         """(A₁B₁)∘(A₂B₂) is a product of rank r²: rows of A₁ by rows of A₂ (out, r²), times columns by columns of B₁ and
         B₂ (r², in); Hyeon-Woo et al. 2021, proposition 1."""
         first, second, left, right = (tensors[name].double() for name in
                                       ("hada_w1_a", "hada_w2_a", "hada_w1_b", "hada_w2_b"))  # fmt: skip
-        if settings.r**2 > min(first.shape[0], left.shape[1]):  # Δ itself is smaller
+        if settings.r**2 > min(shape):
             return None
         rows = (first[:, :, None] * second[:, None, :]).flatten(1)  # (out, r²)
         return rows * self.scaling(settings), (left[:, None, :] * right[None, :, :]).flatten(0, 1)

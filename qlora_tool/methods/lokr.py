@@ -123,6 +123,20 @@ class Lokr(Method):
         small, large = (whole(tensors, name) for name in ("lokr_w1", "lokr_w2"))
         return torch.kron(small, large).mul_(self.scaling(settings))
 
+    def factors(
+        self, tensors: Mapping[str, Tensor], settings: Settings, shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor] | None:
+        """C ⊗ (D₁D₂) = (C ⊗ D₁)(I ⊗ D₂), or (I ⊗ D₁)(C ⊗ D₂) where C has fewer rows than columns."""
+        import torch
+
+        small = whole({name: tensor.double() for name, tensor in tensors.items()}, "lokr_w1").double()
+        large = [part.double() for part in parts(tensors, "lokr_w2")]
+        if len(large) == 1 or min(small.shape) * large[1].shape[0] > min(shape):
+            return None
+        one = torch.eye(min(small.shape), dtype=small.dtype)
+        left, right = (one, small) if small.shape[0] < small.shape[1] else (small, one)
+        return torch.kron(left, large[0]) * self.scaling(settings), torch.kron(right, large[1])
+
     def to_peft(self, settings: Settings, saved: SavedWith) -> dict[str, Any]:
         keys = settings.keys
         return {

@@ -134,7 +134,9 @@ class Lora(Method):
         # In one pass, without a Δ of the weight's size beside it.
         return weight.addmm_(tensors["lora_B"].float() * self.scaling(settings), tensors["lora_A"].float())
 
-    def factors(self, tensors: Mapping[str, Tensor], settings: Settings) -> tuple[Tensor, Tensor] | None:
+    def factors(
+        self, tensors: Mapping[str, Tensor], settings: Settings, shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor] | None:
         """s·B and A."""
         return tensors["lora_B"].double() * self.scaling(settings), tensors["lora_A"].double()
 

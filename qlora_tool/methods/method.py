@@ -214,10 +214,17 @@ class Method(ABC):
         """The merged weight, fp32, (out, in); `weight` may be overwritten."""
         return self.delta(tensors, settings, weight).add_(weight)
 
-    def factors(self, tensors: Mapping[str, Tensor], settings: Settings) -> tuple[Tensor, Tensor] | None:
-        """B (out, k) and A (k, in), fp64, with BA = Δ to the last bit that fp64 has; of a method that is not additive,
-        the low-rank part of what it does to the weight. None where there is no such form."""
-        return None
+    def factors(
+        self, tensors: Mapping[str, Tensor], settings: Settings, shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor] | None:
+        """B (out, k) and A (k, in), fp64, with BA = Δ; of a method that is not additive, the low-rank part of what it
+        does to the weight. None where it has no such form, or one that is no smaller than Δ.
+
+        Args:
+            shape: (out, in) of the weight.
+        """
+        form = self.peft_form(tensors, settings)
+        return None if form.method is self else form.method.factors(form.tensors, form.settings, shape)
 
     def bias_delta(self, tensors: Mapping[str, Tensor], settings: Settings) -> Tensor | None:
         """What merging adds to the module's bias, fp32, (out,); None where nothing."""

@@ -91,6 +91,13 @@ class Vera(Method):
         b, d, A, B = (tensor.float() for tensor in _parts(tensors, weight.shape[1]))
         return (b.unsqueeze(1) * B) @ (d.unsqueeze(1) * A)
 
+    def factors(
+        self, tensors: Mapping[str, Tensor], settings: Settings, shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor] | None:
+        """b∘B and d∘A."""
+        b, d, A, B = (tensor.double() for tensor in _parts(tensors, shape[1]))
+        return b.unsqueeze(1) * B, d.unsqueeze(1) * A
+
     def to_peft(self, settings: Settings, saved: SavedWith) -> dict[str, Any]:
         keys = settings.keys
         return {

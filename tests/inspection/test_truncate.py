@@ -16,6 +16,7 @@ from qlora_tool import UserError, evaluate, inspect
 from qlora_tool.adapters.peft_files import read_adapter
 from qlora_tool.inspection.inspect import inspect as look
 from qlora_tool.inspection.truncate import cut_tensors
+from qlora_tool.inspection.updates import open_adapter
 
 PREFIX = "base_model.model."
 
@@ -35,13 +36,22 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}, {"method": "loha", "r": 3}], ids=str
+    "settings",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2}},
+        {"method": "loha", "r": 3},
+        {"method": "lokr", "r": 3},
+        {"method": "vera", "r": 5},
+        {"method": "additive", "r": 2},
+    ],
+    ids=str,
 )
 def test_it_is_the_best_rank_r_of_each_update(base, tmp_path, settings):
     adapter = write_adapter(tmp_path / "a", base, quantization="none", **settings)
     look(artifact_of(adapter), r=3, output=tmp_path / "cut")
     cut = load_file(tmp_path / "cut" / "adapter_model.safetensors")
-    for name, layer in read_adapter(adapter).layers(torch.float32).items():
+    for name, layer in open_adapter(artifact_of(adapter)).layers.items():
         delta = layer.delta(torch.zeros(cut[f"{PREFIX}{name}.lora_B.weight"].shape[0],
                                         cut[f"{PREFIX}{name}.lora_A.weight"].shape[1]))  # fmt: skip
         U, values, Vh = np.linalg.svd(delta.detach().double().numpy(), full_matrices=False)
@@ -62,7 +72,7 @@ def test_what_is_trained_whole_goes_along(base, tmp_path):
     settings = {"modules_to_save": ["lm_head"], "bias": "lora_only", "rank_pattern": {"q_proj": 8}}
     adapter = write_adapter(tmp_path / "a", biased, **settings)
     stored = read_adapter(adapter)
-    cut = cut_tensors(stored, 4)
+    cut = cut_tensors(stored, open_adapter(artifact_of(adapter)), 4)
     whole = {f"{PREFIX}{name}" for name in stored.tensors}
     assert cut.keys() == whole
     look(artifact_of(adapter), r=7, output=tmp_path / "cut")
