@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,32 +20,36 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_tool.adapters.attach import AdapterSet, attach
+from qlora_tool.adapters.calibration import Read, calibrated, reads_data
 from qlora_tool.adapters.fusion import tile_mlps
 from qlora_tool.adapters.initial import initial_settings, refuse_other_places
 from qlora_tool.adapters.peft_files import StoredAdapter, attach_stored, read_adapter
+from qlora_tool.adapters.starts import WeightStart, taken_out
 from qlora_tool.config import Config, ModelConfig, with_values
 from qlora_tool.errors import ToolError
 from qlora_tool.methods import METHODS
 from qlora_tool.model.behaviour import behaviour_of
 from qlora_tool.model.by_example import keep_mixers_apart
-from qlora_tool.model.cached_base import cached_base, write_cached_base
+from qlora_tool.model.cached_base import cached_base, cached_start, write_cached_base
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.devices import choose_device
 from qlora_tool.model.exceptions import refuse_unknown_names
 from qlora_tool.model.fused_modules import fuse_modules
-from qlora_tool.model.load import build_skeleton, load_base
+from qlora_tool.model.load import build_skeleton, load_base, read_unquantized
 from qlora_tool.model.open import choose_dtype
 from qlora_tool.model.positions import rotate_by_example
 from qlora_tool.model.random_source import RandomSource
 from qlora_tool.model.segments import leave_out_cudnn
-from qlora_tool.model.slots import Quantization
+from qlora_tool.model.slots import Prepare, Quantization
 from qlora_tool.model.source import read_model_config
 from qlora_tool.model.source import resolve as resolve_model
 from qlora_tool.ops.declare import target_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
+    from qlora_tool.data.examples import Example
     from qlora_tool.model.checkpointing import Recomputation
 
 logger = logging.getLogger(__name__)
@@ -56,14 +60,21 @@ class Tensors(Protocol):
 
     Attributes:
         folder: the model's; a path to nothing where there is none.
+        has_values: whether they are a model's values; else only shapes and dtypes count.
     """
 
     folder: Path
+    has_values: bool
 
     def base(
-        self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype
-    ) -> PreTrainedModel:
-        """The frozen base, quantized."""
+        self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype,
+        prepare: Prepare | None = None,
+    ) -> PreTrainedModel:  # fmt: skip
+        """The frozen base, quantized, each weight after `prepare`."""
+        ...
+
+    def unquantized(self, model_config: Any, device: torch.device) -> Read:
+        """What reads the base's weights as they are before they are quantized."""
         ...
 
     def adapter(self, folder: Path) -> StoredAdapter:
@@ -78,23 +89,36 @@ class FromFiles:
         UserError, MachineError: see `resolve_model`.
     """
 
+    has_values = True
+
     def __init__(self, config: ModelConfig):
         self.config = config
         self.folder = resolve_model(config.name_or_path, config.revision)
 
     def base(
-        self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype
-    ) -> PreTrainedModel:
+        self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype,
+        prepare: Prepare | None = None,
+    ) -> PreTrainedModel:  # fmt: skip
         config = self.config
-        cached = cached_base(self.folder, quantization, compute_dtype) if config.keep_quantized else None
+        made = prepare if isinstance(prepare, WeightStart) else None
+        kept = config.keep_quantized and (prepare is None or made is not None)
+        start = made.identity if made else ""
+        cached = cached_base(self.folder, quantization, compute_dtype, start) if kept else None
         if cached is not None:
             logger.info("quantized base read from the cache: %s", cached.folder)
+            if made:
+                made.take(cached_start(cached))
         module = load_base(self.folder, model_config, quantization, device, compute_dtype,
-                           trust_remote_code=config.trust_remote_code, checkpoint=cached)  # fmt: skip
-        if config.keep_quantized and cached is None:
-            logger.info("quantized base written to the cache for the next run: %s",
-                        write_cached_base(module, self.folder, quantization, compute_dtype))  # fmt: skip
+                           trust_remote_code=config.trust_remote_code, checkpoint=cached,
+                           prepare=None if cached is not None else prepare)  # fmt: skip
+        if kept and cached is None:
+            written = write_cached_base(module, self.folder, quantization, compute_dtype, start,
+                                        made.made() if made else None)  # fmt: skip
+            logger.info("quantized base written to the cache for the next run: %s", written)
         return module
+
+    def unquantized(self, model_config: Any, device: torch.device) -> Read:
+        return read_unquantized(self.folder, model_config, device, self.config.trust_remote_code)
 
     def adapter(self, folder: Path) -> StoredAdapter:
         return read_adapter(folder)
@@ -104,15 +128,20 @@ class Random:
     """Random tensors, of which only shapes and dtypes count; fake ones under a fake mode."""
 
     folder = Path()
+    has_values = False
 
     def base(
-        self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype
-    ) -> PreTrainedModel:
+        self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype,
+        prepare: Prepare | None = None,
+    ) -> PreTrainedModel:  # fmt: skip
         stored = getattr(model_config, "dtype", None) or torch.bfloat16
         return load_base(
             self.folder, copy.deepcopy(model_config), quantization, device, compute_dtype,
             open_source=lambda model, device: RandomSource(model, device, stored),
         )  # fmt: skip
+
+    def unquantized(self, model_config: Any, device: torch.device) -> Read:
+        raise NotImplementedError("random weights are not calibrated")
 
     def adapter(self, folder: Path) -> StoredAdapter:
         with unset_fake_temporarily(), _disable_current_modes():
@@ -133,6 +162,19 @@ class Built:
     model: CausalLM
     adapters: AdapterSet
     remarks: list[str]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What adapters may start from beside the model's files.
+
+    Attributes:
+        examples: of the training data.
+        checkpoint: the tensors of the checkpoint that the run goes on from, by their names in it.
+    """
+
+    examples: Sequence[Example] = ()
+    checkpoint: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -173,11 +215,13 @@ class Setup:
         """Whether rows that are not packed are laid one after the other, as asked for and as the family allows."""
         return goes_without_padding(self.config, self.model_config)
 
-    def build(self, tensors: Tensors | None = None, recomputation: Recomputation | None = None) -> Built:
+    def build(
+        self, tensors: Tensors | None = None, recomputation: Recomputation | None = None, start: Start | None = None
+    ) -> Built:
         """The model with its adapters; see `build`. Read from the model's files unless `tensors` says otherwise."""
         tensors = tensors or FromFiles(self.config.model)
         return build(self.config, self.model_config, tensors, device=self.device, compute_dtype=self.compute_dtype,
-                     recomputation=recomputation)  # fmt: skip
+                     recomputation=recomputation, start=start)  # fmt: skip
 
 
 def _refuse_misfit(config: Config, model_config: Any) -> None:
@@ -282,6 +326,7 @@ def build(
     compute_dtype: torch.dtype,
     recomputation: Recomputation | None = None,
     around_recomputation: Callable[[], AbstractContextManager[None]] = nullcontext,
+    start: Start | None = None,
 ) -> Built:
     """A model with its adapters, ready to train.
 
@@ -293,18 +338,12 @@ def build(
         compute_dtype: what products run in.
         recomputation: what is recomputed in backward; by default what `gradient_checkpointing` says of all layers.
         around_recomputation: a context that is open while something is computed again.
+        start: what adapters start from beside the model's files.
 
     Raises:
         UserError, MachineError: the base cannot be read, or the adapter does not fit it.
     """
-    model = _open_base(config.model, model_config, tensors, device, compute_dtype)
-    if config.adapter.init_from:
-        stored = tensors.adapter(Path(config.adapter.init_from))
-        adapters = attach_stored(model.module, stored, compute_dtype, config.adapter.lora_dropout)
-        refuse_other_places(model.module, adapters, config.adapter, stored)
-    else:
-        adapters = attach(model.module, config.adapter, compute_dtype, config.training.seed)
-    remarks = []
+    model, adapters, remarks = _with_adapters(config, model_config, tensors, device, compute_dtype, start or Start())
     if found := model.beyond_peft:
         remarks.append(
             f"model.quantization: {found}; transformers with bitsandbytes, and so PEFT, leaves them unquantized: this "
@@ -345,6 +384,37 @@ def build(
     return Built(model, adapters, remarks)
 
 
+def _with_adapters(
+    config: Config, model_config: Any, tensors: Tensors, device: torch.device, compute_dtype: torch.dtype, start: Start
+) -> tuple[CausalLM, AdapterSet, list[str]]:
+    """The base with adapters on it as training starts or goes on, and what is to be said of their start."""
+    if config.adapter.init_from:
+        stored = tensors.adapter(Path(config.adapter.init_from))
+        prepare = stored.prepare(compute_dtype) if tensors.has_values else None
+        model = _open_base(config.model, model_config, tensors, device, compute_dtype, prepare)
+        adapters = attach_stored(model.module, stored, compute_dtype, config.adapter.lora_dropout)
+        refuse_other_places(model.module, adapters, config.adapter, stored)
+        return model, adapters, []
+    made = WeightStart.of(
+        config.adapter, model_config, Quantization.of(config.model), compute_dtype, config.training.seed,
+        config.model.trust_remote_code,
+    ) if tensors.has_values else None  # fmt: skip
+    prepare = taken_out(made, start.checkpoint) if made and start.checkpoint is not None else made
+    model = _open_base(config.model, model_config, tensors, device, compute_dtype, prepare)
+    known, left = (made.tensors, made.not_reached()) if made else ({}, [])
+    if tensors.has_values and reads_data(config.adapter) and start.checkpoint is None:
+        known, left = calibrated(model, config, start.examples, tensors.unquantized(model_config, device))
+    elif start.checkpoint is not None:
+        left = []  # said when the run began
+    adapters = attach(model.module, config.adapter, compute_dtype, config.training.seed, known)
+    remarks = [
+        f"adapter.init_lora_weights: {getattr(config.adapter, 'init_lora_weights', '')} has nothing to start from in "
+        f"{len(left)} of {len(adapters.layers)} modules, such as {left[0]}, which are not quantized or take no part in "
+        "a layer; they start as with default"
+    ] if left else []  # fmt: skip
+    return model, adapters, remarks
+
+
 def open_model(config: ModelConfig, adapter: StoredAdapter | None = None) -> CausalLM:
     """A model as it answers and is evaluated, with a stored adapter on it where there is one.
 
@@ -354,20 +424,22 @@ def open_model(config: ModelConfig, adapter: StoredAdapter | None = None) -> Cau
     device = choose_device(config.device)
     tensors = FromFiles(config)
     model_config = read_model_config(tensors.folder, config.trust_remote_code)
-    model = _open_base(config, model_config, tensors, device, choose_dtype(config.compute_dtype, device))
+    prepare = None if adapter is None else adapter.prepare()
+    model = _open_base(config, model_config, tensors, device, choose_dtype(config.compute_dtype, device), prepare)
     if adapter is not None:
         attach_stored(model.module, adapter)
     return model
 
 
 def _open_base(
-    config: ModelConfig, model_config: Any, tensors: Tensors, device: torch.device, compute_dtype: torch.dtype
-) -> CausalLM:
+    config: ModelConfig, model_config: Any, tensors: Tensors, device: torch.device, compute_dtype: torch.dtype,
+    prepare: Prepare | None = None,
+) -> CausalLM:  # fmt: skip
     if device.type == "cuda":
         leave_out_cudnn()
     behaviour = behaviour_of(model_config, config.trust_remote_code)
     quantization = Quantization.of(config)
-    module = tensors.base(model_config, quantization, device, compute_dtype)
+    module = tensors.base(model_config, quantization, device, compute_dtype, prepare)
     keep_mixers_apart(module)
     rotate_by_example(module)
     return CausalLM(

@@ -42,7 +42,7 @@ class Adapter(nn.Module):
     @classmethod
     def start(
         cls, method: Method, linear: FrozenLinear, settings: Settings, dtype: torch.dtype, generator: torch.Generator,
-        shared: Mapping[str, Tensor] | None = None,
+        shared: Mapping[str, Tensor] | None = None, known: Mapping[str, Tensor] | None = None,
     ) -> Adapter:
         """A fresh adapter on `linear`, on its device.
 
@@ -50,8 +50,11 @@ class Adapter(nn.Module):
             dtype: of its tensors.
             generator: what the start is drawn from, a CPU one; see `generator_for`.
             shared: what it has in common with the model's other adapters, in its place.
+            known: tensors that are there already, of a start that is made of weights or data.
         """
         tensors = method.start(linear.out_features, linear.in_features, settings, linear.weight, generator)
+        # Laid out as those that a resumed run makes: products of other strides end in other bits.
+        tensors |= {name: tensor.contiguous() for name, tensor in (known or {}).items()}
         return cls(method, placed(method, tensors, linear.weight.device, dtype) | dict(shared or {}), settings)
 
     @property
@@ -98,9 +101,11 @@ class Adapter(nn.Module):
         return self.method.bias_delta(self.tensors, self.settings)
 
     def trained(self) -> dict[str, Any]:
-        """The trained tensors by the suffix that PEFT's files give them; where PEFT has no such, by the method's own
-        names."""
-        return {self.method.peft_names.get(name, name): tensor for name, tensor in self._parameters.items()}
+        """The trained tensors, and those that are kept with them, by the suffix that PEFT's files give them; where PEFT
+        has no such, by the method's own names."""
+        kept = {name: tensor for name, tensor in self._buffers.items() if name in self.method.kept}
+        own = {**self._parameters, **kept}
+        return {self.method.peft_names.get(name, name): tensor for name, tensor in own.items()}
 
     def peft_form(self) -> PeftForm:
         """What is saved of it."""

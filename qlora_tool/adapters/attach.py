@@ -126,7 +126,10 @@ class AdapterSet:
             own[name].copy_(tensor)
 
 
-def attach(model: nn.Module, config: AdapterConfig, compute_dtype: torch.dtype, seed: int) -> AdapterSet:
+def attach(
+    model: nn.Module, config: AdapterConfig, compute_dtype: torch.dtype, seed: int,
+    known: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> AdapterSet:  # fmt: skip
     """Put fresh adapters on the modules that the configuration names.
 
     Args:
@@ -134,21 +137,21 @@ def attach(model: nn.Module, config: AdapterConfig, compute_dtype: torch.dtype, 
         config: the adapter's section.
         compute_dtype: the dtype of matrix products and of the adapters: bf16 on most devices.
         seed: of the adapters' starts.
+        known: by module, tensors of starts that are made of weights or data.
 
     Raises:
         UserError: names that match nothing.
     """
-    method = METHODS[config.method]
+    method, known = METHODS[config.method], known or {}
     linears = find_targets(model, config)
     usual = Settings(config.r, config.lora_alpha, config.lora_dropout, own_keys(config))
     made = method.shared({(linear.out_features, linear.in_features) for linear in linears.values()}, usual)
     shared = placed(method, made, next(iter(linears.values())).weight.device, compute_dtype)
     layers = {
-        name: Adapter.start(
-            method, linear, settings_for(name, config), compute_dtype, generator_for(seed, name), shared
-        )
+        name: Adapter.start(method, linear, settings_for(name, config), compute_dtype, generator_for(seed, name),
+                            shared, known.get(name))
         for name, linear in linears.items()
-    }
+    }  # fmt: skip
     put_on(model, layers)
     saved = train_modules(model, config.modules_to_save, compute_dtype)
     biases = train_biases(model, config.bias, layers, compute_dtype)

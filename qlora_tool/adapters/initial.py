@@ -25,7 +25,7 @@ def initial_settings(stored: StoredAdapter, config: AdapterConfig) -> dict[str, 
     Raises:
         UserError: keys that somebody set and that contradict the adapter.
     """
-    peft, usual = stored.peft, stored.usual
+    peft, usual = stored.peft, stored.usual_trained
     bias = str(peft.get("bias") or "none")
     decided: dict[str, Any] = {
         "method": stored.method.name, "r": usual.r, "lora_alpha": usual.alpha,
@@ -39,7 +39,7 @@ def initial_settings(stored: StoredAdapter, config: AdapterConfig) -> dict[str, 
         for key, value in decided.items() if key in config.model_fields_set and getattr(config, key) != value
     ]  # fmt: skip
     start = getattr(config, "init_lora_weights", "default")
-    if "init_lora_weights" in config.model_fields_set and start != "default":
+    if start != "default" and "init_lora_weights" in config.model_fields_set - decided.keys():
         faults.append(
             f"adapter.init_lora_weights: {start}, but A and B start as adapter.init_from ({stored.folder}) has them; "
             "leave one of the two out"
@@ -52,6 +52,11 @@ def initial_settings(stored: StoredAdapter, config: AdapterConfig) -> dict[str, 
     for key in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
         if peft.get(key) and key not in config.model_fields_set and key not in decided:
             decided[key] = peft[key]
+    if stored.start.get("frozen_half"):  # the file has twice the rank and alpha
+        for key, own in (("rank_pattern", "r"), ("alpha_pattern", "alpha")):
+            if key in decided:
+                decided[key] = {name: value for name in stored.by_module
+                                if (value := getattr(stored.trained(name)[1], own)) != getattr(usual, own)}  # fmt: skip
     return {f"adapter.{key}": value for key, value in decided.items()}
 
 

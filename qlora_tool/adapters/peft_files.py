@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qlora_tool.adapters.adapter import Adapter, placed
 from qlora_tool.adapters.attach import AdapterSet, put_on
+from qlora_tool.adapters.starts import TakenOut
 from qlora_tool.adapters.targets import from_pattern, matches, own_keys
 from qlora_tool.adapters.trained_base import tie, train_parameter, transposed_names
 from qlora_tool.errors import UserError
@@ -25,6 +26,7 @@ from qlora_tool.files.tensors import read_all, write_all
 from qlora_tool.methods import METHODS
 from qlora_tool.methods.method import Method, SavedWith, Settings
 from qlora_tool.model.parameter_source import tied_names
+from qlora_tool.model.slots import Prepare
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import FrozenLinear
 
@@ -153,12 +155,40 @@ class StoredAdapter:
             UserError: what they have in common was made for another model.
         """
         shared = placed(self.method, self._shared(shapes or {}), device, dtype)
-        return {
-            name: Adapter(
-                self.method, placed(self.method, tensors, device, dtype) | shared, self.settings(name, dropout)
-            )
-            for name, tensors in self.by_module.items()
-        }
+        found = {}
+        for name in self.by_module:
+            tensors, settings = self.trained(name, dropout)
+            found[name] = Adapter(self.method, placed(self.method, tensors, device, dtype) | shared, settings)
+        return found
+
+    def trained(self, name: str, dropout: float | None = None) -> tuple[Mapping[str, Tensor], Settings]:
+        """The tensors and settings of the adapter on the module `name` as they are trained, where the file has them in
+        another form for PEFT."""
+        return self.method.from_peft_form(self.by_module[name], self.settings(name, dropout), self.start)
+
+    @property
+    def start(self) -> Mapping[str, Any]:
+        """What its provenance says of its start; empty for nothing."""
+        return (self.provenance or {}).get("start") or {}
+
+    @property
+    def usual_trained(self) -> Settings:
+        """`usual` as it is trained."""
+        return self.method.trained_settings(self.usual, self.start)
+
+    def prepare(self, dtype: torch.dtype | None = None) -> Prepare | None:
+        """The step before quantizing that it was trained with; see `slots.quantize_parameter`.
+
+        Args:
+            dtype: that the adapter is kept in from now on, by default the one that it is stored in.
+        """
+        if not self.start.get("taken_out_of_base"):
+            return None
+        kept = {}
+        for name in self.by_module:
+            tensors, settings = self.trained(name)
+            kept[name] = placed(self.method, tensors, "cpu", dtype or self.dtype), settings
+        return TakenOut(self.method, kept)
 
     def _shared(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
         """What the adapters have in common: as stored, or made again in the dtype that it was trained in."""

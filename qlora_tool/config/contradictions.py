@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from qlora_tool.config.keys import Config
 from qlora_tool.config.messages import found
 from qlora_tool.errors import did_you_mean
+from qlora_tool.methods.starts import OF_ERRORS
 
 # What most families call their input embeddings and output projection.
 _EMBEDDING_MODULES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
@@ -29,6 +30,7 @@ def evaluation_losses(config: Config) -> dict[str, str]:
 def contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     """Each contradiction: its keys, the one to blame first, and what to say of that one."""
     yield from _of_adapter(config)
+    yield from _of_start(config)
     yield from _of_training(config)
 
 
@@ -45,6 +47,23 @@ def _of_adapter(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if both and not isinstance(adapter.target_modules, str):
         message = f"'{both[0]}' is in adapter.target_modules too; a module is either trained in full or adapted"
         yield ("adapter.modules_to_save", "adapter.target_modules"), message
+
+
+def _of_start(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What starts of A and B need, and keys that only one of them reads."""
+    adapter, key = config.adapter, "adapter.init_lora_weights"
+    start = getattr(adapter, "init_lora_weights", "default")
+    usual = start in ("default", "gaussian")
+    if not usual and adapter.method == "dora":
+        message = f"{start}, but method dora starts at the base's own weights; leave it out, or set method: lora"
+        yield (key, "adapter.method"), message
+    if start in OF_ERRORS and config.model.quantization == "none":
+        message = (f"{start}, but model.quantization: none leaves no error to start from; leave it out, or set "
+                   "model.quantization: nf4")  # fmt: skip
+        yield (key, "model.quantization"), message
+    if getattr(adapter, "loftq_iter", 1) != 1 and start != "loftq":
+        message = f"{adapter.loftq_iter}, but init_lora_weights is {start}; set init_lora_weights: loftq"  # type: ignore[attr-defined]
+        yield ("adapter.loftq_iter", key), message
 
 
 def _of_training(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:

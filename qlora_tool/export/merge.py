@@ -50,7 +50,8 @@ class MergedModel:
         cached: the quantized base of an earlier run, which spares quantizing; it is what the adapter was trained on,
             unless weights were prepared.
         refuse_coarse: refuse a matrix, too, that float16 rounds worse than bfloat16 does: most of it lies below 1e-5.
-        prepare: the step before quantizing that the adapter was trained with; see `quantize_parameter`.
+        prepare: the step before quantizing that the adapter was trained with, by default what it says itself; see
+            `quantize_parameter`.
 
     Attributes:
         unties: whether the adapter changes one of two tied tensors alone, so that the files hold both.
@@ -74,6 +75,8 @@ class MergedModel:
     unties: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
+        if self.adapter and self.prepare is None:
+            self.prepare = self.adapter.prepare()
         self.slots = find_slots(self.skeleton, self.quantization)
         self._outside = outside_text(self.skeleton)
         self._embeddings = find_embedding_slots(self.skeleton, self.quantization)

@@ -8,13 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from qlora_tool.errors import UserError
-from qlora_tool.methods.keys import Mark, MethodKeys, Positive
-from qlora_tool.methods.method import Adapter, Method, SavedWith, Settings, refuse_keys
+from qlora_tool.methods import starts
+from qlora_tool.methods.keys import Count, Mark, MethodKeys, Positive
+from qlora_tool.methods.method import Adapter, Method, PeftForm, SavedWith, Settings, refuse_keys
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch import Tensor
 
@@ -32,7 +35,7 @@ _NOT_READ = dict.fromkeys(
 _STARTS_READ = (True, False, None, "gaussian", "eva", "orthogonal")  # the others take something out of the base
 
 
-_Start = Literal["default", "gaussian"]
+_Start = starts.Named | Annotated[str, Field(pattern=rf"^{starts.NITER}[1-9]\d*$", title="pissa_niter_N")]
 
 
 def _to_start(value: Any) -> Any:
@@ -48,7 +51,11 @@ class LoraKeys(MethodKeys):
     init_lora_weights: Annotated[
         _Start, BeforeValidator(_to_start, json_schema_input_type=_Start | Literal[True])
     ] = "default"
-    """How A and B start."""
+    """How A and B start; see docs/methods.md. pissa and loftq read the 16-bit weights, calibrated the data as well."""
+    loftq_iter: Count = 1
+    """Steps of loftq, as in PEFT; from 2 on the base changes too."""
+    calibration_rows: Annotated[Count, Mark.NOT_IN_MEMORY] = 256
+    """Training rows, of 16384 tokens together at most, by whose inputs `calibrated` weighs the quantization's error."""
     loraplus_lr_ratio: Annotated[Positive | None, Mark.NOT_IN_MEMORY] = None
     """LoRA+: the learning rate of B over that of A; null: one for both."""
 
@@ -69,7 +76,8 @@ class Lora(Method):
         "lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias": "lora_B.bias"
     }  # fmt: skip
     peft_unread: ClassVar[Mapping[str, str]] = {".lora_embedding_": "LoRA on embeddings"}
-    optional = frozenset({"lora_B_bias"})
+    optional = frozenset({"lora_B_bias", "start_A", "start_B"})
+    frozen = kept = frozenset({"start_A", "start_B"})
     fused: ClassVar[bool] = True
 
     def scaling(self, settings: Settings) -> float:
@@ -78,20 +86,57 @@ class Lora(Method):
         return settings.alpha / math.sqrt(settings.r) if stabilised else super().scaling(settings)
 
     def shapes(self, out_features: int, in_features: int, r: int) -> dict[str, tuple[int, ...]]:
-        return {"lora_A": (r, in_features), "lora_B": (out_features, r), "lora_B_bias": (out_features,)}
+        lora_A, lora_B = (r, in_features), (out_features, r)
+        return {"lora_A": lora_A, "lora_B": lora_B, "lora_B_bias": (out_features,), "start_A": lora_A,
+                "start_B": lora_B}  # fmt: skip
 
     def start(
         self, out_features: int, in_features: int, settings: Settings, weight: WeightHandle, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """B = 0. A is Kaiming-uniform(√5): uniform within ±1/√in; `gaussian`: normal of deviation 1/r, as in PEFT."""
-        import torch
+        """As `starts` has it by name. Where the weight itself has a part in it this is only what has the right shapes:
+        `from_weight` gives the values."""
+        start = _start_of(settings)
+        if starts.needs_weights(start):
+            self._refuse_rank(out_features, in_features, settings)
+        tensors = starts.drawn(start, out_features, in_features, settings.r, generator)
+        if starts.keeps_frozen(start, _steps_of(settings)):
+            tensors |= {f"start_{name[-1]}": tensor.clone() for name, tensor in tensors.items()}
+        return tensors
 
-        lora_A = torch.empty(settings.r, in_features)
-        if getattr(settings.keys, "init_lora_weights", "default") == "gaussian":
-            torch.nn.init.normal_(lora_A, std=1 / settings.r, generator=generator)
-        else:
-            torch.nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5), generator=generator)
-        return {"lora_A": lora_A, "lora_B": torch.zeros(out_features, settings.r)}
+    def reads_weights(self, settings: Settings) -> bool:
+        return starts.needs_weights(_start_of(settings))
+
+    def from_weight(
+        self, weight: Tensor, settings: Settings, dtype: torch.dtype, generator: torch.Generator,
+        quantized: Callable[[Tensor], Tensor],
+    ) -> dict[str, Tensor]:  # fmt: skip
+        return starts.of_weight(_start_of(settings), weight, settings.r, self.scaling(settings), dtype, generator,
+                                quantized, _steps_of(settings))  # fmt: skip
+
+    def without(self, tensors: Mapping[str, Tensor], settings: Settings, weight: Tensor) -> Tensor:
+        """W − s·B₀A₀, where that is what is quantized."""
+        if "start_A" not in tensors or not starts.takes_out(_start_of(settings), _steps_of(settings)):
+            return weight
+        from qlora_tool.ops.low_rank import less_product
+
+        return less_product(weight, tensors["start_B"], tensors["start_A"], self.scaling(settings))
+
+    def _refuse_rank(self, out_features: int, in_features: int, settings: Settings) -> None:
+        most = min(out_features, in_features)
+        if settings.r > most:
+            raise UserError(
+                f"adapter.init_lora_weights: {_start_of(settings)} takes the {settings.r} largest parts of a weight, "
+                f"but one of {out_features} x {in_features} is adapted; set adapter.r: {most} or less, or give it a "
+                "rank of its own in adapter.rank_pattern"
+            )
+
+    def computing(self, tensors: Mapping[str, Tensor], settings: Settings) -> tuple[Tensor, Tensor]:
+        """A and B as they compute: of a symmetric start [A; A₀] (2r, in) and [B, −B₀] (out, 2r), one LoRA for both, in
+        which what is equal cancels before it is rounded."""
+        lora_A, lora_B = tensors["lora_A"], tensors["lora_B"]
+        if "start_A" not in tensors or _start_of(settings) != "symmetric":
+            return lora_A, lora_B
+        return _halves(tensors)
 
     def branch(self, adapter: Adapter, x: Tensor) -> Tensor:
         """s·(x·Aᵀ)·Bᵀ."""
@@ -99,8 +144,9 @@ class Lora(Method):
 
         tensors = adapter.tensors
         bias = tensors.get("lora_B_bias")
-        z = linear(x, tensors["lora_A"].to(x.dtype))  # (…, r)
-        y = linear(z, tensors["lora_B"].to(x.dtype), None if bias is None else bias.to(x.dtype))
+        lora_A, lora_B = self.computing(tensors, adapter.settings)
+        z = linear(x, lora_A.to(x.dtype))  # (…, r)
+        y = linear(z, lora_B.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return y * self.scaling(adapter.settings)
 
     def forward(self, adapter: Adapter, x: Tensor, linear: FrozenLinear) -> Tensor:
@@ -118,9 +164,8 @@ class Lora(Method):
             return None
         from qlora_tool.ops.lora import LoraWeights
 
-        return LoraWeights(
-            linear.weight, tensors["lora_A"], tensors["lora_B"], self.scaling(adapter.settings), linear.bias
-        )
+        lora_A, lora_B = self.computing(tensors, adapter.settings)
+        return LoraWeights(linear.weight, lora_A, lora_B, self.scaling(adapter.settings), linear.bias)
 
     def rates(self, settings: Settings) -> dict[str, float]:
         """LoRA+ gives B a learning rate of its own (equation 8 of the paper: λ times A's)."""
@@ -128,11 +173,13 @@ class Lora(Method):
         return {} if ratio is None else {"lora_B": ratio, "lora_B_bias": ratio}
 
     def delta(self, tensors: Mapping[str, Tensor], settings: Settings, weight: Tensor) -> Tensor:
-        return tensors["lora_B"].float() @ tensors["lora_A"].float() * self.scaling(settings)
+        lora_A, lora_B = self.computing(tensors, settings)
+        return lora_B.float() @ lora_A.float() * self.scaling(settings)
 
     def merge(self, tensors: Mapping[str, Tensor], settings: Settings, weight: Tensor) -> Tensor:
         # In one pass, without a Δ of the weight's size beside it.
-        return weight.addmm_(tensors["lora_B"].float() * self.scaling(settings), tensors["lora_A"].float())
+        lora_A, lora_B = self.computing(tensors, settings)
+        return weight.addmm_(lora_B.float() * self.scaling(settings), lora_A.float())
 
     def factors(
         self, tensors: Mapping[str, Tensor], settings: Settings, shape: tuple[int, int]
@@ -143,6 +190,59 @@ class Lora(Method):
     def bias_delta(self, tensors: Mapping[str, Tensor], settings: Settings) -> Tensor | None:
         bias = tensors.get("lora_B_bias")
         return None if bias is None else bias.float() * self.scaling(settings)
+
+    def peft_form(self, tensors: Mapping[str, Tensor], settings: Settings) -> PeftForm:
+        """With A₀ and B₀ one LoRA of rank 2r on the base as the checkpoint has it: s·(BA − B₀A₀)."""
+        if "start_A" not in tensors:
+            return super().peft_form(tensors, settings)
+        lora_A, lora_B = _halves(tensors)
+        others = {name: tensor for name, tensor in tensors.items() if name == "lora_B_bias"}
+        return PeftForm(self, {"lora_A": lora_A.detach(), "lora_B": lora_B.detach()} | others, self._doubled(settings))
+
+    def peft_settings(self, settings: Settings) -> tuple[Method, Settings]:
+        frozen = starts.keeps_frozen(_start_of(settings), _steps_of(settings))
+        return self, self._doubled(settings) if frozen else settings
+
+    def _doubled(self, settings: Settings) -> Settings:
+        """Twice the rank at the same scale, which is written as plain α/r."""
+        stabilised = getattr(settings.keys, "use_rslora", False)
+        alpha = 2 * (settings.r * self.scaling(settings) if stabilised else settings.alpha)
+        return Settings(2 * settings.r, alpha, settings.dropout, self.keys())
+
+    def start_facts(self, settings: Settings) -> dict[str, Any] | None:
+        start, steps = _start_of(settings), _steps_of(settings)
+        if start in ("default", "gaussian"):
+            return None
+        return {
+            "init_lora_weights": start, "loftq_iter": steps, "use_rslora": getattr(settings.keys, "use_rslora", False),
+            "taken_out_of_base": starts.takes_out(start, steps),
+            # The file has twice the rank, and in its second half what is not trained.
+            "frozen_half": starts.keeps_frozen(start, steps),
+        }  # fmt: skip
+
+    def from_peft_form(
+        self, tensors: Mapping[str, Tensor], settings: Settings, start: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Tensor], Settings]:
+        if not start.get("frozen_half"):
+            return tensors, settings
+        r = settings.r // 2
+        found = {
+            "lora_A": tensors["lora_A"][:r], "start_A": tensors["lora_A"][r:],
+            "lora_B": tensors["lora_B"][:, :r], "start_B": -tensors["lora_B"][:, r:],
+        }  # fmt: skip
+        halves = {name: tensor.contiguous() for name, tensor in found.items()}
+        others = {name: tensor for name, tensor in tensors.items() if name not in halves}
+        return halves | others, self.trained_settings(settings, start)
+
+    def trained_settings(self, settings: Settings, start: Mapping[str, Any]) -> Settings:
+        if not start.get("frozen_half"):
+            return settings
+        r, alpha, stabilised = settings.r // 2, settings.alpha / 2, bool(start.get("use_rslora"))
+        if stabilised:  # α/√r again; alphas are short numbers, which the way there and back leaves to 15 digits
+            alpha = float(f"{alpha / math.sqrt(r):.12g}")
+        keys = self.keys(use_rslora=stabilised, init_lora_weights=start["init_lora_weights"],
+                         loftq_iter=start.get("loftq_iter", 1))  # fmt: skip
+        return Settings(r, alpha, settings.dropout, keys)
 
     def to_peft(self, settings: Settings, saved: SavedWith) -> dict[str, Any]:
         keys = settings.keys
@@ -192,6 +292,22 @@ class Lora(Method):
     def sizes(self, tensors: Mapping[str, Tensor]) -> tuple[int, int, int]:
         lora_A, lora_B = tensors["lora_A"], tensors["lora_B"]
         return lora_B.shape[0], lora_A.shape[-1], lora_A.shape[0]
+
+
+def _start_of(settings: Settings) -> str:
+    return getattr(settings.keys, "init_lora_weights", "default")
+
+
+def _steps_of(settings: Settings) -> int:
+    return getattr(settings.keys, "loftq_iter", 1)
+
+
+def _halves(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """[A; A₀] and [B, −B₀]."""
+    import torch
+
+    return (torch.cat([tensors["lora_A"], tensors["start_A"]]),
+            torch.cat([tensors["lora_B"], -tensors["start_B"]], dim=1))  # fmt: skip
 
 
 METHOD = Lora()

@@ -6,7 +6,7 @@ A method's file imports no torch while it is imported itself, as the configurati
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
@@ -117,6 +117,8 @@ class Method(ABC):
         shared_names: those of them that all adapters of a model have in common, and their full names in PEFT's file,
             which may hold them.
         shared_saved_by: PEFT's key, and the method's, that says whether it holds them.
+        kept: those of `frozen` that are saved all the same, in checkpoints and with the adapter, as what they were made
+            of is not there any more.
 
     Raises:
         TypeError: a subclass is defined that lacks a part; the part is named.
@@ -134,6 +136,7 @@ class Method(ABC):
     frozen: ClassVar[frozenset[str]] = frozenset()
     shared_names: ClassVar[Mapping[str, str]] = {}
     shared_saved_by: ClassVar[str] = ""
+    kept: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -174,6 +177,28 @@ class Method(ABC):
     def shared(self, shapes: Collection[tuple[int, int]], settings: Settings) -> dict[str, Tensor]:
         """The tensors of `shared_shapes`, fp32: made once for the whole model, the same ones every time."""
         return {}
+
+    def reads_weights(self, settings: Settings) -> bool:
+        """Whether it starts from the unquantized weight as it is read, and may change what is quantized: by
+        `from_weight` and `without`."""
+        return False
+
+    def from_weight(
+        self, weight: Tensor, settings: Settings, dtype: torch.dtype, generator: torch.Generator,
+        quantized: Callable[[Tensor], Tensor],
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The tensors that training begins with, of a start that reads the unquantized weight.
+
+        Args:
+            weight: (out, in), as the checkpoint has it.
+            dtype: of the adapter, to which they are rounded.
+            quantized: gives what products will see of a weight, fp32, (out, in).
+        """
+        raise NotImplementedError(f"{self.name} starts without weights")
+
+    def without(self, tensors: Mapping[str, Tensor], settings: Settings, weight: Tensor) -> Tensor:
+        """What is quantized in the place of `weight` (out, in): all but what the adapter took over."""
+        return weight
 
     # What it computes
 
@@ -243,6 +268,24 @@ class Method(ABC):
     def peft_settings(self, settings: Settings) -> tuple[Method, Settings]:
         """The method and the settings of `peft_form`, for a module that no pattern names."""
         return self, settings
+
+    def from_peft_form(
+        self, tensors: Mapping[str, Tensor], settings: Settings, start: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Tensor], Settings]:
+        """The adapter that `peft_form` made this of.
+
+        Args:
+            start: what the provenance says of the adapter's start; see `start_facts`. Empty for nothing.
+        """
+        return tensors, self.trained_settings(settings, start)
+
+    def trained_settings(self, settings: Settings, start: Mapping[str, Any]) -> Settings:
+        """The settings that `peft_settings` made these of."""
+        return settings
+
+    def start_facts(self, settings: Settings) -> dict[str, Any] | None:
+        """What the provenance has to say of the start for `from_peft_form`; None for nothing."""
+        return None
 
     @abstractmethod
     def to_peft(self, settings: Settings, saved: SavedWith) -> dict[str, Any]:

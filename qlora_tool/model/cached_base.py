@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qlora_tool.files.atomic import replacing_folder
 from qlora_tool.files.cache import cache_folder
-from qlora_tool.files.tensors import SINGLE_NAME, Checkpoint, TensorSpec, write_tensors
+from qlora_tool.files.tensors import SINGLE_NAME, Checkpoint, TensorSpec, read_all, write_all, write_tensors
 from qlora_tool.model.parameter_source import tied_names
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import FrozenLinear
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2  # of the cached files; raise it when the bytes change their meaning
 PLAIN_FORMAT = 1  # of bases that are neither stored quantized nor part of a larger model: theirs have not changed
+START_NAME = "adapter_start.bin"  # safetensors, by a name that no checkpoint's files have
 _OTHERS = {"quantization_config", "text_config", "vision_config", "audio_config"}
 
 
@@ -40,35 +41,55 @@ def base_identity(folder: Path) -> str:
     return hashlib.sha256(json.dumps([str(folder.resolve()), seen]).encode()).hexdigest()
 
 
-def _folder(folder: Path, quantization: Quantization, compute_dtype: torch.dtype) -> Path:
+def _folder(folder: Path, quantization: Quantization, compute_dtype: torch.dtype, start: str = "") -> Path:
     double = "-double" if quantization.double_quant and quantization.kind in ("nf4", "fp4") else ""
     embeddings = "-int8_embeddings" if quantization.embeddings == "int8" else ""
     dtype = str(compute_dtype).removeprefix("torch.")  # small unquantized tensors have it
     skipped = quantization.skip_modules
     named = json.dumps(skipped if isinstance(skipped, str) else sorted(skipped))
     skips = f"-without_{hashlib.sha256(named.encode()).hexdigest()[:12]}" if skipped else ""
-    kind = f"{quantization.kind}{double}{embeddings}{skips}"
+    changed = f"-start_{hashlib.sha256(start.encode()).hexdigest()[:16]}" if start else ""
+    kind = f"{quantization.kind}{double}{embeddings}{skips}{changed}"
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     version = FORMAT if _OTHERS & config.keys() or skipped else PLAIN_FORMAT
     return cache_folder() / "bases" / f"{base_identity(folder)[:24]}-{kind}-{dtype}-{version}"
 
 
-def cached_base(folder: Path, quantization: Quantization, compute_dtype: torch.dtype) -> Checkpoint | None:
-    """The cached base of a model folder for this quantization and dtype of matrix products, or None."""
-    path = _folder(folder, quantization, compute_dtype)
+def cached_base(
+    folder: Path, quantization: Quantization, compute_dtype: torch.dtype, start: str = ""
+) -> Checkpoint | None:
+    """The cached base of a model folder for this quantization and dtype of matrix products, or None.
+
+    Args:
+        start: what the adapters' start that was made of its weights depends on besides; empty where none was.
+    """
+    path = _folder(folder, quantization, compute_dtype, start)
     return Checkpoint(path) if (path / SINGLE_NAME).exists() else None
 
 
 def write_cached_base(
-    model: PreTrainedModel, folder: Path, quantization: Quantization, compute_dtype: torch.dtype
-) -> Path:
-    """Write the quantized form of `model`, read from `folder`, and return where."""
-    path = _folder(folder, quantization, compute_dtype)
+    model: PreTrainedModel, folder: Path, quantization: Quantization, compute_dtype: torch.dtype, start: str = "",
+    made: Mapping[str, Tensor] | None = None,
+) -> Path:  # fmt: skip
+    """Write the quantized form of `model`, read from `folder`, and return where.
+
+    Args:
+        start: see `cached_base`.
+        made: the tensors of the adapters' start, which `cached_start` gives again.
+    """
+    path = _folder(folder, quantization, compute_dtype, start)
     tensors = list(_module_tensors(model))
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
     with replacing_folder(path) as temporary:
         write_tensors(temporary / SINGLE_NAME, specs, tensors, {"format": "pt"})
+        if made is not None:
+            write_all(temporary / START_NAME, dict(made), {"format": "pt"})
     return path
+
+
+def cached_start(cached: Checkpoint) -> dict[str, Tensor]:
+    """The tensors of the adapters' start that were made while a cached base was."""
+    return read_all(cached.folder / START_NAME)
 
 
 def _module_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

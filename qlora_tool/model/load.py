@@ -186,6 +186,30 @@ def load_base(
     return model
 
 
+def read_unquantized(
+    folder: Path, config, device: torch.device, trust_remote_code: bool = False
+) -> Callable[[str], Tensor | QuantizedTensor]:
+    """What reads a model folder's weights one by one as they are before they are quantized, by parameter name: (out,
+    in), or (experts, out, in); one that is quantized in the files already comes as that."""
+    model = build_skeleton(config, trust_remote_code)
+    slots, source = find_slots(model), ParameterSource(model, Checkpoint(folder), device)
+
+    def read(name: str) -> Tensor | QuantizedTensor:
+        value = source.read(name)
+        turned = isinstance(value, Tensor) and name in slots and slots[name].transposed
+        return value.transpose(-1, -2).contiguous() if turned else value
+
+    return read
+
+
+def frozen_skeleton(config, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The model without weights twice: as transformers makes it, and with a `FrozenLinear` in the place of every linear
+    module, as a model that is read has it."""
+    plain, frozen = (build_skeleton(config, trust_remote_code) for _ in range(2))
+    _replace_linears(frozen)
+    return plain, frozen
+
+
 def _replace_linears(model: PreTrainedModel) -> None:
     """Put a `FrozenLinear` without a weight in the place of every linear module."""
     for name, module in list(model.named_modules()):

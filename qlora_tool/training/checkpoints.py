@@ -127,6 +127,18 @@ def save_checkpoint(
     return path
 
 
+def checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """What a checkpoint has of the adapters.
+
+    Raises:
+        UserError: it is broken.
+    """
+    try:
+        return read_all(path / "adapter.safetensors")
+    except (UserError, OSError, RuntimeError, ValueError) as error:
+        raise _broken(path, error) from error
+
+
 def load_checkpoint(path: Path, adapters: AdapterSet, optimizer: Optimizer) -> Progress:
     """Take up where a checkpoint stopped.
 

@@ -15,18 +15,19 @@ import numpy
 import torch
 
 from qlora_tool.adapters.peft_files import save_adapter
-from qlora_tool.build import Setup
+from qlora_tool.adapters.starts import ELSEWHERE, readme
+from qlora_tool.build import Setup, Start
 from qlora_tool.config import Config
 from qlora_tool.data.batches import Batch, collate
 from qlora_tool.data.preview import first_row
 from qlora_tool.errors import MachineError, UserError
-from qlora_tool.files.atomic import replacing_folder, write_json
+from qlora_tool.files.atomic import replacing_folder, write_json, write_text
 from qlora_tool.inference.evaluation import EvaluationResult, evaluate_loss
 from qlora_tool.model.tokenizer_files import save_tokenizer
 from qlora_tool.ops.products import products_choice, use_products
 from qlora_tool.run_folder import RunFolder
 from qlora_tool.training.best import best_so_far, metric_of, note_evaluation, out_of_patience, take_best_along
-from qlora_tool.training.checkpoints import Progress, load_checkpoint, save_checkpoint
+from qlora_tool.training.checkpoints import Progress, checkpoint_tensors, load_checkpoint, save_checkpoint
 from qlora_tool.training.finish import finish, start_trackers
 from qlora_tool.training.interrupt import Interrupted, StopRequest
 from qlora_tool.training.optimizers import LOSS_SCALE_FLOOR, make_optimizer, parameter_groups
@@ -88,7 +89,8 @@ def train(
         if extend:
             _refuse_nothing_left(checkpoint, plan)
     largest = _largest_batch(plan, data, setup.padding_free)
-    built = setup.build(recomputation=watcher.check(setup, largest) if watcher is not None else None)
+    start = Start(data.train.examples, None if checkpoint is None else checkpoint_tensors(checkpoint))
+    built = setup.build(recomputation=watcher.check(setup, largest) if watcher is not None else None, start=start)
     model, adapters = built.model, built.adapters
     for line in describe(built, config.adapter.init_from):
         logger.info(line)
@@ -329,3 +331,6 @@ def _save_adapter(run: Run) -> None:
         )  # fmt: skip
         facts = provenance(run.config, run.model, run.data) | {"step": run.kept_step}
         write_json(temporary / "qlora_tool.json", facts)
+        if text := readme(run.config.adapter, run.config.model.quantization):
+            write_text(temporary / "README.md", text)
+            logger.warning(ELSEWHERE, run.config.adapter.init_lora_weights)  # type: ignore[attr-defined]

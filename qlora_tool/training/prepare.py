@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from qlora_tool._version import __version__
+from qlora_tool.adapters.starts import start_facts
 from qlora_tool.build import Built, Setup
 from qlora_tool.config import Config, with_values
 from qlora_tool.model.causal_lm import CausalLM
@@ -76,6 +77,7 @@ def provenance(config: Config, model: CausalLM, data: RunData) -> dict[str, Any]
         "block_size": BLOCK_SIZE,
         "compute_dtype": config.model.compute_dtype,
         "method": config.adapter.method,
+        **({"start": start} if (start := start_facts(config.adapter)) else {}),
         "chat_template_kwargs": config.data.chat_template_kwargs,
         "data": {
             "train": data.train.report.files,

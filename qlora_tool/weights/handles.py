@@ -175,8 +175,13 @@ class WeightHandle(nn.Module):
         """Keep the weight dense in `dtype` until `release`: for many products in a row, as in generation."""
         self._held = self.dense(dtype)
 
+    def lend(self, value: Tensor) -> None:
+        """Give `value`, another weight of this shape, in the place of this one, until `release`; to products in its
+        dtype."""
+        self._held = value
+
     def release(self) -> None:
-        """Give up what `hold` keeps."""
+        """Give up what `hold` keeps, or `lend` has given."""
         self._held = None
 
     # ------------------------------------------------------ for family code that multiplies by a weight itself

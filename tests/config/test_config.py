@@ -37,7 +37,7 @@ model: {name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct, revision: null, quant
   skip_modules: []}
 adapter: {method: lora, r: 16, lora_alpha: 32, lora_dropout: 0.0, target_modules: all-linear, exclude_modules: [],
   modules_to_save: [], bias: none, rank_pattern: {}, alpha_pattern: {}, init_from: null,
-  use_rslora: false, init_lora_weights: default,
+  use_rslora: false, init_lora_weights: default, loftq_iter: 1, calibration_rows: 256,
   loraplus_lr_ratio: null,
   decompose_both: false, decompose_factor: -1, init_weights: default,
   projection_prng_key: 0, save_projection: true, d_initial: 0.1}
@@ -434,7 +434,8 @@ def test_the_keys_that_the_memory_of_a_step_depends_on():
     """Each by whether a tensor of the step does; a batch's shape is known beside them."""
     assert set(memory_settings(Config())) == {
         *(f"model.{key}" for key in SECTIONS["model"].model_fields),
-        *(f"adapter.{key}" for key in SECTIONS["adapter"].model_fields if key != "loraplus_lr_ratio"),
+        *(f"adapter.{key}" for key in SECTIONS["adapter"].model_fields
+          if key not in ("loraplus_lr_ratio", "calibration_rows")),
         *(f"training.{key}" for key in (
             "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "label_smoothing_factor", "optim",
             "optimizer_in_backward", "gradient_checkpointing", "offload_boundaries", "tiled_mlp",

@@ -40,6 +40,8 @@ TEXTS: dict[str, list[Any]] = {
     "adapter.rank_pattern": [{}, {"q_proj": 2, r"layers\.0\..*": 8}],
     "adapter.alpha_pattern": [{}, {"down_proj": 4.5}],
     "adapter.init_from": [None, "start"],
+    "adapter.init_lora_weights": ["default", "gaussian", True, "symmetric", "pissa", "pissa_niter_4", "loftq",
+                                  "calibrated"],
     "data.train": [f"{name}.jsonl" for name in FORMATS] + [f"alpaca.{end}" for end in ("json", "csv", "parquet")]
     + ["text.txt", "prompt_completion", MIXTURE],
     "data.eval": [0.2, None, EVAL, {"one": EVAL, "other": EVAL}, [EVAL, EVAL]],
@@ -55,6 +57,7 @@ TYPICAL: dict[str, list[float]] = {
     "adapter.r": [64],  # large enough for moments in 8 bits
     "adapter.lora_alpha": [32], "adapter.lora_dropout": [0.1], "adapter.loraplus_lr_ratio": [16],
     "adapter.decompose_factor": [4], "adapter.projection_prng_key": [7], "adapter.d_initial": [0.1],
+    "adapter.loftq_iter": [3], "adapter.calibration_rows": [20],
     "data.max_length": [96], "training.num_train_epochs": [1], "training.max_steps": [2],
     "training.per_device_train_batch_size": [3], "training.gradient_accumulation_steps": [2],
     "training.learning_rate": [2e-4], "training.warmup_steps": [0.03, 1], "training.weight_decay": [0.1],
@@ -64,6 +67,7 @@ TYPICAL: dict[str, list[float]] = {
 }  # fmt: skip
 # What no run on this machine can go through: a test of its own says how each is refused.
 REFUSED = [("model.device", "cuda"), ("data.max_length", 1)]
+OF_WEIGHTS = ("pissa", "pissa_niter_4", "loftq")  # starts that take no rank above a weight's own
 OMITTED = object()  # the key is left out
 
 
@@ -105,6 +109,10 @@ def with_company(key: str, value: Any) -> dict[str, Any]:
         return {key: value, "data.chat_template": "chat.jinja"}
     if key == "data.format" and value != "auto":
         return {key: value} | with_company("data.train", f"{value}.jsonl")
+    if key == "adapter.loftq_iter" and value != 1:
+        return {key: value} | with_company("adapter.init_lora_weights", "loftq")
+    if key == "adapter.init_lora_weights" and value in OF_WEIGHTS:
+        return {key: value, "adapter.r": 1}
     if (key, value) == ("training.group_by_length", True):
         return {key: value, "data.packing": False}
     if (key, value) == ("training.optimizer_in_backward", True):

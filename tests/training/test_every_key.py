@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate.tracking import get_available_trackers
 from click.testing import CliRunner
-from key_values import KEYS, OMITTED, VALUES, values_of, with_company, write_inputs, written
+from key_values import KEYS, OF_WEIGHTS, OMITTED, VALUES, values_of, with_company, write_inputs, written
 from tiny_runs import read_metrics
 
 from qlora_tool.cli import main
@@ -56,6 +56,7 @@ def excluded(run: Run) -> bool:
         or (bool(given.get("data.columns")) and name != "alpaca")
         or (name == "text" and run.get("data.train_on", "completion") == "completion")
         or (bool(given.get("data.chat_template_kwargs")) and (name == "text" or not given.get("data.chat_template")))
+        or (run.get("adapter.init_lora_weights") in OF_WEIGHTS and run.get("adapter.r") not in (OMITTED, 1))
         or (run.get("training.optimizer_in_backward", False) and run.get("model.compute_dtype") == "float16")
         or (run.get("adapter.init_from") is not None and any(run.get(key, OMITTED) is not OMITTED
                                                              for key in OF_THE_START))

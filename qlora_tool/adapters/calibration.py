@@ -1,0 +1,155 @@
+"""The calibrated start: adapters that make good the quantization's error on inputs as the layers get them.
+
+Some rows of the training data go once through the model, whose layers compute with their 16-bit weights, one after the
+other: what is held is one layer in 16 bits, the second moments of its modules' inputs, and one batch of hidden states.
+Source: QERA (Zhang et al. 2024, arXiv 2410.06040), CLoQ (Deng et al. 2025, arXiv 2501.18475); the fit itself is
+`ops.low_rank.weighted_fit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from qlora_tool.adapters.targets import find_targets, settings_for
+from qlora_tool.data.batches import Batch, collate
+from qlora_tool.data.examples import Example
+from qlora_tool.errors import UserError
+from qlora_tool.methods import METHODS
+from qlora_tool.methods.method import Method, Settings
+from qlora_tool.model.checkpointing import decoder_layers
+from qlora_tool.ops.low_rank import weighted_fit
+from qlora_tool.weights.handles import WeightHandle
+from qlora_tool.weights.modules import FrozenLinear
+from qlora_tool.weights.quantized import QuantizedTensor
+
+if TYPE_CHECKING:
+    from qlora_tool.config import AdapterConfig, Config
+    from qlora_tool.model.causal_lm import CausalLM
+
+MOST_TOKENS = 1 << 14  # of all rows together: four to thirty times the width of a layer
+LENGTH = 512  # tokens of a block at most
+
+Read = Callable[[str], "Tensor | QuantizedTensor"]  # a parameter's name → its unquantized value, (out, in)
+
+
+def calibration_batch(examples: Sequence[Example], rows: int, length: int) -> Batch:
+    """The first rows of the data, their tokens one after the other, cut into blocks of one length: no padding, whose
+    inputs would count, and no mask, which not every family takes.
+
+    Args:
+        examples: of the training data.
+        rows: of them.
+        length: tokens of a block at most.
+    """
+    tokens: list[int] = []
+    for index in range(min(rows, len(examples))):
+        tokens += examples[index].input_ids
+        if len(tokens) >= MOST_TOKENS:
+            break
+    length = min(length, LENGTH, len(tokens))
+    blocks = [tokens[begin : begin + length] for begin in range(0, min(len(tokens), MOST_TOKENS) - length + 1, length)]
+    return collate([[Example(block, block, "calibration")] for block in blocks], pad_token_id=0, packing=False)
+
+
+def reads_data(config: AdapterConfig) -> bool:
+    """Whether adapters start from the data."""
+    return getattr(config, "init_lora_weights", "") == "calibrated"
+
+
+@torch.no_grad()
+def calibrated(
+    model: CausalLM, config: Config, examples: Sequence[Example], read: Read
+) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """A and B of every module that is quantized and sees an input, fp32, by its name; and the names of the others.
+
+    Args:
+        model: the quantized base, without adapters.
+        config: of the run.
+        examples: of its training data.
+        read: gives unquantized weights.
+
+    Raises:
+        ValueError: no examples.
+        UserError: the checkpoint is quantized already.
+    """
+    if not len(examples):
+        raise ValueError("the calibrated start needs examples of the training data")
+    method = METHODS[config.adapter.method]
+    settings = {name: settings_for(name, config.adapter) for name in find_targets(model.module, config.adapter)}
+    rows = config.adapter.calibration_rows  # type: ignore[attr-defined]  # a key of LoRA's
+    batch = calibration_batch(examples, rows, config.data.max_length)
+    found: dict[str, dict[str, Tensor]] = {}
+    training, hooks = model.module.training, []
+    model.module.train(False)
+    for name, layer in decoder_layers(model.module).items():
+        share = _LayerPass(name, layer, method, settings, read, model.compute_dtype, found)
+        hooks += [layer.register_forward_pre_hook(share.begin), layer.register_forward_hook(share.end)]
+    try:
+        model.hidden_states(batch.to(model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.module.train(training)
+    return found, [name for name in settings if name not in found]
+
+
+class _LayerPass:
+    """One layer's share: its weights in 16 bits while it computes, then the fits of its modules."""
+
+    def __init__(
+        self, name: str, layer: nn.Module, method: Method, settings: Mapping[str, Settings], read: Read,
+        dtype: torch.dtype, found: dict[str, dict[str, Tensor]],
+    ):  # fmt: skip
+        self.handles = {f"{name}.{inner}": module for inner, module in layer.named_modules()
+                        if isinstance(module, WeightHandle) and module.kind != "none"}  # fmt: skip
+        self.linears = {f"{name}.{inner}": module for inner, module in layer.named_modules()
+                        if isinstance(module, FrozenLinear) and f"{name}.{inner}" in settings
+                        and f"{name}.{inner}.weight" in self.handles}  # fmt: skip
+        self.method, self.settings, self.read, self.dtype, self.found = method, settings, read, dtype, found
+        self.moments: dict[str, Tensor] = {}
+        self.shared: list[tuple[Tensor, Tensor]] = []  # inputs and their moments: siblings take one input
+        self.weights: dict[str, Tensor] = {}
+        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def begin(self, *_: object) -> None:
+        for name, handle in self.handles.items():
+            value = self.read(name)
+            if isinstance(value, QuantizedTensor):
+                raise UserError(
+                    f"adapter.init_lora_weights: calibrated needs unquantized weights, but {name} is already quantized "
+                    f"as {value.kind} in the checkpoint; use the 16-bit model that it was made from"
+                )
+            handle.lend(value.to(self.dtype))
+            if name.removesuffix(".weight") in self.linears:
+                self.weights[name] = value
+        for name, linear in self.linears.items():
+            self.hooks.append(linear.register_forward_pre_hook(self._noting(name)))
+
+    def _noting(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            (x,) = inputs
+            known = next((moments for seen, moments in self.shared if seen is x), None)
+            if known is None:
+                flat = x.reshape(-1, x.shape[-1]).float()
+                self.shared.append((x, known := flat.T @ flat))
+            self.moments[name] = self.moments[name] + known if name in self.moments else known
+
+        return note
+
+    def end(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        for handle in self.handles.values():
+            handle.release()
+        self.shared.clear()
+        for name, moments in self.moments.items():
+            settings, handle = self.settings[name], self.handles[f"{name}.weight"]
+            error = self.weights[f"{name}.weight"].float() - handle.dense(torch.float32)
+            lora_B, lora_A = weighted_fit(error / self.method.scaling(settings), moments, settings.r)
+            self.found[name] = {"lora_A": lora_A, "lora_B": lora_B}
+        self.weights.clear()
+        self.hooks.clear()
