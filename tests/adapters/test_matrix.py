@@ -1,0 +1,135 @@
+"""Every method on every kind of base and family: it trains, resumes, is read, merged and predicted.
+
+Each run of the fast tests has one cell for every method; `tools/test --all` has all cells.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_adapters import IDS, artifact_of, live_logits, plain_logits
+from tiny_models import relative_error, write_tiny
+from tiny_runs import adapter_bytes, read_metrics, run_config, write_rows
+from tokenizers_for_tests import CHATML, byte_level
+
+from qlora_tool.config import Config
+from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.memory.trace.classify import timeline
+from qlora_tool.memory.trace.measure import measure_peak
+from qlora_tool.memory.trace.predict import BatchShape, predict
+from qlora_tool.methods import METHODS
+from qlora_tool.model.source import read_model_config
+from qlora_tool.training.loop import train
+
+KINDS = ("nf4", "int8", "none")
+FAMILIES = (
+    "llama", "gpt2", "falcon", "llama-odd", "phi3", "qwen3_moe", "gpt_neox", "bloom", "gemma2", "opt", "mistral",
+    "deepseek_v3",
+)  # fmt: skip
+PLACES: tuple[dict[str, Any], ...] = ({}, {"target_modules": r".*\.0\..*"}, {"exclude_modules": r".*\.1\..*"})
+# Of each the rank, and a rate at which a tiny model learns four examples in a few steps.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lora": {"adapter.r": 4},
+    "dora": {"adapter.r": 4},
+    "loha": {"adapter.r": 3, "training.learning_rate": 2e-2},
+    "lokr": {"adapter.r": 2, "adapter.decompose_both": True, "training.learning_rate": 2e-2},
+    "vera": {"adapter.r": 48, "training.learning_rate": 5e-2},
+    "additive": {"adapter.r": 5},
+}
+# The two sides take the same products in fp32 in another order: see tests/export/test_merge.py.
+ROUNDING = 1.5e-5
+
+Cell = tuple[str, str, str, dict[str, Any]]
+CELLS: list[Cell] = [
+    (method, kind, family, PLACES[(place + row) % len(PLACES)])
+    for row, family in enumerate(FAMILIES)
+    for place, (kind, method) in enumerate(itertools.product(KINDS, METHODS))
+]
+
+
+def name_of(cell: Cell) -> str:
+    return "-".join([*cell[:3], *cell[3]])
+
+
+SAMPLE = [
+    next(cell for cell in CELLS if cell[:3] == (method, KINDS[number % 3], FAMILIES[number % 12]))
+    for number, method in enumerate(METHODS)
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A family's tiny model in fp32 with a tokenizer, written once."""
+    folder = tmp_path_factory.mktemp("bases")
+
+    def write(family: str) -> Path:
+        if not (folder / family).exists():
+            tokenizer = byte_level(CHATML)
+            sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, "n_positions": 256}
+            write_tiny(family, folder / family, **sizes)
+            tokenizer.save_pretrained(folder / family)
+        return folder / family
+
+    return write
+
+
+def test_every_method_has_a_cell_of_every_kind_and_family():
+    assert SETTINGS.keys() == METHODS.keys()
+    assert {cell[0] for cell in SAMPLE} == METHODS.keys()
+    assert {cell[1] for cell in SAMPLE} == set(KINDS)
+    for place in PLACES:
+        assert {cell[0] for cell in CELLS if cell[3] == place} == METHODS.keys()
+
+
+@pytest.mark.parametrize("cell", SAMPLE, ids=name_of)
+def test_a_sample(base: Callable[[str], Path], tmp_path: Path, cell: Cell):
+    assert_complete(cell, base(cell[2]), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell not in SAMPLE], ids=name_of)
+def test_all_others(base: Callable[[str], Path], tmp_path: Path, cell: Cell):
+    assert_complete(cell, base(cell[2]), tmp_path)
+
+
+def assert_complete(cell: Cell, base: Path, folder: Path) -> None:
+    method, kind, _, place = cell
+    config = run_config(base, write_rows(folder / "rows.jsonl", 4), folder / "run", {
+        "adapter.method": method, "adapter.lora_dropout": 0.0, "model.quantization": kind,
+        "training.max_steps": 4, "training.save_steps": 2, "training.warmup_steps": 0,
+        **SETTINGS[method], **{f"adapter.{key}": value for key, value in place.items()},
+    })  # fmt: skip
+    run = train(config)
+    losses = [record["loss"] for record in read_metrics(folder / "run")]
+    assert losses[-1] < losses[0]  # the same four examples in every step
+    with torch.no_grad():
+        live = run.model.module.eval()(input_ids=IDS, use_cache=False).logits
+    assert_resumes(config, folder)
+    artifact = artifact_of(folder / "run")
+    read = live_logits(artifact)
+    if artifact.adapter.method is METHODS[method]:
+        assert torch.equal(read, live)
+    assert relative_error(read, live) < ROUNDING  # what is saved as the LoRA that equals it
+    export_merged(artifact, folder / "merged", ExportOptions(dtype="float32", verify=False))
+    assert relative_error(plain_logits(folder / "merged"), live) < ROUNDING
+    assert_predicted(config, base)
+
+
+def assert_resumes(config: Config, folder: Path) -> None:
+    """The second half of a run, from the checkpoint in its middle, ends in the same bytes."""
+    before = adapter_bytes(folder / "run")
+    shutil.rmtree(folder / "run" / "adapter")
+    shutil.rmtree(folder / "run" / "checkpoints" / "step-000004")
+    train(config)
+    assert adapter_bytes(folder / "run") == before
+
+
+def assert_predicted(config: Config, base: Path) -> None:
+    arguments = config, read_model_config(base), BatchShape.full(2, 32), torch.float32
+    assert timeline(predict(*arguments)).peak_bytes == pytest.approx(measure_peak(*arguments), rel=1e-3)
