@@ -43,9 +43,9 @@ def trained(method: str, linear: FrozenLinear, settings: Settings) -> Adapter:
 
 
 @torch.no_grad()
-def fill(parameters: Sequence[Tensor]) -> None:
+def fill(parameters: Sequence[Tensor], deviation: float = 0.5) -> None:
     for number, parameter in enumerate(parameters):
-        parameter.copy_(noise(*parameter.shape, seed=number) / 2)
+        parameter.copy_(noise(*parameter.shape, seed=number) * deviation)
 
 
 def output_and_gradients(
