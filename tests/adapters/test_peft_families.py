@@ -82,7 +82,8 @@ def test_peft_computes_from_our_file_what_we_do(base, tmp_path, method, family):
 def test_we_compute_from_pefts_file_what_it_does(base, tmp_path, method, family):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of fan_in_fan_out, which PEFT sets itself
-        theirs = peft.get_peft_model(read_by_transformers(base(family)), THEIRS[method](target_modules=places(method, family), task_type="CAUSAL_LM")).eval()
+        config = THEIRS[method](target_modules=places(method, family), task_type="CAUSAL_LM")
+        theirs = peft.get_peft_model(read_by_transformers(base(family)), config).eval()
     untrained = logits(theirs, tokens())
     fill([parameter for parameter in theirs.parameters() if parameter.requires_grad], 0.2)
     theirs.save_pretrained(tmp_path)

@@ -19,6 +19,7 @@ from qlora_tool.memory.trace.extrapolate import (
     with_layers,
 )
 from qlora_tool.memory.trace.predict import BatchShape, predict
+from qlora_tool.methods import METHODS
 
 H100 = CudaTarget((9, 0), None, False)
 SIZES = {
@@ -56,6 +57,18 @@ def test_the_peak_of_every_phase_is_that_of_the_whole_model(family, checkpointin
     for phase in PHASES:
         assert found.phase_peak_bytes[phase] == pytest.approx(whole.phase_peak_bytes[phase], rel=1e-4), phase
     assert model_config.num_hidden_layers == layers  # left as it was
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(method, marks=[] if method == "vera" else pytest.mark.slow) for method in METHODS]
+)
+def test_every_method_grows_with_the_layers_as_it_does(method: str):
+    """What all layers share, VeRA's two matrices, is there once whatever their number."""
+    config, shape = settings(**{"adapter.method": method, "adapter.r": 64}), BatchShape.full(2, 48)
+    found = estimate_peak(config, made("llama"), shape, torch.float32, None)
+    assert max(found.traced_layers) < made("llama").num_hidden_layers
+    whole = timeline_on(predict(config, made("llama"), shape, torch.float32), None).breakdown()
+    assert found.peak_bytes == pytest.approx(whole.peak_bytes, rel=1e-5)
 
 
 @pytest.mark.parametrize("more", [{}, {"training.tiled_mlp": True}, {"training.gradient_accumulation_steps": 2}])
