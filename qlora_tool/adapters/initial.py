@@ -76,7 +76,8 @@ def refuse_other_places(
     ]
     for name in wanted.keys() & adapters.layers.keys():
         found = adapters.layers[name].settings
-        if (found.r, found.alpha) != (wanted[name].r, wanted[name].alpha):
+        scaled = "lora_alpha" not in stored.method.keys.not_read
+        if found.r != wanted[name].r or (scaled and found.alpha != wanted[name].alpha):
             faults.append(
                 f"adapter.rank_pattern, adapter.alpha_pattern: {name} would have r {wanted[name].r} and lora_alpha "
                 f"{wanted[name].alpha}, but has {found.r} and {found.alpha} in {stored.folder}; leave the patterns out"

@@ -108,6 +108,17 @@ def test_it_is_resumed_to_the_bit(place: Path):
     assert records[0] == records[1]
 
 
+def test_another_run_goes_on_from_it(place: Path):
+    """From the values that this one ended with, as the method that it is saved as."""
+    values = yaml.safe_load(Path("run.yaml").read_text())
+    values["adapter"] = {"init_from": "run/adapter"}
+    values["training"] |= {"output_dir": "next", "max_steps": 2}
+    Path("next.yaml").write_text(yaml.safe_dump(values))
+    run("train", "next.yaml")
+    first, before = read_metrics(place / "next")[0]["loss"], [record["loss"] for record in read_metrics(place / "run")]
+    assert first < before[0] - 0.5
+
+
 def test_it_answers(place: Path):
     """As the merged model does, and not as the base."""
     run("export-merged", "run", "--output-dir", "merged", "--dtype", "float32", "--no-verify")
