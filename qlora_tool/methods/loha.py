@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qlora_tool.errors import UserError
 from qlora_tool.methods.keys import MethodKeys
-from qlora_tool.methods.method import Adapter, Method, SavedWith, Settings, refuse_keys
+from qlora_tool.methods.method import Adapter, Method, SavedWith, Settings, number_in, refuse_keys
 
 if TYPE_CHECKING:
     import torch
@@ -96,10 +95,7 @@ class Loha(Method):
         if config.get("peft_type") != self.peft_type:
             return None
         refuse_keys(file, config, _NOT_READ)
-        for key in ("r", "alpha"):
-            if key not in config:
-                raise UserError(f"{file}: no key {key!r}; the PEFT configuration is incomplete: save the adapter again")
-        return Settings(config["r"], config["alpha"], keys=self.keys())
+        return Settings(number_in(file, config, "r", whole=True), number_in(file, config, "alpha"), keys=self.keys())
 
     def sizes(self, tensors: Mapping[str, Tensor]) -> tuple[int, int, int]:
         return tensors["hada_w1_a"].shape[0], tensors["hada_w1_b"].shape[-1], tensors["hada_w1_b"].shape[0]

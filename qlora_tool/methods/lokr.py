@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from qlora_tool.errors import UserError
 from qlora_tool.methods.keys import WHOLE, MethodKeys
-from qlora_tool.methods.method import Adapter, Method, SavedWith, Settings, keys_of_file, refuse_keys
+from qlora_tool.methods.method import Adapter, Method, SavedWith, Settings, keys_of_file, number_in, refuse_keys
 
 if TYPE_CHECKING:
     import torch
@@ -152,11 +151,9 @@ class Lokr(Method):
         if config.get("peft_type") != self.peft_type:
             return None
         refuse_keys(file, config, _NOT_READ)
-        for key in ("r", "alpha"):
-            if key not in config:
-                raise UserError(f"{file}: no key {key!r}; the PEFT configuration is incomplete: save the adapter again")
-        keys = {key: config[key] for key in ("decompose_both", "decompose_factor") if config.get(key) is not None}
-        return Settings(config["r"], config["alpha"], keys=keys_of_file(file, self.keys, keys))
+        given = {key: config[key] for key in ("decompose_both", "decompose_factor") if config.get(key) is not None}
+        keys = keys_of_file(file, self.keys, given)
+        return Settings(number_in(file, config, "r", whole=True), number_in(file, config, "alpha"), keys=keys)
 
     def missing(self, tensors: Mapping[str, Tensor]) -> list[str]:
         return [f"{name}{part}" for name in ("lokr_w1", "lokr_w2") if name not in tensors

@@ -5,6 +5,7 @@ A method's file imports no torch while it is imported itself, as the configurati
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -330,6 +331,29 @@ def keys_of_file(file: Path, kind: type[_K], values: Mapping[str, Any]) -> _K:
             f"{file}: {name} {first['input']!r} cannot be read here ({first['msg']}); save the adapter again, or merge "
             "it with PEFT instead"
         ) from error
+
+
+def number_in(
+    file: Path, config: Mapping[str, Any], key: str, *, whole: bool = False, default: float | None = None
+) -> Any:
+    """A number of a PEFT configuration: any; where `whole`, a rank, above 0; with a default, a share from 0 to below 1,
+    which may be null.
+
+    Raises:
+        UserError: it is missing, or something else.
+    """
+    value: Any = config.get(key)
+    if value is None and default is not None:
+        return default
+    if key not in config:
+        raise UserError(f"{file}: no key {key!r}; the PEFT configuration is incomplete: save the adapter again")
+    kinds = (int,) if whole else (int, float)
+    is_number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or (whole and value < 1) or (default is not None and not 0 <= value < 1):
+        expected = "a whole number above 0" if whole else "a number"
+        expected += "" if default is None else " from 0 to below 1"
+        raise UserError(f"{file}: {key} is {value!r}, expected {expected}; copy or save the adapter again")
+    return value
 
 
 def refuse_keys(file: Path, config: Mapping[str, Any], keys: Mapping[str, Any]) -> None:

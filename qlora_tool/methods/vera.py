@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from qlora_tool.errors import UserError
 from qlora_tool.methods.keys import WHOLE, MethodKeys, Positive
-from qlora_tool.methods.method import Adapter, Method, SavedWith, Settings, keys_of_file, refuse_keys
+from qlora_tool.methods.method import Adapter, Method, SavedWith, Settings, keys_of_file, number_in, refuse_keys
 
 if TYPE_CHECKING:
     import torch
@@ -114,11 +113,10 @@ class Vera(Method):
         if config.get("peft_type") != self.peft_type:
             return None
         refuse_keys(file, config, _NOT_READ)
-        if "r" not in config:
-            raise UserError(f"{file}: no key 'r'; the PEFT configuration is incomplete: save the adapter again")
         given = {key: config[key] for key in ("projection_prng_key", "save_projection") if config.get(key) is not None}
         keys = keys_of_file(file, self.keys, given)
-        return Settings(config["r"], config["r"], config.get("vera_dropout") or 0.0, keys)
+        r, dropout = number_in(file, config, "r", whole=True), number_in(file, config, "vera_dropout", default=0.0)
+        return Settings(r, r, dropout, keys)
 
     def sizes(self, tensors: Mapping[str, Tensor]) -> tuple[int, int, int]:
         return tensors["vera_lambda_b"].shape[0], 0, tensors["vera_lambda_d"].shape[0]

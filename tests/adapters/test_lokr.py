@@ -163,12 +163,13 @@ def saved(base, tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("rank_dropout", 0.1), ("module_dropout", 0.2), ("decompose_factor", 0), ("decompose_both", "yes")],
+    [("rank_dropout", 0.1), ("module_dropout", 0.2), ("decompose_factor", 0), ("decompose_both", "yes"), ("r", None),
+     ("r", 0), ("r", 2.5), ("alpha", None), ("alpha", "6"), ("alpha", True)],
 )
 def test_options_that_are_not_read_are_refused_by_name(saved, option, value):
     file = saved / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {option: value}))
-    with pytest.raises(UserError, match=option) as refused:
+    with pytest.raises(UserError, match=f": {option} ") as refused:
         read_adapter(saved)
     assert len(refused.value.lines) == 1
 

@@ -214,11 +214,14 @@ def test_keys_that_vera_does_not_take_are_refused(setting, tmp_path):
         load_config(str(file))
 
 
-@pytest.mark.parametrize(("option", "value"), [("rank_pattern", {"q_proj": 2}), ("projection_prng_key", "one")])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("rank_pattern", {"q_proj": 2}), ("projection_prng_key", "one"), ("r", "4"), ("vera_dropout", 1.5)],
+)
 def test_options_that_are_not_read_are_refused_by_name(base, tmp_path, option, value):
     file = saved_by_peft(base, tmp_path) / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {option: value}))
-    with pytest.raises(UserError, match=option):
+    with pytest.raises(UserError, match=f": {option} "):
         read_adapter(tmp_path)
 
 
