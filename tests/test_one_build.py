@@ -13,6 +13,7 @@ import pytest
 import torch
 from key_values import EVAL, KEYS, VALUES, with_company, write_inputs
 from tiny_models import write_tiny
+from tiny_models import write_tiny
 from tiny_runs import run_config, write_model, write_rows
 from tokenizers_for_tests import CHATML, byte_level
 from torch import nn
@@ -155,6 +156,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_inputs(tmp_path_factory.mktemp("inputs"))
     (folder / EVAL).write_bytes((folder / "eval-alpaca.jsonl").read_bytes())
     write_model(folder / "other", tie_word_embeddings=True, num_hidden_layers=3)
+    write_tiny("mixtral", folder / "experts", vocab_size=len(byte_level(CHATML)), max_position_embeddings=256)
+    byte_level(CHATML).save_pretrained(folder / "experts")
     return folder
 
 
@@ -163,9 +166,10 @@ BASE = {
     "data.train": "alpaca.jsonl", "data.max_length": 96, "training.output_dir": "run",
 }  # fmt: skip
 OTHERS = {"model.name_or_path": "other", "training.output_dir": "elsewhere", "training.report_to": ["tensorboard"],
-          "data.max_length": 64}  # fmt: skip
+          "data.max_length": 64, "adapter.target_parameters": ["experts.down_proj"]}  # fmt: skip
 # With `auto` a budget decides, by tracing: that is a test of its own.
-DECIDED = {"training.max_memory": {"training.gradient_checkpointing": True}}
+DECIDED = {"training.max_memory": {"training.gradient_checkpointing": True},
+           "adapter.target_parameters": {"model.name_or_path": "experts"}}  # fmt: skip
 
 
 def changes() -> list[dict[str, Any]]:

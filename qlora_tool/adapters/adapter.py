@@ -1,16 +1,24 @@
-"""The adapter of one module: a method's tensors, and the settings that they are used with."""
+"""The adapter of one weight: a method's tensors, and the settings that they are used with, by the kind of its place."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from qlora_tool.methods.method import Method, PeftForm, Settings, Siblings
+from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import FrozenLinear
+
+
+class HasWeight(Protocol):
+    """What an adapter is put on: a linear module, or a `Place`."""
+
+    @property
+    def weight(self) -> WeightHandle: ...
 
 
 class Adapter(nn.Module):
@@ -41,21 +49,28 @@ class Adapter(nn.Module):
 
     @classmethod
     def start(
-        cls, method: Method, linear: FrozenLinear, settings: Settings, dtype: torch.dtype, generator: torch.Generator,
+        cls, method: Method, place: HasWeight, settings: Settings, dtype: torch.dtype, generator: torch.Generator,
         shared: Mapping[str, Tensor] | None = None, known: Mapping[str, Tensor] | None = None,
     ) -> Adapter:
-        """A fresh adapter on `linear`, on its device.
+        """A fresh adapter on a weight, on its device.
 
         Args:
+            place: has the weight's handle.
             dtype: of its tensors.
             generator: what the start is drawn from, a CPU one; see `generator_for`.
             shared: what it has in common with the model's other adapters, in its place.
             known: tensors that are there already, of a start that is made of weights or data.
         """
-        tensors = method.start(linear.out_features, linear.in_features, settings, linear.weight, generator)
+        tensors = cls._start(method, place.weight, settings, generator)
         # Laid out as those that a resumed run makes: products of other strides end in other bits.
         tensors |= {name: tensor.contiguous() for name, tensor in (known or {}).items()}
-        return cls(method, placed(method, tensors, linear.weight.device, dtype) | dict(shared or {}), settings)
+        return cls(method, placed(method, tensors, place.weight.device, dtype) | dict(shared or {}), settings)
+
+    @staticmethod
+    def _start(
+        method: Method, weight: WeightHandle, settings: Settings, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        return method.start(weight.shape[0], weight.shape[1], settings, weight, generator)
 
     @property
     def tensors(self) -> dict[str, Any]:
@@ -100,16 +115,114 @@ class Adapter(nn.Module):
         """What merging adds to the module's bias, fp32, (out,); None where nothing."""
         return self.method.bias_delta(self.tensors, self.settings)
 
+    @classmethod
+    def names(cls, method: Method) -> Mapping[str, str]:
+        """The suffixes that PEFT's files give a method's tensors, by the method's names."""
+        return method.peft_names
+
     def trained(self) -> dict[str, Any]:
-        """The trained tensors, and those that are kept with them, by the suffix that PEFT's files give them; where PEFT
-        has no such, by the method's own names."""
-        kept = {name: tensor for name, tensor in self._buffers.items() if name in self.method.kept}
-        own = {**self._parameters, **kept}
-        return {self.method.peft_names.get(name, name): tensor for name, tensor in own.items()}
+        """The trained tensors, and those that are kept with them, by their names in checkpoints: the suffix that PEFT's
+        files give them; where PEFT has no such, the method's own names."""
+        names, kept = self.names(self.method), self.method.kept
+        own = {**self._parameters, **{name: tensor for name, tensor in self._buffers.items() if name in kept}}
+        return {names.get(name, name): tensor for name, tensor in own.items()}
 
     def peft_form(self) -> PeftForm:
         """What is saved of it."""
         return self.method.peft_form(self.tensors, self.settings)
+
+
+class EmbeddingAdapter(Adapter):
+    """What is trained on embeddings, (vocabulary, dim): a method's tensors for the weight (dim, vocabulary)."""
+
+    @staticmethod
+    def _start(
+        method: Method, weight: WeightHandle, settings: Settings, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        return method.start_on_embedding(weight.shape[1], weight.shape[0], settings, generator)
+
+    def rows(self, index: Tensor, looked_up: Tensor) -> Tensor:
+        """The rows that `index`, of any shape, names, `looked_up` being what the embeddings have there."""
+        return looked_up + self.method.rows(self, index, looked_up.dtype)
+
+    def merge(self, weight: Tensor) -> Tensor:
+        """The merged embeddings, fp32, (vocabulary, dim)."""
+        return self.method.merge(self.tensors, self.settings, weight.T).T
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """What merging adds to them."""
+        return self.method.delta(self.tensors, self.settings, weight.T).T
+
+    @classmethod
+    def names(cls, method: Method) -> Mapping[str, str]:
+        return method.peft_embedding_names
+
+
+class ExpertsAdapter(Adapter):
+    """What is trained on one weight of experts, (experts, out, in): a method's tensors for each, stacked."""
+
+    @staticmethod
+    def _start(
+        method: Method, weight: WeightHandle, settings: Settings, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        experts, out_features, in_features = weight.shape
+        starts = [method.start(out_features, in_features, settings, weight, generator) for _ in range(experts)]
+        return {name: torch.stack([start[name] for start in starts]) for name in starts[0]}
+
+    def expert_branches(self, dtype: torch.dtype) -> list[Callable[[Tensor], Tensor]]:
+        """What it adds to the product of each expert: x (n, in) → (n, out), in `dtype`."""
+        # Taken apart once: a gradient of an index would be as large as all experts together, for each of them.
+        apart = {name: tensor.to(dtype).unbind(0) for name, tensor in self.tensors.items()}
+        count = len(next(iter(apart.values())))
+        experts = (_OneExpert(self, {name: tensors[index] for name, tensors in apart.items()})
+                   for index in range(count))  # fmt: skip
+        return [expert.branch for expert in experts]
+
+    def merge(self, weight: Tensor) -> Tensor:
+        """The merged weight, fp32, (experts, out, in)."""
+        for index in range(weight.shape[0]):
+            weight[index] = self.method.merge(self._of(index), self.settings, weight[index])
+        return weight
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """What merging adds to `weight`."""
+        return torch.stack([self.method.delta(self._of(index), self.settings, one) for index, one in enumerate(weight)])
+
+    def _of(self, expert: int) -> dict[str, Tensor]:
+        return {name: tensor[expert] for name, tensor in self.tensors.items()}
+
+    def peft_form(self) -> PeftForm:
+        """PEFT's A (experts·r, in), by experts, and B (out, r·experts), the experts of a rank beside one another."""
+        form = super().peft_form()
+        joined = {
+            "lora_A": form.tensors["lora_A"].flatten(0, 1),
+            "lora_B": form.tensors["lora_B"].permute(1, 2, 0).flatten(1),
+        }
+        return PeftForm(form.method, joined, form.settings)
+
+    @staticmethod
+    def from_peft(tensors: Mapping[str, Tensor], experts: int) -> dict[str, Tensor]:
+        """The tensors (experts, …) of a file's; see `peft_form`."""
+        lora_A, lora_B = tensors["lora_A"], tensors["lora_B"]
+        return {
+            "lora_A": lora_A.reshape(experts, -1, lora_A.shape[1]),
+            "lora_B": lora_B.reshape(lora_B.shape[0], -1, experts).permute(2, 0, 1).contiguous(),
+        }
+
+
+class _OneExpert:
+    """The adapter of one expert as a method sees it."""
+
+    drops, shared = False, None
+
+    def __init__(self, adapter: ExpertsAdapter, tensors: Mapping[str, Tensor]):
+        self.settings, self.tensors, self._method = adapter.settings, tensors, adapter.method
+
+    def dropped(self, x: Tensor) -> Tensor:
+        return x
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self._method.branch(self, x)
 
 
 def placed(

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from qlora_tool.adapters.adapter import Adapter, generator_for, placed
+from qlora_tool.adapters.adapter import Adapter, ExpertsAdapter, generator_for, placed
+from qlora_tool.adapters.expert_names import names_in_file
 from qlora_tool.adapters.fusion import fuse
-from qlora_tool.adapters.targets import find_targets, own_keys, settings_for
+from qlora_tool.adapters.places import adaptable, find_places
+from qlora_tool.adapters.targets import own_keys, settings_for
 from qlora_tool.adapters.trained_base import train_biases, train_modules, transposed_names
 from qlora_tool.errors import UserError
 from qlora_tool.methods import METHODS
 from qlora_tool.methods.method import Settings
-from qlora_tool.weights.modules import FrozenLinear
 
 if TYPE_CHECKING:
     from qlora_tool.config import AdapterConfig
@@ -28,7 +29,7 @@ class AdapterSet:
     """All that is trained on one model.
 
     Attributes:
-        layers: the adapters by the name of their linear module.
+        layers: the adapters by the name of their module, or of their parameter where that is a weight of experts.
         saved: tensors that are fully trained (`modules_to_save`), by parameter name.
         biases: biases that are trained, by parameter name; under `bias: lora_only` those of adapted modules.
         transposed: those of `saved` that the model's own module keeps as (in, out) (transformers' Conv1D).
@@ -51,15 +52,15 @@ class AdapterSet:
                 "adapter.modules_to_save, adapter.bias: the base's own tensors are trained, so there is no untrained "
                 "model to compare with; leave both out"
             )
-        linears = [cast(FrozenLinear, model.get_submodule(name)) for name in self.layers]
-        active = [linear.active_adapters for linear in linears]
-        for linear in linears:
-            linear.set_adapters([])
+        adapted = [adaptable(model, name) for name in self.layers]
+        active = [one.active_adapters for one in adapted]
+        for one in adapted:
+            one.set_adapters([])
         try:
             yield
         finally:
-            for linear, names in zip(linears, active, strict=True):
-                linear.set_adapters(names)
+            for one, names in zip(adapted, active, strict=True):
+                one.set_adapters(names)
 
     def parameters(self) -> list[nn.Parameter]:
         """Every trained parameter once, in a fixed order."""
@@ -83,9 +84,10 @@ class AdapterSet:
 
     def peft_tensors(self) -> dict[str, Tensor]:
         """What is saved in PEFT's file, by its names without the prefix, in its orientation."""
+        names = names_in_file({name: isinstance(layer, ExpertsAdapter) for name, layer in self.layers.items()})
         forms = {name: layer.peft_form() for name, layer in self.layers.items()}
         return self._named({
-            name: {form.method.peft_names[key]: tensor for key, tensor in form.tensors.items()}
+            names[name]: {self.layers[name].names(form.method)[key]: tensor for key, tensor in form.tensors.items()}
             for name, form in forms.items()
         })  # fmt: skip
 
@@ -143,14 +145,24 @@ def attach(
         UserError: names that match nothing.
     """
     method, known = METHODS[config.method], known or {}
-    linears = find_targets(model, config)
+    places = find_places(model, config)
+    if not places:
+        raise UserError("adapter.target_modules: it is empty, and adapter.target_parameters names nothing: there is "
+                        "nothing to adapt")  # fmt: skip
     usual = Settings(config.r, config.lora_alpha, config.lora_dropout, own_keys(config))
-    made = method.shared({(linear.out_features, linear.in_features) for linear in linears.values()}, usual)
-    shared = placed(method, made, next(iter(linears.values())).weight.device, compute_dtype)
+    start = getattr(config, "init_lora_weights", "default")
+    if start not in ("default", "gaussian"):
+        for name, place in places.items():
+            if place.adapter_class is not Adapter:
+                what = "experts" if place.parameter else "embeddings"
+                raise UserError(f"adapter.init_lora_weights: {start} is a start of linear modules, but {name} is of "
+                                f"{what}; leave those out, or set default or gaussian")  # fmt: skip
+    made = method.shared({(place.weight.shape[-2], place.weight.shape[-1]) for place in places.values()}, usual)
+    shared = placed(method, made, next(iter(places.values())).weight.device, compute_dtype)
     layers = {
-        name: Adapter.start(method, linear, settings_for(name, config), compute_dtype, generator_for(seed, name),
-                            shared, known.get(name))
-        for name, linear in linears.items()
+        name: place.adapter_class.start(method, place, settings_for(name, config), compute_dtype,
+                                        generator_for(seed, name), shared, known.get(name))
+        for name, place in places.items()
     }  # fmt: skip
     put_on(model, layers)
     saved = train_modules(model, config.modules_to_save, compute_dtype)
@@ -159,7 +171,7 @@ def attach(
 
 
 def put_on(model: nn.Module, layers: Mapping[str, Adapter]) -> None:
-    """Let each linear module compute with its adapter."""
+    """Let what each adapter is for compute with it."""
     for name, layer in layers.items():
-        cast(FrozenLinear, model.get_submodule(name)).add_adapter("default", layer.train(model.training))
+        adaptable(model, name).add_adapter("default", layer.train(model.training))
     fuse(model)

@@ -8,7 +8,8 @@ from torch import nn
 
 from qlora_tool.adapters.attach import AdapterSet
 from qlora_tool.adapters.peft_files import StoredAdapter
-from qlora_tool.adapters.targets import find_targets, settings_for
+from qlora_tool.adapters.places import find_places
+from qlora_tool.adapters.targets import settings_for
 from qlora_tool.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def refuse_other_places(
     Raises:
         UserError: naming at most three of them.
     """
-    wanted = {name: settings_for(name, config) for name in find_targets(module, config)}
+    wanted = {name: settings_for(name, config) for name in find_places(module, config)}
     faults = [
         f"adapter.target_modules: {name} is {'' if name in wanted else 'not '}among them, but {stored.folder}, which "
         f"adapter.init_from names, is {'' if name in adapters.layers else 'not '}on it; leave target_modules out"

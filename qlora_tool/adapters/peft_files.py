@@ -6,7 +6,7 @@ Checked against PEFT 0.21: it loads what is written here, and what it writes is 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qlora_tool.adapters.adapter import Adapter, placed
+from qlora_tool.adapters.adapter import Adapter, EmbeddingAdapter, ExpertsAdapter, placed
 from qlora_tool.adapters.attach import AdapterSet, put_on
+from qlora_tool.adapters.expert_names import parameter_of
+from qlora_tool.adapters.places import place_of
 from qlora_tool.adapters.starts import TakenOut
 from qlora_tool.adapters.targets import from_pattern, matches, own_keys
 from qlora_tool.adapters.trained_base import tie, train_parameter, transposed_names
@@ -24,11 +26,11 @@ from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import write_json
 from qlora_tool.files.tensors import read_all, write_all
 from qlora_tool.methods import METHODS
-from qlora_tool.methods.method import Method, SavedWith, Settings
+from qlora_tool.methods.method import Method, SavedWith, Settings, refuse_keys
 from qlora_tool.model.parameter_source import tied_names
 from qlora_tool.model.slots import Prepare
 from qlora_tool.weights.handles import WeightHandle
-from qlora_tool.weights.modules import FrozenLinear
+from qlora_tool.weights.modules import FrozenEmbedding, FrozenLinear
 
 if TYPE_CHECKING:
     from qlora_tool.config import AdapterConfig
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 PREFIX = "base_model.model."
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+_WHAT = {Adapter: "a linear module", EmbeddingAdapter: "an embedding", ExpertsAdapter: "a weight of experts"}
 
 
 def save_adapter(
@@ -65,7 +68,7 @@ def _peft_config(
     settings = {name: form.settings for name, form in forms.items()}
     saved = SavedWith(
         config.bias,
-        any(model.get_submodule(name).transposed for name in adapters.layers),
+        any(getattr(model.get_submodule(name), "transposed", False) for name in adapters.layers),
         frozenset(name for form in forms.values() for name in form.tensors),
     )
     # Whole names: no two of them match the same layer, whatever order a reader takes them in.
@@ -73,6 +76,7 @@ def _peft_config(
         "rank_pattern": {name: s.r for name, s in settings.items() if s.r != usual.r},
         "alpha_pattern": {name: s.alpha for name, s in settings.items() if s.alpha != usual.alpha},
     }
+    experts = sorted(name for name, layer in adapters.layers.items() if isinstance(layer, ExpertsAdapter))
     return {
         "peft_type": method.peft_type,
         "task_type": "CAUSAL_LM",
@@ -80,17 +84,17 @@ def _peft_config(
         "revision": revision,
         "inference_mode": True,
         "r": usual.r,
-        "target_modules": _target_names(adapters, model),
+        "target_modules": _target_names(adapters.layers.keys() - set(experts), model),
         "modules_to_save": sorted({name.rpartition(".")[0] for name in adapters.saved}) or None,
         **{key: pattern for key, pattern in patterns.items() if key not in method.keys.not_read},
-    } | method.to_peft(usual, saved)
+    } | ({"target_parameters": experts} if experts else {}) | method.to_peft(usual, saved)
 
 
-def _target_names(adapters: AdapterSet, model: nn.Module) -> list[str]:
+def _target_names(adapted: Set[str], model: nn.Module) -> list[str]:
     """The adapted modules' last names where those mean exactly them, else full names; sorted."""
-    last_parts = sorted({name.rpartition(".")[2] for name in adapters.layers})
+    last_parts = sorted({name.rpartition(".")[2] for name in adapted})
     meant = {name for name, _ in model.named_modules() if matches(name, last_parts)}
-    return last_parts if meant == set(adapters.layers) else sorted(adapters.layers)
+    return last_parts if meant == adapted else sorted(adapted)
 
 
 @dataclass(frozen=True)
@@ -125,31 +129,58 @@ class StoredAdapter:
 
     @cached_property
     def by_module(self) -> dict[str, dict[str, Tensor]]:
-        """Each adapted module's tensors by the method's names. Which modules those are is told by the tensors that are
-        there; `target_modules` is not needed for it."""
+        """The tensors of each adapter by the method's names, by the name of its module, or of its parameter where that
+        is a weight of experts. Which those are is told by the tensors that are there; `target_modules` is not needed
+        for it."""
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in self.tensors.items():
             if (owner := self.owner(key)) is not None:
                 found.setdefault(owner[0], {})[owner[1]] = tensor
-        return found
+        return {name: self._of_experts(name, tensors) for name, tensors in found.items()}
 
     def owner(self, key: str) -> tuple[str, str] | None:
-        """The module that a tensor adapts, and the method's name for it; None for one that replaces a tensor."""
-        for name, suffix in self.method.peft_names.items():
-            if key.endswith(f".{suffix}"):
-                return key.removesuffix(f".{suffix}"), name
+        """The place that a tensor is an adapter's for, and the method's name for it; None for one that replaces a
+        tensor."""
+        for names in (self.method.peft_names, self.method.peft_embedding_names):
+            for name, suffix in names.items():
+                if key.endswith(f".{suffix}"):
+                    module = key.removesuffix(f".{suffix}")
+                    return parameter_of(module, self._target_parameters) or module, name
         return None
+
+    @property
+    def _target_parameters(self) -> list[str]:
+        return [name for name in self.peft.get("target_parameters") or () if not name.endswith(".weight")]
+
+    def _of_experts(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.adapter_class(name) is not ExpertsAdapter or not {"lora_A", "lora_B"} <= tensors.keys():
+            return tensors
+        r = from_pattern(name, self.peft.get("rank_pattern") or {}, self.usual.r)
+        experts, rest = divmod(tensors["lora_A"].shape[0], r)
+        if rest or tensors["lora_B"].dim() != 2 or tensors["lora_B"].shape[1] != experts * r:
+            raise UserError(
+                f"{self.folder / WEIGHTS_NAME}: the tensors of {name} do not fit together at rank {r}: lora_A "
+                f"{tuple(tensors['lora_A'].shape)}, lora_B {tuple(tensors['lora_B'].shape)}; copy the adapter again"
+            )
+        return ExpertsAdapter.from_peft(tensors, experts)
+
+    def adapter_class(self, name: str) -> type[Adapter]:
+        """What computes the adapter at a place."""
+        if any(matches(name, [parameter]) for parameter in self._target_parameters):
+            return ExpertsAdapter
+        embeddings = self.method.peft_embedding_names.values()
+        return EmbeddingAdapter if any(f"{name}.{suffix}" in self.tensors for suffix in embeddings) else Adapter
 
     def layers(
         self, dtype: torch.dtype, device: torch.device | str = "cpu", dropout: float | None = None,
-        shapes: Mapping[str, tuple[int, int]] | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> dict[str, Adapter]:
-        """The adapters by the name of their linear module.
+        """The adapters by the name of their place.
 
         Args:
             dropout: while training; None: as it was trained before.
-            shapes: (out, in) of the model's linear modules by name: what all adapters share is made, or checked, by
-                them; without, only what is stored of it is there.
+            shapes: of the model's weights, as `refuse_misfit` takes them: what all adapters share is made, or checked,
+                by them; without, only what is stored of it is there.
 
         Raises:
             UserError: what they have in common was made for another model.
@@ -158,7 +189,8 @@ class StoredAdapter:
         found = {}
         for name in self.by_module:
             tensors, settings = self.trained(name, dropout)
-            found[name] = Adapter(self.method, placed(self.method, tensors, device, dtype) | shared, settings)
+            tensors = placed(self.method, tensors, device, dtype) | shared
+            found[name] = self.adapter_class(name)(self.method, tensors, settings)
         return found
 
     def trained(self, name: str, dropout: float | None = None) -> tuple[Mapping[str, Tensor], Settings]:
@@ -190,9 +222,9 @@ class StoredAdapter:
             kept[name] = placed(self.method, tensors, "cpu", dtype or self.dtype), settings
         return TakenOut(self.method, kept)
 
-    def _shared(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    def _shared(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """What the adapters have in common: as stored, or made again in the dtype that it was trained in."""
-        adapted = {shapes[name] for name in self.by_module if name in shapes}
+        adapted = {(shapes[name][-2], shapes[name][-1]) for name in self.by_module if name in shapes}
         stored = {name: self.tensors[full] for name, full in self.method.saved_shared(self.usual).items()}
         if not adapted:
             return stored
@@ -206,12 +238,22 @@ class StoredAdapter:
         return stored or {name: tensor.to(self.dtype) for name, tensor in
                           self.method.shared(adapted, self.usual).items()}  # fmt: skip
 
+    def sizes(self, name: str) -> tuple[tuple[int, ...], int]:
+        """The shape of the weight that the adapter at a place is for, as it is there: (out, in), (vocabulary, dim),
+        (experts, out, in); and its rank."""
+        tensors = self.by_module[name]
+        if self.adapter_class(name) is ExpertsAdapter:
+            out_features, in_features, r = self.method.sizes({key: tensor[0] for key, tensor in tensors.items()})
+            return (tensors["lora_A"].shape[0], out_features, in_features), r
+        out_features, in_features, r = self.method.sizes(tensors)
+        turned = self.adapter_class(name) is EmbeddingAdapter
+        return ((in_features, out_features) if turned else (out_features, in_features)), r
+
     def settings(self, name: str, dropout: float | None = None) -> Settings:
-        """The settings of the adapter on the module `name`."""
+        """The settings of the adapter at a place."""
         return replace(
             self.usual,
-            r=self.method.sizes(self.by_module[name])[2]
-            or from_pattern(name, self.peft.get("rank_pattern") or {}, self.usual.r),
+            r=self.sizes(name)[1] or from_pattern(name, self.peft.get("rank_pattern") or {}, self.usual.r),
             alpha=from_pattern(name, self.peft.get("alpha_pattern") or {}, self.usual.alpha),
             dropout=self.usual.dropout if dropout is None else dropout,
         )
@@ -272,6 +314,8 @@ def _method_of(file: Path, peft: dict[str, Any]) -> tuple[Method, Settings]:
     """The method of an adapter_config.json, and the settings in it."""
     for method in METHODS.values():
         if (settings := method.from_peft(file, peft)) is not None:
+            if peft.get("target_parameters") and not method.on_experts:
+                refuse_keys(file, peft, {"target_parameters": None})
             return method, settings
     known = ", ".join(dict.fromkeys(method.peft_type for method in METHODS.values()))
     raise UserError(f"{file}: peft_type {peft.get('peft_type')!r} cannot be read here; expected one of {known}")
@@ -302,9 +346,11 @@ def _refuse_incomplete(file: Path, stored: StoredAdapter) -> None:
     ]
     faults += _shared_faults(file, stored)
     for name, tensors in adapted.items():
-        faults += [f"{file}: tensor {name}.{method.peft_names[key]} is missing" for key in method.missing(tensors)]
+        kind = stored.adapter_class(name)
+        names = kind.names(method)
+        faults += [f"{file}: tensor {name}.{names[key]} is missing" for key in method.missing(tensors)]
         if not faults and not _fit_together(stored, name):
-            shapes = ", ".join(f"{method.peft_names[key]} {tuple(tensor.shape)}" for key, tensor in tensors.items())
+            shapes = ", ".join(f"{names[key]} {tuple(tensor.shape)}" for key, tensor in tensors.items())
             faults.append(f"{file}: the tensors of {name} do not fit together: {shapes}")
     if faults:
         more = [f"{file}: and {len(faults) - 5} more such tensors"] if len(faults) > 5 else []
@@ -325,6 +371,8 @@ def _shared_faults(file: Path, stored: StoredAdapter) -> list[str]:
 
 def _fit_together(stored: StoredAdapter, name: str) -> bool:
     tensors = stored.by_module[name]
+    if stored.adapter_class(name) is ExpertsAdapter:
+        return True  # seen when they were taken apart
     return all(tensor.dim() for tensor in tensors.values()) and stored.method.fits(tensors, stored.settings(name))
 
 
@@ -341,8 +389,7 @@ def attach_stored(
         UserError: it does not fit this model.
     """
     dtype = dtype or stored.dtype
-    shapes = {name: (module.out_features, module.in_features) for name, module in model.named_modules()
-              if isinstance(module, FrozenLinear)}  # fmt: skip
+    shapes = _shapes(model, stored.by_module)
     layers = stored.layers(dtype, next(model.parameters()).device, dropout, shapes)
     refuse_misfit(stored, layers, shapes)
     put_on(model, layers)
@@ -363,6 +410,17 @@ def attach_stored(
     return AdapterSet(layers, saved, biases, transposed)
 
 
+def _shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights at these places, of those that there are."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = tuple(place_of(model, name).weight.shape)
+        except KeyError:
+            continue
+    return found
+
+
 def _is_bias(name: str, stored: StoredAdapter) -> bool:
     """Whether a tensor is there for `bias`, not for `modules_to_save`."""
     owner = name.removesuffix(".bias")
@@ -376,8 +434,8 @@ def _refuse_misfit_replaced(model: nn.Module, stored: StoredAdapter, replaced: M
         owner, _, attribute = name.rpartition(".")
         module = _submodule(model, owner)
         parameter = getattr(module, attribute, None)
-        is_linear_weight = isinstance(parameter, WeightHandle) and isinstance(module, FrozenLinear)
-        if parameter is None or not (isinstance(parameter, nn.Parameter) or is_linear_weight):
+        behind_handle = isinstance(parameter, WeightHandle) and isinstance(module, FrozenLinear | FrozenEmbedding)
+        if parameter is None or not (isinstance(parameter, nn.Parameter) or behind_handle):
             faults.append(f"{stored.folder}: replaces {name}, which is not a parameter of this model")
             continue
         shape = tuple(parameter.shape)
@@ -394,19 +452,21 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def refuse_misfit(stored: StoredAdapter, layers: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, int]]) -> None:
+def refuse_misfit(stored: StoredAdapter, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse an adapter that was made for another model, all its faults in one report.
 
     Args:
-        layers: the adapter's.
-        shapes: (out, in) of the model's linear modules by name.
+        names: of the places that it adapts.
+        shapes: of the model's weights that can be adapted, by the name of their place: (out, in), (vocabulary, dim), or
+            (experts, out, in).
     """
     faults = []
-    for name in layers:
-        told = stored.method.sizes(stored.by_module[name])[:2]
+    for name in names:
+        found = stored.sizes(name)[0]
         if name not in shapes:
-            faults.append(f"{stored.folder}: adapts {name}, which is not a linear module of this model")
-        elif (found := (told[0] or shapes[name][0], told[1] or shapes[name][1])) != shapes[name]:
+            what = _WHAT[stored.adapter_class(name)]
+            faults.append(f"{stored.folder}: adapts {name}, which is not {what} of this model")
+        elif (found := tuple(one or other for one, other in zip(found, shapes[name], strict=False))) != shapes[name]:
             faults.append(f"{stored.folder}: adapts {name} as {found}, but it is {shapes[name]} in this model")
     _refuse(faults, stored)
 

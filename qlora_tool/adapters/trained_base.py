@@ -80,14 +80,14 @@ def train_parameter(model: nn.Module, name: str, dtype: torch.dtype) -> nn.Param
 def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
-    if isinstance(module, FrozenEmbedding):
+    behind_handle = isinstance(module, FrozenLinear | FrozenEmbedding) and attribute == "weight"
+    if isinstance(module, FrozenEmbedding) and module.weight.kind != "none":
         raise UserError(
             f"adapter.modules_to_save: {name} cannot be fully trained while model.embeddings: int8 "
             "quantizes it; leave one of the two out"
         )
-    linear_weight = isinstance(module, FrozenLinear) and attribute == "weight"
     frozen = getattr(module, attribute)
-    setattr(module, attribute, WeightHandle(parameter, frozen.dtype) if linear_weight else parameter)
+    setattr(module, attribute, WeightHandle(parameter, frozen.dtype) if behind_handle else parameter)
 
 
 def transposed_names(model: nn.Module, names: Iterable[str]) -> frozenset[str]:

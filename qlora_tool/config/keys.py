@@ -13,6 +13,7 @@ from qlora_tool.config.schema import choices_of, expected, json_schema, name_of,
 from qlora_tool.config.types import (
     Columns,
     Evaluation,
+    LayerNumbers,
     ModuleNames,
     NotEmpty,
     Pattern,
@@ -86,10 +87,14 @@ class AdapterKeys(Keys):
     """The update is scaled by lora_alpha / r."""
     lora_dropout: Share = 0.0
     """Dropout on the adapter's inputs, in training."""
-    target_modules: Literal["all-linear"] | Annotated[ModuleNames, Field(min_length=1)] | Pattern = "all-linear"
+    target_modules: Literal["all-linear"] | ModuleNames | Pattern = "all-linear"
     """`all-linear` (but the output layer), a list of names that modules end in, or one regular expression."""
     exclude_modules: ModuleNames | Pattern = Field(default_factory=list)
     """Names that modules end in, or one regular expression: left out of target_modules."""
+    layers_to_transform: LayerNumbers | None = None
+    """The layers, counted from 0, whose modules are adapted; null: all of them."""
+    layers_pattern: ModuleNames | NotEmpty = Field(default_factory=list)
+    """The name of the list of layers that `layers_to_transform` counts, where names have several numbers."""
     modules_to_save: ModuleNames = Field(default_factory=list)
     """Modules of which every weight is trained, and saved with the adapter."""
     bias: Literal["none", "lora_only", "all"] = "none"

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from qlora_tool.config.messages import found
 from qlora_tool.config.sources import check_columns, check_sources
 from qlora_tool.errors import UserError
-from qlora_tool.methods.keys import AS_WRITTEN, to_number
+from qlora_tool.methods.keys import AS_WRITTEN, WHOLE, NotEmpty, to_number
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", re.IGNORECASE)
 _SIZE_UNITS = {"": 1, "B": 1}
@@ -74,9 +74,13 @@ def _to_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-NotEmpty = Annotated[str, Field(pattern=r"\S")]
 Text = Annotated[NotEmpty, AfterValidator(_expand_home)]
 Pattern = Annotated[str, AfterValidator(_check_pattern), Field(title="one regular expression")]
+LayerNumbers = Annotated[
+    Annotated[int, Field(ge=0), WHOLE] | Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(min_length=1)],
+    BeforeValidator(_to_list),
+    Field(title="a layer's number, counted from 0, or a list of such"),
+]
 ModuleNames = Annotated[list[NotEmpty], BeforeValidator(_to_list), Field(title="a list of module names")]
 Size = (
     Annotated[

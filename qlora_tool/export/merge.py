@@ -17,6 +17,7 @@ from qlora_tool.adapters.peft_files import StoredAdapter, refuse_misfit
 from qlora_tool.errors import UserError
 from qlora_tool.export.dtypes import FLOAT16_LIMIT, Unfit
 from qlora_tool.files.tensors import Checkpoint, TensorSpec
+from qlora_tool.model.experts import expert_weight_names, is_experts_module
 from qlora_tool.model.names import SaveGroup, plan_save
 from qlora_tool.model.parameter_source import ParameterSource, tied_names
 from qlora_tool.model.slots import (
@@ -82,7 +83,7 @@ class MergedModel:
         self._embeddings = find_embedding_slots(self.skeleton, self.quantization)
         self.source = ParameterSource(self.skeleton, self.checkpoint, "cpu")
         self.layers = {} if self.adapter is None else self.adapter.layers(
-            torch.float32, shapes=linear_shapes(self.skeleton)
+            torch.float32, shapes=adaptable_shapes(self.skeleton)
         )
         self.replaced = self.adapter.replaced_tensors() if self.adapter else {}
         if self.adapter:
@@ -102,10 +103,10 @@ class MergedModel:
 
     def _refuse_misfit(self) -> None:
         """Refuse an adapter for another base in one line: how much of it does not fit, and the first that does not."""
-        stored, shapes, faults = self.adapter, linear_shapes(self.skeleton), []
-        for name, layer in self.layers.items():
+        stored, shapes, faults = self.adapter, adaptable_shapes(self.skeleton), []
+        for name in self.layers:
             try:
-                refuse_misfit(stored, {name: layer}, shapes)
+                refuse_misfit(stored, [name], shapes)
             except UserError as fault:
                 faults.append(fault.lines[0].removeprefix(f"{stored.folder}: "))
         for name, tensor in self.replaced.items():
@@ -182,7 +183,7 @@ class MergedModel:
         dtype, slot = self._file_dtype(name), self.slots.get(name) or self._embeddings.get(name)
         if slot is not None and self._is_untouched(name):
             slot = replace(slot, kind="none", asked=False)
-        layer = self.layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        layer = self.layers.get(name.removesuffix(".weight"))
         if name in self.replaced:
             value = self.replaced[name]
             value = value.transpose(-1, -2) if slot is not None and slot.transposed else value
@@ -264,13 +265,20 @@ def _refuse_unfit(name: str, value: Tensor, refuse_coarse: bool) -> None:
             raise Unfit(name, f"has typical values of {typical:.1g}, too small for it", largest)
 
 
-def linear_shapes(skeleton: torch.nn.Module) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear module by name."""
-    shapes = {}
+def adaptable_shapes(skeleton: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight that takes an adapter: (out, in) of linear modules, (vocabulary, dim) of embeddings, by
+    the module's name; (experts, out, in) of experts, by the parameter's."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, module in skeleton.named_modules():
         if is_linear(module):
             shape = tuple(module.weight.shape)
             shapes[name] = shape if isinstance(module, torch.nn.Linear) else shape[::-1]  # a Conv1D is (in, out)
+        elif isinstance(module, torch.nn.Embedding):
+            shapes[name] = tuple(module.weight.shape)
+        elif is_experts_module(module):
+            for attribute in expert_weight_names(module):
+                experts, *sizes = getattr(module, attribute).shape
+                shapes[f"{name}.{attribute}"] = (experts, *(sizes[::-1] if module.is_transposed else sizes))
     return shapes
 
 

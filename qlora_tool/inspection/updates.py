@@ -17,7 +17,7 @@ from qlora_tool.adapters.adapter import Adapter
 from qlora_tool.adapters.peft_files import StoredAdapter
 from qlora_tool.artifacts import Artifact, changed_base
 from qlora_tool.errors import ToolError, UserError
-from qlora_tool.export.merge import MergedModel, linear_shapes
+from qlora_tool.export.merge import MergedModel, adaptable_shapes
 from qlora_tool.export.preflight import refuse_no_adapter
 from qlora_tool.export.write import find_cached_base
 from qlora_tool.files.tensors import Checkpoint
@@ -216,7 +216,7 @@ def open_adapter(artifact: Artifact) -> Opened:
     merged, no_base = _base(artifact)
     layers = merged.layers if merged else stored.layers(torch.float32)
     sizes = {name: stored.method.sizes(stored.by_module[name])[:2] for name in layers}
-    known = linear_shapes(merged.skeleton) if merged else sizes
+    known = adaptable_shapes(merged.skeleton) if merged else sizes
     if not all(min(known[name]) for name in layers):
         raise UserError(
             f"{artifact.name}: the sizes of its {stored.method.name} updates are those of the base's weights, and the "

@@ -29,6 +29,9 @@ class Dora(Lora):
     peft_names: ClassVar[Mapping[str, str]] = {
         "lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"
     }  # fmt: skip
+    peft_embedding_names: ClassVar[Mapping[str, str]] = {}
+    peft_unread: ClassVar[Mapping[str, str]] = {".lora_embedding_": "DoRA on embeddings"}
+    on_experts = False
     optional = frozenset()
     additive = False  # it scales the whole output
     fp32 = frozenset({"magnitude"})

@@ -72,4 +72,5 @@ WHOLE, AS_WRITTEN = BeforeValidator(_to_whole), WrapValidator(_as_written)
 Count = Annotated[int, Field(ge=1), WHOLE]
 Positive = Annotated[float, Field(gt=0), AS_WRITTEN]
 NotNegative = Annotated[float, Field(ge=0), AS_WRITTEN]
+NotEmpty = Annotated[str, Field(pattern=r"\S")]
 Share = Annotated[float, Field(ge=0, lt=1), AS_WRITTEN]

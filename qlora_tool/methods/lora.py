@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from qlora_tool.errors import UserError
 from qlora_tool.methods import starts
-from qlora_tool.methods.keys import Count, Mark, MethodKeys, Positive
+from qlora_tool.methods.keys import Count, Mark, MethodKeys, NotEmpty, Positive
 from qlora_tool.methods.method import Adapter, Method, PeftForm, SavedWith, Settings, refuse_keys
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # What changes a LoRA layer's forward pass, its places or the base beside A and B, and is not done here.
 _NOT_READ = dict.fromkeys(
     (
-        "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "layer_replication", "arrow_config",
+        "trainable_token_indices", "alora_invocation_tokens", "layer_replication", "arrow_config",
         "use_qalora", "use_bdlora", "monteclora_config", "kasa_config",
     )
 )  # fmt: skip
@@ -56,6 +56,8 @@ class LoraKeys(MethodKeys):
     """Steps of loftq, as in PEFT; from 2 on the base changes too."""
     calibration_rows: Annotated[Count, Mark.NOT_IN_MEMORY] = 256
     """Training rows, of 16384 tokens together at most, by whose inputs `calibrated` weighs the quantization's error."""
+    target_parameters: list[NotEmpty] = Field(default_factory=list)
+    """Weights of experts that are adapted too, an A and a B an expert: names that parameters end in."""
     loraplus_lr_ratio: Annotated[Positive | None, Mark.NOT_IN_MEMORY] = None
     """LoRA+: the learning rate of B over that of A; null: one for both."""
 
@@ -75,7 +77,8 @@ class Lora(Method):
     peft_names: ClassVar[Mapping[str, str]] = {
         "lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias": "lora_B.bias"
     }  # fmt: skip
-    peft_unread: ClassVar[Mapping[str, str]] = {".lora_embedding_": "LoRA on embeddings"}
+    peft_embedding_names: ClassVar[Mapping[str, str]] = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+    on_experts = True
     optional = frozenset({"lora_B_bias", "start_A", "start_B"})
     frozen = kept = frozenset({"start_A", "start_B"})
     fused: ClassVar[bool] = True
@@ -137,6 +140,24 @@ class Lora(Method):
         if "start_A" not in tensors or _start_of(settings) != "symmetric":
             return lora_A, lora_B
         return _halves(tensors)
+
+    def start_on_embedding(
+        self, dim: int, vocabulary: int, settings: Settings, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """A = 0, B normal, as in PEFT: rows of A that no token asks for then stay 0."""
+        import torch
+
+        return {
+            "lora_A": torch.zeros(settings.r, vocabulary),
+            "lora_B": torch.empty(dim, settings.r).normal_(generator=generator),
+        }
+
+    def rows(self, adapter: Adapter, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """s·A[:, index]ᵀ·Bᵀ, A (r, vocabulary), B (dim, r)."""
+        from torch.nn.functional import embedding, linear
+
+        z = embedding(index, adapter.tensors["lora_A"].T).to(dtype)  # (…, r)
+        return linear(z, adapter.tensors["lora_B"].to(dtype)) * self.scaling(adapter.settings)
 
     def branch(self, adapter: Adapter, x: Tensor) -> Tensor:
         """s·(x·Aᵀ)·Bᵀ."""

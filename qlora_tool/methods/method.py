@@ -108,6 +108,8 @@ class Method(ABC):
         peft_type: as PEFT's adapter_config.json has it.
         keys: the method's own keys of the configuration.
         peft_names: its tensors, in order, and the suffix that PEFT's files give each.
+        peft_embedding_names: the same on embeddings; empty where it cannot be on them.
+        on_experts: whether it can be on the three-dimensional weights of experts, a pair of tensors for each.
         peft_unread: what names of further tensors that PEFT's files may have contain, and what those are, in words;
             files with such are refused.
         optional: those of its tensors that an adapter may be without.
@@ -129,6 +131,8 @@ class Method(ABC):
     peft_type: ClassVar[str]
     keys: ClassVar[type[MethodKeys]]
     peft_names: ClassVar[Mapping[str, str]]
+    peft_embedding_names: ClassVar[Mapping[str, str]] = {}
+    on_experts: ClassVar[bool] = False
     peft_unread: ClassVar[Mapping[str, str]] = {}
     optional: ClassVar[frozenset[str]] = frozenset()
     additive: ClassVar[bool] = True
@@ -179,6 +183,12 @@ class Method(ABC):
         """The tensors of `shared_shapes`, fp32: made once for the whole model, the same ones every time."""
         return {}
 
+    def start_on_embedding(
+        self, dim: int, vocabulary: int, settings: Settings, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """The same on embeddings, the weight being (dim, vocabulary)."""
+        raise NotImplementedError
+
     def reads_weights(self, settings: Settings) -> bool:
         """Whether it starts from the unquantized weight as it is read, and may change what is quantized: by
         `from_weight` and `without`."""
@@ -215,6 +225,10 @@ class Method(ABC):
         # The branch comes first: it is all that backward needs, so recomputation ends before the base product.
         branch = self.branch(adapter, adapter.dropped(x))
         return linear.with_bias(linear.product(x) + branch)
+
+    def rows(self, adapter: Adapter, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """What an adapter on embeddings adds to the rows that `index`, of any shape, names: (*index.shape, dim)."""
+        raise NotImplementedError
 
     def fused_weights(self, adapter: Adapter, linear: FrozenLinear) -> LoraWeights | None:
         """What LoRA's fused operations take, where they compute what this adapter does."""

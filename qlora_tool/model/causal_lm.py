@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -132,6 +132,8 @@ class CausalLM:
         if self.chunked_loss:
             hidden = self.hidden_states(batch).flatten(0, 1)[batch.predicting]  # (trained tokens, hidden)
             head = self.module.get_output_embeddings()
+            if any(parameter.requires_grad for parameter in head.parameters()):
+                return self._loss_by_chunk(hidden, batch.targets, label_smoothing)
             if not isinstance(head, FrozenLinear) or head.active_adapters:
                 return linear_cross_entropy(hidden, batch.targets, self.project, label_smoothing=label_smoothing)
             transform = logits_transform(self.config)
@@ -148,9 +150,8 @@ class CausalLM:
         """
         if self.chunked_loss:
             hidden = self.hidden_states(batch).flatten(0, 1)[batch.predicting]  # (trained tokens, hidden)
-            pairs = zip(hidden.split(CHUNK_ROWS), batch.targets.split(CHUNK_ROWS), strict=True)
-            parts = [checkpoint(self._token_losses, *pair, label_smoothing, use_reentrant=False) for pair in pairs]
-            losses = torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+            losses = torch.cat([hidden.new_zeros(0, dtype=torch.float32),
+                                *self._losses_by_chunk(hidden, batch.targets, label_smoothing)])  # fmt: skip
         else:
             logits = self.logits(batch).flatten(0, 1)[batch.predicting].float()
             losses = nn.functional.cross_entropy(logits, batch.targets, reduction="none",
@@ -158,16 +159,28 @@ class CausalLM:
         examples, count = batch.example_of(batch.predicting)
         return losses.new_zeros(count).index_add(0, examples, losses)
 
+    def _loss_by_chunk(self, hidden: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+        """The sum where the output projection is trained too: logits of some rows at a time are made, and once more in
+        backward."""
+        total = hidden[:0].sum(dtype=torch.float32)
+        for losses in self._losses_by_chunk(hidden, targets, label_smoothing):
+            total = total + losses.sum()
+        return total
+
+    def _losses_by_chunk(self, hidden: Tensor, targets: Tensor, label_smoothing: float) -> Iterator[Tensor]:
+        for pair in zip(hidden.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True):
+            if len(pair[1]):
+                yield checkpoint(self._token_losses, *pair, label_smoothing, use_reentrant=False)
+
     def _token_losses(self, hidden: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
         logits = self.project(hidden).float()
         return nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
 
     @property
     def chunked_loss(self) -> bool:
-        """Whether the loss is taken from the hidden states in chunks, or from full logits: where the family changes
-        its logits in a way of its own, or the output projection is trained."""
-        head = self.module.get_output_embeddings() if self.projects_plainly else None
-        return head is not None and not any(parameter.requires_grad for parameter in head.parameters())
+        """Whether the loss is taken from the hidden states in chunks, or from full logits, where the family changes
+        its logits in a way of its own."""
+        return self.projects_plainly and self.module.get_output_embeddings() is not None
 
     def checkpoint_layers(
         self,

@@ -6,7 +6,7 @@ name; this one asks for one expert's matrix at a time, so a layer never holds al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import pairwise
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qlora_tool.ops.linear import frozen_linear
+from qlora_tool.weights.modules import ExpertsWeight
 
 IMPLEMENTATION = "qlora_tool"
 
+Branch = Callable[[Tensor], Tensor]  # x (n, in) → (n, out)
 Shares = Callable[[int, int], Sequence[int]]
 _assumed: ContextVar[Shares | None] = ContextVar("assumed_routing", default=None)
 
@@ -55,12 +57,13 @@ def experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_
     Returns:
         (tokens, hidden).
     """
+    branches = {name: _branches(place, hidden.dtype) for name, place in getattr(module, "adapted", {}).items()}
     k = top_k_index.shape[-1]
     experts, order = torch.sort(top_k_index.reshape(-1), stable=True)  # (tokens·k,): grouped by expert
     tokens = order // k
     counts = _tokens_per_expert(experts, module.num_experts)
     outputs = [
-        _expert(module, rows, index)
+        _expert(module, rows, index, branches)
         for index, rows in enumerate(hidden[tokens].split(counts[: module.num_experts]))
         if rows.shape[0]
     ]
@@ -78,16 +81,24 @@ def _tokens_per_expert(experts: Tensor, count: int) -> list[int]:
     return [end - start for start, end in pairwise(starts)]
 
 
-def _expert(module: nn.Module, x: Tensor, index: int) -> Tensor:
+def _branches(place: ExpertsWeight, dtype: torch.dtype) -> list[list[Branch]]:
+    """What each active adapter adds to the product of each expert."""
+    return [adapter.expert_branches(dtype) for adapter in place.active()]
+
+
+def _expert(module: nn.Module, x: Tensor, index: int, branches: Mapping[str, list[list[Branch]]]) -> Tensor:
     first = "gate_up_proj" if module.has_gate else "up_proj"
-    x = _product(module, first, x, index)
+    x = _product(module, first, x, index, branches.get(first, ()))
     x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
-    x = _product(module, "down_proj", x, index)
+    x = _product(module, "down_proj", x, index, branches.get("down_proj", ()))
     return module.post_expert_norm(x) if getattr(module, "has_post_expert_norm", False) else x
 
 
-def _product(module: nn.Module, name: str, x: Tensor, index: int) -> Tensor:
+def _product(module: nn.Module, name: str, x: Tensor, index: int, adapters: Sequence[list[Branch]]) -> Tensor:
+    added = [of_experts[index](x) for of_experts in adapters]
     y = frozen_linear(x, getattr(module, name), index)
+    for branch in added:
+        y = y + branch
     return y + getattr(module, f"{name}_bias")[index].to(y.dtype) if module.has_bias else y
 
 

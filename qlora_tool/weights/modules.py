@@ -7,7 +7,7 @@ Each takes the place of a transformers module, or makes one its own. A weight is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,71 +17,19 @@ from qlora_tool.ops.linear import frozen_linear
 from qlora_tool.weights.handles import WeightHandle
 
 
-class FrozenEmbedding(nn.Embedding):
-    """Embeddings in int8 behind a handle: the rows that are asked for, and they alone, are brought to its dtype."""
-
-    weight: WeightHandle  # type: ignore[assignment]  # set when the weight is read
-
-    @staticmethod
-    def take_over(embedding: nn.Embedding, dtype: torch.dtype, device: torch.device) -> None:
-        """Make one of `embedding` itself, without a weight yet, to give rows in `dtype`. What a subclass adds to
-        `super().forward` (gemma's scale) it goes on to add."""
-        kind = type(embedding)
-        bases = (FrozenEmbedding,) if kind is nn.Embedding else (kind, FrozenEmbedding)
-        embedding.__class__ = FrozenEmbedding if kind is nn.Embedding else type(kind.__name__, bases, {})
-        del embedding.weight
-        # Models take the dtype of their first parameter for their own (openai-gpt does): this one, without elements,
-        # goes before the codes.
-        embedding.row_dtype = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
-
-    @staticmethod
-    def can_take_over(embedding: nn.Module | None) -> bool:
-        """Whether a module does nothing with its weight but look rows up in it, the way nn.Embedding does."""
-        if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
-            return False
-        names = getattr(getattr(type(embedding).forward, "__code__", None), "co_names", ())
-        return type(embedding) is nn.Embedding or ("super" in names and "embedding" not in names)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.weight.rows(input)
-
-
-class LinearAdapter(Protocol):
-    """What a `FrozenLinear` asks of an adapter.
-
-    One whose effect is a sum, and which can be active beside others, also has `branch(x)`: x (…, in) → (…, out), what
-    it adds to the product, its dropout included.
-    """
-
-    def __call__(self, x: Tensor, linear: FrozenLinear) -> Tensor:
-        """x (…, in) → (…, out): the linear with this adapter alone, bias included."""
-        ...
-
-
-class FrozenLinear(nn.Module):
-    """y = x·Wᵀ + b with W behind a handle, and what its active adapters make of it.
-
-    Args:
-        in_features, out_features: of W (out, in).
-        bias: (out,) or None.
-        transposed: the module it replaces keeps its weight as (in, out) (transformers' Conv1D).
+class Adaptable(nn.Module):
+    """What adapters sit on: they are added by name, and it computes with the active ones.
 
     Attributes:
-        weight: the handle of W; set when the weight is read.
-        adapters: by name; what they compute is in `LinearAdapter`.
+        adapters: by name.
     """
 
-    weight: WeightHandle
-    bias: nn.Parameter | None
+    _active: tuple[str, ...]
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: nn.Parameter | None, transposed: bool = False
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
-        self.register_parameter("bias", bias)
+    def take_adapters(self) -> None:
+        """Be ready to take adapters."""
         self.adapters = nn.ModuleDict()
-        self._active: tuple[str, ...] = ()
+        self._active = ()
 
     @property
     def active_adapters(self) -> tuple[str, ...]:
@@ -117,6 +65,89 @@ class FrozenLinear(nn.Module):
                 )
         self._active = tuple(names)
 
+    def active(self) -> list[Any]:
+        """The active adapters themselves."""
+        return [self.adapters[name] for name in self._active]
+
+
+class FrozenEmbedding(Adaptable, nn.Embedding):
+    """Embeddings behind a handle, in int8 or as they are stored: the rows that are asked for, and they alone, are
+    brought to the dtype of products.
+
+    An adapter on it has `rows(index, looked_up)`: index of any shape, the rows (*index.shape, dim) that the base, and
+    adapters before it, have there → those it gives."""
+
+    weight: WeightHandle  # type: ignore[assignment]  # set when the weight is read
+
+    @staticmethod
+    def take_over(embedding: nn.Embedding, dtype: torch.dtype, device: torch.device) -> nn.Parameter | None:
+        """Make one of `embedding` itself, without a weight yet, to give rows in `dtype`. What a subclass adds to
+        `super().forward` (gemma's scale) it goes on to add.
+
+        Returns:
+            The weight that it had.
+        """
+        kind = type(embedding)
+        bases = (FrozenEmbedding,) if kind is nn.Embedding else (kind, FrozenEmbedding)
+        embedding.__class__ = FrozenEmbedding if kind is nn.Embedding else type(kind.__name__, bases, {})
+        weight = embedding._parameters.pop("weight")
+        # Models take the dtype of their first parameter for their own (openai-gpt does): this one, without elements,
+        # goes before the codes.
+        embedding.row_dtype = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
+        embedding.take_adapters()
+        return weight
+
+    @staticmethod
+    def can_take_over(embedding: nn.Module | None) -> bool:
+        """Whether a module does nothing with its weight but look rows up in it, the way nn.Embedding does."""
+        if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
+            return False
+        names = getattr(getattr(type(embedding).forward, "__code__", None), "co_names", ())
+        return type(embedding) is nn.Embedding or ("super" in names and "embedding" not in names)
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = self.weight.rows(input).to(self.row_dtype.dtype)
+        for adapter in self.active():
+            rows = adapter.rows(input, rows)
+        return rows
+
+
+class LinearAdapter(Protocol):
+    """What a `FrozenLinear` asks of an adapter.
+
+    One whose effect is a sum, and which can be active beside others, also has `branch(x)`: x (…, in) → (…, out), what
+    it adds to the product, its dropout included.
+    """
+
+    def __call__(self, x: Tensor, linear: FrozenLinear) -> Tensor:
+        """x (…, in) → (…, out): the linear with this adapter alone, bias included."""
+        ...
+
+
+class FrozenLinear(Adaptable):
+    """y = x·Wᵀ + b with W behind a handle, and what its active adapters make of it.
+
+    Args:
+        in_features, out_features: of W (out, in).
+        bias: (out,) or None.
+        transposed: the module it replaces keeps its weight as (in, out) (transformers' Conv1D).
+
+    Attributes:
+        weight: the handle of W; set when the weight is read.
+        adapters: by name; what they compute is in `LinearAdapter`.
+    """
+
+    weight: WeightHandle
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: nn.Parameter | None, transposed: bool = False
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
+        self.register_parameter("bias", bias)
+        self.take_adapters()
+
     def forward(self, x: Tensor) -> Tensor:
         if len(self._active) == 1:
             return cast(LinearAdapter, self.adapters[self._active[0]])(x, self)
@@ -140,3 +171,23 @@ class FrozenLinear(nn.Module):
     def extra_repr(self) -> str:
         kind = self.weight.kind if hasattr(self, "weight") else "unread"
         return f"in_features={self.in_features}, out_features={self.out_features}, weight={kind}"
+
+class ExpertsWeight(Adaptable):
+    """What adapters of one three-dimensional weight of experts sit on; the experts themselves have its handle.
+
+    An adapter on it has `expert_branches(dtype)`: what it adds to the product of each expert, a function
+    x (n, in) → (n, out) an expert.
+
+    Args:
+        weight: the handle of W (experts, out, in).
+    """
+
+    def __init__(self, weight: WeightHandle) -> None:
+        super().__init__()
+        self._weight = [weight]  # not a child: it is one of the experts' module already
+        self.take_adapters()
+
+    @property
+    def weight(self) -> WeightHandle:
+        """The handle of W (experts, out, in)."""
+        return self._weight[0]

@@ -229,7 +229,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
     ("values", "said"),
     [
         ({"peft_type": "IA3"}, "peft_type 'IA3' cannot be read here; expected one of LORA, LOHA"),
-        ({"target_parameters": ["experts.down_proj"]}, "target_parameters is set"),
+        ({"use_dora": True, "target_parameters": ["experts.down_proj"]}, "target_parameters is set"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices is set"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4' changed the base too"),
         ({"init_lora_weights": "olora"}, "init_lora_weights 'olora' changed the base too"),
@@ -269,7 +269,7 @@ def test_a_broken_configuration(adapter, text, said):
         (lambda t: t.update({f"{PREFIX}{Q_PROJ}.lora_A.weight": torch.zeros(3, 64)}),
          f"the tensors of {Q_PROJ} do not fit together: lora_A.weight (3, 64), lora_B.weight (64, 4)"),
         (lambda t: t.update({f"{PREFIX}model.embed_tokens.lora_embedding_A": torch.zeros(4, 131)}),
-         "LoRA on embeddings cannot be read here"),
+         "tensor model.embed_tokens.lora_embedding_B is missing"),
         (lambda t: t.clear(), "no LORA tensors in it"),
     ],
 )  # fmt: skip

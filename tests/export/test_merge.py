@@ -84,6 +84,13 @@ def test_every_family(base, tmp_path: Path, family: str):
         ("gpt2", {"bias": "lora_only"}),
         ("gpt2", {"method": "dora", "target_modules": ["c_attn", "c_fc"], "modules_to_save": ["h.1.mlp.c_proj"]}),
         ("qwen3_moe", {"modules_to_save": ["lm_head"]}),
+        ("llama", {"target_modules": ["embed_tokens", "lm_head"]}),
+        ("llama-tied", {"target_modules": ["embed_tokens"]}),
+        ("gemma", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+        ("gpt2", {"target_modules": ["wte", "wpe", "c_attn"], "use_rslora": True}),
+        *((family, {"target_modules": ["o_proj"], "target_parameters": ["gate_up_proj", "down_proj"]})
+          for family in ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "deepseek_v3")),
+        ("qwen2_moe", {"target_modules": [], "target_parameters": ["experts.down_proj"]}),
     ],
     ids=str,
 )
@@ -111,6 +118,9 @@ def test_methods(base, tmp_path: Path, family, settings):
         ("llama-tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
         ("llama-tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
         ("llama-tied", {"target_modules": ["q_proj", "lm_head"]}),
+        ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
+        ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}),
+        ("gpt_oss", {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
     ],
     ids=str,
 )

@@ -1,0 +1,92 @@
+"""Where an adapter can sit: linear modules, embeddings, the three-dimensional weights of experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from qlora_tool.adapters.adapter import Adapter, EmbeddingAdapter, ExpertsAdapter
+from qlora_tool.adapters.targets import find_target_parameters, find_targets
+from qlora_tool.weights.handles import WeightHandle
+from qlora_tool.weights.modules import Adaptable, ExpertsWeight, FrozenEmbedding, FrozenLinear
+
+if TYPE_CHECKING:
+    from qlora_tool.config import AdapterConfig
+
+
+@dataclass(frozen=True)
+class Place:
+    """One weight that takes an adapter.
+
+    Attributes:
+        module: a linear module, embeddings, or the module of the experts.
+        parameter: the name of the experts' weight; None elsewhere.
+    """
+
+    module: nn.Module
+    parameter: str | None = None
+
+    @property
+    def weight(self) -> WeightHandle:
+        """Its handle: (out, in), (vocabulary, dim), or (experts, out, in)."""
+        weight = getattr(self.module, self.parameter or "weight")
+        return weight if isinstance(weight, WeightHandle) else WeightHandle(weight)
+
+    @property
+    def adapter_class(self) -> type[Adapter]:
+        """What is put there."""
+        if self.parameter:
+            return ExpertsAdapter
+        return EmbeddingAdapter if isinstance(self.module, nn.Embedding) else Adapter
+
+
+def find_places(model: nn.Module, config: AdapterConfig) -> dict[str, Place]:
+    """The weights that a configuration wants adapted, by the name of their module, or of their parameter where they are
+    of experts.
+
+    Raises:
+        UserError: see `find_targets` and `find_target_parameters`.
+    """
+    places = {name: Place(module) for name, module in find_targets(model, config).items()}
+    parameters = find_target_parameters(model, config)
+    return places | {name: Place(module, name.rpartition(".")[2]) for name, module in parameters.items()}
+
+
+def place_of(model: nn.Module, name: str) -> Place:
+    """The place with a name that `find_places` gives.
+
+    Raises:
+        KeyError: nothing there takes an adapter.
+    """
+    owner, _, parameter = name.rpartition(".")
+    try:
+        module = model.get_submodule(name)
+        if isinstance(module, WeightHandle):
+            return Place(model.get_submodule(owner), parameter)
+    except AttributeError as error:
+        raise KeyError(name) from error
+    if isinstance(module, FrozenLinear | FrozenEmbedding) or FrozenEmbedding.can_take_over(module):
+        return Place(module)
+    raise KeyError(name)
+
+
+def adaptable(model: nn.Module, name: str) -> Adaptable:
+    """What an adapter is added to at a place; embeddings and experts are made ready for it."""
+    place = place_of(model, name)
+    module = place.module
+    if place.parameter:
+        if not hasattr(module, "adapted"):
+            module.adapted = nn.ModuleDict()
+        if place.parameter not in module.adapted:  # type: ignore[operator]
+            module.adapted[place.parameter] = ExpertsWeight(place.weight)  # type: ignore[index, operator]
+        found: Adaptable = module.adapted[place.parameter]  # type: ignore[index, assignment]
+        return found
+    if isinstance(module, nn.Embedding) and not isinstance(module, FrozenEmbedding):
+        weight = module.weight
+        linear = next(one for one in model.modules() if isinstance(one, FrozenLinear))
+        FrozenEmbedding.take_over(module, linear.weight.dtype, weight.device)
+        module.weight = WeightHandle(weight)  # type: ignore[assignment]
+    assert isinstance(module, Adaptable)
+    return module

@@ -1,0 +1,154 @@
+"""Adapters on embeddings, output projections and experts, against PEFT in fp32 and by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import read_by_transformers, read_tiny, tokens, write_tiny
+
+from qlora_tool.adapters.attach import AdapterSet, attach
+from qlora_tool.adapters.peft_files import attach_stored, read_adapter, save_adapter
+from qlora_tool.config import AdapterConfig
+from qlora_tool.errors import UserError
+
+# Logits of tiny models are below 2; a few hundred roundings of 2^-24 each.
+FP32 = 1e-5
+EMBEDDINGS = {
+    "llama": "embed_tokens", "llama-tied": "embed_tokens", "gemma": "embed_tokens", "gemma3_text": "embed_tokens",
+    "granite": "embed_tokens", "gpt2": "wte", "gpt_neox": "embed_in", "bloom": "word_embeddings", "mpt": "wte",
+    "opt": "embed_tokens", "falcon": "word_embeddings", "qwen3": "embed_tokens",
+}  # fmt: skip
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe", "olmoe", "phimoe", "deepseek_v3")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory):
+    """A family's model folder, written once."""
+    parent = tmp_path_factory.mktemp("models")
+    return lambda family: parent / family if (parent / family).exists() else write_tiny(family, parent / family)
+
+
+def randomized(adapters: AdapterSet) -> AdapterSet:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapters.parameters():
+            parameter.normal_(0, 0.1, generator=generator)
+    return adapters
+
+
+def written(model, config: AdapterConfig, base: Path, folder: Path) -> Path:
+    """An adapter with random tensors, saved."""
+    adapters = randomized(attach(model, config, torch.float32, 0))
+    folder.mkdir()
+    save_adapter(folder, adapters, config, model, str(base), None)
+    return folder
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens(), use_cache=False).logits
+
+
+def by_peft(base: Path, adapter: Path) -> torch.Tensor:
+    return logits(peft.PeftModel.from_pretrained(read_by_transformers(base), adapter).eval())
+
+
+def by_us(base: Path, adapter: Path) -> torch.Tensor:
+    model = read_tiny(base, "none")
+    attach_stored(model, read_adapter(adapter))
+    return logits(model.eval())
+
+
+def as_peft_reads_it(folder, family: str, tmp_path: Path, **keys) -> None:
+    """The logits of a fresh adapter, of its file read here and of its file read by PEFT are one."""
+    base = folder(family)
+    model = read_tiny(base, "none")
+    untuned = logits(model.eval())
+    adapter = written(model, AdapterConfig(r=4, **keys), base, tmp_path / "adapter")
+    live = logits(model.eval())
+    assert (live - untuned).abs().max() > 1e-3  # it does something
+    torch.testing.assert_close(by_us(base, adapter), live, rtol=0, atol=FP32)
+    torch.testing.assert_close(by_peft(base, adapter), live, rtol=0, atol=FP32)
+
+
+@pytest.mark.parametrize("family", EMBEDDINGS)
+def test_lora_on_embeddings_is_pefts(folder, family, tmp_path):
+    as_peft_reads_it(folder, family, tmp_path, target_modules=[EMBEDDINGS[family]])
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_the_output_projection_beside_the_embeddings(folder, family, tmp_path):
+    as_peft_reads_it(folder, family, tmp_path, target_modules=["embed_tokens", "lm_head", "q_proj"])
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_lora_on_experts_is_pefts(folder, family, tmp_path):
+    keys = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": ["q_proj"]}
+    if family in ("deepseek_v3", "granitemoe"):
+        keys["target_modules"] = ["o_proj"]
+    as_peft_reads_it(folder, family, tmp_path, **keys)
+
+
+@pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
+def test_lora_on_some_experts_weights(folder, parameter, tmp_path):
+    as_peft_reads_it(folder, "qwen3_moe", tmp_path, target_parameters=[f"experts.{parameter}"], target_modules=[])
+
+
+@pytest.mark.parametrize("keys", [
+    {"target_modules": ["embed_tokens", "v_proj"]},
+    {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+])  # fmt: skip
+def test_pefts_own_files_are_read(folder, keys, tmp_path):
+    base = folder("qwen3_moe")
+    config = peft.LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, **keys)
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(read_by_transformers(base), config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1)
+    theirs.save_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(by_us(base, tmp_path / "adapter"), logits(theirs), rtol=0, atol=FP32)
+
+
+def test_a_start_on_embeddings_and_experts_is_the_base(folder):
+    model = read_tiny(folder("qwen3_moe"), "none")
+    untuned = logits(model.eval())
+    config = AdapterConfig(target_modules=["embed_tokens"], target_parameters=["gate_up_proj", "down_proj"])
+    attach(model, config, torch.float32, 0)
+    assert torch.equal(logits(model), untuned)
+
+
+def test_what_is_written(folder, tmp_path):
+    base = folder("qwen3_moe")
+    config = AdapterConfig(r=2, target_modules=["embed_tokens"], target_parameters=["gate_up_proj", "down_proj"])
+    adapter = written(read_tiny(base, "none"), config, base, tmp_path / "adapter")
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}
+    of_layer = "base_model.model.model.layers.1.mlp.experts"
+    expected = {
+        "base_model.model.model.embed_tokens.lora_embedding_A": (2, 131),
+        "base_model.model.model.embed_tokens.lora_embedding_B": (64, 2),
+        f"{of_layer}.base_layer.lora_A.weight": (4 * 2, 64), f"{of_layer}.base_layer.lora_B.weight": (128, 2 * 4),
+        f"{of_layer}.lora_A.weight": (4 * 2, 64), f"{of_layer}.lora_B.weight": (64, 2 * 4),
+    }  # fmt: skip
+    assert expected.items() <= shapes.items()
+    saved = json.loads((adapter / "adapter_config.json").read_text())
+    assert saved["target_modules"] == ["embed_tokens"]
+    assert saved["target_parameters"][0] == "model.layers.0.mlp.experts.down_proj"
+
+
+@pytest.mark.parametrize("family, keys, message", [
+    ("llama", {"target_parameters": ["experts.gate_up_proj"]}, "target_parameters.*matches no weight of experts"),
+    ("mixtral", {"target_parameters": ["gate_up"]}, "matches no weight of experts.*it has experts.down_proj, experts.gate_up_proj"),
+    ("mixtral", {"target_parameters": ["down_proj"], "method": "dora"}, "dora cannot be on experts; choose lora"),
+    ("mixtral", {"target_parameters": ["down_proj"], "lora_dropout": 0.1}, "lora_dropout: PEFT has no dropout on exp"),
+    ("llama", {"target_modules": ["embed_tokens"], "method": "loha"}, "are embeddings, which adapter.method loha"),
+])  # fmt: skip
+def test_what_cannot_be(folder, family, keys, message):
+    with pytest.raises(UserError, match=message):
+        attach(read_tiny(folder(family), "none"), AdapterConfig(**keys), torch.float32, 0)
