@@ -354,7 +354,7 @@ def build(
             f"training.tiled_mlp: nothing is tiled, as {model.config.model_type} with {config.adapter.method} has no "
             "gated MLP that runs as one operation (plain LoRA without dropout on all of its modules)"
         )
-    conv1d = [name for name in adapters.layers if model.module.get_submodule(name).transposed]
+    conv1d = [name for name in adapters.layers if getattr(model.module.get_submodule(name), "transposed", False)]
     if conv1d and not METHODS[config.adapter.method].peft_takes_conv1d:
         remarks.append(
             f"adapter.method: {config.adapter.method}: PEFT cannot load it onto transformers' Conv1D ({conv1d[0]} and "

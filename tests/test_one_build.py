@@ -13,7 +13,6 @@ import pytest
 import torch
 from key_values import EVAL, KEYS, VALUES, with_company, write_inputs
 from tiny_models import write_tiny
-from tiny_models import write_tiny
 from tiny_runs import run_config, write_model, write_rows
 from tokenizers_for_tests import CHATML, byte_level
 from torch import nn

@@ -213,9 +213,10 @@ class ExpertsAdapter(Adapter):
 class _OneExpert:
     """The adapter of one expert as a method sees it."""
 
-    drops, shared = False, None
+    drops = False
 
     def __init__(self, adapter: ExpertsAdapter, tensors: Mapping[str, Tensor]):
+        self.shared: Siblings | None = None
         self.settings, self.tensors, self._method = adapter.settings, tensors, adapter.method
 
     def dropped(self, x: Tensor) -> Tensor:

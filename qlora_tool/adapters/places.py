@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
@@ -77,12 +77,12 @@ def adaptable(model: nn.Module, name: str) -> Adaptable:
     place = place_of(model, name)
     module = place.module
     if place.parameter:
-        if not hasattr(module, "adapted"):
-            module.adapted = nn.ModuleDict()
-        if place.parameter not in module.adapted:  # type: ignore[operator]
-            module.adapted[place.parameter] = ExpertsWeight(place.weight)  # type: ignore[index, operator]
-        found: Adaptable = module.adapted[place.parameter]  # type: ignore[index, assignment]
-        return found
+        if "adapted" not in module._modules:
+            module.add_module("adapted", nn.ModuleDict())
+        adapted = cast(nn.ModuleDict, module.adapted)
+        if place.parameter not in adapted:
+            adapted[place.parameter] = ExpertsWeight(place.weight)
+        return cast(Adaptable, adapted[place.parameter])
     if isinstance(module, nn.Embedding) and not isinstance(module, FrozenEmbedding):
         weight = module.weight
         linear = next(one for one in model.modules() if isinstance(one, FrozenLinear))

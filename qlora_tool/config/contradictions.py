@@ -44,7 +44,7 @@ def _of_adapter(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         message = f"int8, but adapter.modules_to_save trains '{in_full[0]}' in full; leave one of the two out"
         yield ("model.embeddings", "adapter.modules_to_save"), message
     if adapter.target_modules == [] and not getattr(adapter, "target_parameters", None):
-        message = "[] names nothing to adapt; expected all-linear, names that modules end in, or a regular expression"
+        message = "expected all-linear, names that modules end in, or one regular expression, found []"
         yield ("adapter.target_modules",), message
     both = [name for name in adapter.modules_to_save if name in adapter.target_modules]
     if both and not isinstance(adapter.target_modules, str):

@@ -15,7 +15,6 @@ from qlora_tool.config.types import (
     Evaluation,
     LayerNumbers,
     ModuleNames,
-    NotEmpty,
     Pattern,
     Size,
     StepsOrShare,
@@ -23,7 +22,7 @@ from qlora_tool.config.types import (
     Training,
 )
 from qlora_tool.methods import method_keys
-from qlora_tool.methods.keys import WHOLE, Count, Keys, Mark, MethodKeys, NotNegative, Positive, Share
+from qlora_tool.methods.keys import WHOLE, Count, Keys, Mark, MethodKeys, NotEmpty, NotNegative, Positive, Share
 
 _K = TypeVar("_K", bound=MethodKeys)
 _BY_MODULE = Field(title="a mapping from module names to numbers")

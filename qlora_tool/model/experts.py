@@ -83,7 +83,7 @@ def _tokens_per_expert(experts: Tensor, count: int) -> list[int]:
 
 def _branches(place: ExpertsWeight, dtype: torch.dtype) -> list[list[Branch]]:
     """What each active adapter adds to the product of each expert."""
-    return [adapter.expert_branches(dtype) for adapter in place.active()]
+    return [adapter.expert_branches(dtype) for adapter in place.adapters_in_use()]
 
 
 def _expert(module: nn.Module, x: Tensor, index: int, branches: Mapping[str, list[list[Branch]]]) -> Tensor:

@@ -50,7 +50,7 @@ def linear_cross_entropy(
         hidden: (rows, hidden).
         labels: (rows,) token ids; -100 rows must have been dropped.
         project: hidden (n, hidden) → logits (n, vocabulary), differentiable in its input. Parameters of its own get no
-            gradient this way: where they are trained, take the cross-entropy of full logits.
+            gradient this way: where they are trained, checkpoint the cross-entropy of some rows at a time.
         label_smoothing: share of the target spread evenly over the vocabulary.
         chunk_rows: rows of logits made at a time, 128 by default.
 

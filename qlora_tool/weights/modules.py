@@ -65,7 +65,7 @@ class Adaptable(nn.Module):
                 )
         self._active = tuple(names)
 
-    def active(self) -> list[Any]:
+    def adapters_in_use(self) -> list[Any]:
         """The active adapters themselves."""
         return [self.adapters[name] for name in self._active]
 
@@ -78,6 +78,7 @@ class FrozenEmbedding(Adaptable, nn.Embedding):
     adapters before it, have there → those it gives."""
 
     weight: WeightHandle  # type: ignore[assignment]  # set when the weight is read
+    row_dtype: nn.Parameter
 
     @staticmethod
     def take_over(embedding: nn.Embedding, dtype: torch.dtype, device: torch.device) -> nn.Parameter | None:
@@ -94,7 +95,7 @@ class FrozenEmbedding(Adaptable, nn.Embedding):
         # Models take the dtype of their first parameter for their own (openai-gpt does): this one, without elements,
         # goes before the codes.
         embedding.row_dtype = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
-        embedding.take_adapters()
+        FrozenEmbedding.take_adapters(embedding)  # type: ignore[arg-type]  # which it is by now
         return weight
 
     @staticmethod
@@ -107,7 +108,7 @@ class FrozenEmbedding(Adaptable, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = self.weight.rows(input).to(self.row_dtype.dtype)
-        for adapter in self.active():
+        for adapter in self.adapters_in_use():
             rows = adapter.rows(input, rows)
         return rows
 

@@ -44,10 +44,14 @@ SMALL = [
     ("gemma2", {"values": OFF | {"adapter.method": "dora", "model.quantization": "none"}, "examples": (100, 28)}),
     ("gemma3_text", {"values": ON | {"model.embeddings": "int8"}}),
     ("phi", {"values": OFF | {"model.embeddings": "int8"}}),
+    ("llama", {"values": ON | {"adapter.target_modules": ["embed_tokens", "lm_head", "q_proj"]}}),
+    ("qwen3", {"values": OFF | {"adapter.target_modules": ["embed_tokens", "v_proj"]}}),
+    ("mixtral", {"values": ON | {"adapter.target_parameters": ["gate_up_proj", "down_proj"]}}),
+    ("llama", {"values": OFF | {"adapter.modules_to_save": ["lm_head"]}}),
 ]
 
 
-@pytest.mark.parametrize("family, options", SMALL, ids=[family for family, _ in SMALL])
+@pytest.mark.parametrize("family, options", SMALL, ids=str)
 def test_the_allocators_count_is_predicted(family, options, monkeypatch):
     small = {"hidden_size": 256, "n_embd": 256, "num_hidden_layers": 2, "n_layer": 2, "vocab_size": 2048}
     sizes = {key: small.get(key, value) for key, value in prediction.FAMILIES[family].items()}
@@ -193,15 +197,16 @@ def test_batches_have_the_shape_that_they_say():
 # ------------------------------------------------------------------------------------------------------- full logits
 
 
-def test_a_trained_head_is_predicted_with_full_logits(monkeypatch):
+@pytest.mark.parametrize(
+    "keys", [{}, {"adapter__modules_to_save": ["lm_head"]}, {"adapter__target_modules": ["lm_head"]}]
+)
+def test_no_head_trained_or_not_makes_full_logits(monkeypatch, keys):
     monkeypatch.setattr(loss, "CHUNK_BYTES", 0)
     rows = 509  # more than a chunk, and of nothing else
     model_config = tiny_config("llama", max_position_embeddings=1024)
-    for trained in (False, True):
-        config = settings(adapter__modules_to_save=["lm_head"] if trained else [])
-        trace = predict(config, model_config, BatchShape(1, 512, rows), torch.float32)
-        sizes = {storage.nbytes for storage in trace.storages}
-        assert (rows * 131 * 4 in sizes) == trained
+    trace = predict(settings(**keys), model_config, BatchShape(1, 512, rows), torch.float32)
+    sizes = {storage.nbytes for storage in trace.storages}
+    assert rows * 131 * 4 not in sizes and 128 * 131 * 4 in sizes
 
 
 # ------------------------------------------------------------------------------------------------------------ failures

@@ -37,6 +37,9 @@ TEXTS: dict[str, list[Any]] = {
     "adapter.target_modules": ["all-linear", ["q_proj", "down_proj"], r".*\.(q|v|up)_proj"],
     "adapter.exclude_modules": [[], ["k_proj"], r".*layers\.1\.mlp.*"],
     "adapter.modules_to_save": [[], ["lm_head"], ["norm", "layers.0.self_attn.o_proj"]],
+    "adapter.layers_to_transform": [None, 1, [0, 1]],
+    "adapter.layers_pattern": [[], ["layers"], "layers"],
+    "adapter.target_parameters": [[]],  # a model with experts has a test of its own
     "adapter.rank_pattern": [{}, {"q_proj": 2, r"layers\.0\..*": 8}],
     "adapter.alpha_pattern": [{}, {"down_proj": 4.5}],
     "adapter.init_from": [None, "start"],
