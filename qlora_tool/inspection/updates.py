@@ -215,8 +215,11 @@ def open_adapter(artifact: Artifact) -> Opened:
     stored = adapter_of(artifact)
     merged, no_base = _base(artifact)
     layers = merged.layers if merged else stored.layers(torch.float32)
+    if others := [name for name, layer in layers.items() if type(layer) is not Adapter]:
+        raise UserError(f"{artifact.name}: {others[0]} is of embeddings or experts; inspect knows linear modules alone")
     sizes = {name: stored.method.sizes(stored.by_module[name])[:2] for name in layers}
-    known = adaptable_shapes(merged.skeleton) if merged else sizes
+    shapes = adaptable_shapes(merged.skeleton) if merged else sizes
+    known = {name: (shapes[name][0], shapes[name][1]) for name in layers}
     if not all(min(known[name]) for name in layers):
         raise UserError(
             f"{artifact.name}: the sizes of its {stored.method.name} updates are those of the base's weights, and the "
