@@ -22,10 +22,11 @@ from qlora_tool.config import Config, ModelConfig, load_config, parse_size, with
 from qlora_tool.errors import OptionError, UserError
 
 if TYPE_CHECKING:
-    from qlora_tool.artifacts import Artifact
+    from qlora_tool.artifacts import Artifact, BaseOptions
     from qlora_tool.export.write import ExportResult
     from qlora_tool.inference.generate import GenerateResult
     from qlora_tool.inference.score import EvaluateResult
+    from qlora_tool.inference.several import Several
     from qlora_tool.inspection.inspect import InspectResult
     from qlora_tool.memory.profile_run import MemoryProfile
     from qlora_tool.training.preview import PreviewResult
@@ -36,6 +37,7 @@ __all__ = ["evaluate", "export_merged", "generate", "inspect", "preview", "profi
 AnyPath = str | os.PathLike[str]
 AnyConfig = AnyPath | Mapping[str, Any] | Config
 Overrides = Sequence[str] | Mapping[str, Any]
+Adapters = Sequence[str] | Mapping[str, AnyPath]
 
 
 def train(
@@ -268,6 +270,7 @@ def generate(
     *,
     prompt: str | Sequence[str] = (),
     prompts: AnyPath | None = None,
+    adapter: Adapters = (),
     compare_base: bool = False,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
@@ -288,6 +291,8 @@ def generate(
         run_or_model: a folder, a hub id, or demo.
         prompt: what to ask: one text or several.
         prompts: a data file, or a .txt with one prompt a line.
+        adapter: adapters on one base, all of which answer: `{"poems": "runs/poems"}`, or `["poems=runs/poems"]`. The
+            base is `run_or_model`, or the base of it where it is a run or an adapter, which then answers too.
         compare_base: let the base answer first.
         max_new_tokens: of an answer at most.
         temperature: 0 is greedy.
@@ -314,7 +319,13 @@ def generate(
         from qlora_tool.data.check import check_sources
 
         check_sources([file], need_answers=False, run=run_or_model)
-    artifact = _artifact(run_or_model, model, quantization, double_quant, device, compute_dtype, chat_template_kwargs)
+    base = (model, quantization, double_quant, device, compute_dtype)
+    if given := _named_adapters(adapter):
+        several = _several(run_or_model, given, *base, chat_template_kwargs)
+        from qlora_tool.inference.generate import generate_several
+
+        return generate_several(several, texts, file, sampling, compare_base)
+    artifact = _artifact(run_or_model, *base, chat_template_kwargs)
     from qlora_tool.inference.generate import generate as answer
 
     return answer(artifact, texts, file, sampling, compare_base)
@@ -329,6 +340,8 @@ def evaluate(
     generate: bool = False,
     max_new_tokens: int = 256,
     batch_size: int = 16,
+    adapter: Adapters = (),
+    compare_base: bool = False,
     json: AnyPath | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     model: AnyPath | None = None,
@@ -347,6 +360,8 @@ def evaluate(
         generate: also generate answers, greedily, and count the exact matches.
         max_new_tokens: of an answer at most.
         batch_size: rows at a time.
+        adapter: adapters on one base, each of which is scored; see `generate`.
+        compare_base: score the base alone, too.
         json: where to write the scores.
         chat_template_kwargs: what the chat template is given besides; by default what it was in training.
         model, quantization, double_quant: the base of an adapter that does not say it all.
@@ -370,11 +385,19 @@ def evaluate(
     if not sources:
         raise OptionError("nothing to score: give --data FILE")
     check_sources(sources.values(), format, run=run_or_model)
-    artifact = _artifact(run_or_model, model, quantization, double_quant, device, compute_dtype, chat_template_kwargs)
-    from qlora_tool.inference.score import evaluate as score
+    base = (model, quantization, double_quant, device, compute_dtype)
+    how = {"max_length": max_length, "sampling": sampling if generate else None, "batch_size": batch_size}
+    given = _named_adapters(adapter)
+    if given or compare_base:
+        several = _several(run_or_model, given, *base, chat_template_kwargs)
+        from qlora_tool.inference.score import evaluate_several
 
-    result = score(artifact, sources, settings.data, max_length=max_length, sampling=sampling if generate else None,
-                   batch_size=batch_size)  # fmt: skip
+        result = evaluate_several(several, sources, settings.data, **how, compare_base=compare_base)
+    else:
+        artifact = _artifact(run_or_model, *base, chat_template_kwargs)
+        from qlora_tool.inference.score import evaluate as score
+
+        result = score(artifact, sources, settings.data, **how)
     _write_json(json, result.as_json())
     return result
 
@@ -459,15 +482,58 @@ def _artifact(
     Raises:
         UserError: an option has a value that its key in a configuration could not have; and see `find_artifact`.
     """
+    options = _base_options(model, quantization, double_quant, device, compute_dtype, quantization_else)
+    from qlora_tool.artifacts import find_artifact
+
+    found = find_artifact(os.fspath(name), options)
+    return found if chat_template_kwargs is None else replace(found, chat_template_kwargs=chat_template_kwargs)
+
+
+def _base_options(
+    model: AnyPath | None,
+    quantization: str | None,
+    double_quant: bool | None,
+    device: str,
+    compute_dtype: str,
+    quantization_else: str | None = None,
+) -> BaseOptions:
     given = {"quantization": quantization, "double_quant": double_quant, "device": device,
              "compute_dtype": compute_dtype}  # fmt: skip
     with_values(Config(model=ModelConfig()), {f"model.{k}": value for k, value in given.items() if value is not None})
-    from qlora_tool.artifacts import BaseOptions, find_artifact
+    from qlora_tool.artifacts import BaseOptions
 
     base = None if model is None else os.fspath(model)
-    options = BaseOptions(base, quantization, double_quant, device, compute_dtype, quantization_else)
-    found = find_artifact(os.fspath(name), options)
-    return found if chat_template_kwargs is None else replace(found, chat_template_kwargs=chat_template_kwargs)
+    return BaseOptions(base, quantization, double_quant, device, compute_dtype, quantization_else)
+
+
+def _named_adapters(given: Adapters) -> list[str]:
+    """Adapters as `--adapter` takes them: NAME=FOLDER."""
+    if isinstance(given, Mapping):
+        return [f"{name}={os.fspath(folder)}" for name, folder in given.items()]
+    return [given] if isinstance(given, str) else list(given)
+
+
+def _several(
+    name: AnyPath,
+    given: Sequence[str],
+    model: AnyPath | None,
+    quantization: str | None,
+    double_quant: bool | None,
+    device: str = "auto",
+    compute_dtype: str = "auto",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    weighted: bool = False,
+) -> Several:
+    """Several adapters and their base; see `find_several`."""
+    options = _base_options(model, quantization, double_quant, device, compute_dtype)
+    from qlora_tool.inference.several import find_several
+
+    found = find_several(os.fspath(name), given, options, weighted=weighted)
+    if chat_template_kwargs is None:
+        return found
+    adapters = {key: replace(one, chat_template_kwargs=chat_template_kwargs) for key, one in found.adapters.items()}
+    base = replace(found.base, chat_template_kwargs=chat_template_kwargs)
+    return replace(found, base=base, adapters=adapters)
 
 
 def _write_json(file: AnyPath | None, content: dict[str, Any]) -> None:

@@ -8,13 +8,14 @@ import click
 
 from qlora_tool.choices import DataFormat
 from qlora_tool.cli import ToolCommand
-from qlora_tool.cli.options import base_options, device_options, template_option
+from qlora_tool.cli.options import adapter_option, base_options, device_options, template_option
 
 
 @click.command(
     cls=ToolCommand,
     examples="""
     qlora-tool evaluate runs/my-model --data data/eval.jsonl
+    qlora-tool evaluate runs/my-model --data eval.jsonl --adapter other=runs/other --compare-base
     qlora-tool evaluate merged/my-model --data new=eval.jsonl --data old=general.jsonl --generate --json scores.json
     """,
     groups={"The base": ("model", "quantization", "double_quant", "device", "compute_dtype")},
@@ -30,6 +31,8 @@ from qlora_tool.cli.options import base_options, device_options, template_option
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True,
               help="Of an answer at most.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Rows at a time.")
+@adapter_option("Another adapter for the same base; repeatable. Each is scored, and the base is read once.")
+@click.option("--compare-base", is_flag=True, help="Score the base alone, too.")
 @click.option("--json", type=click.Path(dir_okay=False), metavar="FILE", help="Write the scores as JSON.")
 @template_option
 @base_options
@@ -38,12 +41,22 @@ def evaluate(run_or_model: str, data: tuple[str, ...], **options: Any) -> None:
     """Loss, perplexity and exact match of a model on data.
 
     RUN_OR_MODEL is a run's folder, an adapter's, an exported model, any model folder, a hub id, or demo.
+    With --adapter it is the base, or a run that is scored too.
     """
     from qlora_tool import api
     from qlora_tool.cli.logs import log_to_stderr
 
     log_to_stderr()
     result = api.evaluate(run_or_model, data, **options)
-    for name, score in result.scores.items():
+    if not result.by_adapter:
+        named = result.scores
+    elif len(result.scores) == 1:
+        named = {name: next(iter(scores.values())) for name, scores in result.by_adapter.items()}
+    else:
+        named = {f"{name}, {key}": score for name, scores in result.by_adapter.items()
+                 for key, score in scores.items()}  # fmt: skip
+    width = max(map(len, named)) + 1 if result.by_adapter else 0
+    for name, score in named.items():
         matched = "" if score.exact_match is None else f"  exact match {score.exact_match:.1%}"
-        click.echo(f"{name}: loss {score.loss:.4f}  perplexity {score.perplexity:.3f}  tokens {score.tokens}{matched}")
+        click.echo(f"{f'{name}:':{width}} loss {score.loss:.4f}  perplexity {score.perplexity:.3f}  "
+                   f"tokens {score.tokens}{matched}")  # fmt: skip

@@ -36,6 +36,11 @@ def device_options(command: Command) -> Command:
     return command
 
 
+def adapter_option(about: str) -> Callable[[Command], Command]:
+    """`--adapter`, repeatable."""
+    return click.option("--adapter", multiple=True, metavar="NAME=FOLDER", help=about)
+
+
 class JsonMapping(click.ParamType):
     """A mapping, as JSON writes it."""
 

@@ -48,6 +48,7 @@ def answer(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     done: Callable[[int], None] = lambda count: None,
+    ends: list[int] | None = None,
 ) -> Answers:
     """Answer every prompt.
 
@@ -56,11 +57,12 @@ def answer(
 
     Args:
         done: told how many are answered.
+        ends: the tokens that end an answer; None: what the model's files and the tokenizer name.
 
     Raises:
         UserError: a prompt leaves no room for an answer within the model's positions.
     """
-    ends = end_tokens(model, tokenizer)
+    ends = ends or end_tokens(model, tokenizer)
     limit = positions_of(model.config)
     faults = [
         f"{prompt.where}: {len(prompt.input_ids)} tokens, but the model has {limit} positions; shorten it"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from qlora_tool.artifacts import Artifact
@@ -14,8 +14,11 @@ from qlora_tool.inference.answer import Answers, answer
 from qlora_tool.inference.open import open_artifact
 from qlora_tool.inference.peak import PeakMemory
 from qlora_tool.inference.sampling import Sampling
+from qlora_tool.inference.several import BASE, Opened, Several
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from qlora_tool.config import ModelConfig
 
 
@@ -27,11 +30,13 @@ class PromptAnswer:
         prompt: the question as a person would write it: the last turn before the answer.
         text: the answer, special tokens left out.
         base_text: the base's, where that was asked for.
+        by_adapter: each adapter's by its name, where there are several; `text` is the first's.
     """
 
     prompt: str
     text: str
     base_text: str | None = None
+    by_adapter: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,13 @@ class GenerateResult:
         answers: one a prompt, in their order: those given as texts, then those of the file.
         effort: what they took.
         base_effort: what the base's took, where it was asked too.
+        by_adapter: what each adapter's took by its name, where there are several; `effort` is the first's.
     """
 
     answers: tuple[PromptAnswer, ...]
     effort: Effort
     base_effort: Effort | None = None
+    by_adapter: Mapping[str, Effort] = field(default_factory=dict)
 
 
 def generate(
@@ -96,6 +103,44 @@ def generate(
     )  # fmt: skip
 
 
+def generate_several(
+    several: Several, texts: Sequence[str], file: str | None, sampling: Sampling, compare_base: bool = False
+) -> GenerateResult:
+    """Answer prompts with each of several adapters, on one base that is read once.
+
+    Args:
+        texts, file: see `generate`.
+        compare_base: let the base alone answer first.
+
+    Raises:
+        UserError: see `read_prompts`, `Opened` and `answer`.
+    """
+    names = [*([BASE] if compare_base else []), *several.adapters]
+    answers: dict[str, list[str]] = {}
+    efforts: dict[str, Effort] = {}
+    prompts: list[Prompt] = []
+    with PeakMemory() as peak:
+        opened = Opened(several)
+        peak.watch(opened.model.device)
+        asked = {name: _prompts(opened.artifact(name), opened.tokenizers[name], texts, file) for name in names}
+        for name in names:
+            model, tokenizer = opened.use(name)
+            prompts = asked[name]
+            found = answer(model, tokenizer, prompts, sampling, ends=opened.ends[name])
+            answers[name], efforts[name] = found.texts, _effort(found, 0)
+    efforts = {name: replace(effort, peak_bytes=peak.bytes) for name, effort in efforts.items()}
+    base_effort, base_texts = efforts.pop(BASE, None), answers.pop(BASE, None)
+    first = next(iter(answers))
+    return GenerateResult(
+        tuple(
+            PromptAnswer(prompt.text, answers[first][index], base_texts[index] if base_texts else None,
+                         {name: found[index] for name, found in answers.items()})
+            for index, prompt in enumerate(prompts)
+        ),
+        efforts[first], base_effort, efforts,
+    )  # fmt: skip
+
+
 def _base_of(artifact: Artifact) -> ModelConfig:
     if artifact.base is None:
         raise UserError(f"--compare-base: {artifact.name} does not say what it was made from; give a run or an adapter")
@@ -109,12 +154,19 @@ def _answers(
     with PeakMemory() as peak:
         model, tokenizer = open_artifact(artifact)
         peak.watch(model.device)
-        own, kwargs = artifact.run.data if artifact.run else DataConfig(), artifact.chat_template_kwargs
-        prompts = prompts_from_texts(texts, tokenizer, kwargs)
-        if file is not None:
-            prompts += read_prompts(file, "auto", tokenizer, kwargs, own.columns)
+        prompts = _prompts(artifact, tokenizer, texts, file)
         answers = answer(model, tokenizer, prompts, sampling)
     return prompts, answers, peak.bytes
+
+
+def _prompts(
+    artifact: Artifact, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], file: str | None
+) -> list[Prompt]:
+    own, kwargs = artifact.run.data if artifact.run else DataConfig(), artifact.chat_template_kwargs
+    prompts = prompts_from_texts(texts, tokenizer, kwargs)
+    if file is not None:
+        prompts += read_prompts(file, "auto", tokenizer, kwargs, own.columns)
+    return prompts
 
 
 def _effort(answers: Answers, peak_bytes: int) -> Effort:

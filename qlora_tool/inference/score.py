@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool.config import DataConfig
 from qlora_tool.data.prompts import Prompt, read_prompts
-from qlora_tool.data.tokenize import build_dataset
+from qlora_tool.data.tokenize import Dataset, build_dataset
 from qlora_tool.errors import UserError
 from qlora_tool.inference.answer import Answers, answer
 from qlora_tool.inference.evaluation import evaluate_loss
 from qlora_tool.inference.open import open_artifact
 from qlora_tool.inference.sampling import Sampling
+from qlora_tool.inference.several import BASE, Opened, Several
 from qlora_tool.model.open import check_length, positions_of
 
 if TYPE_CHECKING:
@@ -48,14 +49,27 @@ class Score:
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """The scores of every data set, by name."""
+    """The scores of every data set, by name.
+
+    Attributes:
+        scores: of what was evaluated; of several adapters, the first's.
+        by_adapter: those of each adapter by its name, where there are several, and of the `base` where that was asked
+            for.
+    """
 
     scores: dict[str, Score]
+    by_adapter: dict[str, dict[str, Score]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """The scores; by name where there are several sets."""
-        found = {name: score.as_json() for name, score in self.scores.items()}
-        return found if len(found) > 1 else next(iter(found.values()))
+        """The scores; by name where there are several sets, and by adapter where there are several of these."""
+        if self.by_adapter:
+            return {name: _as_json(scores) for name, scores in self.by_adapter.items()}
+        return _as_json(self.scores)
+
+
+def _as_json(scores: Mapping[str, Score]) -> dict[str, Any]:
+    found = {name: score.as_json() for name, score in scores.items()}
+    return found if len(found) > 1 else next(iter(found.values()))
 
 
 def evaluate(
@@ -80,19 +94,57 @@ def evaluate(
         UserError: see `open_artifact`, `check_length`, `score`.
     """
     model, tokenizer = open_artifact(artifact)
+    data = _data_for(artifact, model, data, max_length)
+    return EvaluateResult({
+        name: score(model, tokenizer, source, data, sampling=sampling, batch_size=batch_size)
+        for name, source in sources.items()
+    })  # fmt: skip
+
+
+def evaluate_several(
+    several: Several,
+    sources: Mapping[str, str],
+    data: DataConfig,
+    *,
+    max_length: int | None = None,
+    sampling: Sampling | None = None,
+    batch_size: int = 16,
+    compare_base: bool = False,
+) -> EvaluateResult:
+    """Score each of several adapters on data sets, on one base that is read once.
+
+    Args:
+        compare_base: score the base alone, too, first and as `base`.
+        sources, data, max_length, sampling, batch_size: see `evaluate`.
+
+    Raises:
+        UserError: see `Opened`, `check_length`, `score`.
+    """
+    opened = Opened(several)
+    asked: dict[str, dict[str, Asked]] = {}
+    for name in [*([BASE] if compare_base else []), *several.adapters]:
+        own = _data_for(opened.artifact(name), opened.model, data, max_length)
+        asked[name] = {key: read_asked(source, own, opened.tokenizers[name], sampling is not None)
+                       for key, source in sources.items()}  # fmt: skip
+    found: dict[str, dict[str, Score]] = {}
+    for name, sets in asked.items():
+        model, tokenizer = opened.use(name)
+        found[name] = {key: score_asked(model, tokenizer, one, sampling, batch_size, ends=opened.ends[name])
+                       for key, one in sets.items()}  # fmt: skip
+    return EvaluateResult(found[next(iter(several.adapters))], found)
+
+
+def _data_for(artifact: Artifact, model: CausalLM, data: DataConfig, max_length: int | None) -> DataConfig:
+    """How rows are read for an artifact: as its run read them."""
     own = artifact.run.data if artifact.run else DataConfig()
     if max_length:
         check_length(model.config, max_length, "--max-length")
     else:
         max_length = min(own.max_length, positions_of(model.config) or own.max_length)
-    data = DataConfig(
+    return DataConfig(
         format=data.format, max_length=max_length, train_on=own.train_on, multi_turn=own.multi_turn,
         chat_template_kwargs=dict(artifact.chat_template_kwargs), columns=own.columns, on_error=own.on_error,
     )  # fmt: skip
-    return EvaluateResult({
-        name: score(model, tokenizer, source, data, sampling=sampling, batch_size=batch_size)
-        for name, source in sources.items()
-    })  # fmt: skip
 
 
 def score(
@@ -116,15 +168,46 @@ def score(
     Raises:
         UserError: see `build_dataset`; and with `sampling`, no row has an answer.
     """
+    return score_asked(model, tokenizer, read_asked(source, data, tokenizer, sampling is not None), sampling,
+                       batch_size, done)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A data source as a model is asked it: its rows, and the prompts of those that say what the answer should be."""
+
+    dataset: Dataset
+    prompts: Sequence[Prompt]
+
+
+def read_asked(source: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase, answers: bool) -> Asked:
+    """Read a data source; see `score`.
+
+    Args:
+        answers: whether answers will be generated.
+    """
     dataset = build_dataset(source, data, tokenizer, key="--data")
     for line in dataset.report.lines():
         logger.info(line)
-    prompts = [] if sampling is None else _with_answers(source, data, tokenizer)
+    return Asked(dataset, _with_answers(source, data, tokenizer) if answers else [])
+
+
+def score_asked(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Asked,
+    sampling: Sampling | None,
+    batch_size: int,
+    done: Callable[[int], None] = lambda count: None,
+    ends: list[int] | None = None,
+) -> Score:
+    """Score a model on what was read; see `score`, and `answer` for `ends`."""
     pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
-    result = evaluate_loss(model, dataset, batch_size, pad)
+    result = evaluate_loss(model, asked.dataset, batch_size, pad)
     if sampling is None:
         return Score(result.loss, result.perplexity, result.tokens)
-    answers = answer(model, tokenizer, prompts, sampling, done)
+    prompts = asked.prompts
+    answers = answer(model, tokenizer, prompts, sampling, done, ends)
     right = sum(exact_match(text, prompt.expected or "") for text, prompt in zip(answers.texts, prompts, strict=True))
     return Score(result.loss, result.perplexity, result.tokens, right / len(prompts), answers)
 
