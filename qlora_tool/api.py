@@ -386,7 +386,8 @@ def evaluate(
         raise OptionError("nothing to score: give --data FILE")
     check_sources(sources.values(), format, run=run_or_model)
     base = (model, quantization, double_quant, device, compute_dtype)
-    how = {"max_length": max_length, "sampling": sampling if generate else None, "batch_size": batch_size}
+    how: dict[str, Any] = {"max_length": max_length, "sampling": sampling if generate else None,
+                           "batch_size": batch_size}  # fmt: skip
     given = _named_adapters(adapter)
     if given or compare_base:
         several = _several(run_or_model, given, *base, chat_template_kwargs)
