@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,15 +14,18 @@ _MISSING = object()
 
 
 class _Change(NamedTuple):
-    """One entry of one module's own dictionaries, before and after an adapter was put on."""
+    """One entry of one module's own dictionaries, or its class, before and after an adapter was put on."""
 
-    entries: dict[str, Any]
+    module: nn.Module
+    entries: dict[str, Any] | None
     key: str
     before: Any
     after: Any
 
     def put(self, value: Any) -> None:
-        if value is _MISSING:
+        if self.entries is None:
+            self.module.__class__ = value
+        elif value is _MISSING:
             self.entries.pop(self.key, None)
         else:
             self.entries[self.key] = value
@@ -30,9 +34,9 @@ class _Change(NamedTuple):
 class Switch:
     """Several adapters on one model.
 
-    Whatever an adapter puts in a module's place, or gives a module (its tensors, tensors of the base that it replaces,
-    a forward pass that runs several modules as one), is found by looking at the modules before and after it is put on;
-    so each adapter is put on the base alone.
+    What an adapter makes of a module, or gives it (its tensors, tensors of the base that it replaces, another class, a
+    forward pass that runs several modules as one), is found by looking at the modules before and after it is put on; so
+    each adapter is put on the base alone.
 
     Args:
         model: without adapters, as `load_base` reads it.
@@ -64,13 +68,12 @@ class Switch:
         if name in self._changes:
             raise ValueError(f"an adapter is called {name!r} already")
         self.use(None)
-        before = [(entries, dict(entries)) for entries in _dictionaries(self.model)]
+        before = [(module, type(module), [(entries, dict(entries)) for entries in _dictionaries(module)])
+                  for module in self.model.modules()]  # fmt: skip
         try:
             attach_stored(self.model, stored, dtype)
         finally:
-            changes = [_Change(entries, key, old.get(key, _MISSING), entries.get(key, _MISSING))
-                       for entries, old in before for key in {**old, **entries}
-                       if old.get(key, _MISSING) is not entries.get(key, _MISSING)]  # fmt: skip
+            changes = [change for module, kind, entries in before for change in _changes(module, kind, entries)]
             for change in changes:
                 change.put(change.before)
         self._changes[name] = changes
@@ -93,9 +96,23 @@ class Switch:
         self.model.train(self.model.training)  # one that was away meanwhile has not heard of it
 
 
-def _dictionaries(model: nn.Module) -> list[dict[str, Any]]:
-    """Every module's attributes, and its parameters, buffers and children."""
-    found: list[dict[str, Any]] = []
-    for module in model.modules():
-        found += [vars(module), module._parameters, module._buffers, module._modules]
-    return found
+def _dictionaries(module: nn.Module) -> list[dict[str, Any]]:
+    """A module's attributes, and its parameters, buffers and children."""
+    return [vars(module), module._parameters, module._buffers, module._modules]
+
+
+def _changes(
+    module: nn.Module, kind: type[nn.Module], before: Iterable[tuple[dict[str, Any], dict[str, Any]]]
+) -> Iterator[_Change]:
+    """What differs from how a module was.
+
+    Args:
+        kind: its class then.
+        before: each of its dictionaries, and what was in it.
+    """
+    if type(module) is not kind:
+        yield _Change(module, None, "", kind, type(module))
+    for entries, old in before:
+        for key in {**old, **entries}:
+            if old.get(key, _MISSING) is not entries.get(key, _MISSING):
+                yield _Change(module, entries, key, old.get(key, _MISSING), entries.get(key, _MISSING))

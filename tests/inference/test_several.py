@@ -58,6 +58,7 @@ ADAPTERS = {
               {"modules_to_save": ["lm_head", "norm"], "target_modules": ["v_proj"]}, {"method": "loha", "r": 2}],
     "llama-tied": [{"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]}, {"use_rslora": True}],
     "llama-biased": [{"bias": "all", "target_modules": ["q_proj"]}, {"bias": "lora_only"}],
+    "qwen3_moe": [{"target_parameters": ["mlp.experts.down_proj"]}, {"target_modules": ["q_proj", "embed_tokens"]}],
     "gpt2": [{"target_modules": ["c_attn"]}, {"modules_to_save": ["c_fc"], "target_modules": ["c_proj"]}],
 }  # fmt: skip
 
