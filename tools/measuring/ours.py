@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import tempfile
@@ -214,6 +215,34 @@ class OurSide:
             with RunMemory().watch(run) as during:
                 self._step(batch, during)
             return json.loads((Path(folder) / "memory.json").read_text(encoding="utf-8"))["measured"]
+
+
+def error_of_products(config: Config, rows: int) -> float:
+    """How far the outputs of adapted modules are from those of the 16-bit model, before the first step: ‖y − y₁₆‖ /
+    ‖y₁₆‖ on the inputs that they get there, of the first evaluation rows; the mean over the modules."""
+    import torch
+
+    from qlora_tool.build import Setup, Start, open_model
+    from qlora_tool.training.prepare import prepare_data
+
+    data, setup = prepare_data(Setup.of(config))
+    built = setup.build(start=Start(data.train.examples))
+    started = built.model.module.train(False)
+    plain = open_model(config.model.model_copy(update={"quantization": "none"}))
+    errors: list[float] = []
+
+    def compare(module: torch.nn.Module, inputs: tuple[Tensor, ...], y: Tensor, name: str) -> None:
+        difference = started.get_submodule(name)(inputs[0]).float() - y.float()
+        errors.append(float(difference.norm() / y.float().norm()))
+
+    for name in built.adapters.layers:
+        plain.module.get_submodule(name).register_forward_hook(functools.partial(compare, name=name))
+    evaluated = next(iter(data.evaluations.values())).examples
+    examples = [evaluated[index] for index in range(min(rows, len(evaluated)))]
+    with torch.no_grad():
+        for example in examples:  # one by one: no padding takes part
+            plain.hidden_states(padded_batch([example]).to(plain.device))
+    return sum(errors) / len(errors)
 
 
 class PlainSide(OurSide):
