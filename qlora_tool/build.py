@@ -392,6 +392,7 @@ def _with_adapters(
         stored = tensors.adapter(Path(config.adapter.init_from))
         prepare = stored.prepare(compute_dtype) if tensors.has_values else None
         model = _open_base(config.model, model_config, tensors, device, compute_dtype, prepare)
+        model.module.quantized_without = stored.quantized_without
         adapters = attach_stored(model.module, stored, compute_dtype, config.adapter.lora_dropout)
         refuse_other_places(model.module, adapters, config.adapter, stored)
         return model, adapters, []
@@ -427,6 +428,7 @@ def open_model(config: ModelConfig, adapter: StoredAdapter | None = None) -> Cau
     prepare = None if adapter is None else adapter.prepare()
     model = _open_base(config, model_config, tensors, device, choose_dtype(config.compute_dtype, device), prepare)
     if adapter is not None:
+        model.module.quantized_without = adapter.quantized_without
         attach_stored(model.module, adapter)
     return model
 

@@ -208,13 +208,18 @@ class StoredAdapter:
         """`usual` as it is trained."""
         return self.method.trained_settings(self.usual, self.start)
 
+    @property
+    def quantized_without(self) -> str | None:
+        """The folder of the adapter without whose start its base was quantized: this one's, where there is such."""
+        return str(self.folder.resolve()) if self.start.get("taken_out_of_base") else None
+
     def prepare(self, dtype: torch.dtype | None = None) -> Prepare | None:
         """The step before quantizing that it was trained with; see `slots.quantize_parameter`.
 
         Args:
             dtype: that the adapter is kept in from now on, by default the one that it is stored in.
         """
-        if not self.start.get("taken_out_of_base"):
+        if self.quantized_without is None:
             return None
         kept = {}
         for name in self.by_module:
@@ -388,6 +393,14 @@ def attach_stored(
     Raises:
         UserError: it does not fit this model.
     """
+    found, wanted = getattr(model, "quantized_without", None), stored.quantized_without
+    if found != wanted:
+        has = f"without what {found} took out of it" if found else "whole"
+        needs = "without what it took out of it" if wanted else "whole"
+        raise UserError(
+            f"{stored.folder}: this base was quantized {has}, but the adapter was trained on one that was quantized "
+            f"{needs} (adapter.init_lora_weights); open the two apart, or export each merged"
+        )
     dtype = dtype or stored.dtype
     shapes = _shapes(model, stored.by_module)
     layers = stored.layers(dtype, next(model.parameters()).device, dropout, shapes)

@@ -97,6 +97,12 @@ def refuse_truncation(artifact: Artifact, r: int, output: Path, overwrite: bool 
             f"--truncate {r}: {artifact.name} is {stored.method.name}, whose update is not of a low rank: it rescales "
             "the whole weight; export it merged, or train with adapter.method: lora"
         )
+    if stored.quantized_without is not None:
+        raise UserError(
+            f"--truncate {r}: {artifact.name} was trained on a base that was quantized without a part that its start "
+            f"({stored.start['init_lora_weights']}) took out, so that no adapter of a lower rank goes with it; export "
+            "it merged"
+        )
     if r < 1:
         raise OptionError(f"--truncate {r}: expected a rank of at least 1")
 
@@ -161,7 +167,8 @@ def cut_tensors(stored: StoredAdapter, opened: Opened, r: int) -> dict[str, Tens
 def _provenance(stored: StoredAdapter, found: Inspection, r: int) -> dict[str, Any]:
     """What the adapter says of itself, and what it was cut from."""
     whole = {file.name: sha256(file) for file in sorted(stored.folder.glob("adapter_*"))}
-    return (stored.provenance or {}) | {
+    known = {key: value for key, value in (stored.provenance or {}).items() if key != "start"}  # it is plain now
+    return known | {
         "method": "lora",
         "truncated": {"qlora_tool": __version__, "method": stored.method.name, "from_r": found.rank, "r": r,
                       "kept": found.kept(r), "files": whole},

@@ -136,10 +136,11 @@ class Lora(Method):
     def computing(self, tensors: Mapping[str, Tensor], settings: Settings) -> tuple[Tensor, Tensor]:
         """A and B as they compute: of a symmetric start [A; A₀] (2r, in) and [B, −B₀] (out, 2r), one LoRA for both, in
         which what is equal cancels before it is rounded."""
-        lora_A, lora_B = tensors["lora_A"], tensors["lora_B"]
-        if "start_A" not in tensors or _start_of(settings) != "symmetric":
-            return lora_A, lora_B
-        return _halves(tensors)
+        return _halves(tensors) if self._subtracts(tensors, settings) else (tensors["lora_A"], tensors["lora_B"])
+
+    def _subtracts(self, tensors: Mapping[str, Tensor], settings: Settings) -> bool:
+        """Whether −s·B₀A₀ is part of the product, and not of the base."""
+        return "start_A" in tensors and _start_of(settings) == "symmetric"
 
     def start_on_embedding(
         self, dim: int, vocabulary: int, settings: Settings, generator: torch.Generator
@@ -185,8 +186,10 @@ class Lora(Method):
             return None
         from qlora_tool.ops.lora import LoraWeights
 
-        lora_A, lora_B = self.computing(tensors, adapter.settings)
-        return LoraWeights(linear.weight, lora_A, lora_B, self.scaling(adapter.settings), linear.bias)
+        frozen = (tensors["start_A"], tensors["start_B"]) if self._subtracts(tensors, adapter.settings) else None
+        return LoraWeights(
+            linear.weight, tensors["lora_A"], tensors["lora_B"], self.scaling(adapter.settings), linear.bias, frozen
+        )
 
     def rates(self, settings: Settings) -> dict[str, float]:
         """LoRA+ gives B a learning rate of its own (equation 8 of the paper: λ times A's)."""
@@ -205,8 +208,9 @@ class Lora(Method):
     def factors(
         self, tensors: Mapping[str, Tensor], settings: Settings, shape: tuple[int, int]
     ) -> tuple[Tensor, Tensor] | None:
-        """s·B and A."""
-        return tensors["lora_B"].double() * self.scaling(settings), tensors["lora_A"].double()
+        """s·B and A; with A₀ and B₀ those of s·(BA − B₀A₀), the update of the base as the checkpoint has it."""
+        lora_A, lora_B = _halves(tensors) if "start_A" in tensors else (tensors["lora_A"], tensors["lora_B"])
+        return lora_B.double() * self.scaling(settings), lora_A.double()
 
     def bias_delta(self, tensors: Mapping[str, Tensor], settings: Settings) -> Tensor | None:
         bias = tensors.get("lora_B_bias")

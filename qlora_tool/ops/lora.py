@@ -39,6 +39,9 @@ class LoraWeights:
         B: (out, r), trained.
         scaling: s.
         bias: (out,), or None.
+        frozen: A₀ (r₀, in) and B₀ (out, r₀) of a term −s·(x·A₀ᵀ)·B₀ᵀ that is not trained, or None. It is computed with
+            the trained one, as one product of rank r + r₀, so that what is equal cancels before it is rounded; its
+            halves are put together where they are used, and never kept.
     """
 
     weight: FrozenWeight
@@ -46,13 +49,31 @@ class LoraWeights:
     B: Tensor
     scaling: float
     bias: Tensor | None = None
+    frozen: tuple[Tensor, Tensor] | None = None
 
     def to(self, dtype: torch.dtype) -> LoraWeights:
         """The same with A, B and the bias in `dtype`, differentiably."""
-        if self.A.dtype == self.B.dtype == dtype and (self.bias is None or self.bias.dtype == dtype):
+        others = [self.bias] * (self.bias is not None) + list(self.frozen or ())
+        if self.A.dtype == self.B.dtype == dtype and all(tensor.dtype == dtype for tensor in others):
             return self
         bias = None if self.bias is None else self.bias.to(dtype)
-        return LoraWeights(self.weight, self.A.to(dtype), self.B.to(dtype), self.scaling, bias)
+        frozen = None if self.frozen is None else (self.frozen[0].to(dtype), self.frozen[1].to(dtype))
+        return LoraWeights(self.weight, self.A.to(dtype), self.B.to(dtype), self.scaling, bias, frozen)
+
+    @property
+    def columns(self) -> int:
+        """Of z: r, or r + r₀."""
+        return self.A.shape[0] + (0 if self.frozen is None else self.frozen[0].shape[0])
+
+    @property
+    def inner(self) -> list[Tensor]:
+        """A, and A₀ below it: (columns, in) together."""
+        return [self.A] if self.frozen is None else [self.A, self.frozen[0]]
+
+    @property
+    def outer(self) -> Tensor:
+        """[B, −B₀]: (out, columns)."""
+        return self.B if self.frozen is None else torch.cat([self.B, -self.frozen[1]], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------- one input, any outputs
@@ -65,7 +86,7 @@ def lora_linear(x: Tensor, layers: Sequence[LoraWeights]) -> tuple[Tensor, ...]:
     """
     layers = [layer.to(x.dtype) for layer in layers]
     flat = x.reshape(-1, x.shape[-1])
-    z = _Keep.apply(flat, *(layer.A for layer in layers))
+    z = _Keep.apply(flat, layers, *(layer.A for layer in layers))
     outputs = _LoraLinear.apply(flat, z, layers, *_trained(layers))
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
@@ -78,7 +99,7 @@ def lora_linear_reference(x: Tensor, layers: Sequence[LoraWeights]) -> tuple[Ten
 
 def _reference(x: Tensor, layer: LoraWeights) -> Tensor:
     linear = torch.nn.functional.linear
-    branch = linear(linear(x, layer.A), layer.B) * layer.scaling
+    branch = linear(linear(x, _stacked([layer])), layer.outer) * layer.scaling
     y = frozen_linear(x, layer.weight) + branch
     return y if layer.bias is None else y + layer.bias
 
@@ -88,17 +109,19 @@ def _trained(layers: Sequence[LoraWeights]) -> list[Tensor | None]:
     return [tensor for layer in layers for tensor in (layer.A, layer.B, layer.bias)]
 
 
-def _stacked(matrices: Sequence[Tensor]) -> Tensor:
-    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
+def _stacked(layers: Sequence[LoraWeights]) -> Tensor:
+    """The A's of all layers, (Σ columns, in)."""
+    matrices = [matrix for layer in layers for matrix in layer.inner]
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
 
 class _Keep(torch.autograd.Function):
     """z = x·[A_1; A_2; …]ᵀ, (tokens, Σr); saves x and z for the node that comes after it."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, *A: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, layers: Sequence[LoraWeights], *A: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        z = matmul(x, _stacked(A).T)
+        z = matmul(x, _stacked(layers).T)
         ctx.save_for_backward(x, z)
         return z
 
@@ -125,9 +148,9 @@ class _LoraLinear(torch.autograd.Function):
 def _outputs(x: Tensor, z: Tensor, layers: Sequence[LoraWeights]) -> list[Tensor]:
     outputs, begin = [], 0
     for layer in layers:
-        end = begin + layer.A.shape[0]
+        end = begin + layer.columns
         y = matmul(x, layer.weight.dense(x.dtype).T)
-        y.addmm_(z[:, begin:end], layer.B.T, alpha=layer.scaling)
+        y.addmm_(z[:, begin:end], layer.outer.T, alpha=layer.scaling)
         outputs.append(y if layer.bias is None else y.add_(layer.bias))
         begin = end
     return outputs
@@ -143,10 +166,10 @@ def _adapter_gradients(
 
 def _inner_gradient(grads: Sequence[Tensor], layers: Sequence[LoraWeights]) -> Tensor:
     """The gradient of z, (tokens, Σr)."""
-    ranks = [layer.A.shape[0] for layer in layers]
+    ranks = [layer.columns for layer in layers]
     dz = grads[0].new_empty(grads[0].shape[0], sum(ranks))
     for part, layer, grad in zip(dz.split(ranks, dim=1), layers, grads, strict=True):
-        scaled_matmul(grad, layer.B, layer.scaling, part)
+        scaled_matmul(grad, layer.outer, layer.scaling, part)
     return dz
 
 
@@ -154,13 +177,21 @@ def _trained_gradients(
     x: Tensor, z: Tensor, dz: Tensor, grads: Sequence[Tensor], layers: Sequence[LoraWeights], needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradients of A, B and bias of every layer."""
-    ranks = [layer.A.shape[0] for layer in layers]
-    of_B, of_bias = [], []
+    ranks, of_B, of_bias = [layer.A.shape[0] for layer in layers], [], []
+    z, dz = _trained_columns(z, layers), _trained_columns(dz, layers)
     for index, (part, layer, grad) in enumerate(zip(z.split(ranks, dim=1), layers, grads, strict=True)):
         of_B.append(scaled_matmul(part.T, grad, layer.scaling).T)  # (r, out), turned: faster than (out, r)
         of_bias.append(grad.sum(0) if needs[3 * index + 2] else None)
     of_A = matmul(dz.T, x).split(ranks)
     return [gradient for group in zip(of_A, of_B, of_bias, strict=True) for gradient in group]
+
+
+def _trained_columns(z: Tensor, layers: Sequence[LoraWeights]) -> Tensor:
+    """Of (tokens, Σ columns) those that A and B have a part in, (tokens, Σr)."""
+    if all(layer.frozen is None for layer in layers):
+        return z
+    parts = z.split([layer.columns for layer in layers], dim=1)
+    return torch.cat([part[:, : layer.A.shape[0]] for part, layer in zip(parts, layers, strict=True)], dim=1)
 
 
 def _input_gradient(dz: Tensor, grads: Sequence[Tensor], layers: Sequence[LoraWeights]) -> Tensor:
@@ -170,7 +201,7 @@ def _input_gradient(dz: Tensor, grads: Sequence[Tensor], layers: Sequence[LoraWe
         weight = layer.weight.dense(grad.dtype)
         dx = matmul(grad, weight) if dx is None else matmul_add(grad, weight, dx)
         del weight
-    return dx.addmm_(dz, _stacked([layer.A for layer in layers]))
+    return dx.addmm_(dz, _stacked(layers))
 
 
 # ---------------------------------------------------------------------------------------------- the gated MLP
@@ -188,7 +219,7 @@ def lora_gated_mlp(
     layers = [layer.to(x.dtype) for layer in (gate, up, down)]
     flat = x.reshape(-1, x.shape[-1])
     if tile is not None and flat.shape[0] > tile:
-        z = _Keep.apply(flat, gate.A, up.A)
+        z = _Keep.apply(flat, layers[:2], gate.A, up.A)
         y = _LoraGatedTiles.apply(flat, z, layers, activation, tile, *_trained(layers))
     else:
         gated, upped = _KeepGated.apply(flat, layers[:2], *_trained(layers[:2]))
@@ -210,7 +241,7 @@ class _KeepGated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layers: Sequence[LoraWeights], *trained: Tensor | None):
         ctx.set_materialize_grads(False)
-        z = matmul(x, _stacked([layer.A for layer in layers]).T)
+        z = matmul(x, _stacked(layers).T)
         gated, upped = _outputs(x, z, layers)
         ctx.save_for_backward(x, z, gated, upped)
         return gated, upped
@@ -272,7 +303,7 @@ def _tiles(x: Tensor, tile: int) -> list[slice]:
 
 
 def _gated_output(h: Tensor, down: LoraWeights) -> Tensor:
-    return _outputs(h, matmul(h, down.A.T), [down])[0]
+    return _outputs(h, matmul(h, _stacked([down]).T), [down])[0]
 
 
 def _gated_gradients(
@@ -304,7 +335,7 @@ def _gradients_by_steps(
     """The gradients of gate(x) and up(x), and of A, B and bias of down."""
     active = activation.function(gated)
     h = active * upped
-    dz, of_down = _adapter_gradients(h, matmul(h, down.A.T), [grad], [down], needs)
+    dz, of_down = _adapter_gradients(h, matmul(h, _stacked([down]).T), [grad], [down], needs)
     del h
     dh = _input_gradient(dz, [grad], [down])
     d_up = active.mul_(dh)
@@ -320,4 +351,4 @@ def _gradients_in_one_pass(
     d_gate = _input_gradient(dz, [grad], [down])  # of h, to begin with
     h, d_up = (gated, upped) if owned else (gated.clone(), upped.clone())
     gated_gradients_(h, d_up, d_gate, activation)
-    return d_gate, d_up, _trained_gradients(h, matmul(h, down.A.T), dz, [grad], [down], needs)
+    return d_gate, d_up, _trained_gradients(h, matmul(h, _stacked([down]).T), dz, [grad], [down], needs)

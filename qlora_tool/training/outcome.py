@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from qlora_tool.adapters.attach import AdapterSet
 from qlora_tool.data.batches import Batch
@@ -60,17 +61,18 @@ def judge(
         again: `loss` on the same training rows with that adapter.
     """
     zero, others = _zero_updates(adapters)
+    so = "as it started" if any(name.endswith(".start_B") for name in adapters.tensors()) else "0"
     if zero and not others:
         return Outcome(False, (
-            f"nothing was learned: B is 0 in all {len(zero)} adapters, so that the model is the untuned one; raise "
+            f"nothing was learned: B is {so} in all {len(zero)} adapters, so that the model is the untuned one; raise "
             "training.learning_rate or the number of steps",
         ))  # fmt: skip
     warnings = []
     if zero:
         warnings.append(
             f"{zero[0]}{f' and {len(zero) - 1} more' if len(zero) > 1 else ''}: no step reached these adapters, and "
-            "their B is 0: the model's code takes the weight without calling the module, or no token came by; leave "
-            "them out with adapter.target_modules"
+            f"their B is {so}: the model's code takes the weight without calling the module, or no token came by; "
+            "leave them out with adapter.target_modules"
         )
     if before is None:
         return Outcome(True, tuple(warnings))
@@ -93,9 +95,14 @@ def judge(
 
 
 def _zero_updates(adapters: AdapterSet) -> tuple[list[str], bool]:
-    """The modules whose LoRA's B is zero, and whether anything else is trained."""
+    """The modules whose LoRA's B is as it started, mostly zero, and whether anything else is trained."""
     tensors = adapters.tensors()
-    found = {name: tensor for name, tensor in tensors.items() if ".lora_B." in f".{name}."}
-    zero = [name.partition(".lora_B.")[0] for name, tensor in found.items() if not bool(tensor.any())]
+    found = {name.partition(".lora_B.")[0]: tensor for name, tensor in tensors.items() if ".lora_B." in f".{name}."}
+    zero = [module for module, lora_B in found.items() if _is_as_it_started(module, lora_B, tensors)]
     others = adapters.saved or adapters.biases or any("magnitude" in name for name in tensors)
     return zero, bool(others) or len(zero) < len(found)
+
+
+def _is_as_it_started(module: str, lora_B: Tensor, tensors: Mapping[str, Tensor]) -> bool:
+    start_B = tensors.get(f"{module}.start_B")
+    return not bool(lora_B.any()) if start_B is None else torch.equal(lora_B, start_B)

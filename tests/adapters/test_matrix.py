@@ -24,6 +24,7 @@ from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.measure import measure_peak
 from qlora_tool.memory.trace.predict import BatchShape, predict
 from qlora_tool.methods import METHODS
+from qlora_tool.methods.starts import OF_ERRORS
 from qlora_tool.model.source import read_model_config
 from qlora_tool.training.loop import train
 
@@ -42,6 +43,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vera": {"adapter.r": 48, "training.learning_rate": 5e-2},
     "additive": {"adapter.r": 5},
 }
+# How LoRA starts otherwise. With the wide range of a start that is no update of 0, a lower rate.
+STARTS: dict[str, dict[str, Any]] = {
+    "symmetric": {}, "pissa": {}, "pissa_niter_2": {}, "loftq": {}, "loftq-3": {"adapter.loftq_iter": 3},
+    "calibrated": {},
+}  # fmt: skip
 # The two sides take the same products in fp32 in another order: see tests/export/test_merge.py.
 ROUNDING = 1.5e-5
 
@@ -50,6 +56,12 @@ CELLS: list[Cell] = [
     (method, kind, family, PLACES[(place + row) % len(PLACES)])
     for row, family in enumerate(FAMILIES)
     for place, (kind, method) in enumerate(itertools.product(KINDS, METHODS))
+]
+START_CELLS: list[Cell] = [
+    (start, kind, family, PLACES[(place + row) % len(PLACES)])
+    for row, family in enumerate(FAMILIES)
+    for place, (kind, start) in enumerate(itertools.product(KINDS, STARTS))
+    if kind != "none" or start.partition("-")[0] not in OF_ERRORS
 ]
 
 
@@ -60,6 +72,10 @@ def name_of(cell: Cell) -> str:
 SAMPLE = [
     next(cell for cell in CELLS if cell[:3] == (method, KINDS[number % 3], FAMILIES[number % 12]))
     for number, method in enumerate(METHODS)
+]
+START_SAMPLE = [
+    next(cell for cell in START_CELLS if cell[:3] == (start, KINDS[number % 2], FAMILIES[1 + 2 * number]))
+    for number, start in enumerate(STARTS)
 ]
 
 
@@ -98,12 +114,30 @@ def test_all_others(base: Callable[[str], Path], tmp_path: Path, cell: Cell):
     assert_complete(cell, base(cell[2]), tmp_path)
 
 
+@pytest.mark.parametrize("cell", START_SAMPLE, ids=name_of)
+def test_a_sample_of_starts(base: Callable[[str], Path], tmp_path: Path, cell: Cell):
+    assert_complete(cell, base(cell[2]), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", [cell for cell in START_CELLS if cell not in START_SAMPLE], ids=name_of)
+def test_all_other_starts(base: Callable[[str], Path], tmp_path: Path, cell: Cell):
+    assert_complete(cell, base(cell[2]), tmp_path)
+
+
+def settings_of(name: str) -> tuple[str, dict[str, Any]]:
+    """The method of a cell, and its settings."""
+    if name in SETTINGS:
+        return name, SETTINGS[name]
+    return "lora", SETTINGS["lora"] | {"adapter.init_lora_weights": name.partition("-")[0]} | STARTS[name]
+
+
 def assert_complete(cell: Cell, base: Path, folder: Path) -> None:
-    method, kind, _, place = cell
+    (method, settings), (_, kind, _, place) = settings_of(cell[0]), cell
     config = run_config(base, write_rows(folder / "rows.jsonl", 4), folder / "run", {
         "adapter.method": method, "adapter.lora_dropout": 0.0, "model.quantization": kind,
         "training.max_steps": 4, "training.save_steps": 2, "training.warmup_steps": 0,
-        **SETTINGS[method], **{f"adapter.{key}": value for key, value in place.items()},
+        **settings, **{f"adapter.{key}": value for key, value in place.items()},
     })  # fmt: skip
     run = train(config)
     losses = [record["loss"] for record in read_metrics(folder / "run")]

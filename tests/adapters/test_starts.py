@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qlora_tool.adapters.adapter import Adapter, generator_for
 from qlora_tool.adapters.initial import initial_settings
-from qlora_tool.adapters.peft_files import read_adapter
+from qlora_tool.adapters.peft_files import attach_stored, read_adapter
 from qlora_tool.build import open_model
 from qlora_tool.config import AdapterConfig, Config, load_config
 from qlora_tool.errors import UserError
@@ -388,3 +388,22 @@ def test_a_rank_above_a_weights_own_is_told_before_weights_are_read(tmp_path):
     next(folder.glob("*.safetensors")).unlink()
     with pytest.raises(UserError, match="takes the 65 largest parts of a weight, but one of"):
         Setup.of(config)
+
+
+def test_a_base_that_was_quantized_for_another_adapter_is_one_line(base, runs):
+    """Both ways: a plain adapter on a base that lacks a part, and one that needs such a base on a whole one."""
+    pissa, plain = artifact_of(runs("pissa")), artifact_of(runs("symmetric"))
+    for opened, other in ((pissa, plain), (plain, pissa)):
+        model = open_model(opened.model, opened.adapter)
+        with pytest.raises(UserError) as raised:
+            attach_stored(model.module, other.adapter)
+        (line,) = raised.value.lines
+        assert "quantized whole" in line and "without what" in line and "export each merged" in line
+
+
+def test_a_run_whose_adapters_stay_as_they_started_says_so(base, tmp_path):
+    write_run(tmp_path / "run", base, adapter={"init_lora_weights": "symmetric"}, learning_rate=1e-30)
+    config = load_config(tmp_path / "run" / "config.yaml", {"training.output_dir": str(tmp_path / "again")})
+    run = train(config)
+    assert run.outcome is not None and not run.outcome.learned
+    assert run.outcome.warnings[0].startswith("nothing was learned: B is as it started in all 14 adapters")

@@ -13,7 +13,7 @@ from tokenizers_for_tests import CHATML, byte_level
 from torch import nn
 
 from qlora_tool.adapters.attach import attach
-from qlora_tool.adapters.peft_files import attach_stored, save_adapter
+from qlora_tool.adapters.peft_files import save_adapter
 from qlora_tool.artifacts import Artifact, BaseOptions, find_artifact
 from qlora_tool.build import open_model
 from qlora_tool.config import AdapterConfig, Config, ModelConfig
@@ -83,9 +83,7 @@ def artifact_of(folder: Path, **options) -> Artifact:
 @torch.no_grad()
 def live_logits(artifact: Artifact, ids: torch.Tensor = IDS) -> torch.Tensor:
     """Of the quantized model with its adapter, (rows, length, vocabulary)."""
-    model = open_model(artifact.model)
-    if artifact.adapter is not None:
-        attach_stored(model.module, artifact.adapter)
+    model = open_model(artifact.model, artifact.adapter)
     return model.module(input_ids=ids, use_cache=False).logits
 
 

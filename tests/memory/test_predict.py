@@ -48,6 +48,8 @@ SMALL = [
     ("qwen3", {"values": OFF | {"adapter.target_modules": ["embed_tokens", "v_proj"]}}),
     ("mixtral", {"values": ON | {"adapter.target_parameters": ["gate_up_proj", "down_proj"]}}),
     ("llama", {"values": OFF | {"adapter.modules_to_save": ["lm_head"]}}),
+    ("mistral", {"values": ON | {"adapter.init_lora_weights": "symmetric"}}),
+    ("qwen2", {"values": OFF | {"adapter.init_lora_weights": "pissa"}}),
 ]
 
 

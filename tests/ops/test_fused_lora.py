@@ -33,7 +33,9 @@ class Handle:
         return self.value.to(dtype) if self.kind is None else self.value.dequantize(dtype)
 
 
-def make_layer(out, width, r, *, seed, kind=None, dtype=torch.float32, bias=False, bias_trained=False) -> LoraWeights:
+def make_layer(
+    out, width, r, *, seed, kind=None, dtype=torch.float32, bias=False, bias_trained=False, frozen=0
+) -> LoraWeights:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -43,6 +45,7 @@ def make_layer(out, width, r, *, seed, kind=None, dtype=torch.float32, bias=Fals
     return LoraWeights(
         weight, normal(r, width).requires_grad_(), normal(out, r).requires_grad_(), 2.0,
         normal(out).requires_grad_(bias_trained) if bias else None,
+        (normal(frozen, width), normal(out, frozen)) if frozen else None,
     )  # fmt: skip
 
 
@@ -53,7 +56,8 @@ def exact(layer: LoraWeights) -> LoraWeights:
         return None if tensor is None else tensor.detach().double().requires_grad_(tensor.requires_grad)
 
     dense = layer.weight.dense(torch.float32).double()
-    return LoraWeights(Handle(dense), copied(layer.A), copied(layer.B), layer.scaling, copied(layer.bias))
+    frozen = layer.frozen and (copied(layer.frozen[0]), copied(layer.frozen[1]))
+    return LoraWeights(Handle(dense), copied(layer.A), copied(layer.B), layer.scaling, copied(layer.bias), frozen)
 
 
 def trained(layers):
@@ -84,7 +88,7 @@ def test_gradients_are_autograds_whatever_the_shapes(dtype, kind, draw):
     bias, bias_trained = draw.random() < 0.5, draw.random() < 0.5
     layers = [
         make_layer(draw.choice([16, 40, 96]), width, r + index, seed=index, kind=kind, dtype=dtype, bias=bias,
-                  bias_trained=bias_trained)
+                  bias_trained=bias_trained, frozen=draw.choice([0, 0, 2, 5]))
         for index in range(draw.choice([1, 2, 3]))
     ]  # fmt: skip
     shape = draw.choice([(5,), (2, 7), (1,), (0,), (1, 1)])
@@ -103,14 +107,28 @@ def test_gradients_are_autograds_whatever_the_shapes(dtype, kind, draw):
     assert_equal_within(found, exact_grads, dtype, 16)
 
 
+def test_a_frozen_term_is_taken_away():
+    """By hand: y = W·x + s·(B·A − B₀·A₀)·x in one dimension; the gradient of a term that is not trained is nobody's."""
+    one = torch.ones(1, 1)
+    layer = LoraWeights(Handle(5 * one), (2 * one).requires_grad_(), (3 * one).requires_grad_(), 0.5, None,
+                        (7 * one, 11 * one))  # fmt: skip
+    x = (13 * one).requires_grad_()
+    (y,) = lora_linear(x, [layer])
+    assert float(y) == 13 * (5 + 0.5 * (2 * 3 - 7 * 11))
+    grads = torch.autograd.grad(y, [x, layer.A, layer.B])
+    assert [float(grad) for grad in grads] == [5 + 0.5 * (2 * 3 - 7 * 11), 13 * 0.5 * 3, 13 * 0.5 * 2]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda activation: activation.name)
 @pytest.mark.parametrize(("kind", "bias"), [(None, True), ("nf4", False), ("int8", True)])
 @pytest.mark.parametrize("tile", [None, 3, 10])
 def test_the_gated_mlp_is_autograds(activation, dtype, kind, bias, tile):
     options = {"kind": kind, "dtype": dtype, "bias": bias, "bias_trained": True}
-    layers = [make_layer(48, 32, 4, seed=1, **options), make_layer(48, 32, 3, seed=2, **options)]
-    layers.append(make_layer(32, 48, 5, seed=3, **options))
+    frozen = (2, 0, 3) if kind == "nf4" else (0, 0, 0)
+    layers = [make_layer(48, 32, 4, seed=1, frozen=frozen[0], **options),
+              make_layer(48, 32, 3, seed=2, frozen=frozen[1], **options),
+              make_layer(32, 48, 5, seed=3, frozen=frozen[2], **options)]  # fmt: skip
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     y = lora_gated_mlp(x, *layers, activation, tile)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)

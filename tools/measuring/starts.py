@@ -1,4 +1,4 @@
-"""What LoRA's starts are worth: the error of quantized products, and the loss of the first steps (a run: two minutes).
+"""What LoRA's starts are worth: error of quantized products, first losses (a run: two minutes).
 
 For each start and seed a run of `--steps` steps at a constant rate, whose evaluation loss is taken before, and after
 each third of them; and, before the first step, the error of every adapted module's output on evaluation rows, with the
