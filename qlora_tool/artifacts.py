@@ -165,6 +165,13 @@ def _base_of(stored: StoredAdapter, options: BaseOptions) -> ModelConfig:
     if not name:
         raise UserError(f"{stored.folder}: does not say which base it was trained on; name it with --model BASE")
     own = _own_quantization(name)
+    if stored.repeats_start:
+        if (options.quantization or own.get("quantization", "none")) != "none":
+            raise UserError(
+                f"{stored.folder}: PEFT took its start (init_lora_weights: {stored.peft.get('init_lora_weights')}) out "
+                "of an unquantized base, and cannot load it onto another; leave --quantization out and name that base"
+            )
+        options = replace(options, quantization="none")
     if options.quantization is None and not own and options.quantization_else:
         options = replace(options, quantization=options.quantization_else)
     elif options.quantization is None and not own:

@@ -23,7 +23,7 @@ from qlora_tool.adapters.attach import AdapterSet, attach
 from qlora_tool.adapters.calibration import Read, calibrated, reads_data
 from qlora_tool.adapters.fusion import tile_mlps
 from qlora_tool.adapters.initial import initial_settings, refuse_other_places
-from qlora_tool.adapters.peft_files import StoredAdapter, attach_stored, read_adapter
+from qlora_tool.adapters.peft_files import StoredAdapter, attach_stored, read_adapter, refuse_not_repeated
 from qlora_tool.adapters.starts import WeightStart, taken_out
 from qlora_tool.config import Config, ModelConfig, with_values
 from qlora_tool.errors import ToolError
@@ -428,6 +428,7 @@ def open_model(config: ModelConfig, adapter: StoredAdapter | None = None) -> Cau
     prepare = None if adapter is None else adapter.prepare()
     model = _open_base(config, model_config, tensors, device, choose_dtype(config.compute_dtype, device), prepare)
     if adapter is not None:
+        refuse_not_repeated(adapter, getattr(prepare, "reached", ()))
         model.module.quantized_without = adapter.quantized_without
         attach_stored(model.module, adapter)
     return model

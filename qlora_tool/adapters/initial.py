@@ -27,6 +27,12 @@ def initial_settings(stored: StoredAdapter, config: AdapterConfig) -> dict[str, 
         UserError: keys that somebody set and that contradict the adapter.
     """
     peft, usual = stored.peft, stored.usual_trained
+    if stored.repeats_start:
+        raise UserError(
+            f"{stored.folder}: PEFT took its start ({peft.get('init_lora_weights')}) out of the base, so no run can go "
+            "on from that; save the adapter with PEFT's path_initial_model_for_weight_conversion, which makes a plain "
+            "one of it"
+        )
     bias = str(peft.get("bias") or "none")
     decided: dict[str, Any] = {
         "method": stored.method.name, "r": usual.r, "lora_alpha": usual.alpha,

@@ -6,7 +6,7 @@ Checked against PEFT 0.21: it loads what is written here, and what it writes is 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Container, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from qlora_tool.adapters.adapter import Adapter, EmbeddingAdapter, ExpertsAdapte
 from qlora_tool.adapters.attach import AdapterSet, put_on
 from qlora_tool.adapters.expert_names import parameter_of
 from qlora_tool.adapters.places import place_of
-from qlora_tool.adapters.starts import TakenOut
+from qlora_tool.adapters.starts import Repeated, TakenOut
 from qlora_tool.adapters.targets import from_pattern, matches, own_keys
 from qlora_tool.adapters.trained_base import tie, train_parameter, transposed_names
 from qlora_tool.errors import UserError
@@ -211,7 +211,13 @@ class StoredAdapter:
     @property
     def quantized_without(self) -> str | None:
         """The folder of the adapter without whose start its base was quantized: this one's, where there is such."""
-        return str(self.folder.resolve()) if self.start.get("taken_out_of_base") else None
+        return str(self.folder.resolve()) if self.start.get("taken_out_of_base") or self.repeats_start else None
+
+    @property
+    def repeats_start(self) -> bool:
+        """Whether PEFT made it and took its start (PiSSA) out of the base, which was not quantized, and whether that is
+        therefore to be repeated."""
+        return not self.start and self.method.reads_weights(self.usual)
 
     def prepare(self, dtype: torch.dtype | None = None) -> Prepare | None:
         """The step before quantizing that it was trained with; see `slots.quantize_parameter`.
@@ -219,6 +225,8 @@ class StoredAdapter:
         Args:
             dtype: that the adapter is kept in from now on, by default the one that it is stored in.
         """
+        if self.repeats_start:
+            return Repeated(self.method, {name: self.settings(name) for name in self.by_module})
         if self.quantized_without is None:
             return None
         kept = {}
@@ -421,6 +429,20 @@ def attach_stored(
     biases = {name: tensor for name, tensor in trained.items() if _is_bias(name, stored)}
     saved = {name: tensor for name, tensor in trained.items() if name not in biases}
     return AdapterSet(layers, saved, biases, transposed)
+
+
+def refuse_not_repeated(stored: StoredAdapter, weights: Container[str]) -> None:
+    """Refuse an adapter whose start is to be repeated (see `StoredAdapter.repeats_start`) where it cannot be.
+
+    Args:
+        weights: the names of those that come by before they are quantized.
+    """
+    left = [name for name in stored.by_module if f"{name}.weight" not in weights] if stored.repeats_start else []
+    if left:
+        raise UserError(
+            f"{stored.folder}: PEFT took its start ({stored.peft.get('init_lora_weights')}) out of {left[0]}, where "
+            "it cannot be repeated here; save the adapter with PEFT's path_initial_model_for_weight_conversion"
+        )
 
 
 def _shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:

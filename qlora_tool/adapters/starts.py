@@ -111,6 +111,24 @@ class TakenOut:
         return weight if found is None else self.method.without(*found, weight)
 
 
+@dataclass
+class Repeated:
+    """The step of an adapter that PEFT made: its start is repeated, as PEFT does whenever it loads one."""
+
+    method: Method
+    settings: Mapping[str, Settings]
+    reached: set[str] = field(default_factory=set)  # names of weights
+
+    def __call__(self, name: str, weight: Tensor) -> Tensor:
+        """See `slots.Prepare`."""
+        self.reached.add(name)
+        settings = self.settings.get(name.removesuffix(".weight"))
+        if settings is None:
+            return weight
+        tensors = self.method.from_weight(weight, settings, torch.float32, torch.Generator(), Tensor.float)
+        return self.method.without(tensors, settings, weight)
+
+
 def taken_out(start: WeightStart, tensors: Mapping[str, Tensor]) -> TakenOut:
     """The step of a run that goes on from a checkpoint.
 

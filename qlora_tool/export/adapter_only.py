@@ -53,6 +53,12 @@ def write_adapter(artifact: Artifact, folder: Path, portable: bool) -> dict[str,
                 f"--format adapter-portable: its readers know LoRA alone, and this adapter is {stored.method.name}; "
                 "choose --format adapter, which PEFT reads, or safetensors, which merges it"
             )
+        if stored.repeats_start:
+            raise UserError(
+                f"--format adapter-portable: {stored.folder}: PEFT took its start "
+                f"({stored.peft.get('init_lora_weights')}) out of the base, and readers of portable adapters do not; "
+                "choose --format adapter, which PEFT reads, or safetensors, which merges it"
+            )
         facts |= _write_portable(stored, base, artifact.model.revision, folder)
     else:
         for name in (CONFIG_NAME, WEIGHTS_NAME):

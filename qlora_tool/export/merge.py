@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qlora_tool.adapters.adapter import Adapter
-from qlora_tool.adapters.peft_files import StoredAdapter, refuse_misfit
+from qlora_tool.adapters.peft_files import StoredAdapter, refuse_misfit, refuse_not_repeated
 from qlora_tool.errors import UserError
 from qlora_tool.export.dtypes import FLOAT16_LIMIT, Unfit
 from qlora_tool.files.tensors import Checkpoint, TensorSpec
@@ -79,6 +79,8 @@ class MergedModel:
         if self.adapter and self.prepare is None:
             self.prepare = self.adapter.prepare()
         self.slots = find_slots(self.skeleton, self.quantization)
+        if self.adapter:
+            refuse_not_repeated(self.adapter, self.slots)
         self._outside = outside_text(self.skeleton)
         self._embeddings = find_embedding_slots(self.skeleton, self.quantization)
         self.source = ParameterSource(self.skeleton, self.checkpoint, "cpu")

@@ -99,9 +99,9 @@ def refuse_truncation(artifact: Artifact, r: int, output: Path, overwrite: bool 
         )
     if stored.quantized_without is not None:
         raise UserError(
-            f"--truncate {r}: {artifact.name} was trained on a base that was quantized without a part that its start "
-            f"({stored.start['init_lora_weights']}) took out, so that no adapter of a lower rank goes with it; export "
-            "it merged"
+            f"--truncate {r}: {artifact.name} was trained on a base without the part that its start took out "
+            f"({stored.start.get('init_lora_weights', 'pissa')}), and no adapter of a lower rank goes with that; "
+            "export it merged"
         )
     if r < 1:
         raise OptionError(f"--truncate {r}: expected a rank of at least 1")

@@ -32,7 +32,8 @@ _NOT_READ = dict.fromkeys(
         "use_qalora", "use_bdlora", "monteclora_config", "kasa_config",
     )
 )  # fmt: skip
-_STARTS_READ = (True, False, None, "gaussian", "eva", "orthogonal")  # the others take something out of the base
+# The others take something out of the base; PiSSA's part can be told again from it.
+_STARTS_READ = (True, False, None, "gaussian", "eva", "orthogonal", "pissa")
 
 
 _Start = starts.Named | Annotated[str, Field(pattern=rf"^{starts.NITER}[1-9]\d*$", title="pissa_niter_N")]
@@ -294,7 +295,8 @@ class Lora(Method):
         for key in ("r", "lora_alpha"):
             if key not in config:
                 raise UserError(f"{file}: no key {key!r}; the PEFT configuration is incomplete: save the adapter again")
-        keys = self.keys(use_rslora=bool(config.get("use_rslora")))
+        start_again = {"init_lora_weights": start} if start == "pissa" else {}
+        keys = self.keys(use_rslora=bool(config.get("use_rslora")), **start_again)
         return Settings(config["r"], config["lora_alpha"], config.get("lora_dropout") or 0.0, keys)
 
     def portable(self, name: str, tensor: Tensor, settings: Settings, r: int) -> Tensor:

@@ -6,9 +6,10 @@ import json
 import math
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
-from tiny_adapters import IDS, artifact_of, peft_logits, plain_logits, write_chat_base, write_run
+from tiny_adapters import IDS, artifact_of, peft_logits, plain_logits, write_chat_base, write_peft_adapter, write_run
 from tiny_models import read_by_transformers, write_tiny
 from torch import Tensor, nn
 
@@ -21,6 +22,8 @@ from qlora_tool.errors import UserError
 from qlora_tool.export.merge import MergedModel
 from qlora_tool.export.write import ExportOptions, export_merged
 from qlora_tool.files.tensors import Checkpoint
+from qlora_tool.inspection.truncate import refuse_truncation, truncate
+from qlora_tool.inspection.updates import inspect_adapter
 from qlora_tool.methods import METHODS
 from qlora_tool.methods.lora import Lora, LoraKeys
 from qlora_tool.methods.method import Settings
@@ -407,3 +410,62 @@ def test_a_run_whose_adapters_stay_as_they_started_says_so(base, tmp_path):
     run = train(config)
     assert run.outcome is not None and not run.outcome.learned
     assert run.outcome.warnings[0].startswith("nothing was learned: B is as it started in all 14 adapters")
+
+
+# ------------------------------------------------------------------------------------- PiSSA's adapters as PEFT saves
+
+
+@pytest.mark.parametrize(("family", "settings"), [
+    ("llama", {"target_modules": "all-linear"}),
+    ("llama", {"target_modules": ["q_proj", "down_proj"], "use_rslora": True, "rank_pattern": {"q_proj": 3}}),
+    ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+])  # fmt: skip
+def test_pefts_pissa_is_opened_and_merged_as_peft_loads_it(family, settings, tmp_path):
+    base = write_chat_base(family, tmp_path / "base")
+    folder = write_peft_adapter(tmp_path / "a", base, init_lora_weights="pissa", base_model_name_or_path=str(base),
+                                **settings)  # fmt: skip
+    expected = peft_logits(base, folder)
+    assert float((expected - plain_logits(base)).abs().max()) > 0.1
+    assert artifact_of(folder).model.quantization == "none"
+    assert float((opened_logits(folder) - expected).abs().max()) < 1e-4
+    reference = read_by_transformers(base)
+    reference.load_state_dict(merged_weights(folder), strict=False)
+    assert float((reference(input_ids=IDS, use_cache=False).logits.detach() - expected).abs().max()) < 1e-4
+
+
+def test_pefts_pissa_is_refused_where_its_start_cannot_be_repeated(base, tmp_path):
+    options = {"init_lora_weights": "pissa", "base_model_name_or_path": str(base)}
+    folder = write_peft_adapter(tmp_path / "a", base, target_modules=["q_proj"], **options)
+    for action, line in (
+        (lambda: artifact_of(folder, quantization="nf4"), "cannot load it onto another"),
+        (lambda: initial_settings(read_adapter(folder), AdapterConfig()), "path_initial_model_for_weight_conversion"),
+        (lambda: export_merged(artifact_of(folder), tmp_path / "p", ExportOptions(format="adapter-portable")),
+         "readers of portable adapters do not"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=line) as raised:
+            action()
+        assert len(raised.value.lines) == 1
+    head = write_peft_adapter(tmp_path / "b", base, target_modules=["q_proj", "lm_head"], **options)
+    for open_it in (opened_logits, merged_weights):
+        with pytest.raises(UserError, match="out of lm_head, where it cannot be repeated here"):
+            open_it(head)
+
+
+def test_an_adapter_whose_base_lacks_a_part_is_not_cut(runs, tmp_path):
+    with pytest.raises(UserError, match=r"without the part that its start took out \(pissa\)") as raised:
+        refuse_truncation(artifact_of(runs("pissa")), 2, tmp_path / "cut")
+    assert len(raised.value.lines) == 1
+
+
+def test_a_symmetric_start_is_inspected_and_cut_as_the_update_of_its_base(base, runs, tmp_path):
+    """Of rank 2r: sBA − sB₀A₀, whose singular values are numpy's."""
+    artifact = artifact_of(runs("symmetric"))
+    found = inspect_adapter(artifact)
+    for module in found.modules:
+        layer = artifact.adapter.layers(torch.float32)[module.name]
+        delta = layer.delta(torch.zeros(module.out_features, module.in_features)).detach().double()
+        expected = numpy.linalg.svd(delta.numpy(), compute_uv=False)[: len(module.spectrum.values)]
+        assert numpy.allclose(module.spectrum.values, expected, atol=1e-6 * expected[0])
+    truncate(artifact, found, 7, tmp_path / "cut", None)
+    assert float((opened_logits(tmp_path / "cut") - opened_logits(runs("symmetric"))).abs().max()) < 0.5
+    assert "start" not in json.loads((tmp_path / "cut" / "qlora_tool.json").read_text())
