@@ -15,7 +15,7 @@ from qlora_tool.adapters.expert_names import names_in_file
 from qlora_tool.adapters.fusion import fuse
 from qlora_tool.adapters.places import adaptable, find_places
 from qlora_tool.adapters.targets import own_keys, settings_for
-from qlora_tool.adapters.trained_base import train_biases, train_modules, transposed_names
+from qlora_tool.adapters.trained_base import train_all, train_biases, train_modules, transposed_names
 from qlora_tool.errors import UserError
 from qlora_tool.methods import METHODS
 from qlora_tool.methods.method import Settings
@@ -145,6 +145,9 @@ def attach(
         UserError: names that match nothing.
     """
     method, known = METHODS[config.method], known or {}
+    if method.keys.trains_base:
+        whole = train_all(model, compute_dtype)
+        return AdapterSet(saved=whole, transposed=transposed_names(model, whole))
     places = find_places(model, config)
     if not places:
         raise UserError("adapter.target_modules: it is empty, and adapter.target_parameters names nothing: there is "

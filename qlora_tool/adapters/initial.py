@@ -39,7 +39,7 @@ def initial_settings(stored: StoredAdapter, config: AdapterConfig) -> dict[str, 
         "bias": "lora_only" if bias.endswith("_only") else bias,  # PEFT's vera_only
         **{key: getattr(usual.keys, key) for key in usual.keys.model_fields_set},
     }  # fmt: skip
-    decided = {key: value for key, value in decided.items() if key not in usual.keys.not_read}
+    decided = {key: value for key, value in decided.items() if usual.keys.reads(key)}
     faults = [
         f"adapter.{key}: {getattr(config, key)}, but {stored.folder}, which adapter.init_from names, has {value}; "
         f"leave adapter.{key} out"
@@ -75,6 +75,8 @@ def refuse_other_places(
     Raises:
         UserError: naming at most three of them.
     """
+    if stored.method.keys.trains_base:
+        return
     wanted = {name: settings_for(name, config) for name in find_places(module, config)}
     faults = [
         f"adapter.target_modules: {name} is {'' if name in wanted else 'not '}among them, but {stored.folder}, which "
@@ -83,7 +85,7 @@ def refuse_other_places(
     ]
     for name in wanted.keys() & adapters.layers.keys():
         found = adapters.layers[name].settings
-        scaled = "lora_alpha" not in stored.method.keys.not_read
+        scaled = stored.method.keys.reads("lora_alpha")
         if found.r != wanted[name].r or (scaled and found.alpha != wanted[name].alpha):
             faults.append(
                 f"adapter.rank_pattern, adapter.alpha_pattern: {name} would have r {wanted[name].r} and lora_alpha "

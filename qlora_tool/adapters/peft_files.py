@@ -21,7 +21,7 @@ from qlora_tool.adapters.expert_names import parameter_of
 from qlora_tool.adapters.places import place_of
 from qlora_tool.adapters.starts import Repeated, TakenOut
 from qlora_tool.adapters.targets import from_pattern, matches, own_keys
-from qlora_tool.adapters.trained_base import tie, train_parameter, transposed_names
+from qlora_tool.adapters.trained_base import tie, train_parameter, trainable_names, transposed_names
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import write_json
 from qlora_tool.files.tensors import read_all, write_all
@@ -77,16 +77,19 @@ def _peft_config(
         "alpha_pattern": {name: s.alpha for name, s in settings.items() if s.alpha != usual.alpha},
     }
     experts = sorted(name for name, layer in adapters.layers.items() if isinstance(layer, ExpertsAdapter))
+    places = {
+        "r": usual.r,
+        "target_modules": _target_names(adapters.layers.keys() - set(experts), model),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapters.saved}) or None,
+        **patterns,
+    }
     return {
         "peft_type": method.peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "revision": revision,
         "inference_mode": True,
-        "r": usual.r,
-        "target_modules": _target_names(adapters.layers.keys() - set(experts), model),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapters.saved}) or None,
-        **{key: pattern for key, pattern in patterns.items() if key not in method.keys.not_read},
+        **{key: value for key, value in places.items() if method.keys.reads(key)},
     } | ({"target_parameters": experts} if experts else {}) | method.to_peft(usual, saved)
 
 
@@ -124,8 +127,9 @@ class StoredAdapter:
     @property
     def dtype(self) -> torch.dtype:
         """What the adapter's tensors are stored in, but for those that its method keeps in fp32."""
-        return next(tensor.dtype for tensors in self.by_module.values() for name, tensor in tensors.items()
-                    if name not in self.method.fp32)  # fmt: skip
+        adapted = (tensor.dtype for tensors in self.by_module.values() for name, tensor in tensors.items()
+                   if name not in self.method.fp32)  # fmt: skip
+        return next(adapted, None) or next(iter(self.tensors.values())).dtype
 
     @cached_property
     def by_module(self) -> dict[str, dict[str, Tensor]]:
@@ -347,6 +351,10 @@ def _refuse_no_numbers(file: Path, tensors: Mapping[str, Tensor]) -> None:
 def _refuse_incomplete(file: Path, stored: StoredAdapter) -> None:
     """Refuse tensors that do not make up complete adapters, all faults in one report."""
     method, adapted = stored.method, stored.by_module
+    if method.keys.trains_base:
+        if not stored.tensors:
+            raise UserError(f"{file}: no tensors in it; copy it again")
+        return
     family = next(iter(method.peft_names.values())).partition("_")[0]  # what all of its tensors begin with
     for infix, what in method.peft_unread.items():
         if any(infix in name for name in stored.tensors):
@@ -416,6 +424,9 @@ def attach_stored(
     put_on(model, layers)
     replaced = stored.replaced_tensors()
     _refuse_misfit_replaced(model, stored, replaced)
+    if stored.method.keys.trains_base:
+        _refuse([f"{stored.folder}: has no {name}, which the model has" for name in trainable_names(model)
+                 if name not in replaced], stored)  # fmt: skip
     trained = {name: train_parameter(model, name, dtype) for name in replaced}
     for target, source in tied_names(model).items():  # tied ones stay so, unless they were trained apart
         if target in replaced and source in replaced and torch.equal(replaced[target], replaced[source]):

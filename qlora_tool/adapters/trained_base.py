@@ -9,7 +9,7 @@ from torch import nn
 
 from qlora_tool.errors import UserError, did_you_mean
 from qlora_tool.model.parameter_source import tied_names
-from qlora_tool.model.text_part import text_modules
+from qlora_tool.model.text_part import is_outside, outside_text, text_modules
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import FrozenEmbedding, FrozenLinear
 
@@ -34,6 +34,40 @@ def train_modules(model: nn.Module, names: list[str], dtype: torch.dtype) -> dic
         if not found:
             raise UserError(f"adapter.modules_to_save: {wanted!r} has no weights; leave it out")
         trained |= {name: train_parameter(model, name, dtype) for name in found if name not in trained}
+    return _tied_too(model, trained)
+
+
+def train_all(model: nn.Module, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    """Make every tensor of the text part trained, by parameter name; tied ones stay tied.
+
+    Raises:
+        UserError: some are quantized, as the base's own files have them, or cannot be trained.
+    """
+    names = trainable_names(model)
+    quantized = [name for name in names if (handle := _handle(model, name)) is not None and handle.kind != "none"]
+    if quantized:
+        raise UserError(
+            f"adapter.method: full trains the base's own weights, but {len(quantized)} of them are quantized in its "
+            f"files, such as {quantized[0]}; name a base in 16 bits, or choose another method"
+        )
+    return _tied_too(model, {name: train_parameter(model, name, dtype) for name in names})
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    """The parameters of the text part, tied ones under one name."""
+    outside, tied = outside_text(model), tied_names(model)
+    names = [name.removeprefix(".") for name in parameter_names(model, "", whole=True)]
+    return [name for name in names if not is_outside(name, outside) and tied.get(name) not in names]
+
+
+def _handle(model: nn.Module, name: str) -> WeightHandle | None:
+    owner, _, attribute = name.rpartition(".")
+    found = getattr(model.get_submodule(owner), attribute)
+    return found if isinstance(found, WeightHandle) else None
+
+
+def _tied_too(model: nn.Module, trained: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Trained tensors, and what is tied to them."""
     for target, source in tied_names(model).items():
         if source in trained:
             trained |= tie(model, target, trained[source])
@@ -48,8 +82,11 @@ def tie(model: nn.Module, name: str, parameter: nn.Parameter) -> dict[str, nn.Pa
     return {name: parameter}
 
 
-def parameter_names(module: nn.Module, prefix: str) -> list[str]:
+def parameter_names(module: nn.Module, prefix: str, *, whole: bool = False) -> list[str]:
     """The parameters of a module and of all inside it, by their names in the checkpoint.
+
+    Args:
+        whole: whether they are wanted for full fine-tuning, not for `modules_to_save`.
 
     Raises:
         UserError: there are frozen weights among them that are not a linear module's.
@@ -61,8 +98,8 @@ def parameter_names(module: nn.Module, prefix: str) -> list[str]:
         elif not isinstance(inner, WeightHandle):
             found += [f"{name}.{attribute}" for attribute, _ in inner.named_parameters(recurse=False)]
             if any(isinstance(child, WeightHandle) for child in inner.children()):
-                raise UserError(f"adapter.modules_to_save: {name} holds experts, which cannot be fully trained; "
-                    "leave it out")
+                key, cure = ("method: full", "choose another") if whole else ("modules_to_save", "leave it out")
+                raise UserError(f"adapter.{key}: {name} holds experts, which cannot be fully trained; {cure}")
     return found
 
 

@@ -39,6 +39,13 @@ def _of_adapter(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     for key in adapter.unread():
         message = f"{found(getattr(adapter, key))}, but method {adapter.method} does not read it; leave it out"
         yield (f"adapter.{key}", "adapter.method"), message
+    if adapter.methods[adapter.method].trains_base:
+        trains = f"but method {adapter.method} trains the base's own weights"
+        if config.model.quantization != "none":
+            message = f"{found(config.model.quantization)}, {trains}; set model.quantization: none"
+            yield ("model.quantization", "adapter.method"), message
+        if config.model.embeddings == "int8":
+            yield ("model.embeddings", "adapter.method"), f"int8, {trains}; leave it out"
     in_full = [name for name in adapter.modules_to_save if name.rpartition(".")[2] in _EMBEDDING_MODULES]
     if config.model.embeddings == "int8" and in_full:
         message = f"int8, but adapter.modules_to_save trains '{in_full[0]}' in full; leave one of the two out"

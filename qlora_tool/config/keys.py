@@ -117,7 +117,7 @@ class AdapterKeys(Keys):
         return [
             key
             for key, field in type(self).model_fields.items()
-            if (key in chosen.not_read or key in of_methods - chosen.model_fields.keys())
+            if (not chosen.reads(key) or key in of_methods - chosen.model_fields.keys())
             and getattr(self, key) != field.get_default(call_default_factory=True)
         ]
 

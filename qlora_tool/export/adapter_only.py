@@ -47,6 +47,11 @@ def write_adapter(artifact: Artifact, folder: Path, portable: bool) -> dict[str,
     stored = artifact.adapter
     base = base_name(artifact)
     facts: dict[str, Any] = {"method": stored.method.name, "layers": len(stored.by_module), "base": base}
+    if stored.method.keys.trains_base:
+        raise UserError(
+            f"--format adapter: this run is {stored.method.name}: it trained the base's own weights, and there is no "
+            "adapter; choose --format safetensors"
+        )
     if portable:
         if stored.method.peft_type != "LORA":
             raise UserError(

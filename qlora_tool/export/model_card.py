@@ -225,7 +225,8 @@ def _licence(folder: Path) -> str | None:
 def _facts(artifact: Artifact, result: dict[str, Any]) -> list[tuple[str, Any]]:
     usual = artifact.adapter.usual
     method, provenance = artifact.adapter.method, artifact.adapter.provenance or {}
-    alpha = "" if "lora_alpha" in method.keys.not_read else f", alpha {usual.alpha}"
+    rank = f", r {usual.r}" if method.keys.reads("r") else ""
+    alpha = f", alpha {usual.alpha}" if method.keys.reads("lora_alpha") else ""
     dropout = f", dropout {usual.dropout}" if usual.dropout else ""
     trained_as = provenance.get("method") or method.name  # of a method that PEFT has not, the LoRA that equals it
     equals = "" if trained_as == method.name else f", which equals what was trained as {trained_as}"
@@ -233,12 +234,15 @@ def _facts(artifact: Artifact, result: dict[str, Any]) -> list[tuple[str, Any]]:
     facts = [
         ("base", artifact.model.name_or_path + (f" at {artifact.model.revision}" if artifact.model.revision else "")),
         ("not quantized", _skipped(artifact)),
-        ("adapter", f"{method.name}, r {usual.r}{alpha}{dropout}{equals}"),
+        ("method" if method.keys.trains_base else "adapter", f"{method.name}{rank}{alpha}{dropout}{equals}"),
         ("adapted modules", ", ".join(targets) if isinstance(targets, list) else targets),
     ]
     if not _format(result).startswith("adapter"):
         rounded = "quantized to nf4 again" if _format(result) == "nf4" else f"rounded once to {result['dtype']}"
-        facts += [("merged onto", f"the {result['base']} base, added in float32, {rounded}"),
+        how = ("weights", f"the trained ones, {rounded}") if method.keys.trains_base else (
+            "merged onto", f"the {result['base']} base, added in float32, {rounded}"
+        )  # fmt: skip
+        facts += [how,
                   ("why this dtype", result.get("dtype_reason") or None)]  # fmt: skip
     if artifact.run is not None:
         facts += [*_training(artifact), *_losses(artifact.adapter.folder.parent),

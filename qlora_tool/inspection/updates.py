@@ -183,10 +183,16 @@ def adapter_of(artifact: Artifact) -> StoredAdapter:
     """Its adapter.
 
     Raises:
-        UserError: it has none.
+        UserError: it has none, or one without an update of a weight.
     """
     refuse_no_adapter(artifact)
-    return cast(StoredAdapter, artifact.adapter)
+    stored = cast(StoredAdapter, artifact.adapter)
+    if not stored.method.has_delta:
+        raise UserError(
+            f"{artifact.name}: {stored.method.name} has no update beside the weights to look at; inspect an adapter "
+            "of another method"
+        )
+    return stored
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ _FILES = (
     "lokr",
     "vera",
     "additive",
+    "full",
 )
 
 METHODS: dict[str, Method] = {

@@ -42,10 +42,24 @@ class Keys(BaseModel):
 
 
 class MethodKeys(Keys):
-    """Keys of the section `adapter` that not every method reads. Methods may share a class, or a base of it."""
+    """Keys of the section `adapter` that not every method reads. Methods may share a class, or a base of it.
+
+    Class attributes:
+        not_read: keys of every adapter that this method does not read all the same, such as `bias`.
+        only_read: the keys of every adapter that it reads beside `method`, where those are few; None: all others.
+        trains_base: whether it trains the base's own weights, which must not be quantized then.
+    """
 
     not_read: ClassVar[frozenset[str]] = frozenset()
-    """Keys of every adapter that this method does not read all the same, such as `bias`."""
+    only_read: ClassVar[frozenset[str] | None] = None
+    trains_base: ClassVar[bool] = False
+
+    @classmethod
+    def reads(cls, key: str) -> bool:
+        """Whether it reads a key of every adapter, or has it itself."""
+        if key in cls.model_fields or key == "method":
+            return True
+        return key not in cls.not_read if cls.only_read is None else key in cls.only_read
 
 
 def to_number(value: Any) -> Any:

@@ -113,6 +113,7 @@ class Method(ABC):
         peft_unread: what names of further tensors that PEFT's files may have contain, and what those are, in words;
             files with such are refused.
         optional: those of its tensors that an adapter may be without.
+        has_delta: whether there is an update of a weight, ΔW.
         additive: whether it adds to the output of its module, so that several can be active together.
         peft_takes_conv1d: whether PEFT can load it onto transformers' Conv1D.
         fp32: those of its tensors that are fp32 whatever the others are.
@@ -135,6 +136,7 @@ class Method(ABC):
     on_experts: ClassVar[bool] = False
     peft_unread: ClassVar[Mapping[str, str]] = {}
     optional: ClassVar[frozenset[str]] = frozenset()
+    has_delta: ClassVar[bool] = True
     additive: ClassVar[bool] = True
     peft_takes_conv1d: ClassVar[bool] = True
     fp32: ClassVar[frozenset[str]] = frozenset()

@@ -27,6 +27,7 @@ ADAPTERS = {
     "lokr": {"r": 4, "lora_alpha": 8, "init_weights": "lycoris"},
     "vera": {"r": 48, "save_projection": False},
     "additive": {"r": 4},
+    "full": {},
 }
 
 
@@ -43,6 +44,8 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         "data": {"train": "rows.jsonl", "eval": "others.jsonl", "max_length": 128, "packing": False},
         "training": {"output_dir": "run", "max_steps": 12, "learning_rate": 2e-2, "save_steps": 6, "warmup_steps": 0},
     }
+    if request.param == "full":
+        config["model"]["quantization"], config["training"]["learning_rate"] = "none", 3e-3
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     logger, environment, before = logging.getLogger("qlora_tool"), dict(os.environ), Path.cwd()
     handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level

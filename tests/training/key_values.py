@@ -104,6 +104,8 @@ def with_company(key: str, value: Any) -> dict[str, Any]:
     readers = [method for method, keys in METHODS_KEYS.items() if name in keys.model_fields]
     if section == "adapter" and readers and "lora" not in readers:
         return {key: value, "adapter.method": readers[0]}
+    if key == "adapter.method" and METHODS_KEYS[value].trains_base:
+        return {key: value, "model.quantization": "none"}
     if key == "data.train":
         return {key: value} | ({"data.train_on": "all"} if str(value).startswith("text") else {})
     if key == "data.columns" and value:
