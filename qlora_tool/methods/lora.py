@@ -100,7 +100,7 @@ class Lora(Method):
         """As `starts` has it by name. Where the weight itself has a part in it this is only what has the right shapes:
         `from_weight` gives the values."""
         start = _start_of(settings)
-        if starts.needs_weights(start):
+        if starts.needs_weights(start) or start == "calibrated":
             self._refuse_rank(out_features, in_features, settings)
         tensors = starts.drawn(start, out_features, in_features, settings.r, generator)
         if starts.keeps_frozen(start, _steps_of(settings)):

@@ -70,7 +70,7 @@ TYPICAL: dict[str, list[float]] = {
 }  # fmt: skip
 # What no run on this machine can go through: a test of its own says how each is refused.
 REFUSED = [("model.device", "cuda"), ("data.max_length", 1)]
-OF_WEIGHTS = ("pissa", "pissa_niter_4", "loftq")  # starts that take no rank above a weight's own
+OF_WEIGHTS = ("pissa", "pissa_niter_4", "loftq", "calibrated")  # starts that take no rank above a weight's own
 OMITTED = object()  # the key is left out
 
 
@@ -105,7 +105,7 @@ def with_company(key: str, value: Any) -> dict[str, Any]:
     if section == "adapter" and readers and "lora" not in readers:
         return {key: value, "adapter.method": readers[0]}
     if key == "adapter.method" and METHODS_KEYS[value].trains_base:
-        return {key: value, "model.quantization": "none"}
+        return {key: value, "model.quantization": "none", "adapter.r": SECTIONS["adapter"].model_fields["r"].default}
     if key == "data.train":
         return {key: value} | ({"data.train_on": "all"} if str(value).startswith("text") else {})
     if key == "data.columns" and value:
