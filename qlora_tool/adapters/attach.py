@@ -15,10 +15,12 @@ from qlora_tool.adapters.expert_names import names_in_file
 from qlora_tool.adapters.fusion import fuse
 from qlora_tool.adapters.places import adaptable, find_places
 from qlora_tool.adapters.targets import own_keys, settings_for
+from qlora_tool.adapters.token_rows import SUFFIX, TokenRows, put_rows_on, wanted_tokens
 from qlora_tool.adapters.trained_base import train_all, train_biases, train_modules, transposed_names
 from qlora_tool.errors import UserError
 from qlora_tool.methods import METHODS
 from qlora_tool.methods.method import Settings
+from qlora_tool.weights.modules import Adaptable
 
 if TYPE_CHECKING:
     from qlora_tool.config import AdapterConfig
@@ -32,6 +34,7 @@ class AdapterSet:
         layers: the adapters by the name of their module, or of their parameter where that is a weight of experts.
         saved: tensors that are fully trained (`modules_to_save`), by parameter name.
         biases: biases that are trained, by parameter name; under `bias: lora_only` those of adapted modules.
+        token_rows: rows of embeddings that are trained, by the name of the module.
         transposed: those of `saved` that the model's own module keeps as (in, out) (transformers' Conv1D).
     """
 
@@ -39,6 +42,7 @@ class AdapterSet:
     saved: dict[str, nn.Parameter] = field(default_factory=dict)
     biases: dict[str, nn.Parameter] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
+    token_rows: dict[str, TokenRows] = field(default_factory=dict)
 
     @contextmanager
     def disabled(self, model: nn.Module) -> Iterator[None]:
@@ -52,7 +56,7 @@ class AdapterSet:
                 "adapter.modules_to_save, adapter.bias: the base's own tensors are trained, so there is no untrained "
                 "model to compare with; leave both out"
             )
-        adapted = [adaptable(model, name) for name in self.layers]
+        adapted = [module for module in model.modules() if isinstance(module, Adaptable) and module.active_adapters]
         active = [one.active_adapters for one in adapted]
         for one in adapted:
             one.set_adapters([])
@@ -66,6 +70,7 @@ class AdapterSet:
         """Every trained parameter once, in a fixed order."""
         found = [parameter for layer in self.layers.values() for parameter in layer.parameters()]
         found += [*self.saved.values(), *self.biases.values()]
+        found += [rows.rows_of_tokens for rows in self.token_rows.values()]
         return list(dict.fromkeys(found))
 
     def rates(self) -> dict[float, list[nn.Parameter]]:
@@ -101,6 +106,7 @@ class AdapterSet:
             f"{name}.{suffix}": tensor for name, tensors in adapted.items() for suffix, tensor in tensors.items()
         }
         found |= {name: tensor.T if name in self.transposed else tensor for name, tensor in self.saved.items()}
+        found |= {f"{name}.{SUFFIX}": rows.rows_of_tokens for name, rows in self.token_rows.items()}
         for name, bias in self.biases.items():
             owner = name.removesuffix(".bias")
             found[f"{owner}.base_layer.bias" if owner in self.layers else name] = bias
@@ -149,9 +155,6 @@ def attach(
         whole = train_all(model, compute_dtype)
         return AdapterSet(saved=whole, transposed=transposed_names(model, whole))
     places = find_places(model, config)
-    if not places:
-        raise UserError("adapter.target_modules: it is empty, and adapter.target_parameters names nothing: there is "
-                        "nothing to adapt")  # fmt: skip
     usual = Settings(config.r, config.lora_alpha, config.lora_dropout, own_keys(config))
     start = getattr(config, "init_lora_weights", "default")
     if start not in ("default", "gaussian"):
@@ -161,7 +164,7 @@ def attach(
                 raise UserError(f"adapter.init_lora_weights: {start} is a start of linear modules, but {name} is of "
                                 f"{what}; leave those out, or set default or gaussian")  # fmt: skip
     made = method.shared({(place.weight.shape[-2], place.weight.shape[-1]) for place in places.values()}, usual)
-    shared = placed(method, made, next(iter(places.values())).weight.device, compute_dtype)
+    shared = placed(method, made, next(model.parameters()).device, compute_dtype)
     layers = {
         name: place.adapter_class.start(method, place, settings_for(name, config), compute_dtype,
                                         generator_for(seed, name), shared, known.get(name))
@@ -170,7 +173,8 @@ def attach(
     put_on(model, layers)
     saved = train_modules(model, config.modules_to_save, compute_dtype)
     biases = train_biases(model, config.bias, layers, compute_dtype)
-    return AdapterSet(layers, saved, biases, transposed_names(model, saved))
+    token_rows = put_rows_on(model, wanted_tokens(model, config), compute_dtype)
+    return AdapterSet(layers, saved, biases, transposed_names(model, saved), token_rows)
 
 
 def put_on(model: nn.Module, layers: Mapping[str, Adapter]) -> None:

@@ -21,6 +21,7 @@ from qlora_tool.adapters.expert_names import parameter_of
 from qlora_tool.adapters.places import place_of
 from qlora_tool.adapters.starts import Repeated, TakenOut
 from qlora_tool.adapters.targets import from_pattern, matches, own_keys
+from qlora_tool.adapters.token_rows import SUFFIX, put_rows_on
 from qlora_tool.adapters.trained_base import tie, train_parameter, trainable_names, transposed_names
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import write_json
@@ -90,7 +91,14 @@ def _peft_config(
         "revision": revision,
         "inference_mode": True,
         **{key: value for key, value in places.items() if method.keys.reads(key)},
-    } | ({"target_parameters": experts} if experts else {}) | method.to_peft(usual, saved)
+    } | _further(adapters, experts) | method.to_peft(usual, saved)
+
+
+def _further(adapters: AdapterSet, experts: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {"target_parameters": experts} if experts else {}
+    if adapters.token_rows:
+        found["trainable_token_indices"] = {name: rows.tokens for name, rows in sorted(adapters.token_rows.items())}
+    return found
 
 
 def _target_names(adapted: Set[str], model: nn.Module) -> list[str]:
@@ -275,13 +283,31 @@ class StoredAdapter:
             dropout=self.usual.dropout if dropout is None else dropout,
         )
 
+    def token_rows(self) -> dict[str, tuple[list[int], Tensor]]:
+        """The ids of tokens whose rows it replaces, and the rows, by the name of the module.
+
+        Raises:
+            UserError: ids and rows that do not fit together.
+        """
+        rows = {key.removesuffix(f".{SUFFIX}"): tensor for key, tensor in self.tensors.items() if key.endswith(SUFFIX)}
+        asked = self.peft.get("trainable_token_indices") or {}
+        found = {}
+        for name, tensor in rows.items():
+            patterns = asked if isinstance(asked, dict) else {name: asked}
+            tokens: list[int] = next((ids for pattern, ids in patterns.items() if matches(name, [pattern])), [])
+            if tensor.dim() != 2 or len(tokens) != tensor.shape[0]:
+                raise UserError(f"{self.folder}: {len(tokens)} trainable_token_indices for {name}, but its tensor is "
+                                f"{tuple(tensor.shape)}; copy or save the adapter again")  # fmt: skip
+            found[name] = list(tokens), tensor
+        return found
+
     def replaced_tensors(self) -> dict[str, Tensor]:
         """What it replaces, by parameter name: `modules_to_save`, biases, and an adapted output layer's weight, which
         PEFT writes along. As the model keeps them: a Conv1D's (in, out)."""
         shared = set(self.method.saved_shared(self.usual).values())
         return {
             name.replace(".base_layer.", "."): tensor for name, tensor in self.tensors.items()
-            if self.owner(name) is None and name not in shared
+            if self.owner(name) is None and name not in shared and not name.endswith(f".{SUFFIX}")
         }  # fmt: skip
 
 
@@ -359,7 +385,7 @@ def _refuse_incomplete(file: Path, stored: StoredAdapter) -> None:
     for infix, what in method.peft_unread.items():
         if any(infix in name for name in stored.tensors):
             raise UserError(f"{file}: {what} cannot be read here; merge this adapter with PEFT instead")
-    if not adapted:
+    if not adapted and not stored.token_rows():
         example = f"{PREFIX}model.layers.0.….{next(iter(method.peft_names.values()))}"
         raise UserError(f"{file}: no {method.peft_type} tensors in it; expected names such as {example}")
     faults = [
@@ -439,7 +465,11 @@ def attach_stored(
         trained.pop(name).requires_grad_(False)  # under an adapter: the base's
     biases = {name: tensor for name, tensor in trained.items() if _is_bias(name, stored)}
     saved = {name: tensor for name, tensor in trained.items() if name not in biases}
-    return AdapterSet(layers, saved, biases, transposed)
+    rows = stored.token_rows()
+    _refuse_misfit_rows(model, stored, rows)
+    token_rows = put_rows_on(model, {name: tokens for name, (tokens, _) in rows.items()}, dtype,
+                             {name: values for name, (_, values) in rows.items()})  # fmt: skip
+    return AdapterSet(layers, saved, biases, transposed, token_rows)
 
 
 def refuse_not_repeated(stored: StoredAdapter, weights: Container[str]) -> None:
@@ -465,6 +495,19 @@ def _shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]
         except KeyError:
             continue
     return found
+
+
+def _refuse_misfit_rows(
+    model: nn.Module, stored: StoredAdapter, rows: Mapping[str, tuple[list[int], Tensor]]
+) -> None:
+    shapes, faults = _shapes(model, rows), []
+    for name, (tokens, values) in rows.items():
+        if name not in shapes:
+            faults.append(f"{stored.folder}: has rows of {name}, which this model has not")
+        elif values.shape[1] != shapes[name][1] or not all(0 <= token < shapes[name][0] for token in tokens):
+            faults.append(f"{stored.folder}: has rows of {values.shape[1]} values, for tokens up to {max(tokens)}, but "
+                          f"{name} is {shapes[name]} in this model")  # fmt: skip
+    _refuse(faults, stored)
 
 
 def _is_bias(name: str, stored: StoredAdapter) -> bool:

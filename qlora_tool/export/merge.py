@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qlora_tool.adapters.adapter import Adapter
 from qlora_tool.adapters.peft_files import StoredAdapter, refuse_misfit, refuse_not_repeated
+from qlora_tool.adapters.token_rows import follows
 from qlora_tool.errors import UserError
 from qlora_tool.export.dtypes import FLOAT16_LIMIT, Unfit
 from qlora_tool.files.tensors import Checkpoint, TensorSpec
@@ -88,6 +89,7 @@ class MergedModel:
             torch.float32, shapes=adaptable_shapes(self.skeleton)
         )
         self.replaced = self.adapter.replaced_tensors() if self.adapter else {}
+        self._token_rows = self.adapter.token_rows() if self.adapter else {}
         if self.adapter:
             self._refuse_misfit()
         self._parameters = {name for name, _ in self.skeleton.named_parameters(remove_duplicate=False)}
@@ -117,8 +119,12 @@ class MergedModel:
                 faults.append(f"replaces {name}, which is not a tensor of this model")
             elif found != expected:
                 faults.append(f"replaces {name} with one of shape {found}, but it is {expected} in this model")
+        for name, (tokens, rows) in self._token_rows.items():
+            expected = shapes.get(name)
+            if expected is None or expected[1] != rows.shape[1] or not all(0 <= one < expected[0] for one in tokens):
+                faults.append(f"has rows {tuple(rows.shape)} of {name}, but it is {expected} in this model")
         if faults:
-            count = len(self.layers) + len(self.replaced)
+            count = len(self.layers) + len(self.replaced) + len(self._token_rows)
             trained_on = f", {stored.base}," if stored.base else ""
             raise UserError(
                 f"{stored.folder}: not for the base {self.checkpoint.folder}: {len(faults)} of its {count} layers "
@@ -132,6 +138,12 @@ class MergedModel:
         replaced = [name for name in (origin, target) if name in self.replaced]
         adapted = any(name.removesuffix(".weight") in self.layers for name in (origin, target))
         apart = len(replaced) == 2 and not torch.equal(self.replaced[origin], self.replaced[target])
+        pair = [name.removesuffix(".weight") for name in (origin, target)]
+        if any(name in self._token_rows for name in pair):
+            for one, other in follows(self.skeleton).items():
+                if one in self._token_rows and other not in self._token_rows:
+                    self._token_rows[other] = self._token_rows[one]
+            apart = apart or self._token_rows.get(pair[0]) is not self._token_rows.get(pair[1])
         if not (adapted or apart or len(replaced) == 1):
             return
         self.unties = True
@@ -196,6 +208,9 @@ class MergedModel:
         if layer is not None:
             value = value.to(torch.float32, copy=name in self.replaced)  # (out, in)
             value = layer.merge(value)
+        if rows := self._token_rows.get(name.removesuffix(".weight")):
+            value = value.to(torch.float32, copy=True)
+            value[rows[0]] = rows[1].float()
         if dtype == torch.float16:
             _refuse_unfit(name, value, self.refuse_coarse)
         if slot is not None and slot.transposed:
@@ -243,7 +258,8 @@ class MergedModel:
 
     def _is_untouched(self, name: str) -> bool:
         """Whether a tensor lies beside the text part and the adapter leaves it alone: its bytes stay as they are."""
-        adapted = name in self.replaced or name in self._biases or name.removesuffix(".weight") in self.layers
+        module = name.removesuffix(".weight")
+        adapted = name in self.replaced or name in self._biases or module in self.layers or module in self._token_rows
         return not adapted and is_outside(name, self._outside)
 
 

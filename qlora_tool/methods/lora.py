@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from qlora_tool.errors import UserError
 from qlora_tool.methods import starts
-from qlora_tool.methods.keys import Count, Mark, MethodKeys, NotEmpty, Positive
+from qlora_tool.methods.keys import WHOLE, Count, Mark, MethodKeys, NotEmpty, Positive
 from qlora_tool.methods.method import Adapter, Method, PeftForm, SavedWith, Settings, refuse_keys
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # What changes a LoRA layer's forward pass, its places or the base beside A and B, and is not done here.
 _NOT_READ = dict.fromkeys(
     (
-        "trainable_token_indices", "alora_invocation_tokens", "layer_replication", "arrow_config",
+        "alora_invocation_tokens", "layer_replication", "arrow_config",
         "use_qalora", "use_bdlora", "monteclora_config", "kasa_config",
     )
 )  # fmt: skip
@@ -36,6 +36,7 @@ _NOT_READ = dict.fromkeys(
 _STARTS_READ = (True, False, None, "gaussian", "eva", "orthogonal", "pissa")
 
 
+TokenId = Annotated[int, Field(ge=0), WHOLE]
 _Start = starts.Named | Annotated[str, Field(pattern=rf"^{starts.NITER}[1-9]\d*$", title="pissa_niter_N")]
 
 
@@ -59,6 +60,8 @@ class LoraKeys(MethodKeys):
     """Training rows, of 16384 tokens together at most, by whose inputs `calibrated` weighs the quantization's error."""
     target_parameters: list[NotEmpty] = Field(default_factory=list)
     """Weights of experts that are adapted too, an A and a B an expert: names that parameters end in."""
+    trainable_token_indices: list[TokenId] | dict[str, list[TokenId]] = Field(default_factory=list)
+    """Tokens whose embeddings are trained, all others frozen: ids, or by the module's name {embed_tokens: [5], …}."""
     loraplus_lr_ratio: Annotated[Positive | None, Mark.NOT_IN_MEMORY] = None
     """LoRA+: the learning rate of B over that of A; null: one for both."""
 

@@ -101,6 +101,8 @@ class FrozenEmbedding(Adaptable, nn.Embedding):
     @staticmethod
     def can_take_over(embedding: nn.Module | None) -> bool:
         """Whether a module does nothing with its weight but look rows up in it, the way nn.Embedding does."""
+        if isinstance(embedding, FrozenEmbedding):
+            return True
         if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
             return False
         names = getattr(getattr(type(embedding).forward, "__code__", None), "co_names", ())

@@ -230,7 +230,6 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
     [
         ({"peft_type": "IA3"}, "peft_type 'IA3' cannot be read here; expected one of LORA, LOHA"),
         ({"use_dora": True, "target_parameters": ["experts.down_proj"]}, "target_parameters is set"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices is set"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4' changed the base too"),
         ({"init_lora_weights": "olora"}, "init_lora_weights 'olora' changed the base too"),
         ({"lora_alpha": ...}, "no key 'lora_alpha'"),

@@ -18,7 +18,9 @@ from qlora_tool.data.batches import collate
 from qlora_tool.data.examples import Example
 from qlora_tool.errors import UserError
 from qlora_tool.model.causal_lm import CausalLM
+from qlora_tool.model.load import load_base
 from qlora_tool.model.slots import Quantization
+from qlora_tool.model.source import read_model_config
 
 # Logits of tiny models are below 2; a few hundred roundings of 2^-24 each.
 FP32 = 1e-5
@@ -103,8 +105,44 @@ def test_lora_on_some_experts_weights(folder, parameter, tmp_path):
     as_peft_reads_it(folder, "qwen3_moe", tmp_path, target_parameters=[f"experts.{parameter}"], target_modules=[])
 
 
+@pytest.mark.parametrize("family", EMBEDDINGS)
+def test_rows_of_tokens_are_pefts(folder, family, tmp_path):
+    as_peft_reads_it(folder, family, tmp_path, trainable_token_indices=[77, 5, 130, 8])
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+@pytest.mark.parametrize("keys", [
+    {"trainable_token_indices": {"embed_tokens": [77, 5], "lm_head": [8, 3, 42]}, "target_modules": ["q_proj"]},
+    {"trainable_token_indices": {"lm_head": [8, 3, 42]}},
+], ids=str)  # fmt: skip
+def test_rows_of_the_output_projection_are_pefts(folder, family, keys, tmp_path):
+    as_peft_reads_it(folder, family, tmp_path, **keys)
+
+
+def test_only_the_rows_of_the_tokens_move(folder):
+    """Also where a token comes twice, and one of them never; embeddings in 8 bits start from what they give."""
+    quantization = Quantization("nf4", embeddings="int8")
+    base = folder("llama-tied")
+    model = load_base(base, read_model_config(base), quantization, torch.device("cpu"), torch.float32)
+    untuned = logits(model.eval())
+    adapters = attach(model, AdapterConfig(target_modules=[], trainable_token_indices=[5, 130]), torch.float32, 0)
+    torch.testing.assert_close(logits(model), untuned, rtol=0, atol=1e-6)
+    [rows] = adapters.parameters()
+    ids = tokens()
+    model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum().backward()
+    assert rows.grad is not None and bool(rows.grad[0].any()) and bool(rows.grad[1].any())  # both by the tied head
+    with adapters.disabled(model), torch.no_grad():
+        rows.add_(1.0)
+        torch.testing.assert_close(logits(model), untuned, rtol=0, atol=1e-6)
+    embeddings, every = model.get_input_embeddings(), torch.arange(131)
+    changed = embeddings(every) - embeddings.weight.rows(every)
+    assert changed.abs().amax(1).nonzero().flatten().tolist() == [5, 130]
+
+
 @pytest.mark.parametrize("keys", [
     {"target_modules": ["embed_tokens", "v_proj"]},
+    {"target_modules": ["v_proj"], "trainable_token_indices": [77, 5, 130, 8]},
+    {"target_modules": ["v_proj"], "trainable_token_indices": {"embed_tokens": [77], "lm_head": [8, 5]}},
     {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
 ])  # fmt: skip
 def test_pefts_own_files_are_read(folder, keys, tmp_path):
@@ -152,6 +190,10 @@ def test_what_is_written(folder, tmp_path):
     ("mixtral", {"target_parameters": ["down_proj"], "method": "dora"}, "dora cannot be on experts; choose lora"),
     ("mixtral", {"target_parameters": ["down_proj"], "lora_dropout": 0.1}, "lora_dropout: PEFT has no dropout on exp"),
     ("llama", {"target_modules": ["embed_tokens"], "method": "loha"}, "are embeddings, which adapter.method loha"),
+    ("llama", {"trainable_token_indices": [131]}, "131, but model.embed_tokens has rows 0 to 130"),
+    ("llama", {"trainable_token_indices": [3, 4, 3]}, "3 is there twice for model.embed_tokens"),
+    ("llama", {"trainable_token_indices": {"embed_token": [3]}}, "is no embeddings or output.*did you mean 'embed_to"),
+    ("llama", {"trainable_token_indices": [3], "modules_to_save": ["embed_tokens"]}, "or trained in full"),
 ])  # fmt: skip
 def test_what_cannot_be(folder, family, keys, message):
     with pytest.raises(UserError, match=message):

@@ -38,7 +38,8 @@ model: {name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct, revision: null, quant
 adapter: {method: lora, r: 16, lora_alpha: 32, lora_dropout: 0.0, target_modules: all-linear, exclude_modules: [],
   layers_to_transform: null, layers_pattern: [], modules_to_save: [], bias: none, rank_pattern: {}, alpha_pattern: {},
   init_from: null,
-  use_rslora: false, init_lora_weights: default, loftq_iter: 1, calibration_rows: 256, target_parameters: [],
+  use_rslora: false, init_lora_weights: default, loftq_iter: 1, calibration_rows: 256,
+  target_parameters: [], trainable_token_indices: [],
   loraplus_lr_ratio: null,
   decompose_both: false, decompose_factor: -1, init_weights: default,
   projection_prng_key: 0, save_projection: true, d_initial: 0.1}

@@ -88,6 +88,10 @@ def test_every_family(base, tmp_path: Path, family: str):
         ("llama-tied", {"target_modules": ["embed_tokens"]}),
         ("gemma", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
         ("gpt2", {"target_modules": ["wte", "wpe", "c_attn"], "use_rslora": True}),
+        ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 17]}),
+        ("llama-tied", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 17]}),
+        ("llama-tied", {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [8, 99]}}),
+        ("gemma", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5], "lm_head": [8, 99]}}),
         *((family, {"target_modules": ["o_proj"], "target_parameters": ["gate_up_proj", "down_proj"]})
           for family in ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "deepseek_v3")),
         ("qwen2_moe", {"target_modules": [], "target_parameters": ["experts.down_proj"]}),

@@ -50,6 +50,7 @@ SMALL = [
     ("llama", {"values": OFF | {"adapter.modules_to_save": ["lm_head"]}}),
     ("mistral", {"values": ON | {"adapter.init_lora_weights": "symmetric"}}),
     ("qwen2", {"values": OFF | {"adapter.init_lora_weights": "pissa"}}),
+    ("gemma2", {"values": ON | {"adapter.trainable_token_indices": [5, 7, 9]}}),
 ]
 
 

@@ -39,6 +39,7 @@ TEXTS: dict[str, list[Any]] = {
     "adapter.modules_to_save": [[], ["lm_head"], ["norm", "layers.0.self_attn.o_proj"]],
     "adapter.layers_to_transform": [None, 1, [0, 1]],
     "adapter.layers_pattern": [[], ["layers"], "layers"],
+    "adapter.trainable_token_indices": [[], [5, 9], {"lm_head": [7]}],
     "adapter.target_parameters": [[]],  # a model with experts has a test of its own
     "adapter.rank_pattern": [{}, {"q_proj": 2, r"layers\.0\..*": 8}],
     "adapter.alpha_pattern": [{}, {"down_proj": 4.5}],
