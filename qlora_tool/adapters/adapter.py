@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -115,6 +116,10 @@ class Adapter(nn.Module):
         """What merging adds to the module's bias, fp32, (out,); None where nothing."""
         return self.method.bias_delta(self.tensors, self.settings)
 
+    def rates(self) -> dict[str, float]:
+        """The learning rate of a parameter over the configured one, where that is not 1."""
+        return self.method.rates(self.settings)
+
     @classmethod
     def names(cls, method: Method) -> Mapping[str, str]:
         """The suffixes that PEFT's files give a method's tensors, by the method's names."""
@@ -208,6 +213,61 @@ class ExpertsAdapter(Adapter):
             "lora_A": lora_A.reshape(experts, -1, lora_A.shape[1]),
             "lora_B": lora_B.reshape(lora_B.shape[0], -1, experts).permute(2, 0, 1).contiguous(),
         }
+
+
+class PartsAdapter(Adapter):
+    """What is trained on some parts of a fused projection (q and v of qkv, say): LoRA with an A and a B for each.
+
+    Together they are one LoRA, of the A's one below the other and of B's with zeros in the rows of other parts, which
+    is what computes, is merged and is saved; trained are the parts' own alone.
+
+    Args:
+        tensors: `lora_A_PART` (r, in), `lora_B_PART` (rows of the part, r).
+        rows: those of each part in the projection's (out,).
+        out_features: of the projection.
+    """
+
+    def __init__(
+        self, method: Method, tensors: Mapping[str, Tensor], settings: Settings, rows: Mapping[str, Tensor],
+        out_features: int,
+    ):  # fmt: skip
+        super().__init__(method, tensors, settings)
+        self.out_features, self.parts = out_features, tuple(rows)
+        device = next(iter(tensors.values())).device
+        for part, index in rows.items():
+            self.register_buffer(f"rows_{part}", index.to(device), persistent=False)
+
+    @classmethod
+    def start(
+        cls, method: Method, place: HasWeight, settings: Settings, dtype: torch.dtype, generator: torch.Generator,
+        shared: Mapping[str, Tensor] | None = None, known: Mapping[str, Tensor] | None = None,
+    ) -> Adapter:  # fmt: skip
+        weight, rows = place.weight, place.parts  # type: ignore[attr-defined]  # of a Place
+        tensors: dict[str, Tensor] = {}
+        for part, index in rows.items():
+            made = method.start(len(index), weight.shape[1], settings, weight, generator)
+            tensors |= {f"{name}_{part}": tensor for name, tensor in made.items()}
+        return cls(method, placed(method, tensors, weight.device, dtype), settings, rows, weight.shape[0])
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """The LoRA that they are together: lora_A (parts·r, in), lora_B (out, parts·r)."""
+        lora_A = torch.cat([self.get_parameter(f"lora_A_{part}") for part in self.parts])
+        blocks = []
+        for part in self.parts:
+            rows, lora_B = self.get_buffer(f"rows_{part}"), self.get_parameter(f"lora_B_{part}")
+            blocks.append(lora_B.new_zeros(self.out_features, lora_B.shape[1]).index_copy(0, rows, lora_B))
+        return {"lora_A": lora_A, "lora_B": torch.cat(blocks, 1)}
+
+    def peft_form(self) -> PeftForm:
+        """One LoRA of rank parts·r with the same scale."""
+        count, settings = len(self.parts), self.settings
+        wider = replace(settings, r=settings.r * count)
+        alpha = settings.alpha * self.method.scaling(settings) / self.method.scaling(wider)
+        return self.method.peft_form(self.tensors, replace(wider, alpha=alpha))
+
+    def rates(self) -> dict[str, float]:
+        return {f"{name}_{part}": rate for name, rate in super().rates().items() for part in self.parts}
 
 
 class _OneExpert:

@@ -75,8 +75,8 @@ class AdapterSet:
 
     def rates(self) -> dict[float, list[nn.Parameter]]:
         """What is trained by its learning rate over the configured one, 1 first."""
-        own = {id(layer.tensors[name]): rate for layer in self.layers.values()
-               for name, rate in layer.method.rates(layer.settings).items() if name in layer.tensors}  # fmt: skip
+        own = {id(getattr(layer, name)): rate for layer in self.layers.values()
+               for name, rate in layer.rates().items() if hasattr(layer, name)}  # fmt: skip
         found: dict[float, list[nn.Parameter]] = {1.0: []}
         for parameter in self.parameters():
             found.setdefault(own.get(id(parameter), 1.0), []).append(parameter)
@@ -160,7 +160,7 @@ def attach(
     if start not in ("default", "gaussian"):
         for name, place in places.items():
             if place.adapter_class is not Adapter:
-                what = "experts" if place.parameter else "embeddings"
+                what = "experts" if place.parameter else "a part" if place.parts else "embeddings"
                 raise UserError(f"adapter.init_lora_weights: {start} is a start of linear modules, but {name} is of "
                                 f"{what}; leave those out, or set default or gaussian")  # fmt: skip
     made = method.shared({(place.weight.shape[-2], place.weight.shape[-1]) for place in places.values()}, usual)

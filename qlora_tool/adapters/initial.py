@@ -56,7 +56,8 @@ def initial_settings(stored: StoredAdapter, config: AdapterConfig) -> dict[str, 
     by_layer = peft.get("layers_to_transform") or peft.get("layers_pattern")
     if by_layer and "target_modules" not in config.model_fields_set:
         decided["target_modules"] = sorted(stored.by_module)
-    for key in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern",
+                "target_parameters", "trainable_token_indices"):  # fmt: skip
         if peft.get(key) and key not in config.model_fields_set and key not in decided:
             decided[key] = peft[key]
     if stored.start.get("frozen_half"):  # the file has twice the rank and alpha

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from qlora_tool.adapters.adapter import Adapter, EmbeddingAdapter, ExpertsAdapter
-from qlora_tool.adapters.targets import find_target_parameters, find_targets
+from qlora_tool.adapters.adapter import Adapter, EmbeddingAdapter, ExpertsAdapter, PartsAdapter
+from qlora_tool.adapters.targets import find_parts, find_target_parameters, find_targets
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import Adaptable, ExpertsWeight, FrozenEmbedding, FrozenLinear
 
@@ -23,10 +24,12 @@ class Place:
     Attributes:
         module: a linear module, embeddings, or the module of the experts.
         parameter: the name of the experts' weight; None elsewhere.
+        parts: the rows of the parts of a fused projection that are adapted; empty for all of it.
     """
 
     module: nn.Module
     parameter: str | None = None
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def weight(self) -> WeightHandle:
@@ -39,6 +42,8 @@ class Place:
         """What is put there."""
         if self.parameter:
             return ExpertsAdapter
+        if self.parts:
+            return PartsAdapter
         return EmbeddingAdapter if isinstance(self.module, nn.Embedding) else Adapter
 
 
@@ -49,7 +54,8 @@ def find_places(model: nn.Module, config: AdapterConfig) -> dict[str, Place]:
     Raises:
         UserError: see `find_targets` and `find_target_parameters`.
     """
-    places = {name: Place(module) for name, module in find_targets(model, config).items()}
+    parts = find_parts(model, config)
+    places = {name: Place(module, parts=parts.get(name, {})) for name, module in find_targets(model, config).items()}
     parameters = find_target_parameters(model, config)
     return places | {name: Place(module, name.rpartition(".")[2]) for name, module in parameters.items()}
 

@@ -6,13 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_tool.errors import UserError, did_you_mean
 from qlora_tool.methods import METHODS
 from qlora_tool.methods.keys import MethodKeys
 from qlora_tool.methods.method import Settings
 from qlora_tool.model.experts import is_experts_module
+from qlora_tool.model.projection_parts import parts_of
 from qlora_tool.model.text_part import is_outside, outside_text
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import FrozenEmbedding, FrozenLinear
@@ -28,9 +29,10 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
 
     `target_modules` and `exclude_modules` are read as PEFT reads them: a list holds full names or the ends of them, a
     string is a regular expression that the full name must match; `all-linear` is every linear module but the output
-    embeddings. `layers_to_transform` and `layers_pattern` leave a part of what a list names. What `modules_to_save`
-    fully trains takes no adapter. Modules beside the text part of a multimodal model take one where their own part is
-    named (`vision_tower`), not by a last name that both have.
+    embeddings. `qkv_proj.q` is the part q of a fused projection; see `find_parts`. `layers_to_transform` and
+    `layers_pattern` leave some layers of what a list names. What `modules_to_save` fully trains takes no adapter.
+    Modules beside the text part of a multimodal model take one where their own part is named (`vision_tower`), not by a
+    last name that both have.
 
     Raises:
         UserError: a name or expression that matches nothing, or embeddings that cannot take this adapter.
@@ -44,8 +46,10 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
         linears = [name for name, module in candidates.items() if isinstance(module, FrozenLinear)]
         chosen = [name for name in linears if candidates[name] is not output and not is_outside(name, outside)]
     else:
-        _refuse_unmatched("adapter.target_modules", wanted, candidates)
-        chosen = [name for name in candidates if matches(name, wanted)]
+        parts = find_parts(model, config)
+        whole = wanted if isinstance(wanted, str) else [one for one in wanted if one not in _named_parts(model, wanted)]
+        _refuse_unmatched("adapter.target_modules", whole, candidates)
+        chosen = [name for name in candidates if matches(name, whole) or name in parts]
         chosen = _without_unnamed(chosen, wanted, outside)
     chosen = _in_layers(chosen, config)
     if excluded:
@@ -57,6 +61,51 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
         raise UserError(f"adapter.{' and adapter.'.join(keys)}: no module of adapter.target_modules is left to adapt")
     _refuse_embeddings({name: candidates[name] for name in chosen}, config)
     return {name: candidates[name] for name in chosen}
+
+
+def find_parts(model: nn.Module, config: AdapterConfig) -> dict[str, dict[str, Tensor]]:
+    """The linear modules of which `target_modules` names parts (`qkv_proj.q`), by name: the rows of each such part.
+
+    Raises:
+        UserError: a part that the module has not, a module named as a whole as well, or a method that cannot be on
+            parts.
+    """
+    wanted = config.target_modules
+    named = {} if isinstance(wanted, str) else _named_parts(model, wanted)
+    found: dict[str, dict[str, Tensor]] = {}
+    for pattern, places in named.items():
+        part = pattern.rpartition(".")[2]
+        for name, rows in places.items():
+            if part not in rows:
+                has = f"it has {', '.join(rows)}" if rows else "no parts of it are known; name it as a whole"
+                raise UserError(f"adapter.target_modules: {pattern!r}: {name} has no part {part!r}"
+                                f"{did_you_mean(part, list(rows))}; {has}")  # fmt: skip
+            if matches(name, [one for one in wanted if one not in named]):
+                raise UserError(f"adapter.target_modules: {name} is named as a whole and by its part {part!r}; leave "
+                                "one of the two out")  # fmt: skip
+            found.setdefault(name, {})[part] = rows[part]
+    if found and not METHODS[config.method].on_parts:
+        able = " or ".join(one.name for one in METHODS.values() if one.on_parts)
+        raise UserError(f"adapter.target_modules: adapter.method {config.method} cannot be on a part of a projection "
+                        f"({next(iter(named))}); choose {able}, or name it as a whole")  # fmt: skip
+    return {name: {part: found[name][part] for part in sorted(found[name], key=list(_rows(model, name)).index)}
+            for name in found}  # fmt: skip
+
+
+def _named_parts(model: nn.Module, wanted: Sequence[str]) -> dict[str, dict[str, Mapping[str, Tensor]]]:
+    """The patterns that end in one word more than modules' names: the modules that each means, with all their parts."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, FrozenLinear)]
+    found = {}
+    for pattern in wanted:
+        owner = pattern.rpartition(".")[0]
+        modules = [name for name in linears if owner and matches(name, [owner])]
+        if modules and not any(matches(name, [pattern]) for name in linears):
+            found[pattern] = {name: _rows(model, name) for name in modules}
+    return found
+
+
+def _rows(model: nn.Module, name: str) -> Mapping[str, Tensor]:
+    return parts_of(model.config, name, cast(FrozenLinear, model.get_submodule(name)).out_features)
 
 
 def _refuse_embeddings(chosen: Mapping[str, nn.Module], config: AdapterConfig) -> None:

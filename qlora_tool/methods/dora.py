@@ -31,7 +31,7 @@ class Dora(Lora):
     }  # fmt: skip
     peft_embedding_names: ClassVar[Mapping[str, str]] = {}
     peft_unread: ClassVar[Mapping[str, str]] = {".lora_embedding_": "DoRA on embeddings"}
-    on_experts = False
+    on_experts = on_parts = False
     optional = frozenset()
     additive = False  # it scales the whole output
     fp32 = frozenset({"magnitude"})

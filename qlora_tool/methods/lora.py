@@ -82,7 +82,7 @@ class Lora(Method):
         "lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias": "lora_B.bias"
     }  # fmt: skip
     peft_embedding_names: ClassVar[Mapping[str, str]] = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
-    on_experts = True
+    on_experts = on_parts = True
     optional = frozenset({"lora_B_bias", "start_A", "start_B"})
     frozen = kept = frozenset({"start_A", "start_B"})
     fused: ClassVar[bool] = True

@@ -110,6 +110,7 @@ class Method(ABC):
         peft_names: its tensors, in order, and the suffix that PEFT's files give each.
         peft_embedding_names: the same on embeddings; empty where it cannot be on them.
         on_experts: whether it can be on the three-dimensional weights of experts, a pair of tensors for each.
+        on_parts: whether it can be on parts of a fused projection; its tensors are then LoRA's.
         peft_unread: what names of further tensors that PEFT's files may have contain, and what those are, in words;
             files with such are refused.
         optional: those of its tensors that an adapter may be without.
@@ -134,6 +135,7 @@ class Method(ABC):
     peft_names: ClassVar[Mapping[str, str]]
     peft_embedding_names: ClassVar[Mapping[str, str]] = {}
     on_experts: ClassVar[bool] = False
+    on_parts: ClassVar[bool] = False
     peft_unread: ClassVar[Mapping[str, str]] = {}
     optional: ClassVar[frozenset[str]] = frozenset()
     has_delta: ClassVar[bool] = True

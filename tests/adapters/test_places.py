@@ -17,6 +17,7 @@ from qlora_tool.config import AdapterConfig
 from qlora_tool.data.batches import collate
 from qlora_tool.data.examples import Example
 from qlora_tool.errors import UserError
+from qlora_tool.methods.lora import Lora
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.load import load_base
 from qlora_tool.model.slots import Quantization
@@ -190,6 +191,11 @@ def test_what_is_written(folder, tmp_path):
     ("mixtral", {"target_parameters": ["down_proj"], "method": "dora"}, "dora cannot be on experts; choose lora"),
     ("mixtral", {"target_parameters": ["down_proj"], "lora_dropout": 0.1}, "lora_dropout: PEFT has no dropout on exp"),
     ("llama", {"target_modules": ["embed_tokens"], "method": "loha"}, "are embeddings, which adapter.method loha"),
+    ("phi3", {"target_modules": ["qkv_proj.w"]}, "qkv_proj has no part 'w'.*it has q, k, v"),
+    ("llama", {"target_modules": ["q_proj.q"]}, "q_proj has no part 'q'; no parts of it are known; name it as a whole"),
+    ("phi3", {"target_modules": ["qkv_proj.q", "qkv_proj"]}, "is named as a whole and by its part 'q'"),
+    ("phi3", {"target_modules": ["qkv_proj.q"], "method": "loha"}, "cannot be on a part of a projection"),
+    ("phi3", {"target_modules": ["qkv_proj.q"], "init_lora_weights": "symmetric"}, "is of a part"),
     ("llama", {"trainable_token_indices": [131]}, "131, but model.embed_tokens has rows 0 to 130"),
     ("llama", {"trainable_token_indices": [3, 4, 3]}, "3 is there twice for model.embed_tokens"),
     ("llama", {"trainable_token_indices": {"embed_token": [3]}}, "is no embeddings or output.*did you mean 'embed_to"),
@@ -220,4 +226,45 @@ def test_a_trained_output_projection_takes_its_loss_in_chunks(folder, keys, labe
     expected = torch.autograd.grad(full, parameters)
     torch.testing.assert_close(loss, full, rtol=1e-5, atol=0)
     for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+PARTS = [
+    ("phi3", ["qkv_proj.q", "qkv_proj.v"]), ("phi3", ["gate_up_proj.up", "o_proj"]),
+    ("gpt_neox", ["query_key_value.k"]), ("falcon", ["query_key_value.v", "query_key_value.q"]), ("bloom", ["query_key_value.q"]),
+    ("gpt2", ["c_attn.q", "c_attn.v"]), ("gpt_bigcode", ["c_attn.k"]), ("mpt", ["Wqkv.v"]), ("codegen", ["qkv_proj.v"]),
+    ("glm", ["gate_up_proj.gate"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family, parts", PARTS, ids=str)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_parts_of_fused_projections_are_read_by_peft(folder, family, parts, rslora, tmp_path):
+    as_peft_reads_it(folder, family, tmp_path, target_modules=parts, use_rslora=rslora)
+
+
+def test_a_part_trains_its_own_rows_alone(folder):
+    """q (64 rows) and v (32) of phi3's 128: as many weights as LoRA on matrices of those sizes, and no other row of the
+    merged weight moves."""
+    model = read_tiny(folder("phi3"), "nf4")
+    adapters = attach(model, AdapterConfig(r=3, target_modules=["qkv_proj.v", "qkv_proj.q"]), torch.float32, 0)
+    assert sum(p.numel() for p in adapters.parameters()) == 2 * 3 * (64 + 64 + 64 + 32)
+    assert torch.equal(logits(model.eval()), logits(read_tiny(folder("phi3"), "nf4").eval()))
+    (layer, *_) = randomized(adapters).layers.values()
+    moved = layer.delta(torch.zeros(128, 64)).detach().abs().sum(1) > 0
+    assert moved.nonzero().flatten().tolist() == [*range(64), *range(96, 128)]
+
+
+@pytest.mark.parametrize("keys", [{}, {"use_rslora": True}])
+def test_parts_compute_fused_as_plainly(folder, keys, monkeypatch):
+    """The fused operation and the plain path: outputs and gradients."""
+    found = []
+    for fused in (True, False):
+        monkeypatch.setattr(Lora, "fused", fused)
+        model = read_tiny(folder("phi3"), "nf4")
+        adapters = randomized(attach(model, AdapterConfig(target_modules=["qkv_proj.q"], **keys), torch.float32, 0))
+        output = model(input_ids=tokens(), use_cache=False).logits
+        output.square().mean().backward()
+        found.append([output.detach(), *(parameter.grad for parameter in adapters.parameters())])
+    for one, other in zip(*found, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()

@@ -88,6 +88,8 @@ def test_every_family(base, tmp_path: Path, family: str):
         ("llama-tied", {"target_modules": ["embed_tokens"]}),
         ("gemma", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
         ("gpt2", {"target_modules": ["wte", "wpe", "c_attn"], "use_rslora": True}),
+        ("phi3", {"target_modules": ["qkv_proj.q", "gate_up_proj.up"], "use_rslora": True}),
+        ("gpt2", {"target_modules": ["c_attn.v"]}),
         ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 17]}),
         ("llama-tied", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 17]}),
         ("llama-tied", {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [8, 99]}}),
