@@ -231,7 +231,8 @@ def test_a_trained_output_projection_takes_its_loss_in_chunks(folder, keys, labe
 
 PARTS = [
     ("phi3", ["qkv_proj.q", "qkv_proj.v"]), ("phi3", ["gate_up_proj.up", "o_proj"]),
-    ("gpt_neox", ["query_key_value.k"]), ("falcon", ["query_key_value.v", "query_key_value.q"]), ("bloom", ["query_key_value.q"]),
+    ("gpt_neox", ["query_key_value.k"]), ("falcon", ["query_key_value.v", "query_key_value.q"]),
+    ("bloom", ["query_key_value.q"]),
     ("gpt2", ["c_attn.q", "c_attn.v"]), ("gpt_bigcode", ["c_attn.k"]), ("mpt", ["Wqkv.v"]), ("codegen", ["qkv_proj.v"]),
     ("glm", ["gate_up_proj.gate"]),
 ]  # fmt: skip
