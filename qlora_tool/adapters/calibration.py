@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from qlora_tool.adapters.adapter import generator_for
 from qlora_tool.adapters.targets import find_targets, settings_for
 from qlora_tool.data.batches import Batch, collate
 from qlora_tool.data.examples import Example
@@ -86,7 +87,7 @@ def calibrated(
     training, hooks = model.module.training, []
     model.module.train(False)
     for name, layer in decoder_layers(model.module).items():
-        share = _LayerPass(name, layer, method, settings, read, model.compute_dtype, found)
+        share = _LayerPass(name, layer, method, settings, read, model.compute_dtype, config.training.seed, found)
         hooks += [layer.register_forward_pre_hook(share.begin), layer.register_forward_hook(share.end)]
     try:
         model.hidden_states(batch.to(model.device))
@@ -102,14 +103,15 @@ class _LayerPass:
 
     def __init__(
         self, name: str, layer: nn.Module, method: Method, settings: Mapping[str, Settings], read: Read,
-        dtype: torch.dtype, found: dict[str, dict[str, Tensor]],
+        dtype: torch.dtype, seed: int, found: dict[str, dict[str, Tensor]],
     ):  # fmt: skip
         self.handles = {f"{name}.{inner}": module for inner, module in layer.named_modules()
                         if isinstance(module, WeightHandle) and module.kind != "none"}  # fmt: skip
         self.linears = {f"{name}.{inner}": module for inner, module in layer.named_modules()
                         if isinstance(module, FrozenLinear) and f"{name}.{inner}" in settings
                         and f"{name}.{inner}.weight" in self.handles}  # fmt: skip
-        self.method, self.settings, self.read, self.dtype, self.found = method, settings, read, dtype, found
+        self.method, self.settings, self.read, self.found = method, settings, read, found
+        self.dtype, self.seed = dtype, seed
         self.moments: dict[str, Tensor] = {}
         self.shared: list[tuple[Tensor, Tensor]] = []  # inputs and their moments: siblings take one input
         self.weights: dict[str, Tensor] = {}
@@ -149,7 +151,8 @@ class _LayerPass:
         for name, moments in self.moments.items():
             settings, handle = self.settings[name], self.handles[f"{name}.weight"]
             error = self.weights[f"{name}.weight"].float() - handle.dense(torch.float32)
-            lora_B, lora_A = weighted_fit(error / self.method.scaling(settings), moments, settings.r)
+            generator = generator_for(self.seed, name)
+            lora_B, lora_A = weighted_fit(error / self.method.scaling(settings), moments, settings.r, generator)
             self.found[name] = {"lora_A": lora_A, "lora_B": lora_B}
         self.weights.clear()
         self.hooks.clear()

@@ -171,6 +171,22 @@ def _as_trained(artifact: Artifact) -> str:
 
 def _other_base(artifact: Artifact, result: dict[str, Any]) -> list[str]:
     """What to know where the base that was trained on is not the one that PEFT makes of the same files."""
+    return [*_beyond_peft(artifact, result), *_without_start(artifact, result)]
+
+
+def _without_start(artifact: Artifact, result: dict[str, Any]) -> list[str]:
+    kind = artifact.model.quantization
+    if artifact.adapter.quantized_without is None or kind == "none" or not _format(result).startswith("adapter"):
+        return []
+    return [
+        f"The base that it was trained on was quantized ({kind}) without what the adapter took over at its start "
+        f"({artifact.adapter.start.get('init_lora_weights')}). On a base in 16 bits it gives what was trained up to "
+        f"the quantization's error; on one that another program quantizes to {kind}, with other errors than those that "
+        "were trained against. qlora-tool makes the base again from this adapter; merged by it, it is exact everywhere."
+    ]
+
+
+def _beyond_peft(artifact: Artifact, result: dict[str, Any]) -> list[str]:
     found = (artifact.adapter.provenance or {}).get("beyond_peft")
     if not found:
         return []
@@ -230,6 +246,8 @@ def _facts(artifact: Artifact, result: dict[str, Any]) -> list[tuple[str, Any]]:
     dropout = f", dropout {usual.dropout}" if usual.dropout else ""
     trained_as = provenance.get("method") or method.name  # of a method that PEFT has not, the LoRA that equals it
     equals = "" if trained_as == method.name else f", which equals what was trained as {trained_as}"
+    if started := artifact.adapter.start.get("init_lora_weights"):
+        equals += f", trained at r {artifact.adapter.usual_trained.r} from a {started} start"
     targets = artifact.adapter.peft.get("target_modules")
     facts = [
         ("base", artifact.model.name_or_path + (f" at {artifact.model.revision}" if artifact.model.revision else "")),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 OVERSAMPLING = 8  # columns beyond the rank (Halko et al. 2011, section 4.2: 5 or 10)
+LARGEST, ITERATIONS = 1024, 8  # a decomposition of a larger matrix takes seconds, and a model has hundreds
 
 
 def best_fit(matrix: Tensor, r: int, iterations: int | None = None, generator: torch.Generator | None = None) -> tuple[
@@ -39,7 +40,9 @@ def _range(matrix: Tensor, columns: int, iterations: int, generator: torch.Gener
     return basis
 
 
-def weighted_fit(error: Tensor, moments: Tensor, r: int) -> tuple[Tensor, Tensor]:
+def weighted_fit(
+    error: Tensor, moments: Tensor, r: int, generator: torch.Generator | None = None, largest: int = LARGEST
+) -> tuple[Tensor, Tensor]:
     """B (out, r) and A (r, in), fp32, such that E‖(error − BA)·x‖² is least.
 
     QERA-exact (Zhang et al. 2024, arXiv 2410.06040, theorem 1; CLoQ, arXiv 2501.18475, theorem 3.1, is the same fit):
@@ -49,20 +52,38 @@ def weighted_fit(error: Tensor, moments: Tensor, r: int) -> tuple[Tensor, Tensor
     Args:
         error: (out, in).
         moments: R = E[x·xᵀ], (in, in), or any multiple of it.
+        generator: what the vectors of larger matrices are drawn from, a CPU one.
+        largest: the smaller side up to which U is exact; above, it is what `ITERATIONS` of subspace iteration give.
     """
-    error, moments = error.double(), moments.double()
-    out_features, in_features = error.shape
-    if out_features <= in_features:
-        vectors = torch.linalg.eigh(error @ moments @ error.T).eigenvectors[:, -r:].flip(1)  # (out, r)
-    else:  # the same vectors by the smaller matrix: (error·R^½)ᵀ·(error·R^½)
-        sizes, axes = torch.linalg.eigh(moments)
-        scaled = error @ (axes * sizes.clamp(min=0).sqrt())  # error·R^½, turned by `axes`
-        right = torch.linalg.eigh(scaled.T @ scaled).eigenvectors[:, -r:].flip(1)
-        vectors = torch.linalg.qr(scaled @ right).Q
-    projected = vectors.T @ error  # (r, in)
+    if min(error.shape) > largest:
+        vectors = _dominant(error.float(), moments.float(), r, generator)
+    else:
+        vectors = _singular_vectors(error.double(), moments.double(), r)
+    projected = vectors.T @ error.to(vectors.dtype)  # (r, in)
     roots = projected.norm(dim=1).sqrt()  # so that a row of A is as long as B's column
     safe = torch.where(roots > 0, roots, 1.0)
     return (vectors * roots).float().contiguous(), (projected / safe.unsqueeze(1)).float().contiguous()
+
+
+def _singular_vectors(error: Tensor, moments: Tensor, r: int) -> Tensor:
+    """The first r left singular vectors of error·R^½, (out, r), by the smaller of the two matrices of its squares."""
+    out_features, in_features = error.shape
+    if out_features <= in_features:
+        return torch.linalg.eigh(error @ moments @ error.T).eigenvectors[:, -r:].flip(1)
+    sizes, axes = torch.linalg.eigh(moments)
+    scaled = error @ (axes * sizes.clamp(min=0).sqrt())  # error·R^½, turned by `axes`
+    right = torch.linalg.eigh(scaled.T @ scaled).eigenvectors[:, -r:].flip(1)
+    return torch.linalg.qr(scaled @ right).Q
+
+
+def _dominant(error: Tensor, moments: Tensor, r: int, generator: torch.Generator | None) -> Tensor:
+    """The same, nearly, by subspace iteration: error·R·errorᵀ is never made, and nothing costs more than a product."""
+    columns = min(2 * r + OVERSAMPLING, *error.shape)
+    basis = torch.randn(error.shape[0], columns, generator=generator).to(error.device)
+    for _ in range(ITERATIONS):
+        basis = torch.linalg.qr(error @ (moments @ (error.T @ basis))).Q
+    inner = error.T @ basis  # (in, columns)
+    return basis @ torch.linalg.eigh((inner.T @ (moments @ inner)).double()).eigenvectors[:, -r:].flip(1).float()
 
 
 def less_product(weight: Tensor, B: Tensor, A: Tensor, scaling: float) -> Tensor:

@@ -300,6 +300,20 @@ def test_other_readers_are_told_that_the_quantized_base_was_another(runs, name):
     assert not (runs("loftq") / "adapter" / "README.md").exists()
 
 
+@pytest.mark.parametrize(("form", "name"), [("adapter", "pissa"), ("adapter", "symmetric"),
+                                            ("adapter-portable", "patterns")])  # fmt: skip
+def test_an_exported_adapter_is_the_same_adapter_and_says_what_it_needs(base, runs, form, name, tmp_path):
+    folder = runs(name, "none")
+    export_merged(artifact_of(folder), tmp_path / "a", ExportOptions(format=form))
+    assert float((peft_logits(base, tmp_path / "a") - opened_logits(folder)).abs().max()) < 1e-4
+    export_merged(artifact_of(runs(name)), tmp_path / "b", ExportOptions(format=form))
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert f"r 4 from a {RUNS[name]['init_lora_weights']} start" in card
+    assert ("without what the adapter took over" in card) == (name in TAKEN_OUT)
+    if form == "adapter":
+        assert torch.equal(opened_logits(tmp_path / "b"), opened_logits(runs(name)))
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_goes_on_from_an_adapter_of_every_start(base, runs, name, tmp_path):
     stored = read_adapter(runs(name) / "adapter")
