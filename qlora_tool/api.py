@@ -199,6 +199,7 @@ def export_merged(
     run_or_adapter: AnyPath,
     output_dir: AnyPath,
     *,
+    adapter: Adapters = (),
     base: str = "dequantized",
     dtype: str = "auto",
     format: str = "safetensors",
@@ -221,6 +222,8 @@ def export_merged(
     Args:
         run_or_adapter: a run's folder, or an adapter's, ours or PEFT's.
         output_dir: where the model goes; it must not exist.
+        adapter: adapters to add, each times a weight, 1 where there is none: `["sums=runs/sums:0.7"]`, or
+            `{"sums": "runs/sums:0.7"}`. Where `run_or_adapter` is one too it has weight 1; it may also be their base.
         base: dequantized (merge onto what was trained against) or original (onto the 16-bit weights).
         dtype: auto, bfloat16, float16 or float32; auto takes what keeps more.
         format: safetensors, gguf, adapter, adapter-portable or nf4.
@@ -251,7 +254,10 @@ def export_merged(
         from qlora_tool.data.check import check_sources
 
         check_sources([rows], run=run_or_adapter)
-    artifact = _artifact(run_or_adapter, model, quantization, double_quant)
+    if given := _named_adapters(adapter):
+        artifact = _several(run_or_adapter, given, model, quantization, double_quant, weighted=True).summed()
+    else:
+        artifact = _artifact(run_or_adapter, model, quantization, double_quant)
     from qlora_tool.export.upload import push_to_hub as upload
     from qlora_tool.export.write import ExportOptions
     from qlora_tool.export.write import export_merged as export

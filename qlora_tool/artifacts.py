@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool.adapters.peft_files import StoredAdapter, is_adapter, read_adapter
+from qlora_tool.adapters.stack import Weighted
 from qlora_tool.config import ModelConfig
 from qlora_tool.errors import ToolError, UserError
 from qlora_tool.files.hashes import file_hashes
@@ -32,6 +33,7 @@ class Artifact:
         name: as the user gave it.
         model: the model to open; an adapter's base where there is an adapter.
         adapter: to put on it, or None.
+        stack: adapters whose weighted sum is on it instead, `adapter` being the first of them.
         run: the configuration of the run that made the adapter, or None.
         base: what `--compare-base` compares with, or None.
         base_named: whether the command line named the base.
@@ -45,6 +47,7 @@ class Artifact:
     base: ModelConfig | None = None
     base_named: bool = False
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    stack: tuple[Weighted, ...] = ()
 
 
 @dataclass(frozen=True)

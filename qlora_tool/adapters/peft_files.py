@@ -444,12 +444,12 @@ def attach_stored(
             f"{needs} (adapter.init_lora_weights); open the two apart, or export each merged"
         )
     dtype = dtype or stored.dtype
-    shapes = _shapes(model, stored.by_module)
+    shapes = shapes_of(model, stored.by_module)
     layers = stored.layers(dtype, next(model.parameters()).device, dropout, shapes)
     refuse_misfit(stored, layers, shapes)
     put_on(model, layers)
     replaced = stored.replaced_tensors()
-    _refuse_misfit_replaced(model, stored, replaced)
+    refuse_misfit_replaced(model, stored, replaced)
     if stored.method.keys.trains_base:
         _refuse([f"{stored.folder}: has no {name}, which the model has" for name in trainable_names(model)
                  if name not in replaced], stored)  # fmt: skip
@@ -486,7 +486,7 @@ def refuse_not_repeated(stored: StoredAdapter, weights: Container[str]) -> None:
         )
 
 
-def _shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """The shapes of the weights at these places, of those that there are."""
     found = {}
     for name in names:
@@ -516,7 +516,8 @@ def _is_bias(name: str, stored: StoredAdapter) -> bool:
     return owner != name and (f"{owner}.base_layer.bias" in stored.tensors or f"{owner}.weight" not in stored.tensors)
 
 
-def _refuse_misfit_replaced(model: nn.Module, stored: StoredAdapter, replaced: Mapping[str, Tensor]) -> None:
+def refuse_misfit_replaced(model: nn.Module, stored: StoredAdapter, replaced: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that replace none of the model's, or one of another shape; see `refuse_misfit`."""
     faults = []
     transposed = transposed_names(model, replaced)
     for name, tensor in replaced.items():

@@ -8,7 +8,7 @@ import click
 
 from qlora_tool.choices import ComputeDtype, ExportBase, ExportFormat, GgufType
 from qlora_tool.cli import ToolCommand
-from qlora_tool.cli.options import base_options
+from qlora_tool.cli.options import adapter_option, base_options
 
 if TYPE_CHECKING:
     from qlora_tool.export.write import ExportResult
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     examples="""
     qlora-tool export-merged runs/my-model --output-dir merged/my-model
     qlora-tool export-merged runs/my-model --output-dir my-gguf --format gguf --gguf-type q8_0
+    qlora-tool export-merged demo --adapter sums=runs/sums:0.7 --adapter poems=runs/poems:0.3 --output-dir merged/both
     qlora-tool export-merged peft-adapter --quantization nf4 --output-dir merged/other
     """,
     groups={
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 )
 @click.argument("run_or_adapter")
 @click.option("--output-dir", required=True, metavar="DIR", help="Where the model goes; must not exist.")
+@adapter_option("Another adapter to add, times WEIGHT (1 where it is left out); repeatable.", "NAME=FOLDER[:WEIGHT]")
 @click.option("--base", type=click.Choice(get_args(ExportBase)), default="dequantized", show_default=True,
               help="Merge onto what was trained against, or onto the original 16-bit weights.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(get_args(ComputeDtype)), default="auto",
@@ -51,8 +53,9 @@ if TYPE_CHECKING:
 def export_merged(run_or_adapter: str, output_dir: str, **options: Any) -> None:
     """Merge an adapter into its base: W = dequantize(W₄) + Δ, a model that plain transformers loads.
 
-    RUN_OR_ADAPTER is a run's folder, or an adapter's, ours or PEFT's. The files grow in a hidden folder beside DIR and
-    are named when they are whole and verified; interrupted, the same command goes on where it stopped.
+    RUN_OR_ADAPTER is a run's folder, or an adapter's, ours or PEFT's. With --adapter the weighted sum of all
+    is merged: it is one of them, of weight 1, or their base. The files grow in a hidden folder beside DIR and are named
+    when they are whole and verified; interrupted, the same command goes on where it stopped.
     """
     from qlora_tool import api
     from qlora_tool.cli.logs import log_to_stderr

@@ -36,9 +36,9 @@ def device_options(command: Command) -> Command:
     return command
 
 
-def adapter_option(about: str) -> Callable[[Command], Command]:
+def adapter_option(about: str, metavar: str = "NAME=FOLDER") -> Callable[[Command], Command]:
     """`--adapter`, repeatable."""
-    return click.option("--adapter", multiple=True, metavar="NAME=FOLDER", help=about)
+    return click.option("--adapter", multiple=True, metavar=metavar, help=about)
 
 
 class JsonMapping(click.ParamType):

@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_tool.artifacts import Artifact
 from qlora_tool.choices import ExportFormat
+from qlora_tool.errors import UserError
 from qlora_tool.export.beside import MODEL_FILES, write_config
 from qlora_tool.export.generation import write_generation_config
 from qlora_tool.export.merge import MergedModel
@@ -138,6 +139,14 @@ def _write_adapter(portable: bool) -> Write:
     return write
 
 
+def _check_adapter(job: Job) -> None:
+    if job.artifact.stack:
+        raise UserError(
+            "--format adapter, adapter-portable: a sum of adapters is not one of them; choose safetensors, gguf or "
+            "nf4, which merge it, or export the adapters one by one"
+        )
+
+
 def _adapter_bytes(job: Job) -> int:
     return sum(path.stat().st_size for path in job.artifact.adapter.folder.iterdir() if path.is_file())
 
@@ -151,6 +160,7 @@ FORMATS: dict[ExportFormat, Format] = {
     "safetensors": Format(_write_safetensors, _merged_bytes, has_dtype=True, auto_dtype=True, is_model=True),
     "gguf": Format(_write_gguf, _gguf_bytes, _check_gguf),
     "nf4": Format(_write_requantized, _requantized_bytes, has_dtype=True, is_model=True),
-    "adapter": Format(_write_adapter(portable=False), _adapter_bytes),
-    "adapter-portable": Format(_write_adapter(portable=True), lambda job: 4 * _adapter_bytes(job)),
+    "adapter": Format(_write_adapter(portable=False), _adapter_bytes, _check_adapter),
+    "adapter-portable": Format(_write_adapter(portable=True), lambda job: 4 * _adapter_bytes(job),
+                               _check_adapter),
 }

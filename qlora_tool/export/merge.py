@@ -6,7 +6,7 @@ into the original 16-bit ones, would lose what was learned: neither is what trai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qlora_tool.adapters.adapter import Adapter
 from qlora_tool.adapters.peft_files import StoredAdapter, refuse_misfit, refuse_not_repeated
+from qlora_tool.adapters.stack import Parts, Weighted, refuse_unaddable, replaced_by, replacement, same
 from qlora_tool.adapters.token_rows import follows
 from qlora_tool.errors import UserError
 from qlora_tool.export.dtypes import FLOAT16_LIMIT, Unfit
@@ -46,6 +47,7 @@ class MergedModel:
         checkpoint: the base's weights.
         quantization: how the base was quantized while the adapter was trained.
         adapter: to merge; None to export the dequantized base alone.
+        stack: adapters whose weighted sum is merged in the place of `adapter`.
         base: `dequantized`: onto what was trained against; `original`: onto the checkpoint's own weights.
         dtype: of the files; None keeps the base's dtypes.
         keeps_wider: tensors that the base stores in more than 16 bits stay so, whatever `dtype` is.
@@ -56,6 +58,8 @@ class MergedModel:
             `quantize_parameter`.
 
     Attributes:
+        layers: the adapters of each place, by its name.
+        replaced: the tensors that adapters replace, with their weights, by parameter name.
         unties: whether the adapter changes one of two tied tensors alone, so that the files hold both.
 
     Raises:
@@ -72,8 +76,9 @@ class MergedModel:
     cached: Checkpoint | None = None
     refuse_coarse: bool = False
     prepare: Prepare | None = None
-    layers: Mapping[str, Adapter] = field(init=False)
-    replaced: Mapping[str, Tensor] = field(init=False)
+    stack: Sequence[Weighted] = ()
+    layers: Mapping[str, Sequence[Adapter]] = field(init=False)
+    replaced: Mapping[str, Parts] = field(init=False)
     unties: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -85,13 +90,8 @@ class MergedModel:
         self._outside = outside_text(self.skeleton)
         self._embeddings = find_embedding_slots(self.skeleton, self.quantization)
         self.source = ParameterSource(self.skeleton, self.checkpoint, "cpu")
-        self.layers = {} if self.adapter is None else self.adapter.layers(
-            torch.float32, shapes=adaptable_shapes(self.skeleton)
-        )
-        self.replaced = self.adapter.replaced_tensors() if self.adapter else {}
-        self._token_rows = self.adapter.token_rows() if self.adapter else {}
-        if self.adapter:
-            self._refuse_misfit()
+        self._token_rows = self.adapter.token_rows() if self.adapter and not self.stack else {}
+        self._take(self.stack or ([Weighted("", self.adapter, 1.0)] if self.adapter else []))
         self._parameters = {name for name, _ in self.skeleton.named_parameters(remove_duplicate=False)}
         self._biases = _bias_deltas(self.layers, self.source)
         self.names, self._twins = list(self.source.names), {}
@@ -105,15 +105,29 @@ class MergedModel:
         """What the files count as: the dtype of most of them."""
         return self.dtype or self.stored_dtype
 
-    def _refuse_misfit(self) -> None:
+    def _take(self, stack: Sequence[Weighted]) -> None:
+        """Gather what adapters do to each tensor, those for another base being refused."""
+        shapes, layers = adaptable_shapes(self.skeleton), {}
+        if self.stack:
+            refuse_unaddable(stack)
+        for one in stack:
+            found = one.scaled().layers(torch.float32, shapes=shapes)
+            self._refuse_misfit(one.stored, found, shapes)
+            for name, layer in found.items():
+                layers.setdefault(name, []).append(layer)
+        self.layers, self.replaced = layers, replaced_by(stack)
+
+    def _refuse_misfit(
+        self, stored: StoredAdapter, layers: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
         """Refuse an adapter for another base in one line: how much of it does not fit, and the first that does not."""
-        stored, shapes, faults = self.adapter, adaptable_shapes(self.skeleton), []
-        for name in self.layers:
+        faults, replaced = [], stored.replaced_tensors()
+        for name in layers:
             try:
                 refuse_misfit(stored, [name], shapes)
             except UserError as fault:
                 faults.append(fault.lines[0].removeprefix(f"{stored.folder}: "))
-        for name, tensor in self.replaced.items():
+        for name, tensor in replaced.items():
             found, expected = tuple(tensor.shape), self.source.shapes.get(name)
             if expected is None:
                 faults.append(f"replaces {name}, which is not a tensor of this model")
@@ -124,7 +138,7 @@ class MergedModel:
             if expected is None or expected[1] != rows.shape[1] or not all(0 <= one < expected[0] for one in tokens):
                 faults.append(f"has rows {tuple(rows.shape)} of {name}, but it is {expected} in this model")
         if faults:
-            count = len(self.layers) + len(self.replaced) + len(self._token_rows)
+            count = len(layers) + len(replaced) + len(self._token_rows)
             trained_on = f", {stored.base}," if stored.base else ""
             raise UserError(
                 f"{stored.folder}: not for the base {self.checkpoint.folder}: {len(faults)} of its {count} layers "
@@ -137,7 +151,7 @@ class MergedModel:
         stored = [name for name in (origin, target) if name in self.source.names]
         replaced = [name for name in (origin, target) if name in self.replaced]
         adapted = any(name.removesuffix(".weight") in self.layers for name in (origin, target))
-        apart = len(replaced) == 2 and not torch.equal(self.replaced[origin], self.replaced[target])
+        apart = len(replaced) == 2 and not same(self.replaced[origin], self.replaced[target])
         pair = [name.removesuffix(".weight") for name in (origin, target)]
         if any(name in self._token_rows for name in pair):
             for one, other in follows(self.skeleton).items():
@@ -197,16 +211,13 @@ class MergedModel:
         dtype, slot = self._file_dtype(name), self.slots.get(name) or self._embeddings.get(name)
         if slot is not None and self._is_untouched(name):
             slot = replace(slot, kind="none", asked=False)
-        layer = self.layers.get(name.removesuffix(".weight"))
-        if name in self.replaced:
-            value = self.replaced[name]
-            value = value.transpose(-1, -2) if slot is not None and slot.transposed else value
-        else:
-            value = self._base_value(name, slot)
+        layers = self.layers.get(name.removesuffix(".weight"), ())
+        value = self._replacement(name, slot) if name in self.replaced else self._base_value(name, slot)
         if name in self._biases:
             value = value.float() + self._biases[name]
-        if layer is not None:
+        if layers:
             value = value.to(torch.float32, copy=name in self.replaced)  # (out, in)
+        for layer in layers:
             value = layer.merge(value)
         if rows := self._token_rows.get(name.removesuffix(".weight")):
             value = value.to(torch.float32, copy=True)
@@ -216,6 +227,12 @@ class MergedModel:
         if slot is not None and slot.transposed:
             value = value.transpose(-1, -2)
         return value.to(dtype).contiguous()
+
+    def _replacement(self, name: str, slot: Slot | None) -> Tensor:
+        """What adapters put in the place of a tensor, (out, in) where it is a linear module's."""
+        turned = slot is not None and slot.transposed
+        parts = [(weight, tensor.transpose(-1, -2) if turned else tensor) for weight, tensor in self.replaced[name]]
+        return replacement(parts, lambda: self._base_value(name, slot))
 
     def base_weight(self, module: str) -> Tensor:
         """The weight of a linear module that the adapter was trained on top of, fp32, (out, in)."""
@@ -301,14 +318,14 @@ def adaptable_shapes(skeleton: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 @torch.no_grad()
-def _bias_deltas(layers: Mapping[str, Adapter], source: ParameterSource) -> dict[str, Tensor]:
+def _bias_deltas(layers: Mapping[str, Sequence[Adapter]], source: ParameterSource) -> dict[str, Tensor]:
     """What adapters add to biases (PEFT's lora_bias), by parameter name."""
     deltas = {}
-    for name, layer in layers.items():
-        if (delta := layer.bias_delta()) is not None:
+    for name, delta in ((name, layer.bias_delta()) for name, found in layers.items() for layer in found):
+        if delta is not None:
             if f"{name}.bias" not in source.names:
                 raise UserError(f"{name}: the adapter adds a bias, but the model's module has none to merge it into")
-            deltas[f"{name}.bias"] = delta
+            deltas[f"{name}.bias"] = deltas.get(f"{name}.bias", 0) + delta
     return deltas
 
 

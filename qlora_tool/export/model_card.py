@@ -204,8 +204,10 @@ def _beyond_peft(artifact: Artifact, result: dict[str, Any]) -> list[str]:
 def _verification(proof: Proof | None) -> list[str]:
     if proof is None:
         return []
+    summed = proof.live != type(proof).live
+    live = proof.live if summed else "the quantized base with its adapter, as it was trained"
     about = (
-        "The files, loaded by plain transformers, against the quantized base with its adapter, as it was trained. Both "
+        f"The files, loaded by plain transformers, against {live}. Both "
         "multiply in float32; KL(trained ‖ exported) is of the next token's distribution."
     )
     if proof.left_out is not None:
@@ -252,9 +254,11 @@ def _facts(artifact: Artifact, result: dict[str, Any]) -> list[tuple[str, Any]]:
     facts = [
         ("base", artifact.model.name_or_path + (f" at {artifact.model.revision}" if artifact.model.revision else "")),
         ("not quantized", _skipped(artifact)),
-        ("method" if method.keys.trains_base else "adapter", f"{method.name}{rank}{alpha}{dropout}{equals}"),
-        ("adapted modules", ", ".join(targets) if isinstance(targets, list) else targets),
-    ]
+        *([(f"adapter {one.name}", f"{one.weight:g} times {one.stored.method.name}, r {one.stored.usual.r}")
+           for one in artifact.stack]
+          or [("method" if method.keys.trains_base else "adapter", f"{method.name}{rank}{alpha}{dropout}{equals}")]),
+        ("adapted modules", None if artifact.stack else ", ".join(targets) if isinstance(targets, list) else targets),
+    ]  # fmt: skip
     if not _format(result).startswith("adapter"):
         rounded = "quantized to nf4 again" if _format(result) == "nf4" else f"rounded once to {result['dtype']}"
         how = ("weights", f"the trained ones, {rounded}") if method.keys.trains_base else (
@@ -262,7 +266,7 @@ def _facts(artifact: Artifact, result: dict[str, Any]) -> list[tuple[str, Any]]:
         )  # fmt: skip
         facts += [how,
                   ("why this dtype", result.get("dtype_reason") or None)]  # fmt: skip
-    if artifact.run is not None:
+    if artifact.run is not None and not artifact.stack:
         facts += [*_training(artifact), *_losses(artifact.adapter.folder.parent),
                   *_memory(artifact.adapter.folder.parent)]  # fmt: skip
     return [(name, value) for name, value in facts if value is not None]

@@ -9,13 +9,14 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from qlora_tool.adapters.stack import attach_stack
 from qlora_tool.artifacts import Artifact, base_folder
 from qlora_tool.build import open_model
 from qlora_tool.config import DataConfig
@@ -76,6 +77,7 @@ class Proof:
         agreement, update: the figures; None where there are none.
         left_out: why verification was left out, else None. `update` may be known all the same.
         failed: whether it was left out because the files could not be run.
+        live: what it was held against, in words.
         finer_base: whether `--base original` would merge onto finer weights than the 4-bit values trained against.
     """
 
@@ -87,6 +89,7 @@ class Proof:
     left_out: str | None = None
     failed: bool = False
     finer_base: bool = False
+    live: str = "the trained model (quantized base with its adapter)"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; figures in four digits, which do not change from one run to the next."""
@@ -105,8 +108,8 @@ class Proof:
             return [f"not verified: {self.left_out}", *kept]
         found = self.agreement
         lines = [
-            f"{'compared with' if self.warnings() else 'verified against'} the trained model (quantized base with its "
-            f"adapter) on {found.tokens:,} tokens of {self.rows}",
+            f"{'compared with' if self.warnings() else 'verified against'} {self.live} on {found.tokens:,} tokens of "
+            f"{self.rows}",
             f"  KL divergence {found.mean_kl:.2g} nats on average, {found.worst_kl:.2g} at worst (0: the same); the "
             f"same likeliest token at {found.argmax_agreement:.2%}",
         ]
@@ -202,7 +205,11 @@ def prove(
     except Exception as error:  # whatever transformers meets in the files: that is what there is to be told
         logger.debug("verification failed", exc_info=True)
         return Proof(base, dtype, left_out=f"plain transformers failed on the files: {error!r}", failed=True)
-    return Proof(base, dtype, source, agreement, update)
+    proof = Proof(base, dtype, source, agreement, update)
+    if not artifact.stack:
+        return proof
+    summed = " + ".join(f"{one.weight:g}·{one.name}" for one in artifact.stack)
+    return replace(proof, live=f"the live model (quantized base with {summed})")
 
 
 def _stored_as(folder: Path) -> str:
@@ -302,7 +309,10 @@ def _live(
 
 def open_live(artifact: Artifact) -> CausalLM:
     """The quantized base with its adapter, in evaluation, its products in fp32."""
-    model = open_model(artifact.model.model_copy(update={"compute_dtype": "float32"}), artifact.adapter)
+    config = artifact.model.model_copy(update={"compute_dtype": "float32"})
+    model = open_model(config, None if artifact.stack else artifact.adapter)
+    if artifact.stack:
+        attach_stack(model.module, artifact.stack)
     model.module.requires_grad_(False).eval()  # a trained output layer's hidden states do here, too
     return model
 
@@ -318,7 +328,7 @@ def measure_update(live: CausalLM, folder: Path, trust_remote_code: bool = False
     files = ParameterSource(skeleton, Checkpoint(folder), live.device)
     product = size = error = 0.0
     for name, module in live.module.named_modules():
-        if not isinstance(module, FrozenLinear) or module.adapter is None:
+        if not isinstance(module, FrozenLinear) or not module.active_adapters:
             continue
         stored = files.read(f"{name}.weight")
         if isinstance(stored, QuantizedTensor):
@@ -326,7 +336,7 @@ def measure_update(live: CausalLM, folder: Path, trust_remote_code: bool = False
         elif module.transposed:
             stored = stored.T
         start = module.weight.dense(torch.float32)  # (out, in)
-        delta = module.adapter.delta(start)
+        delta = sum(adapter.delta(start) for adapter in module.adapters_in_use())
         difference = stored.float() - start
         product += _dot(difference, delta)
         size += _dot(delta, delta)

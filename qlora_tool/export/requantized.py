@@ -96,7 +96,7 @@ class _Writer:
     @cached_property
     def base(self) -> MergedModel:
         """What it was trained against."""
-        return dataclasses.replace(self.trained, adapter=None)
+        return dataclasses.replace(self.trained, adapter=None, stack=())
 
     @property
     def dtype(self) -> torch.dtype:

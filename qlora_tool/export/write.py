@@ -140,7 +140,8 @@ def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> E
     _refuse_options(options)
     refuse_taken(output, options.overwrite)
     folder = base_folder(artifact)
-    refuse_inputs(output, {"the base": folder, "the adapter": artifact.adapter.folder})
+    adapters = {f"the adapter {one.name}": one.stored.folder for one in artifact.stack}
+    refuse_inputs(output, {"the base": folder, **(adapters or {"the adapter": artifact.adapter.folder})})
     generation_settings(folder)  # a fault of the file is told before anything is written
     rows = _rows(artifact, options)
     changed = refuse_changed_base(artifact, folder)
@@ -196,6 +197,7 @@ def _job(artifact: Artifact, folder: Path, output: Path, options: ExportOptions)
     merged = MergedModel(
         build_skeleton(read_model_config(folder, trust), trust), Checkpoint(folder), quantization, artifact.adapter,
         options.base, cached=find_cached_base(folder, quantization) if options.base == "dequantized" else None,
+        stack=artifact.stack,
     )  # fmt: skip
     return Job(output.resolve().name, artifact, folder, merged, options.max_shard_size, options.gguf_type)
 
@@ -302,11 +304,24 @@ def _inputs(artifact: Artifact, folder: Path, options: ExportOptions) -> dict[st
     return {
         "versions": [__version__, torch.__version__],
         "adapter": {file.name: sha256(file) for file in sorted(adapter.glob("adapter_*"))},
+        **({"stack": stack_facts(artifact)} if artifact.stack else {}),
         "tokenizer": {file.name: sha256(file) for file in sorted(adapter.glob("tokenizer*"))},
         "base": file_hashes(folder),
         "quantization": asdict(Quantization.of(artifact.model)),
         "options": asked,
     }
+
+
+def stack_facts(artifact: Artifact) -> list[dict[str, Any]]:
+    """What a weighted sum was made of: every adapter with its weight, its files and its data."""
+    return [
+        {
+            "name": one.name, "weight": one.weight, "method": one.stored.method.name,
+            "files": {file.name: sha256(file) for file in sorted(one.stored.folder.glob("adapter_*"))},
+            "data": (one.stored.provenance or {}).get("data"),
+        }
+        for one in artifact.stack
+    ]  # fmt: skip
 
 
 def _provenance(artifact: Artifact, options: ExportOptions, result: dict[str, Any]) -> dict[str, Any]:
@@ -320,6 +335,7 @@ def _provenance(artifact: Artifact, options: ExportOptions, result: dict[str, An
         "embeddings": artifact.model.embeddings,
         "skip_modules": artifact.model.skip_modules,
         "merged": {"base": options.base, "dtype": result["dtype"]},
+        **({"method": "sum", "data": None, "stack": stack_facts(artifact)} if artifact.stack else {}),
     }
 
 
@@ -343,11 +359,12 @@ def _report(artifact: Artifact, folder: Path, options: ExportOptions, result: di
                 "skip_modules": artifact.model.skip_modules,
                 "files": file_hashes(folder),
             },
-            "adapter": {
+            "adapter": None if artifact.stack else {
                 "method": artifact.adapter.method.name,
                 "files": {file.name: sha256(file) for file in sorted(adapter.glob("adapter_*"))},
             },
-            "data": known.get("data"),
+            **({"stack": stack_facts(artifact)} if artifact.stack else {}),
+            "data": None if artifact.stack else known.get("data"),
         },
         "verification": result["verification"],
     }

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_tool.adapters.stack import Weighted, base_of_its_own
 from qlora_tool.adapters.switch import Switch
 from qlora_tool.artifacts import Artifact, BaseOptions, base_folder, changed_base, find_artifact
 from qlora_tool.build import open_model
@@ -50,6 +51,14 @@ class Several:
     base: Artifact
     adapters: Mapping[str, Artifact]
     weights: Mapping[str, float]
+
+    def summed(self) -> Artifact:
+        """The base with the weighted sum of the adapters on it, the first of which says how rows are read."""
+        first = next(iter(self.adapters.values()))
+        stack = tuple(Weighted(name, one.adapter, self.weights[name]) for name, one in self.adapters.items())
+        if len(stack) == 1 and stack[0].weight == 1:
+            return first
+        return replace(first, name=" + ".join(one.name for one in self.adapters.values()), stack=stack)
 
 
 def parse_adapters(given: Sequence[str]) -> list[Given]:
@@ -115,6 +124,8 @@ def find_several(name: str, given: Sequence[str], options: BaseOptions, *, weigh
         raise OptionError(f"--compare-base: {name} is a model without an adapter; name a run or an adapter, or give "
                           "--adapter NAME=FOLDER")  # fmt: skip
     _refuse_different(found)
+    if own := [fault for name, one in found.items() if (fault := base_of_its_own(name, one.adapter))]:
+        raise UserError(own)
     one = next(iter(found.values()))
     # Asked as the first adapter is, so that the two can be compared.
     base = Artifact(base_name, one.model, None, one.run, one.model, chat_template_kwargs=one.chat_template_kwargs)

@@ -171,7 +171,7 @@ def _provenance(stored: StoredAdapter, found: Inspection, r: int) -> dict[str, A
     return known | {
         "method": "lora",
         "truncated": {"qlora_tool": __version__, "method": stored.method.name, "from_r": found.rank, "r": r,
-                      "kept": found.kept(r), "files": whole},
+                      "kept": found.kept(r), "start": stored.start or None, "files": whole},
     }  # fmt: skip
 
 

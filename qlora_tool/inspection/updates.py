@@ -220,7 +220,7 @@ def open_adapter(artifact: Artifact) -> Opened:
     """
     stored = adapter_of(artifact)
     merged, no_base = _base(artifact)
-    layers = merged.layers if merged else stored.layers(torch.float32)
+    layers = {name: found[0] for name, found in merged.layers.items()} if merged else stored.layers(torch.float32)
     if others := [name for name, layer in layers.items() if type(layer) is not Adapter]:
         raise UserError(f"{artifact.name}: {others[0]} is of embeddings or experts; inspect knows linear modules alone")
     sizes = {name: stored.method.sizes(stored.by_module[name])[:2] for name in layers}
@@ -262,7 +262,7 @@ def _updates(stored: StoredAdapter, opened: Opened) -> Iterable[ModuleUpdate]:
         if not layer.method.additive:  # what it does beside adding s·BA depends on the weight
             norm = None if weight is None else float(torch.linalg.vector_norm(layer.delta(weight), dtype=torch.float64))
         weight_norm = None if weight is None else float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-        yield ModuleUpdate(name, kind_of(name), *opened.shapes[name], stored.settings(name).r, norm, weight_norm, found)
+        yield ModuleUpdate(name, kind_of(name), *opened.shapes[name], layer.settings.r, norm, weight_norm, found)
 
 
 def update_factors(name: str, layer: Adapter, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:

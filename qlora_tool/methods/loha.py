@@ -38,6 +38,7 @@ class Loha(Method):
     peft_type = "LOHA"
     keys = LohaKeys
     peft_takes_conv1d = False
+    scales = frozenset({"hada_w1_a"})
     peft_names: ClassVar[Mapping[str, str]] = {
         name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     }

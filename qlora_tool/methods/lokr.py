@@ -61,6 +61,7 @@ class Lokr(Method):
     peft_type = "LOKR"
     keys = LokrKeys
     peft_takes_conv1d = False
+    scales = frozenset({"lokr_w1", "lokr_w1_a"})
     peft_names: ClassVar[Mapping[str, str]] = {
         name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
     }

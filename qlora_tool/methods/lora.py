@@ -83,6 +83,7 @@ class Lora(Method):
     }  # fmt: skip
     peft_embedding_names: ClassVar[Mapping[str, str]] = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
     on_experts = on_parts = True
+    scales = frozenset({"lora_B", "lora_B_bias", "start_B"})
     optional = frozenset({"lora_B_bias", "start_A", "start_B"})
     frozen = kept = frozenset({"start_A", "start_B"})
     fused: ClassVar[bool] = True

@@ -117,6 +117,7 @@ class Method(ABC):
         has_delta: whether there is an update of a weight, ΔW.
         additive: whether it adds to the output of its module, so that several can be active together.
         peft_takes_conv1d: whether PEFT can load it onto transformers' Conv1D.
+        scales: tensors such that w times these, the others as they are, is w times the update; of additive methods.
         fp32: those of its tensors that are fp32 whatever the others are.
         frozen: those of its tensors that are not trained: they are made again from the seed, and saved nowhere.
         shared_names: those of them that all adapters of a model have in common, and their full names in PEFT's file,
@@ -141,6 +142,7 @@ class Method(ABC):
     has_delta: ClassVar[bool] = True
     additive: ClassVar[bool] = True
     peft_takes_conv1d: ClassVar[bool] = True
+    scales: ClassVar[frozenset[str]] = frozenset()
     fp32: ClassVar[frozenset[str]] = frozenset()
     frozen: ClassVar[frozenset[str]] = frozenset()
     shared_names: ClassVar[Mapping[str, str]] = {}

@@ -44,6 +44,7 @@ class Vera(Method):
 
     name = "vera"
     peft_type = "VERA"
+    scales = frozenset({"vera_lambda_b"})
     keys = VeraKeys
     peft_names: ClassVar[Mapping[str, str]] = {"vera_lambda_b": "vera_lambda_b", "vera_lambda_d": "vera_lambda_d"}
     frozen = frozenset({"vera_A", "vera_B"})

@@ -1,0 +1,152 @@
+"""Several adapters added up on one base: W₀ + Σ wᵢ·Δᵢ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from qlora_tool.adapters.peft_files import StoredAdapter, refuse_misfit, refuse_misfit_replaced, shapes_of
+from qlora_tool.adapters.places import adaptable
+from qlora_tool.adapters.trained_base import tie, train_parameter, transposed_names
+from qlora_tool.errors import UserError
+from qlora_tool.model.parameter_source import tied_names
+
+Parts = Sequence[tuple[float, Tensor]]  # weights, and tensors that replace one of the base's
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """One adapter of a sum.
+
+    Attributes:
+        name: what it is called.
+        stored: the adapter.
+        weight: w, what its update is multiplied by.
+    """
+
+    name: str
+    stored: StoredAdapter
+    weight: float
+
+    def scaled(self) -> StoredAdapter:
+        """The adapter whose updates are w times this one's, what is multiplied in fp32; what it replaces is left as it
+        is."""
+        stored = self.stored
+        if self.weight == 1:
+            return stored
+        tensors = {}
+        for key, tensor in stored.tensors.items():
+            owner = stored.owner(key)
+            scales = owner is not None and owner[1] in stored.method.scales
+            tensors[key] = tensor.float() * self.weight if scales else tensor
+        return replace(stored, tensors=tensors)
+
+
+def refuse_unaddable(stack: Sequence[Weighted]) -> None:
+    """Refuse adapters whose updates cannot be added to others', a line each.
+
+    Raises:
+        UserError: DoRA's, which scales the whole weight; one that replaces single rows; one whose base was quantized without what it took over.
+    """
+    faults = []
+    for one in stack:
+        if not one.stored.method.additive:
+            faults.append(
+                f"{one.name} ({one.stored.folder}): {one.stored.method} scales the whole weight, so its update is not "
+                "one that others can be added to; export it merged alone, and train the others on that model"
+            )
+        elif rows := one.stored.token_rows():
+            faults.append(
+                f"{one.name} ({one.stored.folder}): it replaces single rows of {next(iter(rows))} "
+                "(trainable_token_indices), which are not added up here; export it merged alone, and train the others "
+                "on that model"
+            )
+        elif refusal := base_of_its_own(one.name, one.stored):
+            faults.append(refusal)
+    if faults:
+        raise UserError(faults)
+
+
+def base_of_its_own(name: str, stored: StoredAdapter) -> str | None:
+    """Why an adapter shares its base with no other, and not with the plain model; None where it does."""
+    if stored.quantized_without is None:
+        return None
+    return (
+        f"{name} ({stored.folder}): its base was quantized without what it took over at its start "
+        f"({stored.start.get('init_lora_weights')}), so it is on a base of its own; use it alone, or export it merged"
+    )
+
+
+def replacement(parts: Parts, base: Callable[[], Tensor]) -> Tensor:
+    """W₀ + Σ wᵢ·(Rᵢ − W₀), where adapters replace a tensor of the base by Rᵢ; R itself where there is one of weight 1.
+
+    Args:
+        base: gives W₀, in the orientation of the parts.
+    """
+    if len(parts) == 1 and parts[0][0] == 1:
+        return parts[0][1]
+    total = sum(weight for weight, _ in parts)
+    mixed = base().float() * (1 - total)
+    for weight, tensor in parts:
+        mixed = mixed.add_(tensor.float(), alpha=weight)
+    return mixed
+
+
+def replaced_by(stack: Sequence[Weighted]) -> dict[str, list[tuple[float, Tensor]]]:
+    """What the adapters replace, by parameter name."""
+    found: dict[str, list[tuple[float, Tensor]]] = {}
+    for one in stack:
+        for name, tensor in one.stored.replaced_tensors().items():
+            found.setdefault(name, []).append((one.weight, tensor))
+    return found
+
+
+@torch.no_grad()
+def attach_stack(model: nn.Module, stack: Sequence[Weighted]) -> None:
+    """Let a model compute with the sum of adapters, in fp32.
+
+    Raises:
+        UserError: one does not fit this model, or cannot be added to others.
+    """
+    refuse_unaddable(stack)
+    replaced = replaced_by(stack)
+    transposed = transposed_names(model, replaced)
+    names: dict[str, list[str]] = {}
+    for number, one in enumerate(stack):
+        stored = one.scaled()
+        shapes = shapes_of(model, stored.by_module)
+        refuse_misfit(stored, stored.by_module, shapes)
+        refuse_misfit_replaced(model, stored, stored.replaced_tensors())
+        layers = stored.layers(torch.float32, next(model.parameters()).device, 0.0, shapes)
+        for place, layer in layers.items():
+            adaptable(model, place).add_adapter(str(number), layer.train(model.training))
+            names.setdefault(place, []).append(str(number))
+    for place, active in names.items():
+        adaptable(model, place).set_adapters(active)
+    _replace(model, replaced, transposed)
+
+
+def _replace(
+    model: nn.Module, replaced: Mapping[str, list[tuple[float, Tensor]]], transposed: frozenset[str]
+) -> None:
+    trained = {name: train_parameter(model, name, torch.float32) for name in replaced}
+    for name, parts in replaced.items():
+        own = trained[name]
+        base = own.T if name in transposed else own
+        mixed = replacement(parts, lambda base=base: base.detach().clone())  # type: ignore[misc]
+        own.copy_(mixed.T if name in transposed else mixed)
+        own.requires_grad_(False)
+    for target, source in tied_names(model).items():  # tied ones stay so, unless they were trained apart
+        if target in trained and source in trained and same(replaced[target], replaced[source]):
+            tie(model, target, trained[source])
+
+
+def same(one: Parts, other: Parts) -> bool:
+    """Whether two tensors are replaced alike."""
+    return len(one) == len(other) and all(
+        weight == twin and torch.equal(tensor, copy)
+        for (weight, tensor), (twin, copy) in zip(one, other, strict=True)
+    )
