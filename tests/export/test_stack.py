@@ -179,7 +179,7 @@ def test_what_cannot_be_added(runs: Path, tmp_path: Path):
     taken = tmp_path / "taken"
     write_run(taken, model, adapter={"init_lora_weights": "pissa"})
     assert "so it is on a base of its own; use it alone" in refusal(model, sums, f"p={taken}")
-    with pytest.raises(UserError, match="quantized without a part that its start"):
+    with pytest.raises(UserError, match="without the part that its start took out"):
         api.inspect(taken, truncate=1, output_dir=tmp_path / "cut")
 
 
