@@ -500,7 +500,7 @@ def shapes_of(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ..
 def _refuse_misfit_rows(
     model: nn.Module, stored: StoredAdapter, rows: Mapping[str, tuple[list[int], Tensor]]
 ) -> None:
-    shapes, faults = _shapes(model, rows), []
+    shapes, faults = shapes_of(model, rows), []
     for name, (tokens, values) in rows.items():
         if name not in shapes:
             faults.append(f"{stored.folder}: has rows of {name}, which this model has not")

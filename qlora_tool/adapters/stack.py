@@ -49,7 +49,8 @@ def refuse_unaddable(stack: Sequence[Weighted]) -> None:
     """Refuse adapters whose updates cannot be added to others', a line each.
 
     Raises:
-        UserError: DoRA's, which scales the whole weight; one that replaces single rows; one whose base was quantized without what it took over.
+        UserError: DoRA's, which scales the whole weight; one that replaces single rows; one whose base was quantized
+            without what it took over.
     """
     faults = []
     for one in stack:

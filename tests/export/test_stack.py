@@ -176,6 +176,8 @@ def test_what_cannot_be_added(runs: Path, tmp_path: Path):
     assert line.startswith(f"d ({dora}): dora scales the whole weight") and "export it merged alone" in line
     assert "--format adapter" in refusal(model, sums, f"o={runs / 'other'}", format="adapter")
     assert "finite number and not 0" in refusal(model, f"{sums}:inf")
+    rows = write_adapter(tmp_path / "rows", model, trainable_token_indices=[1, 2])
+    assert "it replaces single rows of model.embed_tokens" in refusal(model, sums, f"r={rows}", verify=False)
     taken = tmp_path / "taken"
     write_run(taken, model, adapter={"init_lora_weights": "pissa"})
     assert "so it is on a base of its own; use it alone" in refusal(model, sums, f"p={taken}")
