@@ -108,9 +108,10 @@ class Adapter(nn.Module):
         """What merging adds to `weight` (out, in), fp32."""
         return self.method.delta(self.tensors, self.settings, weight)
 
-    def factors(self, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
-        """B (out, k) and A (k, in), fp64, of the update of a weight of this shape (out, in); see `Method.factors`."""
-        return self.method.factors(self.tensors, self.settings, shape)
+    def factors(self, shape: tuple[int, ...]) -> list[tuple[Tensor, Tensor] | None]:
+        """B (out, k) and A (k, in), fp64, of the update of each matrix of a weight of this shape; see
+        `Method.factors`."""
+        return [self.method.factors(self.tensors, self.settings, (shape[0], shape[1]))]
 
     def bias_delta(self) -> Tensor | None:
         """What merging adds to the module's bias, fp32, (out,); None where nothing."""
@@ -158,6 +159,11 @@ class EmbeddingAdapter(Adapter):
         """What merging adds to them."""
         return self.method.delta(self.tensors, self.settings, weight.T).T
 
+    def factors(self, shape: tuple[int, ...]) -> list[tuple[Tensor, Tensor] | None]:
+        """Those of (vocabulary, dim)."""
+        found = self.method.factors(self.tensors, self.settings, (shape[1], shape[0]))
+        return [None if found is None else (found[1].T, found[0].T)]
+
     @classmethod
     def names(cls, method: Method) -> Mapping[str, str]:
         return method.peft_embedding_names
@@ -192,6 +198,10 @@ class ExpertsAdapter(Adapter):
     def delta(self, weight: Tensor) -> Tensor:
         """What merging adds to `weight`."""
         return torch.stack([self.method.delta(self._of(index), self.settings, one) for index, one in enumerate(weight)])
+
+    def factors(self, shape: tuple[int, ...]) -> list[tuple[Tensor, Tensor] | None]:
+        """Those of each expert."""
+        return [self.method.factors(self._of(index), self.settings, (shape[1], shape[2])) for index in range(shape[0])]
 
     def _of(self, expert: int) -> dict[str, Tensor]:
         return {name: tensor[expert] for name, tensor in self.tensors.items()}

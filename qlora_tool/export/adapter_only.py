@@ -125,12 +125,14 @@ def plain_config(stored: StoredAdapter, rank: int, base: str, revision: str | No
         "lora_alpha": rank,
         "lora_dropout": peft.get("lora_dropout", 0.0),
         "init_lora_weights": True,
-        "bias": peft.get("bias", "none"),
+        "bias": "lora_only" if str(peft.get("bias")).endswith("_only") else peft.get("bias", "none"),  # vera_only
         "fan_in_fan_out": bool(peft.get("fan_in_fan_out")),
         "target_modules": _named_modules(stored),
         "modules_to_save": peft.get("modules_to_save") or None,
     }
-    return config | {key: True for key in ("use_dora", "lora_bias") if peft.get(key)}
+    config |= {key: True for key in ("use_dora", "lora_bias") if peft.get(key)}
+    rows = peft.get("trainable_token_indices")
+    return config | ({"trainable_token_indices": rows} if rows else {})
 
 
 def _named_modules(stored: StoredAdapter) -> list[str]:

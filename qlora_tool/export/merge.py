@@ -234,9 +234,10 @@ class MergedModel:
         parts = [(weight, tensor.transpose(-1, -2) if turned else tensor) for weight, tensor in self.replaced[name]]
         return replacement(parts, lambda: self._base_value(name, slot))
 
-    def base_weight(self, module: str) -> Tensor:
-        """The weight of a linear module that the adapter was trained on top of, fp32, (out, in)."""
-        name = f"{module}.weight"
+    def base_weight(self, place: str) -> Tensor:
+        """The weight at a place of `layers` that the adapter was trained on top of, fp32: (out, in) of a linear module,
+        (vocabulary, dim) of embeddings, (experts, out, in)."""
+        name = place if place in self.slots else f"{place}.weight"
         return self._base_value(name, self.slots.get(name) or self._embeddings.get(name)).float()
 
     def _base_value(self, name: str, slot: Slot | None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qlora_tool._version import __version__
+from qlora_tool.adapters.adapter import EmbeddingAdapter, ExpertsAdapter
 from qlora_tool.adapters.peft_files import CONFIG_NAME, PREFIX, WEIGHTS_NAME, StoredAdapter, read_adapter
 from qlora_tool.adapters.switch import Switch
 from qlora_tool.artifacts import Artifact
@@ -97,6 +98,9 @@ def refuse_truncation(artifact: Artifact, r: int, output: Path, overwrite: bool 
             f"--truncate {r}: {artifact.name} is {stored.method.name}, whose update is not of a low rank: it rescales "
             "the whole weight; export it merged, or train with adapter.method: lora"
         )
+    if experts := [name for name in stored.by_module if stored.adapter_class(name) is ExpertsAdapter]:
+        raise UserError(f"--truncate {r}: {artifact.name} adapts experts ({experts[0]}), of which no plain LoRA is "
+                        "made here; export it merged, or train again with a lower adapter.r")  # fmt: skip
     if stored.quantized_without is not None:
         raise UserError(
             f"--truncate {r}: {artifact.name} was trained on a base without the part that its start took out "
@@ -150,11 +154,14 @@ def _rows(artifact: Artifact, data: str | None) -> tuple[Sequence[Example], str]
 
 def cut_tensors(stored: StoredAdapter, opened: Opened, r: int) -> dict[str, Tensor]:
     """The tensors of the best LoRA of rank `r`, of scale 1, fp32, by PEFT's names; what is trained whole goes along."""
-    names = METHODS["lora"].peft_names
+    lora = METHODS["lora"]
     tensors: dict[str, Tensor] = {}
     for name, layer in opened.layers.items():
-        factors = update_factors(name, layer, opened.shapes[name])
+        names = type(layer).names(lora)
+        (factors,) = update_factors(layer, opened.shapes[name])
         best_B, best_A = best_factors(*factors, r)
+        if isinstance(layer, EmbeddingAdapter):  # of which PEFT has the weight turned
+            best_B, best_A = best_A.T, best_B.T
         tensors[f"{PREFIX}{name}.{names['lora_A']}"] = best_A.float().contiguous()
         tensors[f"{PREFIX}{name}.{names['lora_B']}"] = best_B.float().contiguous()
         if (bias := layer.bias_delta()) is not None:

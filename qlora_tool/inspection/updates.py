@@ -37,7 +37,7 @@ class ModuleUpdate:
     """What the adapter does to one weight.
 
     Attributes:
-        name: of the module.
+        name: of the module; of experts that of their weight, and the number of the expert.
         kind: its name without the number of its layer: `self_attn.q_proj`.
         r: the adapter's rank there.
         update_norm: ‖Δ‖, Frobenius; None where it depends on W₀, which is not at hand.
@@ -201,13 +201,13 @@ class Opened:
 
     Attributes:
         layers: the adapters by the name of their module, in the model's order.
-        shapes: (out, in) of the adapted weights by the same names.
+        shapes: of the adapted weights by the same names: (out, in), (vocabulary, dim), (experts, out, in).
         weights: what gives a base's weight (out, in), fp32, or None.
         no_base: why there are none, or None.
     """
 
     layers: Mapping[str, Adapter]
-    shapes: Mapping[str, tuple[int, int]]
+    shapes: Mapping[str, tuple[int, ...]]
     weights: Callable[[str], Tensor] | None
     no_base: str | None
 
@@ -221,11 +221,8 @@ def open_adapter(artifact: Artifact) -> Opened:
     stored = adapter_of(artifact)
     merged, no_base = _base(artifact)
     layers = {name: found[0] for name, found in merged.layers.items()} if merged else stored.layers(torch.float32)
-    if others := [name for name, layer in layers.items() if type(layer) is not Adapter]:
-        raise UserError(f"{artifact.name}: {others[0]} is of embeddings or experts; inspect knows linear modules alone")
-    sizes = {name: stored.method.sizes(stored.by_module[name])[:2] for name in layers}
-    shapes = adaptable_shapes(merged.skeleton) if merged else sizes
-    known = {name: (shapes[name][0], shapes[name][1]) for name in layers}
+    sizes = {name: stored.sizes(name)[0] for name in layers}
+    known = adaptable_shapes(merged.skeleton) if merged else sizes
     if not all(min(known[name]) for name in layers):
         raise UserError(
             f"{artifact.name}: the sizes of its {stored.method.name} updates are those of the base's weights, and the "
@@ -256,29 +253,35 @@ def _updates(stored: StoredAdapter, opened: Opened) -> Iterable[ModuleUpdate]:
     if opened.weights is not None:
         logger.info("reading the %d weights of the base that are adapted, for their norms", len(opened.layers))
     for name, layer in opened.layers.items():
-        found = spectrum(*update_factors(name, layer, opened.shapes[name]))
         weight = None if opened.weights is None else opened.weights(name)
-        norm: float | None = found.norm
-        if not layer.method.additive:  # what it does beside adding s·BA depends on the weight
-            norm = None if weight is None else float(torch.linalg.vector_norm(layer.delta(weight), dtype=torch.float64))
-        weight_norm = None if weight is None else float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-        yield ModuleUpdate(name, kind_of(name), *opened.shapes[name], layer.settings.r, norm, weight_norm, found)
+        shape = opened.shapes[name]
+        matrices = [None] * shape[0] if weight is None or len(shape) < 3 else list(weight)
+        for index, factors in enumerate(update_factors(layer, shape)):
+            own = matrices[index] if len(shape) > 2 else weight
+            found = spectrum(*factors)
+            norm: float | None = found.norm
+            if not layer.method.additive:  # what it does beside adding s·BA depends on the weight
+                norm = None if own is None else _norm(layer.delta(own))
+            yield ModuleUpdate(
+                f"{name}.{index}" if len(shape) > 2 else name, kind_of(f"{name}.{index}" if len(shape) > 2 else name),
+                *shape[-2:], layer.settings.r, norm, None if own is None else _norm(own), found,
+            )  # fmt: skip
 
 
-def update_factors(name: str, layer: Adapter, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """B (out, k) and A (k, in), fp64, whose product is the update: low-rank ones where the method has them, else the
-    update itself and an identity.
+def _norm(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
 
-    Raises:
-        UserError: the update is not one matrix.
-    """
-    factors = layer.factors(shape)
-    if factors is None:
-        # An update that is added does not depend on the weight.
-        factors = layer.delta(torch.zeros(shape)).double(), torch.eye(shape[1], dtype=torch.float64)
-    if factors[0].dim() != 2 or (factors[0].shape[0], factors[1].shape[-1]) != shape:
-        raise UserError(f"{name}: its update is not one matrix, which is all that is looked at here")
-    return factors
+
+def update_factors(layer: Adapter, shape: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+    """B (out, k) and A (k, in), fp64, whose product is the update, of each matrix of a weight of this shape: low-rank
+    ones where the method has them, else the update itself and an identity."""
+    found = []
+    for factors in layer.factors(shape):
+        if factors is None:
+            # An update that is added does not depend on the weight.
+            factors = layer.delta(torch.zeros(shape)).double(), torch.eye(shape[1], dtype=torch.float64)
+        found.append(factors)
+    return found
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:

@@ -44,6 +44,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"method": "lokr", "r": 3},
         {"method": "vera", "r": 5},
         {"method": "additive", "r": 2},
+        {"target_modules": ["embed_tokens", "q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
     ],
     ids=str,
 )
@@ -51,12 +53,15 @@ def test_it_is_the_best_rank_r_of_each_update(base, tmp_path, settings):
     adapter = write_adapter(tmp_path / "a", base, quantization="none", **settings)
     look(artifact_of(adapter), r=3, output=tmp_path / "cut")
     cut = load_file(tmp_path / "cut" / "adapter_model.safetensors")
-    for name, layer in open_adapter(artifact_of(adapter)).layers.items():
-        delta = layer.delta(torch.zeros(cut[f"{PREFIX}{name}.lora_B.weight"].shape[0],
-                                        cut[f"{PREFIX}{name}.lora_A.weight"].shape[1]))  # fmt: skip
+    opened = open_adapter(artifact_of(adapter))
+    for name, layer in opened.layers.items():
+        delta = layer.delta(torch.zeros(opened.shapes[name]))
         U, values, Vh = np.linalg.svd(delta.detach().double().numpy(), full_matrices=False)
         expected = (U[:, :3] * values[:3]) @ Vh[:3]
-        found = cut[f"{PREFIX}{name}.lora_B.weight"].double() @ cut[f"{PREFIX}{name}.lora_A.weight"].double()
+        embeds = name.endswith("embed_tokens")  # of which PEFT has the weight turned
+        lora_B, lora_A = (cut[f"{PREFIX}{name}.lora_{f'embedding_{part}' if embeds else f'{part}.weight'}"].double()
+                          for part in "BA")  # fmt: skip
+        found = (lora_B @ lora_A).T if embeds else lora_B @ lora_A
         # fp32's rounding of either factor, and of the delta that numpy decomposes.
         np.testing.assert_allclose(found.numpy(), expected, atol=2e-6 * values[0])
     config = json.loads((tmp_path / "cut" / "adapter_config.json").read_text())

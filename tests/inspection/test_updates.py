@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_adapters import artifact_of, write_adapter, write_peft_adapter
 from tiny_models import write_tiny
 
+from qlora_tool import inspect
 from qlora_tool.errors import UserError
 from qlora_tool.inspection.spectrum import Spectrum
 from qlora_tool.inspection.table import lines_of
@@ -70,6 +71,30 @@ def test_loha_has_the_singular_values_of_its_whole_update(base, tmp_path, r):
     assert inspect_adapter(artifact_of(adapter)).rows[0].verdict == ""  # r is not the rank that it can have
 
 
+def test_embeddings_and_every_expert_are_looked_at(base, tmp_path):
+    """Against numpy's decomposition of what merging adds to each matrix."""
+    folder = write_tiny("qwen3_moe", tmp_path / "base")
+    settings = {"target_modules": ["embed_tokens", "q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    artifact = artifact_of(write_adapter(tmp_path / "a", folder, quantization="none", **settings))
+    found = {module.name: module for module in inspect_adapter(artifact).modules}
+    opened = open_adapter(artifact)
+    counted = 0
+    for name, layer in opened.layers.items():
+        weight = opened.weights(name)
+        deltas = layer.delta(weight.clone()).detach().double()
+        for index, delta in enumerate(deltas if deltas.dim() == 3 else [deltas]):
+            module = found[f"{name}.{index}" if deltas.dim() == 3 else name]
+            own = weight[index] if deltas.dim() == 3 else weight
+            np.testing.assert_allclose(module.spectrum.values, numpys(delta.numpy(), 4), rtol=2e-5)
+            assert module.weight_norm == pytest.approx(float(own.double().norm()), rel=1e-6)
+            assert (module.out_features, module.in_features) == tuple(delta.shape)
+            counted += 1
+    assert counted == len(found) > len(opened.layers)
+    assert "mlp.experts.down_proj.*" in {module.kind for module in found.values()}
+    with pytest.raises(UserError, match="adapts experts"):
+        inspect(artifact.adapter.folder, truncate=2, output_dir=tmp_path / "cut")
+
+
 def test_dora_has_ranks_of_its_low_rank_part_and_the_norm_of_all_of_it(base, tmp_path):
     adapter = write_adapter(tmp_path / "a", base, method="dora", quantization="none")
     inspection = inspect_adapter(artifact_of(adapter))
@@ -89,7 +114,7 @@ def test_factors_of_every_method_multiply_to_its_delta(base, tmp_path):
         adapter = write_adapter(tmp_path / name, base, method=name, r=2)
         opened = open_adapter(artifact_of(adapter))
         for module, layer in opened.layers.items() if method.additive else ():
-            factor_B, factor_A = update_factors(module, layer, opened.shapes[module])
+            ((factor_B, factor_A),) = update_factors(layer, opened.shapes[module])
             expected = layer.delta(torch.zeros(opened.shapes[module]))
             torch.testing.assert_close((factor_B @ factor_A).float(), expected, rtol=1e-5, atol=1e-5)
             assert factor_B.shape[1] <= min(opened.shapes[module])
@@ -157,8 +182,6 @@ def test_without_the_base_or_with_another_norms_are_left_out_and_it_is_said(base
 
 
 def test_pefts_own_adapter_needs_no_word_of_the_quantization(base, tmp_path):
-    from qlora_tool import inspect
-
     adapter = write_peft_adapter(tmp_path / "a", base, base_model_name_or_path=str(base))
     assert inspect(adapter).inspection.modules[0].ratio is not None
     with pytest.raises(UserError, match="how the base was quantized"):
