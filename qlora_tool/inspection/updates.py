@@ -253,19 +253,17 @@ def _updates(stored: StoredAdapter, opened: Opened) -> Iterable[ModuleUpdate]:
     if opened.weights is not None:
         logger.info("reading the %d weights of the base that are adapted, for their norms", len(opened.layers))
     for name, layer in opened.layers.items():
-        weight = None if opened.weights is None else opened.weights(name)
-        shape = opened.shapes[name]
-        matrices = [None] * shape[0] if weight is None or len(shape) < 3 else list(weight)
+        weight, shape = None if opened.weights is None else opened.weights(name), opened.shapes[name]
+        several = len(shape) > 2
         for index, factors in enumerate(update_factors(layer, shape)):
-            own = matrices[index] if len(shape) > 2 else weight
+            one = f"{name}.{index}" if several else name
+            own = weight[index] if weight is not None and several else weight
             found = spectrum(*factors)
             norm: float | None = found.norm
             if not layer.method.additive:  # what it does beside adding s·BA depends on the weight
                 norm = None if own is None else _norm(layer.delta(own))
-            yield ModuleUpdate(
-                f"{name}.{index}" if len(shape) > 2 else name, kind_of(f"{name}.{index}" if len(shape) > 2 else name),
-                *shape[-2:], layer.settings.r, norm, None if own is None else _norm(own), found,
-            )  # fmt: skip
+            yield ModuleUpdate(one, kind_of(one), shape[-2], shape[-1], layer.settings.r, norm,
+                               None if own is None else _norm(own), found)  # fmt: skip
 
 
 def _norm(matrix: Tensor) -> float:
