@@ -24,7 +24,7 @@ from qlora_tool.adapters.calibration import Read, calibrated, reads_data
 from qlora_tool.adapters.fusion import tile_mlps
 from qlora_tool.adapters.initial import initial_settings, refuse_other_places
 from qlora_tool.adapters.peft_files import StoredAdapter, attach_stored, read_adapter, refuse_not_repeated
-from qlora_tool.adapters.starts import WeightStart, taken_out
+from qlora_tool.adapters.starts import WeightStart, start_facts, taken_out
 from qlora_tool.config import Config, ModelConfig, with_values
 from qlora_tool.errors import ToolError
 from qlora_tool.methods import METHODS
@@ -408,6 +408,8 @@ def _with_adapters(
     elif start.checkpoint is not None:
         left = []  # said when the run began
     adapters = attach(model.module, config.adapter, compute_dtype, config.training.seed, known)
+    if (start_facts(config.adapter) or {}).get("taken_out_of_base"):
+        model.module.quantized_without = "this run's adapter"
     remarks = [
         f"adapter.init_lora_weights: {getattr(config.adapter, 'init_lora_weights', '')} has nothing to start from in "
         f"{len(left)} of {len(adapters.layers)} modules, such as {left[0]}, which are not quantized or take no part in "

@@ -49,8 +49,14 @@ class AdapterSet:
         """Meanwhile the model computes as if nothing were trained: a reference that takes no memory.
 
         Raises:
-            UserError: tensors of the base itself are trained, so that the untrained ones are gone.
+            UserError: tensors of the base itself are trained, so that the untrained ones are gone; or the base was
+                quantized without what the adapters took over.
         """
+        if getattr(model, "quantized_without", None) is not None:
+            raise UserError(
+                "adapter.init_lora_weights: the base was quantized without what the adapters took over, so there is no "
+                "untrained model to compare with; set it to default"
+            )
         if self.saved or self.biases:
             raise UserError(
                 "adapter.modules_to_save, adapter.bias: the base's own tensors are trained, so there is no untrained "

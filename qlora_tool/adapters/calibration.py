@@ -18,7 +18,7 @@ from qlora_tool.adapters.adapter import generator_for
 from qlora_tool.adapters.targets import find_targets, settings_for
 from qlora_tool.data.batches import Batch, collate
 from qlora_tool.data.examples import Example
-from qlora_tool.errors import UserError
+from qlora_tool.errors import MachineError, UserError
 from qlora_tool.methods import METHODS
 from qlora_tool.methods.method import Method, Settings
 from qlora_tool.model.checkpointing import decoder_layers
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 1 << 14  # of all rows together: four to thirty times the width of a layer
 LENGTH = 512  # tokens of a block at most
+CHUNK = 2048  # tokens that are brought to fp32 at a time
 
 Read = Callable[[str], "Tensor | QuantizedTensor"]  # a parameter's name → its unquantized value, (out, in)
 
@@ -76,6 +77,7 @@ def calibrated(
     Raises:
         ValueError: no examples.
         UserError: the checkpoint is quantized already.
+        MachineError: the device has no memory for the rows.
     """
     if not len(examples):
         raise ValueError("the calibrated start needs examples of the training data")
@@ -91,11 +93,25 @@ def calibrated(
         hooks += [layer.register_forward_pre_hook(share.begin), layer.register_forward_hook(share.end)]
     try:
         model.hidden_states(batch.to(model.device))
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            f"adapter.init_lora_weights: calibrated: {batch.tokens} tokens of the training data do not fit beside the "
+            "model in one layer's pass; lower adapter.calibration_rows"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
         model.module.train(training)
     return found, [name for name in settings if name not in found]
+
+
+def _moments(x: Tensor) -> Tensor:
+    """Σ x·xᵀ of (tokens, in), fp32, (in, in)."""
+    total = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float32)
+    for part in x.split(CHUNK):
+        part = part.float()
+        total.addmm_(part.T, part)
+    return total
 
 
 class _LayerPass:
@@ -136,8 +152,7 @@ class _LayerPass:
             (x,) = inputs
             known = next((moments for seen, moments in self.shared if seen is x), None)
             if known is None:
-                flat = x.reshape(-1, x.shape[-1]).float()
-                self.shared.append((x, known := flat.T @ flat))
+                self.shared.append((x, known := _moments(x.reshape(-1, x.shape[-1]))))
             self.moments[name] = self.moments[name] + known if name in self.moments else known
 
         return note

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qlora_tool.adapters.adapter import Adapter, generator_for
 from qlora_tool.adapters.initial import initial_settings
 from qlora_tool.adapters.peft_files import attach_stored, read_adapter
-from qlora_tool.build import open_model
+from qlora_tool.build import Setup, Start, open_model
 from qlora_tool.config import AdapterConfig, Config, load_config
 from qlora_tool.errors import UserError
 from qlora_tool.export.merge import MergedModel
@@ -150,7 +150,7 @@ def test_pissa_starts_as_pefts_does():
     assert torch.allclose(tensors["lora_B"] @ tensors["lora_A"], product, atol=1e-5)
 
 
-def test_each_step_of_loftq_leaves_less_and_the_first_is_that_of_peft():
+def test_each_step_of_loftq_leaves_less_and_the_first_is_the_best_fit_of_nf4s_error():
     weight = noise(OUT, IN, seed=1)
     errors = []
     for steps in (1, 2, 5):
@@ -231,6 +231,22 @@ def test_the_merge_computes_what_was_trained(base, runs, name, tmp_path):
     result = export_merged(artifact_of(runs(name)), tmp_path / "merged", options)
     assert result.proof is not None and result.proof.agreement.worst_kl < 1e-6 and not result.proof.warnings()
     assert float((plain_logits(tmp_path / "merged") - live).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("embeddings", ["as_stored", "int8"])
+@pytest.mark.parametrize("start", ["pissa", "calibrated"])
+def test_a_module_with_nothing_to_start_from_starts_as_default_and_is_named(
+    base, start, embeddings, tmp_path, caplog
+):
+    write_run(tmp_path / "run", base, adapter={"init_lora_weights": start, "target_modules": ["q_proj", "lm_head"]},
+              model={"embeddings": embeddings})  # fmt: skip
+    said = [line for line in caplog.messages if "has nothing to start from in 1 of 3 modules, such as lm_head" in line]
+    assert bool(said) == (start == "calibrated" or embeddings == "as_stored")
+    reference = read_by_transformers(base)
+    merged = merged_weights(tmp_path / "run")
+    reference.load_state_dict(merged, strict=False)
+    found = reference(input_ids=IDS, use_cache=False).logits.detach()
+    assert float((found - opened_logits(tmp_path / "run")).abs().max()) < 2e-4
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -396,8 +412,6 @@ def test_a_base_that_is_quantized_already_is_one_line(base, start, tmp_path):
 
 
 def test_a_rank_above_a_weights_own_is_told_before_weights_are_read(tmp_path):
-    from qlora_tool.build import Setup
-
     folder = write_tiny("llama", tmp_path)
     config = Config.model_validate({
         "model": {"name_or_path": str(folder), "device": "cpu"}, "adapter": {"r": 65, "init_lora_weights": "pissa"},
@@ -416,6 +430,22 @@ def test_a_base_that_was_quantized_for_another_adapter_is_one_line(base, runs):
             attach_stored(model.module, other.adapter)
         (line,) = raised.value.lines
         assert "quantized whole" in line and "without what" in line and "export each merged" in line
+
+
+def test_without_its_adapters_such_a_base_is_no_reference(runs):
+    """A symmetric start's base is."""
+    for name in ("pissa", "symmetric"):
+        config = load_config(runs(name) / "config.yaml")
+        built = Setup.of(config).build(start=Start())
+        if name == "pissa":
+            with pytest.raises(UserError, match="no untrained model to compare with"), \
+                    built.adapters.disabled(built.model.module):
+                pass
+            continue
+        with torch.no_grad(), built.adapters.disabled(built.model.module):
+            found = built.model.module(input_ids=IDS, use_cache=False).logits
+            plain = open_model(config.model).module(input_ids=IDS, use_cache=False).logits
+        assert torch.equal(found, plain)
 
 
 def test_a_run_whose_adapters_stay_as_they_started_says_so(base, tmp_path):
