@@ -354,6 +354,12 @@ def build(
             f"training.tiled_mlp: nothing is tiled, as {model.config.model_type} with {config.adapter.method} has no "
             "gated MLP that runs as one operation (plain LoRA without dropout on all of its modules)"
         )
+    outputs = (getattr(model.module.get_submodule(name), "o_proj", None) for name in adapters.layers)
+    if any(getattr(output, "bias", None) is not None for output in outputs):
+        remarks.append(
+            f"adapter.method: {config.adapter.method}: o_proj has a bias here, which the prompts add once more, as "
+            "under PEFT: training does not begin with what the base gives"
+        )
     conv1d = [name for name in adapters.layers if getattr(model.module.get_submodule(name), "transposed", False)]
     if conv1d and not METHODS[config.adapter.method].peft_takes_conv1d:
         remarks.append(

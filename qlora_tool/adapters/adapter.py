@@ -169,6 +169,10 @@ class EmbeddingAdapter(Adapter):
         return method.peft_embedding_names
 
 
+class AttentionAdapter(Adapter):
+    """What is trained on the attention of one layer."""
+
+
 class ExpertsAdapter(Adapter):
     """What is trained on one weight of experts, (experts, out, in): a method's tensors for each, stacked."""
 

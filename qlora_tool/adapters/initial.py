@@ -84,10 +84,10 @@ def refuse_other_places(
         f"adapter.init_from names, is {'' if name in adapters.layers else 'not '}on it; leave target_modules out"
         for name in sorted(wanted.keys() ^ adapters.layers.keys())
     ]
+    has_rank, has_scale = (stored.method.keys.reads(key) for key in ("r", "lora_alpha"))
     for name in wanted.keys() & adapters.layers.keys():
         found = adapters.layers[name].settings
-        scaled = stored.method.keys.reads("lora_alpha")
-        if found.r != wanted[name].r or (scaled and found.alpha != wanted[name].alpha):
+        if (has_rank and found.r != wanted[name].r) or (has_scale and found.alpha != wanted[name].alpha):
             faults.append(
                 f"adapter.rank_pattern, adapter.alpha_pattern: {name} would have r {wanted[name].r} and lora_alpha "
                 f"{wanted[name].alpha}, but has {found.r} and {found.alpha} in {stored.folder}; leave the patterns out"

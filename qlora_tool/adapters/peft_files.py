@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qlora_tool.adapters.adapter import Adapter, EmbeddingAdapter, ExpertsAdapter, placed
+from qlora_tool.adapters.adapter import Adapter, AttentionAdapter, EmbeddingAdapter, ExpertsAdapter, placed
 from qlora_tool.adapters.attach import AdapterSet, put_on
+from qlora_tool.adapters.attention import all_attention
 from qlora_tool.adapters.expert_names import parameter_of
 from qlora_tool.adapters.places import place_of
 from qlora_tool.adapters.starts import Repeated, TakenOut
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
 PREFIX = "base_model.model."
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_WHAT = {Adapter: "a linear module", EmbeddingAdapter: "an embedding", ExpertsAdapter: "a weight of experts"}
+_WHAT = {Adapter: "a linear module", AttentionAdapter: "attention", EmbeddingAdapter: "an embedding",
+         ExpertsAdapter: "a weight of experts"}  # fmt: skip
 
 
 def save_adapter(
@@ -71,6 +73,7 @@ def _peft_config(
         config.bias,
         any(getattr(model.get_submodule(name), "transposed", False) for name in adapters.layers),
         frozenset(name for form in forms.values() for name in form.tensors),
+        len(forms),
     )
     # Whole names: no two of them match the same layer, whatever order a reader takes them in.
     patterns = {
@@ -180,6 +183,8 @@ class StoredAdapter:
         """What computes the adapter at a place."""
         if any(matches(name, [parameter]) for parameter in self._target_parameters):
             return ExpertsAdapter
+        if self.method.on_attention:
+            return AttentionAdapter
         embeddings = self.method.peft_embedding_names.values()
         return EmbeddingAdapter if any(f"{name}.{suffix}" in self.tensors for suffix in embeddings) else Adapter
 
@@ -444,7 +449,10 @@ def attach_stored(
             f"{needs} (adapter.init_lora_weights); open the two apart, or export each merged"
         )
     dtype = dtype or stored.dtype
-    shapes = shapes_of(model, stored.by_module)
+    on_attention = stored.method.on_attention
+    if on_attention:
+        refuse_other_layers(model, stored)
+    shapes = shapes_of(model, stored.by_module, on_attention)
     layers = stored.layers(dtype, next(model.parameters()).device, dropout, shapes)
     refuse_misfit(stored, layers, shapes)
     put_on(model, layers)
@@ -486,14 +494,20 @@ def refuse_not_repeated(stored: StoredAdapter, weights: Container[str]) -> None:
         )
 
 
-def shapes_of(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the weights at these places, of those that there are."""
+def shapes_of(model: nn.Module, names: Iterable[str], on_attention: bool = False) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights at these places, of those that there are.
+
+    Args:
+        on_attention: whether it is attention that is meant, and nothing else.
+    """
     found = {}
     for name in names:
         try:
-            found[name] = tuple(place_of(model, name).weight.shape)
+            place = place_of(model, name)
         except KeyError:
             continue
+        if (place.adapter_class is AttentionAdapter) is on_attention:
+            found[name] = tuple(place.weight.shape)
     return found
 
 
@@ -508,6 +522,22 @@ def _refuse_misfit_rows(
             faults.append(f"{stored.folder}: has rows of {values.shape[1]} values, for tokens up to {max(tokens)}, but "
                           f"{name} is {shapes[name]} in this model")  # fmt: skip
     _refuse(faults, stored)
+
+
+def refuse_other_layers(model: nn.Module, stored: StoredAdapter) -> None:
+    """Refuse prompts that are not on the layers that the configuration means: the top ones.
+
+    Raises:
+        UserError: another family, or other layers.
+    """
+    count = getattr(stored.usual.keys, "adapter_layers", None) or 0
+    expected = list(all_attention(model))
+    if count > len(expected) or set(expected[len(expected) - count :]) != stored.by_module.keys():
+        raise UserError(
+            f"{stored.folder}: has prompts for {', '.join(sorted(stored.by_module))}, but adapter_layers {count} means "
+            f"the top {count} of the {len(expected)} layers of this model; it was trained on {stored.base}: name that "
+            "as its base"
+        )
 
 
 def _is_bias(name: str, stored: StoredAdapter) -> bool:

@@ -1,4 +1,4 @@
-"""Where an adapter can sit: linear modules, embeddings, the three-dimensional weights of experts."""
+"""Where an adapter can sit: linear modules, embeddings, the three-dimensional weights of experts, attention."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 
-from qlora_tool.adapters.adapter import Adapter, EmbeddingAdapter, ExpertsAdapter, PartsAdapter
+from qlora_tool.adapters.adapter import Adapter, AttentionAdapter, EmbeddingAdapter, ExpertsAdapter, PartsAdapter
+from qlora_tool.adapters.attention import find_attention, is_attention, prompted
 from qlora_tool.adapters.targets import find_parts, find_target_parameters, find_targets
+from qlora_tool.methods import METHODS
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import Adaptable, ExpertsWeight, FrozenEmbedding, FrozenLinear
 
@@ -22,7 +24,7 @@ class Place:
     """One weight that takes an adapter.
 
     Attributes:
-        module: a linear module, embeddings, or the module of the experts.
+        module: a linear module, embeddings, the module of the experts, or attention.
         parameter: the name of the experts' weight; None elsewhere.
         parts: the rows of the parts of a fused projection that are adapted; empty for all of it.
     """
@@ -33,7 +35,9 @@ class Place:
 
     @property
     def weight(self) -> WeightHandle:
-        """Its handle: (out, in), (vocabulary, dim), or (experts, out, in)."""
+        """Its handle: (out, in), (vocabulary, dim), or (experts, out, in); of attention that of its queries."""
+        if self.adapter_class is AttentionAdapter:
+            return cast(FrozenLinear, self.module.q_proj).weight
         weight = getattr(self.module, self.parameter or "weight")
         return weight if isinstance(weight, WeightHandle) else WeightHandle(weight)
 
@@ -44,7 +48,9 @@ class Place:
             return ExpertsAdapter
         if self.parts:
             return PartsAdapter
-        return EmbeddingAdapter if isinstance(self.module, nn.Embedding) else Adapter
+        if isinstance(self.module, nn.Embedding):
+            return EmbeddingAdapter
+        return AttentionAdapter if is_attention(self.module) else Adapter
 
 
 def find_places(model: nn.Module, config: AdapterConfig) -> dict[str, Place]:
@@ -54,6 +60,8 @@ def find_places(model: nn.Module, config: AdapterConfig) -> dict[str, Place]:
     Raises:
         UserError: see `find_targets` and `find_target_parameters`.
     """
+    if METHODS[config.method].on_attention:
+        return {name: Place(module) for name, module in find_attention(model, config).items()}
     parts = find_parts(model, config)
     places = {name: Place(module, parts=parts.get(name, {})) for name, module in find_targets(model, config).items()}
     parameters = find_target_parameters(model, config)
@@ -73,7 +81,8 @@ def place_of(model: nn.Module, name: str) -> Place:
             return Place(model.get_submodule(owner), parameter)
     except AttributeError as error:
         raise KeyError(name) from error
-    if isinstance(module, FrozenLinear | FrozenEmbedding) or FrozenEmbedding.can_take_over(module):
+    known = isinstance(module, FrozenLinear | FrozenEmbedding) or is_attention(module)
+    if known or FrozenEmbedding.can_take_over(module):
         return Place(module)
     raise KeyError(name)
 
@@ -82,6 +91,8 @@ def adaptable(model: nn.Module, name: str) -> Adaptable:
     """What an adapter is added to at a place; embeddings and experts are made ready for it."""
     place = place_of(model, name)
     module = place.module
+    if place.adapter_class is AttentionAdapter:
+        return prompted(module)
     if place.parameter:
         if "adapted" not in module._modules:
             module.add_module("adapted", nn.ModuleDict())

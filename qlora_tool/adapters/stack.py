@@ -54,7 +54,12 @@ def refuse_unaddable(stack: Sequence[Weighted]) -> None:
     """
     faults = []
     for one in stack:
-        if not one.stored.method.additive:
+        if not one.stored.method.has_delta:
+            faults.append(
+                f"{one.name} ({one.stored.folder}): {one.stored.method} has no update of a weight that others could be "
+                "added to; use it alone"
+            )
+        elif not one.stored.method.additive:
             faults.append(
                 f"{one.name} ({one.stored.folder}): {one.stored.method} scales the whole weight, so its update is not "
                 "one that others can be added to; export it merged alone, and train the others on that model"

@@ -111,7 +111,8 @@ class MergedModel:
         if self.stack:
             refuse_unaddable(stack)
         for one in stack:
-            found = one.scaled().layers(torch.float32, shapes=shapes)
+            adds = one.stored.method.has_delta  # of others, whole weights are all that there is to merge
+            found = one.scaled().layers(torch.float32, shapes=shapes) if adds else {}
             self._refuse_misfit(one.stored, found, shapes)
             for name, layer in found.items():
                 layers.setdefault(name, []).append(layer)

@@ -34,6 +34,20 @@ def refuse_no_adapter(artifact: Artifact) -> None:
     raise UserError(f"{artifact.name}: {found}; expected a run's folder or an adapter's")
 
 
+def refuse_unmergeable(artifact: Artifact, form: str) -> None:
+    """Refuse to merge an adapter that is no update of any weight.
+
+    Raises:
+        UserError: it is one, and the format is not the adapter as it is.
+    """
+    method = artifact.adapter.method
+    if form != "adapter" and not method.has_delta and not method.keys.trains_base:
+        raise UserError(
+            f"--format {form}: {method.name} changes no weight, so there is nothing to merge: its export is the "
+            "adapter, which PEFT reads; set --format adapter"
+        )
+
+
 def refuse_taken(output: Path, overwrite: bool) -> None:
     """Refuse to write over anything, or with `overwrite` over anything that is neither a model nor an adapter."""
     if not output.exists():

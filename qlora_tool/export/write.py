@@ -26,6 +26,7 @@ from qlora_tool.export.preflight import (
     refuse_inputs,
     refuse_no_adapter,
     refuse_taken,
+    refuse_unmergeable,
     warn_of_rounding_away,
 )
 from qlora_tool.export.staging import Staging, staged_folder, written_so_far
@@ -137,6 +138,7 @@ def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> E
     """
     started = time.perf_counter()
     refuse_no_adapter(artifact)
+    refuse_unmergeable(artifact, options.format)
     _refuse_options(options)
     refuse_taken(output, options.overwrite)
     folder = base_folder(artifact)

@@ -14,6 +14,7 @@ _FILES = (
     "lokr",
     "vera",
     "additive",
+    "llama_adapter",
     "full",
 )
 

@@ -51,6 +51,7 @@ class SavedWith:
 
     Attributes:
         bias: none, lora_only or all.
+        modules: how many modules are adapted.
         transposed: whether a module keeps its weight as (in, out) (transformers' Conv1D).
         tensors: names of the tensors that the adapters have.
     """
@@ -58,6 +59,7 @@ class SavedWith:
     bias: str
     transposed: bool
     tensors: frozenset[str]
+    modules: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class Method(ABC):
         keys: the method's own keys of the configuration.
         peft_names: its tensors, in order, and the suffix that PEFT's files give each.
         peft_embedding_names: the same on embeddings; empty where it cannot be on them.
+        on_attention: whether it is on the attention of whole layers, and on nothing else.
         on_experts: whether it can be on the three-dimensional weights of experts, a pair of tensors for each.
         on_parts: whether it can be on parts of a fused projection; its tensors are then LoRA's.
         peft_unread: what names of further tensors that PEFT's files may have contain, and what those are, in words;
@@ -135,6 +138,7 @@ class Method(ABC):
     keys: ClassVar[type[MethodKeys]]
     peft_names: ClassVar[Mapping[str, str]]
     peft_embedding_names: ClassVar[Mapping[str, str]] = {}
+    on_attention: ClassVar[bool] = False
     on_experts: ClassVar[bool] = False
     on_parts: ClassVar[bool] = False
     peft_unread: ClassVar[Mapping[str, str]] = {}

@@ -13,7 +13,7 @@ OUT, IN, R = 512, 384, 3
 WEIGHT = OUT * IN * 4  # bytes
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.keys.trains_base])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.has_delta])
 def test_no_gradient_of_the_weights_size_is_made(method: str, monkeypatch: pytest.MonkeyPatch):
     """LoHa's update has to be made, so it is made in pieces; the same bound then holds for it."""
     monkeypatch.setattr(loha, "CHUNK", OUT * IN // 16)

@@ -42,7 +42,7 @@ adapter: {method: lora, r: 16, lora_alpha: 32, lora_dropout: 0.0, target_modules
   target_parameters: [], trainable_token_indices: [],
   loraplus_lr_ratio: null,
   decompose_both: false, decompose_factor: -1, init_weights: default,
-  projection_prng_key: 0, save_projection: true, d_initial: 0.1}
+  projection_prng_key: 0, save_projection: true, d_initial: 0.1, adapter_len: 10, adapter_layers: null}
 data: {train: data/train.jsonl, eval: null, format: auto, columns: {}, on_error: stop, train_on: completion,
   max_length: 2048, packing: true,
   padding_free: true, shuffle: true, chat_template: null, chat_template_kwargs: {},

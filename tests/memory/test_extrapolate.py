@@ -64,7 +64,8 @@ def test_the_peak_of_every_phase_is_that_of_the_whole_model(family, checkpointin
 )
 def test_every_method_grows_with_the_layers_as_it_does(method: str):
     """What all layers share, VeRA's two matrices, is there once whatever their number."""
-    values = {"model.quantization": "none"} if METHODS[method].keys.trains_base else {"adapter.r": 64}
+    keys = METHODS[method].keys
+    values = {"adapter.r": 64} if keys.reads("r") else {"model.quantization": "none"}
     config, shape = settings(**{"adapter.method": method, **values}), BatchShape.full(2, 48)
     found = estimate_peak(config, made("llama"), shape, torch.float32, None)
     assert max(found.traced_layers) < made("llama").num_hidden_layers

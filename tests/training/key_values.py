@@ -61,6 +61,7 @@ TYPICAL: dict[str, list[float]] = {
     "adapter.r": [64],  # large enough for moments in 8 bits
     "adapter.lora_alpha": [32], "adapter.lora_dropout": [0.1], "adapter.loraplus_lr_ratio": [16],
     "adapter.decompose_factor": [4], "adapter.projection_prng_key": [7], "adapter.d_initial": [0.1],
+    "adapter.adapter_len": [10], "adapter.adapter_layers": [2],
     "adapter.loftq_iter": [3], "adapter.calibration_rows": [20],
     "data.max_length": [96], "training.num_train_epochs": [1], "training.max_steps": [2],
     "training.per_device_train_batch_size": [3], "training.gradient_accumulation_steps": [2],
@@ -104,9 +105,10 @@ def with_company(key: str, value: Any) -> dict[str, Any]:
     section, _, name = key.partition(".")
     readers = [method for method, keys in METHODS_KEYS.items() if name in keys.model_fields]
     if section == "adapter" and readers and "lora" not in readers:
-        return {key: value, "adapter.method": readers[0]}
-    if key == "adapter.method" and METHODS_KEYS[value].trains_base:
-        return {key: value, "model.quantization": "none", "adapter.r": SECTIONS["adapter"].model_fields["r"].default}
+        return {key: value} | with_company("adapter.method", readers[0])
+    if key == "adapter.method" and not METHODS_KEYS[value].reads("r"):
+        unquantized = {"model.quantization": "none"} if METHODS_KEYS[value].trains_base else {}
+        return {key: value, "adapter.r": SECTIONS["adapter"].model_fields["r"].default, **unquantized}
     if key == "data.train":
         return {key: value} | ({"data.train_on": "all"} if str(value).startswith("text") else {})
     if key == "data.columns" and value:
