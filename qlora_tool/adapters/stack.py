@@ -54,16 +54,20 @@ def refuse_unaddable(stack: Sequence[Weighted]) -> None:
     """
     faults = []
     for one in stack:
-        if not one.stored.method.has_delta:
+        method = one.stored.method
+        if not method.has_delta and not method.keys.trains_base:
             faults.append(
-                f"{one.name} ({one.stored.folder}): {one.stored.method} has no update of a weight that others could be "
-                "added to; use it alone"
+                f"{one.name} ({one.stored.folder}): {method} has no update of a weight that others could be added to; "
+                "use it alone"
             )
-        elif not one.stored.method.additive:
+        elif method.has_delta and not method.additive:
             faults.append(
-                f"{one.name} ({one.stored.folder}): {one.stored.method} scales the whole weight, so its update is not "
+                f"{one.name} ({one.stored.folder}): {method} scales the whole weight, so its update is not "
                 "one that others can be added to; export it merged alone, and train the others on that model"
             )
+        elif method.has_delta and one.weight != 1 and not method.scales:
+            faults.append(f"{one.name} ({one.stored.folder}): {method} does not say how its update is multiplied; give "
+                          "it weight 1")  # fmt: skip
         elif rows := one.stored.token_rows():
             faults.append(
                 f"{one.name} ({one.stored.folder}): it replaces single rows of {next(iter(rows))} "

@@ -53,9 +53,9 @@ if TYPE_CHECKING:
 def export_merged(run_or_adapter: str, output_dir: str, **options: Any) -> None:
     """Merge an adapter into its base: W = dequantize(W₄) + Δ, a model that plain transformers loads.
 
-    RUN_OR_ADAPTER is a run's folder, or an adapter's, ours or PEFT's. With --adapter the weighted sum of all
-    is merged: it is one of them, of weight 1, or their base. The files grow in a hidden folder beside DIR and are named
-    when they are whole and verified; interrupted, the same command goes on where it stopped.
+    RUN_OR_ADAPTER is a run's folder, or an adapter's, ours or PEFT's. With --adapter a weighted sum is
+    merged: RUN_OR_ADAPTER is part of it, of weight 1, or the base of all. The files grow in a hidden folder beside DIR
+    and are named when they are whole and verified; interrupted, the same command goes on where it stopped.
     """
     from qlora_tool import api
     from qlora_tool.cli.logs import log_to_stderr

@@ -27,6 +27,7 @@ from qlora_tool.build import open_model
 from qlora_tool.export.proof import open_live
 from qlora_tool.export.write import ExportOptions, export_merged
 from qlora_tool.inference.several import find_several
+from qlora_tool.methods import METHODS
 
 OPTIONS = ExportOptions(dtype="float32")
 
@@ -64,6 +65,7 @@ STACKS = {
     "biases": ("llama-biased", [{"bias": "all", "target_modules": ["q_proj"]}, {"bias": "lora_only"}]),
     "symmetric": ("llama", [{"init_lora_weights": "symmetric"}, {}]),
     "embeddings": ("llama", [{"target_modules": ["embed_tokens", "q_proj"]}, {"target_modules": ["lm_head"]}]),
+    "full": ("llama", [{"method": "full", "quantization": "none"}, {"quantization": "none"}]),
     "experts": ("qwen3_moe", [{"target_parameters": ["mlp.experts.down_proj"]},
                               {"target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]}]),
 }  # fmt: skip
@@ -167,6 +169,11 @@ def refusal(base: Path, *given: str, **options) -> str:
     assert not (base.parent / "never").exists()
     (line,) = caught.value.lines
     return line
+
+
+def test_every_method_that_adds_says_what_scales_it():
+    for method in METHODS.values():
+        assert bool(method.scales) == (method.additive and method.has_delta), method.name
 
 
 def test_what_cannot_be_added(runs: Path, tmp_path: Path):

@@ -29,7 +29,7 @@ from tiny_models import write_tiny
 
 from qlora_tool import UserError, evaluate, generate
 from qlora_tool.adapters.switch import Switch
-from qlora_tool.artifacts import BaseOptions
+from qlora_tool.artifacts import Artifact, BaseOptions
 from qlora_tool.build import open_model
 from qlora_tool.cli import main
 from qlora_tool.inference.several import BASE, Opened, find_several, parse_adapters
@@ -67,8 +67,19 @@ ADAPTERS = {
 def test_each_computes_what_it_computes_alone(bases, tmp_path: Path, family: str):
     """To the bit, back and forth, and so does the base."""
     base = bases(family)
-    artifacts = {str(number): artifact_of(write_adapter(tmp_path / str(number), base, **settings))
-                 for number, settings in enumerate(ADAPTERS[family])}  # fmt: skip
+    assert_each_is_itself({str(number): artifact_of(write_adapter(tmp_path / str(number), base, **settings))
+                           for number, settings in enumerate(ADAPTERS[family])})  # fmt: skip
+
+
+def test_so_does_a_base_that_was_trained_whole(bases, tmp_path: Path):
+    rows = {"target_modules": ["embed_tokens"], "trainable_token_indices": {"lm_head": [2]}}
+    assert_each_is_itself({
+        str(number): artifact_of(write_adapter(tmp_path / str(number), bases("llama"), quantization="none", **settings))
+        for number, settings in enumerate([{"method": "full"}, {}, rows])
+    })  # fmt: skip
+
+
+def assert_each_is_itself(artifacts: dict[str, Artifact]) -> None:
     model = open_model(artifacts["0"].model)
     plain = model.module(input_ids=IDS, use_cache=False).logits
     switch = Switch(model.module)
