@@ -39,6 +39,7 @@ class Additive(Method):
     name = "additive"
     peft_type = LORA.peft_type
     keys = AdditiveKeys
+    scales = frozenset({"additive_A", "additive_B"})
     peft_names: ClassVar[Mapping[str, str]] = {}  # see `peft_form`
 
     def shapes(self, out_features: int, in_features: int, r: int) -> dict[str, tuple[int, ...]]:

@@ -34,6 +34,7 @@ class Dora(Lora):
     on_experts = on_parts = False
     optional = frozenset()
     additive = False  # it scales the whole output
+    scales = frozenset()
     fp32 = frozenset({"magnitude"})
 
     def shapes(self, out_features: int, in_features: int, r: int) -> dict[str, tuple[int, ...]]:
