@@ -55,7 +55,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 ADAPTERS = {
     "llama": [{}, {"method": "dora", "target_modules": ["q_proj", "down_proj"]}, {"method": "vera"},
-              {"modules_to_save": ["lm_head", "norm"], "target_modules": ["v_proj"]}, {"method": "loha", "r": 2}],
+              {"modules_to_save": ["lm_head", "norm"], "target_modules": ["v_proj"]}, {"method": "loha", "r": 2},
+              {"method": "llama_adapter"}],
     "llama-tied": [{"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]}, {"use_rslora": True}],
     "llama-biased": [{"bias": "all", "target_modules": ["q_proj"]}, {"bias": "lora_only"}],
     "qwen3_moe": [{"target_parameters": ["mlp.experts.down_proj"]}, {"target_modules": ["q_proj", "embed_tokens"]}],

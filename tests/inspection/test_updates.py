@@ -188,6 +188,14 @@ def test_pefts_own_adapter_needs_no_word_of_the_quantization(base, tmp_path):
         inspect(adapter, truncate=1, output_dir=tmp_path / "cut")
 
 
+@pytest.mark.parametrize("method", ["full", "llama_adapter"])
+def test_what_has_no_update_beside_the_weights_is_refused(base, tmp_path, method):
+    adapter = write_adapter(tmp_path / "a", base, method=method, quantization="none")
+    with pytest.raises(UserError) as caught:
+        inspect(adapter)
+    assert len(caught.value.lines) == 1 and method in caught.value.lines[0]
+
+
 def test_an_update_that_is_no_number_is_refused(base, tmp_path):
     adapter = write_adapter(tmp_path / "a", base)
     tensors = load_file(adapter / "adapter_model.safetensors")
