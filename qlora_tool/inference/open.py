@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_tool.adapters.peft_files import StoredAdapter
-from qlora_tool.artifacts import base_folder
+from qlora_tool.artifacts import base_folder, changed_base
 from qlora_tool.build import open_model
+from qlora_tool.errors import UserError
 from qlora_tool.files.tensors import Checkpoint
 from qlora_tool.model.devices import choose_device
 from qlora_tool.model.open import choose_dtype, open_tokenizer
@@ -49,10 +50,14 @@ def open_artifact(artifact: Artifact) -> tuple[CausalLM, PreTrainedTokenizerBase
     transformers does, where nothing else is asked for and the device is made for it.
 
     Raises:
-        UserError, MachineError: see `base_folder` and `open_model`.
+        UserError, MachineError: an adapter that was trained on other weights; and see `base_folder` and `open_model`.
     """
     folder = base_folder(artifact)  # before anything else: here it is known whose base is missing
     config = artifact.model
+    if artifact.adapter is not None and (changed := changed_base(artifact, folder)):
+        if not artifact.base_named:
+            raise UserError(f"{changed}; bring the old files back, or name a base with --model to use it all the same")
+        logger.warning("%s; used on it all the same, as --model names it", changed)
     if artifact.adapter is None and config.compute_dtype == "auto":
         dtype = str(_own_dtype(folder, config)).removeprefix("torch.")
         config = config.model_copy(update={"compute_dtype": dtype})

@@ -15,7 +15,7 @@ from qlora_tool._version import __version__
 from qlora_tool.adapters.adapter import EmbeddingAdapter, ExpertsAdapter
 from qlora_tool.adapters.peft_files import CONFIG_NAME, PREFIX, WEIGHTS_NAME, StoredAdapter, read_adapter
 from qlora_tool.adapters.switch import Switch
-from qlora_tool.artifacts import Artifact
+from qlora_tool.artifacts import Artifact, base_folder, changed_base
 from qlora_tool.build import open_model
 from qlora_tool.data.examples import as_examples
 from qlora_tool.data.tokenize import Example
@@ -143,13 +143,16 @@ def truncate(artifact: Artifact, found: Inspection, r: int, output: Path, data: 
 
 
 def _rows(artifact: Artifact, data: str | None) -> tuple[Sequence[Example], str]:
-    """Rows to measure on, and what to call them; none, and why, where nobody asked for them and there are none."""
+    """Rows to measure on, and what to call them; none, and why, where nobody asked for them and there are none, or
+    where the base that was trained on is not there."""
     try:
-        return find_rows(artifact, data, key="--data")
+        rows, source = find_rows(artifact, data, key="--data")
+        changed = changed_base(artifact, base_folder(artifact))
     except ToolError as error:
         if data is not None:
             raise
         return [], error.lines[0]
+    return ([], changed) if changed and not artifact.base_named else (rows, source)
 
 
 def cut_tensors(stored: StoredAdapter, opened: Opened, r: int) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from tiny_adapters import (
 )
 from tiny_models import write_tiny
 
-from qlora_tool import UserError, evaluate, generate
+from qlora_tool import UserError, evaluate, generate, inspect
 from qlora_tool.adapters.switch import Switch
 from qlora_tool.artifacts import Artifact, BaseOptions
 from qlora_tool.build import open_model
@@ -281,6 +281,16 @@ def test_adapters_for_another_base(runs: Path, bases, tmp_path: Path, caplog):
     save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1}, other / "model.safetensors",
               {"format": "pt"})  # fmt: skip
     assert "model.safetensors not as when" in refusal(other, sums)
+    alone = tmp_path / "alone"
+    shutil.copytree(runs / "sums" / "adapter", alone)
+    facts = json.loads((alone / "qlora_tool.json").read_text())
+    facts["base"]["name_or_path"] = str(other)
+    (alone / "qlora_tool.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match="bring the old files back, or name a base with --model"):
+        evaluate(alone, runs / "sums.jsonl", **FP32)
+    assert evaluate(alone, runs / "sums.jsonl", model=other, **FP32).scores
+    cut = inspect(alone, truncate=1, output_dir=tmp_path / "cut").truncation
+    assert cut is not None and cut.losses is None and "SHA-256 differs" in (cut.no_losses or "")
     Opened(find_several(str(other), [sums], BaseOptions(**FP32, model=str(other))))
     assert "put on it all the same, as --model names it" in caplog.text
 
