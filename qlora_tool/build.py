@@ -25,6 +25,7 @@ from qlora_tool.adapters.fusion import tile_mlps
 from qlora_tool.adapters.initial import initial_settings, refuse_other_places
 from qlora_tool.adapters.peft_files import StoredAdapter, attach_stored, read_adapter, refuse_not_repeated
 from qlora_tool.adapters.starts import WeightStart, start_facts, taken_out
+from qlora_tool.adapters.trained_base import train_biases
 from qlora_tool.config import Config, ModelConfig, with_values
 from qlora_tool.errors import ToolError
 from qlora_tool.methods import METHODS
@@ -400,6 +401,8 @@ def _with_adapters(
         model = _open_base(config.model, model_config, tensors, device, compute_dtype, prepare)
         model.module.quantized_without = stored.quantized_without
         adapters = attach_stored(model.module, stored, compute_dtype, config.adapter.lora_dropout)
+        # PEFT's file may lack biases that its configuration wants trained.
+        adapters.biases |= train_biases(model.module, config.adapter.bias, adapters.layers, compute_dtype)
         refuse_other_places(model.module, adapters, config.adapter, stored)
         return model, adapters, []
     made = WeightStart.of(

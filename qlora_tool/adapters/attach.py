@@ -75,7 +75,7 @@ class AdapterSet:
     def parameters(self) -> list[nn.Parameter]:
         """Every trained parameter once, in a fixed order."""
         found = [parameter for layer in self.layers.values() for parameter in layer.parameters()]
-        found += [*self.saved.values(), *self.biases.values()]
+        found += [tensor for tensor in [*self.saved.values(), *self.biases.values()] if tensor.requires_grad]
         found += [rows.rows_of_tokens for rows in self.token_rows.values()]
         return list(dict.fromkeys(found))
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from qlora_tool.adapters.adapter import ExpertsAdapter
 from qlora_tool.adapters.attach import AdapterSet
 from qlora_tool.adapters.peft_files import StoredAdapter
 from qlora_tool.adapters.places import find_places
-from qlora_tool.adapters.targets import settings_for
+from qlora_tool.adapters.targets import matches, settings_for
 from qlora_tool.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,9 +55,12 @@ def initial_settings(stored: StoredAdapter, config: AdapterConfig) -> dict[str, 
         )
     if faults:
         raise UserError(faults)
-    by_layer = peft.get("layers_to_transform") or peft.get("layers_pattern")
-    if by_layer and "target_modules" not in config.model_fields_set:
-        decided["target_modules"] = sorted(stored.by_module)
+    free = usual.keys.reads("lora_dropout") and "lora_dropout" not in config.model_fields_set
+    if free and usual.dropout:
+        decided["lora_dropout"] = usual.dropout
+    if isinstance(peft.get("target_modules"), list) and "target_modules" not in config.model_fields_set:
+        modules = [name for name in stored.by_module if stored.adapter_class(name) is not ExpertsAdapter]
+        decided["target_modules"] = _targets(peft, modules)
     for key in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern",
                 "target_parameters", "trainable_token_indices"):  # fmt: skip
         if peft.get(key) and key not in config.model_fields_set and key not in decided:
@@ -66,6 +71,14 @@ def initial_settings(stored: StoredAdapter, config: AdapterConfig) -> dict[str, 
                 decided[key] = {name: value for name in stored.by_module
                                 if (value := getattr(stored.trained(name)[1], own)) != getattr(usual, own)}  # fmt: skip
     return {f"adapter.{key}": value for key, value in decided.items()}
+
+
+def _targets(peft: Mapping[str, Any], modules: Sequence[str]) -> list[str]:
+    """PEFT's `target_modules` without what is not adapted all the same: names of modules that the model has not, and
+    of those in `modules_to_save`; names in full where a list of layers says which."""
+    if peft.get("layers_to_transform") or peft.get("layers_pattern"):
+        return sorted(modules)
+    return [one for one in peft["target_modules"] if any(matches(name, [one]) for name in modules)]
 
 
 def refuse_other_places(

@@ -6,9 +6,11 @@ Checked against PEFT 0.21: it loads what is written here, and what it writes is 
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Container, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from qlora_tool.adapters.adapter import Adapter, AttentionAdapter, EmbeddingAdap
 from qlora_tool.adapters.attach import AdapterSet, put_on
 from qlora_tool.adapters.attention import all_attention
 from qlora_tool.adapters.expert_names import parameter_of
+from qlora_tool.adapters.peft_names import PREFIX, check_config, is_target, join_experts, moved, plain_names
 from qlora_tool.adapters.places import place_of
 from qlora_tool.adapters.starts import Repeated, TakenOut
 from qlora_tool.adapters.targets import from_pattern, matches, own_keys
@@ -37,7 +40,7 @@ from qlora_tool.weights.modules import FrozenEmbedding, FrozenLinear
 if TYPE_CHECKING:
     from qlora_tool.config import AdapterConfig
 
-PREFIX = "base_model.model."
+logger = logging.getLogger(__name__)
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _WHAT = {Adapter: "a linear module", AttentionAdapter: "attention", EmbeddingAdapter: "an embedding",
@@ -84,7 +87,8 @@ def _peft_config(
     places = {
         "r": usual.r,
         "target_modules": _target_names(adapters.layers.keys() - set(experts), model),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapters.saved}) or None,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name, tensor in adapters.saved.items()
+                                   if tensor.requires_grad}) or None,
         **patterns,
     }
     return {
@@ -329,23 +333,77 @@ def read_adapter(folder: Path) -> StoredAdapter:
     """
     config_file, weights_file = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if not config_file.exists():
-        inside = folder / "adapter"
-        cure = f"; a run's adapter is {inside}" if (inside / CONFIG_NAME).exists() else ""
+        inside = sorted(file.parent for file in folder.glob(f"*/{CONFIG_NAME}"))
+        what = "a run's adapter is" if (folder / "adapter") in inside else "the adapter lies in"
+        cure = f"; {what} {folder / 'adapter' if what.startswith('a run') else inside[0]}" if inside else ""
         raise UserError(f"{folder}: no {CONFIG_NAME} in it, so it is not an adapter's folder{cure}")
+    peft = _read_json(config_file)
+    check_config(config_file, peft)
     if not weights_file.exists():
         hint = "; its weights are a pickle: load and save it once with PEFT (safe_serialization is its default)" if (
             folder / "adapter_model.bin"
         ).exists() else ""  # fmt: skip
         raise UserError(f"{folder}: no {WEIGHTS_NAME} in it{hint}")
-    peft = _read_json(config_file)
     method, usual = _method_of(config_file, peft)
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in read_all(weights_file).items()}
+    tensors = plain_names(read_all(weights_file))
     provenance_file = folder / "qlora_tool.json"
     provenance = _read_json(provenance_file) if provenance_file.exists() else None
     stored = StoredAdapter(folder, peft, tensors, provenance, method, usual)
     _refuse_no_numbers(weights_file, tensors)
+    stored = _of_targets(weights_file, stored)
     _refuse_incomplete(weights_file, stored)
     return stored
+
+
+def _of_targets(file: Path, stored: StoredAdapter) -> StoredAdapter:
+    """The adapter without tensors that PEFT would not read, as no target names their modules; a warning counts them."""
+    left: dict[str, list[str]] = {}
+    for key in stored.tensors:
+        owner = stored.owner(key)
+        if owner is not None and stored.adapter_class(owner[0]) is not ExpertsAdapter:
+            module = owner[0].replace(".base_layer", "")
+            if not is_target(module, stored.peft):
+                left.setdefault(owner[0], []).append(key)
+    if not left or len(left) == len(stored.by_module):
+        return stored
+    _warn_once(
+        f"{file}: {sum(map(len, left.values()))} tensors of {len(left)} modules ({next(iter(left))} …) are not read: "
+        f"{CONFIG_NAME} does not name them in target_modules, or excludes them, and PEFT leaves them out as well"
+    )
+    names = {key for keys in left.values() for key in keys}
+    return replace(stored, tensors={key: tensor for key, tensor in stored.tensors.items() if key not in names})
+
+
+@cache
+def _warn_once(line: str) -> None:
+    logger.warning(line)
+
+
+def for_model(stored: StoredAdapter, model: nn.Module) -> StoredAdapter:
+    """The adapter by the names that a model has: those of earlier versions of transformers, and LoRA on single experts
+    that are one weight today, are brought to it as PEFT does.
+
+    Raises:
+        UserError: see `join_experts`.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    shared = set(stored.method.shared_names.values())
+    tensors = {key if key in shared else moved(key, modules.__contains__): tensor
+               for key, tensor in stored.tensors.items()}  # fmt: skip
+    if stored.method.on_experts:
+        joined = join_experts(tensors, stored.usual.r, modules.__contains__, stored.folder / WEIGHTS_NAME)
+    else:
+        joined = tensors
+    if joined.keys() == stored.tensors.keys():
+        return stored
+    peft = dict(stored.peft)
+    if joined.keys() != tensors.keys():
+        fused = {r".*\.experts\.gate_up_proj": 2}
+        peft["target_parameters"] = ["experts.gate_up_proj", "experts.down_proj"] if any(
+            ".experts.base_layer." in key for key in joined) else ["experts.down_proj"]  # fmt: skip
+        peft["rank_pattern"] = {key: times * stored.usual.r for key, times in fused.items()}
+        peft["alpha_pattern"] = {key: times * stored.usual.alpha for key, times in fused.items()}
+    return replace(stored, tensors=joined, peft=peft)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -404,6 +462,10 @@ def _refuse_incomplete(file: Path, stored: StoredAdapter) -> None:
         if not faults and not _fit_together(stored, name):
             shapes = ", ".join(f"{names[key]} {tuple(tensor.shape)}" for key, tensor in tensors.items())
             faults.append(f"{file}: the tensors of {name} do not fit together: {shapes}")
+        says = from_pattern(name, stored.peft.get("rank_pattern") or {}, stored.usual.r)
+        if not faults and (r := stored.sizes(name)[1]) not in (0, says) and "r" not in method.keys.not_read:
+            faults.append(f"{file}: the tensors of {name} are of rank {r}, but {CONFIG_NAME} says {says}; correct r or "
+                          "rank_pattern there, or copy the adapter again")  # fmt: skip
     if faults:
         more = [f"{file}: and {len(faults) - 5} more such tensors"] if len(faults) > 5 else []
         raise UserError([*faults[:5], *more])
@@ -448,6 +510,7 @@ def attach_stored(
             f"{stored.folder}: this base was quantized {has}, but the adapter was trained on one that was quantized "
             f"{needs} (adapter.init_lora_weights); open the two apart, or export each merged"
         )
+    stored = for_model(stored, model)
     dtype = dtype or stored.dtype
     on_attention = stored.method.on_attention
     if on_attention:
@@ -471,6 +534,9 @@ def attach_stored(
             trained[name].copy_(tensor.T if name in transposed else tensor)
     for name in [name for name in trained if name.removesuffix(".weight") in layers]:
         trained.pop(name).requires_grad_(False)  # under an adapter: the base's
+    for name, tensor in trained.items():
+        if not _is_bias(name, stored) and not _is_saved(name, stored.peft):
+            tensor.requires_grad_(False)  # embeddings that PEFT saved along: resized ones, say
     biases = {name: tensor for name, tensor in trained.items() if _is_bias(name, stored)}
     saved = {name: tensor for name, tensor in trained.items() if name not in biases}
     rows = stored.token_rows()
@@ -540,6 +606,13 @@ def refuse_other_layers(model: nn.Module, stored: StoredAdapter) -> None:
         )
 
 
+def _is_saved(name: str, peft: Mapping[str, Any]) -> bool:
+    """Whether a tensor is trained for `modules_to_save`, as PEFT reads that."""
+    modules = peft.get("modules_to_save") or []
+    return any(re.match(rf"(^|.*\.){module}($|\..*)", name)
+               for module in ([modules] if isinstance(modules, str) else modules))  # fmt: skip
+
+
 def _is_bias(name: str, stored: StoredAdapter) -> bool:
     """Whether a tensor is there for `bias`, not for `modules_to_save`."""
     owner = name.removesuffix(".bias")
@@ -561,8 +634,17 @@ def refuse_misfit_replaced(model: nn.Module, stored: StoredAdapter, replaced: Ma
         shape = tuple(parameter.shape)
         shape = shape[::-1] if name in transposed else shape
         if tuple(tensor.shape) != shape:
-            faults.append(f"{stored.folder}: replaces {name} as {tuple(tensor.shape)}, but it is {shape} in this model")
+            faults.append(f"{stored.folder}: replaces {name} as {tuple(tensor.shape)}, but it is {shape} in this model"
+                          f"{resized(tuple(tensor.shape), shape)}")  # fmt: skip
     _refuse(faults, stored)
+
+
+def resized(found: tuple[int, ...], there: tuple[int, ...]) -> str:
+    """What to say of embeddings with another number of rows; empty where that is not it."""
+    if len(found) != 2 or len(there) != 2 or found[1:] != there[1:]:
+        return ""
+    return (f"; the vocabulary was resized to {found[0]} tokens before training: call resize_token_embeddings("
+            f"{found[0]}) on the base with transformers, save that, and name it with --model")  # fmt: skip
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:

@@ -77,6 +77,8 @@ def _report(result: ExportResult) -> list[str]:
              f"{result.seconds:.0f} s"]  # fmt: skip
     if result.format == "safetensors":
         lines.append(f"dtype {result.dtype}: {result.dtype_reason}")
+    for reader, why in (result.facts.get("readers") or {}).items():
+        lines.append(f"read by {reader}" if why is None else f"not read rightly by {reader}: {why}")
     if result.proof is None:
         return [*lines, f"not verified: {result.not_verified}"]
     return lines + result.proof.lines() + [f"warning: {line}" for line in result.proof.warnings()]

@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from qlora_tool.adapters.peft_files import CONFIG_NAME, PREFIX, WEIGHTS_NAME, StoredAdapter
+from qlora_tool.adapters.adapter import ExpertsAdapter
+from qlora_tool.adapters.peft_files import CONFIG_NAME, WEIGHTS_NAME, StoredAdapter
+from qlora_tool.adapters.peft_names import PREFIX
 from qlora_tool.artifacts import base_folder
 from qlora_tool.errors import UserError
 from qlora_tool.export.generation import named_and_trained
+from qlora_tool.export.readers import readers
 from qlora_tool.files.atomic import write_json
 from qlora_tool.files.tensors import write_all
+from qlora_tool.model.load import build_skeleton
 from qlora_tool.model.source import read_model_config
 from qlora_tool.model.tokenizer_files import copy_tokenizer, has_tokenizer
 
@@ -39,7 +43,7 @@ def write_adapter(artifact: Artifact, folder: Path, portable: bool) -> dict[str,
     Returns:
         method, layers and base (a hub id, or the full path of a folder); where `portable`, the ranks' common size `r`
         and the `dtype`; `resize_token_embeddings`, where a reader has to call that on the base first;
-        `eos_token_id`, where answers end in tokens that the base's generation settings do not name.
+        `readers`, as `readers.readers` tells them; `eos_token_id`, where answers end in tokens that the base's generation settings do not name.
 
     Raises:
         UserError: `portable`, and PEFT has nothing that computes what this adapter does.
@@ -52,7 +56,13 @@ def write_adapter(artifact: Artifact, folder: Path, portable: bool) -> dict[str,
             f"--format adapter: this run is {stored.method.name}: it trained the base's own weights, and there is no "
             "adapter; choose --format safetensors"
         )
+    facts["readers"] = readers(stored, artifact_skeleton(artifact), portable)
     if portable:
+        if stored.token_rows() or any(stored.adapter_class(name) is ExpertsAdapter for name in stored.by_module):
+            raise UserError(
+                "--format adapter-portable: its readers know LoRA on modules alone, and this adapter is on experts or "
+                "rows of tokens too; choose --format adapter, which PEFT reads, or safetensors, which merges it"
+            )
         if stored.method.peft_type != "LORA":
             raise UserError(
                 f"--format adapter-portable: its readers know LoRA alone, and this adapter is {stored.method.name}; "
@@ -74,6 +84,12 @@ def write_adapter(artifact: Artifact, folder: Path, portable: bool) -> dict[str,
     if rows := _new_rows(artifact):
         facts["resize_token_embeddings"] = rows
     return facts
+
+
+def artifact_skeleton(artifact: Artifact) -> Any:
+    """The modules of an adapter's base, without weights."""
+    config = read_model_config(base_folder(artifact), artifact.model.trust_remote_code)
+    return build_skeleton(config, artifact.model.trust_remote_code)
 
 
 def base_name(artifact: Artifact) -> str:

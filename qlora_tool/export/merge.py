@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qlora_tool.adapters.adapter import Adapter
-from qlora_tool.adapters.peft_files import StoredAdapter, refuse_misfit, refuse_not_repeated
+from qlora_tool.adapters.peft_files import StoredAdapter, for_model, refuse_misfit, refuse_not_repeated, resized
 from qlora_tool.adapters.stack import Parts, Weighted, refuse_unaddable, replaced_by, replacement, same
 from qlora_tool.adapters.token_rows import follows
 from qlora_tool.errors import UserError
@@ -82,6 +82,8 @@ class MergedModel:
     unties: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
+        if self.adapter:
+            self.adapter = for_model(self.adapter, self.skeleton)
         if self.adapter and self.prepare is None:
             self.prepare = self.adapter.prepare()
         self.slots = find_slots(self.skeleton, self.quantization)
@@ -133,7 +135,8 @@ class MergedModel:
             if expected is None:
                 faults.append(f"replaces {name}, which is not a tensor of this model")
             elif found != expected:
-                faults.append(f"replaces {name} with one of shape {found}, but it is {expected} in this model")
+                faults.append(f"replaces {name} with one of shape {found}, but it is {expected} in this model"
+                              f"{resized(found, expected)}")  # fmt: skip
         for name, (tokens, rows) in self._token_rows.items():
             expected = shapes.get(name)
             if expected is None or expected[1] != rows.shape[1] or not all(0 <= one < expected[0] for one in tokens):

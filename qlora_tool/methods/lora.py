@@ -33,7 +33,7 @@ _NOT_READ = dict.fromkeys(
     )
 )  # fmt: skip
 # The others take something out of the base; PiSSA's part can be told again from it.
-_STARTS_READ = (True, False, None, "gaussian", "eva", "orthogonal", "pissa")
+_STARTS_READ = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "pissa")
 
 
 TokenId = Annotated[int, Field(ge=0), WHOLE]

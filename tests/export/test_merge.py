@@ -311,7 +311,7 @@ def test_whole_tensors_that_do_not_fit_are_refused(base, tmp_path: Path):
     (line,) = failure.value.lines
     assert "2 of its 4 layers and tensors do not fit, the first because it replaces lm_head.weight with one " in line
     assert "of shape (133, 64)," in line
-    assert "but it is (131, 64) in this model; name the base that it was trained on, " in line
+    assert "but it is (131, 64) in this model; the vocabulary was resized to 133 tokens before training: call " in line
 
 
 def test_a_bias_without_a_place_is_refused(base, tmp_path: Path):

@@ -1,0 +1,206 @@
+"""Adapters as PEFT's users have them: every option, older names, raw keys; read as PEFT reads them, or refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import read_by_transformers, read_tiny, tokens, write_tiny
+
+from qlora_tool.adapters.initial import initial_settings
+from qlora_tool.adapters.peft_files import attach_stored, read_adapter
+from qlora_tool.build import Setup
+from qlora_tool.config import AdapterConfig, Config, with_values
+from qlora_tool.errors import UserError
+
+FP32 = 1e-5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory):
+    """A family's model folder, written once."""
+    parent = tmp_path_factory.mktemp("models")
+    return lambda family: parent / family if (parent / family).exists() else write_tiny(family, parent / family)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens(), use_cache=False).logits
+
+
+def made_by_peft(base: Path, adapter: Path, kind=peft.LoraConfig, **keys) -> Path:
+    torch.manual_seed(0)
+    start = {"init_lora_weights": False} if kind is peft.LoraConfig else {"init_weights": False}
+    model = peft.get_peft_model(read_by_transformers(base), kind(**({"r": 3} | start | keys)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(adapter)
+    return adapter
+
+
+def by_peft(base: Path, adapter: Path) -> torch.Tensor:
+    return logits(peft.PeftModel.from_pretrained(read_by_transformers(base), adapter))
+
+
+def by_us(base: Path, adapter: Path) -> torch.Tensor:
+    model = read_tiny(base, "none")
+    attach_stored(model, read_adapter(adapter))
+    return logits(model)
+
+
+def change(adapter: Path, rename=None, drop=(), **config) -> None:
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({rename(name) if rename else name: tensor for name, tensor in tensors.items() if name not in drop}, file)
+    saved = json.loads((adapter / "adapter_config.json").read_text()) | config
+    (adapter / "adapter_config.json").write_text(json.dumps({k: v for k, v in saved.items() if v is not ...}))
+
+
+# One value of every option that changes what is computed, and pairs of them.
+OPTIONS = [
+    {"rank_pattern": {"q_proj": 5, r"layers\.0\..*up_proj": 2}}, {"alpha_pattern": {"v_proj": 3, "^model.*q_proj": 7}},
+    {"layers_to_transform": [1]}, {"layers_to_transform": 0, "layers_pattern": "layers"},
+    {"exclude_modules": ["v_proj"]}, {"exclude_modules": r".*\.1\..*"}, {"use_rslora": True}, {"lora_bias": True},
+    {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["norm", "v_proj"]}, {"bias": "all"}, {"bias": "lora_only"},
+    {"bias": "all", "modules_to_save": ["o_proj"]}, {"trainable_token_indices": [3, 90]}, {"use_dora": True},
+    {"target_modules": r".*layers\.[01]\.self_attn\.(q|k)_proj"}, {"target_modules": ["q_proj", "embed_tokens"]},
+    {"target_modules": "all-linear"}, {"lora_alpha": 0.5}, {"init_lora_weights": "mica"}, {"lora_dropout": 0.3},
+]  # fmt: skip
+
+
+def possible(keys: dict) -> bool:
+    """Whether PEFT makes such an adapter."""
+    on_embeddings = "embed_tokens" in keys.get("target_modules", "")
+    by_expression = isinstance(keys.get("target_modules"), str)
+    return not (
+        ({"use_dora", "lora_bias"} <= keys.keys() or {"use_dora", "init_lora_weights"} <= keys.keys())
+        or ("layers_to_transform" in keys and by_expression)
+        or (on_embeddings and {"trainable_token_indices", "lora_bias", "use_dora"} & keys.keys())
+    )
+
+
+PAIRS = [one | other for number, one in enumerate(OPTIONS) for other in OPTIONS[number + 1 :: 4]
+         if not one.keys() & other.keys() and possible(one | other)]  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", OPTIONS + PAIRS, ids=str)
+def test_every_option_gives_pefts_logits(folder, keys, tmp_path):
+    base = folder("llama-biased")
+    adapter = made_by_peft(base, tmp_path / "a", **({"target_modules": ["q_proj", "v_proj", "up_proj"]} | keys))
+    torch.testing.assert_close(by_us(base, adapter), by_peft(base, adapter), rtol=0, atol=FP32)
+
+
+@pytest.mark.parametrize("rename", [
+    lambda name: re.sub("lora_([AB])[.]weight", r"lora_\1.default.weight", name),
+    lambda name: f"_orig_mod.{name}", lambda name: name.replace("model.layers", "model._orig_mod.layers"),
+    lambda name: name.removeprefix("base_model.model."),
+], ids=["default", "compiled", "a compiled part", "no prefix"])  # fmt: skip
+def test_names_of_raw_checkpoints(folder, rename, tmp_path):
+    base = folder("llama")
+    adapter = made_by_peft(base, tmp_path / "a", target_modules=["q_proj"])
+    expected = by_peft(base, adapter)
+    change(adapter, rename)
+    torch.testing.assert_close(by_us(base, adapter), expected, rtol=0, atol=FP32)
+
+
+@pytest.mark.parametrize("config", [{"target_modules": ["q_proj"]}, {"exclude_modules": ["v_proj"]}], ids=str)
+def test_tensors_that_no_target_names_are_left_out_as_in_peft(folder, config, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
+    base = folder("llama")
+    adapter = made_by_peft(base, tmp_path / "a", target_modules=["q_proj", "v_proj"])
+    change(adapter, **config)
+    torch.testing.assert_close(by_us(base, adapter), by_peft(base, adapter), rtol=0, atol=FP32)
+    assert "4 tensors of 2 modules (model.layers.0.self_attn.v_proj …) are not read" in caplog.text
+
+
+def test_embeddings_saved_along_are_not_trained(folder, tmp_path):
+    base = folder("llama")
+    adapter = made_by_peft(base, tmp_path / "a", target_modules=["q_proj"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    embeddings = load_file(base / "model.safetensors")["model.embed_tokens.weight"] * 1.5
+    tensors["base_model.model.model.embed_tokens.weight"] = embeddings
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    model = read_tiny(base, "none")
+    adapters = attach_stored(model, read_adapter(adapter))
+    assert len(adapters.parameters()) == 4 and not model.get_input_embeddings().weight.requires_grad
+    torch.testing.assert_close(model.get_input_embeddings().weight, torch.nn.Parameter(embeddings), check_device=False)
+    assert "model.embed_tokens.weight" in adapters.peft_tensors()  # they go along with what is saved
+
+
+@pytest.mark.parametrize("family, container, names", [
+    ("qwen3_moe", "mlp.experts", ("gate_proj", "up_proj", "down_proj")),
+    ("mixtral", "block_sparse_moe.experts", ("w1", "w3", "w2")),
+])  # fmt: skip
+def test_experts_of_transformers_4(folder, family, container, names, tmp_path):
+    """By hand: each expert's own B·A on its slice; and as PEFT converts it."""
+    base, generator, tensors = folder(family), torch.Generator().manual_seed(0), {}
+    plain = read_by_transformers(base)
+    weights = dict(plain.named_parameters())
+    for layer in range(2):
+        experts = f"model.layers.{layer}.mlp.experts"
+        half = weights[f"{experts}.gate_up_proj"].shape[1] // 2
+        for expert in range(4):
+            deltas = []
+            for name, (rows, columns) in zip(names, [(half, 64), (half, 64), (64, half)], strict=True):
+                key = f"base_model.model.model.layers.{layer}.{container}.{expert}.{name}"
+                lora_A = torch.randn(3, columns, generator=generator) * 0.1
+                lora_B = torch.randn(rows, 3, generator=generator) * 0.1
+                tensors |= {f"{key}.lora_A.weight": lora_A, f"{key}.lora_B.weight": lora_B}
+                deltas.append(2.0 * lora_B @ lora_A)
+            with torch.no_grad():
+                weights[f"{experts}.gate_up_proj"][expert] += torch.cat(deltas[:2])
+                weights[f"{experts}.down_proj"][expert] += deltas[2]
+    (tmp_path / "a").mkdir()
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 6, "target_modules": list(names),
+              "base_model_name_or_path": str(base)}  # fmt: skip
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(by_us(base, tmp_path / "a"), logits(plain), rtol=0, atol=FP32)
+
+
+@pytest.mark.parametrize("config, message", [
+    ({"lora_alpha": None}, "lora_alpha is None, expected a number"),
+    ({"lora_alpha": "16"}, "lora_alpha is '16', expected a number"),
+    ({"alpha_pattern": ["q_proj"]}, r"alpha_pattern is \['q_proj'\], expected a mapping"),
+    ({"alpha_pattern": {"(": 3}}, "alpha_pattern is {'\\(': 3}, expected a mapping from regular expressions"),
+    ({"rank_pattern": {"q_proj": 0}}, "rank_pattern is .*, expected a mapping from regular expressions to ranks"),
+    ({"r": 0}, "r is 0, expected a whole number from 1"),
+    ({"r": 4}, "are of rank 3, but adapter_config.json says 4; correct r"),
+    ({"lora_dropout": 1.0}, "lora_dropout is 1.0, expected a number from 0 to below 1"),
+    ({"task_type": "SEQ_CLS"}, "task_type SEQ_CLS: it is for a model with another head"),
+    ({"lora_parameters": {"rank": 3}}, "an adapter of mlx-lm, which cannot be read here; fuse it there"),
+    ({"layer_replication": [[0, 1]]}, "layer_replication is set"),
+], ids=str)  # fmt: skip
+def test_what_cannot_be_read_is_one_line(folder, config, message, tmp_path):
+    adapter = made_by_peft(folder("llama"), tmp_path / "a", target_modules=["q_proj"])
+    change(adapter, **config)
+    with pytest.raises(UserError, match=message) as raised:
+        read_adapter(adapter)
+    assert len(raised.value.lines) <= 2
+
+
+def test_what_a_run_takes_over_from_an_adapter_that_it_starts_from(folder, tmp_path):
+    """Dropout, layers, and names of modules that are there; biases that the file lacks are trained all the same."""
+    adapter = made_by_peft(folder("llama-biased"), tmp_path / "a", lora_dropout=0.25, bias="lora_only",
+                           target_modules=["q_proj", "v_proj"], modules_to_save=["v_proj"])  # fmt: skip
+    biases = {name for name in load_file(adapter / "adapter_model.safetensors") if name.endswith("base_layer.bias")}
+    change(adapter, drop=biases, target_modules=["q_proj", "v_proj", "not_there"])
+    config = AdapterConfig(init_from=str(adapter))
+    decided = initial_settings(read_adapter(adapter), config)
+    assert decided["adapter.lora_dropout"] == 0.25 and decided["adapter.target_modules"] == ["q_proj"]
+    assert initial_settings(read_adapter(adapter), AdapterConfig(lora_dropout=0.0)).get("adapter.lora_dropout") is None
+    run = with_values(Config(), {"model.name_or_path": str(folder("llama-biased")), "model.quantization": "none",
+                                 "model.compute_dtype": "float32", "model.device": "cpu",
+                                 "adapter.init_from": str(adapter)})  # fmt: skip
+    built = Setup.of(run).build()
+    assert {name for name in built.adapters.biases if "q_proj" in name} == {
+        f"model.layers.{layer}.self_attn.q_proj.bias" for layer in range(2)
+    }
