@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_tool.adapters.peft_files import StoredAdapter, is_adapter, read_adapter
+from qlora_tool.adapters.peft_files import CONFIG_NAME, adapters_inside, StoredAdapter, is_adapter, read_adapter
 from qlora_tool.adapters.stack import Weighted
 from qlora_tool.config import ModelConfig
 from qlora_tool.errors import ToolError, UserError
@@ -94,6 +94,8 @@ def find_artifact(name: str, options: BaseOptions) -> Artifact:
         base = _base_of(stored, options)
         kwargs = (stored.provenance or {}).get("chat_template_kwargs", {})
         return Artifact(name, base, stored, None, base, options.model is not None, kwargs)
+    if path.is_dir() and not (path / "config.json").exists() and (inside := adapters_inside(path)):
+        raise UserError(f"{path}: no {CONFIG_NAME} in it; the adapter lies in {inside[0]}")
     model = ModelConfig(**({"name_or_path": name, "quantization": "none"} | _own_quantization(name)))
     provenance = _provenance_of_export(path)
     return Artifact(

@@ -325,6 +325,11 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG_NAME).exists()
 
 
+def adapters_inside(folder: Path) -> list[Path]:
+    """The folders in `folder` that are adapters: PEFT saves those that have a name so."""
+    return sorted(file.parent for file in folder.glob(f"*/{CONFIG_NAME}"))
+
+
 def read_adapter(folder: Path) -> StoredAdapter:
     """Read an adapter's folder, ours or PEFT's.
 
@@ -333,7 +338,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
     """
     config_file, weights_file = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if not config_file.exists():
-        inside = sorted(file.parent for file in folder.glob(f"*/{CONFIG_NAME}"))
+        inside = adapters_inside(folder)
         what = "a run's adapter is" if (folder / "adapter") in inside else "the adapter lies in"
         cure = f"; {what} {folder / 'adapter' if what.startswith('a run') else inside[0]}" if inside else ""
         raise UserError(f"{folder}: no {CONFIG_NAME} in it, so it is not an adapter's folder{cure}")

@@ -109,6 +109,7 @@ class MergedModel:
 
     def _take(self, stack: Sequence[Weighted]) -> None:
         """Gather what adapters do to each tensor, those for another base being refused."""
+        stack = [replace(one, stored=for_model(one.stored, self.skeleton)) for one in stack]
         shapes, layers = adaptable_shapes(self.skeleton), {}
         if self.stack:
             refuse_unaddable(stack)
@@ -144,10 +145,12 @@ class MergedModel:
         if faults:
             count = len(layers) + len(replaced) + len(self._token_rows)
             trained_on = f", {stored.base}," if stored.base else ""
+            cure = "" if "was resized" in faults[0] else (
+                f"; name the base that it was trained on{trained_on} with --model"
+            )  # fmt: skip
             raise UserError(
                 f"{stored.folder}: not for the base {self.checkpoint.folder}: {len(faults)} of its {count} layers "
-                f"and tensors do not fit, the first because it {faults[0]}; name the base that it was trained on"
-                f"{trained_on} with --model"
+                f"and tensors do not fit, the first because it {faults[0]}{cure}"
             )
 
     def _tie(self, target: str, origin: str) -> None:
