@@ -42,8 +42,9 @@ def write_adapter(artifact: Artifact, folder: Path, portable: bool) -> dict[str,
 
     Returns:
         method, layers and base (a hub id, or the full path of a folder); where `portable`, the ranks' common size `r`
-        and the `dtype`; `resize_token_embeddings`, where a reader has to call that on the base first;
-        `readers`, as `readers.readers` tells them; `eos_token_id`, where answers end in tokens that the base's generation settings do not name.
+        and the `dtype`; `readers`, as `readers.readers` tells them; `resize_token_embeddings`, where a reader has to
+        call that on the base first; `eos_token_id`, where answers end in tokens that the base's generation settings do
+        not name.
 
     Raises:
         UserError: `portable`, and PEFT has nothing that computes what this adapter does.

@@ -25,7 +25,7 @@ def readers(stored: StoredAdapter, skeleton: nn.Module, portable: bool) -> dict[
     other = _other_than_lora(stored)
     patterns = [key for key in ("rank_pattern", "alpha_pattern") if stored.peft.get(key) and not portable]
     rslora = ["use_rslora"] if stored.peft.get("use_rslora") and not portable else []
-    ignored = {"vLLM": patterns, "llama.cpp": [*rslora, *patterns[-1:]]}
+    ignored = {"vLLM": patterns, "llama.cpp": [*rslora, *(key for key in patterns if key == "alpha_pattern")]}
     found = {"PEFT": rewritten(stored, skeleton)}
     for name, keys in ignored.items():
         found[name] = other or (f"it ignores {' and '.join(keys)}; --format adapter-portable" if keys else None)
@@ -57,8 +57,9 @@ def rewritten(stored: StoredAdapter, skeleton: Any) -> str | None:
 
 
 def _family(model_type: str) -> str | None:
+    """The family whose names PEFT converts those of this one by; it asks the same table, which has no other name."""
     try:
         from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
     except ImportError:
-        return model_type if model_type in _REWRITTEN else None
-    return model_type if model_type in _REWRITTEN else _MODEL_TO_CONVERSION_PATTERN.get(model_type)
+        return None
+    return _MODEL_TO_CONVERSION_PATTERN.get(model_type)

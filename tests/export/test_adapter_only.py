@@ -114,6 +114,8 @@ def test_the_plain_form_is_a_copy(tmp_path):
     said = exported(artifact_of(folder), tmp_path / "copy", portable=False)
     for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json"):
         assert (tmp_path / "copy" / name).read_bytes() == (folder / name).read_bytes()
+    readers = said.pop("readers")
+    assert readers["PEFT"] is None and "rank_pattern" in readers["vLLM"]
     assert said == {"method": "lora", "layers": 14, "base": str(base.resolve())}
 
 
