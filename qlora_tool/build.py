@@ -355,18 +355,7 @@ def build(
             f"training.tiled_mlp: nothing is tiled, as {model.config.model_type} with {config.adapter.method} has no "
             "gated MLP that runs as one operation (plain LoRA without dropout on all of its modules)"
         )
-    outputs = (getattr(model.module.get_submodule(name), "o_proj", None) for name in adapters.layers)
-    if any(getattr(output, "bias", None) is not None for output in outputs):
-        remarks.append(
-            f"adapter.method: {config.adapter.method}: o_proj has a bias here, which the prompts add once more, as "
-            "under PEFT: training does not begin with what the base gives"
-        )
-    conv1d = [name for name in adapters.layers if getattr(model.module.get_submodule(name), "transposed", False)]
-    if conv1d and not METHODS[config.adapter.method].peft_takes_conv1d:
-        remarks.append(
-            f"adapter.method: {config.adapter.method}: PEFT cannot load it onto transformers' Conv1D ({conv1d[0]} and "
-            f"{len(conv1d) - 1} more here): this adapter is read by qlora-tool alone; export it merged for other tools"
-        )
+    remarks += _unlike_others(config, model, adapters)
     if not model.pads_apart:
         remarks.append(
             f"{model.config.model_type}: an example in a padded batch would not give what it gives alone; the rows of "
@@ -389,6 +378,24 @@ def build(
     model.checkpoint_layers(recomputation or bool(config.training.gradient_checkpointing), around_recomputation)
     model.module.train()
     return Built(model, adapters, remarks)
+
+
+def _unlike_others(config: Config, model: CausalLM, adapters: AdapterSet) -> list[str]:
+    """Where an adapter is not what one would take it for, a line each."""
+    remarks = []
+    outputs = (getattr(model.module.get_submodule(name), "o_proj", None) for name in adapters.layers)
+    if any(getattr(output, "bias", None) is not None for output in outputs):
+        remarks.append(
+            f"adapter.method: {config.adapter.method}: o_proj has a bias here, which the prompts add once more, as "
+            "under PEFT: training does not begin with what the base gives"
+        )
+    conv1d = [name for name in adapters.layers if getattr(model.module.get_submodule(name), "transposed", False)]
+    if conv1d and not METHODS[config.adapter.method].peft_takes_conv1d:
+        remarks.append(
+            f"adapter.method: {config.adapter.method}: PEFT cannot load it onto transformers' Conv1D ({conv1d[0]} and "
+            f"{len(conv1d) - 1} more here): this adapter is read by qlora-tool alone; export it merged for other tools"
+        )
+    return remarks
 
 
 def _with_adapters(
