@@ -22,11 +22,10 @@ from qlora_tool.config import Config, ModelConfig, load_config, parse_size, with
 from qlora_tool.errors import OptionError, UserError
 
 if TYPE_CHECKING:
-    from qlora_tool.artifacts import Artifact, BaseOptions
+    from qlora_tool.artifacts import BaseOptions
     from qlora_tool.export.write import ExportResult
     from qlora_tool.inference.generate import GenerateResult
     from qlora_tool.inference.score import EvaluateResult
-    from qlora_tool.inference.several import Several
     from qlora_tool.inspection.inspect import InspectResult
     from qlora_tool.memory.profile_run import MemoryProfile
     from qlora_tool.training.preview import PreviewResult
@@ -254,10 +253,10 @@ def export_merged(
         from qlora_tool.data.check import check_sources
 
         check_sources([rows], run=run_or_adapter)
-    if given := _named_adapters(adapter):
-        artifact = _several(run_or_adapter, given, model, quantization, double_quant, weighted=True).summed()
-    else:
-        artifact = _artifact(run_or_adapter, model, quantization, double_quant)
+    options = _base_options(model, quantization, double_quant)
+    from qlora_tool.inference.named import find_named
+
+    artifact = find_named(run_or_adapter, options, adapter=adapter, weighted=True).summed()
     from qlora_tool.export.upload import push_to_hub as upload
     from qlora_tool.export.write import ExportOptions
     from qlora_tool.export.write import export_merged as export
@@ -325,16 +324,11 @@ def generate(
         from qlora_tool.data.check import check_sources
 
         check_sources([file], need_answers=False, run=run_or_model)
-    base = (model, quantization, double_quant, device, compute_dtype)
-    if given := _named_adapters(adapter):
-        several = _several(run_or_model, given, *base, chat_template_kwargs)
-        from qlora_tool.inference.generate import generate_several
-
-        return generate_several(several, texts, file, sampling, compare_base)
-    artifact = _artifact(run_or_model, *base, chat_template_kwargs)
+    options = _base_options(model, quantization, double_quant, device, compute_dtype)
     from qlora_tool.inference.generate import generate as answer
+    from qlora_tool.inference.named import find_named
 
-    return answer(artifact, texts, file, sampling, compare_base)
+    return answer(find_named(run_or_model, options, chat_template_kwargs, adapter), texts, file, sampling, compare_base)
 
 
 def evaluate(
@@ -391,20 +385,13 @@ def evaluate(
     if not sources:
         raise OptionError("nothing to score: give --data FILE")
     check_sources(sources.values(), format, run=run_or_model)
-    base = (model, quantization, double_quant, device, compute_dtype)
-    how: dict[str, Any] = {"max_length": max_length, "sampling": sampling if generate else None,
-                           "batch_size": batch_size}  # fmt: skip
-    given = _named_adapters(adapter)
-    if given or compare_base:
-        several = _several(run_or_model, given, *base, chat_template_kwargs)
-        from qlora_tool.inference.score import evaluate_several
+    options = _base_options(model, quantization, double_quant, device, compute_dtype)
+    from qlora_tool.inference.named import find_named
+    from qlora_tool.inference.score import evaluate as score
 
-        result = evaluate_several(several, sources, settings.data, **how, compare_base=compare_base)
-    else:
-        artifact = _artifact(run_or_model, *base, chat_template_kwargs)
-        from qlora_tool.inference.score import evaluate as score
-
-        result = score(artifact, sources, settings.data, **how)
+    found = find_named(run_or_model, options, chat_template_kwargs, adapter, several=compare_base)
+    result = score(found, sources, settings.data, max_length=max_length, sampling=sampling if generate else None,
+                   batch_size=batch_size, compare_base=compare_base)  # fmt: skip
     _write_json(json, result.as_json())
     return result
 
@@ -451,10 +438,12 @@ def inspect(
         from qlora_tool.data.check import check_sources
 
         check_sources([rows], run=run_or_adapter)
-    artifact = _artifact(run_or_adapter, model, quantization, double_quant,
-                         quantization_else="none" if truncate is None else None)  # fmt: skip
+    options = _base_options(model, quantization, double_quant,
+                            quantization_else="none" if truncate is None else None)  # fmt: skip
+    from qlora_tool.artifacts import find_artifact
     from qlora_tool.inspection.inspect import inspect as look
 
+    artifact = find_artifact(os.fspath(run_or_adapter), options)
     result = look(artifact, every_module=all, r=truncate, output=None if output_dir is None else Path(output_dir),
                   data=rows, overwrite=overwrite)  # fmt: skip
     _write_json(json, result.as_json())
@@ -474,36 +463,19 @@ def _with_output_dir(overrides: Overrides, output_dir: AnyPath | None) -> Overri
     return [*given, f"training.output_dir={_json.dumps(os.fspath(output_dir))}"]
 
 
-def _artifact(
-    name: AnyPath,
+def _base_options(
     model: AnyPath | None,
     quantization: str | None,
     double_quant: bool | None,
     device: str = "auto",
     compute_dtype: str = "auto",
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    quantization_else: str | None = None,
-) -> Artifact:
-    """What a name and the options about its base and its chat template stand for.
-
-    Raises:
-        UserError: an option has a value that its key in a configuration could not have; and see `find_artifact`.
-    """
-    options = _base_options(model, quantization, double_quant, device, compute_dtype, quantization_else)
-    from qlora_tool.artifacts import find_artifact
-
-    found = find_artifact(os.fspath(name), options)
-    return found if chat_template_kwargs is None else replace(found, chat_template_kwargs=chat_template_kwargs)
-
-
-def _base_options(
-    model: AnyPath | None,
-    quantization: str | None,
-    double_quant: bool | None,
-    device: str,
-    compute_dtype: str,
     quantization_else: str | None = None,
 ) -> BaseOptions:
+    """What a call says of an adapter's base.
+
+    Raises:
+        UserError: an option has a value that its key in a configuration could not have.
+    """
     given = {"quantization": quantization, "double_quant": double_quant, "device": device,
              "compute_dtype": compute_dtype}  # fmt: skip
     with_values(Config(model=ModelConfig()), {f"model.{k}": value for k, value in given.items() if value is not None})
@@ -511,36 +483,6 @@ def _base_options(
 
     base = None if model is None else os.fspath(model)
     return BaseOptions(base, quantization, double_quant, device, compute_dtype, quantization_else)
-
-
-def _named_adapters(given: Adapters) -> list[str]:
-    """Adapters as `--adapter` takes them: NAME=FOLDER."""
-    if isinstance(given, Mapping):
-        return [f"{name}={os.fspath(folder)}" for name, folder in given.items()]
-    return [given] if isinstance(given, str) else list(given)
-
-
-def _several(
-    name: AnyPath,
-    given: Sequence[str],
-    model: AnyPath | None,
-    quantization: str | None,
-    double_quant: bool | None,
-    device: str = "auto",
-    compute_dtype: str = "auto",
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    weighted: bool = False,
-) -> Several:
-    """Several adapters and their base; see `find_several`."""
-    options = _base_options(model, quantization, double_quant, device, compute_dtype)
-    from qlora_tool.inference.several import find_several
-
-    found = find_several(os.fspath(name), given, options, weighted=weighted)
-    if chat_template_kwargs is None:
-        return found
-    adapters = {key: replace(one, chat_template_kwargs=chat_template_kwargs) for key, one in found.adapters.items()}
-    base = replace(found.base, chat_template_kwargs=chat_template_kwargs)
-    return replace(found, base=base, adapters=adapters)
 
 
 def _write_json(file: AnyPath | None, content: dict[str, Any]) -> None:

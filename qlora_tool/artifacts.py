@@ -49,6 +49,10 @@ class Artifact:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     stack: tuple[Weighted, ...] = ()
 
+    def summed(self) -> Artifact:
+        """Itself: what `inference.several.Several` makes one artifact of."""
+        return self
+
 
 @dataclass(frozen=True)
 class BaseOptions:

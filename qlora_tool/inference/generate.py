@@ -76,11 +76,12 @@ class GenerateResult:
 
 
 def generate(
-    artifact: Artifact, texts: Sequence[str], file: str | None, sampling: Sampling, compare_base: bool = False
+    artifact: Artifact | Several, texts: Sequence[str], file: str | None, sampling: Sampling, compare_base: bool = False
 ) -> GenerateResult:
     """Answer prompts.
 
     Args:
+        artifact: what answers; of several adapters each, on one base that is read once.
         texts: prompts.
         file: more of them; see `read_prompts`.
         compare_base: let the model that `artifact` was made from answer first.
@@ -88,6 +89,8 @@ def generate(
     Raises:
         UserError: it is not known what the artifact was made from; and see `read_prompts`, `open_artifact`, `answer`.
     """
+    if isinstance(artifact, Several):
+        return _generate_several(artifact, texts, file, sampling, compare_base)
     if not compare_base:
         prompts, answers, peak = _answers(artifact, texts, file, sampling)
         pairs = zip(prompts, answers.texts, strict=True)
@@ -103,18 +106,9 @@ def generate(
     )  # fmt: skip
 
 
-def generate_several(
-    several: Several, texts: Sequence[str], file: str | None, sampling: Sampling, compare_base: bool = False
+def _generate_several(
+    several: Several, texts: Sequence[str], file: str | None, sampling: Sampling, compare_base: bool
 ) -> GenerateResult:
-    """Answer prompts with each of several adapters, on one base that is read once.
-
-    Args:
-        texts, file: see `generate`.
-        compare_base: let the base alone answer first.
-
-    Raises:
-        UserError: see `read_prompts`, `Opened` and `answer`.
-    """
     names = [*([BASE] if compare_base else []), *several.adapters]
     answers: dict[str, list[str]] = {}
     efforts: dict[str, Effort] = {}

@@ -73,36 +73,7 @@ def _as_json(scores: Mapping[str, Score]) -> dict[str, Any]:
 
 
 def evaluate(
-    artifact: Artifact,
-    sources: Mapping[str, str],
-    data: DataConfig,
-    *,
-    max_length: int | None = None,
-    sampling: Sampling | None = None,
-    batch_size: int = 16,
-) -> EvaluateResult:
-    """Score a model on data sets.
-
-    Args:
-        sources: what to score, by name.
-        data: its `format` is how rows are read; what is trained and how long rows may be is as the artifact's run says.
-        max_length: tokens of a row at most, in the place of the run's.
-        sampling: generate answers too and count the exact matches; None leaves that out.
-        batch_size: rows of a forward pass.
-
-    Raises:
-        UserError: see `open_artifact`, `check_length`, `score`.
-    """
-    model, tokenizer = open_artifact(artifact)
-    data = _data_for(artifact, model, data, max_length)
-    return EvaluateResult({
-        name: score(model, tokenizer, source, data, sampling=sampling, batch_size=batch_size)
-        for name, source in sources.items()
-    })  # fmt: skip
-
-
-def evaluate_several(
-    several: Several,
+    artifact: Artifact | Several,
     sources: Mapping[str, str],
     data: DataConfig,
     *,
@@ -111,15 +82,34 @@ def evaluate_several(
     batch_size: int = 16,
     compare_base: bool = False,
 ) -> EvaluateResult:
-    """Score each of several adapters on data sets, on one base that is read once.
+    """Score a model on data sets.
 
     Args:
-        compare_base: score the base alone, too, first and as `base`.
-        sources, data, max_length, sampling, batch_size: see `evaluate`.
+        artifact: what is scored; of several adapters each, on one base that is read once.
+        sources: what to score, by name.
+        data: its `format` is how rows are read; what is trained and how long rows may be is as the artifact's run says.
+        max_length: tokens of a row at most, in the place of the run's.
+        sampling: generate answers too and count the exact matches; None leaves that out.
+        batch_size: rows of a forward pass.
+        compare_base: of several, score the base alone, too, first and as `base`.
 
     Raises:
-        UserError: see `Opened`, `check_length`, `score`.
+        UserError: see `open_artifact`, `Opened`, `check_length`, `score`.
     """
+    if isinstance(artifact, Several):
+        return _evaluate_several(artifact, sources, data, max_length, sampling, batch_size, compare_base)
+    model, tokenizer = open_artifact(artifact)
+    data = _data_for(artifact, model, data, max_length)
+    return EvaluateResult({
+        name: score(model, tokenizer, source, data, sampling=sampling, batch_size=batch_size)
+        for name, source in sources.items()
+    })  # fmt: skip
+
+
+def _evaluate_several(
+    several: Several, sources: Mapping[str, str], data: DataConfig, max_length: int | None, sampling: Sampling | None,
+    batch_size: int, compare_base: bool,
+) -> EvaluateResult:  # fmt: skip
     opened = Opened(several)
     asked: dict[str, dict[str, Asked]] = {}
     for name in [*([BASE] if compare_base else []), *several.adapters]:
