@@ -25,6 +25,7 @@ from qlora_tool.adapters.fusion import tile_mlps
 from qlora_tool.adapters.initial import initial_settings, refuse_other_places
 from qlora_tool.adapters.peft_files import StoredAdapter, attach_stored, read_adapter, refuse_not_repeated
 from qlora_tool.adapters.starts import WeightStart, start_facts, taken_out
+from qlora_tool.adapters.targets import unmatched_patterns
 from qlora_tool.adapters.trained_base import train_biases
 from qlora_tool.config import Config, ModelConfig, with_values
 from qlora_tool.errors import ToolError

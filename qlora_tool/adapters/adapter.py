@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,9 @@ class Adapter(nn.Module):
                 self.register_parameter(name, nn.Parameter(tensor))
         self.dropout = nn.Dropout(settings.dropout) if settings.dropout else None
         self.shared: Siblings | None = None
+
+    place: ClassVar[str] = "linear modules"
+    """What it is put on, in words, of several."""
 
     @classmethod
     def start(
@@ -141,6 +144,8 @@ class Adapter(nn.Module):
 class EmbeddingAdapter(Adapter):
     """What is trained on embeddings, (vocabulary, dim): a method's tensors for the weight (dim, vocabulary)."""
 
+    place = "embeddings"
+
     @staticmethod
     def _start(
         method: Method, weight: WeightHandle, settings: Settings, generator: torch.Generator
@@ -175,6 +180,8 @@ class AttentionAdapter(Adapter):
 
 class ExpertsAdapter(Adapter):
     """What is trained on one weight of experts, (experts, out, in): a method's tensors for each, stacked."""
+
+    place = "weights of experts"
 
     @staticmethod
     def _start(
@@ -240,6 +247,8 @@ class PartsAdapter(Adapter):
         rows: those of each part in the projection's (out,).
         out_features: of the projection.
     """
+
+    place = "projections in part"
 
     def __init__(
         self, method: Method, tensors: Mapping[str, Tensor], settings: Settings, rows: Mapping[str, Tensor],

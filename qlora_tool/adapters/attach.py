@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,6 +72,15 @@ class AdapterSet:
         finally:
             for one, names in zip(adapted, active, strict=True):
                 one.set_adapters(names)
+
+    @property
+    def places(self) -> str:
+        """What is trained, in words: `210 linear modules, 2 weights of experts`."""
+        kinds = Counter(layer.place for layer in self.layers.values())
+        kinds |= Counter({"tensors in full": len(self.saved), "biases": len(self.biases)})
+        counts = [f"{count} {kind}" for kind, count in kinds.items() if count]
+        rows = sum(len(rows.tokens) for rows in self.token_rows.values())
+        return ", ".join([*counts, *([f"rows of {rows} tokens"] if rows else [])])
 
     def parameters(self) -> list[nn.Parameter]:
         """Every trained parameter once, in a fixed order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor, nn
@@ -245,6 +245,18 @@ def own_keys(config: AdapterConfig) -> MethodKeys:
     """The keys of the section that belong to the configured method alone."""
     keys = METHODS[config.method].keys
     return keys(**{name: getattr(config, name) for name in keys.model_fields if hasattr(config, name)})
+
+
+def unmatched_patterns(names: Iterable[str], config: AdapterConfig) -> list[str]:
+    """A line for each entry of `rank_pattern` and `alpha_pattern` that none of the adapted modules has."""
+    names, lines = list(names), []
+    last_names = sorted({name.rpartition(".")[2] for name in names})
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key):
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                lines.append(f"adapter.{key}: {pattern!r} matches no adapted module and changes nothing"
+                             f"{did_you_mean(pattern, last_names)}; there are {', '.join(last_names)}")  # fmt: skip
+    return lines
 
 
 Number = TypeVar("Number", int, float)

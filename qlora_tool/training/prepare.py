@@ -51,7 +51,7 @@ def describe(built: Built, init_from: str | None) -> list[str]:
     return [
         f"model: {model.config.model_type}, {kind} {model.quantized_bytes() / 1e6:.1f} MB; unquantized "
         f"{sum(plain.values()) / 1e6:.1f} MB ({largest}{', ...' if len(plain) > 3 else ''})",
-        f"adapter: {len(adapters.layers)} linear modules, {sum(p.numel() for p in trained) / 1e6:.2f} M trained "
+        f"adapter: {adapters.places}, {sum(p.numel() for p in trained) / 1e6:.2f} M trained "
         f"weights in {dtype}; matrix products in {str(model.compute_dtype).removeprefix('torch.')} on {model.device}",
         *([f"adapter: starts from {init_from}"] if init_from else []),
         *([f"kernels: {model.fused} of the family's own"] if model.device.type == "cuda" else []),

@@ -13,6 +13,7 @@ from tiny_models import read_by_transformers, read_tiny, tokens, write_tiny
 
 from qlora_tool.adapters.attach import AdapterSet, attach
 from qlora_tool.adapters.peft_files import attach_stored, read_adapter, save_adapter
+from qlora_tool.adapters.targets import unmatched_patterns
 from qlora_tool.config import AdapterConfig
 from qlora_tool.data.batches import collate
 from qlora_tool.data.examples import Example
@@ -269,3 +270,22 @@ def test_parts_compute_fused_as_plainly(folder, keys, monkeypatch):
         found.append([output.detach(), *(parameter.grad for parameter in adapters.parameters())])
     for one, other in zip(*found, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+def test_what_is_trained_in_words(folder):
+    config = AdapterConfig(target_modules=["q_proj", "embed_tokens"], target_parameters=["down_proj"],
+                           trainable_token_indices={"lm_head": [4, 5]}, modules_to_save=["norm"])  # fmt: skip
+    adapters = attach(read_tiny(folder("mixtral"), "nf4"), config, torch.float32, 0)
+    assert adapters.places == (
+        "1 embeddings, 2 linear modules, 2 weights of experts, 1 tensors in full, rows of 2 tokens"
+    )
+
+
+def test_patterns_that_match_nothing_are_said():
+    config = AdapterConfig(rank_pattern={"q_prj": 3, "v_proj": 2}, alpha_pattern={"embed_tokens": 3})
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
+    assert unmatched_patterns(names, config) == [
+        "adapter.rank_pattern: 'q_prj' matches no adapted module and changes nothing; did you mean 'q_proj'?; there are "
+        "q_proj, v_proj",
+        "adapter.alpha_pattern: 'embed_tokens' matches no adapted module and changes nothing; there are q_proj, v_proj",
+    ]
