@@ -346,6 +346,7 @@ def build(
         UserError, MachineError: the base cannot be read, or the adapter does not fit it.
     """
     model, adapters, remarks = _with_adapters(config, model_config, tensors, device, compute_dtype, start or Start())
+    remarks = [*unmatched_patterns(adapters.layers, config.adapter), *remarks]
     if found := model.beyond_peft:
         remarks.append(
             f"model.quantization: {found}; transformers with bitsandbytes, and so PEFT, leaves them unquantized: this "

@@ -285,7 +285,7 @@ def test_patterns_that_match_nothing_are_said():
     config = AdapterConfig(rank_pattern={"q_prj": 3, "v_proj": 2}, alpha_pattern={"embed_tokens": 3})
     names = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
     assert unmatched_patterns(names, config) == [
-        "adapter.rank_pattern: 'q_prj' matches no adapted module and changes nothing; did you mean 'q_proj'?; there are "
-        "q_proj, v_proj",
+        "adapter.rank_pattern: 'q_prj' matches no adapted module and changes nothing; did you mean 'q_proj'?; there "
+        "are q_proj, v_proj",
         "adapter.alpha_pattern: 'embed_tokens' matches no adapted module and changes nothing; there are q_proj, v_proj",
     ]
