@@ -9,8 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_tool.adapters.peft_files import CONFIG_NAME, StoredAdapter, adapters_inside, is_adapter, read_adapter
+from qlora_tool.adapters.peft_names import CONFIG_NAME
+from qlora_tool.adapters.peft_reading import adapters_inside, is_adapter, read_adapter
 from qlora_tool.adapters.stack import Weighted
+from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.config import ModelConfig
 from qlora_tool.errors import ToolError, UserError
 from qlora_tool.files.hashes import file_hashes

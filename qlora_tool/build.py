@@ -20,11 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_tool.adapters.attach import AdapterSet, attach
+from qlora_tool.adapters.attach_stored import attach_stored, refuse_not_repeated
 from qlora_tool.adapters.calibration import Read, calibrated, reads_data
 from qlora_tool.adapters.fusion import tile_mlps
 from qlora_tool.adapters.initial import initial_settings, refuse_other_places
-from qlora_tool.adapters.peft_files import StoredAdapter, attach_stored, read_adapter, refuse_not_repeated
+from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.adapters.starts import WeightStart, start_facts, taken_out
+from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.adapters.targets import unmatched_patterns
 from qlora_tool.adapters.trained_base import train_biases
 from qlora_tool.config import Config, ModelConfig, with_values

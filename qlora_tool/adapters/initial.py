@@ -9,8 +9,8 @@ from torch import nn
 
 from qlora_tool.adapters.adapter import ExpertsAdapter
 from qlora_tool.adapters.attach import AdapterSet
-from qlora_tool.adapters.peft_files import StoredAdapter
 from qlora_tool.adapters.places import find_places
+from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.adapters.targets import matches, settings_for
 from qlora_tool.errors import UserError
 

@@ -15,6 +15,8 @@ from qlora_tool.adapters.targets import layer_of, matches
 from qlora_tool.errors import UserError
 
 PREFIX = "base_model.model."
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
 _TENSOR = r"lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|(?:hada|lokr|vera)_\w+"
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from qlora_tool.adapters.peft_files import StoredAdapter, refuse_misfit, refuse_misfit_replaced, shapes_of
+from qlora_tool.adapters.attach_stored import refuse_misfit, refuse_misfit_replaced, shapes_of
 from qlora_tool.adapters.places import adaptable
+from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.adapters.trained_base import tie, train_parameter, transposed_names
 from qlora_tool.errors import UserError
 from qlora_tool.model.parameter_source import tied_names

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from qlora_tool.adapters.peft_files import StoredAdapter, attach_stored
+from qlora_tool.adapters.attach_stored import attach_stored
+from qlora_tool.adapters.stored import StoredAdapter
 
 _MISSING = object()
 

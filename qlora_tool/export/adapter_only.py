@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from qlora_tool.adapters.adapter import ExpertsAdapter
-from qlora_tool.adapters.peft_files import CONFIG_NAME, WEIGHTS_NAME, StoredAdapter
-from qlora_tool.adapters.peft_names import PREFIX
+from qlora_tool.adapters.peft_names import CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.artifacts import base_folder
 from qlora_tool.errors import UserError
 from qlora_tool.export.generation import named_and_trained

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from qlora_tool.adapters.adapter import Adapter
-from qlora_tool.adapters.peft_files import StoredAdapter, for_model, refuse_misfit, refuse_not_repeated, resized
+from qlora_tool.adapters.attach_stored import refuse_misfit, refuse_not_repeated, resized
+from qlora_tool.adapters.peft_reading import for_model
 from qlora_tool.adapters.stack import Parts, Weighted, refuse_unaddable, replaced_by, replacement, same
+from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.adapters.token_rows import follows
 from qlora_tool.errors import UserError
 from qlora_tool.export.dtypes import FLOAT16_LIMIT, Unfit

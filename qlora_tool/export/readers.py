@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from qlora_tool.adapters.adapter import Adapter
-from qlora_tool.adapters.peft_files import StoredAdapter
+from qlora_tool.adapters.stored import StoredAdapter
 
 # PEFT 0.21 takes the linear modules by these names for experts of transformers 4, and adapts today's experts instead.
 _REWRITTEN = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qlora_tool.adapters.peft_files import StoredAdapter
+from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.artifacts import base_folder, changed_base
 from qlora_tool.build import open_model
 from qlora_tool.errors import UserError

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from qlora_tool._version import __version__
 from qlora_tool.adapters.adapter import EmbeddingAdapter, ExpertsAdapter
-from qlora_tool.adapters.peft_files import CONFIG_NAME, WEIGHTS_NAME, StoredAdapter, read_adapter
-from qlora_tool.adapters.peft_names import PREFIX
+from qlora_tool.adapters.peft_names import CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from qlora_tool.adapters.peft_reading import read_adapter
+from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.adapters.switch import Switch
 from qlora_tool.artifacts import Artifact, base_folder, changed_base
 from qlora_tool.build import open_model

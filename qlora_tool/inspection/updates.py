@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qlora_tool.adapters.adapter import Adapter
-from qlora_tool.adapters.peft_files import StoredAdapter
+from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.artifacts import Artifact, changed_base
 from qlora_tool.errors import ToolError, UserError
 from qlora_tool.export.merge import MergedModel, adaptable_shapes

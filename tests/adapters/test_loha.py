@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from qlora_tool.adapters.adapter import Adapter, generator_for
 from qlora_tool.adapters.attach import attach
-from qlora_tool.adapters.peft_files import attach_stored, read_adapter, save_adapter
+from qlora_tool.adapters.attach_stored import attach_stored
+from qlora_tool.adapters.peft_files import save_adapter
+from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.build import Setup
 from qlora_tool.config import AdapterConfig, load_config
 from qlora_tool.errors import UserError

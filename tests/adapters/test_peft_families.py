@@ -14,7 +14,9 @@ from one_layer import fill, relative_error
 from tiny_models import logits, read_by_transformers, read_tiny, tokens, write_tiny
 
 from qlora_tool.adapters.attach import attach
-from qlora_tool.adapters.peft_files import attach_stored, read_adapter, save_adapter
+from qlora_tool.adapters.attach_stored import attach_stored
+from qlora_tool.adapters.peft_files import save_adapter
+from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.config import AdapterConfig
 from qlora_tool.methods import METHODS
 

@@ -16,8 +16,10 @@ from tiny_models import logits, read_by_transformers, read_tiny, tiny_model, tok
 from torch import Tensor
 
 from qlora_tool.adapters.attach import attach
+from qlora_tool.adapters.attach_stored import attach_stored
 from qlora_tool.adapters.initial import initial_settings
-from qlora_tool.adapters.peft_files import attach_stored, read_adapter, save_adapter
+from qlora_tool.adapters.peft_files import save_adapter
+from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.config import AdapterConfig
 from qlora_tool.errors import UserError
 from qlora_tool.weights.modules import FrozenLinear

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import read_by_transformers, read_tiny, tokens, write_tiny
 
+from qlora_tool.adapters.attach_stored import attach_stored
 from qlora_tool.adapters.initial import initial_settings
-from qlora_tool.adapters.peft_files import attach_stored, read_adapter
+from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.build import Setup
 from qlora_tool.config import AdapterConfig, Config, with_values
 from qlora_tool.errors import UserError

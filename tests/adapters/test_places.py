@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from tiny_models import read_by_transformers, read_tiny, tokens, write_tiny
 
 from qlora_tool.adapters.attach import AdapterSet, attach
-from qlora_tool.adapters.peft_files import attach_stored, read_adapter, save_adapter
+from qlora_tool.adapters.attach_stored import attach_stored
+from qlora_tool.adapters.peft_files import save_adapter
+from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.adapters.targets import unmatched_patterns
 from qlora_tool.config import AdapterConfig
 from qlora_tool.data.batches import collate

@@ -14,8 +14,9 @@ from tiny_models import read_by_transformers, write_tiny
 from torch import Tensor, nn
 
 from qlora_tool.adapters.adapter import Adapter, generator_for
+from qlora_tool.adapters.attach_stored import attach_stored
 from qlora_tool.adapters.initial import initial_settings
-from qlora_tool.adapters.peft_files import attach_stored, read_adapter
+from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.build import Setup, Start, open_model
 from qlora_tool.config import AdapterConfig, Config, load_config
 from qlora_tool.errors import UserError

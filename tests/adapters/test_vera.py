@@ -13,8 +13,10 @@ from tiny_models import logits, read_by_transformers, read_tiny, tokens, write_t
 from torch import nn
 
 from qlora_tool.adapters.attach import AdapterSet, attach
+from qlora_tool.adapters.attach_stored import attach_stored
 from qlora_tool.adapters.initial import initial_settings
-from qlora_tool.adapters.peft_files import attach_stored, read_adapter, save_adapter
+from qlora_tool.adapters.peft_files import save_adapter
+from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.config import AdapterConfig, load_config
 from qlora_tool.errors import UserError
 from qlora_tool.methods import METHODS

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_adapters import IDS, artifact_of, live_logits, write_adapter, write_chat_base, write_peft_adapter
 from tiny_models import relative_error
 
-from qlora_tool.adapters.peft_files import read_adapter
+from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.errors import UserError
 from qlora_tool.export.adapter_only import write_adapter as export_adapter
 

@@ -13,7 +13,7 @@ from tiny_adapters import artifact_of, live_logits, peft_logits, write_adapter, 
 from tiny_models import write_tiny
 
 from qlora_tool import UserError, evaluate, inspect
-from qlora_tool.adapters.peft_files import read_adapter
+from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.inspection.inspect import inspect as look
 from qlora_tool.inspection.truncate import cut_tensors
 from qlora_tool.inspection.updates import open_adapter

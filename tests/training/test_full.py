@@ -15,7 +15,8 @@ from tiny_runs import run_config, write_rows
 from tokenizers_for_tests import CHATML, byte_level
 
 from qlora_tool.adapters.attach import attach
-from qlora_tool.adapters.peft_files import attach_stored, read_adapter
+from qlora_tool.adapters.attach_stored import attach_stored
+from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.build import Setup
 from qlora_tool.cli import main
 from qlora_tool.config import AdapterConfig
