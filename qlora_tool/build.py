@@ -19,11 +19,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
+from qlora_tool.adapters.adapter import Adapter
 from qlora_tool.adapters.attach import AdapterSet, attach
 from qlora_tool.adapters.attach_stored import attach_stored, refuse_not_repeated
 from qlora_tool.adapters.calibration import Read, calibrated, reads_data
 from qlora_tool.adapters.fusion import tile_mlps
 from qlora_tool.adapters.initial import initial_settings, refuse_other_places
+from qlora_tool.adapters.peft_names import taken_for_experts
 from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.adapters.starts import WeightStart, start_facts, taken_out
 from qlora_tool.adapters.stored import StoredAdapter
@@ -349,6 +351,11 @@ def build(
     """
     model, adapters, remarks = _with_adapters(config, model_config, tensors, device, compute_dtype, start or Start())
     remarks = [*unmatched_patterns(adapters.layers, config.adapter), *remarks]
+    linears = [name for name, layer in adapters.layers.items() if type(layer) is Adapter]
+    if METHODS[config.adapter.method].peft_type == "LORA" and (
+        why := taken_for_experts(linears, model.config.get_text_config().model_type)
+    ):
+        remarks.append(f"adapter.target_modules: {why} for PEFT's users")
     if found := model.beyond_peft:
         remarks.append(
             f"model.quantization: {found}; transformers with bitsandbytes, and so PEFT, leaves them unquantized: this "

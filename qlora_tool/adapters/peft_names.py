@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +195,25 @@ def join_experts(tensors: Mapping[str, Tensor], r: int, exists: Callable[[str], 
 def _gate_and_up(kinds: Mapping[str, Mapping[int, Mapping[str, Tensor]]], expert: int) -> dict[str, Tensor]:
     gate, up = kinds["gate"][expert], kinds["up"][expert]
     return {"A": torch.cat([gate["A"], up["A"]]), "B": torch.block_diag(gate["B"], up["B"])}
+
+
+# PEFT 0.21 takes linear modules by these names for experts of transformers 4, and adapts today's experts instead.
+_TAKEN = {"qwen2_moe": ("gate_proj", "up_proj", "down_proj", "gate"), "mixtral": ("w1", "w2", "w3", "gate")}
+
+
+def taken_for_experts(names: Iterable[str], model_type: str) -> str | None:
+    """Why PEFT would not adapt what was adapted, in families whose experts were linear modules once, or None.
+
+    Args:
+        names: of the linear modules that have LoRA.
+    """
+    try:  # PEFT asks the same table, which has no public name
+        from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+    except ImportError:
+        return None
+    taken = _TAKEN.get(_MODEL_TO_CONVERSION_PATTERN.get(model_type, ""), ())
+    found = [name for name in names if name.rpartition(".")[2] in taken]
+    return None if not found else (
+        f"PEFT 0.21 takes {found[0].rpartition('.')[2]} for weights of experts in this family and drops LoRA on "
+        f"{len(found)} dense and shared modules ({found[0]} …); export it merged"
+    )  # fmt: skip
