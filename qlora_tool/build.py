@@ -323,6 +323,16 @@ def goes_without_padding(config: Config, model_config: Any) -> bool:
     return config.data.padding_free and by_segment
 
 
+def _on_places(config: Config, model: CausalLM, adapters: AdapterSet) -> list[str]:
+    """What is to be said of where adapters sit."""
+    lines = unmatched_patterns(adapters.layers, config.adapter)
+    linears = [name for name, layer in adapters.layers.items() if type(layer) is Adapter]
+    why = taken_for_experts(linears, model.config.get_text_config().model_type)
+    if why and METHODS[config.adapter.method].peft_type == "LORA":
+        lines.append(f"adapter.target_modules: {why} for PEFT's users")
+    return lines
+
+
 def build(
     config: Config,
     model_config: Any,
@@ -350,12 +360,7 @@ def build(
         UserError, MachineError: the base cannot be read, or the adapter does not fit it.
     """
     model, adapters, remarks = _with_adapters(config, model_config, tensors, device, compute_dtype, start or Start())
-    remarks = [*unmatched_patterns(adapters.layers, config.adapter), *remarks]
-    linears = [name for name, layer in adapters.layers.items() if type(layer) is Adapter]
-    if METHODS[config.adapter.method].peft_type == "LORA" and (
-        why := taken_for_experts(linears, model.config.get_text_config().model_type)
-    ):
-        remarks.append(f"adapter.target_modules: {why} for PEFT's users")
+    remarks = [*_on_places(config, model, adapters), *remarks]
     if found := model.beyond_peft:
         remarks.append(
             f"model.quantization: {found}; transformers with bitsandbytes, and so PEFT, leaves them unquantized: this "
