@@ -71,7 +71,8 @@ def attach_stored(
     for name in [name for name in trained if name.removesuffix(".weight") in layers]:
         trained.pop(name).requires_grad_(False)  # under an adapter: the base's
     for name, tensor in trained.items():
-        if not _is_bias(name, stored) and not _is_saved(name, stored.peft):
+        kept = stored.method.keys.trains_base or _is_bias(name, stored) or _is_saved(name, stored.peft)
+        if not kept:
             tensor.requires_grad_(False)  # embeddings that PEFT saved along: resized ones, say
     biases = {name: tensor for name, tensor in trained.items() if _is_bias(name, stored)}
     saved = {name: tensor for name, tensor in trained.items() if name not in biases}

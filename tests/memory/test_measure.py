@@ -111,12 +111,12 @@ def test_the_peak_of_every_way_to_step_is_the_predicted_one(values, dtype):
     assert predicted - slack <= measure.measure_peak(config, *arguments) <= predicted + unseen + slack
 
 
-def test_full_logits_take_their_gradient_once():
-    """A trained output projection: the gradient of the rows that count is put into zeros of all logits' size, in place
-    where no tracer watches. With a vocabulary that outweighs everything else that is the peak."""
+def test_a_trained_output_projection_is_predicted():
+    """Its logits are made for some rows at a time, and once more in backward; with a vocabulary that outweighs all else
+    that is the peak. 5056 bytes of vectors of a chunk's rows are made where no tracer watches."""
     config = with_values(Config(), {"adapter.r": 2, "adapter.modules_to_save": ["lm_head", "embed_tokens"]})
     model = tiny_config("llama", vocab_size=8192)
     arguments = config, model, BatchShape.full(2, 128), torch.float32
     fake = timeline(predict(*arguments)).breakdown()
-    assert fake.peak_bytes == pytest.approx(measure.measure_peak(*arguments), rel=1e-4)
+    assert fake.peak_bytes == pytest.approx(measure.measure_peak(*arguments), abs=6000)
     assert fake.peak_phase == "backward"

@@ -31,7 +31,8 @@ def model_of(family: str) -> CausalLM:
     for name, parameter in module.named_parameters():
         if name.endswith("A_log"):  # decays of a size that lets something of the past through
             parameter.data.clamp_(-1, 1)
-    return CausalLM(module, ".", Quantization("none"), torch.float32)
+    plainly = behaviour_of(module.config).projects_plainly
+    return CausalLM(module, ".", Quantization("none"), torch.float32, projects_plainly=plainly)
 
 
 @pytest.mark.parametrize("family", HYBRIDS)

@@ -292,8 +292,8 @@ def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path, inputs):
 def test_a_broken_weight_stops_the_run_before_its_first_step(config, tmp_path, monkeypatch, dtype, cure):
     """No learning rate is at fault, as nothing has been trained."""
 
-    def broken(setup, tensors=None, recomputation=None, build=Setup.build):
-        built = build(setup, tensors, recomputation)
+    def broken(setup, *arguments, build=Setup.build, **named):
+        built = build(setup, *arguments, **named)
         built.model.module.model.norm.weight.data[3] = float("nan")
         return built
 
