@@ -8,7 +8,10 @@ Source: QERA (Zhang et al. 2024, arXiv 2410.06040), CLoQ (Deng et al. 2025, arXi
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,8 +22,12 @@ from qlora_tool.adapters.targets import find_targets, settings_for
 from qlora_tool.data.batches import Batch, collate
 from qlora_tool.data.examples import Example
 from qlora_tool.errors import MachineError, UserError
+from qlora_tool.files.atomic import replacing_folder
+from qlora_tool.files.cache import cache_folder
+from qlora_tool.files.tensors import SINGLE_NAME, read_all, write_all
 from qlora_tool.methods import METHODS
 from qlora_tool.methods.method import Method, Settings
+from qlora_tool.model.cached_base import base_identity
 from qlora_tool.model.checkpointing import decoder_layers
 from qlora_tool.ops.low_rank import weighted_fit
 from qlora_tool.weights.handles import WeightHandle
@@ -66,7 +73,8 @@ def reads_data(config: AdapterConfig) -> bool:
 def calibrated(
     model: CausalLM, config: Config, examples: Sequence[Example], read: Read
 ) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """A and B of every module that is quantized and sees an input, fp32, by its name; and the names of the others.
+    """A and B of every module that is quantized and sees an input, fp32, by its name; and the names of the others. With
+    `keep_quantized` they are kept beside the base: the next run of the same model, data and settings reads them.
 
     Args:
         model: the quantized base, without adapters.
@@ -85,7 +93,13 @@ def calibrated(
     settings = {name: settings_for(name, config.adapter) for name in find_targets(model.module, config.adapter)}
     rows = config.adapter.calibration_rows  # type: ignore[attr-defined]  # a key of LoRA's
     batch = calibration_batch(examples, rows, config.data.max_length)
+    kept = _kept(model, config, settings, batch) if config.model.keep_quantized else None
     found: dict[str, dict[str, Tensor]] = {}
+    if kept is not None and (kept / SINGLE_NAME).exists():
+        for key, tensor in read_all(kept / SINGLE_NAME).items():
+            module, _, name = key.rpartition(".")
+            found.setdefault(module, {})[name] = tensor.to(model.device)
+        return found, [name for name in settings if name not in found]
     training, hooks = model.module.training, []
     model.module.train(False)
     for name, layer in decoder_layers(model.module).items():
@@ -102,7 +116,21 @@ def calibrated(
         for hook in hooks:
             hook.remove()
         model.module.train(training)
+    if kept is not None:
+        with replacing_folder(kept) as temporary:
+            made = {f"{module}.{name}": tensor for module, own in found.items() for name, tensor in own.items()}
+            write_all(temporary / SINGLE_NAME, made, {"format": "pt"})
     return found, [name for name in settings if name not in found]
+
+
+def _kept(model: CausalLM, config: Config, settings: Mapping[str, Settings], batch: Batch) -> Path:
+    """Where a start is kept with the quantized base: a folder named by all that it is made of."""
+    method = METHODS[config.adapter.method]
+    modules = {name: [one.r, method.scaling(one), one.keys.model_dump()] for name, one in settings.items()}
+    made_of = [base_identity(model.folder), str(model.quantization), str(model.compute_dtype), str(model.device.type),
+               config.training.seed, modules, batch.input_ids.tolist()]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / "bases" / f"calibrated-{digest[:32]}"
 
 
 def _moments(x: Tensor) -> Tensor:

@@ -143,3 +143,25 @@ def test_it_leaves_less_of_the_outputs_than_loftq_and_nf4_alone_on_rows_it_has_n
         assert sizes_of[2] < sizes_of[0]
         better += sizes_of[2] < sizes_of[1]
     assert better >= len(found) - 2  # of random weights and tokens, whose inputs are nearly alike in all directions
+
+
+def test_a_start_is_kept_with_the_base_for_the_same_model_data_and_settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
+    folder, rows = write_tiny("llama", tmp_path / "base"), tokens(rows=3, length=24)
+    keep = {"model.keep_quantized": True}
+    model, first, left = started(folder, with_values(config_of(folder), keep), rows)
+
+    def again(changes: dict, rows: Tensor):
+        def no_weight(name: str) -> Tensor:
+            raise AssertionError(name)
+
+        return calibrated(model, with_values(config_of(folder), keep | changes), examples_of(rows), no_weight)
+
+    second, still_left = again({}, rows)
+    assert still_left == left and second.keys() == first.keys()
+    for name, tensors in first.items():
+        assert all(torch.equal(second[name][key], tensor) for key, tensor in tensors.items())
+    for changes, others in (({}, rows.flip(0)), ({"adapter.r": 2}, rows), ({"adapter.lora_alpha": 4}, rows),
+                            ({"adapter.target_modules": ["q_proj"]}, rows)):  # fmt: skip
+        with pytest.raises(AssertionError):
+            again(changes, others)
