@@ -113,7 +113,7 @@ def test_the_peak_of_every_way_to_step_is_the_predicted_one(values, dtype):
 
 def test_a_trained_output_projection_is_predicted():
     """Its logits are made for some rows at a time, and once more in backward; with a vocabulary that outweighs all else
-    that is the peak. 5056 bytes of vectors of a chunk's rows are made where no tracer watches."""
+    that is the peak. 5056 bytes are missed; by whom they are made is not known yet."""
     config = with_values(Config(), {"adapter.r": 2, "adapter.modules_to_save": ["lm_head", "embed_tokens"]})
     model = tiny_config("llama", vocab_size=8192)
     arguments = config, model, BatchShape.full(2, 128), torch.float32
