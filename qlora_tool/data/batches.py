@@ -314,11 +314,16 @@ class Batch:
         skipped = torch.tensor(before, device=places.device).cumsum(0)[segment]
         return segment - skipped, len(self.segments.lengths) - len(self.segments.padding)
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """The same batch on another device."""
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device. To a CUDA device it goes through pinned memory: a copy from any other
+        waits for all that the device was asked for before, so that the step before would not overlap with this one's
+        launches."""
+        pinned = str(device).startswith("cuda")
 
         def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+            if tensor is None or not pinned or tensor.is_cuda:
+                return None if tensor is None else tensor.to(device)
+            return tensor.pin_memory().to(device, non_blocking=True)
 
         return replace(
             self,

@@ -198,6 +198,29 @@ class TestCollate:
         with pytest.raises(ValueError, match="one example"):
             collate([[example([5, 6]), example([7])]], pad_token_id=PAD, packing=False)
 
+    def test_a_card_gets_it_without_waiting(self, monkeypatch):
+        """Every tensor from pinned memory: from other memory torch waits for the device, and so would each step."""
+        asked = []
+
+        def pin(tensor):
+            asked.append(("pinned", tensor.data_ptr()))
+            return tensor
+
+        def to(tensor, device, non_blocking=False):
+            asked.append((str(device), non_blocking, tensor.data_ptr()))
+            return tensor
+
+        batch = collate([[example([5, 6])], [example([7, 8, 9])]], pad_token_id=PAD, packing=False, padding_free=True)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+        monkeypatch.setattr(torch.Tensor, "to", to)
+        batch.to("cuda:0")
+        fields = [*vars(batch).values(), batch.segments.offsets]
+        tensors = [value.data_ptr() for value in fields if isinstance(value, torch.Tensor)]
+        assert len(tensors) >= 5
+        assert sorted(asked, key=str) == sorted(
+            [("pinned", one) for one in tensors] + [("cuda:0", True, one) for one in tensors], key=str
+        )
+
     def test_moving_to_another_device_keeps_the_rest(self):
         batch = collate([[example([5, 6])]], pad_token_id=PAD, packing=True).to("meta")
         assert batch.input_ids.device.type == batch.labels.device.type == batch.position_ids.device.type == "meta"
