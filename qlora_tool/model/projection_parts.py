@@ -26,7 +26,7 @@ def parts_of(model_config: Any, name: str, out_features: int) -> Rows:
     """
     config = model_config.get_text_config()
     last = name.rpartition(".")[2]
-    layout = _LAYOUTS.get((config.model_type, last))
+    layout = LAYOUTS.get((config.model_type, last))
     if layout is None:
         return {}
     rows = layout(config, out_features)
@@ -97,7 +97,7 @@ def _dbrx(config: Any, out_features: int) -> Rows:
     return _stacked(QKV, [config.d_model, shared * width, shared * width])
 
 
-_LAYOUTS: dict[tuple[str, str], Callable[[Any, int], Rows]] = {
+LAYOUTS: dict[tuple[str, str], Callable[[Any, int], Rows]] = {
     **{(family, "c_attn"): _thirds for family in ("gpt2", "openai-gpt")},
     ("mpt", "Wqkv"): _thirds,
     ("phi3", "qkv_proj"): _by_kind,
@@ -108,3 +108,4 @@ _LAYOUTS: dict[tuple[str, str], Callable[[Any, int], Rows]] = {
     ("dbrx", "Wqkv"): _dbrx,
     **{(family, "gate_up_proj"): _halves for family in ("phi3", "glm", "glm4")},
 }
+"""By the family and the last name of the module."""

@@ -15,7 +15,6 @@ from tiny_adapters import (
     artifact_of,
     plain_logits,
     write_adapter,
-    write_chat_base,
     write_peft_adapter,
     write_run,
 )
@@ -36,16 +35,6 @@ OPTIONS = ExportOptions(dtype="float32")
 def bases(tmp_path_factory: pytest.TempPathFactory):
     parent = tmp_path_factory.mktemp("bases")
     return lambda family: parent / family if (parent / family).exists() else write_tiny(family, parent / family)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A chat base and two runs on it."""
-    folder = tmp_path_factory.mktemp("runs")
-    base = write_chat_base("llama", folder / "model")
-    write_run(folder / "sums", base)
-    write_run(folder / "other", base, adapter={"r": 2, "target_modules": ["q_proj", "v_proj"]}, seed=5)
-    return folder
 
 
 def summed(base: Path, given: Sequence[str], **options):
@@ -135,8 +124,8 @@ def test_it_is_pefts_weighted_adapter(bases, tmp_path: Path):
     torch.testing.assert_close(found, expected, rtol=0, atol=1.5e-5 * float(expected.abs().max()))
 
 
-def test_it_is_verified_and_says_what_it_was_made_of(runs: Path, tmp_path: Path, capsys):
-    result = api.export_merged(runs / "sums", tmp_path / "both", adapter={"two": f"{runs / 'other'}:0.25"},
+def test_it_is_verified_and_says_what_it_was_made_of(two_runs: Path, tmp_path: Path, capsys):
+    result = api.export_merged(two_runs / "sums", tmp_path / "both", adapter={"two": f"{two_runs / 'other'}:0.25"},
                                dtype="float32")  # fmt: skip
     assert result.proof is not None and result.proof.agreement is not None
     assert result.proof.agreement.mean_kl < 1e-9 and result.proof.update.kept == pytest.approx(1, abs=1e-6)
@@ -152,10 +141,10 @@ def test_it_is_verified_and_says_what_it_was_made_of(runs: Path, tmp_path: Path,
     assert "| adapter sums | 1 times lora, r 4 |" in card and "| adapter two | 0.25 times lora, r 2 |" in card
 
 
-def test_one_adapter_of_weight_1_is_the_export_of_it(runs: Path, tmp_path: Path):
+def test_one_adapter_of_weight_1_is_the_export_of_it(two_runs: Path, tmp_path: Path):
     """Byte for byte, whichever way it is named."""
-    api.export_merged(runs / "sums", tmp_path / "one", verify=False)
-    api.export_merged(runs / "model", tmp_path / "two", adapter=[f"a={runs / 'sums'}"], verify=False)
+    api.export_merged(two_runs / "sums", tmp_path / "one", verify=False)
+    api.export_merged(two_runs / "model", tmp_path / "two", adapter=[f"a={two_runs / 'sums'}"], verify=False)
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
 
@@ -176,12 +165,12 @@ def test_every_method_that_adds_says_what_scales_it():
         assert bool(method.scales) == (method.additive and method.has_delta), method.name
 
 
-def test_what_cannot_be_added(runs: Path, tmp_path: Path):
-    model, sums = runs / "model", f"sums={runs / 'sums'}"
+def test_what_cannot_be_added(two_runs: Path, tmp_path: Path):
+    model, sums = two_runs / "model", f"sums={two_runs / 'sums'}"
     dora = write_adapter(tmp_path / "dora", model, method="dora")
     line = refusal(model, sums, f"d={dora}", verify=False)
     assert line.startswith(f"d ({dora}): dora scales the whole weight") and "export it merged alone" in line
-    assert "--format adapter" in refusal(model, sums, f"o={runs / 'other'}", format="adapter")
+    assert "--format adapter" in refusal(model, sums, f"o={two_runs / 'other'}", format="adapter")
     assert "finite number and not 0" in refusal(model, f"{sums}:inf")
     rows = write_adapter(tmp_path / "rows", model, trainable_token_indices=[1, 2])
     assert "it replaces single rows of model.embed_tokens" in refusal(model, sums, f"r={rows}", verify=False)
@@ -192,8 +181,8 @@ def test_what_cannot_be_added(runs: Path, tmp_path: Path):
         api.inspect(taken, truncate=1, output_dir=tmp_path / "cut")
 
 
-def test_a_stack_of_dora_alone_is_that_adapter(runs: Path, tmp_path: Path):
-    dora = write_adapter(tmp_path / "dora", runs / "model", method="dora")
-    api.export_merged(runs / "model", tmp_path / "merged", adapter=[f"d={dora}"], verify=False, dtype="float32")
+def test_a_stack_of_dora_alone_is_that_adapter(two_runs: Path, tmp_path: Path):
+    dora = write_adapter(tmp_path / "dora", two_runs / "model", method="dora")
+    api.export_merged(two_runs / "model", tmp_path / "merged", adapter=[f"d={dora}"], verify=False, dtype="float32")
     live = open_model(artifact_of(dora).model, artifact_of(dora).adapter).module(input_ids=IDS, use_cache=False).logits
     torch.testing.assert_close(plain_logits(tmp_path / "merged"), live, rtol=0, atol=1.5e-5 * float(live.abs().max()))

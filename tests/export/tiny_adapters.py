@@ -128,3 +128,11 @@ def write_run(
     }
     train(Config.model_validate(config))
     return folder
+
+
+def write_two_runs(folder: Path) -> Path:
+    """A chat base, `model`, and two runs on it, `sums` and `other`."""
+    base = write_chat_base("llama", folder / "model")
+    write_run(folder / "sums", base)
+    write_run(folder / "other", base, adapter={"r": 2, "target_modules": ["q_proj", "v_proj"]}, seed=5)
+    return folder

@@ -23,7 +23,6 @@ from tiny_adapters import (
     write_adapter,
     write_chat_base,
     write_peft_adapter,
-    write_run,
 )
 from tiny_models import write_tiny
 
@@ -41,16 +40,6 @@ CPU = BaseOptions(**FP32)
 def bases(tmp_path_factory: pytest.TempPathFactory):
     parent = tmp_path_factory.mktemp("bases")
     return lambda family: parent / family if (parent / family).exists() else write_tiny(family, parent / family)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A chat base and two runs on it."""
-    folder = tmp_path_factory.mktemp("runs")
-    base = write_chat_base("llama", folder / "model")
-    write_run(folder / "sums", base)
-    write_run(folder / "other", base, adapter={"r": 2, "target_modules": ["q_proj", "v_proj"]}, seed=5)
-    return folder
 
 
 ADAPTERS = {
@@ -121,17 +110,17 @@ def test_one_that_does_not_fit_leaves_the_model_as_it_was(bases, tmp_path: Path)
         switch.use("bad")
 
 
-def test_a_switch_opens_no_file_of_the_base(runs: Path, tmp_path: Path):
+def test_a_switch_opens_no_file_of_the_base(two_runs: Path, tmp_path: Path):
     """The base's folder is gone once it is open, and answers with every adapter are those of each alone."""
     folder = tmp_path / "moved"
-    shutil.copytree(runs / "model", folder)
-    several = find_several(str(folder), [f"sums={runs / 'sums'}", f"other={runs / 'other'}"], CPU)
+    shutil.copytree(two_runs / "model", folder)
+    several = find_several(str(folder), [f"sums={two_runs / 'sums'}", f"other={two_runs / 'other'}"], CPU)
     opened = Opened(several)
     shutil.rmtree(folder)
     for name in ("sums", BASE, "other", "sums"):
         model, _ = opened.use(name)
         found = model.module(input_ids=IDS, use_cache=False).logits
-        alone = artifact_of(runs / name if name != BASE else runs / "sums")
+        alone = artifact_of(two_runs / name if name != BASE else two_runs / "sums")
         assert torch.equal(found, live_logits(alone if name != BASE else _without_adapter(alone)))
 
 
@@ -162,10 +151,10 @@ print(json.dumps([list(result.by_adapter), [path for path in opened if base in p
 """
 
 
-def test_evaluate_opens_no_file_of_the_base_after_the_first_adapter_is_chosen(runs: Path):
+def test_evaluate_opens_no_file_of_the_base_after_the_first_adapter_is_chosen(two_runs: Path):
     """Seen by Python's own hook on `open`: rows and answers, too."""
-    rows = runs / "sums.jsonl"
-    words = [str(runs / "model"), str(rows), f"a={runs / 'sums'}", f"b={runs / 'other'}"]
+    rows = two_runs / "sums.jsonl"
+    words = [str(two_runs / "model"), str(rows), f"a={two_runs / 'sums'}", f"b={two_runs / 'other'}"]
     done = subprocess.run([sys.executable, "-c", OPENED, *words], capture_output=True, text=True, check=True,
                           env=child_environment())  # fmt: skip
     names, of_the_base, count = json.loads(done.stdout.splitlines()[-1])
@@ -180,34 +169,35 @@ def quiet() -> Iterator[CliRunner]:
     yield CliRunner()
 
 
-def test_evaluate_has_a_line_an_adapter(runs: Path, quiet: CliRunner, tmp_path: Path):
-    rows, file = runs / "sums.jsonl", tmp_path / "scores.json"
-    words = ["evaluate", runs / "sums", "--data", rows, "--adapter", f"two={runs / 'other'}", "--compare-base",
+def test_evaluate_has_a_line_an_adapter(two_runs: Path, quiet: CliRunner, tmp_path: Path):
+    rows, file = two_runs / "sums.jsonl", tmp_path / "scores.json"
+    words = ["evaluate", two_runs / "sums", "--data", rows, "--adapter", f"two={two_runs / 'other'}", "--compare-base",
              "--json", file, "--device", "cpu", "--compute-dtype", "float32"]  # fmt: skip
     result = quiet.invoke(main, list(map(str, words)))
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["base:", "sums:", "two:"]
     scores = json.loads(file.read_text())
-    alone = {"sums": runs / "sums", "two": runs / "other"}
+    alone = {"sums": two_runs / "sums", "two": two_runs / "other"}
     for name, folder in alone.items():
         assert scores[name] == evaluate(folder, rows, **FP32).as_json()
-    plain = evaluate(runs / "model", rows, quantization="nf4", max_length=128, **FP32)
+    plain = evaluate(two_runs / "model", rows, quantization="nf4", max_length=128, **FP32)
     assert scores["base"]["loss"] == pytest.approx(plain.scores["sums"].loss, rel=1e-5)
 
 
-def test_generate_shows_every_answer_under_its_name(runs: Path, quiet: CliRunner):
-    words = ["generate", runs / "model", "--prompt", "What is 2 and 2?", "--adapter", f"sums={runs / 'sums'}",
-             "--adapter", f"two={runs / 'other'}", "--max-new-tokens", "5", "--device", "cpu", "--compute-dtype",
+def test_generate_shows_every_answer_under_its_name(two_runs: Path, quiet: CliRunner):
+    words = ["generate", two_runs / "model", "--prompt", "What is 2 and 2?", "--adapter", f"sums={two_runs / 'sums'}",
+             "--adapter", f"two={two_runs / 'other'}", "--max-new-tokens", "5", "--device", "cpu", "--compute-dtype",
              "float32", "--compare-base"]  # fmt: skip
     result = quiet.invoke(main, list(map(str, words)))
     assert result.exit_code == 0, result.stderr
     assert result.stdout.startswith("> What is 2 and 2?\n  base: ")
     assert "\n  sums: " in result.stdout and "\n  two:  " in result.stdout
-    found = generate(runs / "model", prompt="What is 2 and 2?", adapter={"s": runs / "sums", "t": runs / "other"},
-                     max_new_tokens=5, **FP32).answers[0]  # fmt: skip
+    adapters = {"s": two_runs / "sums", "t": two_runs / "other"}
+    found = generate(two_runs / "model", prompt="What is 2 and 2?", adapter=adapters, max_new_tokens=5,
+                     **FP32).answers[0]  # fmt: skip
     for name, folder in (("s", "sums"), ("t", "other")):
-        alone = generate(runs / folder, prompt="What is 2 and 2?", max_new_tokens=5, **FP32).answers[0]
+        alone = generate(two_runs / folder, prompt="What is 2 and 2?", max_new_tokens=5, **FP32).answers[0]
         assert found.by_adapter[name] == alone.text
 
 
@@ -247,19 +237,19 @@ def refusal(name: Path, *given: str, **options) -> str:
     return line
 
 
-def test_adapters_that_are_none(runs: Path, bases, tmp_path: Path):
-    base = runs / "model"
-    assert "no such folder; did you mean 'sums'?" in refusal(base, f"a={runs / 'sumz'}")
+def test_adapters_that_are_none(two_runs: Path, bases, tmp_path: Path):
+    base = two_runs / "model"
+    assert "no such folder; did you mean 'sums'?" in refusal(base, f"a={two_runs / 'sumz'}")
     assert "a model without an adapter" in refusal(base, f"a={base}")
-    assert "two adapters are called 'sums'" in refusal(runs / "sums", f"sums={runs / 'other'}")
-    assert "two adapters are called 'sums'" in refusal(runs / "sums" / "adapter", f"sums={runs / 'other'}")
-    assert "without weights; export-merged adds them up" in refusal(base, f"a={runs / 'sums'}:0.5")
+    assert "two adapters are called 'sums'" in refusal(two_runs / "sums", f"sums={two_runs / 'other'}")
+    assert "two adapters are called 'sums'" in refusal(two_runs / "sums" / "adapter", f"sums={two_runs / 'other'}")
+    assert "without weights; export-merged adds them up" in refusal(base, f"a={two_runs / 'sums'}:0.5")
     pickled = tmp_path / "pickled"
-    shutil.copytree(runs / "sums" / "adapter", pickled)
+    shutil.copytree(two_runs / "sums" / "adapter", pickled)
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     assert "its weights are a pickle" in refusal(base, f"a={pickled}")
     broken = tmp_path / "broken"
-    shutil.copytree(runs / "sums" / "adapter", broken)
+    shutil.copytree(two_runs / "sums" / "adapter", broken)
     tensors = load_file(broken / "adapter_model.safetensors")
     name = sorted(tensors)[3]
     save_file(tensors | {name: torch.full_like(tensors[name], float("nan"))}, broken / "adapter_model.safetensors")
@@ -272,23 +262,23 @@ def _naming(adapter: Path, base: str) -> Path:
     return adapter
 
 
-def test_adapters_for_another_base(runs: Path, bases, tmp_path: Path, caplog):
+def test_adapters_for_another_base(two_runs: Path, bases, tmp_path: Path, caplog):
     """By hash, by name where nothing else is known, by shape, and by how the base was quantized."""
-    sums = f"sums={runs / 'sums'}"
+    sums = f"sums={two_runs / 'sums'}"
     other = tmp_path / "model-2"
-    shutil.copytree(runs / "model", other)
+    shutil.copytree(two_runs / "model", other)
     tensors = load_file(other / "model.safetensors")
     save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1}, other / "model.safetensors",
               {"format": "pt"})  # fmt: skip
     assert "model.safetensors not as when" in refusal(other, sums)
     alone = tmp_path / "alone"
-    shutil.copytree(runs / "sums" / "adapter", alone)
+    shutil.copytree(two_runs / "sums" / "adapter", alone)
     facts = json.loads((alone / "qlora_tool.json").read_text())
     facts["base"]["name_or_path"] = str(other)
     (alone / "qlora_tool.json").write_text(json.dumps(facts))
     with pytest.raises(UserError, match="bring the old files back, or name a base with --model"):
-        evaluate(alone, runs / "sums.jsonl", **FP32)
-    assert evaluate(alone, runs / "sums.jsonl", model=other, **FP32).scores
+        evaluate(alone, two_runs / "sums.jsonl", **FP32)
+    assert evaluate(alone, two_runs / "sums.jsonl", model=other, **FP32).scores
     cut = inspect(alone, truncate=1, output_dir=tmp_path / "cut").truncation
     assert cut is not None and cut.losses is None and "SHA-256 differs" in (cut.no_losses or "")
     Opened(find_several(str(other), [sums], BaseOptions(**FP32, model=str(other))))
@@ -305,7 +295,7 @@ def test_adapters_for_another_base(runs: Path, bases, tmp_path: Path, caplog):
     line = refusal(llama, f"a={shaped}", quantization="none")
     assert "up_proj as (192, " in line and f"it is not for the base {llama}" in line
 
-    plain = write_adapter(tmp_path / "plain", runs / "model", quantization="none")
-    line = refusal(runs / "model", sums, f"b={plain}")
+    plain = write_adapter(tmp_path / "plain", two_runs / "model", quantization="none")
+    line = refusal(two_runs / "model", sums, f"b={plain}")
     assert "trained on a base with quantization none, and sums" in line and "one base cannot be both" in line
-    assert "name one of the two" in refusal(runs / "model", sums, model="elsewhere")
+    assert "name one of the two" in refusal(two_runs / "model", sums, model="elsewhere")

@@ -8,15 +8,17 @@ from tiny_models import tiny_config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qlora_tool.model.projection_parts import parts_of
+from qlora_tool.model.projection_parts import LAYOUTS, parts_of
 
 FUSED = ("c_attn", "Wqkv", "qkv_proj", "query_key_value")
 FAMILIES = [
     ("gpt2", {}), ("mpt", {}), ("phi3", {}), ("phi3", {"num_key_value_heads": 4}), ("bloom", {}), ("gpt_neox", {}),
     ("gpt_neox", {"num_attention_heads": 2}), ("falcon", {}), ("falcon-alibi", {}), ("falcon", {"multi_query": False}),
     ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}), ("gpt_bigcode", {}),
-    ("gpt_bigcode", {"multi_query": False}), ("codegen", {}),
+    ("gpt_bigcode", {"multi_query": False}), ("codegen", {}), ("dbrx", {}), ("persimmon", {}),
+    ("gpt_neox_japanese", {}), ("openai-gpt", {}),
 ]  # fmt: skip
+GATED = ["phi3", "glm", "glm4"]
 
 
 def fused(family: str, changes: dict, endings: tuple[str, ...]) -> tuple[nn.Module, str, int]:
@@ -60,7 +62,7 @@ def test_q_k_and_v(family, changes):
         assert rows.sort().values.tolist() == expected[part].tolist(), part
 
 
-@pytest.mark.parametrize("family", ["phi3", "glm", "glm4"])
+@pytest.mark.parametrize("family", GATED)
 def test_gate_and_up(family):
     """The MLP is linear in up: twice of it, before the down projection, gives twice; of gate it does not."""
     model, name, out_features = fused(family, {}, ("gate_up_proj",))
@@ -72,6 +74,14 @@ def test_gate_and_up(family):
         handle = mlp.gate_up_proj.register_forward_hook(lambda _m, _i, output, factors=factors: output * factors)
         assert torch.allclose(mlp(x), 2 * plain, rtol=1e-4, atol=1e-6) is linear
         handle.remove()
+
+
+def test_every_layout_is_held_against_its_family():
+    tried = {(tiny_config(family).model_type, "gate_up_proj") for family in GATED}
+    for family, changes in FAMILIES:
+        model, name, _ = fused(family, changes, FUSED)
+        tried.add((model.config.model_type, name.rpartition(".")[2]))
+    assert tried == set(LAYOUTS)
 
 
 def test_where_nothing_is_known():

@@ -91,6 +91,13 @@ FAMILIES: dict[str, dict] = {
 OTHERS: dict[str, dict] = {
     "cpmant": {"sizes": {"vocab_size": 131, "hidden_size": 64, "num_attention_heads": 4, "dim_head": 16, "dim_ff": 128,
                          "num_hidden_layers": 2}},
+    # Old families that fuse q, k and v.
+    "dbrx": {"sizes": {"vocab_size": 131, "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64,
+                       "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+                       "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}}},
+    "persimmon": {},
+    "gpt_neox_japanese": {"intermediate_multiple_size": 2},
+    "openai-gpt": {"sizes": _GPT2, "type": "openai-gpt"},
     "modernbert-decoder": {"layer_types": ["full_attention", "sliding_attention"], "local_attention": 4,
                            "type": "modernbert-decoder", "tie_word_embeddings": True},
     "llama4_text": _EXPERTS | {"intermediate_size_mlp": 128, "attention_chunk_size": 32},
