@@ -150,11 +150,11 @@ class EmbeddingAdapter(Adapter):
     def _start(
         method: Method, weight: WeightHandle, settings: Settings, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        return method.start_on_embedding(weight.shape[1], weight.shape[0], settings, generator)
+        return method.start_on_embedding(weight.shape[1], weight.shape[0], settings, weight, generator)
 
-    def rows(self, index: Tensor, looked_up: Tensor) -> Tensor:
-        """The rows that `index`, of any shape, names, `looked_up` being what the embeddings have there."""
-        return looked_up + self.method.rows(self, index, looked_up.dtype)
+    def rows(self, index: Tensor, looked_up: Tensor, weight: WeightHandle) -> Tensor:
+        """The rows that `index`, of any shape, names, `looked_up` being what the embeddings, `weight`, have there."""
+        return self.method.looked_up(self, index, looked_up, weight)
 
     def merge(self, weight: Tensor) -> Tensor:
         """The merged embeddings, fp32, (vocabulary, dim)."""
@@ -220,11 +220,13 @@ class ExpertsAdapter(Adapter):
     def peft_form(self) -> PeftForm:
         """PEFT's A (experts·r, in), by experts, and B (out, r·experts), the experts of a rank beside one another."""
         form = super().peft_form()
-        joined = {
-            "lora_A": form.tensors["lora_A"].flatten(0, 1),
-            "lora_B": form.tensors["lora_B"].permute(1, 2, 0).flatten(1),
-        }
-        return PeftForm(form.method, joined, form.settings)
+        return PeftForm(form.method, self.to_peft(form.tensors), form.settings)
+
+    @staticmethod
+    def to_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file for these (experts, …); see `peft_form`."""
+        lora_A, lora_B = tensors["lora_A"], tensors["lora_B"]
+        return {"lora_A": lora_A.flatten(0, 1), "lora_B": lora_B.permute(1, 2, 0).flatten(1)}
 
     @staticmethod
     def from_peft(tensors: Mapping[str, Tensor], experts: int) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -98,12 +98,12 @@ class StoredAdapter:
             return ExpertsAdapter
         if self.method.on_attention:
             return AttentionAdapter
-        embeddings = self.method.peft_embedding_names.values()
+        embeddings = {*self.method.peft_embedding_names.values()} - {*self.method.peft_names.values()}
         return EmbeddingAdapter if any(f"{name}.{suffix}" in self.tensors for suffix in embeddings) else Adapter
 
     def layers(
         self, dtype: torch.dtype, device: torch.device | str = "cpu", dropout: float | None = None,
-        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None, left: Sequence[str] = (),
     ) -> dict[str, Adapter]:
         """The adapters by the name of their place.
 
@@ -111,11 +111,12 @@ class StoredAdapter:
             dropout: while training; None: as it was trained before.
             shapes: of the model's weights, as `refuse_misfit` takes them: what all adapters share is made, or checked,
                 by them; without, only what is stored of it is there.
+            left: the places that its configuration names and its file lacks; what is shared is made for them too.
 
         Raises:
             UserError: what they have in common was made for another model.
         """
-        shared = placed(self.method, self._shared(shapes or {}), device, dtype)
+        shared = placed(self.method, self._shared(shapes or {}, left), device, dtype)
         found = {}
         for name in self.by_module:
             tensors, settings = self.trained(name, dropout)
@@ -165,9 +166,9 @@ class StoredAdapter:
             kept[name] = placed(self.method, tensors, "cpu", dtype or self.dtype), settings
         return TakenOut(self.method, kept)
 
-    def _shared(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    def _shared(self, shapes: Mapping[str, tuple[int, ...]], left: Sequence[str]) -> dict[str, Tensor]:
         """What the adapters have in common: as stored, or made again in the dtype that it was trained in."""
-        adapted = {(shapes[name][-2], shapes[name][-1]) for name in self.by_module if name in shapes}
+        adapted = {(shapes[name][-2], shapes[name][-1]) for name in [*self.by_module, *left] if name in shapes}
         stored = {name: self.tensors[full] for name, full in self.method.saved_shared(self.usual).items()}
         if not adapted:
             return stored

@@ -37,7 +37,7 @@ class TokenRows(nn.Module):
         self.register_buffer("ordered", ordered, persistent=False)
         self.register_buffer("place", place, persistent=False)
 
-    def rows(self, index: Tensor, looked_up: Tensor) -> Tensor:
+    def rows(self, index: Tensor, looked_up: Tensor, weight: object = None) -> Tensor:
         """`looked_up` (*index.shape, dim), with the trained rows where `index` names their tokens."""
         ordered, place = cast(Tensor, self.ordered), cast(Tensor, self.place)
         at = torch.searchsorted(ordered, index).clamp_(max=len(ordered) - 1)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qlora_tool._version import __version__
 from qlora_tool.adapters.adapter import EmbeddingAdapter, ExpertsAdapter
+from qlora_tool.adapters.expert_names import names_in_file
 from qlora_tool.adapters.peft_names import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.adapters.stored import StoredAdapter
@@ -100,9 +101,6 @@ def refuse_truncation(artifact: Artifact, r: int, output: Path, overwrite: bool 
             f"--truncate {r}: {artifact.name} is {stored.method.name}, whose update is not of a low rank: it rescales "
             "the whole weight; export it merged, or train with adapter.method: lora"
         )
-    if experts := [name for name in stored.by_module if stored.adapter_class(name) is ExpertsAdapter]:
-        raise UserError(f"--truncate {r}: {artifact.name} adapts experts ({experts[0]}), of which no plain LoRA is "
-                        "made here; export it merged, or train again with a lower adapter.r")  # fmt: skip
     if stored.quantized_without is not None:
         raise UserError(
             f"--truncate {r}: {artifact.name} was trained on a base without the part that its start took out "
@@ -130,10 +128,12 @@ def truncate(artifact: Artifact, found: Inspection, r: int, output: Path, data: 
         lower = f"give a rank below {highest}" if highest > 1 else "there is nothing to cut"
         raise UserError(f"--truncate {r}: {artifact.name} has updates of rank {highest} at most; {lower}")
     rows, source = _rows(artifact, data)
-    tensors = cut_tensors(stored, open_adapter(artifact), r)
+    opened = open_adapter(artifact)
+    tensors = cut_tensors(stored, opened, r)
     with replacing_folder(output) as temporary:
         write_all(temporary / WEIGHTS_NAME, tensors, {"format": "pt"})
         config = plain_config(stored, r, stored.base or artifact.model.name_or_path, stored.peft.get("revision"))
+        config |= _on_experts(opened)
         write_json(temporary / CONFIG_NAME, config, sort_keys=True)
         if has_tokenizer(stored.folder):
             copy_tokenizer(stored.folder, stored.folder, temporary)
@@ -161,19 +161,32 @@ def cut_tensors(stored: StoredAdapter, opened: Opened, r: int) -> dict[str, Tens
     """The tensors of the best LoRA of rank `r`, of scale 1, fp32, by PEFT's names; what is trained whole goes along."""
     lora = METHODS["lora"]
     tensors: dict[str, Tensor] = {}
+    in_file = names_in_file({name: isinstance(layer, ExpertsAdapter) for name, layer in opened.layers.items()})
     for name, layer in opened.layers.items():
+        best = [best_factors(*factors, r) for factors in update_factors(layer, opened.shapes[name])]
+        best_B, best_A = (torch.stack(each) for each in zip(*best, strict=True))
+        if isinstance(layer, ExpertsAdapter):
+            made = layer.to_peft({"lora_A": best_A, "lora_B": best_B})
+        elif isinstance(layer, EmbeddingAdapter):  # of which PEFT has the weight turned
+            made = {"lora_A": best_B[0].T, "lora_B": best_A[0].T}
+        else:
+            made = {"lora_A": best_A[0], "lora_B": best_B[0]}
         names = type(layer).names(lora)
-        (factors,) = update_factors(layer, opened.shapes[name])
-        best_B, best_A = best_factors(*factors, r)
-        if isinstance(layer, EmbeddingAdapter):  # of which PEFT has the weight turned
-            best_B, best_A = best_A.T, best_B.T
-        tensors[f"{PREFIX}{name}.{names['lora_A']}"] = best_A.float().contiguous()
-        tensors[f"{PREFIX}{name}.{names['lora_B']}"] = best_B.float().contiguous()
+        tensors |= {f"{PREFIX}{in_file[name]}.{names[key]}": tensor.float().contiguous()
+                    for key, tensor in made.items()}  # fmt: skip
         if (bias := layer.bias_delta()) is not None:
             tensors[f"{PREFIX}{name}.{names['lora_B_bias']}"] = bias.contiguous()
     shared = set(stored.method.saved_shared(stored.usual).values())
     beside = {key: tensor for key, tensor in stored.tensors.items() if stored.owner(key) is None and key not in shared}
     return tensors | {f"{PREFIX}{key}": tensor.contiguous() for key, tensor in beside.items()}
+
+
+def _on_experts(opened: Opened) -> dict[str, list[str]]:
+    """How a configuration names the places where weights of experts are among them; else nothing."""
+    experts = {name for name, layer in opened.layers.items() if isinstance(layer, ExpertsAdapter)}
+    if not experts:
+        return {}
+    return {"target_parameters": sorted(experts), "target_modules": sorted(opened.layers.keys() - experts)}
 
 
 def _provenance(stored: StoredAdapter, found: Inspection, r: int) -> dict[str, Any]:

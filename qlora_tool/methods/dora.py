@@ -29,8 +29,9 @@ class Dora(Lora):
     peft_names: ClassVar[Mapping[str, str]] = {
         "lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"
     }  # fmt: skip
-    peft_embedding_names: ClassVar[Mapping[str, str]] = {}
-    peft_unread: ClassVar[Mapping[str, str]] = {".lora_embedding_": "DoRA on embeddings"}
+    peft_embedding_names: ClassVar[Mapping[str, str]] = {
+        **Lora.peft_embedding_names, "magnitude": "lora_magnitude_vector"
+    }  # fmt: skip
     on_experts = on_parts = False
     optional = frozenset()
     additive = False  # it scales the whole output
@@ -48,6 +49,22 @@ class Dora(Lora):
 
         magnitude = weight.dense(torch.float32).norm(dim=1)
         return super().start(out_features, in_features, settings, weight, generator) | {"magnitude": magnitude}
+
+    def start_on_embedding(
+        self, dim: int, vocabulary: int, settings: Settings, weight: WeightHandle, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """As LoRA, with m (dim,) the norm of each column of the embeddings, as in PEFT."""
+        import torch
+
+        start = super().start_on_embedding(dim, vocabulary, settings, weight, generator)
+        return start | {"magnitude": weight.dense(torch.float32).norm(dim=0)}
+
+    def looked_up(self, adapter: Adapter, index: Tensor, rows: Tensor, weight: WeightHandle) -> Tensor:
+        """m/‖W₀ + s·BA‖ · (W₀ + s·BA), of (dim, vocabulary), in the columns that `index` names."""
+        scaling = self.scaling(adapter.settings)
+        norm = weight_norm(weight, adapter.tensors, scaling, rows.dtype, turned=True)
+        factor = (adapter.tensors["magnitude"] / norm).to(rows.dtype)  # (dim,)
+        return factor * super().looked_up(adapter, index, rows, weight)
 
     def forward(self, adapter: Adapter, x: Tensor, linear: FrozenLinear) -> Tensor:
         norm = weight_norm(linear.weight, adapter.tensors, self.scaling(adapter.settings), x.dtype)
@@ -74,16 +91,19 @@ class Dora(Lora):
         return super().to_peft(settings, saved) | {"use_dora": True}
 
 
-def weight_norm(weight: WeightHandle, tensors: Mapping[str, Tensor], scaling: float, dtype: torch.dtype) -> Tensor:
+def weight_norm(
+    weight: WeightHandle, tensors: Mapping[str, Tensor], scaling: float, dtype: torch.dtype, *, turned: bool = False
+) -> Tensor:
     """‖W₀ + s·BA‖ by row, without a gradient, fp32, (out,).
 
     Args:
         dtype: of the products with W₀.
+        turned: whether `weight` is (in, out), as embeddings are.
     """
     import torch
 
     with torch.no_grad():
-        dense = weight.dense(dtype)
+        dense = weight.dense(dtype).T if turned else weight.dense(dtype)
         lora_A, lora_B = tensors["lora_A"].float(), tensors["lora_B"].float()
         cross = (lora_B * (dense @ lora_A.T.to(dtype)).float()).sum(1)  # ⟨W₀, BA⟩ by row
         square = ((lora_B @ (lora_A @ lora_A.T)) * lora_B).sum(1)  # ‖BA‖² by row

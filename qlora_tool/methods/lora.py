@@ -148,7 +148,7 @@ class Lora(Method):
         return "start_A" in tensors and _start_of(settings) == "symmetric"
 
     def start_on_embedding(
-        self, dim: int, vocabulary: int, settings: Settings, generator: torch.Generator
+        self, dim: int, vocabulary: int, settings: Settings, weight: WeightHandle, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """A = 0, B normal, as in PEFT: rows of A that no token asks for then stay 0."""
         import torch

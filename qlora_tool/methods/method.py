@@ -194,9 +194,9 @@ class Method(ABC):
         return {}
 
     def start_on_embedding(
-        self, dim: int, vocabulary: int, settings: Settings, generator: torch.Generator
+        self, dim: int, vocabulary: int, settings: Settings, weight: WeightHandle, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """The same on embeddings, the weight being (dim, vocabulary)."""
+        """The same on embeddings: what is adapted is (dim, vocabulary), `weight` has it as (vocabulary, dim)."""
         raise NotImplementedError
 
     def reads_weights(self, settings: Settings) -> bool:
@@ -239,6 +239,10 @@ class Method(ABC):
     def rows(self, adapter: Adapter, index: Tensor, dtype: torch.dtype) -> Tensor:
         """What an adapter on embeddings adds to the rows that `index`, of any shape, names: (*index.shape, dim)."""
         raise NotImplementedError
+
+    def looked_up(self, adapter: Adapter, index: Tensor, rows: Tensor, weight: WeightHandle) -> Tensor:
+        """The rows (*index.shape, dim) with this adapter, of embeddings `weight` (vocabulary, dim) that has `rows`."""
+        return rows + self.rows(adapter, index, rows.dtype)
 
     def fused_weights(self, adapter: Adapter, linear: FrozenLinear) -> LoraWeights | None:
         """What LoRA's fused operations take, where they compute what this adapter does."""

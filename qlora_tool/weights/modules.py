@@ -74,8 +74,8 @@ class FrozenEmbedding(Adaptable, nn.Embedding):
     """Embeddings behind a handle, in int8 or as they are stored: the rows that are asked for, and they alone, are
     brought to the dtype of products.
 
-    An adapter on it has `rows(index, looked_up)`: index of any shape, the rows (*index.shape, dim) that the base, and
-    adapters before it, have there → those it gives."""
+    An adapter on it has `rows(index, looked_up, weight)`: index of any shape, the rows (*index.shape, dim) that the
+    base, and adapters before it, have there, and the handle of them all → those it gives."""
 
     weight: WeightHandle  # type: ignore[assignment]  # set when the weight is read
     row_dtype: nn.Parameter
@@ -111,7 +111,7 @@ class FrozenEmbedding(Adaptable, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         rows = self.weight.rows(input).to(self.row_dtype.dtype)
         for adapter in self.adapters_in_use():
-            rows = adapter.rows(input, rows)
+            rows = adapter.rows(input, rows, self.weight)
         return rows
 
 

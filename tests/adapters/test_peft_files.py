@@ -54,6 +54,8 @@ OURS = [
     ("llama", {"target_modules": ["q_proj", "layers.1.mlp.up_proj"]}),
     ("llama", {"target_modules": r".*\.(q|v)_proj", "exclude_modules": ["model.layers.0.self_attn.q_proj"]}),
     ("llama", {"target_modules": ["lm_head", "q_proj"]}),
+    ("llama-tied", {"target_modules": ["embed_tokens", "q_proj"], "method": "dora"}),
+    ("gemma2", {"target_modules": ["embed_tokens", "q_proj"], "method": "dora"}),  # its embeddings are scaled
     ("llama-tied", {"target_modules": ["lm_head", "q_proj"]}),
     ("llama", {"modules_to_save": ["lm_head"]}),
     ("llama", {"modules_to_save": ["o_proj", "model.norm", "embed_tokens"]}),

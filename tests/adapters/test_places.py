@@ -86,9 +86,25 @@ def as_peft_reads_it(folder, family: str, tmp_path: Path, **keys) -> None:
     torch.testing.assert_close(by_peft(base, adapter), live, rtol=0, atol=FP32)
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("family", EMBEDDINGS)
-def test_lora_on_embeddings_is_pefts(folder, family, tmp_path):
-    as_peft_reads_it(folder, family, tmp_path, target_modules=[EMBEDDINGS[family]])
+def test_adapters_on_embeddings_are_pefts(folder, family, method, tmp_path):
+    as_peft_reads_it(folder, family, tmp_path, target_modules=[EMBEDDINGS[family]], method=method)
+
+
+def test_dora_on_embeddings_by_its_formula(folder):
+    """In fp64, the embeddings turned to (dim, vocabulary); it starts as the base, and is merged as it computes."""
+    model = read_tiny(folder("gemma"), "none")
+    embeddings, every = model.get_input_embeddings(), torch.arange(131)
+    plain, scaled = embeddings.weight.detach().double(), embeddings(every).detach()
+    adapters = attach(model, AdapterConfig(r=3, target_modules=["embed_tokens"], method="dora"), torch.float32, 0)
+    torch.testing.assert_close(embeddings(every).detach(), scaled, rtol=1e-6, atol=1e-7)
+    [layer] = randomized(adapters).layers.values()
+    lora_A, lora_B, magnitude = (layer.tensors[name].detach().double() for name in ("lora_A", "lora_B", "magnitude"))
+    direction = plain.T + layer.settings.alpha / layer.settings.r * lora_B @ lora_A
+    expected = (magnitude / direction.norm(dim=1)).unsqueeze(1) * direction
+    torch.testing.assert_close(layer.merge(plain.float()).detach().double(), expected.T, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(embeddings(every).detach().double(), 8 * expected.T, rtol=1e-5, atol=1e-6)  # √64
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])

@@ -71,6 +71,25 @@ def test_it_is_the_best_rank_r_of_each_update(base, tmp_path, settings):
     assert float((ours - peft_logits(base, tmp_path / "cut")).abs().max()) < 1e-4
 
 
+@pytest.mark.parametrize("parameters", [["experts.gate_up_proj", "experts.down_proj"], ["experts.down_proj"]], ids=str)
+def test_it_is_the_best_rank_r_of_every_expert(tmp_path, parameters):
+    """As it is read again, by the tensors that it adds to each matrix; and PEFT reads the same."""
+    folder = write_tiny("qwen3_moe", tmp_path / "base")
+    adapter = write_adapter(tmp_path / "a", folder, quantization="none", target_modules=["q_proj"],
+                            target_parameters=parameters)  # fmt: skip
+    look(artifact_of(adapter), r=2, output=tmp_path / "cut")
+    whole, cut = (open_adapter(artifact_of(one)) for one in (adapter, tmp_path / "cut"))
+    assert whole.layers.keys() == cut.layers.keys()
+    for name, layer in whole.layers.items():
+        zeros = torch.zeros(whole.shapes[name])
+        deltas, found = (one.delta(zeros).detach().double().numpy() for one in (layer, cut.layers[name]))
+        for delta, kept in zip(*(one if one.ndim == 3 else one[None] for one in (deltas, found)), strict=True):
+            U, values, Vh = np.linalg.svd(delta, full_matrices=False)
+            np.testing.assert_allclose(kept, (U[:, :2] * values[:2]) @ Vh[:2], atol=2e-6 * values[0])
+    ours = live_logits(artifact_of(tmp_path / "cut"))
+    assert float((ours - peft_logits(folder, tmp_path / "cut")).abs().max()) < 1e-4
+
+
 def test_what_is_trained_whole_goes_along(base, tmp_path):
     """At a rank that every update has, the cut adapter is the whole one."""
     biased = write_tiny("llama-biased", tmp_path / "biased")
