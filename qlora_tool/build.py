@@ -24,9 +24,11 @@ from qlora_tool.adapters.attach import AdapterSet, attach
 from qlora_tool.adapters.attach_stored import attach_stored, refuse_not_repeated
 from qlora_tool.adapters.calibration import Read, calibrated, reads_data
 from qlora_tool.adapters.fusion import tile_mlps
-from qlora_tool.adapters.initial import initial_settings, refuse_other_places
+from qlora_tool.adapters.initial import initial_settings, refuse_other_places, started_from
+from qlora_tool.adapters.lacking import further_targets, started_fresh
 from qlora_tool.adapters.peft_names import taken_for_experts
 from qlora_tool.adapters.peft_reading import read_adapter
+from qlora_tool.adapters.resized import fitting_config
 from qlora_tool.adapters.starts import WeightStart, start_facts, taken_out
 from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.adapters.targets import unmatched_patterns
@@ -45,6 +47,7 @@ from qlora_tool.model.load import build_skeleton, load_base, read_unquantized
 from qlora_tool.model.open import choose_dtype
 from qlora_tool.model.positions import rotate_by_example
 from qlora_tool.model.random_source import RandomSource
+from qlora_tool.model.resized import rows_in_files
 from qlora_tool.model.segments import leave_out_cudnn
 from qlora_tool.model.slots import Prepare, Quantization
 from qlora_tool.model.source import read_model_config
@@ -107,7 +110,7 @@ class FromFiles:
     ) -> PreTrainedModel:  # fmt: skip
         config = self.config
         made = prepare if isinstance(prepare, WeightStart) else None
-        kept = config.keep_quantized and (prepare is None or made is not None)
+        kept = config.keep_quantized and (prepare is None or made is not None) and rows_in_files(model_config) is None
         start = made.identity if made else ""
         cached = cached_base(self.folder, quantization, compute_dtype, start) if kept else None
         if cached is not None:
@@ -205,11 +208,11 @@ class Setup:
         Raises:
             UserError, MachineError: no such device or model, what `resolve` refuses, or what `build` does.
         """
-        if config.adapter.init_from:
-            read_adapter(Path(config.adapter.init_from))  # a fault of it is told before a model is fetched
+        stored = started_from(config.adapter)  # a fault of it is told before a model is fetched
         device = choose_device(config.model.device)
         folder = resolve_model(config.model.name_or_path, config.model.revision, weights=False)
-        model_config = read_model_config(folder, config.model.trust_remote_code)
+        model_config = fitting_config(read_model_config(folder, config.model.trust_remote_code), stored,
+                                      config.model.trust_remote_code)  # fmt: skip
         decided = resolve(config, model_config, device.type)
         _refuse_misfit(decided, model_config)
         dtype = choose_dtype(config.model.compute_dtype, device)  # last, as `auto` may be measured
@@ -273,9 +276,10 @@ def resolve(
         if not recomputes:
             logger.warning("training.gradient_checkpointing: %s has no layers that can be recomputed; what they "
                            "save for backward is kept", model_config.model_type)  # fmt: skip
-    if config.adapter.init_from:
-        stored = read_adapter(Path(config.adapter.init_from))
-        values |= initial_settings(stored, config.adapter) | _initial_base(stored, config.model)
+    if (stored := started_from(config.adapter)) is not None:
+        further = further_targets(stored, model_config, config.model.trust_remote_code)
+        values |= initial_settings(stored, config.adapter, further)
+        values |= _initial_base(stored, config.model)
     if not packs(config, model_config):
         values["data.packing"] = False
     return with_values(config, values)
@@ -423,11 +427,12 @@ def _with_adapters(
         prepare = stored.prepare(compute_dtype) if tensors.has_values else None
         model = _open_base(config.model, model_config, tensors, device, compute_dtype, prepare)
         model.module.quantized_without = stored.quantized_without
-        adapters = attach_stored(model.module, stored, compute_dtype, config.adapter.lora_dropout)
+        adapters = attach_stored(model.module, stored, compute_dtype, config.adapter.lora_dropout, config.adapter,
+                                 config.training.seed)  # fmt: skip
         # PEFT's file may lack biases that its configuration wants trained.
         adapters.biases |= train_biases(model.module, config.adapter.bias, adapters.layers, compute_dtype)
         refuse_other_places(model.module, adapters, config.adapter, stored)
-        return model, adapters, []
+        return model, adapters, [started_fresh(stored, adapters.fresh)] if adapters.fresh else []
     made = WeightStart.of(
         config.adapter, model_config, Quantization.of(config.model), compute_dtype, config.training.seed,
         config.model.trust_remote_code,
@@ -459,6 +464,7 @@ def open_model(config: ModelConfig, adapter: StoredAdapter | None = None) -> Cau
     device = choose_device(config.device)
     tensors = FromFiles(config)
     model_config = read_model_config(tensors.folder, config.trust_remote_code)
+    model_config = fitting_config(model_config, adapter, config.trust_remote_code)
     prepare = None if adapter is None else adapter.prepare()
     model = _open_base(config, model_config, tensors, device, choose_dtype(config.compute_dtype, device), prepare)
     if adapter is not None:

@@ -37,6 +37,7 @@ class AdapterSet:
         biases: biases that are trained, by parameter name; under `bias: lora_only` those of adapted modules.
         token_rows: rows of embeddings that are trained, by the name of the module.
         transposed: those of `saved` that the model's own module keeps as (in, out) (transformers' Conv1D).
+        fresh: those of `layers` that the adapter to start from has nothing for.
     """
 
     layers: dict[str, Adapter] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class AdapterSet:
     biases: dict[str, nn.Parameter] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
     token_rows: dict[str, TokenRows] = field(default_factory=dict)
+    fresh: tuple[str, ...] = ()
 
     @contextmanager
     def disabled(self, model: nn.Module) -> Iterator[None]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,8 @@ from torch import Tensor, nn
 from qlora_tool.adapters.adapter import Adapter, AttentionAdapter, EmbeddingAdapter, ExpertsAdapter
 from qlora_tool.adapters.attach import AdapterSet, put_on
 from qlora_tool.adapters.attention import all_attention
+from qlora_tool.adapters.lacking import fresh_layers, lacking, say_lacking
+from qlora_tool.adapters.peft_names import is_saved
 from qlora_tool.adapters.peft_reading import for_model
 from qlora_tool.adapters.places import place_of
 from qlora_tool.adapters.stored import StoredAdapter
@@ -22,18 +23,25 @@ from qlora_tool.model.parameter_source import tied_names
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import FrozenEmbedding, FrozenLinear
 
+if TYPE_CHECKING:
+    from qlora_tool.config import AdapterConfig
+
 _WHAT = {Adapter: "a linear module", AttentionAdapter: "attention", EmbeddingAdapter: "an embedding",
          ExpertsAdapter: "a weight of experts"}  # fmt: skip
 
 
 def attach_stored(
-    model: nn.Module, stored: StoredAdapter, dtype: torch.dtype | None = None, dropout: float | None = None
-) -> AdapterSet:
+    model: nn.Module, stored: StoredAdapter, dtype: torch.dtype | None = None, dropout: float | None = None,
+    config: AdapterConfig | None = None, seed: int = 0,
+) -> AdapterSet:  # fmt: skip
     """Put a stored adapter on a model.
 
     Args:
         dtype: of the adapter's tensors; by default the one that they are stored in.
         dropout: while training; what it was trained with by default.
+        config: of the run that starts from it: what its file lacks starts fresh. None: that stays as the base has it,
+            which a warning says.
+        seed: of what starts fresh.
 
     Raises:
         UserError: it does not fit this model.
@@ -52,8 +60,13 @@ def attach_stored(
     if on_attention:
         refuse_other_layers(model, stored)
     shapes = shapes_of(model, stored.by_module, on_attention)
-    layers = stored.layers(dtype, next(model.parameters()).device, dropout, shapes)
+    left = lacking(model, stored)
+    layers = stored.layers(dtype, next(model.parameters()).device, dropout, shapes | shapes_of(model, left), left)
     refuse_misfit(stored, layers, shapes)
+    fresh = {} if config is None else fresh_layers(model, left, stored, layers, config, dtype, seed)
+    if config is None:
+        say_lacking(stored, left)
+    layers |= fresh
     put_on(model, layers)
     replaced = stored.replaced_tensors()
     refuse_misfit_replaced(model, stored, replaced)
@@ -71,7 +84,7 @@ def attach_stored(
     for name in [name for name in trained if name.removesuffix(".weight") in layers]:
         trained.pop(name).requires_grad_(False)  # under an adapter: the base's
     for name, tensor in trained.items():
-        kept = stored.method.keys.trains_base or _is_bias(name, stored) or _is_saved(name, stored.peft)
+        kept = stored.method.keys.trains_base or _is_bias(name, stored) or is_saved(name, stored.peft)
         if not kept:
             tensor.requires_grad_(False)  # embeddings that PEFT saved along: resized ones, say
     biases = {name: tensor for name, tensor in trained.items() if _is_bias(name, stored)}
@@ -80,7 +93,7 @@ def attach_stored(
     _refuse_misfit_rows(model, stored, rows)
     token_rows = put_rows_on(model, {name: tokens for name, (tokens, _) in rows.items()}, dtype,
                              {name: values for name, (_, values) in rows.items()})  # fmt: skip
-    return AdapterSet(layers, saved, biases, transposed, token_rows)
+    return AdapterSet(layers, saved, biases, transposed, token_rows, tuple(fresh))
 
 
 def refuse_not_repeated(stored: StoredAdapter, weights: Container[str]) -> None:
@@ -141,13 +154,6 @@ def refuse_other_layers(model: nn.Module, stored: StoredAdapter) -> None:
             f"the top {count} of the {len(expected)} layers of this model; it was trained on {stored.base}: name that "
             "as its base"
         )
-
-
-def _is_saved(name: str, peft: Mapping[str, Any]) -> bool:
-    """Whether a tensor is trained for `modules_to_save`, as PEFT reads that."""
-    modules = peft.get("modules_to_save") or []
-    return any(re.match(rf"(^|.*\.){module}($|\..*)", name)
-               for module in ([modules] if isinstance(modules, str) else modules))  # fmt: skip
 
 
 def _is_bias(name: str, stored: StoredAdapter) -> bool:

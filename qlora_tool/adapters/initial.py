@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from qlora_tool.adapters.adapter import ExpertsAdapter
 from qlora_tool.adapters.attach import AdapterSet
+from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.adapters.places import find_places
 from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.adapters.targets import matches, settings_for
+from qlora_tool.adapters.token_rows import wanted_tokens
+from qlora_tool.adapters.trained_base import parameter_names
 from qlora_tool.errors import UserError
 
 if TYPE_CHECKING:
     from qlora_tool.config import AdapterConfig
 
 
-def initial_settings(stored: StoredAdapter, config: AdapterConfig) -> dict[str, Any]:
+def started_from(config: AdapterConfig) -> StoredAdapter | None:
+    """The adapter that a run starts from; None where it starts from none.
+
+    Raises:
+        UserError: see `read_adapter`.
+    """
+    return read_adapter(Path(config.init_from)) if config.init_from else None
+
+
+def initial_settings(
+    stored: StoredAdapter, config: AdapterConfig, targets: Sequence[str] = ()
+) -> dict[str, Any]:
     """The keys of the configuration that an adapter to start from decides.
 
     Args:
         stored: the adapter.
         config: what was asked for; keys that nobody set are free to follow.
+        targets: further modules of the model that the adapter's configuration names; see `further_targets`.
 
     Raises:
         UserError: keys that somebody set and that contradict the adapter.
@@ -60,7 +76,7 @@ def initial_settings(stored: StoredAdapter, config: AdapterConfig) -> dict[str, 
         decided["lora_dropout"] = usual.dropout
     if isinstance(peft.get("target_modules"), list) and "target_modules" not in config.model_fields_set:
         modules = [name for name in stored.by_module if stored.adapter_class(name) is not ExpertsAdapter]
-        decided["target_modules"] = _targets(peft, modules)
+        decided["target_modules"] = _targets(peft, modules, targets)
     for key in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern",
                 "target_parameters", "trainable_token_indices"):  # fmt: skip
         if peft.get(key) and key not in config.model_fields_set and key not in decided:
@@ -73,12 +89,12 @@ def initial_settings(stored: StoredAdapter, config: AdapterConfig) -> dict[str, 
     return {f"adapter.{key}": value for key, value in decided.items()}
 
 
-def _targets(peft: Mapping[str, Any], modules: Sequence[str]) -> list[str]:
+def _targets(peft: Mapping[str, Any], modules: Sequence[str], targets: Sequence[str]) -> list[str]:
     """PEFT's `target_modules` without what is not adapted all the same: names of modules that the model has not, and
     of those in `modules_to_save`; names in full where a list of layers says which."""
     if peft.get("layers_to_transform") or peft.get("layers_pattern"):
-        return sorted(modules)
-    return [one for one in peft["target_modules"] if any(matches(name, [one]) for name in modules)]
+        return sorted({*modules, *targets})
+    return [one for one in peft["target_modules"] if any(matches(name, [one]) for name in [*modules, *targets])]
 
 
 def refuse_other_places(
@@ -91,6 +107,7 @@ def refuse_other_places(
     """
     if stored.method.keys.trains_base:
         return
+    _refuse_untrained(module, adapters, config, stored)
     wanted = {name: settings_for(name, config) for name in find_places(module, config)}
     faults = [
         f"adapter.target_modules: {name} is {'' if name in wanted else 'not '}among them, but {stored.folder}, which "
@@ -105,5 +122,24 @@ def refuse_other_places(
                 f"adapter.rank_pattern, adapter.alpha_pattern: {name} would have r {wanted[name].r} and lora_alpha "
                 f"{wanted[name].alpha}, but has {found.r} and {found.alpha} in {stored.folder}; leave the patterns out"
             )
+    if faults:
+        raise UserError(faults[:3])
+
+
+def _refuse_untrained(module: nn.Module, adapters: AdapterSet, config: AdapterConfig, stored: StoredAdapter) -> None:
+    """Refuse `modules_to_save` and `trainable_token_indices` of which the adapter has nothing, or other tokens: PEFT
+    cannot load such a file either."""
+    has, faults = f"{stored.folder}, which adapter.init_from names,", []
+    trained = [name for name, tensor in adapters.saved.items() if tensor.requires_grad]
+    for name, one in module.named_modules():
+        missing = matches(name, config.modules_to_save) and not any(key.startswith(f"{name}.") for key in trained)
+        if missing and parameter_names(one, name):
+            faults.append(f"adapter.modules_to_save: {name} is among them, but {has} has no tensor of it; leave it "
+                          "out, or take a whole adapter")  # fmt: skip
+    for name, tokens in wanted_tokens(module, config).items():
+        found = adapters.token_rows[name].tokens if name in adapters.token_rows else []
+        if found != tokens:
+            faults.append(f"adapter.trainable_token_indices: {tokens} of {name}, but {has} has rows of "
+                          f"{found or 'none'}; leave the key out, or take a whole adapter")  # fmt: skip
     if faults:
         raise UserError(faults[:3])

@@ -89,6 +89,7 @@ def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = name.replace("_orig_mod.", "").removeprefix(PREFIX)
         name = re.sub(rf"\.({_TENSOR})\.default(?=\.|$)", r".\1", name)
         name = re.sub(r"\.modules_to_save(\.default)?\.", ".", name)
+        name = name.replace(".token_adapter.base_layer.", ".")  # saved along with resized embeddings
         if ".original_module." not in name:
             found[name] = tensor
     return found
@@ -99,7 +100,7 @@ def is_target(name: str, config: Mapping[str, Any]) -> bool:
     excluded, wanted = config.get("exclude_modules"), config.get("target_modules")
     if excluded and matches(name, excluded):
         return False
-    if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in _listed(config.get("modules_to_save"))):
+    if is_saved(name, config):
         return False
     if wanted is None or wanted == "all-linear":
         return True
@@ -109,6 +110,11 @@ def is_target(name: str, config: Mapping[str, Any]) -> bool:
     if not matches(name, wanted) or layers is None or layers == []:
         return matches(name, wanted)
     return layer_of(name, config.get("layers_pattern") or ()) in ([layers] if isinstance(layers, int) else layers)
+
+
+def is_saved(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a module, or a tensor of it, is trained whole for `modules_to_save`, as PEFT reads that."""
+    return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in _listed(config.get("modules_to_save")))
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

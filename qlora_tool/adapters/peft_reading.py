@@ -18,6 +18,7 @@ from qlora_tool.adapters.peft_names import (
     PREFIX,
     WEIGHTS_NAME,
     check_config,
+    is_saved,
     is_target,
     join_experts,
     moved,
@@ -29,6 +30,7 @@ from qlora_tool.errors import UserError
 from qlora_tool.files.tensors import read_all
 from qlora_tool.methods import METHODS
 from qlora_tool.methods.method import Method, Settings, refuse_keys
+from qlora_tool.model.parameter_source import tied_names
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +101,8 @@ def _warn_once(line: str) -> None:
 
 def for_model(stored: StoredAdapter, model: nn.Module) -> StoredAdapter:
     """The adapter by the names that a model has: those of earlier versions of transformers, and LoRA on single experts
-    that are one weight today, are brought to it as PEFT does.
+    that are one weight today, are brought to it as PEFT does. What it replaces of two tied tensors it replaces of both,
+    unless `modules_to_save` trains one of them apart.
 
     Raises:
         UserError: see `join_experts`.
@@ -112,7 +115,8 @@ def for_model(stored: StoredAdapter, model: nn.Module) -> StoredAdapter:
         joined = join_experts(tensors, stored.usual.r, modules.__contains__, stored.folder / WEIGHTS_NAME)
     else:
         joined = tensors
-    if joined.keys() == stored.tensors.keys():
+    twins = _twins(replace(stored, tensors=joined), model)
+    if joined.keys() == stored.tensors.keys() and not twins:
         return stored
     peft = dict(stored.peft)
     if joined.keys() != tensors.keys():
@@ -121,7 +125,15 @@ def for_model(stored: StoredAdapter, model: nn.Module) -> StoredAdapter:
             ".experts.base_layer." in key for key in joined) else ["experts.down_proj"]  # fmt: skip
         peft["rank_pattern"] = {key: times * stored.usual.r for key, times in fused.items()}
         peft["alpha_pattern"] = {key: times * stored.usual.alpha for key, times in fused.items()}
-    return replace(stored, tensors=joined, peft=peft)
+    return replace(stored, tensors=joined | twins, peft=peft)
+
+
+def _twins(stored: StoredAdapter, model: nn.Module) -> dict[str, Tensor]:
+    """What is tied to tensors that the file replaces alone."""
+    replaced = stored.replaced_tensors()
+    pairs = [pair for tied in tied_names(model).items() for pair in (tied, tied[::-1])]
+    return {other: replaced[one] for one, other in pairs
+            if one in replaced and other not in replaced and not is_saved(one, stored.peft)}  # fmt: skip
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_tool.adapters.attach_stored import refuse_misfit, refuse_misfit_replaced, shapes_of
+from qlora_tool.adapters.lacking import lacking
 from qlora_tool.adapters.places import adaptable
 from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.adapters.trained_base import tie, train_parameter, transposed_names
@@ -128,10 +129,11 @@ def attach_stack(model: nn.Module, stack: Sequence[Weighted]) -> None:
     names: dict[str, list[str]] = {}
     for number, one in enumerate(stack):
         stored = one.scaled()
-        shapes = shapes_of(model, stored.by_module)
+        left = lacking(model, stored)
+        shapes = shapes_of(model, [*stored.by_module, *left])
         refuse_misfit(stored, stored.by_module, shapes)
         refuse_misfit_replaced(model, stored, stored.replaced_tensors())
-        layers = stored.layers(torch.float32, next(model.parameters()).device, 0.0, shapes)
+        layers = stored.layers(torch.float32, next(model.parameters()).device, 0.0, shapes, left)
         for place, layer in layers.items():
             adaptable(model, place).add_adapter(str(number), layer.train(model.training))
             names.setdefault(place, []).append(str(number))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool.files.atomic import write_json
+from qlora_tool.model.resized import with_vocabulary
 
 if TYPE_CHECKING:
     from qlora_tool.export.merge import MergedModel
@@ -19,6 +20,7 @@ MODEL_FILES = ("*processor*.json", "*.py", "LICENSE*")
 def write_config(merged: MergedModel, folder: Path, quantization: Mapping[str, Any] | None = None) -> None:
     """Write the base's config.json with the files' dtype; of quantization it says `quantization`, or nothing."""
     raw = json.loads((merged.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    raw = with_vocabulary(raw, merged.skeleton.config)
     dropped = ("quantization_config", "torch_dtype", "_name_or_path")
     config = {key: value for key, value in raw.items() if key not in dropped}
     config["dtype"] = str(merged.default_dtype).removeprefix("torch.")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qlora_tool.adapters.adapter import Adapter
 from qlora_tool.adapters.attach_stored import refuse_misfit, refuse_not_repeated, resized
+from qlora_tool.adapters.lacking import lacking, say_lacking
 from qlora_tool.adapters.peft_reading import for_model
 from qlora_tool.adapters.stack import Parts, Weighted, refuse_unaddable, replaced_by, replacement, same
 from qlora_tool.adapters.stored import StoredAdapter
@@ -117,7 +118,9 @@ class MergedModel:
             refuse_unaddable(stack)
         for one in stack:
             adds = one.stored.method.has_delta  # of others, whole weights are all that there is to merge
-            found = one.scaled().layers(torch.float32, shapes=shapes) if adds else {}
+            left = lacking(self.skeleton, one.stored)
+            say_lacking(one.stored, left)
+            found = one.scaled().layers(torch.float32, shapes=shapes, left=left) if adds else {}
             self._refuse_misfit(one.stored, found, shapes)
             for name, layer in found.items():
                 layers.setdefault(name, []).append(layer)

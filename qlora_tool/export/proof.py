@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qlora_tool.adapters.resized import fitting_config
 from qlora_tool.adapters.stack import attach_stack
 from qlora_tool.artifacts import Artifact, base_folder
 from qlora_tool.build import open_model
@@ -272,8 +273,8 @@ def _shortage(artifact: Artifact) -> str | None:
     """Why the live model does not fit into memory, or None. It is all that is ever held: the exported one stays on the
     disk."""
     folder = base_folder(artifact)
-    skeleton = build_skeleton(read_model_config(folder, artifact.model.trust_remote_code),
-                              artifact.model.trust_remote_code)  # fmt: skip
+    trust, stored = artifact.model.trust_remote_code, None if artifact.stack else artifact.adapter
+    skeleton = build_skeleton(fitting_config(read_model_config(folder, trust), stored, trust), trust)
     source = ParameterSource(skeleton, Checkpoint(folder), "cpu")
     quantization = Quantization.of(artifact.model)
     slots = find_slots(skeleton, quantization) | find_embedding_slots(skeleton, quantization)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from qlora_tool._version import __version__
+from qlora_tool.adapters.resized import fitting_config
 from qlora_tool.artifacts import Artifact, base_folder
 from qlora_tool.choices import ComputeDtype, ExportBase, ExportFormat, GgufType
 from qlora_tool.errors import UserError, did_you_mean
@@ -196,8 +197,10 @@ def _refuse_options(options: ExportOptions) -> None:
 def _job(artifact: Artifact, folder: Path, output: Path, options: ExportOptions) -> Job:
     trust = artifact.model.trust_remote_code
     quantization = Quantization.of(artifact.model)
+    stored = None if artifact.stack else artifact.adapter
     merged = MergedModel(
-        build_skeleton(read_model_config(folder, trust), trust), Checkpoint(folder), quantization, artifact.adapter,
+        build_skeleton(fitting_config(read_model_config(folder, trust), stored, trust), trust), Checkpoint(folder),
+        quantization, artifact.adapter,
         options.base, cached=find_cached_base(folder, quantization) if options.base == "dequantized" else None,
         stack=artifact.stack,
     )  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qlora_tool.adapters.adapter import Adapter
+from qlora_tool.adapters.resized import fitting_config
 from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.artifacts import Artifact, changed_base
 from qlora_tool.errors import ToolError, UserError
@@ -241,7 +242,8 @@ def _base(artifact: Artifact) -> tuple[MergedModel | None, str | None]:
         checkpoint = Checkpoint(folder)
         if (changed := changed_base(artifact, folder)) and not artifact.base_named:
             return None, changed
-        skeleton = build_skeleton(read_model_config(folder, model.trust_remote_code), model.trust_remote_code)
+        trust = model.trust_remote_code
+        skeleton = build_skeleton(fitting_config(read_model_config(folder, trust), artifact.adapter, trust), trust)
     except ToolError as error:
         return None, error.lines[0]
     quantization = Quantization.of(model)

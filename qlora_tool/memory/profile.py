@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from qlora_tool.adapters.initial import started_from
+from qlora_tool.adapters.resized import fitting_config
 from qlora_tool.build import resolve as resolve_run
 from qlora_tool.errors import UserError
 from qlora_tool.memory.allocator.target import CudaTarget, device_of, target_on
@@ -100,7 +102,7 @@ def model_config_of(config: Config) -> PreTrainedConfig:
     model_config = read_model_config(folder, config.model.trust_remote_code)
     _check_sizes(folder / "config.json", model_config)
     check_length(model_config, config.data.max_length)
-    return model_config
+    return fitting_config(model_config, started_from(config.adapter), config.model.trust_remote_code)
 
 
 def _check_sizes(file: Path, model_config: PreTrainedConfig) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qlora_tool.errors import UserError
 from qlora_tool.files.tensors import Checkpoint, missing_names
 from qlora_tool.model.names import LoadGroup, plan_load
+from qlora_tool.model.resized import fitted
 from qlora_tool.model.stored import StoredAs, refuse_leftover_scales, stored_tensors
 from qlora_tool.weights.by_rows import experts_from_rows, rows_of
 from qlora_tool.weights.quantized import QuantizedTensor
@@ -92,6 +93,8 @@ class ParameterSource:
         if name not in self._waiting:
             self._waiting |= self._convert(self._groups[name])
         value = self._waiting.pop(name)
+        if isinstance(value, Tensor) and tuple(value.shape) != self.shapes[name]:
+            value = fitted(value, self.shapes[name], self.model.config)
         if tuple(value.shape) != self.shapes[name] and not (
             isinstance(value, QuantizedTensor) and tuple(value.shape) == _transposed(self.shapes[name])
         ):

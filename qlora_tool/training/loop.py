@@ -324,7 +324,7 @@ def _save_adapter(run: Run) -> None:
     """The adapter in PEFT's format, with the tokenizer and our provenance beside it."""
     base = run.config.model.name_or_path
     with replacing_folder(run.folder.adapter) as temporary:
-        save_tokenizer(run.data.tokenizer, run.model.folder, temporary)
+        save_tokenizer(run.data.tokenizer, run.data.tokenizer_folder, temporary)
         save_adapter(
             temporary, run.adapters, run.config.adapter, run.model.module,
             str(run.model.folder) if base == "demo" else base, run.config.model.revision,

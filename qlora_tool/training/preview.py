@@ -19,7 +19,7 @@ from qlora_tool.training.plan import epoch_batches
 from qlora_tool.training.run_data import read_run_data
 
 if TYPE_CHECKING:
-    from qlora_tool.config import ModelConfig
+    from qlora_tool.config import AdapterConfig, ModelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def preview(config: Config, rows: int = 5, *, every_row: bool = False) -> Previe
         UserError: the configuration, the data or the tokenizer is at fault.
         MachineError: the hub is out of reach.
     """
-    folder, model_config = _model(config.model)
+    folder, model_config = _model(config.model, config.adapter)
     if model_config is not None:
         config = with_values(config, {"data.packing": packs_as_known(config, model_config)})
     data = read_run_data(config, folder, model_config, first=None if every_row else FIRST_ROWS)
@@ -92,7 +92,7 @@ def preview(config: Config, rows: int = 5, *, every_row: bool = False) -> Previe
     )
 
 
-def _model(config: ModelConfig) -> tuple[Path, Any]:
+def _model(config: ModelConfig, adapter: AdapterConfig) -> tuple[Path, Any]:
     """The model's folder and its configuration. A folder that has nothing but a tokenizer does: there is no
     configuration then, and nothing is checked against it."""
     path = Path(config.name_or_path).expanduser()
@@ -101,4 +101,10 @@ def _model(config: ModelConfig) -> tuple[Path, Any]:
                        "against the model", path)  # fmt: skip
         return path, None
     folder = resolve_model(config.name_or_path, config.revision, weights=False)
-    return folder, read_model_config(folder, config.trust_remote_code)
+    model_config = read_model_config(folder, config.trust_remote_code)
+    if adapter.init_from:
+        from qlora_tool.adapters.initial import started_from
+        from qlora_tool.adapters.resized import fitting_config
+
+        model_config = fitting_config(model_config, started_from(adapter), config.trust_remote_code)
+    return folder, model_config

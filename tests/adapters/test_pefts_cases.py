@@ -19,6 +19,10 @@ from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.build import Setup
 from qlora_tool.config import AdapterConfig, Config, with_values
 from qlora_tool.errors import UserError
+from qlora_tool.export.merge import MergedModel
+from qlora_tool.files.tensors import Checkpoint
+from qlora_tool.model.load import build_skeleton
+from qlora_tool.model.slots import Quantization
 
 FP32 = 1e-5
 
@@ -84,7 +88,7 @@ def possible(keys: dict) -> bool:
     return not (
         ({"use_dora", "lora_bias"} <= keys.keys() or {"use_dora", "init_lora_weights"} <= keys.keys())
         or ("layers_to_transform" in keys and by_expression)
-        or (on_embeddings and {"trainable_token_indices", "lora_bias", "use_dora"} & keys.keys())
+        or (on_embeddings and {"trainable_token_indices", "lora_bias"} & keys.keys())
     )
 
 
@@ -120,6 +124,51 @@ def test_tensors_that_no_target_names_are_left_out_as_in_peft(folder, config, tm
     change(adapter, **config)
     torch.testing.assert_close(by_us(base, adapter), by_peft(base, adapter), rtol=0, atol=FP32)
     assert "4 tensors of 2 modules (model.layers.0.self_attn.v_proj …) are not read" in caplog.text
+
+
+# What each kind of PEFT's file may lack of a layer; VeRA's shared projections are as large as that layer's need.
+LACKING = [
+    (peft.LoraConfig, {"target_modules": ["q_proj", "v_proj", "down_proj"]}),
+    (peft.LoraConfig, {"target_modules": "all-linear", "use_dora": True}),
+    (peft.LoraConfig, {"target_modules": ["q_proj", "embed_tokens", "down_proj"]}),
+    (peft.LoraConfig, {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]}),
+    (peft.LoraConfig, {"target_modules": r".*layers\.\d\.(self_attn\.q_proj|mlp\.down_proj)"}),
+    (peft.LoHaConfig, {"target_modules": ["q_proj", "down_proj"]}),
+    (peft.LoKrConfig, {"target_modules": ["q_proj", "down_proj"]}),
+    (peft.VeraConfig, {"target_modules": ["q_proj", "down_proj"], "save_projection": False, "d_initial": 0.1}),
+]
+
+
+@pytest.mark.parametrize("kind, keys", LACKING, ids=str)
+def test_what_a_file_lacks_starts_fresh_as_in_peft(folder, kind, keys, tmp_path, caplog, monkeypatch):
+    """It adds nothing; a run that starts from the file trains it, and a merge leaves it."""
+    monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
+    base = folder("llama")
+    adapter = made_by_peft(base, tmp_path / "a", kind, **keys)
+    lost = {name for name in load_file(adapter / "adapter_model.safetensors") if ".down_proj." in name
+            and (".layers.1." in name or "vera" in name or "embed_tokens" in keys["target_modules"])}  # fmt: skip
+    start = "init_lora_weights" if kind is peft.LoraConfig else "init_weights"
+    change(adapter, drop=lost, **{start: True})  # the start that adds nothing
+    expected = by_peft(base, adapter)
+    places = {name.partition(".lora_")[0].partition(".hada_")[0].partition(".lokr_")[0].partition(".vera_")[0]
+              .removeprefix("base_model.model.") for name in lost}  # fmt: skip
+    torch.testing.assert_close(by_us(base, adapter), expected, rtol=0, atol=FP32)
+    assert f"has no tensors for {len(places)} of the" in caplog.text and "base stays as it is there" in caplog.text
+
+    run = with_values(Config(), {"model.name_or_path": str(base), "model.quantization": "none",
+                                 "model.compute_dtype": "float32", "model.device": "cpu",
+                                 "adapter.init_from": str(adapter)})  # fmt: skip
+    built = Setup.of(run).build()
+    assert places and places == set(built.adapters.fresh) <= built.adapters.layers.keys()
+    assert all(parameter.requires_grad for name in places for parameter in built.adapters.layers[name].parameters())
+    assert [line for line in built.remarks if f"has no tensors for {len(places)} of the" in line]
+    torch.testing.assert_close(logits(built.model.module), expected, rtol=0, atol=FP32)
+
+    merged = read_by_transformers(base)
+    made = MergedModel(build_skeleton(merged.config), Checkpoint(base), Quantization("none"), read_adapter(adapter))
+    values = dict(made.stream_from(0))
+    merged.load_state_dict(values, strict=False)
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=FP32)
 
 
 def test_embeddings_saved_along_are_not_trained(folder, tmp_path):
