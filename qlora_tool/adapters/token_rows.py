@@ -134,5 +134,6 @@ def follows(model: nn.Module) -> dict[str, str]:
     """The output projection that has the rows of its input embeddings, by the embeddings' name, where they are tied."""
     inputs = cast(Any, model).get_input_embeddings()
     pairs = [(one.removesuffix(".weight"), other.removesuffix(".weight"))
-             for tied in tied_names(model).items() for one, other in (tied, tied[::-1])]  # fmt: skip
+             for tied in tied_names(model).items() if all(name.endswith(".weight") for name in tied)  # biases are too
+             for one, other in (tied, tied[::-1])]  # fmt: skip
     return {one: other for one, other in pairs if model.get_submodule(one) is inputs}
