@@ -77,8 +77,14 @@ def initial_settings(
     if isinstance(peft.get("target_modules"), list) and "target_modules" not in config.model_fields_set:
         modules = [name for name in stored.by_module if stored.adapter_class(name) is not ExpertsAdapter]
         decided["target_modules"] = _targets(peft, modules, targets)
+    if "target_parameters" not in config.model_fields_set and (parameters := peft.get("target_parameters")):
+        # The weight of a linear module is that module's adapter, which target_modules names here.
+        decided["target_parameters"] = [one for one in parameters if not one.endswith(".weight")]
+        if "target_modules" in decided:
+            modules = [one.removesuffix(".weight") for one in parameters if one.endswith(".weight")]
+            decided["target_modules"] += [one for one in modules if one not in decided["target_modules"]]
     for key in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern",
-                "target_parameters", "trainable_token_indices"):  # fmt: skip
+                "trainable_token_indices"):  # fmt: skip
         if peft.get(key) and key not in config.model_fields_set and key not in decided:
             decided[key] = peft[key]
     if stored.start.get("frozen_half"):  # the file has twice the rank and alpha

@@ -102,6 +102,8 @@ def is_target(name: str, config: Mapping[str, Any]) -> bool:
         return False
     if is_saved(name, config):
         return False
+    if any(matches(f"{name}.weight", [parameter]) for parameter in config.get("target_parameters") or ()):
+        return True
     if wanted is None or wanted == "all-linear":
         return True
     if isinstance(wanted, str) or name in wanted:

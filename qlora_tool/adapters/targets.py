@@ -94,14 +94,17 @@ def find_parts(model: nn.Module, config: AdapterConfig) -> dict[str, dict[str, T
 
 def _named_parts(model: nn.Module, wanted: Sequence[str]) -> dict[str, dict[str, Mapping[str, Tensor]]]:
     """The patterns that end in one word more than modules' names: the modules that each means, with all their parts."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, FrozenLinear)]
-    found = {}
+    linears, found = _linears(model), {}
     for pattern in wanted:
         owner = pattern.rpartition(".")[0]
         modules = [name for name in linears if owner and matches(name, [owner])]
         if modules and not any(matches(name, [pattern]) for name in linears):
             found[pattern] = {name: _rows(model, name) for name in modules}
     return found
+
+
+def _linears(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, FrozenLinear)]
 
 
 def _rows(model: nn.Module, name: str) -> Mapping[str, Tensor]:
@@ -174,6 +177,9 @@ def find_target_parameters(model: nn.Module, config: AdapterConfig) -> dict[str,
         if not any(matches(name, [pattern]) for name in experts):
             last = sorted({".".join(name.split(".")[-2:]) for name in experts})
             has = f"it has {', '.join(last)}" if last else "this model has none"
+            module = pattern.removesuffix(".weight")
+            if any(matches(name, [module]) for name in _linears(model)):
+                has = f"it is that of a linear module: name {module} in adapter.target_modules"
             faults.append(f"adapter.target_parameters: {pattern!r} matches no weight of experts"
                           f"{did_you_mean(pattern, last)}; {has}")  # fmt: skip
     if faults:

@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import read_by_transformers, read_tiny, tokens, write_tiny
+from transformers import BertConfig, BertLMHeadModel
 
 from qlora_tool.adapters.attach_stored import attach_stored
 from qlora_tool.adapters.initial import initial_settings
 from qlora_tool.adapters.peft_reading import read_adapter
+from qlora_tool.adapters.token_rows import follows
 from qlora_tool.build import Setup
 from qlora_tool.config import AdapterConfig, Config, with_values
 from qlora_tool.errors import UserError
@@ -254,3 +256,23 @@ def test_what_a_run_takes_over_from_an_adapter_that_it_starts_from(folder, tmp_p
     assert {name for name in built.adapters.biases if "q_proj" in name} == {
         f"model.layers.{layer}.self_attn.q_proj.bias" for layer in range(2)
     }
+
+
+def test_a_linear_weight_among_target_parameters_is_that_modules_adapter(folder, tmp_path):
+    """PEFT itself names routers so, where its conversions take `gate` for a parameter."""
+    base = folder("llama")
+    adapter = made_by_peft(base, tmp_path / "a", target_modules=["q_proj"],
+                           target_parameters=["o_proj.weight", "1.mlp.up_proj.weight"])  # fmt: skip
+    torch.testing.assert_close(by_us(base, adapter), by_peft(base, adapter), rtol=0, atol=FP32)
+    run = with_values(Config(), {"model.name_or_path": str(base), "model.quantization": "none", "model.device": "cpu",
+                                 "model.compute_dtype": "float32", "adapter.init_from": str(adapter)})  # fmt: skip
+    built = Setup.of(run).build()
+    assert built.adapters.layers.keys() == read_adapter(adapter).by_module.keys()
+    torch.testing.assert_close(logits(built.model.module), by_peft(base, adapter), rtol=0, atol=FP32)
+
+
+def test_tied_biases_are_no_output_projection():
+    """BERT's kind ties a bias, too, which is no module."""
+    with torch.device("meta"):
+        model = BertLMHeadModel(BertConfig(is_decoder=True, num_hidden_layers=1))
+    assert follows(model) == {"bert.embeddings.word_embeddings": "cls.predictions.decoder"}

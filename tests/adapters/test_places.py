@@ -207,6 +207,7 @@ def test_what_is_written(folder, tmp_path):
 @pytest.mark.parametrize("family, keys, message", [
     ("llama", {"target_parameters": ["experts.gate_up_proj"]}, "target_parameters.*matches no weight of experts"),
     ("mixtral", {"target_parameters": ["gate_up"]}, "matches no weight of experts; it has experts.down_proj"),
+    ("llama", {"target_parameters": ["o_proj.weight"]}, "a linear module: name o_proj in adapter.target_modules"),
     ("mixtral", {"target_parameters": ["down_proj"], "method": "dora"}, "dora cannot be on experts; choose lora"),
     ("mixtral", {"target_parameters": ["down_proj"], "lora_dropout": 0.1}, "lora_dropout: PEFT has no dropout on exp"),
     ("llama", {"target_modules": ["embed_tokens"], "method": "loha"}, "are embeddings, which adapter.method loha"),
