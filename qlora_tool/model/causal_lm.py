@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora_tool.data.batches import Batch
-from qlora_tool.model.checkpointing import Recomputation, checkpoint_layers, checkpointed_modules
+from qlora_tool.model.checkpointing import Recomputation, checkpoint_layers, checkpointed_modules, has_dropout
 from qlora_tool.model.fused_modules import FusedModules
 from qlora_tool.model.layout import Layout, laid_out
 from qlora_tool.model.masks import known
@@ -168,9 +168,11 @@ class CausalLM:
         return total
 
     def _losses_by_chunk(self, hidden: Tensor, targets: Tensor, label_smoothing: float) -> Iterator[Tensor]:
+        head = self.module.get_output_embeddings()
         for pair in zip(hidden.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True):
             if len(pair[1]):
-                yield checkpoint(self._token_losses, *pair, label_smoothing, use_reentrant=False)
+                yield checkpoint(self._token_losses, *pair, label_smoothing, use_reentrant=False,
+                                 preserve_rng_state=has_dropout(head))  # fmt: skip
 
     def _token_losses(self, hidden: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
         logits = self.project(hidden).float()

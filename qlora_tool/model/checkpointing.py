@@ -144,7 +144,7 @@ def checkpoint_layers(
     run = partial(
         checkpoint,
         use_reentrant=False,
-        preserve_rng_state=draws or _has_dropout(model),
+        preserve_rng_state=draws or has_dropout(model),
         context_fn=lambda: (nullcontext(), _Within(again(), as_now())),
     )
     if offload:
@@ -213,5 +213,6 @@ def checkpointed_modules(model: nn.Module) -> list[nn.Module]:
     ]  # fmt: skip
 
 
-def _has_dropout(model: PreTrainedModel) -> bool:
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a module, or an adapter on it, draws what it drops, and so has to draw the same again."""
     return any(isinstance(module, nn.Dropout) and module.p for module in model.modules())

@@ -111,12 +111,33 @@ def test_the_peak_of_every_way_to_step_is_the_predicted_one(values, dtype):
     assert predicted - slack <= measure.measure_peak(config, *arguments) <= predicted + unseen + slack
 
 
-def test_a_trained_output_projection_is_predicted():
+@pytest.mark.parametrize(
+    "values",
+    [{"adapter.modules_to_save": ["lm_head", "embed_tokens"]},
+     pytest.param({"adapter.target_modules": ["lm_head", "q_proj"], "adapter.lora_dropout": 0.5},
+                  marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_a_trained_output_projection_is_predicted(values):
     """Its logits are made for some rows at a time, and once more in backward; with a vocabulary that outweighs all else
-    that is the peak. 5056 bytes are missed; by whom they are made is not known yet."""
-    config = with_values(Config(), {"adapter.r": 2, "adapter.modules_to_save": ["lm_head", "embed_tokens"]})
+    that is the peak. Where it drops, each time the state of random numbers is kept to drop the same again."""
+    config = with_values(Config(), {"adapter.r": 2, **values})
     model = tiny_config("llama", vocab_size=8192)
     arguments = config, model, BatchShape.full(2, 128), torch.float32
     fake = timeline(predict(*arguments)).breakdown()
-    assert fake.peak_bytes == pytest.approx(measure.measure_peak(*arguments), abs=6000)
+    assert fake.peak_bytes == pytest.approx(measure.measure_peak(*arguments), rel=1e-5)
     assert fake.peak_phase == "backward"
+
+
+WITH_LAYER_NORM = ("gpt_neox", "opt", "bloom", "falcon", "phi", "starcoder2", "stablelm", "mpt", "gpt_bigcode")
+
+
+@pytest.mark.parametrize(
+    "family", ["gpt2", *(pytest.param(family, marks=pytest.mark.slow) for family in ("llama", *WITH_LAYER_NORM))]
+)
+def test_full_fine_tuning_is_predicted(family):
+    """gpt2 drops in every layer, and each that is recomputed keeps the state of random numbers, 5056 bytes."""
+    config = with_values(Config(), {"adapter.method": "full", "model.quantization": "none",
+                                    "training.gradient_checkpointing": True})  # fmt: skip
+    arguments = config, tiny_config(family), BatchShape.full(2, 16), torch.float32
+    predicted = timeline(predict(*arguments)).peak_bytes
+    assert predicted == pytest.approx(measure.measure_peak(*arguments), rel=1e-4)

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from qlora_tool.memory.allocator.blocks import MIB
+from qlora_tool.memory.trace.cpu_operators import ATTENTION, ATTENTION_BACKWARD, DECOMPOSITIONS
 from qlora_tool.memory.trace.tracer import Call
 
-CPU_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
-CPU_ATTENTION_BACKWARD = f"{CPU_ATTENTION}_backward"
+CPU_ATTENTION, CPU_ATTENTION_BACKWARD = ATTENTION, ATTENTION_BACKWARD
 VARIABLE_LENGTH = "torch_attn::_varlen_attn"
 VARIABLE_LENGTH_BACKWARD = f"{VARIABLE_LENGTH}_backward"
 FLASH_HEAD_DIM = 256  # the widest head of the flash kernels
@@ -183,6 +183,7 @@ _INSIDE: dict[str, Callable[[Call], list[int]]] = {
 ESTIMATED = {
     "efficient": "what memory-efficient attention takes in backward",
     "aten::embedding_dense_backward": "what the embedding's gradient is sorted in",
+    **dict.fromkeys(DECOMPOSITIONS, "what decompositions take while the adapters' start is made"),
 }
 """What is estimated where it is not small, by kernel or operator."""
 

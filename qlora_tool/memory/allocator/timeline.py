@@ -130,7 +130,7 @@ class _Differences:
                     self.sizes[id(noise)] = noise.nbytes // call.itemsize
             else:
                 names[call.operator] = None
-        self.estimated = tuple(ESTIMATED[name] for name in names if name in ESTIMATED)
+        self.estimated = tuple(dict.fromkeys(ESTIMATED[name] for name in names if name in ESTIMATED))
         for storage in trace.storages:
             if storage.paged:  # in managed memory, which the allocator does not count
                 self.sizes[id(storage)] = 0

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from qlora_tool.memory.trace.cpu_operators import ATTENTION, ATTENTION_BACKWARD, DECOMPOSITIONS, taken_inside
 from qlora_tool.ops.declare import OPERATIONS, target_of
 
 _HELD_ALONE = 2  # of a storage that one tensor has: that tensor, and the Python object that asks
@@ -33,8 +34,8 @@ PRODUCTS = frozenset({
 })  # fmt: skip
 """Operators of which the last two tensors are multiplied, (…, n, k) · (…, k, m)."""
 NOTED = PRODUCTS | {
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    ATTENTION,
+    ATTENTION_BACKWARD,
     "torch_attn::_varlen_attn",
     "torch_attn::_varlen_attn_backward",
     "aten::bernoulli_",
@@ -42,6 +43,7 @@ NOTED = PRODUCTS | {
     "aten::index_put",
     "aten::index_put_",
     "aten::sort",
+    *DECOMPOSITIONS,
 }
 """Operators of PyTorch's whose calls are kept: what a CUDA device takes inside them is told by their shapes
 (`allocator/operators.py`)."""
@@ -146,6 +148,23 @@ class Tracer(TorchDispatchMode):
         self._phase, self._step, self._module, self._recomputing = "load", 0, "", 0
         self._around: tuple[str, int] | None = None
         self._finished = False
+        self._host_state = torch.get_rng_state
+
+    def __enter__(self) -> Tracer:
+        torch.get_rng_state = self._random_state
+        return super().__enter__()
+
+    def __exit__(self, *raised: object) -> None:
+        torch.get_rng_state = self._host_state
+        super().__exit__(*raised)
+
+    def _random_state(self) -> torch.Tensor:
+        """The state of random numbers that checkpointing keeps for what draws some, which no operator makes: 5 KB each
+        time, in the host's memory."""
+        state = self._host_state()
+        if target_of(state).type == "cpu":
+            self.adopt(state, "get_rng_state")
+        return state
 
     @contextmanager
     def phase(self, name: str, step: int | None = None) -> Iterator[None]:
@@ -225,7 +244,7 @@ class Tracer(TorchDispatchMode):
         if operator == "aten::_local_scalar_dense" and self._phase == "optimizer" and not self._has_data:
             return True  # so that a step with fp16 gradients is taken
         operation = OPERATIONS.get(operator)
-        workspace = operation and self._take(operation.workspace(target_of(_first_tensor(args)), *args), operator)
+        workspace = self._take(_inside(operator, args), operator)
         result = func(*args, **(kwargs or {}))
         if operation and operation.results_on_host:
             return result
@@ -306,6 +325,14 @@ class Tracer(TorchDispatchMode):
             life.death, life.died_in, life.died_in_step = len(self.trace.events), self._phase, self._step
             if not self._finished:
                 self.trace.events.append((life, -1))
+
+
+def _inside(operator: str, args: tuple) -> int:
+    """Bytes that an operator takes beside its results and gives back, as far as it is known to say so."""
+    if (operation := OPERATIONS.get(operator)) is not None:
+        return operation.workspace(target_of(_first_tensor(args)), *args)
+    size = taken_inside(operator, args)
+    return size if size and (operator in DECOMPOSITIONS or target_of(args[0]).type == "cpu") else 0
 
 
 def _first_tensor(args: tuple) -> torch.Tensor:
