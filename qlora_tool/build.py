@@ -70,10 +70,13 @@ class Tensors(Protocol):
     Attributes:
         folder: the model's; a path to nothing where there is none.
         has_values: whether they are a model's values; else only shapes and dtypes count.
+        makes_starts: whether starts that are made of weights or data are made of these; else adapters start as
+            `default` does.
     """
 
     folder: Path
     has_values: bool
+    makes_starts: bool
 
     def base(
         self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype,
@@ -98,7 +101,7 @@ class FromFiles:
         UserError, MachineError: see `resolve_model`.
     """
 
-    has_values = True
+    has_values = makes_starts = True
 
     def __init__(self, config: ModelConfig):
         self.config = config
@@ -134,23 +137,29 @@ class FromFiles:
 
 
 class Random:
-    """Random tensors, of which only shapes and dtypes count; fake ones under a fake mode."""
+    """Random tensors, of which only shapes and dtypes count; fake ones under a fake mode.
+
+    Args:
+        makes_starts: see `Tensors`: what is asked of memory wants them made, what only asks whether all fits together
+            does not.
+    """
 
     folder = Path()
     has_values = False
+
+    def __init__(self, makes_starts: bool = False):
+        self.makes_starts = makes_starts
 
     def base(
         self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype,
         prepare: Prepare | None = None,
     ) -> PreTrainedModel:  # fmt: skip
-        stored = getattr(model_config, "dtype", None) or torch.bfloat16
-        return load_base(
-            self.folder, copy.deepcopy(model_config), quantization, device, compute_dtype,
-            open_source=lambda model, device: RandomSource(model, device, stored),
-        )  # fmt: skip
+        return load_base(self.folder, copy.deepcopy(model_config), quantization, device, compute_dtype,
+                         open_source=RandomSource.of(model_config), prepare=prepare)  # fmt: skip
 
     def unquantized(self, model_config: Any, device: torch.device) -> Read:
-        raise NotImplementedError("random weights are not calibrated")
+        return read_unquantized(self.folder, copy.deepcopy(model_config), device,
+                                open_source=RandomSource.of(model_config))  # fmt: skip
 
     def adapter(self, folder: Path) -> StoredAdapter:
         with unset_fake_temporarily(), _disable_current_modes():
@@ -424,7 +433,7 @@ def _with_adapters(
     """The base with adapters on it as training starts or goes on, and what is to be said of their start."""
     if config.adapter.init_from:
         stored = tensors.adapter(Path(config.adapter.init_from))
-        prepare = stored.prepare(compute_dtype) if tensors.has_values else None
+        prepare = stored.prepare(compute_dtype) if tensors.makes_starts else None
         model = _open_base(config.model, model_config, tensors, device, compute_dtype, prepare)
         model.module.quantized_without = stored.quantized_without
         adapters = attach_stored(model.module, stored, compute_dtype, config.adapter.lora_dropout, config.adapter,
@@ -436,12 +445,13 @@ def _with_adapters(
     made = WeightStart.of(
         config.adapter, model_config, Quantization.of(config.model), compute_dtype, config.training.seed,
         config.model.trust_remote_code,
-    ) if tensors.has_values else None  # fmt: skip
+    ) if tensors.makes_starts else None  # fmt: skip
     prepare = taken_out(made, start.checkpoint) if made and start.checkpoint is not None else made
     model = _open_base(config.model, model_config, tensors, device, compute_dtype, prepare)
     known, left = (made.tensors, made.not_reached()) if made else ({}, [])
-    if tensors.has_values and reads_data(config.adapter) and start.checkpoint is None:
-        known, left = calibrated(model, config, start.examples, tensors.unquantized(model_config, device))
+    if tensors.makes_starts and reads_data(config.adapter) and start.checkpoint is None:
+        read = tensors.unquantized(model_config, device)
+        known, left = calibrated(model, config, start.examples, read, keep=tensors.has_values)
     elif start.checkpoint is not None:
         left = []  # said when the run began
     adapters = attach(model.module, config.adapter, compute_dtype, config.training.seed, known)

@@ -263,9 +263,9 @@ def test_a_family_that_cannot_keep_packed_examples_apart(tmp_path: Path, family,
     trained: list[Batch] = []
 
     class Watch(RunMemory):
-        def check(self, config: Config, batch: Batch):
+        def check(self, config: Config, batch: Batch, start=None):
             checked.append(batch)
-            return super().check(config, batch)
+            return super().check(config, batch, start)
 
     def step(model, optimizer, batches, *rest, train_step=loop.train_step):
         trained.extend(batches)

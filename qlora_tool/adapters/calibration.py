@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_tool.adapters.adapter import generator_for
+from qlora_tool.adapters.starts import reads_weights
 from qlora_tool.adapters.targets import find_targets, settings_for
 from qlora_tool.data.batches import Batch, collate
 from qlora_tool.data.examples import Example
@@ -69,9 +71,30 @@ def reads_data(config: AdapterConfig) -> bool:
     return getattr(config, "init_lora_weights", "") == "calibrated"
 
 
+def start_tokens(config: Config, lengths: Iterable[int]) -> int | None:
+    """How many tokens of the training data the adapters' start is made of: 0 where it is made of the weights alone,
+    None where it is drawn, or an adapter goes on.
+
+    Args:
+        config: of the run.
+        lengths: of the examples, in order.
+    """
+    adapter = config.adapter
+    if adapter.init_from:
+        return None
+    if not reads_data(adapter):
+        return 0 if reads_weights(adapter) else None
+    total = 0
+    for length in islice(lengths, adapter.calibration_rows):  # type: ignore[attr-defined]  # a key of LoRA's
+        total += length
+        if total >= MOST_TOKENS:
+            return MOST_TOKENS
+    return total
+
+
 @torch.no_grad()
 def calibrated(
-    model: CausalLM, config: Config, examples: Sequence[Example], read: Read
+    model: CausalLM, config: Config, examples: Sequence[Example], read: Read, *, keep: bool = True
 ) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """A and B of every module that is quantized and sees an input, fp32, by its name; and the names of the others. With
     `keep_quantized` they are kept beside the base: the next run of the same model, data and settings reads them.
@@ -81,6 +104,7 @@ def calibrated(
         config: of the run.
         examples: of its training data.
         read: gives unquantized weights.
+        keep: False for weights of no model, from which nothing is kept.
 
     Raises:
         ValueError: no examples.
@@ -93,7 +117,7 @@ def calibrated(
     settings = {name: settings_for(name, config.adapter) for name in find_targets(model.module, config.adapter)}
     rows = config.adapter.calibration_rows  # type: ignore[attr-defined]  # a key of LoRA's
     batch = calibration_batch(examples, rows, config.data.max_length)
-    kept = _kept(model, config, settings, batch) if config.model.keep_quantized else None
+    kept = _kept(model, config, settings, batch) if keep and config.model.keep_quantized else None
     found: dict[str, dict[str, Tensor]] = {}
     if kept is not None and (kept / SINGLE_NAME).exists():
         for key, tensor in read_all(kept / SINGLE_NAME).items():

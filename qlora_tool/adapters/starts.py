@@ -53,7 +53,7 @@ class WeightStart:
     ) -> WeightStart | None:  # fmt: skip
         """The step that a configuration asks for; None where its adapters start without weights."""
         method = METHODS[config.method]
-        if not method.reads_weights(Settings(config.r, config.lora_alpha, keys=own_keys(config))):
+        if not reads_weights(config):
             return None
         plain, frozen = frozen_skeleton(model_config, trust_remote_code)
         slots = find_slots(plain, quantization) | find_embedding_slots(plain, quantization)
@@ -141,6 +141,11 @@ def taken_out(start: WeightStart, tensors: Mapping[str, Tensor]) -> TakenOut:
         own = {name: tensors[f"{module}.{name}"] for name in start.method.kept if f"{module}.{name}" in tensors}
         kept[module] = own, settings
     return TakenOut(start.method, kept)
+
+
+def reads_weights(config: AdapterConfig) -> bool:
+    """Whether adapters start from the unquantized weights."""
+    return METHODS[config.method].reads_weights(Settings(config.r, config.lora_alpha, keys=own_keys(config)))
 
 
 def start_facts(config: AdapterConfig) -> dict[str, Any] | None:

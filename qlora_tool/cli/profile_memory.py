@@ -65,6 +65,9 @@ def _show(profiled: MemoryProfile, with_plan: bool, console: Console) -> None:
         console.print(f"no card is named or here: {profiled.target} is assumed; name one, as --device-memory rtx-4090")
     if profiled.estimated:
         console.print(f"estimated, not measured: {', '.join(profiled.estimated)}")
+    if profiled.start_bytes is not None:
+        console.print(f"init_lora_weights: {profiled.start}: while it is made, loading takes "
+                      f"{profiled.start_bytes / 1e6:.1f} MB beside what stays")  # fmt: skip
     if profiled.fits is False and not with_plan:
         console.print("it does not fit; run again with --plan to see what would")
     if profiled.allocator_peak is not None and profiled.report.predicted is None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_tool.adapters.calibration import start_tokens
 from qlora_tool.config import Config, with_values
 from qlora_tool.errors import UserError
 from qlora_tool.memory.allocator.cards import Budget
@@ -52,6 +53,19 @@ class MemoryProfile(Profile):
         """Whether the run stays within its limit; None without one, or without a prediction."""
         known = self.limit is not None and self.report.predicted is not None
         return self.predicted.needed_bytes <= self.limit.bytes if known else None
+
+    @property
+    def start(self) -> str:
+        """How the adapters start, by its name."""
+        return getattr(self.config.adapter, "init_lora_weights", "")
+
+    @property
+    def start_bytes(self) -> int | None:
+        """What making the adapters' start takes beside what stays loaded; None where it is drawn, or not traced."""
+        line = self.timelines.get("predicted")
+        if line is None or start_tokens(self.config, ()) is None:
+            return None
+        return self.predicted.phase_peak_bytes["load"] - int(line.totals[line.phase_spans()[0].stop - 1])
 
     @property
     def budget_bytes(self) -> int | None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
+from itertools import repeat
 from typing import TYPE_CHECKING
 
+from qlora_tool.adapters.calibration import start_tokens
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import write_json
 from qlora_tool.memory.allocator.available import available_bytes
@@ -26,7 +29,8 @@ from qlora_tool.memory.trace.small_steps import NotMeasured, estimate
 from qlora_tool.memory.trace.tracer import Tracer
 
 if TYPE_CHECKING:
-    from qlora_tool.build import Setup
+    from qlora_tool.build import Setup, Start
+    from qlora_tool.config import Config
     from qlora_tool.data.batches import Batch
     from qlora_tool.model.checkpointing import Recomputation
     from qlora_tool.training.run import Run
@@ -41,8 +45,12 @@ class RunMemory:
         self.predicted: Breakdown | None = None
         self.estimated = False  # whether `predicted` comes from small steps, and not from a trace of this one
 
-    def check(self, setup: Setup, batch: Batch) -> Recomputation | None:
-        """Predict the run on its largest batch, and hold that against what the device has.
+    def check(self, setup: Setup, batch: Batch, start: Start | None = None) -> Recomputation | None:
+        """Predict the run on its largest batch, the making of its adapters' start included, and hold that against what
+        the device has.
+
+        Args:
+            start: what adapters start from; None: full rows.
 
         Returns:
             What is recomputed, where `gradient_checkpointing: auto` leaves that to a budget.
@@ -51,7 +59,7 @@ class RunMemory:
             UserError: on CUDA it will not fit. On a CPU, which may swap, and where the prediction is an estimate, that
                 is a warning. Or `max_memory` is too small for any choice.
         """
-        device, shape = setup.device, BatchShape.of(batch)
+        device, shape = setup.device, replace(BatchShape.of(batch), start_tokens=_start_tokens(setup.config, start))
         try:
             choice = choose_for_run(setup, shape)
             self.predicted = choice.predicted if choice else predict_run(setup, shape)
@@ -119,6 +127,15 @@ class RunMemory:
         report = MemoryReport(run.model.device.type, run.config.model_dump(mode="json"), self.predicted, measured,
                               self.estimated)  # fmt: skip
         write_json(run.folder.path / "memory.json", report.to_json())
+
+
+def _start_tokens(config: Config, start: Start | None) -> int | None:
+    """See `BatchShape`: a run that goes on from a checkpoint makes none."""
+    if start is None:
+        return start_tokens(config, repeat(config.data.max_length))
+    if start.checkpoint is not None:
+        return None
+    return start_tokens(config, (len(example.input_ids) for example in start.examples))
 
 
 @contextmanager

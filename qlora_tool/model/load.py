@@ -187,12 +187,15 @@ def load_base(
 
 
 def read_unquantized(
-    folder: Path, config, device: torch.device, trust_remote_code: bool = False
-) -> Callable[[str], Tensor | QuantizedTensor]:
+    folder: Path, config, device: torch.device, trust_remote_code: bool = False,
+    open_source: Callable[[PreTrainedModel, torch.device], TensorSource] | None = None,
+) -> Callable[[str], Tensor | QuantizedTensor]:  # fmt: skip
     """What reads a model folder's weights one by one as they are before they are quantized, by parameter name: (out,
-    in), or (experts, out, in); one that is quantized in the files already comes as that."""
+    in), or (experts, out, in); one that is quantized in the files already comes as that. `open_source`: see
+    `load_base`."""
     model = build_skeleton(config, trust_remote_code)
-    slots, source = find_slots(model), ParameterSource(model, Checkpoint(folder), device)
+    slots = find_slots(model)
+    source = ParameterSource(model, Checkpoint(folder), device) if open_source is None else open_source(model, device)
 
     def read(name: str) -> Tensor | QuantizedTensor:
         value = source.read(name)

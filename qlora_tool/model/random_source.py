@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,12 @@ class RandomSource:
         self.names = list(self.shapes)
         self._device, self._dtype = device, dtype
         self._integers = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
+
+    @classmethod
+    def of(cls, model_config: Any) -> Callable[[PreTrainedModel, torch.device], RandomSource]:
+        """What opens one for a skeleton of this configuration, in the dtype that its checkpoint is stored in."""
+        stored = getattr(model_config, "dtype", None) or torch.bfloat16
+        return lambda model, device: cls(model, device, stored)
 
     def read(self, name: str) -> Tensor:
         if name in self._integers:

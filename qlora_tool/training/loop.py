@@ -90,7 +90,8 @@ def train(
             _refuse_nothing_left(checkpoint, plan)
     largest = _largest_batch(plan, data, setup.padding_free)
     start = Start(data.train.examples, None if checkpoint is None else checkpoint_tensors(checkpoint))
-    built = setup.build(recomputation=watcher.check(setup, largest) if watcher is not None else None, start=start)
+    recomputation = watcher.check(setup, largest, start) if watcher is not None else None
+    built = setup.build(recomputation=recomputation, start=start)
     model, adapters = built.model, built.adapters
     for line in describe(built, config.adapter.init_from):
         logger.info(line)

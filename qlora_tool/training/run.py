@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from qlora_tool.adapters.attach import AdapterSet
-from qlora_tool.build import Setup
+from qlora_tool.build import Setup, Start
 from qlora_tool.config import Config, TrainingConfig
 from qlora_tool.data.batches import Batch, collate
 from qlora_tool.model.causal_lm import CausalLM
@@ -90,9 +90,9 @@ class Run:
 class Watcher(Protocol):
     """Whoever wants to see what a run takes; the memory report, say."""
 
-    def check(self, setup: Setup, batch: Batch) -> Recomputation | None:
-        """Told the largest batch before the weights are read; raises where it will not fit. Gives what is recomputed
-        in backward, where the configuration leaves that to it."""
+    def check(self, setup: Setup, batch: Batch, start: Start | None = None) -> Recomputation | None:
+        """Told the largest batch, and what adapters start from, before the weights are read; raises where it will not
+        fit. Gives what is recomputed in backward, where the configuration leaves that to it."""
 
     def watch(self, run: Run) -> AbstractContextManager[During]:
         """Open around one early step; gives what `train_step` tells its phases to."""

@@ -195,7 +195,7 @@ def test_a_run_that_cannot_fit_in_a_cpus_memory_is_warned_about(
 
 def test_the_refusal_comes_before_the_weights_and_leaves_nothing(config: Config, monkeypatch: pytest.MonkeyPatch):
     check = RunMemory.check
-    monkeypatch.setattr(RunMemory, "check", lambda self, setup, batch: check(self, on_card(setup.config), batch))
+    monkeypatch.setattr(RunMemory, "check", lambda self, setup, batch, *_: check(self, on_card(setup.config), batch))
     monkeypatch.setattr(run_report, "available_bytes", lambda *_: 1_000_000)
     monkeypatch.setattr(curing, "SECONDS_FOR_A_CHANGE", -1)
     file = Path(config.training.output_dir).parent / "run.yaml"

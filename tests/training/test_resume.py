@@ -53,9 +53,9 @@ def test_a_resumed_run_takes_the_products_of_the_run_it_continues(config, tmp_pa
     seen = []
 
     class Watch(RunMemory):
-        def check(self, config, batch):
+        def check(self, config, batch, start=None):
             seen.append(products_choice())
-            return super().check(config, batch)
+            return super().check(config, batch, start)
 
     train(config(), watcher=Watch())
     assert seen == [ONEDNN]  # what is predicted has them too

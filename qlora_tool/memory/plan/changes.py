@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlora_tool.adapters.calibration import start_tokens
 from qlora_tool.adapters.fusion import TILE
 
 if TYPE_CHECKING:
@@ -28,12 +29,14 @@ EMBEDDINGS = "model.embeddings"
 QUANTIZATION = "model.quantization"
 LENGTH = "data.max_length"
 RANK = "adapter.r"
+START = "adapter.init_lora_weights"
 
 _COSTS = {
     (TILED, True): "half of each MLP once more",
     (OFFLOAD, True): "copies to and from the host",
     (EMBEDDINGS, "int8"): "rounded to 8 bits",
     (IN_BACKWARD, True): "no clipping",
+    (START, "default"): "a start that knows nothing of the weights",
 }
 
 
@@ -129,8 +132,13 @@ def _lower_rank(asked: Asked, _settings: Settings) -> Iterator[Settings]:
         yield {RANK: rank}
 
 
+def _drawn_start(asked: Asked, _settings: Settings) -> Iterator[Settings]:
+    if start_tokens(asked.config, ()) is not None:
+        yield {START: "default"}
+
+
 CHANGES: tuple[Change, ...] = (
     _checkpointing, _optimizer, _fewer_rows, _tiled_mlp, _offloaded_boundaries, _optimizer_in_backward, _embeddings,
-    _quantization, _shorter_rows, _lower_rank,
+    _quantization, _drawn_start, _shorter_rows, _lower_rank,
 )  # fmt: skip
 """In the order of their harm: first what only costs speed, then what rounds weights, last what is learned from less."""

@@ -11,15 +11,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qlora_tool.build import Random, build, goes_without_padding, packs_apart
+from qlora_tool.adapters.calibration import start_tokens
+from qlora_tool.build import Random, Start, build, goes_without_padding, packs_apart
 from qlora_tool.data.batches import Batch, Segments
+from qlora_tool.data.examples import Example
 from qlora_tool.errors import ToolError, UserError
 from qlora_tool.memory.trace.classify import name_gradients, name_optimizer, name_weights
 from qlora_tool.memory.trace.tracer import Trace, Tracer
@@ -48,6 +50,8 @@ class BatchShape:
         trained_tokens: labels that count.
         padded: whether some rows are shorter.
         segments: lengths of the examples packed into each row, or None without packing.
+        start_tokens: of the training data, that the adapters' start is made of before the steps; 0: it is made of the
+            weights alone; None: none is made.
     """
 
     rows: int
@@ -55,6 +59,7 @@ class BatchShape:
     trained_tokens: int
     padded: bool = False
     segments: tuple[int, ...] | None = None
+    start_tokens: int | None = None
 
     @classmethod
     def full(cls, rows: int, length: int) -> BatchShape:
@@ -64,13 +69,13 @@ class BatchShape:
     @classmethod
     def assumed(cls, config: Config, model_config) -> BatchShape:
         """What there is to assume without data: full rows of `max_length` tokens, one example each and every token with
-        a label, in the batch that training would make of them.
+        a label, in the batch that training would make of them, and in what a start is made of.
 
         Args:
             config: of the run; where the model cannot keep packed examples apart, they are padded.
         """
         rows, length = config.training.per_device_train_batch_size, config.data.max_length
-        full = cls.full(rows, length)
+        full = replace(cls.full(rows, length), start_tokens=start_tokens(config, repeat(length)))
         if config.data.packing and packs_apart(config, model_config):
             return replace(full, segments=(length,))
         if goes_without_padding(config, model_config):
@@ -103,6 +108,11 @@ class BatchShape:
             tokens=self.rows * self.length, trained_tokens=self.trained_tokens, where=[],
             segments=None if self.segments is None else Segments.of(self.segments * self.rows),
         )  # fmt: skip
+
+    def start(self) -> Start:
+        """What the adapters' start is made of beside the weights: arbitrary tokens, as many."""
+        tokens = [0] * (self.start_tokens or 0)
+        return Start([Example(tokens, tokens, "the start")] if tokens else [])
 
 
 class Watch:
@@ -181,8 +191,9 @@ def trial_run(
     device = torch.device(device)
     with watch.phase("load", 0):
         built = build(
-            config, model_config, Random(), device=device, compute_dtype=compute_dtype, recomputation=recomputation,
-            around_recomputation=watch.recomputation,
+            config, model_config, Random(makes_starts=shape.start_tokens is not None), device=device,
+            compute_dtype=compute_dtype, recomputation=recomputation, around_recomputation=watch.recomputation,
+            start=shape.start(),
         )  # fmt: skip
         model, adapters = built.model, built.adapters
         optimizer = make_optimizer(config.training, parameter_groups(adapters))

@@ -7,7 +7,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -115,10 +115,12 @@ class Costs:
         shallow, names, choices, alike = shallow_model(config, model_config, compute_dtype)
         # What an adapter to start from decides stands in the configuration; it is on layers that are not there.
         one_batch = with_values(config, {"training.gradient_accumulation_steps": 1, "adapter.init_from": None})
+        steps_alone = replace(shape, start_tokens=None)
         seen: dict[Recomputed, _Seen] = {}
         for choice in dict.fromkeys([ALL_RECOMPUTED, *(choice for layer in choices for choice in layer)]):
             policy = Recomputation(tuple(choice if choice in layer else NOTHING_RECOMPUTED for layer in choices))
-            seen[choice] = _Seen.of(predict(one_batch, shallow, shape, compute_dtype, policy, device_of(target)), names)
+            trace = predict(one_batch, shallow, steps_alone, compute_dtype, policy, device_of(target))
+            seen[choice] = _Seen.of(trace, names)
         costs = [[Cost(choice, seen[choice].kept_bytes[number], seen[choice].flops[number]) for choice in layer]
                  for number, layer in enumerate(choices)]  # fmt: skip
         checkpointed = with_values(config, {"training.gradient_checkpointing": bool(costs)})

@@ -40,7 +40,7 @@ def estimate(config: Config, model_config, shape: BatchShape, compute_dtype: tor
     Args:
         config: of the run; `gradient_checkpointing: auto` counts as true.
         model_config: the model's transformers configuration.
-        shape: of the largest batch.
+        shape: of the largest batch; an adapters' start, which may take hours, is not made.
         compute_dtype: what products run in.
 
     Raises:
@@ -52,6 +52,7 @@ def estimate(config: Config, model_config, shape: BatchShape, compute_dtype: tor
     })  # fmt: skip
     try:
         stack = layer_stack(model_config, config.model.trust_remote_code)
+        shape = replace(shape, start_tokens=None)
         depths, whole = stack.traced, shape.rows * shape.length
         _refuse_large(with_layers(model_config, max(depths)), config)
         found = {}

@@ -1,0 +1,116 @@
+"""The memory of making the adapters' start, before the steps: predicted, counted, refused by."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_config
+from tiny_runs import run_config, write_model, write_rows
+
+from qlora_tool.adapters.calibration import MOST_TOKENS
+from qlora_tool.build import Setup, Start
+from qlora_tool.config import Config, with_values
+from qlora_tool.data.batches import collate
+from qlora_tool.data.tokenize import Example
+from qlora_tool.errors import UserError
+from qlora_tool.memory import run_report
+from qlora_tool.memory.profile_run import profile_run
+from qlora_tool.memory.run_report import RunMemory
+from qlora_tool.memory.trace import measure
+from qlora_tool.memory.trace.classify import timeline
+from qlora_tool.memory.trace.predict import BatchShape, predict
+
+STARTS = {
+    "pissa": {},
+    "pissa_niter_2": {},
+    "loftq": {},
+    "loftq, two steps": {"adapter.loftq_iter": 2},
+    "calibrated": {},
+}
+ROW = [Example(list(range(3, 23)), list(range(3, 23)), "here")]
+
+
+def settings(start: str, more: dict | None = None) -> Config:
+    return with_values(Config(), {"adapter.r": 4, "adapter.init_lora_weights": start, **(more or {})})
+
+
+def of(*cases: tuple[str, str], slow: bool = False) -> list:
+    return [pytest.param(*case, marks=[pytest.mark.slow] if slow else []) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("case", "family"),
+    of(("pissa", "gpt2"), ("calibrated", "llama"))
+    + of(*((case, "llama") for case in STARTS if case != "calibrated"), ("calibrated", "gpt2"), slow=True),
+)
+def test_the_peak_while_a_start_is_made_is_predicted(case: str, family: str):
+    """One row of eight tokens, so that no step takes as much; gpt2's weights are turned first."""
+    config = settings(case.partition(",")[0], STARTS[case])
+    sizes = {"hidden_size": 192, "intermediate_size": 512} if family == "llama" else {"n_embd": 192}
+    model = tiny_config(family, num_hidden_layers=1, **sizes)
+    run = config, model, replace(BatchShape.full(1, 8), start_tokens=48), torch.float32
+    predicted = timeline(predict(*run)).breakdown()
+    assert predicted.peak_phase == "load"
+    assert predicted.peak_bytes == pytest.approx(measure.measure_peak(*run), rel=1e-3)
+
+
+def test_the_steps_take_the_same_whatever_the_start_took():
+    model, alone = tiny_config("llama", num_hidden_layers=1), BatchShape.full(1, 8)
+    made, none = (
+        timeline(predict(settings("pissa"), model, shape, torch.float32)).breakdown().phase_peak_bytes
+        for shape in (replace(alone, start_tokens=0), alone)
+    )
+    assert made.pop("load") > none.pop("load")
+    assert made == none
+
+
+def test_what_a_start_is_made_of():
+    """Rows as long as they may be, up to the most; nothing where it is drawn, or an adapter goes on."""
+
+    def assumed(start: str, **more) -> int | None:
+        config = settings(start, {"data.max_length": 30} | {f"adapter.{key}": value for key, value in more.items()})
+        return BatchShape.assumed(config, tiny_config("llama")).start_tokens
+
+    assert [assumed(start) for start in ("default", "gaussian", "symmetric", "pissa", "loftq")] == [None] * 3 + [0] * 2
+    assert assumed("calibrated", calibration_rows=7) == 7 * 30
+    assert assumed("calibrated", calibration_rows=10**12) == MOST_TOKENS
+
+
+@pytest.fixture
+def calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A run of which the start takes more than the steps: weights are large, rows short."""
+    monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
+    model = write_model(tmp_path / "model", intermediate_size=768)
+    return run_config(model, write_rows(tmp_path / "rows.jsonl"), tmp_path / "run",
+                      {"adapter.init_lora_weights": "calibrated", "training.per_device_train_batch_size": 1,
+                       "adapter.lora_dropout": 0.0})  # fmt: skip
+
+
+def test_a_run_whose_start_does_not_fit_is_refused_with_its_cure(calibrated: Config, monkeypatch: pytest.MonkeyPatch):
+    setup = replace(Setup.of(calibrated), device=torch.device("cuda"))
+    largest, memory = collate([ROW], pad_token_id=0, packing=False), RunMemory()
+    monkeypatch.setattr(run_report, "available_bytes", lambda *_: 1 << 40)
+    memory.check(setup, largest, Start(ROW * 300))
+    needed, many = memory.predicted.needed_bytes, memory.predicted.phase_peak_bytes
+    assert memory.predicted.peak_phase == "load"
+    memory.check(setup, largest, Start(ROW * 5))
+    assert memory.predicted.phase_peak_bytes["load"] < many["load"]  # of fewer tokens
+    memory.check(setup, largest, Start(ROW * 300, checkpoint={}))
+    assert memory.predicted.phase_peak_bytes["load"] < many["load"]  # which a run that goes on makes none of
+    monkeypatch.setattr(run_report, "available_bytes", lambda *_: needed - 1)
+    with pytest.raises(UserError, match=r"calibrated is made, .*; lower adapter\.calibration_rows, or") as caught:
+        memory.check(setup, largest, Start(ROW * 300))
+    assert len(caught.value.lines) == 1
+
+
+def test_profile_memory_says_what_a_start_takes(calibrated: Config):
+    profiled = profile_run(calibrated, "cpu")
+    line = profiled.timelines["predicted"]
+    loaded = int(line.totals[line.phase_spans()[0].stop - 1])
+    assert profiled.start_bytes == profiled.predicted.phase_peak_bytes["load"] - loaded > 0
+    assert profile_run(with_values(calibrated, {"adapter.init_lora_weights": "default"}), "cpu").start_bytes is None
