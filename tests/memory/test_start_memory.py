@@ -85,7 +85,7 @@ def calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """A run of which the start takes more than the steps: weights are large, rows short."""
     monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
-    model = write_model(tmp_path / "model", intermediate_size=768)
+    model = write_model(tmp_path / "model", intermediate_size=768, num_hidden_layers=1)
     return run_config(model, write_rows(tmp_path / "rows.jsonl"), tmp_path / "run",
                       {"adapter.init_lora_weights": "calibrated", "training.per_device_train_batch_size": 1,
                        "adapter.lora_dropout": 0.0})  # fmt: skip
@@ -96,12 +96,10 @@ def test_a_run_whose_start_does_not_fit_is_refused_with_its_cure(calibrated: Con
     largest, memory = collate([ROW], pad_token_id=0, packing=False), RunMemory()
     monkeypatch.setattr(run_report, "available_bytes", lambda *_: 1 << 40)
     memory.check(setup, largest, Start(ROW * 300))
-    needed, many = memory.predicted.needed_bytes, memory.predicted.phase_peak_bytes
+    needed, made = memory.predicted.needed_bytes, memory.predicted.phase_peak_bytes
     assert memory.predicted.peak_phase == "load"
-    memory.check(setup, largest, Start(ROW * 5))
-    assert memory.predicted.phase_peak_bytes["load"] < many["load"]  # of fewer tokens
     memory.check(setup, largest, Start(ROW * 300, checkpoint={}))
-    assert memory.predicted.phase_peak_bytes["load"] < many["load"]  # which a run that goes on makes none of
+    assert memory.predicted.phase_peak_bytes["load"] < made["load"]  # which a run that goes on makes none of
     monkeypatch.setattr(run_report, "available_bytes", lambda *_: needed - 1)
     with pytest.raises(UserError, match=r"calibrated is made, .*; lower adapter\.calibration_rows, or") as caught:
         memory.check(setup, largest, Start(ROW * 300))
