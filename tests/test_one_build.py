@@ -6,6 +6,8 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tokenizers_for_tests import CHATML, byte_level
 from torch import nn
 
 from qlora_tool.adapters.attach import AdapterSet
+from qlora_tool.adapters.calibration import start_tokens
 from qlora_tool.config import SECTIONS, Config, with_values
 from qlora_tool.config.schema import choices_of, schemas_of
 from qlora_tool.data.batches import Batch, collate
@@ -136,7 +139,8 @@ def assert_one_build(config: Config, monkeypatch: pytest.MonkeyPatch) -> Run:
                "training.num_train_epochs": run.config.training.num_train_epochs}  # fmt: skip
     assert with_values(resolved, by_data) == run.config
     batch, assumed = full_rows(run), shape.batch()
-    assert shape == BatchShape.of(batch)
+    made_of = start_tokens(run.config, repeat(run.config.data.max_length))
+    assert shape == replace(BatchShape.of(batch), start_tokens=made_of)
     assert assumed.attention_mask is batch.attention_mask is None
     assert listed(assumed.position_ids) == listed(batch.position_ids)
     assert (assumed.segments is None) == (batch.segments is None)
