@@ -225,14 +225,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _cells(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Those of the chosen rates, the first seed of every method before the second of any."""
-    rates = {(task, method): best_rate(options, method, task) for method in options.methods for task in options.task}
-    for seed in options.seeds:
-        for (task, method), rate in rates.items():
-            found = cell(options, method, task, rate, seed)
-            if task in options.answers:
-                found["exact_match"] = exact_matches(options, found, task, "")
-            yield found
+    """Those of the chosen rates, task by task, the first seed of every method before the second of any."""
+    for task in options.task:
+        rates = {method: best_rate(options, method, task) for method in options.methods}
+        for seed in options.seeds:
+            for method, rate in rates.items():
+                found = cell(options, method, task, rate, seed)
+                if task in options.answers:
+                    found["exact_match"] = exact_matches(options, found, task, "")
+                yield found
 
 
 def show(results: dict[str, Any]) -> None:
