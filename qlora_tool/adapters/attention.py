@@ -1,4 +1,4 @@
-"""Adapters that sit on attention itself: LLaMA-Adapter's prompts, in the top layers of llama and mistral."""
+"""Adapters that sit on attention itself: LLaMA-Adapter's prompts, in the top layers of the families that PEFT has."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from qlora_tool.adapters.adapter import Adapter
 from qlora_tool.errors import UserError
 from qlora_tool.model.text_part import text_modules
+from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import Adaptable, FrozenLinear
 
 if TYPE_CHECKING:
     from qlora_tool.config import AdapterConfig
     from qlora_tool.methods.llama_adapter import LlamaAdapter
 
-FAMILIES = ("llama", "mistral")  # those of PEFT's that have q, k, v and o apart
-NAME = "self_attn"
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+NAMES = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}  # of attention, by family: those of PEFT
+_APART, _FUSED = ("q_proj", "k_proj", "v_proj", "o_proj"), ("c_attn", "c_proj")
 
 
 class PromptedAttention(Adaptable):
@@ -52,19 +52,27 @@ def all_attention(model: nn.Module) -> dict[str, nn.Module]:
         UserError: another family.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
+    ending = f".{NAMES[kind]}" if kind in NAMES else None
     found = {name: module for name, module in text_modules(model).items()
-             if name.endswith(f".{NAME}") and is_attention(module)}  # fmt: skip
-    if kind not in FAMILIES or not found:
+             if ending and name.endswith(ending) and is_attention(module)}  # fmt: skip
+    if not found:
         raise UserError(
-            f"adapter.method: llama_adapter puts prompts into the attention of {' and '.join(FAMILIES)}, as PEFT does, "
+            f"adapter.method: llama_adapter puts prompts into the attention of {', '.join(NAMES)}, as PEFT does, "
             f"and this model is {kind}; choose another method"
         )
     return found
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether a module is attention with its four projections apart."""
-    return all(isinstance(getattr(module, part, None), FrozenLinear) for part in _PROJECTIONS)
+    """Whether a module is attention whose projections are known: four apart, or q, k and v in one as gpt2 has them."""
+    return any(all(isinstance(getattr(module, part, None), FrozenLinear) for part in parts)
+               for parts in (_APART, _FUSED))  # fmt: skip
+
+
+def query_weight(attention: Any) -> WeightHandle:
+    """The handle of what makes queries: (out, hidden)."""
+    weight: WeightHandle = (attention.q_proj if hasattr(attention, "q_proj") else attention.c_attn).weight
+    return weight
 
 
 def prompted(attention: nn.Module) -> PromptedAttention:
@@ -79,10 +87,14 @@ def prompted(attention: nn.Module) -> PromptedAttention:
 def _prompted_forward(attention: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
     """transformers' own forward pass, and what the prompts add to its output."""
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    rotation = kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]
     output, *rest = type(attention).forward(attention, *args, **kwargs)
     for adapter in prompted(attention).adapters_in_use():
-        output = output + _attended(attention, adapter, hidden_states, *rotation)
+        if hasattr(attention, "c_attn"):
+            added = _attended_by_gpt2(attention, adapter, hidden_states)
+        else:
+            rotation = kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]
+            added = _attended(attention, adapter, hidden_states, *rotation)
+        output = output + added
     return (output, *rest)
 
 
@@ -90,12 +102,27 @@ def _attended(attention: Any, adapter: Adapter, x: Tensor, cos: Tensor, sin: Ten
     """What the prompts of one adapter add: x (batch, tokens, hidden) → the same; cos and sin (batch, tokens, d)."""
     width = attention.head_dim
     prompts = adapter.tensors["adaption_prompt"].to(x.dtype)  # (1, n, hidden)
-    q, k, v = (projection(one).unflatten(-1, (-1, width)).transpose(1, 2) for projection, one in
+    q, k, v = (_heads(projection(one), width) for projection, one in
                ((attention.q_proj, x), (attention.k_proj, prompts), (attention.v_proj, prompts)))  # fmt: skip
     method = cast("LlamaAdapter", adapter.method)
     attended = method.attended(adapter, _rotated(q, cos.unsqueeze(1), sin.unsqueeze(1)), k, v)
     added: Tensor = attention.o_proj(attended)
     return added
+
+
+def _attended_by_gpt2(attention: Any, adapter: Adapter, x: Tensor) -> Tensor:
+    """The same in gpt2, which has no rotation; as in PEFT, what is attended to does not go through the output
+    projection."""
+    prompts = adapter.tensors["adaption_prompt"].to(x.dtype)  # (1, n, hidden)
+    q = attention.c_attn(x).chunk(3, -1)[0]
+    _, k, v = attention.c_attn(prompts).chunk(3, -1)
+    method = cast("LlamaAdapter", adapter.method)
+    return method.attended(adapter, *(_heads(one, attention.head_dim) for one in (q, k, v)))
+
+
+def _heads(x: Tensor, width: int) -> Tensor:
+    """(batch, tokens, heads · width) → (batch, heads, tokens, width)."""
+    return x.unflatten(-1, (-1, width)).transpose(1, 2)
 
 
 def _rotated(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

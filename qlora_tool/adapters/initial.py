@@ -10,7 +10,7 @@ from torch import nn
 
 from qlora_tool.adapters.adapter import ExpertsAdapter
 from qlora_tool.adapters.attach import AdapterSet
-from qlora_tool.adapters.peft_reading import read_adapter
+from qlora_tool.adapters.peft_reading import for_model, read_adapter
 from qlora_tool.adapters.places import find_places
 from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.adapters.targets import matches, settings_for
@@ -142,8 +142,9 @@ def _refuse_untrained(module: nn.Module, adapters: AdapterSet, config: AdapterCo
         if missing and parameter_names(one, name):
             faults.append(f"adapter.modules_to_save: {name} is among them, but {has} has no tensor of it; leave it "
                           "out, or take a whole adapter")  # fmt: skip
+    rows = for_model(stored, module).token_rows()
     for name, tokens in wanted_tokens(module, config).items():
-        found = adapters.token_rows[name].tokens if name in adapters.token_rows else []
+        found = rows[name][0] if name in rows else []
         if found != tokens:
             faults.append(f"adapter.trainable_token_indices: {tokens} of {name}, but {has} has rows of "
                           f"{found or 'none'}; leave the key out, or take a whole adapter")  # fmt: skip

@@ -55,6 +55,7 @@ def _peft_config(
         any(getattr(model.get_submodule(name), "transposed", False) for name in adapters.layers),
         frozenset(name for form in forms.values() for name in form.tensors),
         len(forms),
+        frozenset(name.rpartition(".")[2] for name in forms),
     )
     # Whole names: no two of them match the same layer, whatever order a reader takes them in.
     patterns = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 from torch import Tensor, nn
 
 from qlora_tool.adapters.adapter import Adapter, AttentionAdapter, EmbeddingAdapter, ExpertsAdapter, PartsAdapter
-from qlora_tool.adapters.attention import find_attention, is_attention, prompted
+from qlora_tool.adapters.attention import find_attention, is_attention, prompted, query_weight
 from qlora_tool.adapters.targets import find_parts, find_target_parameters, find_targets
 from qlora_tool.methods import METHODS
 from qlora_tool.weights.handles import WeightHandle
@@ -37,7 +37,7 @@ class Place:
     def weight(self) -> WeightHandle:
         """Its handle: (out, in), (vocabulary, dim), or (experts, out, in); of attention that of its queries."""
         if self.adapter_class is AttentionAdapter:
-            return cast(FrozenLinear, self.module.q_proj).weight
+            return query_weight(self.module)
         weight = getattr(self.module, self.parameter or "weight")
         return weight if isinstance(weight, WeightHandle) else WeightHandle(weight)
 

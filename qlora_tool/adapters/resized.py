@@ -3,6 +3,8 @@ own embeddings have."""
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
+
+
+logger = logging.getLogger(__name__)
 
 
 def fitting_config(model_config: Any, stored: StoredAdapter | None, trust_remote_code: bool = False) -> Any:
@@ -40,7 +45,16 @@ def fitting_config(model_config: Any, stored: StoredAdapter | None, trust_remote
     if len(rows) != 1:
         return model_config
     resized = resized_config(model_config, rows.pop())
-    return resized if _brings_all(replaced, skeleton, build_skeleton(resized, trust_remote_code)) else model_config
+    if not _brings_all(replaced, skeleton, build_skeleton(resized, trust_remote_code)):
+        return model_config
+    _say_once(f"{stored.folder}: brings embeddings of {resized.get_text_config().vocab_size} tokens: the base's "
+              f"vocabulary of {vocabulary} is resized to that")  # fmt: skip
+    return resized
+
+
+@cache
+def _say_once(line: str) -> None:
+    logger.info(line)
 
 
 def _embeddings(model: nn.Module) -> list[str]:

@@ -34,8 +34,8 @@ class LlamaAdapter(Method):
 
     The prompts have no positions and each token looks at all of them; their softmax is apart from that of the tokens
     (equation 8 of the paper). The gate g, one number for a layer as in PEFT, starts at 0, so training begins with the
-    base's output; where o has a bias, that is added once more, as in PEFT. There is no update of a weight in this: it
-    cannot be merged.
+    base's output; where o has a bias, that is added once more, and in gpt2 there is no o, both as in PEFT. There is no
+    update of a weight in this: it cannot be merged.
     """
 
     name = "llama_adapter"
@@ -80,15 +80,16 @@ class LlamaAdapter(Method):
         return {
             "adapter_len": getattr(settings.keys, "adapter_len", 1),
             "adapter_layers": saved.modules,
-            "target_modules": "self_attn",
+            "target_modules": min(saved.names, default="self_attn"),
         }
 
     def from_peft(self, file: Path, config: Mapping[str, Any]) -> Settings | None:
         if config.get("peft_type") != self.peft_type:
             return None
         given = {key: number_in(file, config, key, whole=True) for key in ("adapter_len", "adapter_layers")}
-        if (target := config.get("target_modules")) not in (None, "self_attn"):
-            raise UserError(f"{file}: target_modules is {target!r}, but prompts are read on 'self_attn' alone")
+        if (target := config.get("target_modules")) not in (None, "self_attn", "attn"):
+            raise UserError(f"{file}: target_modules is {target!r}, but prompts are read on 'self_attn' (gpt2: 'attn') "
+                            "alone; save the adapter again")  # fmt: skip
         return Settings(1, 1.0, keys=keys_of_file(file, self.keys, given))
 
     def fits(self, tensors: Mapping[str, Tensor], settings: Settings) -> bool:

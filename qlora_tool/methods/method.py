@@ -52,6 +52,7 @@ class SavedWith:
     Attributes:
         bias: none, lora_only or all.
         modules: how many modules are adapted.
+        names: their last names.
         transposed: whether a module keeps its weight as (in, out) (transformers' Conv1D).
         tensors: names of the tensors that the adapters have.
     """
@@ -60,6 +61,7 @@ class SavedWith:
     transposed: bool
     tensors: frozenset[str]
     modules: int = 0
+    names: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def test_the_first_step_is_the_bases_and_moves_the_gate(base):
     assert all(not parameter.requires_grad for name, parameter in model.named_parameters() if "adaption" not in name)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "llama-biased", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "llama-biased", "mistral", "gpt2"])
 @pytest.mark.parametrize("settings", [{}, {"adapter_len": 3, "adapter_layers": 1}])
 def test_pefts_reading_of_our_file_gives_our_logits(base, tmp_path, family, settings):
     model, adapters = with_prompts(base(family), **settings)
@@ -98,7 +98,7 @@ def saved_by_peft(base: Path, folder: Path, layers: int = 2) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("family", ["llama", "llama-biased", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "llama-biased", "mistral", "gpt2"])
 def test_our_reading_of_pefts_file_gives_pefts_logits(base, tmp_path, family, layers):
     theirs = saved_by_peft(base(family), tmp_path, layers)
     model = read_tiny(base(family))
@@ -106,9 +106,10 @@ def test_our_reading_of_pefts_file_gives_pefts_logits(base, tmp_path, family, la
     assert relative_error(logits(model.eval(), tokens()), logits(theirs, tokens())) < 1e-5
 
 
-def test_answering_word_by_word_gives_what_one_pass_gives(base):
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_answering_word_by_word_gives_what_one_pass_gives(base, family):
     """With the cache of keys and values: a new token's query is rotated by its own position."""
-    model, adapters = with_prompts(base("llama"))
+    model, adapters = with_prompts(base(family))
     fill(adapters.parameters())
     ids, cache, found = tokens(), None, []
     with torch.no_grad():
@@ -145,8 +146,8 @@ def test_its_export_is_the_adapter(base, tmp_path):
 
 
 def test_a_family_that_peft_does_not_have_is_refused(base):
-    with pytest.raises(UserError, match=r"adapter\.method: llama_adapter .*llama and mistral.*this model is gpt2"):
-        with_prompts(base("gpt2"))
+    with pytest.raises(UserError, match=r"adapter\.method: llama_adapter .*llama, mistral, gpt2.*this model is bloom"):
+        with_prompts(base("bloom"))
 
 
 def test_more_layers_than_there_are_is_refused(base):

@@ -55,10 +55,10 @@ ROUNDING = 1.5e-5
 
 
 def allowed(method: str, kind: str, family: str) -> bool:
-    """Whether there is such a cell: prompts are for two families, full fine-tuning is of all that is not quantized and
-    has no experts yet, and neither has places."""
+    """Whether there is such a cell: prompts are for PEFT's families, full fine-tuning is of all that is not quantized
+    and has no experts yet, and neither has places."""
     if method == "llama_adapter":
-        return family in ("llama", "llama-odd", "mistral")
+        return family in ("llama", "llama-odd", "mistral", "gpt2")
     return method != "full" or (kind == "none" and family not in ("qwen3_moe", "deepseek_v3"))
 
 

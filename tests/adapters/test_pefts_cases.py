@@ -173,6 +173,24 @@ def test_what_a_file_lacks_starts_fresh_as_in_peft(folder, kind, keys, tmp_path,
     torch.testing.assert_close(logits(merged), expected, rtol=0, atol=FP32)
 
 
+@pytest.mark.parametrize("asked, keys, drop, message", [
+    ({"modules_to_save": ["lm_head"]}, {}, "lm_head", r"adapter\.modules_to_save: lm_head is among them, but .*has no "
+                                                     "tensor of it"),
+    ({"trainable_token_indices": [3, 90]}, {"adapter.trainable_token_indices": [5]}, None,
+     r"adapter\.trainable_token_indices: \[5\] of model\.embed_tokens, but .*has rows of \[3, 90\]"),
+    ({}, {"adapter.trainable_token_indices": [5]}, None, r"\[5\] of model\.embed_tokens, but .*has rows of none"),
+], ids=str)  # fmt: skip
+def test_what_is_trained_whole_and_not_in_the_file_is_refused(folder, tmp_path, asked, keys, drop, message):
+    """To start from; PEFT cannot load such a file."""
+    base = folder("llama")
+    adapter = made_by_peft(base, tmp_path / "a", target_modules=["q_proj"], **asked)
+    change(adapter, drop={name for name in load_file(adapter / "adapter_model.safetensors") if drop and drop in name})
+    run = with_values(Config(), {"model.name_or_path": str(base), "model.quantization": "none", "model.device": "cpu",
+                                 "adapter.init_from": str(adapter), **keys})  # fmt: skip
+    with pytest.raises(UserError, match=message):
+        Setup.of(run)
+
+
 def test_embeddings_saved_along_are_not_trained(folder, tmp_path):
     base = folder("llama")
     adapter = made_by_peft(base, tmp_path / "a", target_modules=["q_proj"])

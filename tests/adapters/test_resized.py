@@ -142,3 +142,7 @@ def test_a_run_takes_the_tokenizer_that_came_with_the_rows(tmp_path):
     assert "<sum>" in open_tokenizer(adapter).get_vocab()
     live = open_model(options(folder), read_adapter(adapter)).module
     assert live.config.vocab_size == len(tokenizer) == live.get_output_embeddings().weight.shape[0]
+    for form, file in (("nf4", "model.safetensors"), ("gguf", "gguf.gguf")):
+        result = export_merged(artifact_of(tmp_path / "run"), tmp_path / form, ExportOptions(format=form))
+        assert (result.folder / file).exists()
+    assert plain_logits(tmp_path / "nf4").shape[-1] == len(tokenizer) == 1 + len(open_tokenizer(folder))
