@@ -122,7 +122,8 @@ def _attended_by_gpt2(attention: Any, adapter: Adapter, x: Tensor) -> Tensor:
 
 def _heads(x: Tensor, width: int) -> Tensor:
     """(batch, tokens, heads · width) → (batch, heads, tokens, width)."""
-    return x.unflatten(-1, (-1, width)).transpose(1, 2)
+    apart: Tensor = x.unflatten(-1, (-1, width))  # torch leaves this method untyped
+    return apart.transpose(1, 2)
 
 
 def _rotated(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
