@@ -16,7 +16,8 @@ from qlora_tool.adapters.expert_names import names_in_file
 from qlora_tool.adapters.fusion import fuse
 from qlora_tool.adapters.places import adaptable, find_places
 from qlora_tool.adapters.targets import own_keys, settings_for
-from qlora_tool.adapters.token_rows import SUFFIX, TokenRows, put_rows_on, wanted_tokens
+from qlora_tool.adapters.token_rows import KEY as TOKENS_KEY
+from qlora_tool.adapters.token_rows import SUFFIX, TokenRows, put_rows_on, refuse_rows, wanted_tokens
 from qlora_tool.adapters.trained_base import train_all, train_biases, train_modules, transposed_names
 from qlora_tool.errors import UserError
 from qlora_tool.methods import METHODS
@@ -191,7 +192,9 @@ def attach(
     put_on(model, layers)
     saved = train_modules(model, config.modules_to_save, compute_dtype)
     biases = train_biases(model, config.bias, layers, compute_dtype)
-    token_rows = put_rows_on(model, wanted_tokens(model, config), compute_dtype)
+    tokens = wanted_tokens(model, config)
+    refuse_rows(model, tokens, layers, TOKENS_KEY, "leave one of the two out, or name the embeddings alone")
+    token_rows = put_rows_on(model, tokens, compute_dtype)
     return AdapterSet(layers, saved, biases, transposed_names(model, saved), token_rows)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from qlora_tool.adapters.peft_names import is_saved
 from qlora_tool.adapters.peft_reading import for_model
 from qlora_tool.adapters.places import place_of
 from qlora_tool.adapters.stored import StoredAdapter
-from qlora_tool.adapters.token_rows import put_rows_on
+from qlora_tool.adapters.token_rows import put_rows_on, refuse_rows
 from qlora_tool.adapters.trained_base import tie, train_parameter, trainable_names, transposed_names
 from qlora_tool.errors import UserError
 from qlora_tool.model.parameter_source import tied_names
@@ -37,7 +38,8 @@ def attach_stored(
     """Put a stored adapter on a model.
 
     Args:
-        dtype: of the adapter's tensors; by default the one that they are stored in.
+        dtype: of the adapter's tensors, and of those that it replaces; by default the one that they are stored in,
+            and that of the model's own.
         dropout: while training; what it was trained with by default.
         config: of the run that starts from it: what its file lacks starts fresh. None: that stays as the base has it,
             which a warning says.
@@ -55,14 +57,14 @@ def attach_stored(
             f"{needs} (adapter.init_lora_weights); open the two apart, or export each merged"
         )
     stored = for_model(stored, model)
-    dtype = dtype or stored.dtype
+    of_replaced, dtype = dtype, dtype or stored.dtype
     on_attention = stored.method.on_attention
     if on_attention:
         refuse_other_layers(model, stored)
     shapes = shapes_of(model, stored.by_module, on_attention)
     left = lacking(model, stored)
     layers = stored.layers(dtype, next(model.parameters()).device, dropout, shapes | shapes_of(model, left), left)
-    refuse_misfit(stored, layers, shapes)
+    refuse_misfit(stored, layers, shapes, model)
     fresh = {} if config is None else fresh_layers(model, left, stored, layers, config, dtype, seed)
     if config is None:
         say_lacking(stored, left)
@@ -72,8 +74,8 @@ def attach_stored(
     refuse_misfit_replaced(model, stored, replaced)
     if stored.method.keys.trains_base:
         _refuse([f"{stored.folder}: has no {name}, which the model has" for name in trainable_names(model)
-                 if name not in replaced], stored)  # fmt: skip
-    trained = {name: train_parameter(model, name, dtype) for name in replaced}
+                 if name not in replaced], stored, model)  # fmt: skip
+    trained = {name: train_parameter(model, name, of_replaced) for name in replaced}
     for target, source in tied_names(model).items():  # tied ones stay so, unless they were trained apart
         if target in replaced and source in replaced and torch.equal(replaced[target], replaced[source]):
             trained |= tie(model, target, trained[source])
@@ -91,6 +93,8 @@ def attach_stored(
     saved = {name: tensor for name, tensor in trained.items() if name not in biases}
     rows = stored.token_rows()
     _refuse_misfit_rows(model, stored, rows)
+    refuse_rows(model, rows, layers, f"{stored.folder}: trainable_token_indices",
+                "merge this adapter with PEFT instead")  # fmt: skip
     token_rows = put_rows_on(model, {name: tokens for name, (tokens, _) in rows.items()}, dtype,
                              {name: values for name, (_, values) in rows.items()})  # fmt: skip
     return AdapterSet(layers, saved, biases, transposed, token_rows, tuple(fresh))
@@ -137,7 +141,7 @@ def _refuse_misfit_rows(
         elif values.shape[1] != shapes[name][1] or not all(0 <= token < shapes[name][0] for token in tokens):
             faults.append(f"{stored.folder}: has rows of {values.shape[1]} values, for tokens up to {max(tokens)}, but "
                           f"{name} is {shapes[name]} in this model")  # fmt: skip
-    _refuse(faults, stored)
+    _refuse(faults, stored, model)
 
 
 def refuse_other_layers(model: nn.Module, stored: StoredAdapter) -> None:
@@ -151,8 +155,7 @@ def refuse_other_layers(model: nn.Module, stored: StoredAdapter) -> None:
     if count > len(expected) or set(expected[len(expected) - count :]) != stored.by_module.keys():
         raise UserError(
             f"{stored.folder}: has prompts for {', '.join(sorted(stored.by_module))}, but adapter_layers {count} means "
-            f"the top {count} of the {len(expected)} layers of this model; it was trained on {stored.base}: name that "
-            "as its base"
+            f"the top {count} of the {len(expected)} layers of this model; {cure_of_misfit(stored, model)}"
         )
 
 
@@ -179,7 +182,7 @@ def refuse_misfit_replaced(model: nn.Module, stored: StoredAdapter, replaced: Ma
         if tuple(tensor.shape) != shape:
             faults.append(f"{stored.folder}: replaces {name} as {tuple(tensor.shape)}, but it is {shape} in this model"
                           f"{resized(tuple(tensor.shape), shape)}")  # fmt: skip
-    _refuse(faults, stored)
+    _refuse(faults, stored, model)
 
 
 def resized(found: tuple[int, ...], there: tuple[int, ...]) -> str:
@@ -197,13 +200,16 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def refuse_misfit(stored: StoredAdapter, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def refuse_misfit(
+    stored: StoredAdapter, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]], model: nn.Module
+) -> None:
     """Refuse an adapter that was made for another model, all its faults in one report.
 
     Args:
         names: of the places that it adapts.
         shapes: of the model's weights that can be adapted, by the name of their place: (out, in), (vocabulary, dim), or
             (experts, out, in).
+        model: which it is to be on.
     """
     faults = []
     for name in names:
@@ -213,12 +219,24 @@ def refuse_misfit(stored: StoredAdapter, names: Iterable[str], shapes: Mapping[s
             faults.append(f"{stored.folder}: adapts {name}, which is not {what} of this model")
         elif (found := tuple(one or other for one, other in zip(found, shapes[name], strict=False))) != shapes[name]:
             faults.append(f"{stored.folder}: adapts {name} as {found}, but it is {shapes[name]} in this model")
-    _refuse(faults, stored)
+    _refuse(faults, stored, model)
 
 
-def _refuse(faults: list[str], stored: StoredAdapter) -> None:
+def cure_of_misfit(stored: StoredAdapter, model: nn.Module, option: str = "") -> str:
+    """What to do about an adapter that does not fit a model.
+
+    Args:
+        option: how another base is named, such as ", with --model".
+    """
+    named, there = stored.base or "", str(cast(Any, model).config.name_or_path)
+    in_cache = f"models--{named.replace('/', '--')}/" in there  # a snapshot of the hub's
+    if named and (named == there or in_cache or Path(named).resolve() == Path(there).resolve()):
+        return (f"its adapter_config.json names this base, {named}: so it was made for another version of it, or on "
+                "something that takes no adapter here; merge it with what made it")  # fmt: skip
+    return f"name the base that it was trained on{f', {named}' if named else ''}{option}"
+
+
+def _refuse(faults: list[str], stored: StoredAdapter, model: nn.Module) -> None:
     if faults:
         more = [f"{stored.folder}: and {len(faults) - 3} more like these"] if len(faults) > 3 else []
-        raise UserError(
-            [*faults[:3], *more, f"{stored.folder}: it was trained on {stored.base}; name that as its base"]
-        )
+        raise UserError([*faults[:3], *more, f"{stored.folder}: {cure_of_misfit(stored, model)}"])

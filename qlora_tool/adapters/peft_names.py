@@ -24,41 +24,68 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _texts(value: Any) -> bool:
-    return value is None or isinstance(value, str) or (
-        isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
-    )  # fmt: skip
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+
+
+def _names_or_expression(value: Any) -> bool:
+    return _names(value) or (isinstance(value, str) and _compiles([value]))
+
+
+def _layer_names(value: Any) -> bool:
+    return _names_or_expression(value) and (not isinstance(value, list) or _compiles(value))
+
+
+def _tokens(value: Any) -> bool:
+    lists = value.values() if isinstance(value, dict) else [] if value is None else [value]
+    return all(isinstance(ids, list) and all(_whole(one) and one >= 0 for one in ids) and len(set(ids)) == len(ids)
+               for ids in lists)  # fmt: skip
+
+
+def _compiles(expressions: Iterable[str]) -> bool:
+    try:
+        return all(re.compile(one) is not None for one in expressions)
+    except re.error:
+        return False
 
 
 def _pattern(value: Any) -> bool:
     if value is None:
         return True
-    if not isinstance(value, dict) or not all(_number(one) and one > 0 for one in value.values()):
-        return False
-    try:
-        return all(re.compile(key) is not None for key in value)
-    except re.error:
-        return False
+    return isinstance(value, dict) and all(_number(one) and one > 0 for one in value.values()) and _compiles(value)
 
 
-_LAYERS = "a number or a list of numbers"
-_MODULES = "a list of names or one regular expression"
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1, "a whole number from 1"),
+_Rule = tuple[Callable[[Any], bool], str]
+_FLAG: _Rule = (lambda value: value is None or isinstance(value, bool), "true or false")
+_MODULES: _Rule = (_names_or_expression, "a list of names or one regular expression")
+_NAMES: _Rule = (_names, "a list of names")
+_BIASES = ("none", "all", "lora_only", "vera_only")
+_RULES: dict[str, _Rule] = {
+    "r": (lambda value: _whole(value) and value >= 1, "a whole number from 1"),
     "lora_alpha": (_number, "a number"),
     "alpha": (_number, "a number"),
     "lora_dropout": (lambda value: value is None or (_number(value) and 0 <= value < 1), "a number from 0 to below 1"),
     "rank_pattern": (_pattern, "a mapping from regular expressions to ranks"),
     "alpha_pattern": (_pattern, "a mapping from regular expressions to numbers"),
-    "target_modules": (_texts, _MODULES),
-    "exclude_modules": (_texts, _MODULES),
-    "target_parameters": (_texts, "a list of names"),
-    "modules_to_save": (_texts, "a list of names"),
-    "layers_pattern": (_texts, "a name or a list of names"),
+    "target_modules": _MODULES,
+    "exclude_modules": _MODULES,
+    "target_parameters": _NAMES,
+    "modules_to_save": _NAMES,
+    "layers_pattern": (_layer_names, "a name or a list of names"),
     "layers_to_transform": (
-        lambda value: value is None or _number(value) or (isinstance(value, list) and all(map(_number, value))), _LAYERS
+        lambda value: value is None or _whole(value) or (isinstance(value, list) and all(map(_whole, value))),
+        "a whole number or a list of whole numbers",
     ),
-}  # fmt: skip
+    "trainable_token_indices": (_tokens, "a list of tokens' ids, no two alike, or a mapping from names to such lists"),
+    "bias": (lambda value: value in _BIASES and isinstance(value, str), f"one of {', '.join(_BIASES)}"),
+    "projection_prng_key": (_whole, "a whole number"),
+    "revision": (lambda value: value is None or isinstance(value, str), "a branch, tag or commit"),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), _FLAG),
+}
 
 
 def check_config(file: Path, config: Mapping[str, Any]) -> None:
@@ -89,7 +116,7 @@ def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = name.replace("_orig_mod.", "").removeprefix(PREFIX)
         name = re.sub(rf"\.({_TENSOR})\.default(?=\.|$)", r".\1", name)
         name = re.sub(r"\.modules_to_save(\.default)?\.", ".", name)
-        name = name.replace(".token_adapter.base_layer.", ".")  # saved along with resized embeddings
+        name = name.replace(".token_adapter.base_layer.", ".")  # embeddings that PEFT saved along, under trained rows
         if ".original_module." not in name:
             found[name] = tensor
     return found
@@ -98,12 +125,12 @@ def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def is_target(name: str, config: Mapping[str, Any]) -> bool:
     """Whether PEFT would adapt the module `name` by a configuration, and so would read tensors for it."""
     excluded, wanted = config.get("exclude_modules"), config.get("target_modules")
+    if matches(f"{name}.weight", config.get("target_parameters") or ()):  # which PEFT excludes nothing of
+        return True
     if excluded and matches(name, excluded):
         return False
     if is_saved(name, config):
         return False
-    if any(matches(f"{name}.weight", [parameter]) for parameter in config.get("target_parameters") or ()):
-        return True
     if wanted is None or wanted == "all-linear":
         return True
     if isinstance(wanted, str) or name in wanted:
@@ -116,11 +143,7 @@ def is_target(name: str, config: Mapping[str, Any]) -> bool:
 
 def is_saved(name: str, config: Mapping[str, Any]) -> bool:
     """Whether a module, or a tensor of it, is trained whole for `modules_to_save`, as PEFT reads that."""
-    return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in _listed(config.get("modules_to_save")))
-
-
-def _listed(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or ())
+    return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in config.get("modules_to_save") or ())
 
 
 # Names that changed between versions of transformers, tried where a module is not there under its own.

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qlora_tool.adapters.adapter import ExpertsAdapter
+from qlora_tool.adapters.adapter import Adapter, ExpertsAdapter
 from qlora_tool.adapters.peft_names import (
     CONFIG_NAME,
     PREFIX,
@@ -26,6 +26,7 @@ from qlora_tool.adapters.peft_names import (
 )
 from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.adapters.targets import from_pattern
+from qlora_tool.adapters.token_rows import SUFFIX
 from qlora_tool.errors import UserError
 from qlora_tool.files.tensors import read_all
 from qlora_tool.methods import METHODS
@@ -84,8 +85,13 @@ def _of_targets(file: Path, stored: StoredAdapter) -> StoredAdapter:
             module = owner[0].replace(".base_layer", "")
             if not is_target(module, stored.peft):
                 left.setdefault(owner[0], []).append(key)
-    if not left or len(left) == len(stored.by_module):
+    if not left or stored.method.on_attention:  # prompts are on attention, whatever target_modules says
         return stored
+    if len(left) == len(stored.by_module):
+        raise UserError(
+            f"{file}: {CONFIG_NAME} names none of the {len(left)} modules that its tensors are for ({next(iter(left))} "
+            "…) in target_modules, or excludes them, so that PEFT reads none of them; correct it, or copy it again"
+        )
     _warn_once(
         f"{file}: {sum(map(len, left.values()))} tensors of {len(left)} modules ({next(iter(left))} …) are not read: "
         f"{CONFIG_NAME} does not name them in target_modules, or excludes them, and PEFT leaves them out as well"
@@ -158,7 +164,10 @@ def _method_of(file: Path, peft: dict[str, Any]) -> tuple[Method, Settings]:
 
 
 def _refuse_no_numbers(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors with values that are no finite numbers."""
+    """Refuse tensors with values that are no finite numbers, or codes that something made of them."""
+    if codes := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise UserError(f"{file}: {len(codes)} of its {len(tensors)} tensors are not floating-point numbers, the first "
+                        f"{codes[0]} ({tensors[codes[0]].dtype}); save the adapter again in 16 or 32 bits")  # fmt: skip
     faults = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if faults:
         raise UserError(
@@ -184,7 +193,7 @@ def _refuse_incomplete(file: Path, stored: StoredAdapter) -> None:
     faults = [
         f"{file}: tensor {name} cannot be read here" for name in stored.replaced_tensors() if f".{family}_" in name
     ]
-    faults += _shared_faults(file, stored)
+    faults += _shared_faults(file, stored) + _not_as_said(file, stored)
     for name, tensors in adapted.items():
         kind = stored.adapter_class(name)
         names = kind.names(method)
@@ -199,6 +208,24 @@ def _refuse_incomplete(file: Path, stored: StoredAdapter) -> None:
     if faults:
         more = [f"{file}: and {len(faults) - 5} more such tensors"] if len(faults) > 5 else []
         raise UserError([*faults[:5], *more])
+
+
+def _not_as_said(file: Path, stored: StoredAdapter) -> list[str]:
+    """Tensors that the configuration says are there and are not, or the other way round, which PEFT would not read."""
+    peft, faults = stored.peft, []
+    asked = peft.get("trainable_token_indices")
+    if any(asked.values() if isinstance(asked, dict) else [asked or ()]) and not stored.token_rows():
+        faults.append(f"{file}: {CONFIG_NAME} has trainable_token_indices, but the file has no rows of tokens "
+                      f"(….{SUFFIX}); copy or save the adapter again")  # fmt: skip
+    if "lora_B_bias" in stored.method.peft_names:
+        linear = {name: tensors for name, tensors in stored.by_module.items() if stored.adapter_class(name) is Adapter}
+        says = bool(peft.get("lora_bias"))
+        if other := [name for name, tensors in linear.items() if ("lora_B_bias" in tensors) is not says]:
+            found = "is missing" if says else "is there, which PEFT would not read"
+            tensor = f"{other[0]}.{stored.method.peft_names['lora_B_bias']}"
+            faults.append(f"{file}: tensor {tensor} {found}, as lora_bias of {CONFIG_NAME} is {says}: save the adapter "
+                          "again, or change that")  # fmt: skip
+    return faults
 
 
 def _shared_faults(file: Path, stored: StoredAdapter) -> list[str]:

@@ -131,7 +131,7 @@ def attach_stack(model: nn.Module, stack: Sequence[Weighted]) -> None:
         stored = one.scaled()
         left = lacking(model, stored)
         shapes = shapes_of(model, [*stored.by_module, *left])
-        refuse_misfit(stored, stored.by_module, shapes)
+        refuse_misfit(stored, stored.by_module, shapes, model)
         refuse_misfit_replaced(model, stored, stored.replaced_tensors())
         layers = stored.layers(torch.float32, next(model.parameters()).device, 0.0, shapes, left)
         for place, layer in layers.items():

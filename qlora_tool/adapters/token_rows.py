@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -100,6 +100,28 @@ def _refuse_tokens(name: str, tokens: Sequence[int], rows: int) -> None:
     if len(set(tokens)) < len(tokens):
         twice = next(token for token in tokens if tokens.count(token) > 1)
         raise UserError(f"{KEY}: {twice} is there twice for {name}; name it once")
+
+
+def refuse_rows(
+    model: nn.Module, names: Iterable[str], adapted: Container[str], what: str, cure: str
+) -> None:
+    """Refuse rows of tokens where PEFT computes something else than a row in the place of another.
+
+    Args:
+        names: of the embeddings, or the output projection, that have them.
+        adapted: names of the modules that have an adapter.
+        what, cure: what an error begins and ends with.
+
+    Raises:
+        UserError: an output projection with a bias, which PEFT leaves out of the logits; a module that has an adapter
+            as well.
+    """
+    output, followers = cast(Any, model).get_output_embeddings(), follows(model)
+    for name in dict.fromkeys(place for one in names for place in (one, followers.get(one, one))):
+        if model.get_submodule(name) is output and getattr(output, "bias", None) is not None:
+            raise UserError(f"{what}: {name} has a bias, which PEFT leaves out where rows of it are trained; {cure}")
+        if name in adapted:
+            raise UserError(f"{what}: {name} has an adapter too; it is either trained by rows or adapted; {cure}")
 
 
 @torch.no_grad()

@@ -103,11 +103,12 @@ def parameter_names(module: nn.Module, prefix: str, *, whole: bool = False) -> l
     return found
 
 
-def train_parameter(model: nn.Module, name: str, dtype: torch.dtype) -> nn.Parameter:
-    """Put a trained copy of one parameter, in `dtype`, in its place."""
+def train_parameter(model: nn.Module, name: str, dtype: torch.dtype | None) -> nn.Parameter:
+    """Put a trained copy of one parameter, in `dtype` (None: that of products with it), in its place."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
     frozen = getattr(module, attribute)
+    dtype = dtype or frozen.dtype
     value = frozen.dense(dtype) if isinstance(frozen, WeightHandle) else frozen.detach()
     parameter = nn.Parameter(value.to(dtype, copy=True))
     _set_parameter(model, name, parameter)

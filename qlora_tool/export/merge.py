@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from qlora_tool.adapters.adapter import Adapter
-from qlora_tool.adapters.attach_stored import refuse_misfit, refuse_not_repeated, resized
+from qlora_tool.adapters.attach_stored import cure_of_misfit, refuse_misfit, refuse_not_repeated, resized
 from qlora_tool.adapters.lacking import lacking, say_lacking
 from qlora_tool.adapters.peft_reading import for_model
 from qlora_tool.adapters.stack import Parts, Weighted, refuse_unaddable, replaced_by, replacement, same
 from qlora_tool.adapters.stored import StoredAdapter
-from qlora_tool.adapters.token_rows import follows
+from qlora_tool.adapters.token_rows import follows, refuse_rows
 from qlora_tool.errors import UserError
 from qlora_tool.export.dtypes import FLOAT16_LIMIT, Unfit
 from qlora_tool.files.tensors import Checkpoint, TensorSpec
@@ -122,6 +122,8 @@ class MergedModel:
             say_lacking(one.stored, left)
             found = one.scaled().layers(torch.float32, shapes=shapes, left=left) if adds else {}
             self._refuse_misfit(one.stored, found, shapes)
+            refuse_rows(self.skeleton, self._token_rows, found, f"{one.stored.folder}: trainable_token_indices",
+                        "merge this adapter with PEFT instead")  # fmt: skip
             for name, layer in found.items():
                 layers.setdefault(name, []).append(layer)
         self.layers, self.replaced = layers, replaced_by(stack)
@@ -133,7 +135,7 @@ class MergedModel:
         faults, replaced = [], stored.replaced_tensors()
         for name in layers:
             try:
-                refuse_misfit(stored, [name], shapes)
+                refuse_misfit(stored, [name], shapes, self.skeleton)
             except UserError as fault:
                 faults.append(fault.lines[0].removeprefix(f"{stored.folder}: "))
         for name, tensor in replaced.items():
@@ -149,10 +151,7 @@ class MergedModel:
                 faults.append(f"has rows {tuple(rows.shape)} of {name}, but it is {expected} in this model")
         if faults:
             count = len(layers) + len(replaced) + len(self._token_rows)
-            trained_on = f", {stored.base}," if stored.base else ""
-            cure = "" if "was resized" in faults[0] else (
-                f"; name the base that it was trained on{trained_on} with --model"
-            )  # fmt: skip
+            cure = "" if "was resized" in faults[0] else f"; {cure_of_misfit(stored, self.skeleton, ', with --model')}"
             raise UserError(
                 f"{stored.folder}: not for the base {self.checkpoint.folder}: {len(faults)} of its {count} layers "
                 f"and tensors do not fit, the first because it {faults[0]}{cure}"

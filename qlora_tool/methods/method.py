@@ -393,5 +393,6 @@ def refuse_keys(file: Path, config: Mapping[str, Any], keys: Mapping[str, Any]) 
         keys: names, and that value of each.
     """
     for key, harmless in keys.items():
-        if (value := config.get(key)) and value != harmless:
+        value = config.get(key)
+        if value != harmless and (value or isinstance(value, dict)):  # a section without keys is set, too
             raise UserError(f"{file}: {key} is set, which cannot be read here; merge this adapter with PEFT instead")

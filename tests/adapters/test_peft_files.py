@@ -297,7 +297,7 @@ def test_an_adapter_for_another_model_is_refused_in_one_report(base, tmp_path, a
         == f"{adapter}: adapts {Q_PROJ.replace('self_attn.q', 'mlp.up')}, which is not a linear module of this model"
     )
     assert lines[-2:] == [f"{adapter}: and 1 more like these",
-                          f"{adapter}: it was trained on {base('llama')}; name that as its base"]  # fmt: skip
+                          f"{adapter}: name the base that it was trained on, {base('llama')}"]  # fmt: skip
     assert len(lines) == 5
     other = write_tiny("llama", tmp_path / "wide", intermediate_size=192)
     lines = lines_of(attach_stored, read_tiny(other), read_adapter(adapter))

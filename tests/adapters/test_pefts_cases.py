@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import read_by_transformers, read_tiny, tokens, write_tiny
 from transformers import BertConfig, BertLMHeadModel
 
+from qlora_tool.adapters.attach import attach
 from qlora_tool.adapters.attach_stored import attach_stored
 from qlora_tool.adapters.initial import initial_settings
 from qlora_tool.adapters.peft_reading import read_adapter
@@ -41,7 +42,7 @@ def logits(model) -> torch.Tensor:
         return model.eval()(input_ids=tokens(), use_cache=False).logits
 
 
-def made_by_peft(base: Path, adapter: Path, kind=peft.LoraConfig, **keys) -> Path:
+def made_by_peft(base: Path, adapter: Path, kind=peft.LoraConfig, saves="auto", **keys) -> Path:
     torch.manual_seed(0)
     start = {"init_lora_weights": False} if kind is peft.LoraConfig else {"init_weights": False}
     model = peft.get_peft_model(read_by_transformers(base), kind(**({"r": 3} | start | keys)))
@@ -49,7 +50,7 @@ def made_by_peft(base: Path, adapter: Path, kind=peft.LoraConfig, **keys) -> Pat
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.normal_(0, 0.1)
-    model.save_pretrained(adapter)
+    model.save_pretrained(adapter, save_embedding_layers=saves)
     return adapter
 
 
@@ -248,6 +249,21 @@ def test_experts_of_transformers_4(folder, family, container, names, tmp_path):
     ({"task_type": "SEQ_CLS"}, "task_type SEQ_CLS: it is for a model with another head"),
     ({"lora_parameters": {"rank": 3}}, "an adapter of mlx-lm, which cannot be read here; fuse it there"),
     ({"layer_replication": [[0, 1]]}, "layer_replication is set"),
+    ({"kasa_config": {}}, "kasa_config is set"),
+    ({"target_modules": "("}, r"target_modules is '\(', expected a list of names or one regular expression"),
+    ({"exclude_modules": "("}, r"exclude_modules is '\('"),
+    ({"target_modules": ["v_proj"]}, r"names none of the 2 modules .*q_proj"),
+    ({"exclude_modules": ["q_proj"]}, "names none of the 2 modules"),
+    ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head', expected a list of names"),
+    ({"layers_to_transform": 1.0}, "layers_to_transform is 1.0, expected a whole number or a list"),
+    ({"layers_pattern": ["("]}, r"layers_pattern is \['\('\]"),
+    ({"bias": ""}, "bias is '', expected one of none, all"),
+    ({"use_rslora": "false"}, "use_rslora is 'false', expected true or false"),
+    ({"revision": 5}, "revision is 5"),
+    ({"lora_bias": True}, "q_proj.lora_B.bias is missing, as lora_bias of adapter_config.json is True"),
+    ({"trainable_token_indices": "5"}, "trainable_token_indices is '5'"),
+    ({"trainable_token_indices": [3, 3]}, "no two alike"),
+    ({"trainable_token_indices": {"embed_tokens": [3]}}, "the file has no rows of tokens"),
 ], ids=str)  # fmt: skip
 def test_what_cannot_be_read_is_one_line(folder, config, message, tmp_path):
     adapter = made_by_peft(folder("llama"), tmp_path / "a", target_modules=["q_proj"])
@@ -255,6 +271,81 @@ def test_what_cannot_be_read_is_one_line(folder, config, message, tmp_path):
     with pytest.raises(UserError, match=message) as raised:
         read_adapter(adapter)
     assert len(raised.value.lines) <= 2
+
+
+@pytest.mark.parametrize("kind, weight", [(peft.LoHaConfig, "hada_w1_a"), (peft.LoKrConfig, "lokr_w1"),
+                                          (peft.VeraConfig, "vera_lambda_b")])  # fmt: skip
+def test_targets_that_name_no_module_of_the_file_are_refused_for_every_method(folder, kind, weight, tmp_path):
+    adapter = made_by_peft(folder("llama"), tmp_path / "a", kind, target_modules=["q_proj"])
+    assert any(weight in name for name in load_file(adapter / "adapter_model.safetensors"))
+    change(adapter, target_modules=["v_proj"])
+    with pytest.raises(UserError, match="names none of the 2 modules"):
+        read_adapter(adapter)
+
+
+def test_codes_in_the_place_of_numbers_are_refused(folder, tmp_path):
+    adapter = made_by_peft(folder("llama"), tmp_path / "a", target_modules=["q_proj"])
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: (tensor * 100).to(torch.int8) for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(UserError, match=r"4 of its 4 tensors are not floating-point numbers.*torch.int8"):
+        read_adapter(adapter)
+
+
+@pytest.mark.parametrize("family, keys, saves", [
+    ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm", "o_proj"]}, "auto"),
+    ("gptj", {"target_modules": ["q_proj"], "modules_to_save": ["ln_1"], "bias": "all"}, "auto"),
+    ("qwen2", {"target_modules": ["q_proj"]}, True),
+    ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["c_fc", "wpe"]}, "auto"),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_what_a_file_in_16_bits_replaces_computes_in_the_bases_dtype(folder, family, keys, saves, dtype, tmp_path):
+    base = folder(family)
+    adapter = made_by_peft(base, tmp_path / "a", saves=saves, **keys)
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    torch.testing.assert_close(by_us(base, adapter), by_peft(base, adapter), rtol=0, atol=FP32)
+
+
+@pytest.mark.parametrize("keys", [
+    {"target_modules": ["q_proj"], "target_parameters": ["v_proj.weight"]},
+    {"target_modules": "all-linear", "exclude_modules": ["v_proj"], "target_parameters": ["v_proj.weight"]},
+], ids=str)  # fmt: skip
+def test_weights_of_linear_modules_among_target_parameters_are_read(folder, keys, tmp_path):
+    base = folder("llama")
+    adapter = made_by_peft(base, tmp_path / "a", **keys)
+    torch.testing.assert_close(by_us(base, adapter), by_peft(base, adapter), rtol=0, atol=FP32)
+
+
+@pytest.mark.parametrize("tokens", [[3, 90], {"embed_tokens": [5], "lm_head": [5, 7]}], ids=str)
+def test_embeddings_saved_beside_rows_of_tokens_are_read(folder, tokens, tmp_path):
+    base = folder("llama")
+    adapter = made_by_peft(base, tmp_path / "a", saves=True, target_modules=["q_proj"], trainable_token_indices=tokens)
+    assert any("token_adapter.base_layer" in name for name in load_file(adapter / "adapter_model.safetensors"))
+    torch.testing.assert_close(by_us(base, adapter), by_peft(base, adapter), rtol=0, atol=FP32)
+
+
+@pytest.mark.parametrize("family, keys, message", [
+    ("gptj", {"trainable_token_indices": {"lm_head": [5]}}, "lm_head has a bias, which PEFT leaves out"),
+    ("qwen2", {"target_modules": ["lm_head"], "trainable_token_indices": [5]}, "lm_head has an adapter too"),
+], ids=str)  # fmt: skip
+def test_rows_of_tokens_that_peft_computes_otherwise_are_refused(folder, family, keys, message, tmp_path):
+    base = folder(family)
+    adapter = made_by_peft(base, tmp_path / "a", **({"target_modules": ["q_proj"]} | keys))
+    with pytest.raises(UserError, match=f"trainable_token_indices: {message}"):
+        attach_stored(read_tiny(base, "none"), read_adapter(adapter))
+    with pytest.raises(UserError, match=f"adapter.trainable_token_indices: {message}"):
+        attach(read_tiny(base, "none"), AdapterConfig(**({"target_modules": ["q_proj"]} | keys)), torch.float32, 0)
+
+
+def test_a_misfit_on_the_base_that_the_adapter_names_does_not_name_it_as_the_cure(folder, tmp_path):
+    base = folder("llama")
+    adapter = made_by_peft(base, tmp_path / "a", target_modules=["q_proj"])
+    change(adapter, lambda name: name.replace("model.layers", "module.layers"))
+    with pytest.raises(UserError, match="adapter_config.json names this base.*merge it with what made it"):
+        attach_stored(read_tiny(base, "none"), read_adapter(adapter))
+    other = folder("mistral")
+    with pytest.raises(UserError, match=f"name the base that it was trained on, {base}"):
+        attach_stored(read_tiny(other, "none"), read_adapter(adapter))
 
 
 def test_what_a_run_takes_over_from_an_adapter_that_it_starts_from(folder, tmp_path):
