@@ -341,7 +341,7 @@ def test_a_misfit_on_the_base_that_the_adapter_names_does_not_name_it_as_the_cur
     base = folder("llama")
     adapter = made_by_peft(base, tmp_path / "a", target_modules=["q_proj"])
     change(adapter, lambda name: name.replace("model.layers", "module.layers"))
-    with pytest.raises(UserError, match="adapter_config.json names this base.*merge it with what made it"):
+    with pytest.raises(UserError, match=r"adapter_config.json names this base.*merge it with what made it"):
         attach_stored(read_tiny(base, "none"), read_adapter(adapter))
     other = folder("mistral")
     with pytest.raises(UserError, match=f"name the base that it was trained on, {base}"):
