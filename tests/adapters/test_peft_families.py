@@ -15,6 +15,7 @@ from tiny_models import logits, read_by_transformers, read_tiny, tokens, write_t
 
 from qlora_tool.adapters.attach import attach
 from qlora_tool.adapters.attach_stored import attach_stored
+from qlora_tool.adapters.lacking import lacking
 from qlora_tool.adapters.peft_files import save_adapter
 from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.config import AdapterConfig
@@ -79,6 +80,7 @@ def test_peft_computes_from_our_file_what_we_do(base, tmp_path, method, family):
     assert relative_error(found, untrained) > 0.01
     theirs = peft.PeftModel.from_pretrained(read_by_transformers(base(family)), tmp_path).eval()
     assert relative_error(logits(theirs, tokens()), found) < 1e-5
+    assert lacking(model, read_adapter(tmp_path)) == []
 
 
 @pytest.mark.parametrize(("method", "family"), cells(list(THEIRS)))
@@ -93,5 +95,6 @@ def test_we_compute_from_pefts_file_what_it_does(base, tmp_path, method, family)
     expected = logits(theirs, tokens())
     assert relative_error(expected, untrained) > 0.01
     model = read_tiny(base(family))
+    assert lacking(model, read_adapter(tmp_path)) == []
     attach_stored(model, read_adapter(tmp_path))
     assert relative_error(logits(model.eval(), tokens()), expected) < 1e-5

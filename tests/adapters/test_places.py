@@ -13,6 +13,7 @@ from tiny_models import read_by_transformers, read_tiny, tokens, write_tiny
 
 from qlora_tool.adapters.attach import AdapterSet, attach
 from qlora_tool.adapters.attach_stored import attach_stored
+from qlora_tool.adapters.lacking import lacking
 from qlora_tool.adapters.peft_files import save_adapter
 from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.adapters.targets import unmatched_patterns
@@ -82,6 +83,7 @@ def as_peft_reads_it(folder, family: str, tmp_path: Path, **keys) -> None:
     adapter = written(model, AdapterConfig(r=4, **keys), base, tmp_path / "adapter")
     live = logits(model.eval())
     assert (live - untuned).abs().max() > 1e-3  # it does something
+    assert lacking(model, read_adapter(adapter)) == []
     torch.testing.assert_close(by_us(base, adapter), live, rtol=0, atol=FP32)
     torch.testing.assert_close(by_peft(base, adapter), live, rtol=0, atol=FP32)
 
