@@ -92,7 +92,7 @@ def attach_stored(
     biases = {name: tensor for name, tensor in trained.items() if _is_bias(name, stored)}
     saved = {name: tensor for name, tensor in trained.items() if name not in biases}
     rows = stored.token_rows()
-    _refuse_misfit_rows(model, stored, rows)
+    refuse_misfit_rows(model, stored, rows)
     refuse_rows(model, rows, layers, f"{stored.folder}: trainable_token_indices",
                 "merge this adapter with PEFT instead")  # fmt: skip
     token_rows = put_rows_on(model, {name: tokens for name, (tokens, _) in rows.items()}, dtype,
@@ -131,9 +131,10 @@ def shapes_of(model: nn.Module, names: Iterable[str], on_attention: bool = False
     return found
 
 
-def _refuse_misfit_rows(
+def refuse_misfit_rows(
     model: nn.Module, stored: StoredAdapter, rows: Mapping[str, tuple[list[int], Tensor]]
 ) -> None:
+    """Refuse rows of what is not there, or is smaller; see `refuse_misfit`."""
     shapes, faults = shapes_of(model, rows), []
     for name, (tokens, values) in rows.items():
         if name not in shapes:

@@ -50,12 +50,50 @@ class TokenRows(nn.Module):
         logits = nn.functional.linear(x, self.rows_of_tokens.to(x.dtype)[place])
         return linear.with_bias(linear.product(x).index_copy(-1, ordered, logits))
 
+    def delta(self, weight: Tensor) -> Tensor:
+        """What merging adds to `weight` (vocabulary, dim), fp32."""
+        tokens, delta = self.tokens, torch.zeros_like(weight)
+        delta[tokens] = self.rows_of_tokens.detach().float() - weight[tokens]
+        return delta
+
     @property
     def tokens(self) -> list[int]:
         """The ids, in the order of the rows."""
         ordered, place = cast(Tensor, self.ordered), cast(Tensor, self.place)
         found: list[int] = ordered[place.argsort()].tolist()
         return found
+
+
+class ChangedRows(TokenRows):
+    """What is added to the rows of some tokens, beside other adapters that add.
+
+    Args:
+        tokens: ids, no two alike.
+        rows: what is added to each, (tokens, dim).
+        vocabulary: how many rows there are.
+    """
+
+    def __init__(self, tokens: Sequence[int], rows: Tensor, vocabulary: int) -> None:
+        super().__init__(tokens, rows)
+        self.vocabulary = vocabulary
+
+    def rows(self, index: Tensor, looked_up: Tensor, weight: object = None) -> Tensor:
+        """`looked_up`, with what is added where `index` names their tokens."""
+        return looked_up + super().rows(index, torch.zeros_like(looked_up))
+
+    def branch(self, x: Tensor) -> Tensor:
+        """x (…, in) → (…, out): what it adds to the product of an output projection."""
+        ordered, place = cast(Tensor, self.ordered), cast(Tensor, self.place)
+        logits = nn.functional.linear(x, self.rows_of_tokens.to(x.dtype)[place])
+        return x.new_zeros(*x.shape[:-1], self.vocabulary).index_copy(-1, ordered, logits)
+
+    def forward(self, x: Tensor, linear: FrozenLinear) -> Tensor:
+        return linear.with_bias(linear.product(x) + self.branch(x))
+
+    def delta(self, weight: Tensor) -> Tensor:
+        delta = torch.zeros_like(weight)
+        delta[self.tokens] = self.rows_of_tokens.detach().float()
+        return delta
 
 
 def wanted_tokens(model: nn.Module, config: AdapterConfig) -> dict[str, list[int]]:

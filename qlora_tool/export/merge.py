@@ -6,7 +6,7 @@ into the original 16-bit ones, would lose what was learned: neither is what trai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,7 +16,17 @@ from qlora_tool.adapters.adapter import Adapter
 from qlora_tool.adapters.attach_stored import cure_of_misfit, refuse_misfit, refuse_not_repeated, resized
 from qlora_tool.adapters.lacking import lacking, say_lacking
 from qlora_tool.adapters.peft_reading import for_model
-from qlora_tool.adapters.stack import Parts, Weighted, refuse_unaddable, replaced_by, replacement, same
+from qlora_tool.adapters.stack import (
+    Parts,
+    Rows,
+    Weighted,
+    refuse_unaddable,
+    replaced_by,
+    replacement,
+    rows_by,
+    same,
+    same_rows,
+)
 from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.adapters.token_rows import follows, refuse_rows
 from qlora_tool.errors import UserError
@@ -95,7 +105,6 @@ class MergedModel:
         self._outside = outside_text(self.skeleton)
         self._embeddings = find_embedding_slots(self.skeleton, self.quantization)
         self.source = ParameterSource(self.skeleton, self.checkpoint, "cpu")
-        self._token_rows = self.adapter.token_rows() if self.adapter and not self.stack else {}
         self._take(self.stack or ([Weighted("", self.adapter, 1.0)] if self.adapter else []))
         self._parameters = {name for name, _ in self.skeleton.named_parameters(remove_duplicate=False)}
         self._biases = _bias_deltas(self.layers, self.source)
@@ -122,11 +131,11 @@ class MergedModel:
             say_lacking(one.stored, left)
             found = one.scaled().layers(torch.float32, shapes=shapes, left=left) if adds else {}
             self._refuse_misfit(one.stored, found, shapes)
-            refuse_rows(self.skeleton, self._token_rows, found, f"{one.stored.folder}: trainable_token_indices",
-                        "merge this adapter with PEFT instead")  # fmt: skip
+            refuse_rows(self.skeleton, one.stored.token_rows(), found,
+                        f"{one.stored.folder}: trainable_token_indices", "merge this adapter with PEFT instead")
             for name, layer in found.items():
                 layers.setdefault(name, []).append(layer)
-        self.layers, self.replaced = layers, replaced_by(stack)
+        self.layers, self.replaced, self._rows = layers, replaced_by(stack), rows_by(stack, follows(self.skeleton))
 
     def _refuse_misfit(
         self, stored: StoredAdapter, layers: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, ...]]
@@ -145,12 +154,12 @@ class MergedModel:
             elif found != expected:
                 faults.append(f"replaces {name} with one of shape {found}, but it is {expected} in this model"
                               f"{resized(found, expected)}")  # fmt: skip
-        for name, (tokens, rows) in self._token_rows.items():
+        for name, (tokens, rows) in (single := stored.token_rows()).items():
             expected = shapes.get(name)
             if expected is None or expected[1] != rows.shape[1] or not all(0 <= one < expected[0] for one in tokens):
                 faults.append(f"has rows {tuple(rows.shape)} of {name}, but it is {expected} in this model")
         if faults:
-            count = len(layers) + len(replaced) + len(self._token_rows)
+            count = len(layers) + len(replaced) + len(single)
             cure = "" if "was resized" in faults[0] else f"; {cure_of_misfit(stored, self.skeleton, ', with --model')}"
             raise UserError(
                 f"{stored.folder}: not for the base {self.checkpoint.folder}: {len(faults)} of its {count} layers "
@@ -164,11 +173,7 @@ class MergedModel:
         adapted = any(name.removesuffix(".weight") in self.layers for name in (origin, target))
         apart = len(replaced) == 2 and not same(self.replaced[origin], self.replaced[target])
         pair = [name.removesuffix(".weight") for name in (origin, target)]
-        if any(name in self._token_rows for name in pair):
-            for one, other in follows(self.skeleton).items():
-                if one in self._token_rows and other not in self._token_rows:
-                    self._token_rows[other] = self._token_rows[one]
-            apart = apart or self._token_rows.get(pair[0]) is not self._token_rows.get(pair[1])
+        apart = apart or not same_rows(*(self._rows.get(name, []) for name in pair))
         if not (adapted or apart or len(replaced) == 1):
             return
         self.unties = True
@@ -230,14 +235,27 @@ class MergedModel:
             value = value.to(torch.float32, copy=name in self.replaced)  # (out, in)
         for layer in layers:
             value = layer.merge(value)
-        if rows := self._token_rows.get(name.removesuffix(".weight")):
-            value = value.to(torch.float32, copy=True)
-            value[rows[0]] = rows[1].float()
+        if rows := self._rows.get(name.removesuffix(".weight")):
+            value = self._with_rows(value, rows, lambda: self._base_value(name, slot),
+                                    alone=not self.stack or not (layers or name in self.replaced))  # fmt: skip
         if dtype == torch.float16:
             _refuse_unfit(name, value, self.refuse_coarse)
         if slot is not None and slot.transposed:
             value = value.transpose(-1, -2)
         return value.to(dtype).contiguous()
+
+    def _with_rows(
+        self, value: Tensor, rows: Sequence[Rows], base: Callable[[], Tensor], alone: bool
+    ) -> Tensor:
+        """A weight (vocabulary, dim) with what adapters do to single rows: those themselves, where there are no others'
+        changes to add them to (`alone`)."""
+        value = value.to(torch.float32, copy=True)
+        if alone and len(rows) == 1 and rows[0].weight == 1:
+            value[rows[0].tokens] = rows[0].values.float()
+            return value
+        for one in rows:
+            value[one.tokens] += one.change(base)
+        return value
 
     def _replacement(self, name: str, slot: Slot | None) -> Tensor:
         """What adapters put in the place of a tensor, (out, in) where it is a linear module's."""
@@ -288,7 +306,7 @@ class MergedModel:
     def _is_untouched(self, name: str) -> bool:
         """Whether a tensor lies beside the text part and the adapter leaves it alone: its bytes stay as they are."""
         module = name.removesuffix(".weight")
-        adapted = name in self.replaced or name in self._biases or module in self.layers or module in self._token_rows
+        adapted = name in self.replaced or name in self._biases or module in self.layers or module in self._rows
         return not adapted and is_outside(name, self._outside)
 
 

@@ -32,7 +32,7 @@ from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.devices import choose_device
 from qlora_tool.model.load import attention_options, auto_class, build_skeleton
 from qlora_tool.model.open import open_tokenizer, positions_of
-from qlora_tool.model.parameter_source import ParameterSource
+from qlora_tool.model.parameter_source import ParameterSource, tied_names
 from qlora_tool.model.positions import rotate_by_example
 from qlora_tool.model.slots import Quantization, find_embedding_slots, find_slots
 from qlora_tool.model.source import read_model_config
@@ -327,11 +327,13 @@ def measure_update(live: CausalLM, folder: Path, trust_remote_code: bool = False
     """
     skeleton = build_skeleton(read_model_config(folder, trust_remote_code), trust_remote_code)
     files = ParameterSource(skeleton, Checkpoint(folder), live.device)
+    tied = {one: other for pair in tied_names(skeleton).items() for one, other in (pair, pair[::-1])}
     product = size = error = 0.0
     for name, module in live.module.named_modules():
         if not isinstance(module, FrozenLinear) or not module.active_adapters:
             continue
-        stored = files.read(f"{name}.weight")
+        own = f"{name}.weight"
+        stored = files.read(own if own in files.names else tied.get(own, own))
         if isinstance(stored, QuantizedTensor):
             stored = stored.dequantize(torch.float32)
         elif module.transposed:

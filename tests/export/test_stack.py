@@ -23,7 +23,7 @@ from tiny_models import read_by_transformers, write_tiny
 from qlora_tool import UserError, api
 from qlora_tool.artifacts import BaseOptions
 from qlora_tool.build import open_model
-from qlora_tool.export.proof import open_live
+from qlora_tool.export.proof import measure_update, open_live
 from qlora_tool.export.write import ExportOptions, export_merged
 from qlora_tool.inference.several import find_several
 from qlora_tool.methods import METHODS
@@ -54,6 +54,11 @@ STACKS = {
     "biases": ("llama-biased", [{"bias": "all", "target_modules": ["q_proj"]}, {"bias": "lora_only"}]),
     "symmetric": ("llama", [{"init_lora_weights": "symmetric"}, {}]),
     "embeddings": ("llama", [{"target_modules": ["embed_tokens", "q_proj"]}, {"target_modules": ["lm_head"]}]),
+    "rows": ("llama", [{"trainable_token_indices": [3, 5], "target_modules": ["q_proj"]},
+                       {"target_modules": ["embed_tokens", "lm_head"]},
+                       {"trainable_token_indices": {"embed_tokens": [5, 8], "lm_head": [9, 3]}}]),
+    "rows, tied": ("llama-tied", [{"trainable_token_indices": [3, 5]}, {"trainable_token_indices": [5, 2]}]),
+    "rows and whole": ("llama", [{"trainable_token_indices": [3, 5]}, {"modules_to_save": ["embed_tokens"]}]),
     "full": ("llama", [{"method": "full", "quantization": "none"}, {"quantization": "none"}]),
     "experts": ("qwen3_moe", [{"target_parameters": ["mlp.experts.down_proj"]},
                               {"target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]}]),
@@ -85,9 +90,23 @@ def test_it_is_the_weighted_sum_and_the_live_model(bases, tmp_path: Path, name: 
         torch.testing.assert_close(tensor.double(), start + sum(deltas), rtol=0, atol=2e-6 * scale)
         changed += any(float(delta.abs().max()) > 1e-3 for delta in deltas)
     assert changed >= 2
-    expected = open_live(artifact).module(input_ids=IDS, use_cache=False).logits
+    live = open_live(artifact)
+    update = measure_update(live, tmp_path / "merged")
+    assert update is not None and update.kept == pytest.approx(1, abs=1e-4)
+    expected = live.module(input_ids=IDS, use_cache=False).logits
     logits = plain_logits(tmp_path / "merged")
     torch.testing.assert_close(logits, expected, rtol=0, atol=3e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_rows_of_tokens_alone_are_held_against_the_files(bases, tmp_path: Path, family: str):
+    """Those of an output projection are an update of it; a tied one is in the files under the embeddings' name."""
+    rows = {"embed_tokens": [3, 5], "lm_head": [5, 8]} if family == "llama" else [3, 5]
+    adapter = write_adapter(tmp_path / "a", bases(family), target_modules=[], trainable_token_indices=rows)
+    artifact = artifact_of(adapter)
+    export_merged(artifact, tmp_path / "merged", OPTIONS)
+    update = measure_update(open_live(artifact), tmp_path / "merged")
+    assert update is not None and update.kept == pytest.approx(1, abs=1e-4)
 
 
 def dense(artifact) -> dict[str, torch.Tensor]:
@@ -172,8 +191,6 @@ def test_what_cannot_be_added(two_runs: Path, tmp_path: Path):
     assert line.startswith(f"d ({dora}): dora scales the whole weight") and "export it merged alone" in line
     assert "--format adapter" in refusal(model, sums, f"o={two_runs / 'other'}", format="adapter")
     assert "finite number and not 0" in refusal(model, f"{sums}:inf")
-    rows = write_adapter(tmp_path / "rows", model, trainable_token_indices=[1, 2])
-    assert "it replaces single rows of model.embed_tokens" in refusal(model, sums, f"r={rows}", verify=False)
     taken = tmp_path / "taken"
     write_run(taken, model, adapter={"init_lora_weights": "pissa"})
     assert "so it is on a base of its own; use it alone" in refusal(model, sums, f"p={taken}")
