@@ -192,6 +192,24 @@ def test_what_is_trained_whole_and_not_in_the_file_is_refused(folder, tmp_path, 
         Setup.of(run)
 
 
+@pytest.mark.parametrize("left", ["lm_head", "embed_tokens"])
+def test_of_tied_tensors_that_are_saved_along_one_stands_for_both(folder, left, tmp_path):
+    """As in PEFT, which loads it into the one that they are; live and merged."""
+    base = folder("llama-tied")
+    adapter = made_by_peft(base, tmp_path / "a", target_modules=["q_proj"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = "base_model.model.model.embed_tokens.weight" if left == "lm_head" else "base_model.model.lm_head.weight"
+    tensors[name] = load_file(base / "model.safetensors")["model.embed_tokens.weight"] * 1.5
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    expected = by_peft(base, adapter)
+    torch.testing.assert_close(by_us(base, adapter), expected, rtol=0, atol=FP32)
+    merged = read_by_transformers(base)
+    made = MergedModel(build_skeleton(merged.config), Checkpoint(base), Quantization("none"), read_adapter(adapter))
+    merged.load_state_dict(dict(made.stream_from(0)), strict=False)
+    assert not made.unties
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=FP32)
+
+
 def test_embeddings_saved_along_are_not_trained(folder, tmp_path):
     base = folder("llama")
     adapter = made_by_peft(base, tmp_path / "a", target_modules=["q_proj"])
