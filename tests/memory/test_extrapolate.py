@@ -30,6 +30,7 @@ FAMILIES = {
     "llama": SIZES,
     "gemma2": SIZES | {"head_dim": 16, "sliding_window": 64, "num_hidden_layers": 9},
     "mixtral": SIZES | {"num_local_experts": 4},
+    "qwen3_moe": SIZES | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64, "head_dim": 16},
     "gpt2": {"vocab_size": 512, "n_embd": 64, "n_layer": 6, "n_head": 4, "n_positions": 1024},
 }
 
@@ -71,6 +72,21 @@ def test_every_method_grows_with_the_layers_as_it_does(method: str):
     assert max(found.traced_layers) < made("llama").num_hidden_layers
     whole = timeline_on(predict(config, made("llama"), shape, torch.float32), None).breakdown()
     assert found.peak_bytes == pytest.approx(whole.peak_bytes, rel=1e-5)
+
+
+def test_layers_of_experts_add_up():
+    """The published shapes of a mixture take minutes to trace whole (docs/measurements/cpu.md): what two layers take
+    and, for each one beyond, what a third adds, is what all of them take, every part of the peak to the byte."""
+    values = {"adapter.r": 2, "adapter.target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    model = made("qwen3_moe", num_hidden_layers=4)
+
+    def parts(layers: int) -> dict[str, int]:
+        trace = predict(settings(**values), with_layers(model, layers), BatchShape.full(1, 48), torch.bfloat16)
+        return timeline_on(trace, None).breakdown().parts
+
+    two, three = parts(2), parts(3)
+    assert {part: two[part] + 2 * (three[part] - two[part]) for part in two} == parts(4)
+    assert min(three[part] - two[part] for part in ("base_weights", "adapter_weights", "optimizer_state")) > 0
 
 
 @pytest.mark.parametrize("more", [{}, {"training.tiled_mlp": True}, {"training.gradient_accumulation_steps": 2}])
