@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from qlora_tool.adapters.adapter import Adapter
 from qlora_tool.adapters.attach import AdapterSet, attach
 from qlora_tool.adapters.attach_stored import attach_stored, refuse_not_repeated
-from qlora_tool.adapters.calibration import Read, calibrated, reads_data
+from qlora_tool.adapters.calibration import Read, calibrated, is_kept, reads_data
 from qlora_tool.adapters.fusion import tile_mlps
 from qlora_tool.adapters.initial import initial_settings, refuse_other_places, started_from
 from qlora_tool.adapters.lacking import further_targets, started_fresh
@@ -43,7 +43,7 @@ from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.devices import choose_device
 from qlora_tool.model.exceptions import refuse_unknown_names
 from qlora_tool.model.fused_modules import fuse_modules
-from qlora_tool.model.load import build_skeleton, load_base, read_unquantized
+from qlora_tool.model.load import build_skeleton, frozen_skeleton, load_base, read_unquantized
 from qlora_tool.model.open import choose_dtype
 from qlora_tool.model.positions import rotate_by_example
 from qlora_tool.model.random_source import RandomSource
@@ -463,6 +463,22 @@ def _with_adapters(
         "a layer; they start as with default"
     ] if left else []  # fmt: skip
     return model, adapters, remarks
+
+
+def start_is_kept(setup: Setup, examples: Sequence[Example]) -> bool:
+    """Whether what a run's adapters start from is kept with the quantized base: it is then read, and not made."""
+    config, quantization = setup.config, Quantization.of(setup.config.model)
+    if not config.model.keep_quantized:
+        return False
+    folder = resolve_model(config.model.name_or_path, config.model.revision, weights=False)
+    trusted = config.model.trust_remote_code
+    if reads_data(config.adapter):
+        _, frozen = frozen_skeleton(setup.model_config, trusted)
+        without_weights = CausalLM(frozen, folder, quantization, setup.compute_dtype)
+        return is_kept(without_weights, setup.device, config, examples)
+    made = WeightStart.of(config.adapter, setup.model_config, quantization, setup.compute_dtype, config.training.seed,
+                          trusted)  # fmt: skip
+    return made is not None and cached_base(folder, quantization, setup.compute_dtype, made.identity) is not None
 
 
 def open_model(config: ModelConfig, adapter: StoredAdapter | None = None) -> CausalLM:

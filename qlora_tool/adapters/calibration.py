@@ -114,10 +114,8 @@ def calibrated(
     if not len(examples):
         raise ValueError("the calibrated start needs examples of the training data")
     method = METHODS[config.adapter.method]
-    settings = {name: settings_for(name, config.adapter) for name in find_targets(model.module, config.adapter)}
-    rows = config.adapter.calibration_rows  # type: ignore[attr-defined]  # a key of LoRA's
-    batch = calibration_batch(examples, rows, config.data.max_length)
-    kept = _kept(model, config, settings, batch) if keep and config.model.keep_quantized else None
+    settings, batch = _settings(model, config), _batch(config, examples)
+    kept = _kept(model, model.device, config, settings, batch) if keep and config.model.keep_quantized else None
     found: dict[str, dict[str, Tensor]] = {}
     if kept is not None and (kept / SINGLE_NAME).exists():
         for key, tensor in read_all(kept / SINGLE_NAME).items():
@@ -147,11 +145,32 @@ def calibrated(
     return found, [name for name in settings if name not in found]
 
 
-def _kept(model: CausalLM, config: Config, settings: Mapping[str, Settings], batch: Batch) -> Path:
+def is_kept(model: CausalLM, device: torch.device, config: Config, examples: Sequence[Example]) -> bool:
+    """Whether the start of a run is kept with the quantized base already.
+
+    Args:
+        model: see `calibrated`; its weights are not asked for.
+        device: where the run computes.
+    """
+    return (_kept(model, device, config, _settings(model, config), _batch(config, examples)) / SINGLE_NAME).exists()
+
+
+def _settings(model: CausalLM, config: Config) -> dict[str, Settings]:
+    return {name: settings_for(name, config.adapter) for name in find_targets(model.module, config.adapter)}
+
+
+def _batch(config: Config, examples: Sequence[Example]) -> Batch:
+    rows = config.adapter.calibration_rows  # type: ignore[attr-defined]  # a key of LoRA's
+    return calibration_batch(examples, rows, config.data.max_length)
+
+
+def _kept(
+    model: CausalLM, device: torch.device, config: Config, settings: Mapping[str, Settings], batch: Batch
+) -> Path:
     """Where a start is kept with the quantized base: a folder named by all that it is made of."""
     method = METHODS[config.adapter.method]
     modules = {name: [one.r, method.scaling(one), one.keys.model_dump()] for name, one in settings.items()}
-    made_of = [base_identity(model.folder), str(model.quantization), str(model.compute_dtype), str(model.device.type),
+    made_of = [base_identity(model.folder), str(model.quantization), str(model.compute_dtype), str(device.type),
                config.training.seed, modules, batch.input_ids.tolist()]  # fmt: skip
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "bases" / f"calibrated-{digest[:32]}"

@@ -11,6 +11,7 @@ from itertools import repeat
 from typing import TYPE_CHECKING
 
 from qlora_tool.adapters.calibration import start_tokens
+from qlora_tool.build import start_is_kept
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import write_json
 from qlora_tool.memory.allocator.available import available_bytes
@@ -30,7 +31,6 @@ from qlora_tool.memory.trace.tracer import Tracer
 
 if TYPE_CHECKING:
     from qlora_tool.build import Setup, Start
-    from qlora_tool.config import Config
     from qlora_tool.data.batches import Batch
     from qlora_tool.model.checkpointing import Recomputation
     from qlora_tool.training.run import Run
@@ -59,7 +59,7 @@ class RunMemory:
             UserError: on CUDA it will not fit. On a CPU, which may swap, and where the prediction is an estimate, that
                 is a warning. Or `max_memory` is too small for any choice.
         """
-        device, shape = setup.device, replace(BatchShape.of(batch), start_tokens=_start_tokens(setup.config, start))
+        device, shape = setup.device, replace(BatchShape.of(batch), start_tokens=_start_tokens(setup, start))
         try:
             choice = choose_for_run(setup, shape)
             self.predicted = choice.predicted if choice else predict_run(setup, shape)
@@ -129,13 +129,14 @@ class RunMemory:
         write_json(run.folder.path / "memory.json", report.to_json())
 
 
-def _start_tokens(config: Config, start: Start | None) -> int | None:
-    """See `BatchShape`: a run that goes on from a checkpoint makes none."""
+def _start_tokens(setup: Setup, start: Start | None) -> int | None:
+    """See `BatchShape`. A run that goes on from a checkpoint makes none, nor one that finds it in the cache."""
     if start is None:
-        return start_tokens(config, repeat(config.data.max_length))
+        return start_tokens(setup.config, repeat(setup.config.data.max_length))
     if start.checkpoint is not None:
         return None
-    return start_tokens(config, (len(example.input_ids) for example in start.examples))
+    tokens = start_tokens(setup.config, (len(example.input_ids) for example in start.examples))
+    return None if tokens is None or start_is_kept(setup, start.examples) else tokens
 
 
 @contextmanager

@@ -74,6 +74,7 @@ def test_every_method_grows_with_the_layers_as_it_does(method: str):
     assert found.peak_bytes == pytest.approx(whole.peak_bytes, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_of_experts_add_up():
     """The published shapes of a mixture take minutes to trace whole (docs/measurements/cpu.md): what two layers take
     and, for each one beyond, what a third adds, is what all of them take, every part of the peak to the byte."""
