@@ -80,7 +80,8 @@ class AdapterSet:
     def places(self) -> str:
         """What is trained, in words: `210 linear modules, 2 weights of experts`."""
         kinds = Counter(layer.place for layer in self.layers.values())
-        kinds |= Counter({"tensors in full": len(self.saved), "biases": len(self.biases)})
+        whole = sum(tensor.requires_grad for tensor in self.saved.values())  # others go along with what is saved
+        kinds |= Counter({"tensors in full": whole, "biases": len(self.biases)})
         counts = [f"{count} {kind}" for kind, count in kinds.items() if count]
         rows = sum(len(rows.tokens) for rows in self.token_rows.values())
         return ", ".join([*counts, *([f"rows of {rows} tokens"] if rows else [])])

@@ -219,6 +219,7 @@ def test_embeddings_saved_along_are_not_trained(folder, tmp_path):
     save_file(tensors, adapter / "adapter_model.safetensors")
     model = read_tiny(base, "none")
     adapters = attach_stored(model, read_adapter(adapter))
+    assert adapters.places == "2 linear modules"
     assert len(adapters.parameters()) == 4 and not model.get_input_embeddings().weight.requires_grad
     torch.testing.assert_close(model.get_input_embeddings().weight, torch.nn.Parameter(embeddings), check_device=False)
     assert "model.embed_tokens.weight" in adapters.peft_tensors()  # they go along with what is saved
