@@ -194,7 +194,8 @@ def attach(
     saved = train_modules(model, config.modules_to_save, compute_dtype)
     biases = train_biases(model, config.bias, layers, compute_dtype)
     tokens = wanted_tokens(model, config)
-    refuse_rows(model, tokens, layers, TOKENS_KEY, "leave one of the two out, or name the embeddings alone")
+    otherwise = {*layers, *(name.removesuffix(".weight") for name in saved)}
+    refuse_rows(model, tokens, otherwise, TOKENS_KEY, "leave one of the two out, or name the embeddings alone")
     token_rows = put_rows_on(model, tokens, compute_dtype)
     return AdapterSet(layers, saved, biases, transposed_names(model, saved), token_rows)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+EXPERTS = "experts"  # what transformers calls the modules that hold them
 LAST = "down_proj"  # of an experts module's weights, as transformers registers them
 _INSIDE = ".base_layer"
 
@@ -40,7 +41,7 @@ def parameter_of(file_name: str, target_parameters: Iterable[str]) -> str | None
     depth = (len(file_name) - len(module)) // len(_INSIDE)
     adapted = _in_order({
         parameter for owner, _, parameter in (name.rpartition(".") for name in target_parameters)
-        if not owner or module == owner or module.endswith(f".{owner}")
+        if module == owner or module.endswith(f".{owner or EXPERTS}")
     })  # fmt: skip
     return f"{module}.{adapted[-1 - depth]}" if depth < len(adapted) else None
 

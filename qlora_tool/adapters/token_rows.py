@@ -147,7 +147,7 @@ def refuse_rows(
 
     Args:
         names: of the embeddings, or the output projection, that have them.
-        adapted: names of the modules that have an adapter.
+        adapted: names of the modules that have an adapter, or are trained in full.
         what, cure: what an error begins and ends with.
 
     Raises:
@@ -159,7 +159,7 @@ def refuse_rows(
         if model.get_submodule(name) is output and getattr(output, "bias", None) is not None:
             raise UserError(f"{what}: {name} has a bias, which PEFT leaves out where rows of it are trained; {cure}")
         if name in adapted:
-            raise UserError(f"{what}: {name} has an adapter too; it is either trained by rows or adapted; {cure}")
+            raise UserError(f"{what}: {name} has an adapter, or is trained in full, too; it can be one of them; {cure}")
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from qlora_tool._version import __version__
-from qlora_tool.adapters.adapter import EmbeddingAdapter, ExpertsAdapter
+from qlora_tool.adapters.adapter import Adapter, EmbeddingAdapter, ExpertsAdapter
 from qlora_tool.adapters.expert_names import names_in_file
-from qlora_tool.adapters.peft_names import CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from qlora_tool.adapters.peft_names import CONFIG_NAME, PREFIX, WEIGHTS_NAME, taken_for_experts
 from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.adapters.switch import Switch
@@ -59,6 +59,7 @@ class Truncation:
         bytes_before, bytes: of the tensors' files.
         losses: None where there are no rows to measure on.
         no_losses: why there are none.
+        not_in_peft: what PEFT would not read of it, or None.
     """
 
     folder: Path
@@ -68,6 +69,7 @@ class Truncation:
     bytes: int
     losses: Losses | None
     no_losses: str | None
+    not_in_peft: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         losses = self.losses
@@ -77,12 +79,13 @@ class Truncation:
             "loss": None if losses is None else {
                 "rows": losses.rows, "tokens": losses.tokens, "before": losses.before, "after": losses.after
             },
-            "loss_left_out": self.no_losses,
+            "loss_left_out": self.no_losses, "not_in_peft": self.not_in_peft,
         }  # fmt: skip
 
     def lines(self) -> list[str]:
         lines = [f"{self.folder}: cut to rank {self.r}: {self.kept:.2%} of the update kept (Frobenius, squared); "
                  f"{self.bytes / 1e6:.1f} MB, {self.bytes_before / 1e6:.1f} MB before"]  # fmt: skip
+        lines += [f"{self.folder}: {self.not_in_peft}"] if self.not_in_peft else []
         if self.losses is None:
             return [*lines, f"loss not measured: {self.no_losses}"]
         found = self.losses
@@ -141,7 +144,9 @@ def truncate(artifact: Artifact, found: Inspection, r: int, output: Path, data: 
             write_json(temporary / "qlora_tool.json", _provenance(stored, found, r))
     before, after = ((folder / WEIGHTS_NAME).stat().st_size for folder in (stored.folder, output))
     losses = _losses(artifact, output, rows, source) if rows else None
-    return Truncation(output, r, found.kept(r), before, after, losses, None if rows else source)
+    linears = [name for name, layer in opened.layers.items() if type(layer) is Adapter]
+    return Truncation(output, r, found.kept(r), before, after, losses, None if rows else source,
+                      taken_for_experts(linears, opened.model_type))  # fmt: skip
 
 
 def _rows(artifact: Artifact, data: str | None) -> tuple[Sequence[Example], str]:

@@ -205,12 +205,14 @@ class Opened:
         shapes: of the adapted weights by the same names: (out, in), (vocabulary, dim), (experts, out, in).
         weights: what gives a base's weight (out, in), fp32, or None.
         no_base: why there are none, or None.
+        model_type: transformers' name for the base's family; empty where the base is not here.
     """
 
     layers: Mapping[str, Adapter]
     shapes: Mapping[str, tuple[int, ...]]
     weights: Callable[[str], Tensor] | None
     no_base: str | None
+    model_type: str = ""
 
 
 def open_adapter(artifact: Artifact) -> Opened:
@@ -231,7 +233,8 @@ def open_adapter(artifact: Artifact) -> Opened:
         )
     ordered = sorted(layers, key=_in_order)
     return Opened({name: layers[name] for name in ordered}, {name: known[name] for name in ordered},
-                  merged.base_weight if merged else None, no_base)  # fmt: skip
+                  merged.base_weight if merged else None, no_base,
+                  merged.skeleton.config.get_text_config().model_type if merged else "")  # fmt: skip
 
 
 def _base(artifact: Artifact) -> tuple[MergedModel | None, str | None]:

@@ -345,7 +345,7 @@ def test_embeddings_saved_beside_rows_of_tokens_are_read(folder, tokens, tmp_pat
 
 @pytest.mark.parametrize("family, keys, message", [
     ("gptj", {"trainable_token_indices": {"lm_head": [5]}}, "lm_head has a bias, which PEFT leaves out"),
-    ("qwen2", {"target_modules": ["lm_head"], "trainable_token_indices": [5]}, "lm_head has an adapter too"),
+    ("qwen2", {"target_modules": ["lm_head"], "trainable_token_indices": [5]}, "lm_head has an adapter"),
 ], ids=str)  # fmt: skip
 def test_rows_of_tokens_that_peft_computes_otherwise_are_refused(folder, family, keys, message, tmp_path):
     base = folder(family)
@@ -354,6 +354,25 @@ def test_rows_of_tokens_that_peft_computes_otherwise_are_refused(folder, family,
         attach_stored(read_tiny(base, "none"), read_adapter(adapter))
     with pytest.raises(UserError, match=f"adapter.trainable_token_indices: {message}"):
         attach(read_tiny(base, "none"), AdapterConfig(**({"target_modules": ["q_proj"]} | keys)), torch.float32, 0)
+
+
+def test_rows_of_embeddings_that_are_tied_to_what_is_trained_in_full_are_refused(folder):
+    """PEFT raises where such a file is opened."""
+    config = AdapterConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], trainable_token_indices=[5])
+    with pytest.raises(UserError, match=r"adapter.trainable_token_indices: model.embed_tokens has an adapter, or"):
+        attach(read_tiny(folder("qwen2"), "none"), config, torch.float32, 0)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("keys", [
+    {"target_modules": ["o_proj"], "target_parameters": ["gate_up_proj", "down_proj"]},
+    {"target_modules": ["o_proj"], "target_parameters": ["down_proj"]},
+], ids=str)  # fmt: skip
+def test_weights_of_experts_by_their_last_name_are_read(folder, family, keys, tmp_path):
+    """PEFT itself names them so where it takes target_modules for those of transformers 4 (all-linear, down_proj)."""
+    base = folder(family)
+    adapter = made_by_peft(base, tmp_path / "a", **keys)
+    torch.testing.assert_close(by_us(base, adapter), by_peft(base, adapter), rtol=0, atol=FP32)
 
 
 def test_a_misfit_on_the_base_that_the_adapter_names_does_not_name_it_as_the_cure(folder, tmp_path):

@@ -90,6 +90,16 @@ def test_it_is_the_best_rank_r_of_every_expert(tmp_path, parameters):
     assert float((ours - peft_logits(folder, tmp_path / "cut")).abs().max()) < 1e-4
 
 
+@pytest.mark.parametrize("module, dropped", [("shared_experts.down_proj", True), ("o_proj", False)])
+def test_what_peft_drops_of_it_is_said(tmp_path, module, dropped):
+    base = write_tiny("deepseek_v3", tmp_path / "base")
+    adapter = write_adapter(tmp_path / "a", base, quantization="none", method="vera", r=8, target_modules=[module])
+    cut = look(artifact_of(adapter), r=2, output=tmp_path / "cut").truncation
+    ours = live_logits(artifact_of(tmp_path / "cut"))
+    assert (float((ours - peft_logits(base, tmp_path / "cut")).abs().max()) > 1e-4) is dropped
+    assert any("PEFT 0.21 takes down_proj for weights of experts" in line for line in cut.lines()) is dropped
+
+
 def test_what_is_trained_whole_goes_along(base, tmp_path):
     """At a rank that every update has, the cut adapter is the whole one."""
     biased = write_tiny("llama-biased", tmp_path / "biased")
