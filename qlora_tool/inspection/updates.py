@@ -234,7 +234,7 @@ def open_adapter(artifact: Artifact) -> Opened:
     ordered = sorted(layers, key=_in_order)
     return Opened({name: layers[name] for name in ordered}, {name: known[name] for name in ordered},
                   merged.base_weight if merged else None, no_base,
-                  merged.skeleton.config.get_text_config().model_type if merged else "")  # fmt: skip
+                  cast(Any, merged.skeleton).config.get_text_config().model_type if merged else "")  # fmt: skip
 
 
 def _base(artifact: Artifact) -> tuple[MergedModel | None, str | None]:
