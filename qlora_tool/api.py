@@ -226,7 +226,7 @@ def export_merged(
         base: dequantized (merge onto what was trained against) or original (onto the 16-bit weights).
         dtype: auto, bfloat16, float16 or float32; auto takes what keeps more.
         format: safetensors, gguf, adapter, adapter-portable or nf4.
-        gguf_type: f16, bf16 or q8_0.
+        gguf_type: of `choices.GgufType`.
         max_shard_size: of one file at most, such as 5GB, or bytes.
         verify: hold the files against the model that was trained, token by token, before they get their name.
         verify_data: rows for that; None: the run's evaluation rows.

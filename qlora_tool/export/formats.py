@@ -28,7 +28,7 @@ class Job:
         base_folder: its base's.
         merged: the merged tensors, in the dtype of the files where the format has one.
         max_shard_size: bytes of a file at most.
-        gguf_type: f16, bf16 or q8_0.
+        gguf_type: of `choices.GgufType`.
     """
 
     name: str
@@ -104,8 +104,9 @@ def _write_gguf(job: Job, staging: Staging) -> dict[str, Any]:
 
 
 def _gguf_bytes(job: Job) -> int:
-    bits = {"f16": 16, "bf16": 16, "q8_0": 8.5}[job.gguf_type]
-    return int(sum(spec.nbytes // spec.dtype.itemsize for group in job.merged.specs() for spec in group) * bits / 8)
+    from qlora_tool.export.gguf.write import planned_bytes
+
+    return planned_bytes(job.merged, job.gguf_type)
 
 
 def _check_gguf(job: Job) -> None:

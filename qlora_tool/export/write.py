@@ -65,7 +65,7 @@ class ExportOptions:
         max_shard_size: bytes of a file at most.
         overwrite: an existing folder may be replaced.
         format: a key of `formats.FORMATS`.
-        gguf_type: f16, bf16 or q8_0.
+        gguf_type: of `choices.GgufType`.
         verify: hold the files against the live model before they get their name.
         verify_data: rows for that; None: the run's own.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +22,19 @@ from torch import Tensor
 
 from qlora_tool.errors import UserError
 from qlora_tool.export.gguf.families import TensorNames, find_family
+from qlora_tool.export.gguf.mixture import fallbacks, tensor_types
 from qlora_tool.export.gguf.settings import add_settings, rope_tensors
 from qlora_tool.export.gguf.tokenizer import read_tokenizer
+from qlora_tool.export.grids.block_types import BLOCK_TYPES, BlockType
+from qlora_tool.export.grids.fit import fit
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
     from qlora_tool.export.merge import MergedModel
+
+
+logger = logging.getLogger(__name__)
 
 
 def refuse_unwritable(config) -> None:
@@ -54,7 +61,7 @@ def write_gguf(
         base_folder: the base's; its generation settings name the ends of a turn.
         tokenizer_folder: the tokenizer's, with the chat template.
         file: to write; its stem is the model's name in it.
-        gguf_type: f16, bf16 or q8_0. Norms, biases and other vectors are fp32.
+        gguf_type: of `choices.GgufType`. Norms, biases and other vectors are fp32.
 
     Returns:
         architecture, tokenizer model and way of splitting, tensors, bytes, parameters.
@@ -70,6 +77,7 @@ def write_gguf(
     family = find_family(config)
     names = TensorNames(family, config, merged.skeleton.base_model_prefix)
     plan = _plan(merged, names, gguf_type)
+    _tell_fallbacks(plan, gguf_type, config)
     extra = rope_tensors(config)
     vocabulary = plan["token_embd.weight"][0][0]
     tokenizer = read_tokenizer(tokenizer_folder, base_folder, vocabulary)
@@ -109,27 +117,35 @@ Plan = dict[str, tuple[tuple[int, ...], "GGMLQuantizationType"]]
 
 def _plan(merged: MergedModel, names: TensorNames, gguf_type: str) -> Plan:
     """Shape and type of every tensor in the order of writing, by the same conversion on tensors without values."""
-    plan: Plan = {}
-    for specs in merged.specs():
-        meta = {spec.name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in specs}
-        for name, tensor in names.convert(meta).items():
-            plan[name] = tuple(tensor.shape), _stored_type(name, tuple(tensor.shape), gguf_type)
-    if "token_embd.weight" not in plan and "output.weight" in plan:
-        # The checkpoint holds tied embeddings under the output's name; llama.cpp looks for them at the input.
-        plan = {"token_embd.weight" if name == "output.weight" else name: entry for name, entry in plan.items()}
-    return plan
-
-
-def _stored_type(name: str, shape: tuple[int, ...], gguf_type: str) -> GGMLQuantizationType:
     import gguf
 
-    kinds = gguf.GGMLQuantizationType
-    fp32 = len(shape) == 1 or name.endswith("_norm.weight") or name.startswith("position_embd") or "gate_inp" in name
-    if fp32:  # llama.cpp's operators take these in no other type
-        return kinds.F32
-    if gguf_type == "q8_0":
-        return kinds.Q8_0 if shape[-1] % 32 == 0 else kinds.F16  # blocks of 32 must not straddle rows
-    return kinds.F16 if gguf_type == "f16" else kinds.BF16
+    shapes: dict[str, tuple[int, ...]] = {}
+    for specs in merged.specs():
+        meta = {spec.name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in specs}
+        shapes |= {name: tuple(tensor.shape) for name, tensor in names.convert(meta).items()}
+    if "token_embd.weight" not in shapes and "output.weight" in shapes:
+        # The checkpoint holds tied embeddings under the output's name; llama.cpp looks for them at the input.
+        shapes = {"token_embd.weight" if name == "output.weight" else name: shape for name, shape in shapes.items()}
+    types = tensor_types(shapes, gguf_type, merged.skeleton.config)
+    return {name: (shape, gguf.GGMLQuantizationType[types[name]]) for name, shape in shapes.items()}
+
+
+def _tell_fallbacks(plan: Plan, gguf_type: str, config: Any) -> None:
+    """Say once how many tensors have larger types than they would have with rows of another length."""
+    count = fallbacks({n: shape for n, (shape, _) in plan.items()}, {n: kind.name for n, (_, kind) in plan.items()},
+                      gguf_type, config)  # fmt: skip
+    if count:
+        kinds = sorted({kind.name.lower() for _, kind in plan.values() if kind.name != "F32"})
+        logger.warning(
+            "--gguf-type %s: the rows of %d tensors are no multiple of its blocks, and they take llama.cpp's larger "
+            "types instead (the file has %s)", gguf_type, count, ", ".join(kinds),
+        )  # fmt: skip
+
+
+def planned_bytes(merged: MergedModel, gguf_type: str) -> int:
+    """The bytes of all tensors of the file."""
+    names = TensorNames(find_family(merged.skeleton.config), merged.skeleton.config, merged.skeleton.base_model_prefix)
+    return sum(_nbytes(shape, kind) for shape, kind in _plan(merged, names, gguf_type).values())
 
 
 def _nbytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
@@ -141,8 +157,7 @@ def _nbytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
 def _file_type(gguf_type: str) -> int:
     import gguf
 
-    kinds = gguf.LlamaFileType
-    return {"f16": kinds.MOSTLY_F16, "bf16": kinds.MOSTLY_BF16, "q8_0": kinds.MOSTLY_Q8_0}[gguf_type]
+    return gguf.LlamaFileType[f"MOSTLY_{gguf_type.upper()}"]
 
 
 def _write_tensors(writer, merged: MergedModel, names: TensorNames, plan: Plan) -> None:
@@ -173,10 +188,29 @@ def _write_group(writer, tensors: dict[str, Tensor], expected: Iterator[tuple[st
 def _encoded(tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
     """The bytes of one tensor as an array."""
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(kind.name)
+    if kind.name in BLOCK_TYPES:
+        return block_bytes(tensor.float(), BLOCK_TYPES[kind.name])
     if dtype is None:
         return quantized_blocks(tensor.float(), kind)
     rounded = tensor.to(dtype).contiguous()
     return rounded.view(torch.int16).numpy() if dtype == torch.bfloat16 else rounded.numpy()
+
+
+def block_bytes(tensor: Tensor, kind: BlockType, at_a_time: int = 1 << 22) -> np.ndarray:
+    """The blocks nearest to a tensor, some rows at a time.
+
+    Args:
+        tensor: fp32, (…, columns), columns a multiple of the block's size.
+        at_a_time: weights; bounds what is held beside the tensor.
+
+    Returns:
+        uint8, (rows, bytes of a row).
+    """
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    step = max(1, at_a_time // rows.shape[1])
+    parts = (rows[start : start + step] for start in range(0, len(rows), step))
+    return np.concatenate([kind.pack(fit(kind, part.reshape(-1, kind.weights))).view(len(part), -1).numpy()
+                           for part in parts])  # fmt: skip
 
 
 def quantized_blocks(tensor: Tensor, kind: GGMLQuantizationType, at_a_time: int = 1 << 22) -> np.ndarray:

@@ -1,0 +1,150 @@
+"""Blocks of GGUF files: their bytes as `gguf` decodes them, and how near their values lie."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tiny_adapters import artifact_of, write_adapter, write_chat_base
+from tiny_ggufs import gguf_of
+
+from qlora_tool.export.gguf.mixture import MIXTURES, fallbacks, tensor_types
+from qlora_tool.export.grids.block_types import BLOCK_TYPES
+from qlora_tool.export.grids.fit import fit, nearest
+
+KINDS = BLOCK_TYPES.values()
+BITS = {"Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q5_1": 6, "IQ4_NL": 4.5, "Q4_K": 4.5, "Q5_K": 5.5, "Q6_K": 6.5625}
+
+
+def weights(kind, blocks: int = 64) -> torch.Tensor:
+    """Rows of many sizes, some far from 0, some with an outlier; all zero, all alike, and what float16 cannot hold."""
+    generator = torch.Generator().manual_seed(len(kind.name))
+    values = torch.randn(blocks, kind.weights, generator=generator)
+    values *= torch.logspace(-4, 1, blocks).unsqueeze(1)
+    values[3] += 5 * values[3].std()
+    values[4, 7] *= 30
+    values[5], values[6], values[7] = 0, 0.25, -0.25
+    values[8] = 1e-12 * values[8]
+    return values
+
+
+def decoded(kind, blocks) -> torch.Tensor:
+    return torch.from_numpy(gguf.dequantize(kind.pack(blocks).numpy(), gguf.GGMLQuantizationType[kind.name]))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_bytes_are_decoded_to_the_values_that_were_chosen(kind):
+    blocks = fit(kind, weights(kind))
+    packed = kind.pack(blocks)
+    assert packed.dtype == torch.uint8 and packed.shape[1] * 8 == BITS[kind.name] * kind.weights
+    assert torch.equal(decoded(kind, blocks), kind.values(blocks))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_every_weight_is_on_the_nearest_value_of_its_block(kind):
+    """By trying all levels of each sub-block with the a and b that it has."""
+    x = weights(kind)
+    blocks = fit(kind, x)
+    a, b = (part.unsqueeze(-1) for part in kind.coefficients(blocks))
+    parts = x.view(len(x), kind.sub_blocks, -1)
+    levels = torch.tensor(kind.levels, dtype=torch.float32)
+    least = (a.unsqueeze(-1) * levels + b.unsqueeze(-1) - parts.unsqueeze(-1)).abs().amin(-1)
+    found = (kind.values(blocks) - x).abs().view_as(parts)
+    torch.testing.assert_close(found, least, rtol=1e-4, atol=1e-6 * float(x.abs().max()))  # of two as near either one
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1")],
+                         ids=lambda kind: kind.name)  # fmt: skip
+def test_no_block_is_worse_than_ggufs_own(kind):
+    """`gguf` takes the scale in which the largest weight fits."""
+    x = weights(kind, 256)
+    own = gguf.GGMLQuantizationType[kind.name]
+    theirs = torch.from_numpy(gguf.dequantize(gguf.quantize(x.numpy(), own), own).copy())
+    ours = kind.values(fit(kind, x))
+    error, other = (((found - x).double() ** 2).sum(1) for found in (ours, theirs))
+    assert float((error / other.clamp(min=1e-30)).median()) < 0.97
+    assert (error <= other * 1.001 + 1e-24).all()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_values_that_lie_on_a_grid_are_kept(kind):
+    """A block that was quantized once is what it was."""
+    once = kind.values(fit(kind, weights(kind)))
+    again = kind.values(fit(kind, once))
+    lost = (again - once).norm(dim=1) / once.norm(dim=1).clamp(min=1e-30)
+    assert float(lost.median()) < 2e-3 and float(lost[once.norm(dim=1) > 0].max()) < 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_importance_moves_the_error_to_where_it_costs_less(kind):
+    x = torch.randn(128, kind.weights, generator=torch.Generator().manual_seed(1))
+    importance = torch.ones(1, kind.weights)
+    importance[:, ::4] = 100.0
+    errors = [(importance * (kind.values(fit(kind, x, given)) - x).square()).sum() for given in (None, importance)]
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_the_nearest_level_of_uneven_ones():
+    kind = BLOCK_TYPES["IQ4_NL"]
+    assert nearest(kind, torch.tensor([-500.0, -4.6, -4.4, 7.1, 500])).tolist() == [-127, -10, 1, 13, 113]
+
+
+SHAPES = {"token_embd.weight": (1000, 512), "output.weight": (1000, 512), "output_norm.weight": (512,)} | {
+    f"blk.{layer}.{name}.weight": shape for layer in range(16)
+    for name, shape in (("attn_q", (512, 512)), ("attn_v", (128, 512)), ("attn_norm", (512,)), ("ffn_down", (512, 768)),
+                        ("ffn_gate_inp", (8, 512)))
+}  # fmt: skip
+
+
+class Config:
+    num_hidden_layers, num_attention_heads, num_key_value_heads = 16, 8, 2
+
+
+def test_the_mixture_of_the_usual_type():
+    """q4_k_m: a half of attention's values and of the ways down in six bits: the first and the last eighth of the
+    layers, and of the others every third (2 and 2 of 16, then 4, 7, 10 and 13)."""
+    types = tensor_types(SHAPES, "q4_k_m", Config)
+    more = {layer for layer in range(16) if types[f"blk.{layer}.attn_v.weight"] == "Q6_K"}
+    assert more == {0, 1, 4, 7, 10, 13, 14, 15} == {
+        layer for layer in range(16) if types[f"blk.{layer}.ffn_down.weight"] == "Q6_K"
+    }
+    assert types["token_embd.weight"] == types["blk.0.attn_q.weight"] == types["blk.2.attn_v.weight"] == "Q4_K"
+    assert types["output.weight"] == "Q6_K"
+    assert types["blk.0.attn_norm.weight"] == types["blk.3.ffn_gate_inp.weight"] == "F32"
+    assert fallbacks(SHAPES, types, "q4_k_m", Config) == 0
+
+
+def test_tied_embeddings_are_the_output():
+    tied = {name: shape for name, shape in SHAPES.items() if name != "output.weight"}
+    assert tensor_types(tied, "q4_k_s", Config)["token_embd.weight"] == "Q6_K"
+
+
+@pytest.mark.parametrize(("columns", "expected"), [
+    (512, {"Q4_K", "Q5_K", "Q6_K"}), (576, {"Q5_0", "Q5_1", "Q8_0"}), (100, {"F16", "Q8_0"}),
+])  # fmt: skip
+def test_rows_of_other_lengths_fall_back(columns, expected):
+    shapes = {name: (*shape[:-1], columns) if len(shape) > 1 else shape for name, shape in SHAPES.items()}
+    for mixture in ("q4_k_m", "q4_k_s", "q5_k_m", "q6_k"):
+        types = tensor_types(shapes, mixture, Config)
+        large = {kind for name, kind in types.items() if kind != "F32"}
+        assert large <= expected
+        if columns != 512:
+            assert fallbacks(shapes, types, mixture, Config) == sum(kind != "F32" for kind in types.values())
+
+
+@pytest.mark.parametrize("gguf_type", MIXTURES)
+def test_a_file_holds_what_its_mixture_says(gguf_type, tmp_path):
+    """Sizes that are multiples of 256; every tensor of the file lies near the merged one."""
+    base = write_chat_base("llama", tmp_path / "base", hidden_size=256, intermediate_size=512)
+    artifact = artifact_of(write_adapter(tmp_path / "adapter", base))
+    half, facts = gguf_of(artifact, base, tmp_path / "half.gguf", "f16")
+    file, facts = gguf_of(artifact, base, tmp_path / "model.gguf", gguf_type)
+    reader, exact = gguf.GGUFReader(file), {one.name: one for one in gguf.GGUFReader(half).tensors}
+    assert facts["bytes"] == file.stat().st_size < 0.55 * half.stat().st_size
+    kinds = {one.name: one.tensor_type.name for one in reader.tensors}
+    assert MIXTURES[gguf_type].usual in kinds.values() and kinds["output.weight"] == "Q6_K"
+    for tensor in reader.tensors:
+        found = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(-1)
+        values = gguf.dequantize(exact[tensor.name].data, exact[tensor.name].tensor_type).reshape(-1)
+        assert np.linalg.norm(found - values) <= 0.13 * np.linalg.norm(values), tensor.name
