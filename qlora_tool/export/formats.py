@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,8 @@ class Format:
         check: refuses what the format cannot hold, before anything is written.
         has_dtype: whether the user may choose a dtype for its tensors.
         auto_dtype: whether the one that keeps most is chosen for them, where the user leaves it.
-        is_model: whether the result is held against the live model.
+        as_model: the result as a model folder that plain transformers loads, for as long as it is held against the live
+            model; None where it is none.
     """
 
     write: Write
@@ -66,7 +69,11 @@ class Format:
     check: Callable[[Job], None] = lambda job: None
     has_dtype: bool = False
     auto_dtype: bool = False
-    is_model: bool = False
+    as_model: Callable[[Job, Staging], AbstractContextManager[Path]] | None = None
+
+
+def _itself(job: Job, staging: Staging) -> AbstractContextManager[Path]:
+    return nullcontext(staging.folder)
 
 
 def _write_safetensors(job: Job, staging: Staging) -> dict[str, Any]:
@@ -115,6 +122,20 @@ def _check_gguf(job: Job) -> None:
     refuse_unwritable(job.merged.skeleton.config)
 
 
+@contextmanager
+def _gguf_read_back(job: Job, staging: Staging) -> Iterator[Path]:
+    from qlora_tool.export.gguf.read_back import read_back
+
+    folder = staging.root / "read-back"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        read_back(job.merged, staging.folder / f"{job.name}.gguf", folder)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _write_requantized(job: Job, staging: Staging) -> dict[str, Any]:
     from qlora_tool.export.requantized import write_requantized
 
@@ -158,9 +179,9 @@ def _files_of(folder: Path) -> dict[str, Any]:
 
 
 FORMATS: dict[ExportFormat, Format] = {
-    "safetensors": Format(_write_safetensors, _merged_bytes, has_dtype=True, auto_dtype=True, is_model=True),
-    "gguf": Format(_write_gguf, _gguf_bytes, _check_gguf),
-    "nf4": Format(_write_requantized, _requantized_bytes, has_dtype=True, is_model=True),
+    "safetensors": Format(_write_safetensors, _merged_bytes, has_dtype=True, auto_dtype=True, as_model=_itself),
+    "gguf": Format(_write_gguf, _gguf_bytes, _check_gguf, as_model=_gguf_read_back),
+    "nf4": Format(_write_requantized, _requantized_bytes, has_dtype=True, as_model=_itself),
     "adapter": Format(_write_adapter(portable=False), _adapter_bytes, _check_adapter),
     "adapter-portable": Format(_write_adapter(portable=True), lambda job: 4 * _adapter_bytes(job),
                                _check_adapter),

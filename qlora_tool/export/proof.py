@@ -25,7 +25,7 @@ from qlora_tool.config.sources import told
 from qlora_tool.data.examples import Selection, as_examples
 from qlora_tool.data.tokenize import Example, build_dataset, build_evaluation_sets, evaluation_sources
 from qlora_tool.errors import ToolError
-from qlora_tool.export.verify import Agreement, Predictions, Rows, choose_rows, compare, predict
+from qlora_tool.export.verify import Agreement, Predictions, Rows, choose_rows, compare, predict, trained_loss
 from qlora_tool.files.tensors import Checkpoint, give_back_freed_memory
 from qlora_tool.inference.open import tokenizer_folder
 from qlora_tool.model.causal_lm import CausalLM
@@ -37,7 +37,7 @@ from qlora_tool.model.positions import rotate_by_example
 from qlora_tool.model.slots import Quantization, find_embedding_slots, find_slots
 from qlora_tool.model.source import read_model_config
 from qlora_tool.ops.free_memory import free_bytes
-from qlora_tool.weights.modules import FrozenLinear
+from qlora_tool.weights.modules import Adaptable, FrozenLinear
 from qlora_tool.weights.quantized import KINDS, QuantizedTensor
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 MEAN_KL = 1e-3  # from here on a mean KL is a warning: seven times what bf16's rounding gives (docs/measurements/cpu.md)
 ARGMAX_AGREEMENT = 0.95  # below it
 UPDATE_ERROR = 0.5  # from here on: the rounding is half as large as the update
+GAIN_KEPT = 0.9  # of what training gained; below it
+GGUF_TYPES = ("q4_0", "iq4_nl", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "bf16", "f16")  # each finer than the last
 FULL_LOGITS = 1 << 28  # bytes of a model's full logits that are kept, where its hidden states do not do
 
 
@@ -96,7 +98,8 @@ class Proof:
         """For JSON; figures in four digits, which do not change from one run to the next."""
         figures: dict[str, Any] = {"left_out": self.left_out}
         if self.agreement:
-            figures |= {"rows": self.rows, **{key: _rounded(value) for key, value in asdict(self.agreement).items()}}
+            found = asdict(self.agreement) | {"gain_kept": self.agreement.gain_kept}
+            figures |= {"rows": self.rows, **{key: _rounded(value) for key, value in found.items()}}
         if self.agreement or self.update:
             update = {key: _rounded(value) for key, value in asdict(self.update).items()} if self.update else None
             figures |= {"update": update, "warnings": self.warnings()}
@@ -117,6 +120,9 @@ class Proof:
         losses = [f"{live:.4f} trained, {exported:.4f} exported ({of})" for live, exported, of in self._losses()]
         if losses:
             lines.append(f"  loss {'; '.join(losses)}")
+        if found.gain_kept is not None:
+            lines.append(f"  of what training gained (loss {found.untuned_loss:.2f} → {found.live_loss:.2f}) the files "
+                         f"keep {found.gain_kept:.1%}")  # fmt: skip
         return lines + kept
 
     def table(self) -> list[tuple[str, str]]:
@@ -130,6 +136,9 @@ class Proof:
                 *((f"loss, {of}", f"{live:.4f} trained, {exported:.4f} exported")
                   for live, exported, of in self._losses()),
             ]  # fmt: skip
+            if found.gain_kept is not None:
+                gained = f"loss {found.untuned_loss:.2f} → {found.live_loss:.2f}"
+                facts.append(("kept of what training gained", f"{found.gain_kept:.1%} ({gained})"))
         if self.update:
             facts.append(("update kept", str(self.update)))
         return facts
@@ -143,6 +152,11 @@ class Proof:
     def warnings(self) -> list[str]:
         """What is bad about the figures, each with the better choice."""
         found, faults = self.agreement, []
+        if self.dtype in GGUF_TYPES[:-2] and found and found.gain_kept is not None:  # what counts of a coarse rounding
+            if found.gain_kept >= GAIN_KEPT:
+                return []
+            return [f"of what training gained the file keeps {found.gain_kept:.1%} (below {GAIN_KEPT:.0%}); "
+                    f"{self._better()}"]  # fmt: skip
         if found and not found.mean_kl <= MEAN_KL:  # no number at all is bad too
             faults.append(f"mean KL {found.mean_kl:.2g} (above {MEAN_KL:g})")
         if found and not found.argmax_agreement >= ARGMAX_AGREEMENT:
@@ -159,6 +173,8 @@ class Proof:
         return [*failed, f"{found}: {', '.join(faults)}; {self._better()}"]
 
     def _better(self) -> str:
+        if self.dtype in GGUF_TYPES[:-1]:
+            return f"--gguf-type {GGUF_TYPES[GGUF_TYPES.index(self.dtype) + 1]} is the next finer type"
         if self.dtype in KINDS:
             original = "--base original keeps more of it, " if self.finer_base and self.base == "dequantized" else ""
             return f"{original}--format safetensors keeps all of it"
@@ -172,7 +188,8 @@ class Proof:
 
 
 def prove(
-    artifact: Artifact, folder: Path, rows: tuple[Sequence[Example], str], *, base: str, max_tokens: int = 5000
+    artifact: Artifact, folder: Path, rows: tuple[Sequence[Example], str], *, base: str, max_tokens: int = 5000,
+    dtype: str | None = None,
 ) -> Proof:
     """Hold the files of `folder`, in plain transformers, against the live quantized base with its adapter.
 
@@ -185,15 +202,16 @@ def prove(
         rows: to compare on, and what to call them, or why there are none; see `find_rows`.
         base: what it was merged onto, `dequantized` or `original`.
         max_tokens: of these rows.
+        dtype: what the weights were rounded to; None: as config.json says.
     """
-    dtype = _stored_as(folder)
     examples, source = rows
     if not examples:
-        return Proof(base, dtype, left_out=source)
+        return Proof(base, dtype or _stored_as(folder), left_out=source)
+    dtype = dtype or _stored_as(folder)
     try:
         if shortage := _shortage(artifact):
             return Proof(base, dtype, left_out=shortage)
-        live, update, chosen = _live(artifact, folder, examples, max_tokens)
+        live, update, chosen, untuned = _live(artifact, folder, examples, max_tokens)
     except ToolError as error:  # the base is gone by now, say: the files are good all the same
         return Proof(base, dtype, left_out=str(error))
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -202,7 +220,7 @@ def prove(
     try:
         with exported_model(folder, choose_device(artifact.model.device), artifact.model.trust_remote_code) as exported:
             exported.projects_plainly = not live.full_logits
-            agreement = compare(live, predict(exported, chosen), chosen)
+            agreement = replace(compare(live, predict(exported, chosen), chosen), untuned_loss=untuned)
     except Exception as error:  # whatever transformers meets in the files: that is what there is to be told
         logger.debug("verification failed", exc_info=True)
         return Proof(base, dtype, left_out=f"plain transformers failed on the files: {error!r}", failed=True)
@@ -296,16 +314,29 @@ def _shortage(artifact: Artifact) -> str | None:
 
 def _live(
     artifact: Artifact, folder: Path, examples: Sequence[Example], max_tokens: int
-) -> tuple[Predictions, Update | None, Rows]:
-    """What the quantized base with its adapter predicts, and what the files hold of the update; the model is gone when
-    this returns."""
+) -> tuple[Predictions, Update | None, Rows, float | None]:
+    """What the quantized base with its adapter predicts, what the files hold of the update, and the loss of the base
+    without it; the model is gone when this returns."""
     model = open_live(artifact)
     rows = choose_rows(examples, max_tokens)
     if not model.chunked_loss:
         vocabulary = model.config.get_text_config().vocab_size
         rows = choose_rows(examples, max(1, min(max_tokens, FULL_LOGITS // (4 * vocabulary))))
     update = measure_update(model, folder, artifact.model.trust_remote_code)
-    return predict(model, rows), update, rows
+    live = predict(model, rows)
+    return live, update, rows, _untuned_loss(artifact, model, rows)
+
+
+def _untuned_loss(artifact: Artifact, model: CausalLM, rows: Rows) -> float | None:
+    """The loss without the adapter; None where the untuned model is not there any more: tensors of the base were
+    replaced, or it was quantized without what the adapter took over. The adapter stays switched off."""
+    gone = getattr(model.module, "quantized_without", None) is not None
+    if gone or artifact.stack or artifact.adapter.replaced_tensors() or artifact.adapter.token_rows():
+        return None
+    for module in model.module.modules():
+        if isinstance(module, Adaptable):
+            module.set_adapters([])
+    return trained_loss(predict(model, rows), rows)
 
 
 def open_live(artifact: Artifact) -> CausalLM:

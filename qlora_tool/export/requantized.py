@@ -20,7 +20,8 @@ from torch import Tensor
 
 from qlora_tool.errors import UserError
 from qlora_tool.export.beside import write_config
-from qlora_tool.files.tensors import TensorSpec, shard_name, shards, write_index, write_tensors
+from qlora_tool.export.shards import write_at_once
+from qlora_tool.files.tensors import TensorSpec
 from qlora_tool.model.names import SaveGroup
 from qlora_tool.weights.quantized import QuantizedTensor, quantize, to_disk
 
@@ -202,7 +203,7 @@ def write_requantized(
             "--format safetensors"
         )
     specs = writer.specs()
-    files = _write_shards(specs, writer.tensors(), folder, max_shard_size)
+    files = write_at_once(specs, writer.tensors(), folder, max_shard_size)
     write_config(merged, folder, _settings(merged, quantized, writer.double_quant))
     return {
         "files": files,
@@ -211,18 +212,6 @@ def write_requantized(
         "unquantized_weights": len(merged.slots) - len(quantized),
         **writer.loss.figures(),
     }
-
-
-def _write_shards(
-    specs: list[TensorSpec], tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_size: int
-) -> list[str]:
-    cut = shards(specs, max_shard_size)
-    names = [shard_name(index, len(cut)) for index in range(len(cut))]
-    for name, shard in zip(names, cut, strict=True):
-        stream = (tensor for _, tensor in zip(shard, tensors, strict=False))
-        write_tensors(folder / name, shard, stream, {"format": "pt"})
-    write_index(folder, names, cut)
-    return names
 
 
 def _settings(merged: MergedModel, quantized: set[str], double_quant: bool) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from qlora_tool.files.tensors import (
     shards,
     tensor_bytes,
     write_index,
+    write_tensors,
 )
 
 
@@ -51,6 +52,23 @@ def write_shards(
             _check(staging.folder / name, shard)
         first += len(shard)
     write_index(staging.folder, names, cut)
+    return names
+
+
+def write_at_once(
+    specs: list[TensorSpec], tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_size: int
+) -> list[str]:
+    """Write all tensors in order into a folder, nothing being kept of a run that is stopped.
+
+    Returns:
+        The names of the files.
+    """
+    cut = shards(specs, max_shard_size)
+    names = [shard_name(index, len(cut)) for index in range(len(cut))]
+    for name, shard in zip(names, cut, strict=True):
+        stream = (tensor for _, tensor in zip(shard, tensors, strict=False))
+        write_tensors(folder / name, shard, stream, {"format": "pt"})
+    write_index(folder, names, cut)
     return names
 
 

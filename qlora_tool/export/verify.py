@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qlora_tool.data.tokenize import Example
 
 BATCH_TOKENS = 2048  # of a forward pass, padding included; one row at least
+LEAST_GAIN = 0.05  # nats of loss a trained token
 _CHUNK = 1 << 23  # logits at a time: 64 MB in float64
 
 
@@ -35,6 +36,7 @@ class Agreement:
         trained_tokens: of the positions, those that predict a trained token.
         live_loss, exported_loss: mean cross-entropy of these, as in evaluation; None where there are none.
         live_loss_all, exported_loss_all: over every token of the rows but the first; None where there are none.
+        untuned_loss: of the trained tokens, with the adapter left out of the live model; None where that is not known.
     """
 
     tokens: int
@@ -46,6 +48,16 @@ class Agreement:
     exported_loss: float | None
     live_loss_all: float | None
     exported_loss_all: float | None
+    untuned_loss: float | None = None
+
+    @property
+    def gain_kept(self) -> float | None:
+        """How much of what training gained, in loss of trained tokens, the exported model keeps; None where it gained
+        less than `LEAST_GAIN`, or that is not known."""
+        if self.untuned_loss is None or self.live_loss is None or self.exported_loss is None:
+            return None
+        gained = self.untuned_loss - self.live_loss
+        return (self.untuned_loss - self.exported_loss) / gained if gained >= LEAST_GAIN else None
 
 
 @dataclass(frozen=True)
@@ -165,6 +177,17 @@ def compare(live: Predictions, exported: Predictions, rows: Rows) -> Agreement:
         rows.tokens, kl_sum / rows.tokens, worst, agreed / rows.tokens, int(rows.trained.sum()),
         *(_mean(row[where]) for where in (rows.trained, followed) for row in taken),
     )  # fmt: skip
+
+
+@torch.no_grad()
+def trained_loss(predictions: Predictions, rows: Rows) -> float | None:
+    """The mean cross-entropy of the trained tokens, in float64; None where there are none."""
+    places = rows.trained.nonzero().squeeze(-1)
+    taken = []
+    for part in places.split(256):
+        chosen = predictions.project(predictions.features[part]).double().cpu().log_softmax(-1)
+        taken.append(-chosen.gather(-1, rows.targets[part].unsqueeze(-1)).squeeze(-1))
+    return _mean(torch.cat(taken)) if taken else None
 
 
 def _mean(losses: Tensor) -> float | None:

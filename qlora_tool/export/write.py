@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -15,7 +16,7 @@ from qlora_tool._version import __version__
 from qlora_tool.adapters.resized import fitting_config
 from qlora_tool.artifacts import Artifact, base_folder
 from qlora_tool.choices import ComputeDtype, ExportBase, ExportFormat, GgufType
-from qlora_tool.errors import UserError, did_you_mean
+from qlora_tool.errors import MachineError, UserError, did_you_mean
 from qlora_tool.export.dtypes import Choice, Unfit, choices, refuse_unfit
 from qlora_tool.export.formats import FORMATS, Job
 from qlora_tool.export.merge import MergedModel
@@ -170,7 +171,7 @@ def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> E
             "base": options.base,
             **written,
         }
-        proof = _proof(artifact, folder, staging, options, rows, result)
+        proof = _proof(job, staging, options, rows, result)
         result["verification"] = proof.as_dict() if proof else {"left_out": _no_proof(options)}
         write_json(staging.folder / "qlora_tool.json", _provenance(artifact, options, result))
         write_json(staging.folder / "export.json", _report(artifact, folder, options, result))
@@ -261,7 +262,7 @@ def _all_unfit(merged: MergedModel) -> list[Unfit]:
 
 def _rows(artifact: Artifact, options: ExportOptions) -> tuple[Sequence[Example], str] | None:
     """What the files will be verified on; None where they are not. Read first: a broken file costs nothing then."""
-    if not options.verify or not FORMATS[options.format].is_model:
+    if not options.verify or FORMATS[options.format].as_model is None:
         return None
     from qlora_tool.export.proof import find_rows
     from qlora_tool.export.verify import first_examples
@@ -271,34 +272,41 @@ def _rows(artifact: Artifact, options: ExportOptions) -> tuple[Sequence[Example]
 
 
 def _proof(
-    artifact: Artifact,
-    folder: Path,
-    staging: Staging,
-    options: ExportOptions,
-    rows: tuple[Sequence[Example], str] | None,
+    job: Job, staging: Staging, options: ExportOptions, rows: tuple[Sequence[Example], str] | None,
     result: dict[str, Any],
 ) -> Proof | None:
     """How the files compare with the live model. What quantizing again keeps of the update is known in any case."""
     loss = result.get("requantization")
     if rows is None and loss is None:
         return None
-    from qlora_tool.export.proof import Proof, Update, prove
+    from qlora_tool.export.proof import Proof, Update
 
     if rows is None:
         proof = Proof(options.base, options.format, left_out=_no_proof(options))
     else:
-        proof = prove(artifact, staging.folder, rows, base=options.base, max_tokens=VERIFIED_TOKENS)
+        proof = _proven(job, staging, options, rows)
     if loss is None:
         return proof
     known = Update(loss["update_kept"], loss["relative_error"]) if loss["adapted_weights"] else None
-    return replace(proof, update=proof.update or known, finer_base=finer_base(artifact, folder))
+    finer = finer_base(job.artifact, job.base_folder)
+    return replace(proof, update=proof.update or known, finer_base=finer)
+
+
+def _proven(job: Job, staging: Staging, options: ExportOptions, rows: tuple[Sequence[Example], str]) -> Proof:
+    from qlora_tool.export.proof import Proof, prove
+
+    as_model, named = FORMATS[options.format].as_model, options.gguf_type if options.format == "gguf" else None
+    assert as_model is not None
+    try:
+        with as_model(job, staging) if rows[0] else nullcontext(staging.folder) as model:
+            return prove(job.artifact, model, rows, base=options.base, max_tokens=VERIFIED_TOKENS, dtype=named)
+    except MachineError as error:  # no space to read the file back
+        return Proof(options.base, named or options.format, left_out=str(error))
 
 
 def _no_proof(options: ExportOptions) -> str:
     if not options.verify:
         return "not asked for"
-    if options.format == "gguf":
-        return "a GGUF file is not compared with the trained model; --format safetensors once verifies the merge"
     return "nothing was merged: it is the adapter that was trained"
 
 

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from tiny_adapters import artifact_of, write_adapter, write_chat_base
-from tiny_ggufs import gguf_of
+from tiny_ggufs import gguf_of, merged_of
 
 from qlora_tool.export.gguf.mixture import MIXTURES, fallbacks, tensor_types
+from qlora_tool.export.gguf.read_back import read_back
 from qlora_tool.export.grids.block_types import BLOCK_TYPES
 from qlora_tool.export.grids.fit import fit, nearest
+from qlora_tool.files.tensors import Checkpoint, read_tensor
 
 KINDS = BLOCK_TYPES.values()
 BITS = {"Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q5_1": 6, "IQ4_NL": 4.5, "Q4_K": 4.5, "Q5_K": 5.5, "Q6_K": 6.5625}
@@ -148,3 +150,19 @@ def test_a_file_holds_what_its_mixture_says(gguf_type, tmp_path):
         found = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(-1)
         values = gguf.dequantize(exact[tensor.name].data, exact[tensor.name].tensor_type).reshape(-1)
         assert np.linalg.norm(found - values) <= 0.13 * np.linalg.norm(values), tensor.name
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3_moe", "gemma2", "gpt2", "mixtral", "phi3"])
+def test_a_file_is_read_back_as_the_checkpoint_it_was_made_from(family, tmp_path):
+    """Names, layouts, experts and tied tensors, against the merged tensors themselves."""
+    base = write_chat_base(family, tmp_path / "base")
+    artifact = artifact_of(write_adapter(tmp_path / "adapter", base))
+    file, _ = gguf_of(artifact, base, tmp_path / "model.gguf", "bf16")
+    merged = merged_of(artifact, base, torch.float32)
+    (tmp_path / "back").mkdir()
+    read_back(merged, file, tmp_path / "back")
+    found = {name: read_tensor(entry) for name, entry in Checkpoint(tmp_path / "back").items()}
+    expected = dict(merged.stream_from(0))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=2**-8, atol=2**-7 if "norm" in name else 0)

@@ -8,7 +8,7 @@ layouts follow what llama.cpp's graphs expect (https://github.com/ggml-org/llama
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,6 +169,21 @@ class TensorNames:
             result[self.gguf_name(name)] = torch.stack([parts[index] for index in sorted(parts)])
         return result
 
+    def restored(self, name: str, stored: Callable[[str], Tensor]) -> Tensor:
+        """A checkpoint tensor as the file holds it.
+
+        Args:
+            stored: the file's tensors by llama.cpp's names, in fp32.
+        """
+        if match := _EXPERT.fullmatch(name):
+            return stored(self.gguf_name(f"{match[1]}.{match[3]}.weight"))[int(match[2])]
+        tensor, kind = stored(self.gguf_name(name)), self._layout(name)
+        if kind == "plus one":
+            return tensor - 1
+        if kind == "transposed":
+            return tensor.T
+        return halves_first(tensor, self._heads(name)) if kind == "interleaved" else tensor
+
     def gguf_name(self, name: str) -> str:
         """llama.cpp's name for a checkpoint tensor."""
         suffixes = (".weight", ".bias")
@@ -181,16 +196,26 @@ class TensorNames:
         return found
 
     def _laid_out(self, name: str, tensor: Tensor) -> Tensor:
+        kind = self._layout(name)
+        if kind == "plus one":
+            return tensor.float() + 1
+        if kind == "transposed":
+            return tensor.T
+        return interleaved(tensor, self._heads(name)) if kind == "interleaved" else tensor
+
+    def _layout(self, name: str) -> str | None:
+        """How llama.cpp's tensor differs from the checkpoint's; None: it does not."""
         module, _, kind = name.rpartition(".")
         last = module.rpartition(".")[2]
         if self._family.norm_plus_one and name.endswith("norm.weight"):
-            return tensor.float() + 1
+            return "plus one"
         if kind == "weight" and last in self._family.transposed:
-            return tensor.T
-        if self._family.interleaved and last in ("q_proj", "k_proj"):
-            heads = self._config.num_attention_heads if last == "q_proj" else self._config.num_key_value_heads
-            return interleaved(tensor, heads)
-        return tensor
+            return "transposed"
+        return "interleaved" if self._family.interleaved and last in ("q_proj", "k_proj") else None
+
+    def _heads(self, name: str) -> int:
+        config = self._config
+        return config.num_key_value_heads if ".k_proj." in name else config.num_attention_heads
 
 
 def interleaved(tensor: Tensor, heads: int) -> Tensor:
@@ -201,3 +226,9 @@ def interleaved(tensor: Tensor, heads: int) -> Tensor:
     """
     half = tensor.shape[0] // heads // 2
     return tensor.reshape(heads, 2, half, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+def halves_first(tensor: Tensor, heads: int) -> Tensor:
+    """What `interleaved` was made from."""
+    half = tensor.shape[0] // heads // 2
+    return tensor.reshape(heads, half, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)

@@ -72,7 +72,8 @@ def fallbacks(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str], g
 
 def _mixed(names: list[str], shapes: Mapping[str, tuple[int, ...]], gguf_type: str, config: Any) -> dict[str, str]:
     mixture, layers = MIXTURES[gguf_type], config.num_hidden_layers
-    experts = next((count for name in ("num_local_experts", "num_experts") if (count := getattr(config, name, None))), 1)
+    counts = (getattr(config, name, None) for name in ("num_local_experts", "num_experts"))
+    experts = next((count for count in counts if count), 1)
     heads = config.num_attention_heads
     sharing = heads // (getattr(config, "num_key_value_heads", None) or heads)
     found = {}

@@ -1,6 +1,6 @@
 """The blocks that stand for weights best: scales by trial and least squares, each weight on the nearest value.
 
-For a sub-block with fixed levels q the a and b of the least Σ w·(a·q + b − x)² have a closed form; for fixed a and b the
+For fixed levels q of a sub-block the a and b of the least Σ w·(a·q + b − x)² have a closed form; for fixed a and b the
 best levels are the nearest ones. From several first guesses of a the two are done in turn, and the best end is kept. In
 the k-types a and b are then rounded to whole numbers times the block's d and m, for which the same is done once more.
 """
@@ -62,7 +62,7 @@ def _fit(kind: BlockType, weights: Tensor, importance: Tensor | None) -> Blocks:
         levels = _levels(kind, x, a, b)
         best, shift, _ = _solve(kind, x, w, levels)  # once more for the levels that rounding a and b has changed
         best, shift = best.half().float(), shift.half().float()
-        a, b, levels = _better(kind, x, w, (a, b, levels), (best, shift, _levels(kind, x, best, shift)))
+        a, b, levels = _better(x, w, (a, b, levels), (best, shift, _levels(kind, x, best, shift)))
         return Blocks(index_of(kind, levels).flatten(1), a[:, 0].half(), b[:, 0].half() if kind.affine else None)
     return _in_steps(kind, x, w, a, b)
 
@@ -103,9 +103,10 @@ def _squares(difference: Tensor, w: Tensor | None) -> Tensor:
     return _dot(difference if w is None else difference * w, difference)
 
 
-def _better(
-    kind: BlockType, x: Tensor, w: Tensor | None, one: tuple[Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+_Solution = tuple[Tensor, Tensor, Tensor]  # a, b and the levels
+
+
+def _better(x: Tensor, w: Tensor | None, one: _Solution, other: _Solution) -> _Solution:
     """Of two solutions of each sub-block the one with the smaller error."""
     takes = _error(x, w, *other) < _error(x, w, *one)
     a, b = (torch.where(takes, new, old) for old, new in zip(one[:2], other[:2], strict=True))
@@ -221,5 +222,5 @@ def _kept(
         return torch.where(takes.view(-1, *[1] * (new.dim() - 1)), new, old)
 
     fields = ("index", "d", "m", "scales", "mins")
-    kept = Blocks(*(chosen(getattr(found, name), getattr(best, name)) for name in fields))  # type: ignore[arg-type]
+    kept = Blocks(*(chosen(getattr(found, name), getattr(best, name)) for name in fields))
     return kept, torch.where(takes, error, least)
