@@ -33,8 +33,8 @@ def fitting_config(model_config: Any, stored: StoredAdapter | None, trust_remote
         model_config: the base's transformers configuration; it stays as it is.
         stored: the adapter; None for none.
     """
-    vocabulary = model_config.get_text_config().vocab_size
-    if stored is None or not any(
+    vocabulary = getattr(model_config.get_text_config(), "vocab_size", None)  # none: refused where it is opened
+    if stored is None or vocabulary is None or not any(
         name.endswith(".weight") and tensor.dim() == 2 and tensor.shape[0] != vocabulary
         for name, tensor in stored.replaced_tensors().items()
     ):
