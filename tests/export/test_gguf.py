@@ -317,6 +317,20 @@ def test_values_beyond_f16_are_named(tmp_path):
     with pytest.raises(UserError, match=r"65504 in token_embd.weight \(up to 1e\+05\); choose bf16"):
         gguf_of(artifact, base, tmp_path / "model.gguf")
     gguf_of(artifact, base, tmp_path / "model.gguf", "bf16")
+    with pytest.raises(UserError, match=r"q4_0: values beyond float16's 65504 in token_embd.weight"):
+        gguf_of(artifact, base, tmp_path / "model.gguf", "q4_0")
+
+
+@pytest.mark.parametrize("gguf_type", ["f16", "bf16", "q8_0", "iq4_nl"])
+def test_what_is_no_number_is_in_no_file(gguf_type, tmp_path):
+    base = write_chat_base("llama", tmp_path / "base")
+    artifact = artifact_of(write_adapter(tmp_path / "adapter", base))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] = float("nan")
+    model.save_pretrained(base)
+    with pytest.raises(UserError, match=r"NaN or infinity in output.weight; the base or the adapter is broken"):
+        gguf_of(artifact, base, tmp_path / "model.gguf", gguf_type)
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):

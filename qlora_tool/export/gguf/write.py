@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qlora_tool.errors import UserError
+from qlora_tool.export.dtypes import FLOAT16_LIMIT
 from qlora_tool.export.gguf.families import TensorNames, find_family
 from qlora_tool.export.gguf.mixture import fallbacks, tensor_types
 from qlora_tool.export.gguf.settings import add_settings, rope_tensors
@@ -99,7 +100,7 @@ def write_gguf(
         writer.write_ti_data_to_file()
         for tensor in extra.values():
             writer.write_tensor_data(tensor.numpy())
-        _write_tensors(writer, merged, names, plan)
+        _write_tensors(writer, merged, names, plan, gguf_type)
     finally:
         writer.close()
     return {
@@ -160,29 +161,36 @@ def _file_type(gguf_type: str) -> int:
     return gguf.LlamaFileType[f"MOSTLY_{gguf_type.upper()}"]
 
 
-def _write_tensors(writer, merged: MergedModel, names: TensorNames, plan: Plan) -> None:
-    expected, overflow = iter(plan.items()), []
+def _write_tensors(writer, merged: MergedModel, names: TensorNames, plan: Plan, gguf_type: str) -> None:
+    expected, broken, overflow = iter(plan.items()), [], []
     for group in merged.groups:
-        overflow += _write_group(writer, names.convert(merged.tensors(group)), expected)
-    if overflow:
-        more = f" and {len(overflow) - 3} more" if len(overflow) > 3 else ""
-        raise UserError(
-            f"--gguf-type f16: values beyond float16's 65504 in {', '.join(overflow[:3])}{more}; choose bf16"
-        )
+        no_numbers, too_large = _write_group(writer, names.convert(merged.tensors(group)), expected)
+        broken += no_numbers
+        overflow += too_large
+    for found, said in ((broken, "NaN or infinity in {}; the base or the adapter is broken: copy or train it again"),
+                        (overflow, "values beyond float16's 65504 in {}; choose bf16")):  # fmt: skip
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise UserError(f"--gguf-type {gguf_type}: {said.format(', '.join(found[:3]) + more)}")
 
 
-def _write_group(writer, tensors: dict[str, Tensor], expected: Iterator[tuple[str, Any]]) -> list[str]:
-    """Write what is expected next, and let go of it; which tensors have values that f16 does not hold."""
-    overflow = []
+def _write_group(
+    writer, tensors: dict[str, Tensor], expected: Iterator[tuple[str, Any]]
+) -> tuple[list[str], list[str]]:
+    """Write what is expected next, and let go of it; which tensors hold what is no number, and which have values, or
+    scales, that float16 does not hold."""
+    broken, overflow = [], []
     for made in list(tensors):
         tensor, (name, (shape, kind)) = tensors.pop(made), next(expected)
         if tuple(tensor.shape) != shape:
             raise ValueError(f"announced {name} {shape}, got {made} {tuple(tensor.shape)}")
-        data = _encoded(tensor, kind)
-        if kind.name == "F16" and not np.isfinite(data).all():
-            overflow.append(f"{name} (up to {float(tensor.abs().max()):.3g})")
-        writer.write_tensor_data(data)
-    return overflow
+        largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+        if not math.isfinite(largest):
+            broken.append(name)
+        elif largest >= FLOAT16_LIMIT and kind.name not in ("F32", "BF16"):
+            overflow.append(f"{name} (up to {largest:.3g})")
+        writer.write_tensor_data(_encoded(tensor, kind))
+    return broken, overflow
 
 
 def _encoded(tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
