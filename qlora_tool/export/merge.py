@@ -6,6 +6,7 @@ into the original 16-bit ones, would lose what was learned: neither is what trai
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -44,11 +45,14 @@ from qlora_tool.model.slots import (
     is_linear,
     quantize_parameter,
 )
+from qlora_tool.model.taken_weights import takes_weight
 from qlora_tool.model.text_part import is_outside, outside_text
 from qlora_tool.weights.quantized import QuantizedTensor, disk_group, from_disk
 
 _SAMPLE = 1 << 16  # values of a matrix in which float16's rounding is measured
 _BFLOAT16_ERROR = 2**-9  # of a matrix over its size, about: half a step of 2⁻⁷ to 2⁻⁸ of each value, at most
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -133,8 +137,15 @@ class MergedModel:
             self._refuse_misfit(one.stored, found, shapes)
             refuse_rows(self.skeleton, one.stored.token_rows(), found,
                         f"{one.stored.folder}: trainable_token_indices", "merge this adapter with PEFT instead")
-            for name, layer in found.items():
-                layers.setdefault(name, []).append(layer)
+            taken = [name for name in found if takes_weight(self.skeleton, name)]
+            if taken:
+                logger.warning(
+                    "%s: %d of its adapters (%s …) are on weights that this family multiplies with itself: the model "
+                    "computes without them, here and under PEFT, so they are not merged", one.stored.folder,
+                    len(taken), taken[0],
+                )  # fmt: skip
+            for name in (name for name in found if name not in taken):
+                layers.setdefault(name, []).append(found[name])
         self.layers, self.replaced, self._rows = layers, replaced_by(stack), rows_by(stack, follows(self.skeleton))
 
     def _refuse_misfit(
