@@ -335,23 +335,25 @@ def test_a_run_that_its_budget_is_too_small_for(run: Config, tmp_path: Path, mon
     assert not (tmp_path / "run").exists()
 
 
-def test_a_refusal_names_the_change_that_makes_it_fit(run: Config, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("shape", [
+    pytest.param(SHAPE, marks=pytest.mark.slow, id="rows"), pytest.param(BatchShape.full(1, 256), id="one row"),
+])  # fmt: skip
+def test_a_refusal_names_the_change_that_makes_it_fit(run: Config, shape: BatchShape, monkeypatch: pytest.MonkeyPatch):
     """Whatever the batch is: at one row nobody is told to take fewer."""
     monkeypatch.setattr(curing, "SECONDS_FOR_A_CHANGE", 600)
-    for shape, key in ((SHAPE, "per_device_train_batch_size=1"), (BatchShape.full(1, 256), "model.embeddings=int8")):
-        asked = {"training.gradient_checkpointing": "auto", "training.optim": "adamw_8bit"}
-        with pytest.raises(BudgetTooSmall) as caught:
-            choose_for_run(Setup.of(with_values(run, asked | {"training.max_memory": "1kB"})), shape)
-        size = caught.value.least.needed_bytes - 50_000
-        with pytest.raises(BudgetTooSmall) as caught:
-            choose_for_run(Setup.of(with_values(run, asked | {"training.max_memory": size})), shape)
-        line = str(caught.value)
-        assert "usable (training.max_memory); --set " in line and " makes it fit, in " in line and "lower" not in line
-        assert (key in line) or shape is SHAPE
-        changed = load_config(run, re.findall(r"--set (\S+)", line) + [f"{k}={v}" for k, v in asked.items()])
-        rows = changed.training.per_device_train_batch_size if shape is SHAPE else 1
-        setup = Setup.of(with_values(changed, {"training.max_memory": size}))
-        assert choose_for_run(setup, BatchShape.full(rows, changed.data.max_length)).predicted.needed_bytes <= size
+    asked = {"training.gradient_checkpointing": "auto", "training.optim": "adamw_8bit"}
+    with pytest.raises(BudgetTooSmall) as caught:
+        choose_for_run(Setup.of(with_values(run, asked | {"training.max_memory": "1kB"})), shape)
+    size = caught.value.least.needed_bytes - 50_000
+    with pytest.raises(BudgetTooSmall) as caught:
+        choose_for_run(Setup.of(with_values(run, asked | {"training.max_memory": size})), shape)
+    line = str(caught.value)
+    assert "usable (training.max_memory); --set " in line and " makes it fit, in " in line and "lower" not in line
+    assert "model.embeddings=int8" in line or shape is SHAPE
+    changed = load_config(run, re.findall(r"--set (\S+)", line) + [f"{k}={v}" for k, v in asked.items()])
+    rows = changed.training.per_device_train_batch_size if shape is SHAPE else 1
+    setup = Setup.of(with_values(changed, {"training.max_memory": size}))
+    assert choose_for_run(setup, BatchShape.full(rows, changed.data.max_length)).predicted.needed_bytes <= size
 
 
 def test_what_the_configuration_says_itself_is_not_chosen(run: Config):

@@ -138,8 +138,8 @@ def _tell_fallbacks(plan: Plan, gguf_type: str, config: Any) -> None:
     if count:
         kinds = sorted({kind.name.lower() for _, kind in plan.values() if kind.name != "F32"})
         logger.warning(
-            "--gguf-type %s: the rows of %d tensors are no multiple of its blocks, and they take llama.cpp's larger "
-            "types instead (the file has %s)", gguf_type, count, ", ".join(kinds),
+            "--gguf-type %s: tensors whose rows are no multiple of its blocks: %d; they take llama.cpp's larger types "
+            "instead (the file has %s)", gguf_type, count, ", ".join(kinds),
         )  # fmt: skip
 
 
