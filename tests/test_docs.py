@@ -40,7 +40,7 @@ def test_the_page_of_keys_lists_every_key_under_its_section():
 @pytest.mark.parametrize("page", ["README.md", "docs/export.md"])
 def test_what_verification_prints_is_shown_as_it_is(page: str):
     """The bf16 export of the table, as `tools/measure export` found it."""
-    from qlora_tool.export.proof import Proof, Update
+    from qlora_tool.export.verification import Proof, Update
     from qlora_tool.export.verify import Agreement
 
     found = Agreement(5000, 1.2549e-4, 1.7835e-3, 0.9964, 859, 1.823272, 1.823169, 4.210853, 4.213512)

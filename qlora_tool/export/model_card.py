@@ -20,7 +20,7 @@ from qlora_tool.run_folder import RunFolder
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
-    from qlora_tool.export.proof import Proof
+    from qlora_tool.export.verification import Proof
 
 _PIPELINE = """```python
 from transformers import pipeline

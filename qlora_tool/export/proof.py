@@ -9,9 +9,9 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,13 +19,14 @@ from torch import Tensor
 from qlora_tool.adapters.resized import fitting_config
 from qlora_tool.adapters.stack import attach_stack
 from qlora_tool.artifacts import Artifact, base_folder
-from qlora_tool.build import open_model
+from qlora_tool.build.open import open_model
 from qlora_tool.config import DataConfig
 from qlora_tool.config.sources import told
 from qlora_tool.data.examples import Selection, as_examples
 from qlora_tool.data.tokenize import Example, build_dataset, build_evaluation_sets, evaluation_sources
 from qlora_tool.errors import ToolError
-from qlora_tool.export.verify import Agreement, Predictions, Rows, choose_rows, compare, predict, trained_loss
+from qlora_tool.export.verification import Proof, Update
+from qlora_tool.export.verify import Predictions, Rows, choose_rows, compare, predict, trained_loss
 from qlora_tool.files.tensors import Checkpoint, give_back_freed_memory
 from qlora_tool.inference.open import tokenizer_folder
 from qlora_tool.model.causal_lm import CausalLM
@@ -45,146 +46,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MEAN_KL = 1e-3  # from here on a mean KL is a warning: seven times what bf16's rounding gives (docs/measurements/cpu.md)
-ARGMAX_AGREEMENT = 0.95  # below it
-UPDATE_ERROR = 0.5  # from here on: the rounding is half as large as the update
-GAIN_KEPT = 0.9  # of what training gained; below it
-GGUF_TYPES = ("q4_0", "iq4_nl", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "bf16", "f16")  # each finer than the last
 FULL_LOGITS = 1 << 28  # bytes of a model's full logits that are kept, where its hidden states do not do
-
-
-@dataclass(frozen=True)
-class Update:
-    """What the files hold of the update Δ of the adapted weights W₀, all of them together.
-
-    Attributes:
-        kept: ⟨W − W₀, Δ⟩ / ‖Δ‖², W being the files'.
-        error: ‖W − (W₀ + Δ)‖ / ‖Δ‖. Near 1 means that the update drowns in it.
-    """
-
-    kept: float
-    error: float
-
-    def __str__(self) -> str:
-        size = f"{self.error:.2g} times" if self.error >= 1 else f"{self.error * 100:.2g}% of"
-        return f"{self.kept:.2%}, with a rounding error of {size} its size"
-
-
-@dataclass(frozen=True)
-class Proof:
-    """How the files compare with the live quantized base with its adapter; or why that was not measured.
-
-    Attributes:
-        base, dtype: of the files.
-        rows: what both models were shown.
-        agreement, update: the figures; None where there are none.
-        left_out: why verification was left out, else None. `update` may be known all the same.
-        failed: whether it was left out because the files could not be run.
-        live: what it was held against, in words.
-        finer_base: whether `--base original` would merge onto finer weights than the 4-bit values trained against.
-    """
-
-    base: str
-    dtype: str
-    rows: str | None = None
-    agreement: Agreement | None = None
-    update: Update | None = None
-    left_out: str | None = None
-    failed: bool = False
-    finer_base: bool = False
-    live: str = "the trained model (quantized base with its adapter)"
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON; figures in four digits, which do not change from one run to the next."""
-        figures: dict[str, Any] = {"left_out": self.left_out}
-        if self.agreement:
-            found = asdict(self.agreement) | {"gain_kept": self.agreement.gain_kept}
-            figures |= {"rows": self.rows, **{key: _rounded(value) for key, value in found.items()}}
-        if self.agreement or self.update:
-            update = {key: _rounded(value) for key, value in asdict(self.update).items()} if self.update else None
-            figures |= {"update": update, "warnings": self.warnings()}
-        return figures
-
-    def lines(self) -> list[str]:
-        """For the terminal."""
-        kept = [f"  update kept {self.update}"] if self.update else []
-        if self.left_out is not None:
-            return [f"not verified: {self.left_out}", *kept]
-        found = self.agreement
-        lines = [
-            f"{'compared with' if self.warnings() else 'verified against'} {self.live} on {found.tokens:,} tokens of "
-            f"{self.rows}",
-            f"  KL divergence {found.mean_kl:.2g} nats on average, {found.worst_kl:.2g} at worst (0: the same); the "
-            f"same likeliest token at {found.argmax_agreement:.2%}",
-        ]
-        losses = [f"{live:.4f} trained, {exported:.4f} exported ({of})" for live, exported, of in self._losses()]
-        if losses:
-            lines.append(f"  loss {'; '.join(losses)}")
-        if found.gain_kept is not None:
-            lines.append(f"  of what training gained (loss {found.untuned_loss:.2f} → {found.live_loss:.2f}) the files "
-                         f"keep {found.gain_kept:.1%}")  # fmt: skip
-        return lines + kept
-
-    def table(self) -> list[tuple[str, str]]:
-        """For the model card."""
-        facts = []
-        if found := self.agreement:
-            facts += [
-                ("rows", f"{found.tokens:,} tokens of {self.rows}"),
-                ("KL divergence", f"{found.mean_kl:.2g} nats on average, {found.worst_kl:.2g} at worst"),
-                ("same likeliest token", f"{found.argmax_agreement:.2%}"),
-                *((f"loss, {of}", f"{live:.4f} trained, {exported:.4f} exported")
-                  for live, exported, of in self._losses()),
-            ]  # fmt: skip
-            if found.gain_kept is not None:
-                gained = f"loss {found.untuned_loss:.2f} → {found.live_loss:.2f}"
-                facts.append(("kept of what training gained", f"{found.gain_kept:.1%} ({gained})"))
-        if self.update:
-            facts.append(("update kept", str(self.update)))
-        return facts
-
-    def _losses(self) -> list[tuple[float, float, str]]:
-        found = self.agreement
-        pairs = [(found.live_loss, found.exported_loss, f"{found.trained_tokens} trained tokens"),
-                 (found.live_loss_all, found.exported_loss_all, "every token")]  # fmt: skip
-        return [pair for pair in pairs if pair[0] is not None]
-
-    def warnings(self) -> list[str]:
-        """What is bad about the figures, each with the better choice."""
-        found, faults = self.agreement, []
-        if self.dtype in GGUF_TYPES[:-2] and found and found.gain_kept is not None:  # what counts of a coarse rounding
-            if found.gain_kept >= GAIN_KEPT:
-                return []
-            return [f"of what training gained the file keeps {found.gain_kept:.1%} (below {GAIN_KEPT:.0%}); "
-                    f"{self._better()}"]  # fmt: skip
-        if found and not found.mean_kl <= MEAN_KL:  # no number at all is bad too
-            faults.append(f"mean KL {found.mean_kl:.2g} (above {MEAN_KL:g})")
-        if found and not found.argmax_agreement >= ARGMAX_AGREEMENT:
-            faults.append(f"the same likeliest token at {found.argmax_agreement:.1%} (below {ARGMAX_AGREEMENT:.0%})")
-        if self.update and not self.update.error <= UPDATE_ERROR:
-            faults.append(f"a rounding error of {self.update.error:.2g} times the update's size (above "
-                          f"{UPDATE_ERROR:g})")  # fmt: skip
-        failed = [self.left_out] if self.failed else []
-        if not faults:
-            return failed
-        found = "the exported model is not quite the one that was trained"
-        if self.update and self.dtype in KINDS:
-            found = f"update kept {self.update.kept:.1%} through rounding to {self.dtype} again"
-        return [*failed, f"{found}: {', '.join(faults)}; {self._better()}"]
-
-    def _better(self) -> str:
-        if self.dtype in GGUF_TYPES[:-1]:
-            return f"--gguf-type {GGUF_TYPES[GGUF_TYPES.index(self.dtype) + 1]} is the next finer type"
-        if self.dtype in KINDS:
-            original = "--base original keeps more of it, " if self.finer_base and self.base == "dequantized" else ""
-            return f"{original}--format safetensors keeps all of it"
-        if self.base == "original":
-            return "--base dequantized merges onto the weights that were trained against"
-        if self.dtype == "bfloat16":
-            return "--dtype float16 rounds eight times finer, where the values fit; --dtype float32 does not round"
-        if self.dtype == "float16":
-            return "--dtype float32 does not round"
-        return "no other choice would be closer: please report this with the model's family"
 
 
 def prove(
@@ -444,10 +306,3 @@ def give_back() -> None:
     give_back_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _rounded(value: Any) -> Any:
-    """A figure in four digits; None for one that is not a number, which JSON does not have."""
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.4g}") if math.isfinite(value) else None

@@ -45,7 +45,7 @@ from qlora_tool.model.tokenizer_files import read_templates
 
 if TYPE_CHECKING:
     from qlora_tool.data.tokenize import Example
-    from qlora_tool.export.proof import Proof
+    from qlora_tool.export.verification import Proof
 
 logger = logging.getLogger(__name__)
 
@@ -279,7 +279,7 @@ def _proof(
     loss = result.get("requantization")
     if rows is None and loss is None:
         return None
-    from qlora_tool.export.proof import Proof, Update
+    from qlora_tool.export.verification import Proof, Update
 
     if rows is None:
         proof = Proof(options.base, options.format, left_out=_no_proof(options))
@@ -293,7 +293,8 @@ def _proof(
 
 
 def _proven(job: Job, staging: Staging, options: ExportOptions, rows: tuple[Sequence[Example], str]) -> Proof:
-    from qlora_tool.export.proof import Proof, prove
+    from qlora_tool.export.proof import prove
+    from qlora_tool.export.verification import Proof
 
     as_model, named = FORMATS[options.format].as_model, options.gguf_type if options.format == "gguf" else None
     assert as_model is not None

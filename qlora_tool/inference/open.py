@@ -10,7 +10,7 @@ import torch
 
 from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.artifacts import base_folder, changed_base
-from qlora_tool.build import open_model
+from qlora_tool.build.open import open_model
 from qlora_tool.errors import UserError
 from qlora_tool.files.tensors import Checkpoint
 from qlora_tool.model.devices import choose_device

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from qlora_tool.adapters.stack import Weighted, base_of_its_own
 from qlora_tool.adapters.switch import Switch
 from qlora_tool.artifacts import Artifact, BaseOptions, base_folder, changed_base, find_artifact
-from qlora_tool.build import open_model
+from qlora_tool.build.open import open_model
 from qlora_tool.errors import OptionError, UserError, did_you_mean
 from qlora_tool.inference.ends import answer_ends, generation_settings
 from qlora_tool.inference.open import tokenizer_folder

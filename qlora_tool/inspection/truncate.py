@@ -19,7 +19,7 @@ from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.adapters.switch import Switch
 from qlora_tool.artifacts import Artifact, base_folder, changed_base
-from qlora_tool.build import open_model
+from qlora_tool.build.open import open_model
 from qlora_tool.data.examples import as_examples
 from qlora_tool.data.tokenize import Example
 from qlora_tool.errors import OptionError, ToolError, UserError

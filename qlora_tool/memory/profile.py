@@ -15,7 +15,7 @@ from torch import nn
 
 from qlora_tool.adapters.initial import started_from
 from qlora_tool.adapters.resized import fitting_config
-from qlora_tool.build import resolve as resolve_run
+from qlora_tool.build.resolve import resolve as resolve_run
 from qlora_tool.errors import UserError
 from qlora_tool.memory.allocator.target import CudaTarget, device_of, target_on
 from qlora_tool.memory.allocator.timeline import replay_on

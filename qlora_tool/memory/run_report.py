@@ -11,7 +11,7 @@ from itertools import repeat
 from typing import TYPE_CHECKING
 
 from qlora_tool.adapters.calibration import start_tokens
-from qlora_tool.build import start_is_kept
+from qlora_tool.build.setup import start_is_kept
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import write_json
 from qlora_tool.memory.allocator.available import available_bytes
@@ -30,7 +30,8 @@ from qlora_tool.memory.trace.small_steps import NotMeasured, estimate
 from qlora_tool.memory.trace.tracer import Tracer
 
 if TYPE_CHECKING:
-    from qlora_tool.build import Setup, Start
+    from qlora_tool.build.build import Start
+    from qlora_tool.build.setup import Setup
     from qlora_tool.data.batches import Batch
     from qlora_tool.model.checkpointing import Recomputation
     from qlora_tool.training.run import Run

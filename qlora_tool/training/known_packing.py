@@ -31,7 +31,7 @@ def packs_as_known(config: Config, model_config: Any) -> bool:
         known = []  # nothing cached yet, or unreadable
     if key in known:
         return True
-    from qlora_tool.build import packs
+    from qlora_tool.build.resolve import packs
 
     found = packs(config, model_config)
     if found:

@@ -16,7 +16,8 @@ import torch
 
 from qlora_tool.adapters.peft_files import save_adapter
 from qlora_tool.adapters.starts import ELSEWHERE, readme
-from qlora_tool.build import Setup, Start
+from qlora_tool.build.build import Start
+from qlora_tool.build.setup import Setup
 from qlora_tool.config import Config
 from qlora_tool.data.batches import Batch, collate
 from qlora_tool.data.preview import first_row

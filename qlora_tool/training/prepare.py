@@ -8,7 +8,8 @@ from typing import Any
 
 from qlora_tool._version import __version__
 from qlora_tool.adapters.starts import start_facts
-from qlora_tool.build import Built, Setup
+from qlora_tool.build.build import Built
+from qlora_tool.build.setup import Setup
 from qlora_tool.config import Config, with_values
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.source import resolve as resolve_model

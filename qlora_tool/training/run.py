@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from qlora_tool.adapters.attach import AdapterSet
-from qlora_tool.build import Setup, Start
+from qlora_tool.build.build import Start
+from qlora_tool.build.setup import Setup
 from qlora_tool.config import Config, TrainingConfig
 from qlora_tool.data.batches import Batch, collate
 from qlora_tool.model.causal_lm import CausalLM

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qlora_tool.adapters import calibration
 from qlora_tool.adapters.calibration import calibrated, calibration_batch
-from qlora_tool.build import open_model
+from qlora_tool.build.open import open_model
 from qlora_tool.config import Config, with_values
 from qlora_tool.data.examples import Example
 from qlora_tool.model.load import read_unquantized

@@ -19,7 +19,7 @@ from qlora_tool.adapters.attach import attach
 from qlora_tool.adapters.attach_stored import attach_stored
 from qlora_tool.adapters.peft_files import save_adapter
 from qlora_tool.adapters.peft_reading import read_adapter
-from qlora_tool.build import Setup
+from qlora_tool.build.setup import Setup
 from qlora_tool.config import AdapterConfig, load_config
 from qlora_tool.errors import UserError
 from qlora_tool.export.write import ExportOptions, export_merged

@@ -19,7 +19,7 @@ from qlora_tool.adapters.attach_stored import attach_stored
 from qlora_tool.adapters.initial import initial_settings
 from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.adapters.token_rows import follows
-from qlora_tool.build import Setup
+from qlora_tool.build.setup import Setup
 from qlora_tool.config import AdapterConfig, Config, with_values
 from qlora_tool.errors import UserError
 from qlora_tool.export.merge import MergedModel

@@ -20,7 +20,8 @@ from qlora_tool import UserError
 from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.adapters.switch import Switch
 from qlora_tool.artifacts import BaseOptions
-from qlora_tool.build import Setup, open_model
+from qlora_tool.build.open import open_model
+from qlora_tool.build.setup import Setup
 from qlora_tool.config import Config, ModelConfig, with_values
 from qlora_tool.export.write import ExportOptions, export_merged
 from qlora_tool.inference.several import find_several

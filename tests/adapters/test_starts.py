@@ -17,7 +17,9 @@ from qlora_tool.adapters.adapter import Adapter, generator_for
 from qlora_tool.adapters.attach_stored import attach_stored
 from qlora_tool.adapters.initial import initial_settings
 from qlora_tool.adapters.peft_reading import read_adapter
-from qlora_tool.build import Setup, Start, open_model
+from qlora_tool.build.build import Start
+from qlora_tool.build.open import open_model
+from qlora_tool.build.setup import Setup
 from qlora_tool.config import AdapterConfig, Config, load_config
 from qlora_tool.errors import UserError
 from qlora_tool.export.merge import MergedModel

@@ -10,7 +10,7 @@ from rehearsal import REHEARSAL
 from tiny_runs import adapter_bytes, comparable, read_metrics, run_config
 
 from qlora_tool.api import export_merged, generate
-from qlora_tool.build import Setup
+from qlora_tool.build.setup import Setup
 from qlora_tool.data.batches import collate
 from qlora_tool.memory.run_report import RunMemory
 from qlora_tool.training.loop import train

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_adapters import artifact_of, live_logits, peft_logits, plain_logits, write_adapter, write_peft_adapter
 from tiny_models import FAMILIES, write_tiny
 
-from qlora_tool.build import open_model
+from qlora_tool.build.open import open_model
 from qlora_tool.errors import UserError
 from qlora_tool.export import merge
 from qlora_tool.export.write import ExportOptions, export_merged

@@ -13,7 +13,7 @@ from test_merge import FP32, assert_export_is_live, assert_same_logits
 from tiny_adapters import artifact_of, peft_logits, plain_logits, write_adapter, write_chat_base, write_run
 from tiny_models import write_tiny
 
-from qlora_tool.build import open_model
+from qlora_tool.build.open import open_model
 from qlora_tool.export import merge
 from qlora_tool.export.write import ExportOptions, export_merged
 from qlora_tool.files.atomic import write_json

@@ -17,13 +17,14 @@ from tiny_adapters import FP32, artifact_of, live_logits, plain_logits, write_ad
 from transformers.utils import logging as transformers_logging
 
 from qlora_tool.artifacts import Artifact
-from qlora_tool.build import open_model
+from qlora_tool.build.open import open_model
 from qlora_tool.config import ModelConfig
 from qlora_tool.data.tokenize import build_dataset, build_evaluation_sets
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.export import proof
 from qlora_tool.export.gguf import read_back
-from qlora_tool.export.proof import Proof, Update, find_rows, prove
+from qlora_tool.export.proof import find_rows, prove
+from qlora_tool.export.verification import MEAN_KL, Proof, Update
 from qlora_tool.export.verify import Agreement, choose_rows, compare, predict
 from qlora_tool.export.write import ExportOptions, export_merged
 from qlora_tool.model.open import open_tokenizer
@@ -125,7 +126,7 @@ def test_damaged_files_are_a_warning(runs, exported, tmp_path):
     tensors["model.layers.0.mlp.down_proj.weight"].zero_()
     save_file(tensors, damaged / "model.safetensors")
     found = proven(artifact_of(runs["llama"]), damaged)
-    assert found.agreement.mean_kl > proof.MEAN_KL
+    assert found.agreement.mean_kl > MEAN_KL
     assert "--dtype float16" in found.warnings()[0]
 
 

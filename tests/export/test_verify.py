@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_adapters import FP32, write_chat_base
 
-from qlora_tool.build import open_model
+from qlora_tool.build.open import open_model
 from qlora_tool.config import ModelConfig
 from qlora_tool.data.tokenize import Dataset, Example
 from qlora_tool.export import verify

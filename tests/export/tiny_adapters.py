@@ -15,7 +15,7 @@ from torch import nn
 from qlora_tool.adapters.attach import attach
 from qlora_tool.adapters.peft_files import save_adapter
 from qlora_tool.artifacts import Artifact, BaseOptions, find_artifact
-from qlora_tool.build import open_model
+from qlora_tool.build.open import open_model
 from qlora_tool.config import AdapterConfig, Config, ModelConfig
 from qlora_tool.files.atomic import write_json
 from qlora_tool.files.hashes import file_hashes

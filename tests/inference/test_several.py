@@ -29,7 +29,7 @@ from tiny_models import write_tiny
 from qlora_tool import UserError, evaluate, generate, inspect
 from qlora_tool.adapters.switch import Switch
 from qlora_tool.artifacts import Artifact, BaseOptions
-from qlora_tool.build import open_model
+from qlora_tool.build.open import open_model
 from qlora_tool.cli import main
 from qlora_tool.inference.several import BASE, Opened, find_several, parse_adapters
 

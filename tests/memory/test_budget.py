@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from tiny_models import tiny_config
 from tiny_runs import adapter_bytes, run_config, write_model, write_rows
 
-from qlora_tool.build import Setup
+from qlora_tool.build.setup import Setup
 from qlora_tool.cli import main
 from qlora_tool.config import Config, config_to_yaml, load_config, with_values
 from qlora_tool.files.cache import cache_folder

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import LlamaConfig, masking_utils
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from qlora_tool.build import Random, build
+from qlora_tool.build.build import build
+from qlora_tool.build.tensors import Random
 from qlora_tool.config import Config, with_values
 from qlora_tool.errors import UserError
 from qlora_tool.memory.trace.classify import timeline

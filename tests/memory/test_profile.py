@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import tiny_config, write_tiny
 
-from qlora_tool.build import open_model
+from qlora_tool.build.open import open_model
 from qlora_tool.config import Config, with_values
 from qlora_tool.errors import UserError
 from qlora_tool.memory.allocator import target as target_module

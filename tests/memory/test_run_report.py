@@ -15,7 +15,7 @@ from cached_traces import once
 from click.testing import CliRunner
 from tiny_runs import run_config, write_model, write_rows
 
-from qlora_tool.build import Setup
+from qlora_tool.build.setup import Setup
 from qlora_tool.cli import main
 from qlora_tool.config import Config, config_to_yaml, with_values
 from qlora_tool.data.batches import collate

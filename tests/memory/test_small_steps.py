@@ -17,7 +17,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora_tool import api
-from qlora_tool.build import Setup
+from qlora_tool.build.setup import Setup
 from qlora_tool.cli import main
 from qlora_tool.config import Config, with_values
 from qlora_tool.data.batches import collate

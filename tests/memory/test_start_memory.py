@@ -12,7 +12,8 @@ from tiny_models import tiny_config
 from tiny_runs import run_config, write_model, write_rows
 
 from qlora_tool.adapters.calibration import MOST_TOKENS
-from qlora_tool.build import Setup, Start
+from qlora_tool.build.build import Start
+from qlora_tool.build.setup import Setup
 from qlora_tool.config import Config, with_values
 from qlora_tool.data.batches import collate
 from qlora_tool.data.tokenize import Example

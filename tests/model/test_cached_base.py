@@ -12,7 +12,7 @@ from multimodal_models import MULTIMODAL, write_multimodal
 from stored_models import write_fp8, write_mxfp4
 from tiny_models import FAMILIES, logits, read_tiny, tokens, write_tiny
 
-from qlora_tool.build import open_model
+from qlora_tool.build.open import open_model
 from qlora_tool.config import ModelConfig
 from qlora_tool.files.hashes import file_hashes
 from qlora_tool.model import slots as slots_module

@@ -11,7 +11,8 @@ from tiny_models import FAMILIES, logits, read_by_transformers, relative_error, 
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from qlora_tool.build import open_model, packs_apart
+from qlora_tool.build.open import open_model
+from qlora_tool.build.resolve import packs_apart
 from qlora_tool.config import Config, ModelConfig, with_values
 from qlora_tool.data.batches import collate
 from qlora_tool.data.tokenize import Example

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from stored_models import SKIPPED, dequantized, write_quantized
 from tiny_models import logits, read_tiny, relative_error, tiny_config, tokens, write_tiny
 
-from qlora_tool.build import Setup, open_model
+from qlora_tool.build.open import open_model
+from qlora_tool.build.setup import Setup
 from qlora_tool.config import ModelConfig, load_config
 from qlora_tool.errors import UserError
 from qlora_tool.model.exceptions import is_named, refuse_unknown_names

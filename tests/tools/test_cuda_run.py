@@ -105,7 +105,7 @@ def test_the_longest_sequence_is_bracketed(fits: int, guess: int):
 
 
 def test_nf4_weights_are_read_as_any_quantized_checkpoint(tmp_path: Path):
-    from qlora_tool.build import open_model
+    from qlora_tool.build.open import open_model
     from qlora_tool.config import ModelConfig
 
     size = write_nf4_model(tmp_path / "nf4", SHAPES["tiny-llama"], "cpu")

@@ -11,7 +11,7 @@ from tiny_runs import run_config, write_model, write_rows
 from transformers import AutoModelForCausalLM
 
 from qlora_tool.adapters.peft_files import save_adapter
-from qlora_tool.build import Setup
+from qlora_tool.build.setup import Setup
 from qlora_tool.data.batches import collate
 from qlora_tool.inference.evaluation import evaluate_loss
 from qlora_tool.training.optimizers import Optimizer

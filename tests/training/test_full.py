@@ -17,7 +17,7 @@ from tokenizers_for_tests import CHATML, byte_level
 from qlora_tool.adapters.attach import attach
 from qlora_tool.adapters.attach_stored import attach_stored
 from qlora_tool.adapters.peft_reading import read_adapter
-from qlora_tool.build import Setup
+from qlora_tool.build.setup import Setup
 from qlora_tool.cli import main
 from qlora_tool.config import AdapterConfig
 from qlora_tool.data.batches import collate

@@ -19,7 +19,7 @@ from tiny_runs import adapter_bytes, comparable, read_metrics, run_config, write
 from torch import nn
 from transformers import AutoTokenizer
 
-from qlora_tool.build import Setup
+from qlora_tool.build.setup import Setup
 from qlora_tool.config import load_config
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files import tensors

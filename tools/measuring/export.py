@@ -47,7 +47,7 @@ def check(options: argparse.Namespace, quantization: str) -> list[dict[str, Any]
     import torch
 
     from qlora_tool.artifacts import BaseOptions, find_artifact
-    from qlora_tool.build import open_model
+    from qlora_tool.build.open import open_model
     from qlora_tool.export.proof import exported_model, give_back, measure_update, open_live
     from qlora_tool.export.verify import choose_rows, compare, predict
 

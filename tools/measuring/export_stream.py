@@ -129,7 +129,7 @@ def export_here(adapter: str, output: str, dtype: str) -> dict[str, Any]:
 
 def cache_here(base: str, quantization: str) -> dict[str, Any]:
     """Leave the quantized base in the cache, as a run with `keep_quantized` does."""
-    from qlora_tool.build import open_model
+    from qlora_tool.build.open import open_model
     from qlora_tool.config import ModelConfig
 
     open_model(ModelConfig(name_or_path=base, quantization=quantization, device="cpu", keep_quantized=True))

@@ -39,7 +39,7 @@ def load_and_measure(**config: Any) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM  # noqa: F401
 
-    from qlora_tool.build import open_model
+    from qlora_tool.build.open import open_model
     from qlora_tool.files.tensors import Checkpoint
     from qlora_tool.model.source import resolve
 

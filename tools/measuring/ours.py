@@ -52,7 +52,7 @@ def vocabulary_size(config: Config) -> int:
 def behaviour_in(file: Path) -> tuple[str, bool]:
     """How a run of this configuration lays its examples out: `packed` (attention by segment), `masks` or `padded`; and
     whether its model draws random numbers in training."""
-    from qlora_tool.build import Setup
+    from qlora_tool.build.setup import Setup
     from qlora_tool.config import load_config
     from qlora_tool.model.behaviour import behaviour_of
 
@@ -72,7 +72,7 @@ def train_alone(config: Mapping[str, Any]) -> None:
 
 def read_data(config: Config) -> RunData:
     """The tokenized rows of `data.train` and `data.eval`."""
-    from qlora_tool.build import Setup
+    from qlora_tool.build.setup import Setup
     from qlora_tool.training.prepare import prepare_data
 
     return prepare_data(Setup.of(config))[0]
@@ -150,7 +150,8 @@ class OurSide:
     """
 
     def __init__(self, config: Config, largest: Batch):
-        from qlora_tool.build import Setup, packs_apart
+        from qlora_tool.build.resolve import packs_apart
+        from qlora_tool.build.setup import Setup
         from qlora_tool.memory.plan.budget import choose_for_run
         from qlora_tool.memory.trace.predict import BatchShape
         from qlora_tool.training.optimizers import make_optimizer, parameter_groups
@@ -222,7 +223,9 @@ def error_of_products(config: Config, rows: int) -> float:
     ‖y₁₆‖ on the inputs that they get there, of the first evaluation rows; the mean over the modules."""
     import torch
 
-    from qlora_tool.build import Setup, Start, open_model
+    from qlora_tool.build.build import Start
+    from qlora_tool.build.open import open_model
+    from qlora_tool.build.setup import Setup
     from qlora_tool.training.prepare import prepare_data
 
     data, setup = prepare_data(Setup.of(config))
@@ -296,7 +299,8 @@ class StepMemory:
         """Load the model on a device; what takes a step there and gives its loss as a tensor."""
         import torch
 
-        from qlora_tool.build import Random, build
+        from qlora_tool.build.build import build
+        from qlora_tool.build.tensors import Random
         from qlora_tool.training.optimizers import make_optimizer, parameter_groups
         from qlora_tool.training.step import StepSettings, train_step
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_tool.build import resolve as resolve_run
+from qlora_tool.build.resolve import resolve as resolve_run
 from qlora_tool.config import with_values
 from qlora_tool.errors import UserError
 from qlora_tool.memory.allocator.available import available_bytes
@@ -35,7 +35,7 @@ from qlora_tool.memory.trace.recomputation_cost import Cost, Costs
 from qlora_tool.model.checkpointing import Recomputation
 
 if TYPE_CHECKING:
-    from qlora_tool.build import Setup
+    from qlora_tool.build.setup import Setup
     from qlora_tool.config import Config
     from qlora_tool.memory.allocator.cards import Card
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_tool.build import resolve as resolve_run
+from qlora_tool.build.resolve import resolve as resolve_run
 from qlora_tool.memory.allocator.available import margin_on, usable
 from qlora_tool.memory.allocator.target import device_of
 from qlora_tool.memory.plan.changes import CHECKPOINTING, LENGTH

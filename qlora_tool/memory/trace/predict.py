@@ -19,7 +19,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_tool.adapters.calibration import start_tokens
-from qlora_tool.build import Random, Start, build, goes_without_padding, packs_apart
+from qlora_tool.build.build import Start, build
+from qlora_tool.build.resolve import goes_without_padding, packs_apart
+from qlora_tool.build.tensors import Random
 from qlora_tool.data.batches import Batch, Segments
 from qlora_tool.data.examples import Example
 from qlora_tool.errors import ToolError, UserError

@@ -1,0 +1,137 @@
+"""Where the tensors of a run come from: its model's files, or nowhere."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
+
+from qlora_tool.adapters.calibration import Read
+from qlora_tool.adapters.peft_reading import read_adapter
+from qlora_tool.adapters.starts import WeightStart
+from qlora_tool.adapters.stored import StoredAdapter
+from qlora_tool.config import ModelConfig
+from qlora_tool.model.cached_base import cached_base, cached_start, write_cached_base
+from qlora_tool.model.load import load_base, read_unquantized
+from qlora_tool.model.random_source import RandomSource
+from qlora_tool.model.resized import rows_in_files
+from qlora_tool.model.slots import Prepare, Quantization
+from qlora_tool.model.source import resolve as resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+
+logger = logging.getLogger(__name__)
+
+
+class Tensors(Protocol):
+    """Where the tensors of a run come from.
+
+    Attributes:
+        folder: the model's; a path to nothing where there is none.
+        has_values: whether they are a model's values; else only shapes and dtypes count.
+        makes_starts: whether starts that are made of weights or data are made of these; else adapters start as
+            `default` does.
+    """
+
+    folder: Path
+    has_values: bool
+    makes_starts: bool
+
+    def base(
+        self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype,
+        prepare: Prepare | None = None,
+    ) -> PreTrainedModel:  # fmt: skip
+        """The frozen base, quantized, each weight after `prepare`."""
+        ...
+
+    def unquantized(self, model_config: Any, device: torch.device) -> Read:
+        """What reads the base's weights as they are before they are quantized."""
+        ...
+
+    def adapter(self, folder: Path) -> StoredAdapter:
+        """The adapter in `folder`, which the run starts from."""
+        ...
+
+
+class FromFiles:
+    """Tensors read from the folder of the model that a configuration names, or from its quantized form in the cache.
+
+    Raises:
+        UserError, MachineError: see `resolve_model`.
+    """
+
+    has_values = makes_starts = True
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        self.folder = resolve_model(config.name_or_path, config.revision)
+
+    def base(
+        self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype,
+        prepare: Prepare | None = None,
+    ) -> PreTrainedModel:  # fmt: skip
+        config = self.config
+        made = prepare if isinstance(prepare, WeightStart) else None
+        kept = config.keep_quantized and (prepare is None or made is not None) and rows_in_files(model_config) is None
+        start = made.identity if made else ""
+        cached = cached_base(self.folder, quantization, compute_dtype, start) if kept else None
+        if cached is not None:
+            logger.info("quantized base read from the cache: %s", cached.folder)
+            if made:
+                made.take(cached_start(cached))
+        module = load_base(self.folder, model_config, quantization, device, compute_dtype,
+                           trust_remote_code=config.trust_remote_code, checkpoint=cached,
+                           prepare=None if cached is not None else prepare)  # fmt: skip
+        if kept and cached is None:
+            written = write_cached_base(module, self.folder, quantization, compute_dtype, start,
+                                        made.made() if made else None)  # fmt: skip
+            logger.info("quantized base written to the cache for the next run: %s", written)
+        return module
+
+    def unquantized(self, model_config: Any, device: torch.device) -> Read:
+        return read_unquantized(self.folder, model_config, device, self.config.trust_remote_code)
+
+    def adapter(self, folder: Path) -> StoredAdapter:
+        return read_adapter(folder)
+
+
+class Random:
+    """Random tensors, of which only shapes and dtypes count; fake ones under a fake mode.
+
+    Args:
+        makes_starts: see `Tensors`: what is asked of memory wants them made, what only asks whether all fits together
+            does not.
+    """
+
+    folder = Path()
+    has_values = False
+
+    def __init__(self, makes_starts: bool = False):
+        self.makes_starts = makes_starts
+
+    def base(
+        self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype,
+        prepare: Prepare | None = None,
+    ) -> PreTrainedModel:  # fmt: skip
+        return load_base(self.folder, copy.deepcopy(model_config), quantization, device, compute_dtype,
+                         open_source=RandomSource.of(model_config), prepare=prepare)  # fmt: skip
+
+    def unquantized(self, model_config: Any, device: torch.device) -> Read:
+        return read_unquantized(self.folder, copy.deepcopy(model_config), device,
+                                open_source=RandomSource.of(model_config))  # fmt: skip
+
+    def adapter(self, folder: Path) -> StoredAdapter:
+        with unset_fake_temporarily(), _disable_current_modes():
+            stored = read_adapter(folder)
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in stored.tensors.items()}
+        made = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+        return replace(stored, tensors=made)
