@@ -71,7 +71,7 @@ def config_of(options: argparse.Namespace, method: str, task: str, rate: float, 
         "model.keep_quantized": True, "adapter.r": options.r, "adapter.lora_alpha": 2 * options.r,
         "data.train": str(files / f"{task}-train.jsonl"),
         "data.eval": {"validation": str(files / f"{task}-validation.jsonl"), "own": str(files / f"{task}-eval.jsonl")}
-        | ({"other": str(files / f"{other}-eval.jsonl")} if other else {}),
+        | ({"other": str(files / f"{other}-other.jsonl")} if other else {}),
         "data.max_length": options.max_length, "data.packing": False, "training.output_dir": str(folder),
         "training.max_steps": options.steps, "training.per_device_train_batch_size": options.batch,
         "training.gradient_checkpointing": True, "training.learning_rate": rate, "training.seed": seed,
@@ -89,8 +89,9 @@ def write_data(options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for task, (train, evaluation) in options.task.items():
         lines = train.read_text(encoding="utf-8").splitlines()
+        held_out = evaluation.read_text(encoding="utf-8").splitlines()
         parts = {"train": lines[: -options.validation_rows], "validation": lines[-options.validation_rows :],
-                 "eval": evaluation.read_text(encoding="utf-8").splitlines()[: options.eval_rows]}  # fmt: skip
+                 "eval": held_out[: options.eval_rows], "other": held_out[: options.other_rows]}  # fmt: skip
         for part, rows in parts.items():
             (folder / f"{task}-{part}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
@@ -199,6 +200,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=at_least(1), default=512, help="tokens of a row (default: 512)")
     parser.add_argument("--validation-rows", type=at_least(1), default=48, help="default: 48")
     parser.add_argument("--eval-rows", type=at_least(1), default=64, help="default: 64")
+    parser.add_argument("--other-rows", type=at_least(1), default=24, help="of the other task's (default: 24)")
     parser.add_argument("--answer-rows", type=at_least(1), default=40, help="default: 40")
     add_outputs(parser)
 
