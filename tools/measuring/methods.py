@@ -4,7 +4,7 @@ Every method trains on every task from the same rows. Its learning rate is the o
 part (the last rows of the training file, which are not trained on) is lowest: from the middle of the grid it goes on to
 the neighbour for as long as that is better, with the first seed. The other seeds are then run at that rate. What is
 told comes from the evaluation file, which takes no part in that choice. Forgotten is what the other task's evaluation
-loss rises by. Rows have padding and no packing, and every layer is recomputed, so that times and memory compare.
+loss rises by. Rows have padding and no packing, and nothing is recomputed, so that times and memory compare.
 
     tools/measure methods demo --task shell=TRAIN.jsonl:EVAL.jsonl --task math=TRAIN.jsonl:EVAL.jsonl --answers shell \\
         --work FOLDER --json methods.json
@@ -74,7 +74,7 @@ def config_of(options: argparse.Namespace, method: str, task: str, rate: float, 
         | ({"other": str(files / f"{other}-other.jsonl")} if other else {}),
         "data.max_length": options.max_length, "data.packing": False, "training.output_dir": str(folder),
         "training.max_steps": options.steps, "training.per_device_train_batch_size": options.batch,
-        "training.gradient_checkpointing": True, "training.learning_rate": rate, "training.seed": seed,
+        "training.gradient_checkpointing": False, "training.learning_rate": rate, "training.seed": seed,
         "training.eval_steps": options.steps, "training.save_steps": options.steps,
         "training.warmup_steps": max(1, options.steps // 20),
     } | METHODS[method](options.r)  # fmt: skip
