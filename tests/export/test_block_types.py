@@ -149,6 +149,8 @@ def test_a_file_holds_what_its_mixture_says(gguf_type, tmp_path):
     for tensor in reader.tensors:
         found = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(-1)
         values = gguf.dequantize(exact[tensor.name].data, exact[tensor.name].tensor_type).reshape(-1)
+        # The largest of 32 normal weights is some 2.4 deviations, q4_0's step an eighth of that, its error a step over
+        # the root of 12: 9 %. Weights in other places would be off by as much as they are.
         assert np.linalg.norm(found - values) <= 0.13 * np.linalg.norm(values), tensor.name
 
 

@@ -1,4 +1,4 @@
-"""All adapter methods at equal trained values: loss, answers, forgetting, time, memory (three hours).
+"""All adapter methods at equal trained values: loss, answers, forgetting, time, memory (hours).
 
 Every method trains on every task from the same rows. Its learning rate is the one of a grid whose loss on a validation
 part (the last rows of the training file, which are not trained on) is lowest: from the middle of the grid it goes on to

@@ -56,7 +56,7 @@ def _tensors(merged: MergedModel, file: Path, groups: list[list[TensorSpec]]) ->
     def decoded(name: str) -> Tensor:
         name = "token_embd.weight" if name == "output.weight" and name not in stored else name  # tied
         values = gguf.dequantize(stored[name].data, stored[name].tensor_type)
-        return torch.from_numpy(np.array(values, dtype=np.float32))
+        return torch.from_numpy(np.require(values, np.float32, ["C", "W"]))  # a copy of what the file has in fp32
 
     for group in groups:
         for spec in group:
