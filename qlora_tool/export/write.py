@@ -191,6 +191,10 @@ def _refuse_options(options: ExportOptions) -> None:
     if not FORMATS[options.format].has_dtype and options.dtype != "auto":
         instead = "; give --gguf-type" if options.format == "gguf" else ""
         raise UserError(f"--dtype {options.dtype}: --format {options.format} has dtypes of its own{instead}")
+    if options.format != "gguf" and options.gguf_type != "f16":
+        raise UserError(
+            f"--gguf-type {options.gguf_type}: is for --format gguf, not {options.format}; give both, or none"
+        )
     if options.verify_data is not None and not Path(options.verify_data).exists():
         raise UserError(f"--verify-data {options.verify_data}: no such file")
 

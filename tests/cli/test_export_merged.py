@@ -90,7 +90,8 @@ def test_verification_left_out(here: Path):
 
 @pytest.mark.parametrize("form", ["adapter", "adapter-portable", "nf4", "gguf"])
 def test_every_other_format(here: Path, form: str):
-    out = run(*EXPORT, "--format", form, "--gguf-type", "q8_0")
+    form_options = ["--format", form, *(["--gguf-type", "q8_0"] if form == "gguf" else [])]
+    out = run(*EXPORT, *form_options)
     report = json.loads(Path("merged/export.json").read_text())
     assert report["format"] == report["options"]["format"] == form
     assert all((here / "merged" / name).stat().st_size for name in report["files"])
@@ -105,7 +106,7 @@ def test_every_other_format(here: Path, form: str):
         assert warning.startswith(f"warning: update kept {kept:.1%} through rounding to nf4 again: mean KL ")
         assert "--base original" in warning
     again = {path.name: path.read_bytes() for path in (here / "merged").iterdir() if path.is_file()}
-    run(*EXPORT, "--format", form, "--gguf-type", "q8_0", "--overwrite")
+    run(*EXPORT, *form_options, "--overwrite")
     assert {path.name: path.read_bytes() for path in (here / "merged").iterdir() if path.is_file()} == again
 
 
@@ -115,6 +116,9 @@ def test_every_other_format(here: Path, form: str):
 def test_options_that_do_not_go_together(here: Path):
     assert error(here, *EXPORT, "--format", "gguf", "--dtype", "float16") == (
         "--dtype float16: --format gguf has dtypes of its own; give --gguf-type"
+    )
+    assert error(here, *EXPORT, "--gguf-type", "q4_k_m") == (
+        "--gguf-type q4_k_m: is for --format gguf, not safetensors; give both, or none"
     )
     assert error(here, *EXPORT, "--verify-data", "gone.jsonl").startswith("gone.jsonl: no such file or folder")
     assert error(here, *EXPORT, "--push-to-hub", "nobody").startswith("--push-to-hub nobody: no hub id, which is OWNER")
