@@ -165,3 +165,8 @@ def add_outputs(parser: argparse.ArgumentParser, *, plot: str | None = None) -> 
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     if plot:
         parser.add_argument("--plot", type=Path, metavar="FILE.png", help=f"draw {plot}")
+
+
+def rows_of(file: Path) -> list[str]:
+    """The lines of a JSONL file. `str.splitlines` would cut inside texts, at characters that JSON does not escape."""
+    return file.read_text(encoding="utf-8").removesuffix("\n").split("\n")

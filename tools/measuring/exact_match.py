@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from measuring.command import rows_of
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is a folder: nothing is to be fetched
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -63,7 +65,7 @@ def answers(model, tokenizer, prompts: list[str]) -> list[str]:
 
 def measure(model, tokenizer, file: Path, limit: int | None) -> dict[str, Any]:
     """Exact match on a file of conversations whose last message is the expected answer."""
-    lines = file.read_text(encoding="utf-8").splitlines()[:limit]
+    lines = rows_of(file)[:limit]
     conversations = [json.loads(line)["messages"] for line in lines]
     prompts = [
         tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)

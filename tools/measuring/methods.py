@@ -25,11 +25,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from measuring.command import add_model, add_outputs, at_least
+from measuring.command import add_model, add_outputs, at_least, rows_of
 from measuring.results import mb, say, show_table
 from qlora_tool.config import Config, with_values
 from qlora_tool.errors import MachineError
-from qlora_tool.files.atomic import write_json
+from qlora_tool.files.atomic import write_json, write_text
 
 RATES = (2e-5, 1e-4, 5e-4, 2.5e-3, 1.25e-2)
 UNQUANTIZED = {"model.quantization": "none"}
@@ -88,12 +88,11 @@ def write_data(options: argparse.Namespace) -> None:
     folder = options.work / "data"
     folder.mkdir(parents=True, exist_ok=True)
     for task, (train, evaluation) in options.task.items():
-        lines = train.read_text(encoding="utf-8").splitlines()
-        held_out = evaluation.read_text(encoding="utf-8").splitlines()
+        lines, held_out = rows_of(train), rows_of(evaluation)
         parts = {"train": lines[: -options.validation_rows], "validation": lines[-options.validation_rows :],
                  "eval": held_out[: options.eval_rows], "other": held_out[: options.other_rows]}  # fmt: skip
         for part, rows in parts.items():
-            (folder / f"{task}-{part}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+            write_text(folder / f"{task}-{part}.jsonl", "\n".join(rows) + "\n")  # at once: others may read it
 
 
 def cell(options: argparse.Namespace, method: str, task: str, rate: float, seed: int) -> dict[str, Any]:
@@ -174,9 +173,9 @@ def exact_matches(options: argparse.Namespace, found: dict[str, Any] | None, tas
     name = Path(found["folder"]).name if found else f"{task}-untuned-{quantization}"
     file = options.work / f"{name}-answers.json"
     if not file.exists():
-        rows = (options.work / "data" / f"{task}-eval.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = rows_of(options.work / "data" / f"{task}-eval.jsonl")
         chosen = options.work / "data" / f"{task}-answers.jsonl"
-        chosen.write_text("\n".join(rows[: options.answer_rows]) + "\n", encoding="utf-8")
+        write_text(chosen, "\n".join(rows[: options.answer_rows]) + "\n")
         source = found["folder"] if found else options.model
         base = {} if found else {"quantization": quantization}
         result = evaluate(source, chosen, generate=True, max_new_tokens=ANSWER_TOKENS, **base)
