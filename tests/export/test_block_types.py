@@ -69,6 +69,48 @@ def test_no_block_is_worse_than_ggufs_own(kind):
     assert (error <= other * 1.001 + 1e-24).all()
 
 
+def samples() -> dict[str, torch.Tensor]:
+    """Normal weights, weights with long tails, sixteen even values for every 32, and weights that are all positive."""
+    random = np.random.RandomState(14)
+    values = {"normal": random.standard_normal((48, 512)) * 0.02, "long tails": random.standard_t(4, (48, 512)) * 0.02}
+    lows = random.uniform(-0.1, -0.02, (48, 16, 1))
+    steps = random.uniform(0.002, 0.01, (48, 16, 1))
+    values["on a grid"] = (steps * random.randint(0, 16, (48, 16, 32)) + lows).reshape(48, 512)
+    values["positive"] = np.abs(random.standard_normal((48, 512))) * 0.02 + 0.01
+    return {name: torch.from_numpy(one.astype(np.float16)).float() for name, one in values.items()}
+
+
+# The mean squared error of what ggml_quantize_chunk of llama.cpp (of July 2026, in llama-cpp-python 0.3.36) makes of
+# the four samples, without an importance matrix. test_llama_cpp.py asks the library itself.
+LLAMA_CPPS = {
+    "Q4_0": (2.9748e-06, 1.0457e-05, 6.5278e-06, 4.2330e-06),
+    "Q4_1": (2.4805e-06, 6.8014e-06, 6.2636e-07, 7.6653e-07),
+    "Q5_0": (7.3832e-07, 2.6266e-06, 1.5976e-06, 1.0434e-06),
+    "Q5_1": (5.8133e-07, 1.5613e-06, 6.8884e-07, 1.7770e-07),
+    "IQ4_NL": (2.3291e-06, 6.6954e-06, 6.7612e-06, 3.7347e-06),
+    "Q4_K": (2.0507e-06, 5.7331e-06, 3.2757e-07, 9.9475e-07),
+    "Q5_K": (5.2835e-07, 1.4803e-06, 3.4376e-07, 2.4254e-07),
+    "Q6_K": (1.2675e-07, 3.9902e-07, 3.0437e-07, 1.8264e-07),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_the_error_is_not_above_llama_cpps(kind):
+    for (name, x), theirs in zip(samples().items(), LLAMA_CPPS[kind.name], strict=True):
+        x = x.view(-1, kind.weights)
+        assert float((kind.values(fit(kind, x)) - x).double().square().mean()) <= theirs, name
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_weights_at_the_ends_of_float16_have_finite_blocks(kind):
+    """Scales would overflow where those of the least squares are rounded. A step of a grid of sixteen around 0 is an
+    eighth of the largest weight, and its other end a step nearer to 0; what is below the smallest scale may become 0."""
+    x = torch.stack([torch.full((kind.weights,), 65500.0), torch.linspace(-65500, 65500, kind.weights),
+                     torch.linspace(65000, 65500, kind.weights), torch.linspace(-4e-7, 4e-7, kind.weights)])  # fmt: skip
+    largest = (decoded(kind, fit(kind, x)) - x).abs().amax(1) / x.abs().amax(1)
+    assert largest.le(torch.tensor([0.01, 0.126, 0.01, 1])).all(), largest
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_values_that_lie_on_a_grid_are_kept(kind):
     """A block that was quantized once is what it was."""
