@@ -80,8 +80,8 @@ def samples() -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(one.astype(np.float16)).float() for name, one in values.items()}
 
 
-# The mean squared error of what ggml_quantize_chunk of llama.cpp (of July 2026, in llama-cpp-python 0.3.36) makes of
-# the four samples, without an importance matrix. test_llama_cpp.py asks the library itself.
+# The mean squared error of what ggml_quantize_chunk of llama.cpp (0c1e57098) makes of the four samples, without an
+# importance matrix; test_llama_cpp.py asks the library itself.
 LLAMA_CPPS = {
     "Q4_0": (2.9748e-06, 1.0457e-05, 6.5278e-06, 4.2330e-06),
     "Q4_1": (2.4805e-06, 6.8014e-06, 6.2636e-07, 7.6653e-07),
@@ -104,9 +104,9 @@ def test_the_error_is_not_above_llama_cpps(kind):
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_weights_at_the_ends_of_float16_have_finite_blocks(kind):
     """Scales would overflow where those of the least squares are rounded. A step of a grid of sixteen around 0 is an
-    eighth of the largest weight, and its other end a step nearer to 0; what is below the smallest scale may become 0."""
-    x = torch.stack([torch.full((kind.weights,), 65500.0), torch.linspace(-65500, 65500, kind.weights),
-                     torch.linspace(65000, 65500, kind.weights), torch.linspace(-4e-7, 4e-7, kind.weights)])  # fmt: skip
+    eighth of the largest weight, and its other end a step nearer to 0; what is below the smallest scale may be 0."""
+    ends = ((65500, 65500), (-65500, 65500), (65000, 65500), (-4e-7, 4e-7))
+    x = torch.stack([torch.linspace(low, high, kind.weights) for low, high in ends])
     largest = (decoded(kind, fit(kind, x)) - x).abs().amax(1) / x.abs().amax(1)
     assert largest.le(torch.tensor([0.01, 0.126, 0.01, 1])).all(), largest
 

@@ -22,7 +22,7 @@ class Scales:
 
     Attributes:
         d, m: (blocks,) fp32, values of float16; m is None where there is no b.
-        scales, mins: (blocks, sub-blocks) whole numbers as fp32; None in types of 32 weights, where d and m are a and b.
+        scales, mins: (blocks, sub-blocks) whole numbers as fp32; None in types of 32 weights: d and m are a and b.
     """
 
     d: Tensor
@@ -69,7 +69,8 @@ class Columns:
         if self._w is None:
             self.sum_x, self.sum_w = self.x.sum(0), torch.full(self.x.shape[1:], float(len(self.x)))
         else:
-            self.sum_x, self.sum_w = torch.mul(self.x, self._w, out=self._products).sum(0), self._w.sum(0).clamp_(min=_NONE)
+            self.sum_x = torch.mul(self.x, self._w, out=self._products).sum(0)
+            self.sum_w = self._w.sum(0).clamp_(min=_NONE)
         self._of_mean = self.sum_x.square() / self.sum_w
 
     def _turned(self, values: Tensor) -> Tensor:
@@ -96,10 +97,7 @@ class Columns:
     def sums(self, levels: Tensor) -> Tensor:
         """Σ w·q, Σ w·q² and Σ w·q·x of every sub-block, (3, blocks, sub-blocks); without a b the first is no sum."""
         found, products = torch.empty(3, *self.x.shape[1:]), self._products
-        if self._w is not None:
-            weighted = levels * self._w
-        else:
-            weighted = levels
+        weighted = levels if self._w is None else levels * self._w
         if self.kind.affine:
             torch.sum(weighted, 0, out=found[0])
         torch.sum(torch.mul(weighted, levels, out=products), 0, out=found[1])
@@ -120,8 +118,8 @@ class Columns:
         return torch.lerp(both, alone - self._of_mean, bound)
 
     def solved(self, sums: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The a and b of the least error for given levels; b at most 0 where a block keeps it as a product that is taken
-        away.
+        """The a and b of the least error for given levels; b at most 0 where a block keeps it as a product that is
+        taken away.
 
         Args:
             sums: of those levels, (3, …, blocks, sub-blocks).

@@ -2,7 +2,7 @@
 
 For fixed levels q of a sub-block the a and b of the least Σ w·(a·q + b − x)² have a closed form; for fixed a and b the
 best levels are the nearest ones. The guesses of a and b that lead lowest are taken on: the two are done in turn, twice.
-In the k-types a and b are then rounded to whole numbers times the block's d and m, for which the same is done once more.
+In the k-types a and b are then rounded to whole numbers times the block's d and m, and the same is done once more.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ AT_A_TIME = 1 << 17  # weights: what is worked on stays in a core's cache
 # tails, and of a trained model's. The error left is within 3 % of that of all 60; ends are met where values lie on a
 # grid of so many levels, or half as many.
 _OF_16 = ((0.984, 0.984), (0.98, 0.95), (0.966, 1), (1.071, 1), (1.015, 1.04), (1.02, 1), (0.99, 1.04), (0.955, 0.95))
-_OF_32 = ((31 / 30, 1), (1, 1), (0.984, 1), (1.069, 1), (1.008, 1), (1.016, 1.04), (1.025, 1), (0.992, 1), (0.976, 0.95))
+_OF_32 = (
+    (31 / 30, 1), (1, 1), (0.984, 1), (1.069, 1), (1.008, 1), (1.016, 1.04), (1.025, 1), (0.992, 1), (0.976, 0.95)
+)  # fmt: skip
 _GUESSES: dict[str, tuple[tuple[float, float], ...]] = {
     "Q4_0": tuple((factor, 1) for factor in (1, 0.983, 0.907, 1.114, 1.017, 0.951, -1.333, 0.842)),
     "Q5_0": tuple((factor, 1) for factor in (1, 0.992, 1.063, 0.959, -1.143, 1.017, 1.083)),
