@@ -203,6 +203,7 @@ def export_merged(
     dtype: str = "auto",
     format: str = "safetensors",
     gguf_type: str = "f16",
+    with_base: bool = False,
     max_shard_size: str | int = "5GB",
     verify: bool = True,
     verify_data: AnyPath | None = None,
@@ -225,8 +226,9 @@ def export_merged(
             `{"sums": "runs/sums:0.7"}`. Where `run_or_adapter` is one too it has weight 1; it may also be their base.
         base: dequantized (merge onto what was trained against) or original (onto the 16-bit weights).
         dtype: auto, bfloat16, float16 or float32; auto takes what keeps more.
-        format: safetensors, gguf, adapter, adapter-portable or nf4.
+        format: safetensors, gguf, gguf-adapter, adapter, adapter-portable or nf4.
         gguf_type: of `choices.GgufType`.
+        with_base: beside a GGUF adapter, write the base that it was trained on as a GGUF file.
         max_shard_size: of one file at most, such as 5GB, or bytes.
         verify: hold the files against the model that was trained, token by token, before they get their name.
         verify_data: rows for that; None: the run's evaluation rows.
@@ -262,8 +264,9 @@ def export_merged(
     from qlora_tool.export.write import export_merged as export
 
     result = export(
-        artifact, Path(output_dir), ExportOptions(base, dtype, size, overwrite, format, gguf_type, verify, rows)
-    )
+        artifact, Path(output_dir),
+        ExportOptions(base, dtype, size, overwrite, format, gguf_type, verify, rows, with_base),
+    )  # fmt: skip
     _write_json(json, result.facts)
     if on_written is not None:
         on_written(result)

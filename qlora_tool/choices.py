@@ -10,7 +10,7 @@ from typing import Literal
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 ComputeDtype = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cuda", "cpu"]
-ExportFormat = Literal["safetensors", "gguf", "adapter", "adapter-portable", "nf4"]
+ExportFormat = Literal["safetensors", "gguf", "gguf-adapter", "adapter", "adapter-portable", "nf4"]
 ExportBase = Literal["dequantized", "original"]
 GgufType = Literal["f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q4_0", "iq4_nl"]
 DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "dolly", "prompt_completion", "text"]

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     examples="""
     qlora-tool export-merged runs/my-model --output-dir merged/my-model
     qlora-tool export-merged runs/my-model --output-dir my-gguf --format gguf --gguf-type q8_0
+    qlora-tool export-merged runs/my-model --output-dir my-lora --format gguf-adapter --with-base
     qlora-tool export-merged demo --adapter sums=runs/sums:0.7 --adapter poems=runs/poems:0.3 --output-dir merged/both
     qlora-tool export-merged peft-adapter --quantization nf4 --output-dir merged/other
     """,
     groups={
-        "What the files hold": ("base", "dtype", "format", "gguf_type", "max_shard_size"),
+        "What the files hold": ("base", "dtype", "format", "gguf_type", "with_base", "max_shard_size"),
         "Verification": ("verify", "verify_data"),
         "An adapter made elsewhere": ("model", "quantization", "double_quant"),
     },
@@ -37,10 +38,12 @@ if TYPE_CHECKING:
               show_default=True, help="Of the files; auto takes what keeps more: float16 where every value fits and "
               "the model's family can be multiplied in it.")  # fmt: skip
 @click.option("--format", type=click.Choice(get_args(ExportFormat)), default="safetensors", show_default=True,
-              help="A model folder, a file for llama.cpp and Ollama, the adapter alone (plain or portable), or "
-              "quantized by bitsandbytes again.")  # fmt: skip
+              help="A model folder, a file for llama.cpp and Ollama, the adapter alone (for them, plain or portable), "
+              "or quantized by bitsandbytes again.")  # fmt: skip
 @click.option("--gguf-type", type=click.Choice(get_args(GgufType)), default="f16", show_default=True,
               help="Of the weights in a GGUF file.")  # fmt: skip
+@click.option("--with-base", is_flag=True,
+              help="Beside a GGUF adapter, write the base that it was trained on as a GGUF file.")  # fmt: skip
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Bytes of one file at most.")
 @click.option("--verify/--no-verify", default=True, show_default=True,
               help="Hold the files against the model that was trained, token by token, before they get their name.")
@@ -71,12 +74,15 @@ def export_merged(run_or_adapter: str, output_dir: str, **options: Any) -> None:
 
 def _report(result: ExportResult) -> list[str]:
     """What was written and how it was proven, for the terminal."""
-    kinds = {"nf4": f"nf4 and {result.dtype}", "adapter": "an adapter", "adapter-portable": "an adapter"}
+    kinds = {"nf4": f"nf4 and {result.dtype}", "adapter": "an adapter", "adapter-portable": "an adapter",
+             "gguf-adapter": f"an adapter{f' and its base in {result.dtype}' if result.dtype else ''}"}  # fmt: skip
     kind = kinds.get(result.format, result.dtype)
     lines = [f"{result.folder}: {result.bytes / 1e9:.2f} GB of {kind} in {len(result.files)} file(s), "
              f"{result.seconds:.0f} s"]  # fmt: skip
     if result.format == "safetensors":
         lines.append(f"dtype {result.dtype}: {result.dtype_reason}")
+    if result.format == "gguf-adapter":
+        lines += _of_gguf_adapter(result)
     for reader, why in (result.facts.get("readers") or {}).items():
         lines.append(f"read by {reader}" if why is None else f"not read rightly by {reader}: {why}")
     if result.proof is None:
@@ -84,7 +90,22 @@ def _report(result: ExportResult) -> list[str]:
     return lines + result.proof.lines() + [f"warning: {line}" for line in result.proof.warnings()]
 
 
+def _of_gguf_adapter(result: ExportResult) -> list[str]:
+    """What the adapter's file holds, and which base it is for."""
+    facts = result.facts["gguf_adapter"]
+    ranks = " to ".join(str(r) for r in dict.fromkeys(facts["r"]))
+    scaled = f"; scales of {facts['scaled']} of them worked into B, in fp32" if facts["scaled"] else ""
+    held = (f"{facts['file']}: LoRA on {facts['tensors']} tensors of a {facts['architecture']}, r {ranks}, alpha "
+            f"{facts['alpha']:g}{scaled}")  # fmt: skip
+    return [held, f"its base: {facts['base']}"]
+
+
 def _next(result: ExportResult) -> str:
+    name = result.folder.name.lower()
     if result.format == "gguf":
         return f"ollama create {result.files[0].removesuffix('.gguf').lower()} -f {result.folder}/Modelfile"
+    if result.format == "gguf-adapter" and len(result.files) > 1:
+        return f"ollama create {name} -f {result.folder}/Modelfile"
+    if result.format == "gguf-adapter":
+        return f"llama-cli -m BASE.gguf --lora {result.folder}/{result.files[0]} -p '...'"
     return f"qlora-tool generate {result.folder} --prompt '...'"

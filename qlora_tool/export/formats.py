@@ -31,6 +31,7 @@ class Job:
         merged: the merged tensors, in the dtype of the files where the format has one.
         max_shard_size: bytes of a file at most.
         gguf_type: of `choices.GgufType`.
+        with_base: whether the base's GGUF file lies beside an adapter's.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Job:
     merged: MergedModel
     max_shard_size: int
     gguf_type: str
+    with_base: bool = False
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -126,14 +128,69 @@ def _check_gguf(job: Job) -> None:
 def _gguf_read_back(job: Job, staging: Staging) -> Iterator[Path]:
     from qlora_tool.export.gguf.read_back import read_back
 
+    with _folder_for_a_while(staging) as folder:
+        read_back(job.merged, staging.folder / f"{job.name}.gguf", folder)
+        yield folder
+
+
+@contextmanager
+def _folder_for_a_while(staging: Staging) -> Iterator[Path]:
     folder = staging.root / "read-back"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
-        read_back(job.merged, staging.folder / f"{job.name}.gguf", folder)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+ADAPTER_FILE, BASE_FILE = "adapter.gguf", "base.gguf"
+
+
+def _write_gguf_adapter(job: Job, staging: Staging) -> dict[str, Any]:
+    from qlora_tool.export.gguf.adapter import base_of, base_said, write_adapter_gguf
+    from qlora_tool.export.gguf.modelfile import write_modelfile
+    from qlora_tool.export.gguf.write import write_gguf
+
+    if not staging.done(ADAPTER_FILE):
+        with staging.whole(ADAPTER_FILE) as file:
+            facts = write_adapter_gguf(job.merged, file, Path(job.artifact.model.name_or_path).name)
+        said = base_said(job.artifact, job.merged, BASE_FILE if job.with_base else None)
+        staging.note(gguf_adapter={"file": ADAPTER_FILE, **facts, "base": said})
+    names = [ADAPTER_FILE]
+    if job.with_base:
+        names.append(BASE_FILE)
+        if not staging.done(BASE_FILE):
+            with staging.whole(BASE_FILE) as file:
+                facts = write_gguf(base_of(job.merged), job.base_folder, job.tokenizer_folder, file, job.gguf_type)
+            staging.note(gguf=facts)
+        write_modelfile(staging.folder / "Modelfile", BASE_FILE, job.tokenizer_folder, job.base_folder, ADAPTER_FILE)
+    found = {"files": names, "bytes": sum((staging.folder / name).stat().st_size for name in names)}
+    return found | {"dtype": job.gguf_type if job.with_base else None, **staging.notes}
+
+
+def _gguf_adapter_bytes(job: Job) -> int:
+    from qlora_tool.export.gguf.adapter import adapter_bytes, base_of
+    from qlora_tool.export.gguf.write import planned_bytes
+
+    base = planned_bytes(base_of(job.merged), job.gguf_type) if job.with_base else 0
+    return adapter_bytes(job.merged) + base
+
+
+def _check_gguf_adapter(job: Job) -> None:
+    from qlora_tool.export.gguf.adapter import refuse_unholdable
+
+    refuse_unholdable(job.artifact, job.merged, job.with_base)
+
+
+@contextmanager
+def _gguf_adapter_read_back(job: Job, staging: Staging) -> Iterator[Path]:
+    from qlora_tool.export.gguf.adapter import read_adapter_back
+
+    base = staging.folder / BASE_FILE if job.with_base else None
+    with _folder_for_a_while(staging) as folder:
+        read_adapter_back(job.merged, staging.folder / ADAPTER_FILE, base, folder)
+        yield folder
 
 
 def _write_requantized(job: Job, staging: Staging) -> dict[str, Any]:
@@ -181,6 +238,8 @@ def _files_of(folder: Path) -> dict[str, Any]:
 FORMATS: dict[ExportFormat, Format] = {
     "safetensors": Format(_write_safetensors, _merged_bytes, has_dtype=True, auto_dtype=True, as_model=_itself),
     "gguf": Format(_write_gguf, _gguf_bytes, _check_gguf, as_model=_gguf_read_back),
+    "gguf-adapter": Format(_write_gguf_adapter, _gguf_adapter_bytes, _check_gguf_adapter,
+                           as_model=_gguf_adapter_read_back),
     "nf4": Format(_write_requantized, _requantized_bytes, has_dtype=True, as_model=_itself),
     "adapter": Format(_write_adapter(portable=False), _adapter_bytes, _check_adapter),
     "adapter-portable": Format(_write_adapter(portable=True), lambda job: 4 * _adapter_bytes(job),

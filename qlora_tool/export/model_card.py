@@ -30,15 +30,7 @@ print({call})
 ```"""
 _CHAT = 'generate([{"role": "user", "content": "Hello"}], max_new_tokens=64)[0]["generated_text"][-1]["content"]'
 _TEXT = 'generate("Once upon a time", max_new_tokens=64)[0]["generated_text"]'
-_GGUF = """With Ollama:
-
-```
-cd {folder}
-ollama create {name} -f Modelfile
-ollama run {name}
-```
-
-With llama.cpp:
+_GGUF = """With llama.cpp:
 
 ```
 llama-cli -m {folder}/{file} -p "{prompt}"
@@ -52,6 +44,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{folder}", gguf_file="{file}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}", gguf_file="{file}")
 ```"""
+_GGUF_ADAPTER = """The file of the adapter is `{file}`. Its base: {base}.
+
+{ollama}With llama.cpp:
+
+```
+llama-cli -m {model} --lora {folder}/{file} -p "{prompt}"
+```"""
+_OLLAMA = """With Ollama:
+
+```
+cd {folder}
+ollama create {name} -f Modelfile
+ollama run {name}
+```
+
+"""
 _MISREAD = """`AutoTokenizer` of some transformers, {version} among them, reads `tokenizer.json` otherwise than it is
 written and than this model was trained. Load the tokenizer by `PreTrainedTokenizerFast.from_pretrained("{folder}")`,
 and give it to a pipeline as `tokenizer=`."""
@@ -96,7 +104,7 @@ def model_card(
         _load(artifact, result, chat),
         *_other_base(artifact, result),
         *([_MISREAD.format(folder=result["output_dir"], version=version("transformers"))] if misread else []),
-        *_verification(proof),
+        *_verification(proof, result),
         "## How it was made",
         _table(_facts(artifact, result)),
     ]
@@ -108,12 +116,13 @@ def model_card(
 def _header(artifact: Artifact, licence: str | None, result: dict[str, Any]) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
-    library = {"gguf": "gguf", "adapter": "peft", "adapter-portable": "peft"}.get(_format(result), "transformers")
+    kinds = {"gguf": "gguf", "gguf-adapter": "gguf", "adapter": "peft", "adapter-portable": "peft"}
+    library = kinds.get(_format(result), "transformers")
     base = artifact.model.name_or_path
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
     return ModelCardData(
         base_model=base if on_hub else None,
-        base_model_relation=("adapter" if library == "peft" else "finetune") if on_hub else None,
+        base_model_relation=("adapter" if _is_adapter(result) else "finetune") if on_hub else None,
         library_name=library,
         pipeline_tag="text-generation",
         license=licence or "unknown",
@@ -125,17 +134,29 @@ def _format(result: dict[str, Any]) -> str:
     return result.get("format", "safetensors")
 
 
+def _is_adapter(result: dict[str, Any]) -> bool:
+    return "adapter" in _format(result)
+
+
 def _exported(result: dict[str, Any]) -> str:
     named = {"gguf": "merged into GGUF", "nf4": "merged and quantized to nf4 again", "adapter": "saved as an adapter",
-             "adapter-portable": "saved as an adapter"}  # fmt: skip
+             "adapter-portable": "saved as an adapter",
+             "gguf-adapter": "saved as an adapter for llama.cpp"}  # fmt: skip
     return named.get(_format(result), "merged")
 
 
 def _load(artifact: Artifact, result: dict[str, Any], chat: bool) -> str:
     folder, kind = result["output_dir"], _format(result)
-    if kind == "gguf":
+    if kind.startswith("gguf"):
         prompt = "Hello" if chat else "Once upon a time"
-        return _GGUF.format(folder=folder, name=Path(folder).name.lower(), file=result["files"][0], prompt=prompt)
+        ollama = _OLLAMA.format(folder=folder, name=Path(folder).name.lower())
+        if kind == "gguf":
+            return ollama + _GGUF.format(folder=folder, file=result["files"][0], prompt=prompt)
+        file, *base = result["files"]
+        return _GGUF_ADAPTER.format(
+            folder=folder, file=file, base=result["gguf_adapter"]["base"], prompt=prompt, ollama=ollama if base else "",
+            model=f"{folder}/{base[0]}" if base else "BASE.gguf",
+        )  # fmt: skip
     if kind.startswith("adapter"):
         return _load_adapter(artifact, result)
     needed = "It takes `pip install bitsandbytes accelerate`.\n\n" if kind == "nf4" else ""
@@ -201,13 +222,14 @@ def _beyond_peft(artifact: Artifact, result: dict[str, Any]) -> list[str]:
     return [said]
 
 
-def _verification(proof: Proof | None) -> list[str]:
+def _verification(proof: Proof | None, result: dict[str, Any]) -> list[str]:
     if proof is None:
         return []
     summed = proof.live != type(proof).live
     live = proof.live if summed else "the quantized base with its adapter, as it was trained"
+    files = "The base plus what the adapter's file adds, run" if _is_adapter(result) else "The files, loaded"
     about = (
-        f"The files, loaded by plain transformers, against {live}. Both "
+        f"{files} by plain transformers, against {live}. Both "
         "multiply in float32; KL(trained ‖ exported) is of the next token's distribution."
     )
     if proof.left_out is not None:
@@ -259,7 +281,7 @@ def _facts(artifact: Artifact, result: dict[str, Any]) -> list[tuple[str, Any]]:
           or [("method" if method.keys.trains_base else "adapter", f"{method.name}{rank}{alpha}{dropout}{equals}")]),
         ("adapted modules", None if artifact.stack else ", ".join(targets) if isinstance(targets, list) else targets),
     ]  # fmt: skip
-    if not _format(result).startswith("adapter"):
+    if not _is_adapter(result):
         rounded = "quantized to nf4 again" if _format(result) == "nf4" else f"rounded once to {result['dtype']}"
         how = ("weights", f"the trained ones, {rounded}") if method.keys.trains_base else (
             "merged onto", f"the {result['base']} base, added in float32, {rounded}"

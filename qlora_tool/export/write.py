@@ -69,6 +69,7 @@ class ExportOptions:
         gguf_type: of `choices.GgufType`.
         verify: hold the files against the live model before they get their name.
         verify_data: rows for that; None: the run's own.
+        with_base: beside a GGUF adapter, write the base that it was trained on as a GGUF file.
 
     Raises:
         UserError: a value that is not one of these.
@@ -82,6 +83,7 @@ class ExportOptions:
     gguf_type: str = "f16"
     verify: bool = False
     verify_data: str | None = None
+    with_base: bool = False
 
     def __post_init__(self) -> None:
         faults = [
@@ -189,9 +191,14 @@ def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> E
 
 def _refuse_options(options: ExportOptions) -> None:
     if not FORMATS[options.format].has_dtype and options.dtype != "auto":
-        instead = "; give --gguf-type" if options.format == "gguf" else ""
+        instead = "; give --gguf-type" if options.format == "gguf" or options.with_base else ""
         raise UserError(f"--dtype {options.dtype}: --format {options.format} has dtypes of its own{instead}")
-    if options.format != "gguf" and options.gguf_type != "f16":
+    if options.with_base and options.format != "gguf-adapter":
+        raise UserError(f"--with-base: is for --format gguf-adapter, not {options.format}; give both, or none")
+    if options.format == "gguf-adapter" and not options.with_base and options.gguf_type != "f16":
+        raise UserError(f"--gguf-type {options.gguf_type}: is of the base's file, which --with-base writes; give both, "
+                        "or none: the adapter's is f32")  # fmt: skip
+    if not options.format.startswith("gguf") and options.gguf_type != "f16":
         raise UserError(
             f"--gguf-type {options.gguf_type}: is for --format gguf, not {options.format}; give both, or none"
         )
@@ -209,7 +216,8 @@ def _job(artifact: Artifact, folder: Path, output: Path, options: ExportOptions)
         options.base, cached=find_cached_base(folder, quantization) if options.base == "dequantized" else None,
         stack=artifact.stack,
     )  # fmt: skip
-    return Job(output.resolve().name, artifact, folder, merged, options.max_shard_size, options.gguf_type)
+    return Job(output.resolve().name, artifact, folder, merged, options.max_shard_size, options.gguf_type,
+               options.with_base)  # fmt: skip
 
 
 def find_cached_base(folder: Path, quantization: Quantization) -> Checkpoint | None:
@@ -300,7 +308,8 @@ def _proven(job: Job, staging: Staging, options: ExportOptions, rows: tuple[Sequ
     from qlora_tool.export.proof import prove
     from qlora_tool.export.verification import Proof
 
-    as_model, named = FORMATS[options.format].as_model, options.gguf_type if options.format == "gguf" else None
+    named = options.gguf_type if options.format == "gguf" or options.with_base else None
+    as_model = FORMATS[options.format].as_model
     assert as_model is not None
     try:
         with as_model(job, staging) if rows[0] else nullcontext(staging.folder) as model:

@@ -82,15 +82,32 @@ def test_what_is_written_is_verified_and_told(here: Path):
     assert all(len(digest) == 64 for digest in hashes["data"]["train"].values())
 
 
+def test_an_adapter_for_llama_cpp_says_which_base_it_is_for(here: Path):
+    lines = run(*EXPORT, "--format", "gguf-adapter").splitlines()
+    assert lines[0].startswith("merged: 0.00 GB of an adapter in 1 file(s), ")
+    assert lines[1] == "adapter.gguf: LoRA on 14 tensors of a llama, r 4, alpha 32"
+    assert lines[2] == (
+        f"its base: {here / 'base'} quantized to nf4, as it was trained; a GGUF file made of its own weights is "
+        "another base (--with-base writes the one it was trained on)"
+    )
+    assert lines[-1] == "next: llama-cli -m BASE.gguf --lora merged/adapter.gguf -p '...'"
+    report = json.loads(Path("merged/export.json").read_text())
+    assert report["verification"]["mean_kl"] < 1e-9 and report["dtype"] is None
+    assert report["verification"]["update"]["error"] < 1e-5
+    card = Path("merged/README.md").read_text()
+    assert lines[2].removeprefix("its base: ") in card and "--lora merged/adapter.gguf" in card and "ollama" not in card
+
+
 def test_verification_left_out(here: Path):
     assert "not verified: not asked for" in run(*EXPORT, *PLAIN).splitlines()
     report = json.loads(Path("merged/export.json").read_text())
     assert report["verification"] == {"left_out": "not asked for"}
 
 
-@pytest.mark.parametrize("form", ["adapter", "adapter-portable", "nf4", "gguf"])
+@pytest.mark.parametrize("form", ["adapter", "adapter-portable", "nf4", "gguf", "gguf-adapter"])
 def test_every_other_format(here: Path, form: str):
-    form_options = ["--format", form, *(["--gguf-type", "q8_0"] if form == "gguf" else [])]
+    more = {"gguf": ["--gguf-type", "q8_0"], "gguf-adapter": ["--with-base"]}
+    form_options = ["--format", form, *more.get(form, [])]
     out = run(*EXPORT, *form_options)
     report = json.loads(Path("merged/export.json").read_text())
     assert report["format"] == report["options"]["format"] == form
@@ -99,6 +116,11 @@ def test_every_other_format(here: Path, form: str):
     if form == "gguf":
         assert report["files"] == ["merged.gguf"] and (here / "merged" / "Modelfile").exists()
         assert out.splitlines()[-1] == "next: ollama create merged -f merged/Modelfile"
+    if form == "gguf-adapter":
+        assert report["files"] == ["adapter.gguf", "base.gguf"] and report["dtype"] == "f16"
+        assert Path("merged/Modelfile").read_text().startswith("FROM ./base.gguf\nADAPTER ./adapter.gguf\n")
+        assert out.splitlines()[-1] == "next: ollama create merged -f merged/Modelfile"
+        assert report["verification"]["mean_kl"] < 1e-5  # of the base's rounding to f16
     if form == "nf4":
         kept = report["requantization"]["update_kept"]
         assert report["verification"]["update"]["kept"] == pytest.approx(kept, rel=1e-2, abs=1e-3)
@@ -119,6 +141,12 @@ def test_options_that_do_not_go_together(here: Path):
     )
     assert error(here, *EXPORT, "--gguf-type", "q4_k_m") == (
         "--gguf-type q4_k_m: is for --format gguf, not safetensors; give both, or none"
+    )
+    assert error(here, *EXPORT, "--with-base") == (
+        "--with-base: is for --format gguf-adapter, not safetensors; give both, or none"
+    )
+    assert error(here, *EXPORT, "--format", "gguf-adapter", "--gguf-type", "q8_0") == (
+        "--gguf-type q8_0: is of the base's file, which --with-base writes; give both, or none: the adapter's is f32"
     )
     assert error(here, *EXPORT, "--verify-data", "gone.jsonl").startswith("gone.jsonl: no such file or folder")
     assert error(here, *EXPORT, "--push-to-hub", "nobody").startswith("--push-to-hub nobody: no hub id, which is OWNER")

@@ -25,12 +25,13 @@ def readers(tmp_path: Path, family: str, form: str = "adapter", **keys) -> dict[
 
 @pytest.mark.parametrize("keys, vllm, llama_cpp", [
     ({}, None, None),
-    ({"use_rslora": True}, None, "it ignores use_rslora; --format adapter-portable"),
+    ({"use_rslora": True}, None, "it ignores use_rslora; --format gguf-adapter"),
     ({"rank_pattern": {"q_proj": 2}}, "it ignores rank_pattern; --format adapter-portable", None),
-    ({"alpha_pattern": {"q_proj": 2}}, *["it ignores alpha_pattern; --format adapter-portable"] * 2),
+    ({"alpha_pattern": {"q_proj": 2}}, "it ignores alpha_pattern; --format adapter-portable",
+     "it ignores alpha_pattern; --format gguf-adapter"),
     ({"method": "dora"}, *[f"{LORA_ALONE}dora"] * 2), ({"method": "loha"}, *[f"{LORA_ALONE}loha"] * 2),
     ({"modules_to_save": ["lm_head"]}, NO_WHOLE, NO_WHOLE), ({"bias": "all"}, NO_WHOLE, NO_WHOLE),
-    ({"target_modules": ["embed_tokens", "q_proj"]}, PLACES, PLACES),
+    ({"target_modules": ["embed_tokens", "q_proj"]}, PLACES, f"{PLACES}; --format gguf-adapter"),
 ], ids=str)  # fmt: skip
 def test_each_reader(tmp_path, keys, vllm, llama_cpp):
     assert readers(tmp_path, "llama-biased", **keys) == {"PEFT": None, "vLLM": vllm, "llama.cpp": llama_cpp}

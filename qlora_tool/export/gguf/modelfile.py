@@ -68,7 +68,9 @@ SHAPES = (
 )  # fmt: skip
 
 
-def write_modelfile(file: Path, gguf_name: str, tokenizer_folder: Path, base_folder: Path) -> None:
+def write_modelfile(
+    file: Path, gguf_name: str, tokenizer_folder: Path, base_folder: Path, adapter: str | None = None
+) -> None:
     """Write a Modelfile.
 
     Args:
@@ -76,22 +78,25 @@ def write_modelfile(file: Path, gguf_name: str, tokenizer_folder: Path, base_fol
         gguf_name: of the GGUF file beside it.
         tokenizer_folder: the tokenizer's, with the chat template.
         base_folder: the base's, whose generation settings may name further ends of an answer.
+        adapter: of the file of an adapter beside it.
     """
     tokenizer, settings = open_tokenizer(tokenizer_folder), generation_settings(base_folder)
     write_text(file, modelfile(tokenizer, gguf_name, with_trained(listed(settings.get("eos_token_id")), tokenizer),
-                               settings))  # fmt: skip
+                               settings, adapter))  # fmt: skip
 
 
 def modelfile(
-    tokenizer: Any, gguf_name: str, ends: Sequence[int] = (), settings: Mapping[str, Any] | None = None
+    tokenizer: Any, gguf_name: str, ends: Sequence[int] = (), settings: Mapping[str, Any] | None = None,
+    adapter: str | None = None,
 ) -> str:
     """The text of a Modelfile.
 
     Args:
         ends: ids that end an answer beside the tokenizer's own.
         settings: the base's generation settings; where they sample, so does Ollama.
+        adapter: the name of an adapter's file.
     """
-    lines = [f"FROM ./{gguf_name}", ""]
+    lines = [f"FROM ./{gguf_name}", *([f"ADAPTER ./{adapter}"] if adapter else []), ""]
     shape, system = find_shape(tokenizer)
     if shape is not None:
         lines += [f"# {shape.name}", f'TEMPLATE """{shape.go_template()}"""', ""]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from qlora_tool.export.gguf.families import TensorNames, find_family
 from qlora_tool.export.merge import MergedModel
 from qlora_tool.export.shards import write_at_once
 from qlora_tool.files.tensors import TensorSpec
+from qlora_tool.model.names import SaveGroup
 
 _SHARD = 5 * 10**9
 
@@ -33,6 +34,23 @@ def read_back(merged: MergedModel, file: Path, folder: Path) -> None:
     Raises:
         MachineError: there is no space for it.
     """
+    decoded = decoder(file)
+    write_as_model(merged, lambda group: decoded, folder)
+
+
+def write_as_model(
+    merged: MergedModel, of_group: Callable[[SaveGroup], Callable[[str], Tensor]], folder: Path
+) -> None:
+    """Write tensors in llama.cpp's layout as a model folder in fp32.
+
+    Args:
+        merged: of it names, shapes and configuration are taken, no values.
+        of_group: for a group of `merged`, the tensors by llama.cpp's names.
+        folder: an empty one.
+
+    Raises:
+        MachineError: there is no space for it.
+    """
     merged = dataclasses.replace(merged, dtype=torch.float32, keeps_wider=False, refuse_coarse=False)
     groups = [[dataclasses.replace(spec, dtype=torch.float32) for spec in group] for group in merged.specs()]
     specs = [spec for group in groups for spec in group]
@@ -41,15 +59,14 @@ def read_back(merged: MergedModel, file: Path, folder: Path) -> None:
         raise MachineError(
             f"to read the file back takes {needed / 1e9:.2f} GB beside it for a while, and {free / 1e9:.2f} GB are free"
         )
-    write_at_once(specs, _tensors(merged, file, groups), folder, _SHARD)
+    write_at_once(specs, _tensors(merged, of_group, groups), folder, _SHARD)
     write_config(merged, folder)
 
 
-def _tensors(merged: MergedModel, file: Path, groups: list[list[TensorSpec]]) -> Iterator[tuple[str, Tensor]]:
+def decoder(file: Path) -> Callable[[str], Tensor]:
+    """The tensors of a GGUF file by llama.cpp's names, in fp32, decoded by the gguf package as they are asked for."""
     import gguf
 
-    config = merged.skeleton.config
-    names = TensorNames(find_family(config), config, merged.skeleton.base_model_prefix)
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
 
     @lru_cache(maxsize=1)  # experts of one layer are one tensor of the file
@@ -58,6 +75,15 @@ def _tensors(merged: MergedModel, file: Path, groups: list[list[TensorSpec]]) ->
         values = gguf.dequantize(stored[name].data, stored[name].tensor_type)
         return torch.from_numpy(np.require(values, np.float32, ["C", "W"]))  # a copy of what the file has in fp32
 
-    for group in groups:
-        for spec in group:
-            yield spec.name, names.restored(spec.name, decoded).reshape(spec.shape).contiguous()
+    return decoded
+
+
+def _tensors(
+    merged: MergedModel, of_group: Callable[[SaveGroup], Callable[[str], Tensor]], groups: list[list[TensorSpec]]
+) -> Iterator[tuple[str, Tensor]]:
+    config = merged.skeleton.config
+    names = TensorNames(find_family(config), config, merged.skeleton.base_model_prefix)
+    for group, specs in zip(merged.groups, groups, strict=True):
+        stored = of_group(group)
+        for spec in specs:
+            yield spec.name, names.restored(spec.name, stored).reshape(spec.shape).contiguous()
