@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from qlora_tool.weights.quantized import QuantizedTensor
 if TYPE_CHECKING:
     from qlora_tool.artifacts import Artifact
     from qlora_tool.export.merge import MergedModel
+    from qlora_tool.methods.lora import Lora
     from qlora_tool.model.names import SaveGroup
 
 EMBEDDINGS = "token_embd.weight"  # the only ones that llama.cpp looks up with an adapter
@@ -192,8 +193,9 @@ def _converted(
     merged: MergedModel, names: TensorNames, group: SaveGroup, name: str, layer: Adapter, device: str
 ) -> Iterator[LoraPair]:
     """One adapter by the tensors of the file: its rows in the place of the weight's, with r for columns."""
+    method = cast("Lora", layer.method)  # `_refuse_method` lets no other through
     lora_A, lora_B = (tensor.detach().to(device, torch.float32) for tensor in
-                      layer.method.computing(layer.tensors, layer.settings))  # fmt: skip
+                      method.computing(layer.tensors, layer.settings))  # fmt: skip
     on_embeddings = isinstance(layer, EmbeddingAdapter)
     rows = lora_A.T if on_embeddings else lora_B  # (…, rows of the weight, r)
     slot = merged.slots.get(name)
@@ -201,9 +203,8 @@ def _converted(
     for found, tensor in names.convert(group.convert(merged.skeleton, {name: turned})).items():
         if tensor.shape[-1] != rows.shape[-1]:
             raise ValueError(f"{name}: its columns do not stay as they are in {found}")
-        tensor = tensor.float().contiguous()
-        pair = (tensor, lora_B) if on_embeddings else (lora_A, tensor)
-        yield LoraPair(found, *pair, layer.method.scaling(layer.settings))
+        looked_up, product = (tensor, lora_B) if on_embeddings else (lora_A, tensor)
+        yield LoraPair(found, looked_up.contiguous(), product.contiguous(), method.scaling(layer.settings))
 
 
 def write_adapter_gguf(merged: MergedModel, file: Path, base: str) -> dict[str, Any]:
@@ -243,7 +244,7 @@ def write_adapter_gguf(merged: MergedModel, file: Path, base: str) -> dict[str, 
                 if not bool(tensor.isfinite().all()):
                     raise UserError(f"--format gguf-adapter: NaN or infinity in the adapter of {pair.name}; it is "
                                     "broken: copy or train it again")  # fmt: skip
-                writer.write_tensor_data(tensor.contiguous().numpy())
+                writer.write_tensor_data(tensor.numpy())
     finally:
         writer.close()
     ranks = [pair.r for pair in plan]
