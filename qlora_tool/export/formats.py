@@ -106,7 +106,7 @@ def _write_gguf(job: Job, staging: Staging) -> dict[str, Any]:
     if not staging.done(name):
         with staging.whole(name) as file:
             facts = write_gguf(job.merged, job.base_folder, job.tokenizer_folder, file, job.gguf_type)
-        staging.note(gguf=facts)
+            staging.note(gguf=facts)  # before the file counts as finished: killed in between, it is written anew
     write_modelfile(staging.folder / "Modelfile", name, job.tokenizer_folder, job.base_folder)
     facts = {"files": [name], "bytes": (staging.folder / name).stat().st_size, "gguf": staging.notes["gguf"]}
     return facts | {"dtype": job.gguf_type}
@@ -155,15 +155,15 @@ def _write_gguf_adapter(job: Job, staging: Staging) -> dict[str, Any]:
     if not staging.done(ADAPTER_FILE):
         with staging.whole(ADAPTER_FILE) as file:
             facts = write_adapter_gguf(job.merged, file, Path(job.artifact.model.name_or_path).name)
-        said = base_said(job.artifact, job.merged, BASE_FILE if job.with_base else None)
-        staging.note(gguf_adapter={"file": ADAPTER_FILE, **facts, "base": said})
+            said = base_said(job.artifact, job.merged, BASE_FILE if job.with_base else None)
+            staging.note(gguf_adapter={"file": ADAPTER_FILE, **facts, "base": said})
     names = [ADAPTER_FILE]
     if job.with_base:
         names.append(BASE_FILE)
         if not staging.done(BASE_FILE):
             with staging.whole(BASE_FILE) as file:
                 facts = write_gguf(base_of(job.merged), job.base_folder, job.tokenizer_folder, file, job.gguf_type)
-            staging.note(gguf=facts)
+                staging.note(gguf=facts)
         write_modelfile(staging.folder / "Modelfile", BASE_FILE, job.tokenizer_folder, job.base_folder, ADAPTER_FILE)
     found = {"files": names, "bytes": sum((staging.folder / name).stat().st_size for name in names)}
     return found | {"dtype": job.gguf_type if job.with_base else None, **staging.notes}

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -254,8 +255,9 @@ def test_two_exports_at_once(here: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(
     ("options", "kills"),
-    [(("--max-shard-size", "30kB"), 5), pytest.param(("--format", "gguf"), 5, marks=pytest.mark.slow)],
-    ids=["shards", "gguf"],
+    [(("--max-shard-size", "30kB"), 5), pytest.param(("--format", "gguf"), 5, marks=pytest.mark.slow),
+     pytest.param(("--format", "gguf-adapter", "--with-base"), 5, marks=pytest.mark.slow)],
+    ids=["shards", "gguf", "gguf-adapter"],
 )
 def test_killed_at_random_moments_and_run_again(here: Path, tmp_path: Path, options, kills: int):
     environment = child_environment(OMP_NUM_THREADS=1)
@@ -272,6 +274,28 @@ def test_killed_at_random_moments_and_run_again(here: Path, tmp_path: Path, opti
         assert contents(folder / "model") == expected
         assert kill["finished"] or not staging.staging_root(folder / "model").exists()
     assert any(kill["growing"] for kill in report["kills"])
+
+
+@pytest.mark.parametrize("options", [("--format", "gguf"), ("--format", "gguf-adapter", "--with-base")], ids=" ".join)
+def test_killed_just_as_a_file_is_finished(here: Path, options, monkeypatch: pytest.MonkeyPatch):
+    run(*EXPORT, *PLAIN, *options)
+    expected = contents(here / "merged")
+    whole = staging.Staging.whole
+
+    @contextmanager
+    def killed(self, name):
+        with whole(self, name) as file:
+            yield file
+        raise KeyboardInterrupt
+
+    files = [name for name in expected if name.endswith(".gguf")]
+    for _ in files:
+        with monkeypatch.context() as patch:
+            patch.setattr(staging.Staging, "whole", killed)
+            assert CliRunner().invoke(main, [*EXPORT, *PLAIN, *options, "--overwrite"]).exit_code != 0
+    monkeypatch.setattr(staging.Staging, "whole", None)  # all are there
+    run(*EXPORT, *PLAIN, *options, "--overwrite")
+    assert contents(here / "merged") == expected
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -16,6 +16,7 @@ from tiny_models import relative_error
 from qlora_tool.errors import UserError
 from qlora_tool.export.gguf.adapter import base_of, refuse_unholdable, write_adapter_gguf
 from qlora_tool.export.gguf.families import TensorNames, find_family
+from qlora_tool.export.write import ExportOptions, export_merged
 
 EXPERTS = {"mixtral", "qwen3_moe"}
 
@@ -136,6 +137,23 @@ def test_a_start_that_changed_the_base_needs_that_base(tmp_path):
     assert facts["r"] == [4, 4]  # of the base without the start, not of the checkpoint's
     with pytest.raises(UserError, match=r"took its start \(pissa\) out of the base.*give --with-base"):
         refuse_unholdable(artifact_of(tmp_path / "run"), merged, False)
+    options = ExportOptions(format="gguf-adapter", with_base=True, verify=True)
+    result = export_merged(artifact_of(tmp_path / "run"), tmp_path / "out", options)
+    assert result.proof.agreement.mean_kl < 1e-5  # of the base's rounding to f16
+    assert result.facts["gguf_adapter"]["base"].endswith("at its start: no model by itself")
+
+
+def test_the_base_may_be_in_few_bits_and_the_adapter_is_the_same(tmp_path):
+    base = write_chat_base("llama", tmp_path / "base")
+    artifact, bytes_of = artifact_of(write_adapter(tmp_path / "adapter", base)), {}
+    for kind in ("F16", "Q4_0"):
+        options = ExportOptions(format="gguf-adapter", with_base=True, gguf_type=kind.lower())
+        export_merged(artifact, tmp_path / kind, options)
+        written = gguf.GGUFReader(tmp_path / kind / "base.gguf").tensors
+        kinds = {tensor.name: tensor.tensor_type.name for tensor in written}
+        assert kinds["blk.0.attn_q.weight"] == kind
+        bytes_of[kind] = (tmp_path / kind / "adapter.gguf").read_bytes()
+    assert bytes_of["F16"] == bytes_of["Q4_0"]
 
 
 # ------------------------------------------------------------------------------------------------------ refusals

@@ -159,7 +159,9 @@ def base_said(artifact: Artifact, merged: MergedModel, file: str | None) -> str:
         return f"{file}, with the original weights of {name}" if file else f"the original weights of {name}"
     quantized = kind != "none"
     if file:
-        return f"{file}, which has the weights that it was trained on" + (f", {kind} dequantized" if quantized else "")
+        said = f"{file}, which has the weights that it was trained on" + (f", {kind} dequantized" if quantized else "")
+        start = artifact.adapter.quantized_without is not None
+        return said + (", without what the adapter took over at its start: no model by itself" if start else "")
     if not quantized:
         return f"{name}, in any GGUF file of its weights"
     return (f"{name} quantized to {kind}, as it was trained; a GGUF file made of its own weights is another base "
