@@ -9,10 +9,12 @@ import torch
 from tiny_adapters import artifact_of, write_adapter, write_chat_base
 from tiny_ggufs import gguf_of, merged_of
 
-from qlora_tool.export.gguf.mixture import MIXTURES, fallbacks, tensor_types
+from qlora_tool.export.gguf.mixture import MIXTURES
 from qlora_tool.export.gguf.read_back import read_back
+from qlora_tool.export.gguf.write import block_bytes
 from qlora_tool.export.grids.block_types import BLOCK_TYPES
 from qlora_tool.export.grids.fit import fit, nearest
+from qlora_tool.export.grids.threads import on_every_core
 from qlora_tool.files.tensors import Checkpoint, read_tensor
 
 KINDS = BLOCK_TYPES.values()
@@ -134,47 +136,31 @@ def test_the_nearest_level_of_uneven_ones():
     assert nearest(kind, torch.tensor([-500.0, -4.6, -4.4, 7.1, 500])).tolist() == [-127, -10, 1, 13, 113]
 
 
-SHAPES = {"token_embd.weight": (1000, 512), "output.weight": (1000, 512), "output_norm.weight": (512,)} | {
-    f"blk.{layer}.{name}.weight": shape for layer in range(16)
-    for name, shape in (("attn_q", (512, 512)), ("attn_v", (128, 512)), ("attn_norm", (512,)), ("ffn_down", (512, 768)),
-                        ("ffn_gate_inp", (8, 512)))
-}  # fmt: skip
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
 
 
-class Config:
-    num_hidden_layers, num_attention_heads, num_key_value_heads = 16, 8, 2
+def test_the_bytes_do_not_depend_on_threads_and_pieces(three_threads):
+    kind = BLOCK_TYPES["Q4_K"]
+    x = weights(kind, 50).view(25, 512)
+    found = block_bytes(x, kind, at_a_time=3 * 512)  # nine pieces, the last one smaller
+    assert torch.get_num_threads() == 3
+    assert np.array_equal(found, kind.pack(fit(kind, x.view(50, 256))).view(25, -1).numpy())
 
 
-def test_the_mixture_of_the_usual_type():
-    """q4_k_m: a half of attention's values and of the ways down in six bits: the first and the last eighth of the
-    layers, and of the others every third (2 and 2 of 16, then 4, 7, 10 and 13)."""
-    types = tensor_types(SHAPES, "q4_k_m", Config)
-    more = {layer for layer in range(16) if types[f"blk.{layer}.attn_v.weight"] == "Q6_K"}
-    assert more == {0, 1, 4, 7, 10, 13, 14, 15} == {
-        layer for layer in range(16) if types[f"blk.{layer}.ffn_down.weight"] == "Q6_K"
-    }
-    assert types["token_embd.weight"] == types["blk.0.attn_q.weight"] == types["blk.2.attn_v.weight"] == "Q4_K"
-    assert types["output.weight"] == "Q6_K"
-    assert types["blk.0.attn_norm.weight"] == types["blk.3.ffn_gate_inp.weight"] == "F32"
-    assert fallbacks(SHAPES, types, "q4_k_m", Config) == 0
+def test_a_fault_of_one_piece_is_raised(three_threads):
+    def work(piece: int) -> None:
+        assert torch.get_num_threads() == 1
+        if piece == 4:
+            raise ValueError("the fifth")
 
-
-def test_tied_embeddings_are_the_output():
-    tied = {name: shape for name, shape in SHAPES.items() if name != "output.weight"}
-    assert tensor_types(tied, "q4_k_s", Config)["token_embd.weight"] == "Q6_K"
-
-
-@pytest.mark.parametrize(("columns", "expected"), [
-    (512, {"Q4_K", "Q5_K", "Q6_K"}), (576, {"Q5_0", "Q5_1", "Q8_0"}), (100, {"F16", "Q8_0"}),
-])  # fmt: skip
-def test_rows_of_other_lengths_fall_back(columns, expected):
-    shapes = {name: (*shape[:-1], columns) if len(shape) > 1 else shape for name, shape in SHAPES.items()}
-    for mixture in ("q4_k_m", "q4_k_s", "q5_k_m", "q6_k"):
-        types = tensor_types(shapes, mixture, Config)
-        large = {kind for name, kind in types.items() if kind != "F32"}
-        assert large <= expected
-        if columns != 512:
-            assert fallbacks(shapes, types, mixture, Config) == sum(kind != "F32" for kind in types.values())
+    with pytest.raises(ValueError, match="the fifth"):
+        on_every_core(work, range(9))
+    assert torch.get_num_threads() == 3
 
 
 @pytest.mark.parametrize("gguf_type", MIXTURES)

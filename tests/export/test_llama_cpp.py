@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from tiny_adapters import IDS, artifact_of, write_adapter, write_chat_base
@@ -13,6 +16,9 @@ from tiny_models import relative_error
 from tokenizers_for_tests import byte_level
 
 from qlora_tool.config import Config
+from qlora_tool.export.grids.block_types import BLOCK_TYPES, BlockType
+from qlora_tool.export.grids.fit import fit
+from qlora_tool.files.tensors import Checkpoint, read_tensor
 from qlora_tool.training.loop import train
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
@@ -58,6 +64,33 @@ def demo() -> Path:
     from qlora_tool.model.demo import demo_model_folder
 
     return demo_model_folder()
+
+
+def by_ggml(kind: BlockType, blocks: torch.Tensor) -> torch.Tensor:
+    """What its own quantizer makes of blocks."""
+    library = ctypes.CDLL(str(next(Path(llama_cpp.llama_cpp._base_path).glob("*ggml-base*"))))
+    own = gguf.GGMLQuantizationType[kind.name]
+    made = np.empty(gguf.quants.quant_shape_to_byte_shape(tuple(blocks.shape), own), np.uint8)
+    counts = (ctypes.c_int64(number) for number in (0, *blocks.shape))
+    library.ggml_quantize_chunk(int(own), ctypes.c_void_p(blocks.data_ptr()), made.ctypes, *counts, None)
+    return torch.from_numpy(gguf.dequantize(made, own).copy())
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES.values(), ids=lambda kind: kind.name)
+def test_the_error_on_a_trained_model_is_not_above_llama_cpps(kind, demo):
+    """Every matrix of a layer: rows of 1536 as they are, rows of 576 with zeros up to 768, which do not count."""
+    for name, entry in Checkpoint(demo).items():
+        if ".layers.7." not in name or len(entry.shape) < 2:
+            continue
+        weights = read_tensor(entry).half().float()
+        columns = weights.shape[1]
+        filled = torch.nn.functional.pad(weights, (0, -columns % 256))
+        blocks = filled.reshape(-1, kind.weights)
+        ours, theirs = (
+            float((found.view_as(filled)[:, :columns] - weights).double().square().sum())
+            for found in (kind.values(fit(kind, blocks)), by_ggml(kind, blocks))
+        )
+        assert ours <= theirs, name
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

@@ -84,8 +84,7 @@ def _mixed(names: list[str], shapes: Mapping[str, tuple[int, ...]], gguf_type: s
             chosen = "Q8_0" if shapes[name][-1] % _block(mixture.usual) else "Q6_K"
         elif "attn_v.weight" in name or "attn_qkv.weight" in name:
             chosen = _by_rule(mixture.values, layer, layers, sharing, mixture.usual)
-            if layers == 80 and sharing == 8 and chosen == "Q4_K":  # the 70B models
-                chosen = "Q5_K"
+            chosen = "Q5_K" if chosen == "Q4_K" and _is_70b(config, sharing) else chosen
             chosen = "Q8_0" if experts == 8 else chosen
         elif "attn_k.weight" in name and experts == 8:
             chosen = "Q8_0"
@@ -109,6 +108,13 @@ def _by_rule(rules: Mapping[str, str], layer: int, layers: int, sharing: int, us
         "first eighth": layer < eighth, "first four": layer < 4, "shared": sharing >= 4,
     }  # fmt: skip
     return next((kind for rule, kind in rules.items() if applies[rule]), usual)
+
+
+def _is_70b(config: Any, sharing: int) -> bool:
+    """What llama.cpp takes for a 70B: a llama of 80 layers whose heads share keys, and any qwen2 of 80."""
+    if config.num_hidden_layers != 80:
+        return False
+    return config.model_type == "qwen2" or (config.model_type in ("llama", "mistral", "mixtral") and sharing > 1)
 
 
 def _is_output(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:

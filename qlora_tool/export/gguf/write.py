@@ -12,7 +12,7 @@ import dataclasses
 import importlib.util
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from qlora_tool.export.gguf.settings import add_settings, rope_tensors
 from qlora_tool.export.gguf.tokenizer import read_tokenizer
 from qlora_tool.export.grids.block_types import BLOCK_TYPES, BlockType
 from qlora_tool.export.grids.fit import fit
+from qlora_tool.export.grids.threads import on_every_core
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -204,40 +205,55 @@ def _encoded(tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
     return rounded.view(torch.int16).numpy() if dtype == torch.bfloat16 else rounded.numpy()
 
 
-def block_bytes(tensor: Tensor, kind: BlockType, at_a_time: int = 1 << 22) -> np.ndarray:
+def block_bytes(tensor: Tensor, kind: BlockType, at_a_time: int = 1 << 20) -> np.ndarray:
     """The blocks nearest to a tensor, some rows at a time.
 
     Args:
         tensor: fp32, (…, columns), columns a multiple of the block's size.
-        at_a_time: weights; bounds what is held beside the tensor.
+        at_a_time: weights; bounds what every thread holds beside the tensor.
 
     Returns:
         uint8, (rows, bytes of a row).
     """
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    step = max(1, at_a_time // rows.shape[1])
-    parts = (rows[start : start + step] for start in range(0, len(rows), step))
-    return np.concatenate([kind.pack(fit(kind, part.reshape(-1, kind.weights))).view(len(part), -1).numpy()
-                           for part in parts])  # fmt: skip
+    from gguf import GGMLQuantizationType
+
+    def encoded(rows: Tensor) -> np.ndarray:
+        return kind.pack(fit(kind, rows.reshape(-1, kind.weights))).view(len(rows), -1).numpy()
+
+    return _by_rows(tensor, GGMLQuantizationType[kind.name], encoded, at_a_time)
 
 
-def quantized_blocks(tensor: Tensor, kind: GGMLQuantizationType, at_a_time: int = 1 << 22) -> np.ndarray:
+def quantized_blocks(tensor: Tensor, kind: GGMLQuantizationType, at_a_time: int = 1 << 20) -> np.ndarray:
     """Quantize by the gguf package, some rows at a time: a block is a scale in fp16 and small whole numbers.
 
     Args:
         tensor: fp32, (…, columns), columns a multiple of the block's size.
         kind: what the package quantizes to, such as Q8_0.
-        at_a_time: weights; bounds the package's temporary arrays.
+        at_a_time: weights; bounds the package's temporary arrays, every thread's.
 
     Returns:
         uint8, (rows, bytes of a row).
     """
     from gguf import quants
 
-    rows = tensor.reshape(-1, tensor.shape[-1]).numpy()
-    result = np.empty(quants.quant_shape_to_byte_shape(rows.shape, kind), np.uint8)
+    def encoded(rows: Tensor) -> np.ndarray:
+        with np.errstate(over="ignore", invalid="ignore"):  # a block of denormals, whose scale is 0 in fp16
+            return quants.quantize(rows.numpy(), kind)
+
+    return _by_rows(tensor, kind, encoded, at_a_time)
+
+
+def _by_rows(
+    tensor: Tensor, kind: GGMLQuantizationType, encoded: Callable[[Tensor], np.ndarray], at_a_time: int
+) -> np.ndarray:
+    from gguf.quants import quant_shape_to_byte_shape
+
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    result = np.empty(quant_shape_to_byte_shape(tuple(rows.shape), kind), np.uint8)
     step = max(1, at_a_time // rows.shape[1])
-    with np.errstate(over="ignore", invalid="ignore"):  # a block of denormals, whose scale is 0 in fp16
-        for start in range(0, len(rows), step):
-            result[start : start + step] = quants.quantize(rows[start : start + step], kind)
+
+    def work(start: int) -> None:
+        result[start : start + step] = encoded(rows[start : start + step])
+
+    on_every_core(work, range(0, len(rows), step))
     return result
