@@ -97,7 +97,8 @@ def _of_gguf_adapter(result: ExportResult) -> list[str]:
     scaled = f"; scales of {facts['scaled']} of them worked into B, in fp32" if facts["scaled"] else ""
     held = (f"{facts['file']}: LoRA on {facts['tensors']} tensors of a {facts['architecture']}, r {ranks}, alpha "
             f"{facts['alpha']:g}{scaled}")  # fmt: skip
-    return [held, f"its base: {facts['base']}"]
+    left = [f"warning: not in an adapter's file: {what}" for what in facts.get("left_to_base") or ()]
+    return [held, f"its base: {facts['base']}", *left]
 
 
 def _next(result: ExportResult) -> str:

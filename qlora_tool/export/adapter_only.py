@@ -80,7 +80,7 @@ def write_adapter(artifact: Artifact, folder: Path, portable: bool) -> dict[str,
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             shutil.copyfile(stored.folder / name, folder / name)
     copy_tokenizer(stored.folder, base_folder(artifact), folder)
-    if has_tokenizer(stored.folder) and (ends := _other_ends(artifact)):
+    if has_tokenizer(stored.folder) and (ends := other_ends(artifact)):
         facts["eos_token_id"] = ends
     if rows := _new_rows(artifact):
         facts["resize_token_embeddings"] = rows
@@ -160,7 +160,7 @@ def _named_modules(stored: StoredAdapter) -> list[str]:
     return sorted(listed) if isinstance(listed, list) and not further else names
 
 
-def _other_ends(artifact: Artifact) -> list[int]:
+def other_ends(artifact: Artifact) -> list[int]:
     """The ends of an answer, where those at which the base ends one are not all."""
     base, trust = base_folder(artifact), artifact.model.trust_remote_code
     named, ends = named_and_trained(base, read_model_config(base, trust), artifact.adapter.folder, trust)

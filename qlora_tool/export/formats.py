@@ -148,25 +148,35 @@ ADAPTER_FILE, BASE_FILE = "adapter.gguf", "base.gguf"
 
 
 def _write_gguf_adapter(job: Job, staging: Staging) -> dict[str, Any]:
-    from qlora_tool.export.gguf.adapter import base_of, base_said, write_adapter_gguf
-    from qlora_tool.export.gguf.modelfile import write_modelfile
-    from qlora_tool.export.gguf.write import write_gguf
+    from qlora_tool.export.gguf.adapter import base_said, left_to_the_base, write_adapter_gguf
 
     if not staging.done(ADAPTER_FILE):
         with staging.whole(ADAPTER_FILE) as file:
             facts = write_adapter_gguf(job.merged, file, Path(job.artifact.model.name_or_path).name)
-            said = base_said(job.artifact, job.merged, BASE_FILE if job.with_base else None)
-            staging.note(gguf_adapter={"file": ADAPTER_FILE, **facts, "base": said})
-    names = [ADAPTER_FILE]
+            staging.note(gguf_adapter=facts)
+    files = [ADAPTER_FILE]
+    facts = {"file": ADAPTER_FILE, **staging.notes["gguf_adapter"],
+             "base": base_said(job.artifact, job.merged, BASE_FILE if job.with_base else None)}  # fmt: skip
+    result: dict[str, Any] = {"files": files, "dtype": None, "gguf_adapter": facts}
     if job.with_base:
-        names.append(BASE_FILE)
-        if not staging.done(BASE_FILE):
-            with staging.whole(BASE_FILE) as file:
-                facts = write_gguf(base_of(job.merged), job.base_folder, job.tokenizer_folder, file, job.gguf_type)
-                staging.note(gguf=facts)
-        write_modelfile(staging.folder / "Modelfile", BASE_FILE, job.tokenizer_folder, job.base_folder, ADAPTER_FILE)
-    found = {"files": names, "bytes": sum((staging.folder / name).stat().st_size for name in names)}
-    return found | {"dtype": job.gguf_type if job.with_base else None, **staging.notes}
+        result |= {"dtype": job.gguf_type, "gguf": _write_gguf_base(job, staging)}
+        files.append(BASE_FILE)
+    else:
+        facts["left_to_base"] = left_to_the_base(job.artifact, job.base_folder, job.tokenizer_folder, staging.folder)
+    return result | {"bytes": sum((staging.folder / name).stat().st_size for name in files)}
+
+
+def _write_gguf_base(job: Job, staging: Staging) -> dict[str, Any]:
+    from qlora_tool.export.gguf.adapter import base_of
+    from qlora_tool.export.gguf.modelfile import write_modelfile
+    from qlora_tool.export.gguf.write import write_gguf
+
+    if not staging.done(BASE_FILE):
+        with staging.whole(BASE_FILE) as file:
+            facts = write_gguf(base_of(job.merged), job.base_folder, job.tokenizer_folder, file, job.gguf_type)
+            staging.note(gguf=facts)
+    write_modelfile(staging.folder / "Modelfile", BASE_FILE, job.tokenizer_folder, job.base_folder, ADAPTER_FILE)
+    return staging.notes["gguf"]
 
 
 def _gguf_adapter_bytes(job: Job) -> int:

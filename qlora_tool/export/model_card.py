@@ -46,7 +46,7 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}", gguf_file="{file}")
 ```"""
 _GGUF_ADAPTER = """The file of the adapter is `{file}`. Its base: {base}.
 
-{ollama}With llama.cpp:
+{left}{ollama}With llama.cpp:
 
 ```
 llama-cli -m {model} --lora {folder}/{file} -p "{prompt}"
@@ -152,10 +152,12 @@ def _load(artifact: Artifact, result: dict[str, Any], chat: bool) -> str:
         ollama = _OLLAMA.format(folder=folder, name=Path(folder).name.lower())
         if kind == "gguf":
             return ollama + _GGUF.format(folder=folder, file=result["files"][0], prompt=prompt)
-        file, *base = result["files"]
+        facts, beside = result["gguf_adapter"], len(result["files"]) > 1
+        left = "; ".join(facts.get("left_to_base") or ())
         return _GGUF_ADAPTER.format(
-            folder=folder, file=file, base=result["gguf_adapter"]["base"], prompt=prompt, ollama=ollama if base else "",
-            model=f"{folder}/{base[0]}" if base else "BASE.gguf",
+            folder=folder, file=facts["file"], base=facts["base"], prompt=prompt, ollama=ollama if beside else "",
+            left=f"Not in an adapter's file: {left}.\n\n" if left else "",
+            model=f"{folder}/{result['files'][1]}" if beside else "BASE.gguf",
         )  # fmt: skip
     if kind.startswith("adapter"):
         return _load_adapter(artifact, result)

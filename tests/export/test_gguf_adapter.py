@@ -9,14 +9,25 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tiny_adapters import artifact_of, write_adapter, write_chat_base, write_peft_adapter, write_run
+from tiny_adapters import (
+    FP32,
+    artifact_of,
+    write_adapter,
+    write_chat_base,
+    write_peft_adapter,
+    write_run,
+    write_two_runs,
+)
 from tiny_ggufs import CHANGES, LLAMA_CPP_ONLY, merged_of
 from tiny_models import relative_error
+from tokenizers_for_tests import CHATML
 
+from qlora_tool.artifacts import BaseOptions
 from qlora_tool.errors import UserError
 from qlora_tool.export.gguf.adapter import base_of, refuse_unholdable, write_adapter_gguf
 from qlora_tool.export.gguf.families import TensorNames, find_family
 from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.inference.named import find_named
 
 EXPERTS = {"mixtral", "qwen3_moe"}
 
@@ -156,7 +167,45 @@ def test_the_base_may_be_in_few_bits_and_the_adapter_is_the_same(tmp_path):
     assert bytes_of["F16"] == bytes_of["Q4_0"]
 
 
+def test_what_an_adapters_file_leaves_to_its_base_is_said(tmp_path):
+    """The chat template and the ends of an answer are in a base's GGUF file, which may be another program's."""
+    base = write_chat_base("llama", tmp_path / "base")
+    artifact, told = artifact_of(write_run(tmp_path / "run", base, max_steps=1)), {}
+    for name in ("same", "other", "with base"):
+        options = ExportOptions(format="gguf-adapter", with_base=name == "with base")
+        told[name] = export_merged(artifact, tmp_path / name, options).facts["gguf_adapter"].get("left_to_base")
+        (base / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+        (base / "generation_config.json").write_text('{"eos_token_id": 5}', encoding="utf-8")
+    assert (told["same"], told["with base"]) == ([], None)
+    template, ends = told["other"]
+    assert "chat template that it was trained with" in template and "an answer ends in " in ends
+    assert (tmp_path / "other" / "chat_template.jinja").read_text(encoding="utf-8") == CHATML
+    assert not (tmp_path / "same" / "chat_template.jinja").exists()
+    assert template in (tmp_path / "other" / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_adapter_in_the_form_of_another_method(tmp_path):
+    """`additive` is saved as the LoRA that equals it."""
+    file, merged, _ = written(tmp_path, trained=True, method="additive")
+    same_updates(file, merged)
+
+
 # ------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_several_adapters_are_refused(tmp_path):
+    two = write_two_runs(tmp_path)
+    artifact = find_named(str(two / "sums"), BaseOptions(**FP32), adapter=[f"other={two / 'other'}:0.5"], weighted=True)
+    with pytest.raises(UserError, match=r"^--format gguf-adapter: a sum of adapters is not.*--lora-scaled.*--format"):
+        export_merged(artifact.summed(), tmp_path / "out", ExportOptions(format="gguf-adapter"))
+
+
+def test_values_beyond_the_files_are_refused(tmp_path):
+    base = write_chat_base("llama", tmp_path / "base")
+    folder = write_adapter(tmp_path / "adapter", base, alpha_pattern={"v_proj": 1e41})
+    with pytest.raises(UserError, match=r"adapter of blk\.0\.attn_v\.weight has values that float32 does not hold"):
+        export_merged(artifact_of(folder), tmp_path / "out", ExportOptions(format="gguf-adapter"))
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,13 @@ from torch import Tensor
 
 from qlora_tool.adapters.adapter import Adapter, EmbeddingAdapter
 from qlora_tool.errors import UserError
+from qlora_tool.export.adapter_only import other_ends
 from qlora_tool.export.gguf.families import TensorNames, find_family
 from qlora_tool.export.gguf.read_back import decoder, write_as_model
 from qlora_tool.export.gguf.write import refuse_unwritable
+from qlora_tool.files.atomic import write_text
+from qlora_tool.model.open import open_tokenizer
+from qlora_tool.model.tokenizer_files import TEMPLATE, has_tokenizer, read_templates
 from qlora_tool.weights.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -168,6 +172,25 @@ def base_said(artifact: Artifact, merged: MergedModel, file: str | None) -> str:
             "(--with-base writes the one it was trained on)")  # fmt: skip
 
 
+def left_to_the_base(artifact: Artifact, base_folder: Path, tokenizer_folder: Path, folder: Path) -> list[str]:
+    """What was trained along and is in no adapter's file, so that a GGUF file of the base has to have it. A chat
+    template of its own is written beside the file.
+
+    Args:
+        tokenizer_folder: the tokenizer's that was trained with.
+        folder: the export's.
+    """
+    found, trained = [], read_templates(tokenizer_folder)
+    if isinstance(trained, str) and trained != read_templates(base_folder):
+        write_text(folder / TEMPLATE, trained)
+        found.append(f"the chat template that it was trained with, which is not the base's: {TEMPLATE} has it "
+                     "(llama-server --chat-template-file)")  # fmt: skip
+    if has_tokenizer(artifact.adapter.folder) and (ends := other_ends(artifact)):
+        names = open_tokenizer(artifact.adapter.folder).convert_ids_to_tokens(ends)
+        found.append(f"that an answer ends in {', '.join(names)}, of which the base's settings do not name all")
+    return found
+
+
 def _names_of(merged: MergedModel) -> TensorNames:
     config = merged.skeleton.config
     return TensorNames(find_family(config), config, merged.skeleton.base_model_prefix)
@@ -220,7 +243,7 @@ def write_adapter_gguf(merged: MergedModel, file: Path, base: str) -> dict[str, 
         is in B, whose values were rounded to fp32 for it (by 6e-8 of each at most).
 
     Raises:
-        UserError: values that are no numbers, or that fp32 does not hold times their scale.
+        UserError: values that fp32 does not hold times their scale.
     """
     import gguf
 
@@ -244,8 +267,8 @@ def write_adapter_gguf(merged: MergedModel, file: Path, base: str) -> dict[str, 
         for pair in lora_pairs(merged):
             for tensor in (pair.lora_A, scaled(pair, alpha)):
                 if not bool(tensor.isfinite().all()):
-                    raise UserError(f"--format gguf-adapter: NaN or infinity in the adapter of {pair.name}; it is "
-                                    "broken: copy or train it again")  # fmt: skip
+                    raise UserError(f"--format gguf-adapter: the adapter of {pair.name} has values that float32 does "
+                                    "not hold times its scale; it diverged: train it again")  # fmt: skip
                 writer.write_tensor_data(tensor.numpy())
     finally:
         writer.close()
@@ -256,7 +279,7 @@ def write_adapter_gguf(merged: MergedModel, file: Path, base: str) -> dict[str, 
 
 def common_alpha(pairs: list[LoraPair]) -> float:
     """The alpha, in fp32, from which most tensors' scales follow; never 0, which llama.cpp takes for a scale of 1."""
-    found = Counter(float(np.float32(pair.scale * pair.r)) for pair in pairs)
+    found = Counter(_as_fp32(pair.scale * pair.r) for pair in pairs)
     usable = [alpha for alpha, _ in found.most_common() if alpha and math.isfinite(alpha)]
     return usable[0] if usable else 1.0
 
@@ -275,7 +298,12 @@ def scale_read(alpha: float, r: int) -> float:
 
 
 def _follows(pair: LoraPair, alpha: float) -> bool:
-    return float(np.float32(pair.scale)) == scale_read(alpha, pair.r)
+    return _as_fp32(pair.scale) == scale_read(alpha, pair.r)
+
+
+def _as_fp32(value: float) -> float:
+    with np.errstate(over="ignore"):  # infinite then, and refused
+        return float(np.float32(value))
 
 
 def adapter_bytes(merged: MergedModel) -> int:
