@@ -114,6 +114,16 @@ def test_weights_at_the_ends_of_float16_have_finite_blocks(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_what_is_no_number_stays_in_its_block(kind):
+    """Who asks for the blocks says which tensor it was."""
+    x = weights(kind)
+    y = x.clone()
+    y[10, 3], y[11, 5], y[12] = torch.nan, -torch.inf, torch.nan
+    others = [index for index in range(len(x)) if index not in (10, 11, 12)]
+    assert torch.equal(kind.pack(fit(kind, y))[others], kind.pack(fit(kind, x))[others])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_values_that_lie_on_a_grid_are_kept(kind):
     """A block that was quantized once is what it was."""
     once = kind.values(fit(kind, weights(kind)))

@@ -60,6 +60,16 @@ LLAMA_CPP_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def in_whole_blocks(family: str) -> dict[str, Any]:
+    """Sizes that make every row of a family's tiny model a multiple of 256, the block of k-types."""
+    if family == "gpt2":
+        return {"n_embd": 256, "n_head": 4}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32}
+    if family.startswith("gemma"):
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 256}
+    return {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256} | heads
+
+
 def merged_of(artifact: Artifact, base: Path, dtype: torch.dtype | None = None) -> MergedModel:
     quantization = Quantization(artifact.model.quantization, artifact.model.double_quant)
     skeleton = build_skeleton(read_model_config(base))

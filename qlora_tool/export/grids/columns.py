@@ -163,7 +163,7 @@ def levels_of(kind: BlockType, values: Tensor) -> Tensor:
     if kind.uniform:
         return values.round_().clamp_(kind.levels[0], kind.levels[-1])
     least, most = kind.levels[0], kind.levels[-1]
-    place = values.sub_(least).mul_(2).ceil_().clamp_(0, 2 * (most - least)).int()
+    place = values.sub_(least).mul_(2).ceil_().clamp_(0, 2 * (most - least)).int().clamp_(min=0)  # NaN is below it
     return torch.index_select(_nearest_by_halves(kind), 0, place.view(-1), out=values.view(-1)).view_as(values)
 
 
