@@ -309,6 +309,7 @@ def _proven(job: Job, staging: Staging, options: ExportOptions, rows: tuple[Sequ
     from qlora_tool.export.verification import Proof
 
     named = options.gguf_type if options.format == "gguf" or options.with_base else None
+    named = "float32" if options.format == "gguf-adapter" and not options.with_base else named
     as_model = FORMATS[options.format].as_model
     assert as_model is not None
     try:

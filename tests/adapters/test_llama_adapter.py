@@ -128,7 +128,7 @@ def test_without_the_adapter_the_base_computes(base):
     assert relative_error(logits(model, tokens()), logits(read_tiny(base("llama")).eval(), tokens())) > 0.01
 
 
-@pytest.mark.parametrize("form", ["safetensors", "gguf", "nf4", "adapter-portable"])
+@pytest.mark.parametrize("form", ["safetensors", "gguf", "gguf-adapter", "nf4", "adapter-portable"])
 def test_every_export_but_the_adapter_is_refused_in_one_line(base, tmp_path, form):
     adapter = write_adapter(tmp_path / "adapter", base("llama"), method="llama_adapter", r=16, lora_alpha=32)
     with pytest.raises(UserError, match=rf"--format {form}: llama_adapter.*set --format adapter") as refused:

@@ -184,6 +184,15 @@ def test_what_an_adapters_file_leaves_to_its_base_is_said(tmp_path):
     assert template in (tmp_path / "other" / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("with_base", [False, True])
+def test_without_rows_it_is_written_unverified(with_base, tmp_path):
+    base = write_chat_base("llama", tmp_path / "base")
+    artifact = artifact_of(write_peft_adapter(tmp_path / "adapter", base, use_rslora=True), quantization="none")
+    options = ExportOptions(format="gguf-adapter", with_base=with_base, verify=True)
+    result = export_merged(artifact, tmp_path / "out", options)
+    assert "give some with --verify-data FILE" in result.not_verified and not result.proof.warnings()
+
+
 def test_an_adapter_in_the_form_of_another_method(tmp_path):
     """`additive` is saved as the LoRA that equals it."""
     file, merged, _ = written(tmp_path, trained=True, method="additive")

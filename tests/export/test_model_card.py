@@ -181,6 +181,22 @@ def test_gguf_is_loaded_by_ollama_and_transformers(base: Path, run: Path):
     assert header(card)["library_name"] == "gguf"
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_gguf_adapter_is_loaded_with_its_base(base: Path, run: Path, beside: bool):
+    files = ["adapter.gguf", "base.gguf"][: 1 + beside]
+    told = {"file": "adapter.gguf", "base": "the one that it was trained on"}
+    result = RESULT | {"format": "gguf-adapter", "dtype": None, "files": files, "gguf_adapter": told}
+    artifact = artifact_of(run)
+    artifact = replace(artifact, model=artifact.model.model_copy(update={"name_or_path": "owner/name"}))
+    card = model_card(artifact, base, result, chat=True)
+    model = "merged/mine/base.gguf" if beside else "BASE.gguf"
+    assert f'\nllama-cli -m {model} --lora merged/mine/adapter.gguf -p "Hello"\n' in card
+    assert "Its base: the one that it was trained on." in card and ("ollama create mine" in card) == beside
+    found = header(card)
+    assert (found["library_name"], found["base_model_relation"]) == ("gguf", "adapter")
+    assert "merged onto" not in facts(card) and "saved as an adapter for llama.cpp" in card
+
+
 def test_what_quantizing_again_loses_is_told(base: Path, run: Path):
     proof = Proof("dequantized", "nf4", left_out="not asked for", update=Update(0.02, 0.987), finer_base=True)
     card = model_card(artifact_of(run), base, RESULT | {"format": "nf4"}, chat=True, proof=proof)

@@ -92,9 +92,9 @@ def test_there_is_no_update_to_inspect(run: Path):
     assert "full has no update beside the weights" in result.output
 
 
-@pytest.mark.parametrize("form", ["adapter", "adapter-portable"])
+@pytest.mark.parametrize("form", ["adapter", "adapter-portable", "gguf-adapter"])
 def test_there_is_no_adapter_to_export(run: Path, tmp_path: Path, form: str):
-    with pytest.raises(UserError, match=r"there is no adapter; choose --format safetensors"):
+    with pytest.raises(UserError, match=r"there is no adapter; choose --format (safetensors|gguf)"):
         export_merged(artifact_of(run), tmp_path / "adapter", ExportOptions(format=form, verify=False))
     assert not (tmp_path / "adapter").exists()
 
