@@ -141,6 +141,22 @@ def test_importance_moves_the_error_to_where_it_costs_less(kind):
     assert errors[1] < 0.9 * errors[0]
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_weights_that_count_for_nothing_are_kept_all_the_same(kind):
+    """Inputs that calibration never saw: their scale is free, and not what a division by 0 leaves."""
+    x = weights(kind)
+    importance = torch.ones_like(x)
+    importance[::2] = 0
+    assert torch.equal(kind.pack(fit(kind, x, importance)), kind.pack(fit(kind, x)))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_the_size_of_all_importance_is_of_none(kind):
+    """Moments of small inputs: their products would leave what fp32 tells from 0."""
+    x, importance = weights(kind), torch.rand(1, kind.weights, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(kind.pack(fit(kind, x, importance * 2.0**-80)), kind.pack(fit(kind, x, importance)))
+
+
 def test_the_nearest_level_of_uneven_ones():
     kind = BLOCK_TYPES["IQ4_NL"]
     assert nearest(kind, torch.tensor([-500.0, -4.6, -4.4, 7.1, 500])).tolist() == [-127, -10, 1, 13, 113]

@@ -64,14 +64,19 @@ class Columns:
     def __init__(self, kind: BlockType, weights: Tensor, importance: Tensor | None):
         self.kind = kind
         self.x = self._turned(weights)
-        self._w = None if importance is None else self._turned(importance.float().expand_as(weights))
+        self._w = None if importance is None else self._weighing(importance.float(), weights)
         self._levels, self._products = torch.empty_like(self.x), torch.empty_like(self.x)
         if self._w is None:
             self.sum_x, self.sum_w = self.x.sum(0), torch.full(self.x.shape[1:], float(len(self.x)))
         else:
             self.sum_x = torch.mul(self.x, self._w, out=self._products).sum(0)
-            self.sum_w = self._w.sum(0).clamp_(min=_NONE)
+            self.sum_w = self._w.sum(0)
         self._of_mean = self.sum_x.square() / self.sum_w
+
+    def _weighing(self, importance: Tensor, weights: Tensor) -> Tensor:
+        """As columns, of mean 1; in sub-blocks where nothing counts, all count alike."""
+        w = self._turned((importance / importance.mean().clamp(min=_NONE)).expand_as(weights))
+        return w + (w.sum(0) == 0)
 
     def _turned(self, values: Tensor) -> Tensor:
         sub_blocks = self.kind.sub_blocks
