@@ -199,11 +199,12 @@ def export_merged(
     output_dir: AnyPath,
     *,
     adapter: Adapters = (),
-    base: str = "dequantized",
+    base: str = "auto",
     dtype: str = "auto",
     format: str = "safetensors",
     gguf_type: str = "f16",
     with_base: bool = False,
+    calibration: AnyPath = "auto",
     max_shard_size: str | int = "5GB",
     verify: bool = True,
     verify_data: AnyPath | None = None,
@@ -224,11 +225,13 @@ def export_merged(
         output_dir: where the model goes; it must not exist.
         adapter: adapters to add, each times a weight, 1 where there is none: `["sums=runs/sums:0.7"]`, or
             `{"sums": "runs/sums:0.7"}`. Where `run_or_adapter` is one too it has weight 1; it may also be their base.
-        base: dequantized (merge onto what was trained against) or original (onto the 16-bit weights).
+        base: dequantized (merge onto what was trained against), original (onto the 16-bit weights) or auto: the first,
+            and for codes of few bits whichever keeps more.
         dtype: auto, bfloat16, float16 or float32; auto takes what keeps more.
-        format: safetensors, gguf, gguf-adapter, adapter, adapter-portable or nf4.
+        format: safetensors, gguf, gguf-adapter, adapter, adapter-portable, nf4 or fp4.
         gguf_type: of `choices.GgufType`.
         with_base: beside a GGUF adapter, write the base that it was trained on as a GGUF file.
+        calibration: what codes of few bits are made with: auto (the rows that the run trained on), none, or a file.
         max_shard_size: of one file at most, such as 5GB, or bytes.
         verify: hold the files against the model that was trained, token by token, before they get their name.
         verify_data: rows for that; None: the run's evaluation rows.
@@ -265,7 +268,7 @@ def export_merged(
 
     result = export(
         artifact, Path(output_dir),
-        ExportOptions(base, dtype, size, overwrite, format, gguf_type, verify, rows, with_base),
+        ExportOptions(base, dtype, size, overwrite, format, gguf_type, verify, rows, with_base, os.fspath(calibration)),
     )  # fmt: skip
     _write_json(json, result.facts)
     if on_written is not None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     qlora-tool export-merged peft-adapter --quantization nf4 --output-dir merged/other
     """,
     groups={
-        "What the files hold": ("base", "dtype", "format", "gguf_type", "with_base", "max_shard_size"),
+        "What the files hold": ("base", "dtype", "format", "gguf_type", "calibration", "with_base", "max_shard_size"),
         "Verification": ("verify", "verify_data"),
         "An adapter made elsewhere": ("model", "quantization", "double_quant"),
     },
@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 @click.argument("run_or_adapter")
 @click.option("--output-dir", required=True, metavar="DIR", help="Where the model goes; must not exist.")
 @adapter_option("Another adapter to add, times WEIGHT (1 where it is left out); repeatable.", "NAME=FOLDER[:WEIGHT]")
-@click.option("--base", type=click.Choice(get_args(ExportBase)), default="dequantized", show_default=True,
-              help="Merge onto what was trained against, or onto the original 16-bit weights.")  # fmt: skip
+@click.option("--base", type=click.Choice(get_args(ExportBase)), default="auto", show_default=True,
+              help="Merge onto what was trained against (dequantized), or onto the original 16-bit weights; auto: onto "
+              "what was trained against, and for codes of few bits onto whichever of the two keeps more.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(get_args(ComputeDtype)), default="auto",
               show_default=True, help="Of the files; auto takes what keeps more: float16 where every value fits and "
               "the model's family can be multiplied in it.")  # fmt: skip
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
               "or quantized by bitsandbytes again.")  # fmt: skip
 @click.option("--gguf-type", type=click.Choice(get_args(GgufType)), default="f16", show_default=True,
               help="Of the weights in a GGUF file.")  # fmt: skip
+@click.option("--calibration", default="auto", show_default=True, metavar="auto|none|FILE",
+              help="Rows that codes of few bits are made with: the run's own training rows, none, or a file's.")
 @click.option("--with-base", is_flag=True,
               help="Beside a GGUF adapter, write the base that it was trained on as a GGUF file.")  # fmt: skip
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Bytes of one file at most.")
@@ -74,7 +77,8 @@ def export_merged(run_or_adapter: str, output_dir: str, **options: Any) -> None:
 
 def _report(result: ExportResult) -> list[str]:
     """What was written and how it was proven, for the terminal."""
-    kinds = {"nf4": f"nf4 and {result.dtype}", "adapter": "an adapter", "adapter-portable": "an adapter",
+    kinds = {"nf4": f"nf4 and {result.dtype}", "fp4": f"fp4 and {result.dtype}", "adapter": "an adapter",
+             "adapter-portable": "an adapter",
              "gguf-adapter": f"an adapter{f' and its base in {result.dtype}' if result.dtype else ''}"}  # fmt: skip
     kind = kinds.get(result.format, result.dtype)
     lines = [f"{result.folder}: {result.bytes / 1e9:.2f} GB of {kind} in {len(result.files)} file(s), "
@@ -83,6 +87,8 @@ def _report(result: ExportResult) -> list[str]:
         lines.append(f"dtype {result.dtype}: {result.dtype_reason}")
     if result.format == "gguf-adapter":
         lines += _of_gguf_adapter(result)
+    if found := result.facts.get("encoding"):
+        lines.append(_encoding(found))
     for reader, why in (result.facts.get("readers") or {}).items():
         lines.append(f"read by {reader}" if why is None else f"not read rightly by {reader}: {why}")
     if result.proof is None:
@@ -99,6 +105,15 @@ def _of_gguf_adapter(result: ExportResult) -> list[str]:
             f"{facts['alpha']:g}{scaled}")  # fmt: skip
     left = [f"warning: not in an adapter's file: {what}" for what in facts.get("left_to_base") or ()]
     return [held, f"its base: {facts['base']}", *left]
+
+
+def _encoding(found: dict[str, Any]) -> str:
+    """How codes of few bits were made."""
+    made = "the nearest ones"
+    if rows := found["calibration"]:
+        plain = f", {found['plain_weights']} without" if found["plain_weights"] else ""
+        made = f"made with {rows['tokens']:,} tokens of {rows['rows']} ({found['calibrated_weights']} weights{plain})"
+    return f"codes start from the {found['started_from']} base with the update added; {made}"
 
 
 def _next(result: ExportResult) -> str:

@@ -13,7 +13,9 @@ from qlora_tool.artifacts import Artifact
 from qlora_tool.choices import ExportFormat
 from qlora_tool.errors import UserError
 from qlora_tool.export.beside import MODEL_FILES, write_config
+from qlora_tool.export.encoding import Encoder
 from qlora_tool.export.generation import write_generation_config
+from qlora_tool.export.gguf.mixture import MIXTURES
 from qlora_tool.export.merge import MergedModel
 from qlora_tool.export.shards import write_shards
 from qlora_tool.export.staging import Staging
@@ -31,6 +33,7 @@ class Job:
         merged: the merged tensors, in the dtype of the files where the format has one.
         max_shard_size: bytes of a file at most.
         gguf_type: of `choices.GgufType`.
+        encoder: makes the codes of formats that have them.
         with_base: whether the base's GGUF file lies beside an adapter's.
     """
 
@@ -40,6 +43,7 @@ class Job:
     merged: MergedModel
     max_shard_size: int
     gguf_type: str
+    encoder: Encoder
     with_base: bool = False
 
     @property
@@ -105,11 +109,14 @@ def _write_gguf(job: Job, staging: Staging) -> dict[str, Any]:
     name = f"{job.name}.gguf"
     if not staging.done(name):
         with staging.whole(name) as file:
-            facts = write_gguf(job.merged, job.base_folder, job.tokenizer_folder, file, job.gguf_type)
-            staging.note(gguf=facts)  # before the file counts as finished: killed in between, it is written anew
+            facts = write_gguf(job.encoder, job.base_folder, job.tokenizer_folder, file, job.gguf_type)
+            encoding = job.encoder.facts() if job.gguf_type in MIXTURES else None
+            staging.note(gguf=facts, encoding=encoding)  # before the file counts as finished: killed in between, it is
+            # written anew
     write_modelfile(staging.folder / "Modelfile", name, job.tokenizer_folder, job.base_folder)
     facts = {"files": [name], "bytes": (staging.folder / name).stat().st_size, "gguf": staging.notes["gguf"]}
-    return facts | {"dtype": job.gguf_type}
+    encoding = staging.notes["encoding"]
+    return facts | {"dtype": job.gguf_type} | ({"encoding": encoding} if encoding else {})
 
 
 def _gguf_bytes(job: Job) -> int:
@@ -173,7 +180,8 @@ def _write_gguf_base(job: Job, staging: Staging) -> dict[str, Any]:
 
     if not staging.done(BASE_FILE):
         with staging.whole(BASE_FILE) as file:
-            facts = write_gguf(base_of(job.merged), job.base_folder, job.tokenizer_folder, file, job.gguf_type)
+            encoder = Encoder(base_of(job.merged), ["dequantized"])
+            facts = write_gguf(encoder, job.base_folder, job.tokenizer_folder, file, job.gguf_type)
             staging.note(gguf=facts)
     write_modelfile(staging.folder / "Modelfile", BASE_FILE, job.tokenizer_folder, job.base_folder, ADAPTER_FILE)
     return staging.notes["gguf"]
@@ -203,19 +211,25 @@ def _gguf_adapter_read_back(job: Job, staging: Staging) -> Iterator[Path]:
         yield folder
 
 
-def _write_requantized(job: Job, staging: Staging) -> dict[str, Any]:
-    from qlora_tool.export.requantized import write_requantized
+def _write_requantized(kind: str) -> Write:
+    def write(job: Job, staging: Staging) -> dict[str, Any]:
+        from qlora_tool.export.requantized import write_requantized
 
-    facts = write_requantized(job.artifact, job.merged, staging.folder, job.max_shard_size)
-    _copy_beside(job, staging.folder)
-    written = {key: facts.pop(key) for key in ("files", "bytes")}
-    return written | {"requantization": facts}
+        facts = write_requantized(job.artifact, job.encoder, staging.folder, kind, job.max_shard_size)
+        _copy_beside(job, staging.folder)
+        written = {key: facts.pop(key) for key in ("files", "bytes")}
+        return written | {"requantization": facts, "encoding": job.encoder.facts()}
+
+    return write
 
 
-def _requantized_bytes(job: Job) -> int:
-    from qlora_tool.export.requantized import requantized_bytes
+def _requantized_bytes(kind: str) -> Callable[[Job], int]:
+    def nbytes(job: Job) -> int:
+        from qlora_tool.export.requantized import requantized_bytes
 
-    return requantized_bytes(job.artifact, job.merged)
+        return requantized_bytes(job.artifact, job.merged, kind)
+
+    return nbytes
 
 
 def _write_adapter(portable: bool) -> Write:
@@ -245,12 +259,14 @@ def _files_of(folder: Path) -> dict[str, Any]:
     return {"files": [file.name for file in files], "bytes": sum(file.stat().st_size for file in files)}
 
 
+BITSANDBYTES: tuple[ExportFormat, ...] = ("nf4", "fp4")
 FORMATS: dict[ExportFormat, Format] = {
     "safetensors": Format(_write_safetensors, _merged_bytes, has_dtype=True, auto_dtype=True, as_model=_itself),
     "gguf": Format(_write_gguf, _gguf_bytes, _check_gguf, as_model=_gguf_read_back),
     "gguf-adapter": Format(_write_gguf_adapter, _gguf_adapter_bytes, _check_gguf_adapter,
                            as_model=_gguf_adapter_read_back),
-    "nf4": Format(_write_requantized, _requantized_bytes, has_dtype=True, as_model=_itself),
+    **{kind: Format(_write_requantized(kind), _requantized_bytes(kind), has_dtype=True, as_model=_itself)
+       for kind in BITSANDBYTES},
     "adapter": Format(_write_adapter(portable=False), _adapter_bytes, _check_adapter),
     "adapter-portable": Format(_write_adapter(portable=True), lambda job: 4 * _adapter_bytes(job),
                                _check_adapter),

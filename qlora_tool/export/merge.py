@@ -231,9 +231,9 @@ class MergedModel:
         Raises:
             Unfit: one of them does not fit the files' dtype.
         """
-        return group.convert(self.skeleton, {name: self._merged(name) for name in group.names})
+        return group.convert(self.skeleton, {name: self.value(name) for name in group.names})
 
-    def _merged(self, name: str) -> Tensor:
+    def value(self, name: str) -> Tensor:
         """One tensor of the model in the dtype of the files, in the orientation of the model."""
         dtype, slot = self._file_dtype(name), self.slots.get(name) or self._embeddings.get(name)
         if slot is not None and self._is_untouched(name):

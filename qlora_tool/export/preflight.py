@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qlora_tool.artifacts import Artifact, changed_base
@@ -89,14 +89,15 @@ def finer_base(artifact: Artifact, folder: Path) -> bool:
     return artifact.model.quantization in ("nf4", "fp4") and not as_bitsandbytes
 
 
-def warn_of_rounding_away(artifact: Artifact, folder: Path, base: str) -> None:
-    """Say before the work starts what `--format nf4` does to weights that lie on 4-bit values already."""
-    if base == "dequantized" and finer_base(artifact, folder):
+def warn_of_rounding_away(artifact: Artifact, folder: Path, form: str, bases: Sequence[str]) -> None:
+    """Say before the work starts what four bits do to weights that lie on 4-bit values already."""
+    if form == artifact.model.quantization and list(bases) == ["dequantized"]:
+        original = "--base original or " if finer_base(artifact, folder) else ""
         logger.warning(
-            "--format nf4 --base dequantized: rounds to 4 bits again what lies on 4-bit values already, and most of "
-            "the update away with it (SmolLM2-135M: under 1 % of it remains); give --base "
-            "original, which keeps more (98 %)"
-        )
+            "--format %s --base dequantized --calibration none: rounds to 4 bits again what lies on 4-bit values "
+            "already, and most of the update away with it (SmolLM2-135M: under 1 %% of it remains); %s--calibration "
+            "auto keeps more", form, original,
+        )  # fmt: skip
 
 
 def refuse_full_disk(output: Path, needed: int, there: int) -> None:

@@ -20,19 +20,14 @@ from qlora_tool.adapters.resized import fitting_config
 from qlora_tool.adapters.stack import attach_stack
 from qlora_tool.artifacts import Artifact, base_folder
 from qlora_tool.build.open import open_model
-from qlora_tool.config import DataConfig
-from qlora_tool.config.sources import told
-from qlora_tool.data.examples import Selection, as_examples
-from qlora_tool.data.tokenize import Example, build_dataset, build_evaluation_sets, evaluation_sources
+from qlora_tool.data.tokenize import Example
 from qlora_tool.errors import ToolError
 from qlora_tool.export.verification import Proof, Update
 from qlora_tool.export.verify import Predictions, Rows, choose_rows, compare, predict, trained_loss
 from qlora_tool.files.tensors import Checkpoint, give_back_freed_memory
-from qlora_tool.inference.open import tokenizer_folder
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.devices import choose_device
 from qlora_tool.model.load import attention_options, auto_class, build_skeleton
-from qlora_tool.model.open import open_tokenizer, positions_of
 from qlora_tool.model.parameter_source import ParameterSource, tied_names
 from qlora_tool.model.positions import rotate_by_example
 from qlora_tool.model.slots import Quantization, find_embedding_slots, find_slots
@@ -42,7 +37,7 @@ from qlora_tool.weights.modules import Adaptable, FrozenLinear
 from qlora_tool.weights.quantized import KINDS, QuantizedTensor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -100,53 +95,6 @@ def _stored_as(folder: Path) -> str:
     if quantized is None:
         return config.get("dtype", "float32")
     return quantized["bnb_4bit_quant_type"] if quantized.get("load_in_4bit") else "int8"
-
-
-def find_rows(
-    artifact: Artifact, data: str | None, key: str = "--verify-data"
-) -> tuple[Sequence[Example], str]:
-    """The rows to compare on, and what to call them: of `data`; else of the run's evaluation sets; else, where it has
-    none, the rows it trained on, which tell as well whether two models agree.
-
-    Args:
-        key: the option that `data` is given by.
-
-    Returns:
-        No rows, and why, where there are none to be had.
-
-    Raises:
-        UserError: `data` cannot be read.
-    """
-    model = base_folder(artifact)
-    tokenizer = open_tokenizer(tokenizer_folder(model, artifact.adapter), artifact.model.trust_remote_code)
-    if artifact.run is not None:
-        settings = artifact.run.data  # as it is: which rows a fraction takes depends on max_length, too
-    else:
-        config = read_model_config(model, artifact.model.trust_remote_code)
-        settings = DataConfig()
-        limit = positions_of(config) or settings.max_length
-        settings = settings.model_copy(update={"max_length": min(settings.max_length, limit)})
-    if data is not None:
-        return build_dataset(data, settings, tokenizer, key=key).examples, data
-    if artifact.run is None:
-        return [], f"the adapter comes without its run, and so without rows; give some with {key} FILE"
-    try:
-        return _rows_of_run(settings, tokenizer, artifact.run.training.seed)
-    except ToolError as error:
-        return [], f"the run's data cannot be read ({error}); give rows with {key} FILE"
-
-
-def _rows_of_run(
-    settings: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> tuple[Sequence[Example], str]:
-    if settings.eval is None:
-        examples = build_dataset(settings.train, settings, tokenizer, seed=seed).examples
-        return examples, f"{told(settings.train)} (trained on: the run has no evaluation rows)"
-    splits_off = not evaluation_sources(settings)
-    train = build_dataset(settings.train, settings, tokenizer, seed=seed) if splits_off else None
-    _, sets = build_evaluation_sets(settings, tokenizer, train, seed=seed)
-    found = Selection([as_examples(dataset.examples) for dataset in sets.values()])
-    return found, ", ".join(f"{dataset.report.source} (evaluation)" for dataset in sets.values())
 
 
 def _shortage(artifact: Artifact) -> str | None:

@@ -1,9 +1,6 @@
-"""A merged model quantized again, as a bitsandbytes NF4 checkpoint that plain transformers loads.
+"""A merged model quantized again, as a bitsandbytes checkpoint in NF4 or FP4 that plain transformers loads.
 
-Four bits round a small update away: a weight that lies on one of the values stays there unless the update carries it
-half a step. Added to the original 16-bit weights (`--base original`), which lie between the values, the same update
-moves as many weights over as it should on average. How much of it is left is measured while the weights are written,
-and returned.
+How much of the update is left is measured while the weights are written, and returned.
 """
 
 from __future__ import annotations
@@ -11,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +16,8 @@ from torch import Tensor
 
 from qlora_tool.errors import UserError
 from qlora_tool.export.beside import write_config
+from qlora_tool.export.encoding import Encoder
+from qlora_tool.export.grids.coded import Coded, coded_4bit
 from qlora_tool.export.shards import write_at_once
 from qlora_tool.files.tensors import TensorSpec
 from qlora_tool.model.names import SaveGroup
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     from qlora_tool.artifacts import Artifact
     from qlora_tool.export.merge import MergedModel
 
-KIND = "nf4"
 _STATE_BYTES = 256  # of a weight's description, filled up with spaces, so that its size is known before its values
 
 
@@ -74,30 +71,20 @@ class UpdateLoss:
 class _Writer:
     """The tensors of the checkpoint one group after another, quantized on the way."""
 
-    merged: MergedModel
+    encoder: Encoder
+    kind: str
     double_quant: bool
     loss: UpdateLoss = field(default_factory=UpdateLoss)
 
     @classmethod
-    def of(cls, artifact: Artifact, merged: MergedModel) -> _Writer:
+    def of(cls, artifact: Artifact, encoder: Encoder, kind: str) -> _Writer:
         """Scales are quantized twice where those of the artifact's base were."""
-        return cls(merged, artifact.model.double_quant if artifact.model.quantization == KIND else True)
+        same = artifact.model.quantization in ("nf4", "fp4")
+        return cls(encoder, kind, artifact.model.double_quant if same else True)
 
-    @cached_property
-    def exact(self) -> MergedModel:
-        """What is quantized, before that."""
-        return dataclasses.replace(self.merged, dtype=torch.float32)
-
-    @cached_property
-    def trained(self) -> MergedModel:
-        """What was trained."""
-        same = self.merged.base == "dequantized"
-        return self.exact if same else dataclasses.replace(self.exact, base="dequantized")
-
-    @cached_property
-    def base(self) -> MergedModel:
-        """What it was trained against."""
-        return dataclasses.replace(self.trained, adapter=None, stack=())
+    @property
+    def merged(self) -> MergedModel:
+        return self.encoder.merged
 
     @property
     def dtype(self) -> torch.dtype:
@@ -127,7 +114,7 @@ class _Writer:
                 result += specs
                 continue
             out, width = specs[0].shape[:: -1 if self.merged.slots[group.names[0]].transposed else 1]
-            meta = quantize(torch.empty(out, width, dtype=self.dtype, device="meta"), KIND, self.double_quant)
+            meta = quantize(torch.empty(out, width, dtype=self.dtype, device="meta"), self.kind, self.double_quant)
             result += _disk_form(specs[0].name, meta)
         return result + self.merged.copied_specs()
 
@@ -136,14 +123,25 @@ class _Writer:
             if not self.quantizes(group, specs):
                 yield from self.merged.tensors(group).items()
                 continue
-            value = self._weight(self.exact, group)
-            quantized = quantize(value, KIND, self.double_quant)
-            if group.names[0].removesuffix(".weight") in self.merged.layers:
-                trained = value if self.trained is self.exact else self._weight(self.trained, group)
-                self.loss.add(quantized.dequantize(), trained, self._weight(self.base, group))
+            quantized = self._encoded(group)
             stored = to_disk(specs[0].name, dataclasses.replace(quantized, dtype=self.dtype))
             yield from ((key, _filled(key, tensor)) for key, tensor in stored.items())
         yield from self.merged.copied()
+
+    def _encoded(self, group: SaveGroup) -> QuantizedTensor:
+        encoder = self.encoder
+        trained = self._weight(encoder.trained, group)
+        adapted = group.names[0].removesuffix(".weight") in self.merged.layers
+        starts = {base: trained if (model := encoder.model(base)) is encoder.trained else self._weight(model, group)
+                  for base in encoder.candidates(adapted)}  # fmt: skip
+        untuned = self._weight(encoder.untuned, group) if adapted else None
+        quantized = encoder.encode(self._code, trained, starts, untuned, encoder.moments(group.names))
+        if untuned is not None:
+            self.loss.add(quantized.dequantize(), trained, untuned)
+        return quantized
+
+    def _code(self, weight: Tensor, importance: Tensor | None) -> Coded[QuantizedTensor]:
+        return coded_4bit(quantize(weight, self.kind, self.double_quant))
 
     def _weight(self, model: MergedModel, group: SaveGroup) -> Tensor:
         """The one weight of a group, fp32, (out, in)."""
@@ -159,32 +157,33 @@ def _disk_form(name: str, meta: QuantizedTensor) -> Iterator[TensorSpec]:
     if meta.nested_scales is not None:
         yield TensorSpec(f"{name}.nested_absmax", torch.float32, tuple(meta.nested_scales.shape))
         yield TensorSpec(f"{name}.nested_quant_map", torch.float32, (256,))
-    yield TensorSpec(f"{name}.quant_state.bitsandbytes__{KIND}", torch.uint8, (_STATE_BYTES,))
+    yield TensorSpec(f"{name}.quant_state.bitsandbytes__{meta.kind}", torch.uint8, (_STATE_BYTES,))
 
 
 def _filled(name: str, tensor: Tensor) -> Tensor:
     """The description of a weight, JSON, with spaces after it; any other tensor as it is."""
-    if not name.endswith(f"bitsandbytes__{KIND}"):
+    if ".quant_state.bitsandbytes__" not in name:
         return tensor
     if tensor.numel() > _STATE_BYTES:
         raise ValueError(f"{name}: its description takes {tensor.numel()} bytes, more than {_STATE_BYTES}")
     return torch.cat([tensor, torch.full((_STATE_BYTES - tensor.numel(),), ord(" "), dtype=torch.uint8)])
 
 
-def requantized_bytes(artifact: Artifact, merged: MergedModel) -> int:
+def requantized_bytes(artifact: Artifact, merged: MergedModel, kind: str) -> int:
     """The bytes of the tensors that `write_requantized` writes."""
-    return sum(spec.nbytes for spec in _Writer.of(artifact, merged).specs())
+    return sum(spec.nbytes for spec in _Writer.of(artifact, Encoder(merged, [merged.base]), kind).specs())
 
 
 def write_requantized(
-    artifact: Artifact, merged: MergedModel, folder: Path, max_shard_size: int = 5 * 10**9
+    artifact: Artifact, encoder: Encoder, folder: Path, kind: str = "nf4", max_shard_size: int = 5 * 10**9
 ) -> dict[str, Any]:
     """Write shards and config.json into `folder`; tokenizer and generation settings are the caller's.
 
     Args:
         artifact: what is exported; scales are quantized twice where its base's were.
-        merged: its dtype is that of what is not quantized, and of products.
+        encoder: makes the codes; its model's dtype is that of what is not quantized, and of products.
         folder: an empty one.
+        kind: nf4 or fp4.
         max_shard_size: bytes of a file at most.
 
     Returns:
@@ -194,17 +193,17 @@ def write_requantized(
     Raises:
         UserError: there is nothing in the model that bitsandbytes could quantize.
     """
-    writer = _Writer.of(artifact, merged)
+    writer, merged = _Writer.of(artifact, encoder, kind), encoder.merged
     quantized = {group.names[0] for group, specs in zip(merged.groups, merged.specs(), strict=True)
                  if writer.quantizes(group, specs)}  # fmt: skip
     if not quantized:
         raise UserError(
-            f"--format nf4: bitsandbytes quantizes no weight of a {merged.skeleton.config.model_type} model; choose "
+            f"--format {kind}: bitsandbytes quantizes no weight of a {merged.skeleton.config.model_type} model; choose "
             "--format safetensors"
         )
     specs = writer.specs()
     files = write_at_once(specs, writer.tensors(), folder, max_shard_size)
-    write_config(merged, folder, _settings(merged, quantized, writer.double_quant))
+    write_config(merged, folder, _settings(merged, quantized, kind, writer.double_quant))
     return {
         "files": files,
         "bytes": sum(spec.nbytes for spec in specs),
@@ -214,12 +213,12 @@ def write_requantized(
     }
 
 
-def _settings(merged: MergedModel, quantized: set[str], double_quant: bool) -> dict[str, Any]:
+def _settings(merged: MergedModel, quantized: set[str], kind: str, double_quant: bool) -> dict[str, Any]:
     """config.json's `quantization_config`."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=KIND, bnb_4bit_use_double_quant=double_quant,
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=merged.default_dtype, llm_int8_skip_modules=_plain_linears(merged, quantized),
     ).to_dict()  # fmt: skip
 

@@ -13,6 +13,7 @@ MEAN_KL = 1e-3  # from here on a mean KL is a warning: seven times what bf16's r
 ARGMAX_AGREEMENT = 0.95  # below it
 UPDATE_ERROR = 0.5  # from here on: the rounding is half as large as the update
 GAIN_KEPT = 0.9  # of what training gained; below it
+FEW_BITS = ("nf4", "fp4")
 GGUF_TYPES = ("q4_0", "iq4_nl", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "bf16", "f16")  # each finer than the last
 
 
@@ -115,7 +116,8 @@ class Proof:
     def warnings(self) -> list[str]:
         """What is bad about the figures, each with the better choice."""
         found, faults = self.agreement, []
-        if self.dtype in GGUF_TYPES[:-2] and found and found.gain_kept is not None:  # what counts of a coarse rounding
+        coarse = self.dtype in GGUF_TYPES[:-2] or self.dtype in FEW_BITS
+        if coarse and found and found.gain_kept is not None:  # what counts of a coarse rounding
             if found.gain_kept >= GAIN_KEPT:
                 return []
             return [f"of what training gained the file keeps {found.gain_kept:.1%} (below {GAIN_KEPT:.0%}); "

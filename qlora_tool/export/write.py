@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -18,7 +18,9 @@ from qlora_tool.artifacts import Artifact, base_folder
 from qlora_tool.choices import ComputeDtype, ExportBase, ExportFormat, GgufType
 from qlora_tool.errors import MachineError, UserError, did_you_mean
 from qlora_tool.export.dtypes import Choice, Unfit, choices, refuse_unfit
-from qlora_tool.export.formats import FORMATS, Job
+from qlora_tool.export.encoding import Calibration, Encoder
+from qlora_tool.export.formats import BITSANDBYTES, FORMATS, Job
+from qlora_tool.export.gguf.mixture import MIXTURES
 from qlora_tool.export.merge import MergedModel
 from qlora_tool.export.model_card import model_card
 from qlora_tool.export.preflight import (
@@ -45,6 +47,7 @@ from qlora_tool.model.tokenizer_files import read_templates
 
 if TYPE_CHECKING:
     from qlora_tool.data.tokenize import Example
+    from qlora_tool.export.rows import CalibrationRows
     from qlora_tool.export.verification import Proof
 
 logger = logging.getLogger(__name__)
@@ -61,7 +64,7 @@ class ExportOptions:
     """How to export.
 
     Attributes:
-        base: dequantized or original.
+        base: dequantized, original, or auto: dequantized, and for codes of few bits whichever keeps more.
         dtype: auto (see `dtypes.choices`), bfloat16, float16 or float32.
         max_shard_size: bytes of a file at most.
         overwrite: an existing folder may be replaced.
@@ -70,12 +73,13 @@ class ExportOptions:
         verify: hold the files against the live model before they get their name.
         verify_data: rows for that; None: the run's own.
         with_base: beside a GGUF adapter, write the base that it was trained on as a GGUF file.
+        calibration: what codes of few bits are made with: auto (the rows that the run trained on), none, or a file.
 
     Raises:
         UserError: a value that is not one of these.
     """
 
-    base: str = "dequantized"
+    base: str = "auto"
     dtype: str = "auto"
     max_shard_size: int = 5 * 10**9
     overwrite: bool = False
@@ -84,6 +88,12 @@ class ExportOptions:
     verify: bool = False
     verify_data: str | None = None
     with_base: bool = False
+    calibration: str = "auto"
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether weights become codes of few bits."""
+        return self.format in BITSANDBYTES or (self.format == "gguf" and self.gguf_type in MIXTURES)
 
     def __post_init__(self) -> None:
         faults = [
@@ -107,7 +117,7 @@ class ExportResult:
         bytes: of their tensors.
         dtype: of the weights; a quantized format's own name for it, None for an adapter.
         dtype_reason: why that one; None where the format leaves no choice.
-        base: dequantized or original.
+        base: dequantized or original; of codes, what they started from.
         seconds: for all of it.
         proof: how the files compare with the model that was trained; None where nothing was compared.
         not_verified: why nothing was, None where something was.
@@ -149,20 +159,20 @@ def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> E
     adapters = {f"the adapter {one.name}": one.stored.folder for one in artifact.stack}
     refuse_inputs(output, {"the base": folder, **(adapters or {"the adapter": artifact.adapter.folder})})
     generation_settings(folder)  # a fault of the file is told before anything is written
-    rows = _rows(artifact, options)
+    rows, calibration = _rows(artifact, options), _calibration_rows(artifact, options)
     changed = refuse_changed_base(artifact, folder)
-    job = _job(artifact, folder, output, options)
+    job = _job(artifact, folder, output, options, calibration)
     if changed:  # told only now: an adapter that does not fit at all is one line
         logger.warning(changed)
     form = FORMATS[options.format]
     form.check(job)
     place = output.resolve()
-    inputs = _inputs(artifact, folder, options)
+    inputs = _inputs(artifact, folder, options, calibration)
     _choose(job.merged, _choices(job, options)[0], options)
     refuse_full_disk(output, form.nbytes(job), written_so_far(place, inputs))
-    if options.format == "nf4":
-        warn_of_rounding_away(artifact, folder, options.base)
-    with staged_folder(place, inputs) as staging:
+    if options.has_codes:
+        _say_how(job, options, calibration)
+    with closing(job.encoder), staged_folder(place, inputs) as staging:
         choice, written = _write(job, options, staging)
         staging.keep = True
         result = {
@@ -170,9 +180,11 @@ def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> E
             "format": options.format,
             "dtype": str(job.merged.default_dtype).removeprefix("torch.") if form.has_dtype else None,
             "dtype_reason": choice.reason if form.has_dtype else None,
-            "base": options.base,
+            "base": job.merged.base,
             **written,
         }
+        if encoding := result.get("encoding"):
+            result["base"] = encoding["started_from"]
         proof = _proof(job, staging, options, rows, result)
         result["verification"] = proof.as_dict() if proof else {"left_out": _no_proof(options)}
         write_json(staging.folder / "qlora_tool.json", _provenance(artifact, options, result))
@@ -185,7 +197,7 @@ def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> E
     facts = result | {"seconds": round(time.perf_counter() - started, 2)}
     return ExportResult(
         output, options.format, tuple(facts["files"]), facts["bytes"], facts["dtype"], facts["dtype_reason"],
-        options.base, facts["seconds"], proof, proof.left_out if proof else _no_proof(options), facts,
+        facts["base"], facts["seconds"], proof, proof.left_out if proof else _no_proof(options), facts,
     )  # fmt: skip
 
 
@@ -202,22 +214,53 @@ def _refuse_options(options: ExportOptions) -> None:
         raise UserError(
             f"--gguf-type {options.gguf_type}: is for --format gguf, not {options.format}; give both, or none"
         )
+    if not options.has_codes and options.calibration not in ("auto", "none"):
+        raise UserError(
+            f"--calibration {options.calibration}: is for codes of few bits ({', '.join(BITSANDBYTES)}, and gguf of "
+            f"type {', '.join(MIXTURES)}); choose one of these, or leave it out"
+        )
+    if options.calibration not in ("auto", "none") and not Path(options.calibration).exists():
+        raise UserError(f"--calibration {options.calibration}: no such file; expected auto, none or a file of rows")
     if options.verify_data is not None and not Path(options.verify_data).exists():
         raise UserError(f"--verify-data {options.verify_data}: no such file")
 
 
-def _job(artifact: Artifact, folder: Path, output: Path, options: ExportOptions) -> Job:
+def _job(
+    artifact: Artifact, folder: Path, output: Path, options: ExportOptions, calibration: CalibrationRows | str
+) -> Job:
     trust = artifact.model.trust_remote_code
+    base = "dequantized" if options.base == "auto" else options.base
     quantization = Quantization.of(artifact.model)
     stored = None if artifact.stack else artifact.adapter
     merged = MergedModel(
         build_skeleton(fitting_config(read_model_config(folder, trust), stored, trust), trust), Checkpoint(folder),
         quantization, artifact.adapter,
-        options.base, cached=find_cached_base(folder, quantization) if options.base == "dequantized" else None,
-        stack=artifact.stack,
+        base, cached=find_cached_base(folder, quantization), stack=artifact.stack,
     )  # fmt: skip
-    return Job(output.resolve().name, artifact, folder, merged, options.max_shard_size, options.gguf_type,
+    both = options.has_codes and options.base == "auto" and finer_base(artifact, folder)
+    moments = None if isinstance(calibration, str) else Calibration(merged, calibration, trust)
+    encoder = Encoder(merged, ["dequantized", "original"] if both else [base], moments)
+    return Job(output.resolve().name, artifact, folder, merged, options.max_shard_size, options.gguf_type, encoder,
                options.with_base)  # fmt: skip
+
+
+def _calibration_rows(artifact: Artifact, options: ExportOptions) -> CalibrationRows | str:
+    """What codes are made with, or why with nothing."""
+    if not options.has_codes:
+        return "no codes"
+    from qlora_tool.export.rows import calibration_rows
+
+    return calibration_rows(artifact, options.calibration)
+
+
+def _say_how(job: Job, options: ExportOptions, calibration: CalibrationRows | str) -> None:
+    """What the codes are made with, before the work starts; and where nothing helps them, what that costs."""
+    if not isinstance(calibration, str):
+        logger.info("codes are made with %s tokens of %s", f"{calibration.tokens:,}", calibration.source)
+    elif options.calibration == "none":
+        warn_of_rounding_away(job.artifact, job.base_folder, options.format, job.encoder.bases)
+    else:
+        logger.warning("--calibration auto: %s; codes are the nearest ones", calibration)
 
 
 def find_cached_base(folder: Path, quantization: Quantization) -> Checkpoint | None:
@@ -276,7 +319,7 @@ def _rows(artifact: Artifact, options: ExportOptions) -> tuple[Sequence[Example]
     """What the files will be verified on; None where they are not. Read first: a broken file costs nothing then."""
     if not options.verify or FORMATS[options.format].as_model is None:
         return None
-    from qlora_tool.export.proof import find_rows
+    from qlora_tool.export.rows import find_rows
     from qlora_tool.export.verify import first_examples
 
     examples, source = find_rows(artifact, options.verify_data)
@@ -294,9 +337,9 @@ def _proof(
     from qlora_tool.export.verification import Proof, Update
 
     if rows is None:
-        proof = Proof(options.base, options.format, left_out=_no_proof(options))
+        proof = Proof(result["base"], options.format, left_out=_no_proof(options))
     else:
-        proof = _proven(job, staging, options, rows)
+        proof = _proven(job, staging, options, rows, result["base"])
     if loss is None:
         return proof
     known = Update(loss["update_kept"], loss["relative_error"]) if loss["adapted_weights"] else None
@@ -304,7 +347,9 @@ def _proof(
     return replace(proof, update=proof.update or known, finer_base=finer)
 
 
-def _proven(job: Job, staging: Staging, options: ExportOptions, rows: tuple[Sequence[Example], str]) -> Proof:
+def _proven(
+    job: Job, staging: Staging, options: ExportOptions, rows: tuple[Sequence[Example], str], base: str
+) -> Proof:
     from qlora_tool.export.proof import prove
     from qlora_tool.export.verification import Proof
 
@@ -314,9 +359,9 @@ def _proven(job: Job, staging: Staging, options: ExportOptions, rows: tuple[Sequ
     assert as_model is not None
     try:
         with as_model(job, staging) if rows[0] else nullcontext(staging.folder) as model:
-            return prove(job.artifact, model, rows, base=options.base, max_tokens=VERIFIED_TOKENS, dtype=named)
+            return prove(job.artifact, model, rows, base=base, max_tokens=VERIFIED_TOKENS, dtype=named)
     except MachineError as error:  # no space to read the file back
-        return Proof(options.base, named or options.format, left_out=str(error))
+        return Proof(base, named or options.format, left_out=str(error))
 
 
 def _no_proof(options: ExportOptions) -> str:
@@ -325,7 +370,9 @@ def _no_proof(options: ExportOptions) -> str:
     return "nothing was merged: it is the adapter that was trained"
 
 
-def _inputs(artifact: Artifact, folder: Path, options: ExportOptions) -> dict[str, Any]:
+def _inputs(
+    artifact: Artifact, folder: Path, options: ExportOptions, calibration: CalibrationRows | str
+) -> dict[str, Any]:
     """All that the large files depend on; the small ones are written anew each time."""
     adapter = artifact.adapter.folder
     asked = {key: value for key, value in asdict(options).items() if key not in ("overwrite", "verify", "verify_data")}
@@ -337,6 +384,7 @@ def _inputs(artifact: Artifact, folder: Path, options: ExportOptions) -> dict[st
         "base": file_hashes(folder),
         "quantization": asdict(Quantization.of(artifact.model)),
         "options": asked,
+        **({} if isinstance(calibration, str) else {"calibration": calibration.digest()}),
     }
 
 
@@ -362,7 +410,7 @@ def _provenance(artifact: Artifact, options: ExportOptions, result: dict[str, An
         "double_quant": artifact.model.double_quant,
         "embeddings": artifact.model.embeddings,
         "skip_modules": artifact.model.skip_modules,
-        "merged": {"base": options.base, "dtype": result["dtype"]},
+        "merged": {"base": result["base"], "dtype": result["dtype"]},
         **({"method": "sum", "data": None, "stack": stack_facts(artifact)} if artifact.stack else {}),
     }
 

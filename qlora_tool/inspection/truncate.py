@@ -25,7 +25,7 @@ from qlora_tool.data.tokenize import Example
 from qlora_tool.errors import OptionError, ToolError, UserError
 from qlora_tool.export.adapter_only import plain_config
 from qlora_tool.export.preflight import refuse_taken
-from qlora_tool.export.proof import find_rows
+from qlora_tool.export.rows import find_rows
 from qlora_tool.files.atomic import replacing_folder, write_json
 from qlora_tool.files.hashes import sha256
 from qlora_tool.files.tensors import write_all

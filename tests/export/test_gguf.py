@@ -29,6 +29,7 @@ from torch.torch_version import TorchVersion
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from qlora_tool.errors import UserError
+from qlora_tool.export.encoding import Encoder
 from qlora_tool.export.gguf.families import FAMILIES, find_family
 from qlora_tool.export.gguf.read_back import read_back
 from qlora_tool.export.gguf.settings import rope_tensors
@@ -167,7 +168,7 @@ def test_tensors_are_written_before_the_next_are_made(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(merged), "tensors", tensors)
-        write_gguf(merged, base, base, file)
+        write_gguf(Encoder(merged, [merged.base]), base, base, file)
     assert len(sizes) == len(merged.groups)
     assert sizes[0] > 0  # the header, before the first tensor
     # Python's file object holds back up to 8 KB.

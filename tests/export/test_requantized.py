@@ -13,16 +13,22 @@ from tiny_models import read_tiny, relative_error
 from transformers import AutoModelForCausalLM
 
 from qlora_tool.errors import UserError
+from qlora_tool.export.encoding import Encoder
 from qlora_tool.export.requantized import UpdateLoss, write_requantized
 from qlora_tool.weights.quantized import quantize
 
 
-def requantized(folder, family="llama", *, max_shard_size=5 * 10**9, adapter=None, **changes):
-    """Export a tiny model and its adapter as NF4; the folder, what the export says, the artifact and its base."""
+def plain(merged) -> Encoder:
+    """Codes as near as they come, without rows."""
+    return Encoder(merged, [merged.base])
+
+
+def requantized(folder, family="llama", *, kind="nf4", max_shard_size=5 * 10**9, adapter=None, **changes):
+    """Export a tiny model and its adapter in four bits; the folder, what the export says, the artifact and its base."""
     base = write_chat_base(family, folder / "base", **changes)
     artifact = artifact_of(write_adapter(folder / "adapter", base, **(adapter or {})))
     (folder / "nf4").mkdir()
-    said = write_requantized(artifact, merged_of(artifact, base), folder / "nf4", max_shard_size)
+    said = write_requantized(artifact, plain(merged_of(artifact, base)), folder / "nf4", kind, max_shard_size)
     return folder / "nf4", said, artifact, base
 
 
@@ -36,13 +42,13 @@ def logits_by_bitsandbytes(folder) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("family", "changes"),
-    [("llama", {}), ("llama-tied", {}), ("gpt2", {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}),
-     ("phi3", {}), ("qwen3_moe", {})],
+    ("family", "kind", "changes"),
+    [("llama", "nf4", {}), ("llama", "fp4", {}), ("llama-tied", "nf4", {}), ("phi3", "nf4", {}),
+     ("qwen3_moe", "nf4", {}), ("gpt2", "nf4", {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0})],
 )  # fmt: skip
-def test_transformers_and_bitsandbytes_load_it(family, changes, tmp_path):
-    folder, said, _, _ = requantized(tmp_path, family, **changes)
-    ours = read_tiny(folder, "nf4", True) if family != "qwen3_moe" else None
+def test_transformers_and_bitsandbytes_load_it(family, kind, changes, tmp_path):
+    folder, said, _, _ = requantized(tmp_path, family, kind=kind, **changes)
+    ours = read_tiny(folder, kind, True) if family != "qwen3_moe" else None
     found = logits_by_bitsandbytes(folder)
     if ours is None:  # experts stay as they are here, while the loader would quantize them
         assert said["unquantized_weights"] == 4 and found.isfinite().all()
@@ -80,7 +86,7 @@ def test_onto_the_original_weights_a_small_update_survives_on_average(tmp_path):
     for onto in ("dequantized", "original"):
         (tmp_path / onto).mkdir()
         merged = dataclasses.replace(merged_of(artifact, base), base=onto)
-        said[onto] = write_requantized(artifact, merged, tmp_path / onto)
+        said[onto] = write_requantized(artifact, plain(merged), tmp_path / onto)
     assert abs(said["dequantized"]["update_kept"]) < 0.1
     assert 0.7 < said["original"]["update_kept"] < 1.3
 
@@ -129,4 +135,4 @@ def test_a_model_without_linear_modules_is_refused(tmp_path):
     merged.slots = {}
     (tmp_path / "nf4").mkdir()
     with pytest.raises(UserError, match="bitsandbytes quantizes no weight of a llama model"):
-        write_requantized(artifact, merged, tmp_path / "nf4")
+        write_requantized(artifact, plain(merged), tmp_path / "nf4")

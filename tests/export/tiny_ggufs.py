@@ -11,6 +11,7 @@ import torch
 from tiny_adapters import IDS
 
 from qlora_tool.artifacts import Artifact
+from qlora_tool.export.encoding import Encoder
 from qlora_tool.export.gguf.write import write_gguf
 from qlora_tool.export.merge import MergedModel
 from qlora_tool.files.tensors import Checkpoint
@@ -81,7 +82,8 @@ def gguf_of(
 ) -> tuple[Path, dict[str, Any]]:
     """Write the GGUF file of a merged artifact; the path and what the writer says of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    return file, write_gguf(merged_of(artifact, base), base, tokenizer or base, file, gguf_type)
+    encoder = Encoder(merged_of(artifact, base), ["dequantized"])
+    return file, write_gguf(encoder, base, tokenizer or base, file, gguf_type)
 
 
 def half(values: torch.Tensor) -> torch.Tensor:

@@ -27,13 +27,16 @@ from qlora_tool.export.gguf.mixture import fallbacks, tensor_types
 from qlora_tool.export.gguf.settings import add_settings, rope_tensors
 from qlora_tool.export.gguf.tokenizer import read_tokenizer
 from qlora_tool.export.grids.block_types import BLOCK_TYPES, BlockType
+from qlora_tool.export.grids.coded import Coded, coded_blocks
 from qlora_tool.export.grids.fit import fit
 from qlora_tool.export.grids.threads import on_every_core
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
+    from qlora_tool.export.encoding import Encoder
     from qlora_tool.export.merge import MergedModel
+    from qlora_tool.model.names import SaveGroup
 
 
 logger = logging.getLogger(__name__)
@@ -54,12 +57,12 @@ def refuse_unwritable(config) -> None:
 
 
 def write_gguf(
-    merged: MergedModel, base_folder: Path, tokenizer_folder: Path, file: Path, gguf_type: str = "f16"
+    encoder: Encoder, base_folder: Path, tokenizer_folder: Path, file: Path, gguf_type: str = "f16"
 ) -> dict[str, Any]:
     """Write `file`, not yet safe from interruption: hand in a path that is renamed afterwards.
 
     Args:
-        merged: whatever its dtype, its values are rounded once, to `gguf_type`.
+        encoder: of the merged model; whatever its dtype, its values are rounded once, to `gguf_type`.
         base_folder: the base's; its generation settings name the ends of a turn.
         tokenizer_folder: the tokenizer's, with the chat template.
         file: to write; its stem is the model's name in it.
@@ -71,11 +74,11 @@ def write_gguf(
     Raises:
         UserError: the package is missing, the family or the tokenizer is none that is known, values beyond f16.
     """
-    config = merged.skeleton.config
+    config = encoder.merged.skeleton.config
     refuse_unwritable(config)
     import gguf
 
-    merged = dataclasses.replace(merged, dtype=torch.float32, keeps_wider=False, refuse_coarse=False)
+    merged = dataclasses.replace(encoder.merged, dtype=torch.float32, keeps_wider=False, refuse_coarse=False)
     family = find_family(config)
     names = TensorNames(family, config, merged.skeleton.base_model_prefix)
     plan = _plan(merged, names, gguf_type)
@@ -101,7 +104,7 @@ def write_gguf(
         writer.write_ti_data_to_file()
         for tensor in extra.values():
             writer.write_tensor_data(tensor.numpy())
-        _write_tensors(writer, merged, names, plan, gguf_type)
+        _write_tensors(writer, encoder, merged, names, plan, gguf_type)
     finally:
         writer.close()
     return {
@@ -162,10 +165,13 @@ def _file_type(gguf_type: str) -> int:
     return gguf.LlamaFileType[f"MOSTLY_{gguf_type.upper()}"]
 
 
-def _write_tensors(writer, merged: MergedModel, names: TensorNames, plan: Plan, gguf_type: str) -> None:
+def _write_tensors(
+    writer, encoder: Encoder, merged: MergedModel, names: TensorNames, plan: Plan, gguf_type: str
+) -> None:
     expected, broken, overflow = iter(plan.items()), [], []
     for group in merged.groups:
-        no_numbers, too_large = _write_group(writer, names.convert(merged.tensors(group)), expected)
+        encoded = _EncodedGroup(encoder, merged, names, group)
+        no_numbers, too_large = _write_group(writer, encoded, expected)
         broken += no_numbers
         overflow += too_large
     for found, said in ((broken, "NaN or infinity in {}; the base or the adapter is broken: copy or train it again"),
@@ -176,13 +182,13 @@ def _write_tensors(writer, merged: MergedModel, names: TensorNames, plan: Plan, 
 
 
 def _write_group(
-    writer, tensors: dict[str, Tensor], expected: Iterator[tuple[str, Any]]
+    writer, group: _EncodedGroup, expected: Iterator[tuple[str, Any]]
 ) -> tuple[list[str], list[str]]:
     """Write what is expected next, and let go of it; which tensors hold what is no number, and which have values, or
     scales, that float16 does not hold."""
     broken, overflow = [], []
-    for made in list(tensors):
-        tensor, (name, (shape, kind)) = tensors.pop(made), next(expected)
+    for made in list(group.tensors):
+        tensor, (name, (shape, kind)) = group.tensors[made], next(expected)
         if tuple(tensor.shape) != shape:
             raise ValueError(f"announced {name} {shape}, got {made} {tuple(tensor.shape)}")
         largest = float(tensor.abs().max()) if tensor.numel() else 0.0
@@ -190,8 +196,47 @@ def _write_group(
             broken.append(name)
         elif largest >= FLOAT16_LIMIT and kind.name not in ("F32", "BF16"):
             overflow.append(f"{name} (up to {largest:.3g})")
-        writer.write_tensor_data(_encoded(tensor, kind))
+        del tensor
+        writer.write_tensor_data(group.encoded(made, kind))
     return broken, overflow
+
+
+class _EncodedGroup:
+    """The tensors of one group in llama.cpp's layout, and as the file holds them."""
+
+    def __init__(self, encoder: Encoder, merged: MergedModel, names: TensorNames, group: SaveGroup):
+        self._encoder, self._names, self._group = encoder, names, group
+        self._trained = merged.base == "dequantized"
+        self.tensors = names.convert(merged.tensors(group))
+        self._of: dict[int, dict[str, Tensor]] = {}  # by the model's id
+
+    def encoded(self, name: str, kind: GGMLQuantizationType) -> np.ndarray:
+        """One of the tensors, which is let go of."""
+        tensor = self.tensors.pop(name)
+        if kind.name not in BLOCK_TYPES:
+            return _encoded(tensor, kind)
+        own, encoder = BLOCK_TYPES[kind.name], self._encoder
+        moments = encoder.moments(self._group.names) if tensor.dim() == 2 else None
+        if moments is not None and len(moments) != tensor.shape[1]:
+            moments = None
+        adapted = any(one.removesuffix(".weight") in encoder.merged.layers for one in self._group.names)
+        starts = {base: tensor if base == encoder.merged.base else self._made_by(encoder.model(base), name)
+                  for base in encoder.candidates(adapted)}  # fmt: skip
+        if moments is None and len(starts) == 1:
+            return block_bytes(next(iter(starts.values())).float(), own)
+        trained = tensor if self._trained else self._made_by(encoder.trained, name)
+        untuned = self._made_by(encoder.untuned, name) if adapted and len(starts) > 1 else None
+
+        def code(weight: Tensor, importance: Tensor | None) -> Coded[Tensor]:
+            return coded_blocks(own, weight.reshape(-1, weight.shape[-1]).float(), importance)
+
+        return encoder.encode(code, trained, starts, untuned, moments).numpy()
+
+    def _made_by(self, model: MergedModel, name: str) -> Tensor:
+        """The tensor as another model has it; the group's others are kept for as long as the group is written."""
+        if id(model) not in self._of:
+            self._of[id(model)] = self._names.convert(model.tensors(self._group))
+        return self._of[id(model)][name]
 
 
 def _encoded(tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:

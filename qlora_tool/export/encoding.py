@@ -1,0 +1,217 @@
+"""Weights onto the grid of a file, so that what training changed is still there.
+
+A weight that lies on a value of the grid already stays on it unless the update carries it half a step: added to the
+dequantized base, most of an update can be rounded away. Two things help. The update may be added to the original 16-bit
+weights instead, which lie between the values: then it moves as many of them over as it should on average. And with the
+moments of what a layer is given on some rows, the codes go on from there towards the weights that were trained, one
+column after the other (`grids.descent`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from qlora_tool.export.grids.coded import Coded
+from qlora_tool.export.grids.descent import descend
+from qlora_tool.export.merge import MergedModel
+from qlora_tool.export.moments import LayerPass, Moments
+from qlora_tool.export.rows import CalibrationRows
+
+logger = logging.getLogger(__name__)
+
+SWEEPS = 3  # over a weight's columns
+DECIDING = 14  # adapted weights after which one base is taken for all others
+TELL_EVERY = 20.0  # seconds between two lines of progress
+
+Form = TypeVar("Form")
+Code = Callable[[Tensor, "Tensor | None"], Coded[Form]]  # a weight and its columns' importance → it on a grid
+
+
+class Calibration:
+    """The moments of a model's weights, asked for in the order of its layers.
+
+    Args:
+        merged: the model; see `LayerPass`.
+        rows: that go through it.
+
+    Attributes:
+        rows: as given.
+        seconds: that the rows took so far.
+    """
+
+    def __init__(self, merged: MergedModel, rows: CalibrationRows, trust_remote_code: bool = False):
+        self.rows, self.seconds = rows, 0.0
+        self._pass = LayerPass(merged, rows.batches, trust_remote_code)
+        self._stream: Iterator[tuple[str, Moments]] = iter(self._pass)
+        self._layer, self._moments, self._done = "", Moments(), 0
+        self._started = self._told = time.perf_counter()
+
+    def of(self, names: Sequence[str]) -> Tensor | None:
+        """The damped moments of what the modules of these weights are given: (in, in) fp32, None where it is not one
+        for all of them, or not seen."""
+        layer = next((name for name in self._pass.layers if names[0].startswith(f"{name}.")), None)
+        if layer is None:
+            return None
+        while layer != self._layer:
+            self._advance()
+        return self._moments.shared([name.removesuffix(".weight") for name in names])
+
+    def _advance(self) -> None:
+        started = time.perf_counter()
+        if self._done and started - self._told > TELL_EVERY:
+            layers = len(self._pass.layers)
+            left = int((started - self._started) / self._done * (layers - self._done))
+            logger.info("calibrated %d of %d layers, %d:%02d left", self._done, layers, left // 60, left % 60)
+            self._told = started
+        self._moments = Moments()  # let go of before the next ones are made
+        self._layer, self._moments = next(self._stream)
+        self._moments.damp()
+        self._done += 1
+        self.seconds += time.perf_counter() - started
+
+    def close(self) -> None:
+        self._stream.close()  # type: ignore[attr-defined]  # a generator
+
+
+class Encoder:
+    """What each weight of a file is made from: the weights as they were trained, and what to start from.
+
+    Args:
+        merged: the model; whatever its base and dtype, `trained` is what was trained, in fp32.
+        bases: that Δ may be added to for the codes to start from; of several the one that keeps more is taken, as it
+            shows on the first weights.
+        calibration: gives the moments of what layers are given; None: codes are the nearest ones.
+
+    Attributes:
+        calibrated, plain: how many weights were made with moments, and how many without.
+    """
+
+    def __init__(self, merged: MergedModel, bases: Sequence[str], calibration: Calibration | None = None):
+        self.merged, self.bases, self.calibration = merged, bases, calibration
+        self.calibrated = self.plain = 0
+        self._kept, self._weights = {base: Kept() for base in bases}, max(1, len(merged.layers))
+        self._models: dict[str, MergedModel] = {}
+
+    @property
+    def base(self) -> str:
+        """Of those that were tried the one that keeps most."""
+        return min(self.bases, key=lambda base: self._kept[base].lost(self._weights))
+
+    @property
+    def trained(self) -> MergedModel:
+        """What was trained."""
+        return self.model("dequantized")
+
+    @property
+    def untuned(self) -> MergedModel:
+        """What it was trained against."""
+        if "" not in self._models:
+            self._models[""] = replace(self.trained, adapter=None, stack=())
+        return self._models[""]
+
+    def model(self, base: str) -> MergedModel:
+        """The merged model onto a base, in fp32."""
+        if base not in self._models:
+            exact = {"base": base, "dtype": torch.float32, "keeps_wider": False, "refuse_coarse": False}
+            same = all(getattr(self.merged, key) == value for key, value in exact.items())
+            self._models[base] = self.merged if same else replace(self.merged, **exact)
+        return self._models[base]
+
+    def candidates(self, adapted: bool) -> Sequence[str]:
+        """The bases that the next weight is made from."""
+        undecided = adapted and self._kept[self.bases[0]].weights < DECIDING
+        return self.bases if undecided else [self.base]
+
+    def moments(self, names: Sequence[str]) -> Tensor | None:
+        """Of what the modules of these weights are given; see `Calibration.of`."""
+        return None if self.calibration is None else self.calibration.of(names)
+
+    def encode(
+        self, code: Code[Form], trained: Tensor, starts: Mapping[str, Tensor], untuned: Tensor | None,
+        moments: Tensor | None,
+    ) -> Form:
+        """One weight as a file holds it.
+
+        Args:
+            code: puts a weight on the file's grid.
+            trained: (out, in) fp32.
+            starts: by base, of the same shape.
+            untuned: what was trained against, where there are several bases to choose from.
+            moments: damped; see `Calibration.of`.
+        """
+        self.calibrated += moments is not None
+        self.plain += moments is None
+        made: dict[str, tuple[float, Coded[Form], Tensor]] = {}
+        for base, start in starts.items():
+            coded = code(start, None if moments is None else moments.diagonal())
+            values = coded.values
+            if moments is not None:
+                values = descend(trained, moments, coded.grid, values, SWEEPS)
+            kept = Kept()
+            if untuned is not None and len(starts) > 1:
+                kept.add(values, trained.reshape_as(values), untuned.reshape_as(values), moments)
+                self._kept[base].join(kept)
+            made[base] = kept.lost(self._weights), coded, values
+        _, coded, values = min(made.values(), key=lambda found: found[0])
+        return coded.finish(values)
+
+    def close(self) -> None:
+        if self.calibration is not None:
+            self.calibration.close()
+
+    def facts(self) -> dict[str, Any]:
+        """For `export.json`."""
+        rows = self.calibration.rows if self.calibration else None
+        return {
+            "started_from": self.base, "calibration": rows and {"rows": rows.source, "tokens": rows.tokens},
+            "calibrated_weights": self.calibrated, "plain_weights": self.plain,
+        }  # fmt: skip
+
+
+@dataclass
+class Kept:
+    """What codes keep of the update of some weights, each counted alike.
+
+    Attributes:
+        share: Σ⟨(Q − W₀)·H, Δ⟩ / ⟨Δ·H, Δ⟩, H being the moments, or 1 without them.
+        error: Σ‖Q − W‖² / ‖Δ‖², weighted in the same way.
+        weights: of them.
+    """
+
+    share: float = 0.0
+    error: float = 0.0
+    weights: int = 0
+
+    def add(self, values: Tensor, trained: Tensor, untuned: Tensor, moments: Tensor | None) -> None:
+        """Count one weight."""
+        update, away = trained - untuned, values - trained
+        weighted, lost = (update, away) if moments is None else (update @ moments, away @ moments)
+        if size := _dot(weighted, update):
+            self.share += 1 + _dot(weighted, away) / size
+            self.error += _dot(lost, away) / size
+            self.weights += 1
+
+    def join(self, other: Kept) -> None:
+        """Count what another counted."""
+        self.share, self.error = self.share + other.share, self.error + other.error
+        self.weights += other.weights
+
+    def lost(self, of: int) -> float:
+        """What there is to be made small: the share of the whole update's effect, squared, that is missing from a model
+        with `of` such weights, or is noise. What is missing everywhere adds up over the weights as the update itself
+        does; noise, each weight's own, adds up in squares."""
+        if not self.weights:
+            return 0.0
+        missing, noise = 1 - self.share / self.weights, self.error / self.weights
+        return missing**2 + noise / of
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    return float(torch.linalg.vecdot(one, other).sum(dtype=torch.float64))

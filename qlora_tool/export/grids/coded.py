@@ -1,0 +1,118 @@
+"""A matrix on a grid: where its weights lie, and how values of that grid become what a file holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from qlora_tool.export.grids.block_types import Blocks, BlockType
+from qlora_tool.export.grids.descent import Grid
+from qlora_tool.export.grids.fit import fit, index_of, nearest
+from qlora_tool.ops.quantization import code_values
+from qlora_tool.weights.quantized import QuantizedTensor
+
+AT_A_TIME = 1 << 22  # weights; bounds what is held beside a matrix
+
+Form = TypeVar("Form")
+
+
+@dataclass(frozen=True)
+class Coded(Generic[Form]):
+    """A matrix (out, in) on a grid.
+
+    Attributes:
+        grid: its values, scales and all.
+        values: where its weights lie, fp32.
+        finish: other values of the same grid → what a file holds.
+    """
+
+    grid: Grid
+    values: Tensor
+    finish: Callable[[Tensor], Form]
+
+
+def coded_blocks(kind: BlockType, weight: Tensor, importance: Tensor | None = None) -> Coded[Tensor]:
+    """A matrix in GGUF's blocks, their scales fitted to it.
+
+    Args:
+        kind: of the blocks.
+        weight: (out, in) fp32, in a multiple of the block's size.
+        importance: of each column's squared errors, (in,); by default all count alike.
+
+    Returns:
+        Finished it is uint8, (out, bytes of a row).
+    """
+    blocks = fitted(kind, weight, importance)
+    out, width = len(weight), kind.weights // kind.sub_blocks
+    a, b = (part.reshape(out, -1) for part in kind.coefficients(blocks))
+    levels = torch.tensor(kind.levels, dtype=torch.float32)
+    grid = Grid(levels, kind.uniform, a, b if kind.affine else None, width)
+
+    def finish(values: Tensor) -> Tensor:
+        index = torch.empty_like(values, dtype=torch.uint8)
+        step = max(1, AT_A_TIME // values.shape[1])
+        for first in range(0, out, step):
+            part = slice(first, first + step)
+            away = values[part].unflatten(1, (-1, width)) - b[part].unsqueeze(-1)
+            scale = a[part].unsqueeze(-1)
+            index[part] = index_of(kind, nearest(kind, torch.where(scale == 0, 0, away / scale))).flatten(1)
+        return packed(kind, replace(blocks, index=index.view(-1, kind.weights)), out)
+
+    return Coded(grid, kind.values(blocks).view_as(weight), finish)
+
+
+def fitted(kind: BlockType, weight: Tensor, importance: Tensor | None = None) -> Blocks:
+    """The blocks of a matrix (out, in), fitted some rows at a time; see `coded_blocks`."""
+    step = max(1, AT_A_TIME // weight.shape[1])
+    parts = []
+    for rows in weight.split(step):
+        own = None if importance is None else importance.expand_as(rows).reshape(-1, kind.weights)
+        parts.append(fit(kind, rows.reshape(-1, kind.weights), own))
+    return Blocks(*(
+        None if parts[0].__dict__[name] is None else torch.cat([getattr(part, name) for part in parts])
+        for name in ("index", "d", "m", "scales", "mins")
+    ))  # fmt: skip
+
+
+def packed(kind: BlockType, blocks: Blocks, rows: int) -> Tensor:
+    """The bytes of a matrix's blocks, (rows, bytes of a row)."""
+    step = max(1, AT_A_TIME // kind.weights)
+    parts = []
+    for first in range(0, len(blocks.index), step):
+        part = slice(first, first + step)
+        parts.append(kind.pack(Blocks(*(
+            None if (field := getattr(blocks, name)) is None else field[part]
+            for name in ("index", "d", "m", "scales", "mins")
+        ))))  # fmt: skip
+    return torch.cat(parts).view(rows, -1)
+
+
+def coded_4bit(weight: QuantizedTensor) -> Coded[QuantizedTensor]:
+    """A matrix in bitsandbytes' 4 bits, with the scales that it has.
+
+    Returns:
+        Finished it is a `QuantizedTensor` with the same scales.
+    """
+    columns = weight.shape[1]
+    width = math.gcd(columns, weight.block_size)  # of a row, within one block whatever row it is
+    table = code_values(weight.kind, weight.device)
+    levels, order = table.sort()
+    one = int(table.argmax())  # the code of 1
+    ones = torch.full_like(weight.codes, one << 4 | one)
+    scales = replace(weight, codes=ones, dtype=torch.float32).dequantize()[:, ::width]
+    grid = Grid(levels, False, scales.contiguous(), None, width)
+
+    def finish(values: Tensor) -> QuantizedTensor:
+        scale = scales.unsqueeze(-1)
+        share = torch.where(scale == 0, 0, values.unflatten(1, (-1, width)) / scale).flatten()
+        code = order[torch.bucketize(share, (levels[1:] + levels[:-1]) / 2)].to(torch.uint8)
+        if len(code) % 2:
+            code = torch.cat([code, code.new_zeros(1)])
+        return replace(weight, codes=code[0::2] << 4 | code[1::2])
+
+    return Coded(grid, weight.dequantize(torch.float32), finish)

@@ -1,0 +1,157 @@
+"""The rows that an export looks at: those that its files are verified on, and those that codes are made with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qlora_tool.artifacts import Artifact, base_folder
+from qlora_tool.config import DataConfig
+from qlora_tool.config.sources import told
+from qlora_tool.data.batches import Batch, collate
+from qlora_tool.data.examples import Selection, as_examples
+from qlora_tool.data.tokenize import Example, build_dataset, build_evaluation_sets, evaluation_sources
+from qlora_tool.errors import ToolError, UserError
+from qlora_tool.inference.open import tokenizer_folder
+from qlora_tool.model.open import open_tokenizer, positions_of
+from qlora_tool.model.source import read_model_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MOST_TOKENS, LENGTH = 1 << 14, 512  # of the calibration rows, and of the blocks that they are cut into
+FEWEST_TOKENS = 1024  # that tell anything of a layer's inputs
+BATCH_TOKENS = 2048  # that go through a layer together
+
+
+@dataclass(frozen=True)
+class CalibrationRows:
+    """What codes are made with.
+
+    Attributes:
+        batches: of input ids, without padding.
+        tokens: all of them.
+        source: what to call them.
+    """
+
+    batches: list[Batch]
+    tokens: int
+    source: str
+
+    def digest(self) -> str:
+        """Of all tokens."""
+        ids = [batch.input_ids.tolist() for batch in self.batches]
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def find_rows(
+    artifact: Artifact, data: str | None, key: str = "--verify-data"
+) -> tuple[Sequence[Example], str]:
+    """The rows to compare on, and what to call them: of `data`; else of the run's evaluation sets; else, where it has
+    none, the rows it trained on, which tell as well whether two models agree.
+
+    Args:
+        key: the option that `data` is given by.
+
+    Returns:
+        No rows, and why, where there are none to be had.
+
+    Raises:
+        UserError: `data` cannot be read.
+    """
+    settings, tokenizer = _settings(artifact)
+    if data is not None:
+        return build_dataset(data, settings, tokenizer, key=key).examples, data
+    if artifact.run is None:
+        return [], f"the adapter comes without its run, and so without rows; give some with {key} FILE"
+    try:
+        return _rows_of_run(settings, tokenizer, artifact.run.training.seed)
+    except ToolError as error:
+        return [], f"the run's data cannot be read ({error}); give rows with {key} FILE"
+
+
+def calibration_rows(artifact: Artifact, asked: str) -> CalibrationRows | str:
+    """The rows to make codes with.
+
+    Args:
+        asked: `auto`, for the rows that the run trained on; `none`; or a file.
+
+    Returns:
+        Why there are none, where there are none.
+
+    Raises:
+        UserError: the file cannot be read, or holds too little.
+    """
+    if asked == "none":
+        return "not asked for"
+    if asked == "auto" and artifact.run is None:
+        return "the adapter comes without its run, and so without rows; give some with --calibration FILE"
+    settings, tokenizer = _settings(artifact)
+    if asked != "auto":
+        found = _in_blocks(build_dataset(asked, settings, tokenizer, key="--calibration").examples, asked)
+        if found.tokens < FEWEST_TOKENS:
+            raise UserError(f"--calibration {asked}: holds {found.tokens:,} tokens, too few to tell what layers are "
+                            f"given; expected {FEWEST_TOKENS:,} at least, or --calibration none")  # fmt: skip
+        return found
+    assert artifact.run is not None
+    try:
+        examples = _trained_rows(settings, tokenizer, artifact.run.training.seed)
+    except ToolError as error:
+        return f"the run's data cannot be read ({error}); give rows with --calibration FILE"
+    found = _in_blocks(examples, f"{told(settings.train)} (trained on)")
+    if found.tokens < FEWEST_TOKENS:
+        return (f"the run's rows hold {found.tokens:,} tokens, too few to tell what layers are given "
+                f"({FEWEST_TOKENS:,} at least); give rows with --calibration FILE")  # fmt: skip
+    return found
+
+
+def _settings(artifact: Artifact) -> tuple[DataConfig, PreTrainedTokenizerBase]:
+    """How rows are read, and the tokenizer."""
+    model = base_folder(artifact)
+    tokenizer = open_tokenizer(tokenizer_folder(model, artifact.adapter), artifact.model.trust_remote_code)
+    if artifact.run is not None:
+        return artifact.run.data, tokenizer  # as it is: which rows a fraction takes depends on max_length, too
+    settings = DataConfig()
+    limit = positions_of(read_model_config(model, artifact.model.trust_remote_code)) or settings.max_length
+    return settings.model_copy(update={"max_length": min(settings.max_length, limit)}), tokenizer
+
+
+def _rows_of_run(
+    settings: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[Sequence[Example], str]:
+    if settings.eval is None:
+        examples = build_dataset(settings.train, settings, tokenizer, seed=seed).examples
+        return examples, f"{told(settings.train)} (trained on: the run has no evaluation rows)"
+    splits_off = not evaluation_sources(settings)
+    train = build_dataset(settings.train, settings, tokenizer, seed=seed) if splits_off else None
+    _, sets = build_evaluation_sets(settings, tokenizer, train, seed=seed)
+    found = Selection([as_examples(dataset.examples) for dataset in sets.values()])
+    return found, ", ".join(f"{dataset.report.source} (evaluation)" for dataset in sets.values())
+
+
+def _trained_rows(settings: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Sequence[Example]:
+    """Without those that are split off for evaluation."""
+    train = build_dataset(settings.train, settings, tokenizer, seed=seed)
+    if settings.eval is not None and not evaluation_sources(settings):
+        train, _ = build_evaluation_sets(settings, tokenizer, train, seed=seed)
+    return train.examples
+
+
+def _in_blocks(examples: Sequence[Example], source: str) -> CalibrationRows:
+    """The first rows, their tokens one after the other, cut into blocks of one length: no padding, whose inputs would
+    count, and no mask, which not every family takes."""
+    tokens: list[int] = []
+    for index in range(len(examples)):
+        tokens += examples[index].input_ids
+        if len(tokens) >= MOST_TOKENS:
+            break
+    length = max(1, min(LENGTH, len(tokens)))
+    starts = range(0, min(len(tokens), MOST_TOKENS) - length + 1, length)
+    blocks = [Example(block, block, "calibration") for block in (tokens[start : start + length] for start in starts)]
+    each = max(1, BATCH_TOKENS // length)
+    batches = [collate([[block] for block in blocks[start : start + each]], pad_token_id=0, packing=False)
+               for start in range(0, len(blocks), each)]  # fmt: skip
+    return CalibrationRows(batches, len(blocks) * length, source)

@@ -1,0 +1,129 @@
+"""Coordinate descent over codes, and matrices on files' grids: against a loop in fp64 and the formats' own readers."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import gguf
+import pytest
+import torch
+
+from qlora_tool.export.grids.block_types import BLOCK_TYPES
+from qlora_tool.export.grids.coded import coded_4bit, coded_blocks
+from qlora_tool.export.grids.descent import BLOCK, damped, descend, weighted_error
+from qlora_tool.weights.quantized import quantize
+
+KINDS = [("nf4", False), ("nf4", True), ("fp4", True), *((name, False) for name in BLOCK_TYPES)]
+IDS = [f"{kind}{'-double' if double else ''}" for kind, double in KINDS]
+
+
+def a_matrix(out: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(out, columns, generator=torch.Generator().manual_seed(seed)) * 0.05
+
+
+def moments_of(columns: int, tokens: int = 300) -> torch.Tensor:
+    """Of inputs that hang together, as a layer's do."""
+    generator = torch.Generator().manual_seed(7)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
+    x = torch.randn(tokens, columns, generator=generator) @ mixing * torch.logspace(-1, 1, columns)
+    return damped(x.T @ x)
+
+
+def coded(kind: str, double: bool, weight: torch.Tensor):
+    if kind in BLOCK_TYPES:
+        return coded_blocks(BLOCK_TYPES[kind], weight)
+    return coded_4bit(quantize(weight, kind, double))
+
+
+def decoded(kind: str, finished, shape) -> torch.Tensor:
+    if kind not in BLOCK_TYPES:
+        return finished.dequantize(torch.float32)
+    values = gguf.dequantize(finished.numpy(), gguf.GGMLQuantizationType[kind])
+    return torch.from_numpy(values.copy()).view(shape)
+
+
+@pytest.mark.parametrize(("kind", "double"), KINDS, ids=IDS)
+def test_what_is_finished_is_decoded_to_the_values_that_were_chosen(kind, double):
+    """Also values that the grid's own weights did not take; blocks of zeros among them."""
+    weight = a_matrix(9, 512)
+    weight[2], weight[3, :300] = 0, 0
+    on = coded(kind, double, weight)
+    torch.testing.assert_close(decoded(kind, on.finish(on.values), weight.shape), on.values, rtol=0, atol=0)
+    moved = descend(a_matrix(9, 512, seed=1), moments_of(512), on.grid, on.values, 1)
+    assert (moved != on.values).any()
+    torch.testing.assert_close(decoded(kind, on.finish(moved), weight.shape), moved, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(5, 100), (3, 33), (7, 64), (2, 1)])
+def test_blocks_of_four_bits_may_straddle_rows(shape):
+    """bitsandbytes cuts a flat matrix: with rows of another length than its blocks', two rows share a scale."""
+    on = coded_4bit(quantize(a_matrix(*shape), "nf4", True))
+    moved = descend(a_matrix(*shape, seed=1), moments_of(shape[1]), on.grid, on.values, 2)
+    torch.testing.assert_close(on.finish(moved).dequantize(), moved, rtol=0, atol=0)
+
+
+def by_hand(target, moments, values_of, start, sweeps):
+    """Column by column in fp64, the slope anew for each, every value of the grid tried."""
+    chosen = start.double()
+    for _ in range(sweeps):
+        for k in range(chosen.shape[1]):
+            slope = (chosen - target.double()) @ moments.double()[:, k]
+            wanted = chosen[:, k] - slope / moments.double()[k, k]
+            values = values_of(k).double()  # (out, levels)
+            nearest = (values - wanted.unsqueeze(1)).abs().argmin(1, keepdim=True)
+            chosen[:, k] = values.gather(1, nearest).squeeze(1)
+    return chosen
+
+
+@pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("Q4_K", False), ("IQ4_NL", False), ("Q6_K", False)])
+def test_the_codes_are_those_of_the_plain_loop(kind, double):
+    """Over more columns than a block has. Where two values are as near, rounding decides: a few may differ, and the
+    error that is left is the same."""
+    columns = 256
+    assert columns > BLOCK
+    target, moments = a_matrix(16, columns), moments_of(columns)
+    on = coded(kind, double, target)
+
+    def values_of(k: int) -> torch.Tensor:
+        index = torch.arange(len(on.grid.levels)).expand(16, -1)
+        part = on.grid.a[:, k // on.grid.width, None] * on.grid.levels[index]
+        return part if on.grid.b is None else part + on.grid.b[:, k // on.grid.width, None]
+
+    expected = by_hand(target, moments, values_of, on.values, 2)
+    found = descend(target, moments, on.grid, on.values, 2)
+    assert (found.double() - expected).abs().gt(1e-6).float().mean() < 0.01
+    assert weighted_error(found - target, moments) == pytest.approx(
+        weighted_error(expected.float() - target, moments), rel=0.01
+    )
+
+
+@pytest.mark.parametrize(("kind", "double"), KINDS, ids=IDS)
+def test_no_sweep_makes_it_worse_and_the_first_makes_it_much_better(kind, double):
+    target, moments = a_matrix(32, 256), moments_of(256)
+    on = coded(kind, double, target)
+    values, before = on.values, weighted_error(on.values - target, moments)
+    errors = [before]
+    for _ in range(3):
+        values = descend(target, moments, on.grid, values, 1)
+        errors.append(weighted_error(values - target, moments))
+    assert all(later <= earlier * (1 + 1e-5) for earlier, later in pairwise(errors))
+    assert errors[1] < 0.8 * before
+
+
+def test_with_inputs_that_do_not_hang_together_codes_are_the_nearest():
+    """A diagonal matrix of moments parts the columns: wherever it starts, each weight ends on its nearest value."""
+    target = a_matrix(8, 128)
+    on = coded_4bit(quantize(target, "nf4", False))
+    away = coded_4bit(quantize(-target, "nf4", False)).values
+    found = descend(target, torch.diag(torch.rand(128) + 0.1), on.grid, away, 1)
+    torch.testing.assert_close(found, on.values, rtol=0, atol=0)
+
+
+def test_columns_that_never_saw_an_input_stay_numbers():
+    moments = moments_of(64)
+    moments[:, 5] = moments[5] = 0
+    dead = damped(torch.zeros(64, 64))
+    target = a_matrix(4, 64)
+    on = coded_4bit(quantize(target, "nf4", True))
+    for known in (damped(moments), dead):
+        assert descend(target, known, on.grid, on.values, 2).isfinite().all()

@@ -1,0 +1,112 @@
+"""Moments of what layers are given, one layer in memory: against hooks on the whole merged model in fp64."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from tiny_adapters import artifact_of, write_adapter, write_chat_base
+from tiny_ggufs import merged_of
+from tiny_models import read_by_transformers
+
+from qlora_tool.data.batches import collate
+from qlora_tool.data.tokenize import Example
+from qlora_tool.export.moments import LayerPass
+from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.model.experts import is_experts_module
+from qlora_tool.model.slots import is_linear
+
+FAMILIES = ["llama", "gpt2", "gemma3_text", "mixtral", "bloom"]
+OTHERS = ["llama-tied", "gemma2", "phi3", "falcon", "opt", "gpt_neox", "qwen3_moe"]
+
+
+def batches_of(count: int, rows: int = 2, length: int = 12) -> list:
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for _ in range(count):
+        blocks = [torch.randint(3, 120, (length,), generator=generator).tolist() for _ in range(rows)]
+        found.append(collate([[Example(block, block, "row")] for block in blocks], pad_token_id=0, packing=False))
+    return found
+
+
+@torch.no_grad()
+def by_hooks(folder, batches) -> dict[str, torch.Tensor]:
+    """Of every linear module of a whole model, in fp64 where its experts' products have that."""
+    model, found = read_by_transformers(folder), {}
+    if not any(is_experts_module(module) for module in model.modules()):
+        model = model.double()
+    for name, module in model.named_modules():
+        if is_linear(module):
+            def note(_, inputs, name=name):
+                x = inputs[0].reshape(-1, inputs[0].shape[-1]).double()
+                found[name] = found.get(name, 0) + x.T @ x
+            module.register_forward_pre_hook(note)
+    for batch in batches:
+        model(input_ids=batch.input_ids, use_cache=False)
+    return found
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_they_are_those_of_the_whole_merged_model(family, tmp_path):
+    base = write_chat_base(family, tmp_path / "base")
+    artifact = artifact_of(write_adapter(tmp_path / "adapter", base))
+    export_merged(artifact, tmp_path / "merged", ExportOptions(dtype="float32"))
+    batches = batches_of(3)
+    expected = by_hooks(tmp_path / "merged", batches)
+    walk, seen = LayerPass(merged_of(artifact, base), batches), set()
+    for layer, moments in walk:
+        for name in (name for name in expected if name.startswith(f"{layer}.")):
+            found = moments.shared([name])
+            size = float(expected[name].norm())
+            # Activations and sums in fp32: 2⁻²⁴ a rounding, some dozens of them on the way through a tiny model.
+            assert float((found.double() - expected[name]).norm()) < 2e-5 * size, name
+            seen.add(name)
+    assert seen == {name for name in expected if any(name.startswith(f"{layer}.") for layer in walk.layers)}
+
+
+def test_modules_of_one_input_share_it_and_others_do_not(tmp_path):
+    base = write_chat_base("llama", tmp_path / "base")
+    merged = merged_of(artifact_of(write_adapter(tmp_path / "adapter", base)), base)
+    layer, moments = next(iter(LayerPass(merged, batches_of(2))))
+    qkv = [f"{layer}.self_attn.{part}_proj" for part in "qkv"]
+    assert moments.shared(qkv) is moments.shared(qkv[:1])
+    assert moments.shared([*qkv, f"{layer}.mlp.down_proj"]) is None
+    assert moments.shared([f"{layer}.input_layernorm"]) is None
+
+
+def test_only_one_layer_has_weights(tmp_path):
+    base = write_chat_base("llama", tmp_path / "base", num_hidden_layers=3)
+    merged = merged_of(artifact_of(write_adapter(tmp_path / "adapter", base)), base)
+    walk = LayerPass(merged, batches_of(2))
+    loaded, load = [], walk._load
+
+    def noted(owner: str, recurse: bool = True) -> None:
+        load(owner, recurse)
+        there = [name for name, tensor in walk._model.named_parameters() if tensor.device.type != "meta"]
+        loaded.append({name.split(".")[2] for name in there if name.startswith("model.layers.")})
+
+    walk._load = noted
+    assert [layer for layer, _ in walk] == [f"model.layers.{index}" for index in range(3)]
+    assert max(len(layers) for layers in loaded) == 1
+    assert all(tensor.device.type == "meta" for tensor in walk._model.parameters())
+
+
+def test_what_breaks_in_the_model_is_told_and_nothing_waits_for_ever(tmp_path):
+    base = write_chat_base("llama", tmp_path / "base")
+    merged = merged_of(artifact_of(write_adapter(tmp_path / "adapter", base)), base)
+    walk = LayerPass(merged, batches_of(3))
+    walk._model.get_submodule("model.layers.1.mlp").forward = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        list(walk)
+    early = iter(LayerPass(merged, batches_of(3)))
+    next(early)
+    early.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.isdigit()]
+
+
+def test_experts_have_no_moments_of_their_own(tmp_path):
+    base = write_chat_base("mixtral", tmp_path / "base")
+    merged = merged_of(artifact_of(write_adapter(tmp_path / "adapter", base)), base)
+    layer, moments = next(iter(LayerPass(merged, batches_of(2))))
+    assert moments.shared([f"{layer}.mlp.experts.gate_up_proj"]) is None
