@@ -203,6 +203,7 @@ def export_merged(
     dtype: str = "auto",
     format: str = "safetensors",
     gguf_type: str = "f16",
+    min_kept: float | None = None,
     with_base: bool = False,
     calibration: AnyPath = "auto",
     max_shard_size: str | int = "5GB",
@@ -229,7 +230,8 @@ def export_merged(
             and for codes of few bits whichever keeps more.
         dtype: auto, bfloat16, float16 or float32; auto takes what keeps more.
         format: safetensors, gguf, gguf-adapter, adapter, adapter-portable, nf4 or fp4.
-        gguf_type: of `choices.GgufType`.
+        gguf_type: of `choices.GgufType`; auto: the smallest that keeps `min_kept`.
+        min_kept: of what training gained: the smallest GGUF type from `gguf_type` on that keeps so much; 0.95 for auto.
         with_base: beside a GGUF adapter, write the base that it was trained on as a GGUF file.
         calibration: what codes of few bits are made with: auto (the rows that the run trained on), none, or a file.
         max_shard_size: of one file at most, such as 5GB, or bytes.
@@ -268,7 +270,9 @@ def export_merged(
 
     result = export(
         artifact, Path(output_dir),
-        ExportOptions(base, dtype, size, overwrite, format, gguf_type, verify, rows, with_base, os.fspath(calibration)),
+        ExportOptions(
+            base, dtype, size, overwrite, format, gguf_type, verify, rows, with_base, os.fspath(calibration), min_kept
+        ),
     )  # fmt: skip
     _write_json(json, result.facts)
     if on_written is not None:

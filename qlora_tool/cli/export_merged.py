@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     cls=ToolCommand,
     examples="""
     qlora-tool export-merged runs/my-model --output-dir merged/my-model
-    qlora-tool export-merged runs/my-model --output-dir my-gguf --format gguf --gguf-type q8_0
+    qlora-tool export-merged runs/my-model --output-dir my-gguf --format gguf --gguf-type q4_k_m
     qlora-tool export-merged runs/my-model --output-dir my-lora --format gguf-adapter --with-base
     qlora-tool export-merged demo --adapter sums=runs/sums:0.7 --adapter poems=runs/poems:0.3 --output-dir merged/both
     qlora-tool export-merged peft-adapter --quantization nf4 --output-dir merged/other
     """,
     groups={
-        "What the files hold": ("base", "dtype", "format", "gguf_type", "calibration", "with_base", "max_shard_size"),
+        "What the files hold": ("base", "dtype", "format", "gguf_type", "min_kept", "calibration", "with_base",
+                                "max_shard_size"),
         "Verification": ("verify", "verify_data"),
         "An adapter made elsewhere": ("model", "quantization", "double_quant"),
     },
@@ -42,7 +43,10 @@ if TYPE_CHECKING:
               help="A model folder, a file for llama.cpp and Ollama, the adapter alone (for them, plain or portable), "
               "or quantized by bitsandbytes again.")  # fmt: skip
 @click.option("--gguf-type", type=click.Choice(get_args(GgufType)), default="f16", show_default=True,
-              help="Of the weights in a GGUF file.")  # fmt: skip
+              help="Of the weights in a GGUF file; auto: the smallest that keeps --min-kept.")  # fmt: skip
+@click.option("--min-kept", type=float, metavar="SHARE",
+              help="Of what training gained: take the smallest GGUF type from --gguf-type on that keeps so much; 0.95 "
+              "for auto.")  # fmt: skip
 @click.option("--calibration", default="auto", show_default=True, metavar="auto|none|FILE",
               help="Rows that codes of few bits are made with: the run's own training rows, none, or a file's.")
 @click.option("--with-base", is_flag=True,
@@ -87,6 +91,9 @@ def _report(result: ExportResult) -> list[str]:
         lines.append(f"dtype {result.dtype}: {result.dtype_reason}")
     if result.format == "gguf-adapter":
         lines += _of_gguf_adapter(result)
+    for tried in result.facts.get("candidates", ()):
+        lines.append(f"{tried['gguf_type']:>8}  {tried['bytes'] / 1e9:.2f} GB  keeps {tried['gain_kept']:.1%}  KL "
+                     f"{tried['mean_kl']:.2g}")  # fmt: skip
     if found := result.facts.get("encoding"):
         lines.append(_encoding(found))
     for reader, why in (result.facts.get("readers") or {}).items():

@@ -233,6 +233,7 @@ class MergedModel:
         """
         return group.convert(self.skeleton, {name: self.value(name) for name in group.names})
 
+    @torch.no_grad()
     def value(self, name: str) -> Tensor:
         """One tensor of the model in the dtype of the files, in the orientation of the model."""
         dtype, slot = self._file_dtype(name), self.slots.get(name) or self._embeddings.get(name)

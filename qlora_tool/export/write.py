@@ -6,23 +6,21 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_tool._version import __version__
 from qlora_tool.adapters.resized import fitting_config
 from qlora_tool.artifacts import Artifact, base_folder
-from qlora_tool.choices import ComputeDtype, ExportBase, ExportFormat, GgufType
-from qlora_tool.errors import MachineError, UserError, did_you_mean
+from qlora_tool.errors import MachineError, UserError
 from qlora_tool.export.dtypes import Choice, Unfit, choices, refuse_unfit
 from qlora_tool.export.encoding import Calibration, Encoder
-from qlora_tool.export.formats import BITSANDBYTES, FORMATS, Job
-from qlora_tool.export.gguf.mixture import MIXTURES
+from qlora_tool.export.formats import FORMATS, Job
 from qlora_tool.export.merge import MergedModel
 from qlora_tool.export.model_card import model_card
+from qlora_tool.export.options import ExportOptions, refuse_options
 from qlora_tool.export.preflight import (
     finer_base,
     refuse_changed_base,
@@ -33,9 +31,10 @@ from qlora_tool.export.preflight import (
     refuse_unmergeable,
     warn_of_rounding_away,
 )
+from qlora_tool.export.report import inputs_of, provenance_of, report_of
 from qlora_tool.export.staging import Staging, staged_folder, written_so_far
+from qlora_tool.export.verify import LEAST_GAIN
 from qlora_tool.files.atomic import write_json, write_text
-from qlora_tool.files.hashes import file_hashes, sha256
 from qlora_tool.files.tensors import Checkpoint
 from qlora_tool.inference.ends import generation_settings
 from qlora_tool.model.cached_base import cached_base
@@ -53,59 +52,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VERIFIED_TOKENS = 5000  # at most
-CHOICES = {  # of what `ExportOptions` takes
-    "base": get_args(ExportBase), "dtype": get_args(ComputeDtype), "format": get_args(ExportFormat),
-    "gguf_type": get_args(GgufType),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """How to export.
-
-    Attributes:
-        base: dequantized, original, or auto: dequantized, and for codes of few bits whichever keeps more.
-        dtype: auto (see `dtypes.choices`), bfloat16, float16 or float32.
-        max_shard_size: bytes of a file at most.
-        overwrite: an existing folder may be replaced.
-        format: a key of `formats.FORMATS`.
-        gguf_type: of `choices.GgufType`.
-        verify: hold the files against the live model before they get their name.
-        verify_data: rows for that; None: the run's own.
-        with_base: beside a GGUF adapter, write the base that it was trained on as a GGUF file.
-        calibration: what codes of few bits are made with: auto (the rows that the run trained on), none, or a file.
-
-    Raises:
-        UserError: a value that is not one of these.
-    """
-
-    base: str = "auto"
-    dtype: str = "auto"
-    max_shard_size: int = 5 * 10**9
-    overwrite: bool = False
-    format: str = "safetensors"
-    gguf_type: str = "f16"
-    verify: bool = False
-    verify_data: str | None = None
-    with_base: bool = False
-    calibration: str = "auto"
-
-    @property
-    def has_codes(self) -> bool:
-        """Whether weights become codes of few bits."""
-        return self.format in BITSANDBYTES or (self.format == "gguf" and self.gguf_type in MIXTURES)
-
-    def __post_init__(self) -> None:
-        faults = [
-            f"--{name.replace('_', '-')}: expected one of {', '.join(names)}, found {getattr(self, name)!r}"
-            f"{did_you_mean(str(getattr(self, name)), names)}"
-            for name, names in CHOICES.items()
-            if getattr(self, name) not in names
-        ]
-        if faults:
-            raise UserError(faults)
-
-
 @dataclass(frozen=True)
 class ExportResult:
     """What was exported, and how it was proven.
@@ -153,7 +99,7 @@ def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> E
     started = time.perf_counter()
     refuse_no_adapter(artifact)
     refuse_unmergeable(artifact, options.format)
-    _refuse_options(options)
+    refuse_options(options)
     refuse_taken(output, options.overwrite)
     folder = base_folder(artifact)
     adapters = {f"the adapter {one.name}": one.stored.folder for one in artifact.stack}
@@ -161,34 +107,23 @@ def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> E
     generation_settings(folder)  # a fault of the file is told before anything is written
     rows, calibration = _rows(artifact, options), _calibration_rows(artifact, options)
     changed = refuse_changed_base(artifact, folder)
-    job = _job(artifact, folder, output, options, calibration)
+    asked, options = options, options.candidates[-1]  # the largest, for what is to be refused
+    job = _job(artifact, folder, output.resolve().name, options, calibration)
     if changed:  # told only now: an adapter that does not fit at all is one line
         logger.warning(changed)
     form = FORMATS[options.format]
     form.check(job)
     place = output.resolve()
-    inputs = _inputs(artifact, folder, options, calibration)
+    inputs = inputs_of(artifact, folder, asked, calibration)
     _choose(job.merged, _choices(job, options)[0], options)
     refuse_full_disk(output, form.nbytes(job), written_so_far(place, inputs))
-    if options.has_codes:
-        _say_how(job, options, calibration)
-    with closing(job.encoder), staged_folder(place, inputs) as staging:
-        choice, written = _write(job, options, staging)
-        staging.keep = True
-        result = {
-            "output_dir": str(output),
-            "format": options.format,
-            "dtype": str(job.merged.default_dtype).removeprefix("torch.") if form.has_dtype else None,
-            "dtype_reason": choice.reason if form.has_dtype else None,
-            "base": job.merged.base,
-            **written,
-        }
-        if encoding := result.get("encoding"):
-            result["base"] = encoding["started_from"]
-        proof = _proof(job, staging, options, rows, result)
-        result["verification"] = proof.as_dict() if proof else {"left_out": _no_proof(options)}
-        write_json(staging.folder / "qlora_tool.json", _provenance(artifact, options, result))
-        write_json(staging.folder / "export.json", _report(artifact, folder, options, result))
+    if asked.has_codes:
+        _say_how(job, asked, calibration)
+    with staged_folder(place, inputs) as staging:
+        job, result, proof = _first_that_keeps_enough(job, asked, staging, rows, calibration)
+        result = {"output_dir": str(output)} | result
+        write_json(staging.folder / "qlora_tool.json", provenance_of(artifact, result))
+        write_json(staging.folder / "export.json", report_of(artifact, folder, asked, result))
         card = model_card(
             artifact, folder, result, chat=bool(read_templates(job.tokenizer_folder)),
             misread=is_misread(staging.folder), proof=proof,
@@ -201,32 +136,69 @@ def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> E
     )  # fmt: skip
 
 
-def _refuse_options(options: ExportOptions) -> None:
-    if not FORMATS[options.format].has_dtype and options.dtype != "auto":
-        instead = "; give --gguf-type" if options.format == "gguf" or options.with_base else ""
-        raise UserError(f"--dtype {options.dtype}: --format {options.format} has dtypes of its own{instead}")
-    if options.with_base and options.format != "gguf-adapter":
-        raise UserError(f"--with-base: is for --format gguf-adapter, not {options.format}; give both, or none")
-    if options.format == "gguf-adapter" and not options.with_base and options.gguf_type != "f16":
-        raise UserError(f"--gguf-type {options.gguf_type}: is of the base's file, which --with-base writes; give both, "
-                        "or none: the adapter's is f32")  # fmt: skip
-    if not options.format.startswith("gguf") and options.gguf_type != "f16":
-        raise UserError(
-            f"--gguf-type {options.gguf_type}: is for --format gguf, not {options.format}; give both, or none"
-        )
-    if not options.has_codes and options.calibration not in ("auto", "none"):
-        raise UserError(
-            f"--calibration {options.calibration}: is for codes of few bits ({', '.join(BITSANDBYTES)}, and gguf of "
-            f"type {', '.join(MIXTURES)}); choose one of these, or leave it out"
-        )
-    if options.calibration not in ("auto", "none") and not Path(options.calibration).exists():
-        raise UserError(f"--calibration {options.calibration}: no such file; expected auto, none or a file of rows")
-    if options.verify_data is not None and not Path(options.verify_data).exists():
-        raise UserError(f"--verify-data {options.verify_data}: no such file")
+def _first_that_keeps_enough(
+    job: Job, asked: ExportOptions, staging: Staging, rows: tuple[Sequence[Example], str] | None,
+    calibration: CalibrationRows | str,
+) -> tuple[Job, dict[str, Any], Proof | None]:
+    """Make the one export that is asked for, or of several the smallest that keeps enough of what training gained."""
+    candidates, tried = asked.candidates, list(staging.notes.get("tried", ()))
+    if len(candidates) > 1 and not (rows and rows[0]):
+        raise UserError(f"--gguf-type {asked.gguf_type}: what a type keeps is measured on rows, and there are none: "
+                        f"{rows[1] if rows else 'not verified'}")  # fmt: skip
+    for options in candidates[len(tried) :]:
+        if options is not asked:
+            job = _job(job.artifact, job.base_folder, job.name, options, calibration)
+        result, proof = _made(job, options, staging, rows)
+        if len(candidates) == 1:
+            return job, result, proof
+        assert proof is not None and options.min_kept is not None
+        found = proof.agreement
+        kept = found and found.gain_kept
+        if kept is None:
+            raise UserError(f"--gguf-type {asked.gguf_type}: {_not_known(proof)}; name a type, without --min-kept")
+        tried.append({"gguf_type": options.gguf_type, "bytes": result["bytes"], "gain_kept": round(kept, 4),
+                      "mean_kl": float(f"{found.mean_kl:.4g}")})  # fmt: skip
+        if kept >= options.min_kept:
+            break
+        logger.info("%s keeps %.1f%% of what training gained, less than %.0f%%: trying the next larger type",
+                    options.gguf_type, 100 * kept, 100 * options.min_kept)  # fmt: skip
+        if options is not candidates[-1]:
+            staging.start_anew()
+            staging.note(tried=tried)
+    return job, result | {"candidates": tried}, proof
+
+
+def _not_known(proof: Proof) -> str:
+    """Why it cannot be told what a file keeps."""
+    if proof.left_out is not None:
+        return f"what a type keeps cannot be measured: {proof.left_out}"
+    return f"training gained less than {LEAST_GAIN} in loss on these rows, or the base without it is gone"
+
+
+def _made(
+    job: Job, options: ExportOptions, staging: Staging, rows: tuple[Sequence[Example], str] | None
+) -> tuple[dict[str, Any], Proof | None]:
+    """Fill the staging folder with weights, and prove them."""
+    form = FORMATS[options.format]
+    with closing(job.encoder):
+        choice, written = _write(job, options, staging)
+    staging.keep = True
+    result = {
+        "format": options.format,
+        "dtype": str(job.merged.default_dtype).removeprefix("torch.") if form.has_dtype else None,
+        "dtype_reason": choice.reason if form.has_dtype else None,
+        "base": job.merged.base,
+        **written,
+    }
+    if encoding := result.get("encoding"):
+        result["base"] = encoding["started_from"]
+    proof = _proof(job, staging, options, rows, result)
+    result["verification"] = proof.as_dict() if proof else {"left_out": _no_proof(options)}
+    return result, proof
 
 
 def _job(
-    artifact: Artifact, folder: Path, output: Path, options: ExportOptions, calibration: CalibrationRows | str
+    artifact: Artifact, folder: Path, name: str, options: ExportOptions, calibration: CalibrationRows | str
 ) -> Job:
     trust = artifact.model.trust_remote_code
     base = "dequantized" if options.base == "auto" else options.base
@@ -240,7 +212,7 @@ def _job(
     both = options.has_codes and options.base == "auto" and finer_base(artifact, folder)
     moments = None if isinstance(calibration, str) else Calibration(merged, calibration, trust)
     encoder = Encoder(merged, ["dequantized", "original"] if both else [base], moments)
-    return Job(output.resolve().name, artifact, folder, merged, options.max_shard_size, options.gguf_type, encoder,
+    return Job(name, artifact, folder, merged, options.max_shard_size, options.gguf_type, encoder,
                options.with_base)  # fmt: skip
 
 
@@ -342,8 +314,10 @@ def _proof(
         proof = _proven(job, staging, options, rows, result["base"])
     if loss is None:
         return proof
-    known = Update(loss["update_kept"], loss["relative_error"]) if loss["adapted_weights"] else None
     finer = finer_base(job.artifact, job.base_folder)
+    if result["encoding"]["calibration"]:  # codes that make good one another's errors: single weights tell nothing
+        return replace(proof, update=None, finer_base=finer)
+    known = Update(loss["update_kept"], loss["relative_error"]) if loss["adapted_weights"] else None
     return replace(proof, update=proof.update or known, finer_base=finer)
 
 
@@ -370,77 +344,3 @@ def _no_proof(options: ExportOptions) -> str:
     return "nothing was merged: it is the adapter that was trained"
 
 
-def _inputs(
-    artifact: Artifact, folder: Path, options: ExportOptions, calibration: CalibrationRows | str
-) -> dict[str, Any]:
-    """All that the large files depend on; the small ones are written anew each time."""
-    adapter = artifact.adapter.folder
-    asked = {key: value for key, value in asdict(options).items() if key not in ("overwrite", "verify", "verify_data")}
-    return {
-        "versions": [__version__, torch.__version__],
-        "adapter": {file.name: sha256(file) for file in sorted(adapter.glob("adapter_*"))},
-        **({"stack": stack_facts(artifact)} if artifact.stack else {}),
-        "tokenizer": {file.name: sha256(file) for file in sorted(adapter.glob("tokenizer*"))},
-        "base": file_hashes(folder),
-        "quantization": asdict(Quantization.of(artifact.model)),
-        "options": asked,
-        **({} if isinstance(calibration, str) else {"calibration": calibration.digest()}),
-    }
-
-
-def stack_facts(artifact: Artifact) -> list[dict[str, Any]]:
-    """What a weighted sum was made of: every adapter with its weight, its files and its data."""
-    return [
-        {
-            "name": one.name, "weight": one.weight, "method": one.stored.method.name,
-            "files": {file.name: sha256(file) for file in sorted(one.stored.folder.glob("adapter_*"))},
-            "data": (one.stored.provenance or {}).get("data"),
-        }
-        for one in artifact.stack
-    ]  # fmt: skip
-
-
-def _provenance(artifact: Artifact, options: ExportOptions, result: dict[str, Any]) -> dict[str, Any]:
-    """What the adapter says of itself, and what it was merged onto in fact: the command line may have named another."""
-    known = artifact.adapter.provenance or {"method": artifact.adapter.method.name}
-    base = {"name_or_path": artifact.model.name_or_path, "revision": artifact.model.revision}
-    return known | {
-        "base": known.get("base", {}) | base,
-        "quantization": artifact.model.quantization,
-        "double_quant": artifact.model.double_quant,
-        "embeddings": artifact.model.embeddings,
-        "skip_modules": artifact.model.skip_modules,
-        "merged": {"base": result["base"], "dtype": result["dtype"]},
-        **({"method": "sum", "data": None, "stack": stack_facts(artifact)} if artifact.stack else {}),
-    }
-
-
-def _report(artifact: Artifact, folder: Path, options: ExportOptions, result: dict[str, Any]) -> dict[str, Any]:
-    """`export.json`: what was exported from what, and how well. Nothing that differs from one run to the next."""
-    known = artifact.adapter.provenance or {}
-    adapter = artifact.adapter.folder
-    asked = {key: value for key, value in asdict(options).items() if key != "overwrite"}
-    return {
-        "schema": 1,
-        "qlora_tool": __version__,
-        "options": asked,
-        **{key: value for key, value in result.items() if key not in ("output_dir", "verification")},
-        "provenance": {
-            "base": {
-                "name_or_path": artifact.model.name_or_path,
-                "revision": artifact.model.revision,
-                "quantization": artifact.model.quantization,
-                "double_quant": artifact.model.double_quant,
-                "embeddings": artifact.model.embeddings,
-                "skip_modules": artifact.model.skip_modules,
-                "files": file_hashes(folder),
-            },
-            "adapter": None if artifact.stack else {
-                "method": artifact.adapter.method.name,
-                "files": {file.name: sha256(file) for file in sorted(adapter.glob("adapter_*"))},
-            },
-            **({"stack": stack_facts(artifact)} if artifact.stack else {}),
-            "data": None if artifact.stack else known.get("data"),
-        },
-        "verification": result["verification"],
-    }

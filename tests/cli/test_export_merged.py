@@ -122,12 +122,12 @@ def test_every_other_format(here: Path, form: str):
         assert Path("merged/Modelfile").read_text().startswith("FROM ./base.gguf\nADAPTER ./adapter.gguf\n")
         assert out.splitlines()[-1] == "next: ollama create merged -f merged/Modelfile"
         assert report["verification"]["mean_kl"] < 1e-5  # of the base's rounding to f16
-    if form == "nf4":
+    if form in ("nf4", "fp4"):
         kept = report["requantization"]["update_kept"]
         assert report["verification"]["update"]["kept"] == pytest.approx(kept, rel=1e-2, abs=1e-3)
-        (warning,) = [line for line in out.splitlines() if line.startswith("warning: ")]
-        assert warning.startswith(f"warning: update kept {kept:.1%} through rounding to nf4 again: mean KL ")
-        assert "--base original" in warning
+        assert report["base"] == report["encoding"]["started_from"] == "original"  # of the two the one off the grid
+        assert 0.7 < kept < 1.3 and report["encoding"]["calibration"] is None
+        assert "codes start from the original base with the update added; the nearest ones" in out
     again = {path.name: path.read_bytes() for path in (here / "merged").iterdir() if path.is_file()}
     run(*EXPORT, *form_options, "--overwrite")
     assert {path.name: path.read_bytes() for path in (here / "merged").iterdir() if path.is_file()} == again
@@ -156,10 +156,11 @@ def test_options_that_do_not_go_together(here: Path):
 def test_nf4_says_beforehand_that_it_rounds_away(here: Path):
     told = {}
     for base in ("dequantized", "original"):
-        options = ("--format", "nf4", "--base", base, "--overwrite")
+        options = ("--format", "nf4", "--base", base, "--calibration", "none", "--overwrite")
         result = CliRunner().invoke(main, [*EXPORT, *PLAIN, *options])
-        told[base] = "give --base original, which keeps more (98 %)" in result.stderr
-        lines = result.stdout.splitlines()
+        told[base] = "--base original or --calibration auto keeps more" in result.stderr
+        lines = result.stdout.splitlines()[1:]
+        assert lines[0] == f"codes start from the {base} base with the update added; the nearest ones"
         assert lines[1] == "not verified: not asked for" and lines[2].startswith("  update kept ")
         assert lines[3].startswith("warning: update kept ") and ("--base original" in lines[3]) == told[base]
         assert "update kept" in Path("merged/README.md").read_text()

@@ -223,6 +223,7 @@ class _EncodedGroup:
         starts = {base: tensor if base == encoder.merged.base else self._made_by(encoder.model(base), name)
                   for base in encoder.candidates(adapted)}  # fmt: skip
         if moments is None and len(starts) == 1:
+            encoder.plain += 1
             return block_bytes(next(iter(starts.values())).float(), own)
         trained = tensor if self._trained else self._made_by(encoder.trained, name)
         untuned = self._made_by(encoder.untuned, name) if adapted and len(starts) > 1 else None

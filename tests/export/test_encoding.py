@@ -1,0 +1,184 @@
+"""Files of few bits made with rows: what they keep, how they are chosen, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_adapters import artifact_of, plain_logits, write_adapter, write_chat_base, write_run
+from tiny_ggufs import merged_of
+
+from qlora_tool.errors import UserError
+from qlora_tool.export.encoding import Calibration, Encoder, Kept, best
+from qlora_tool.export.grids.coded import coded_4bit
+from qlora_tool.export.grids.descent import weighted_error
+from qlora_tool.export.rows import MOST_TOKENS, calibration_rows
+from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.weights.quantized import disk_group, from_disk, quantize
+
+NF4 = ExportOptions(format="nf4")
+
+
+def write_rows(file: Path, rows: int) -> Path:
+    lines = [{"prompt": f"What is {n} and {3 * n}?", "completion": f"It is {4 * n}, as anyone can count."}
+             for n in range(rows)]  # fmt: skip
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_base("llama", tmp_path_factory.mktemp("bases") / "llama", hidden_size=256, intermediate_size=256,
+                           num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_adapter(tmp_path_factory.mktemp("adapters") / "adapter", base, lora_alpha=0.1)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 60)
+
+
+def options(rows: Path | str, **changes) -> ExportOptions:
+    return ExportOptions(**({"format": "nf4", "calibration": str(rows)} | changes))
+
+
+def calibration_of(adapter: Path, base: Path, rows: Path) -> Calibration:
+    artifact = artifact_of(adapter)
+    return Calibration(merged_of(artifact, base), calibration_rows(artifact, str(rows)))
+
+
+@pytest.mark.parametrize(("form", "gguf_type"), [("nf4", "f16"), ("fp4", "f16"), ("gguf", "q4_k_m"), ("gguf", "q4_0")])
+def test_products_come_nearer_to_those_that_were_trained(form, gguf_type, base, adapter, rows, tmp_path):
+    """Of the files' own weights, on the moments that the rows have: against the nearest codes."""
+    artifact, found, name = artifact_of(adapter), {}, "model.layers.0.mlp.down_proj.weight"
+    merged = merged_of(artifact, base, torch.float32)
+    for calibration in (str(rows), "none"):
+        folder = tmp_path / Path(calibration).stem
+        export_merged(artifact, folder, options(calibration, format=form, gguf_type=gguf_type, base="dequantized"))
+        if form == "gguf":
+            stored = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / f"{folder.name}.gguf").tensors}
+            down = stored["blk.0.ffn_down.weight"]
+            found[calibration] = torch.from_numpy(gguf.dequantize(down.data, down.tensor_type).copy())
+        else:
+            tensors = load_file(folder / "model.safetensors")
+            stored = {key: tensors[key] for key in disk_group(name, tensors)}
+            found[calibration] = from_disk(name, stored).dequantize()
+    moments = calibration_of(adapter, base, rows)
+    known, trained = moments.of([name]), merged.value(name)
+    made, plain = (weighted_error(found[key] - trained, known) for key in (str(rows), "none"))
+    assert made < 0.7 * plain
+    moments.close()
+
+
+def test_the_base_off_the_grid_is_taken_and_said(base, adapter, rows, tmp_path):
+    facts = {}
+    for calibration in (str(rows), "none"):
+        result = export_merged(artifact_of(adapter), tmp_path / Path(calibration).stem, options(calibration))
+        facts[calibration] = result.facts["encoding"]
+        assert result.base == facts[calibration]["started_from"] == "original"
+        provenance = json.loads((result.folder / "qlora_tool.json").read_text(encoding="utf-8"))
+        assert provenance["merged"]["base"] == "original"
+    made = facts[str(rows)]
+    assert (made["calibrated_weights"], made["plain_weights"]) == (7, 0)
+    assert made["calibration"]["rows"] == str(rows) and made["calibration"]["tokens"] > 1024
+    assert (facts["none"]["calibrated_weights"], facts["none"]["calibration"]) == (0, None)
+
+
+def test_an_update_that_is_missing_weighs_more_than_noise():
+    """By hand: codes that lose a tenth of an update, codes with noise five times its size, codes that are right."""
+    generator = torch.Generator().manual_seed(0)
+    base, update = torch.randn(32, 32, generator=generator), torch.randn(32, 32, generator=generator)
+    noise = torch.randn(32, 32, generator=generator)
+    noise -= (noise * update).sum() / update.square().sum() * update
+    noise *= 5 * update.norm() / noise.norm()
+    short, noisy, exact = Kept(), Kept(), Kept()
+    short.add(base + 0.9 * update, base + update, base, None)
+    noisy.add(base + update + noise, base + update, base, None)
+    exact.add(base + update, base + update, base, torch.eye(32))
+    assert (short.missing, short.noise) == (pytest.approx(0.1, rel=1e-4), pytest.approx(0.01, rel=1e-3))
+    assert (noisy.missing, noisy.noise) == (pytest.approx(0, abs=1e-5), pytest.approx(25, rel=1e-3))
+    assert best({"short": short, "noisy": noisy}) == "noisy"
+    assert best({"noisy": noisy, "exact": exact}) == best({"exact": exact, "noisy": noisy}) == "exact"
+    assert best({"none": Kept(), "too": Kept()}) == "none"
+
+
+def test_without_an_update_there_is_nothing_to_choose_by(base, adapter):
+    merged = merged_of(artifact_of(adapter), base)
+    encoder = Encoder(merged, ["dequantized", "original"])
+    weight = torch.randn(8, 64)
+    encoder.encode(lambda one, _: coded_4bit(quantize(one, "nf4", False)), weight,
+                   {"dequantized": weight, "original": weight + 1}, weight, None)  # fmt: skip
+    assert encoder.base == "dequantized"
+
+
+def test_the_same_export_gives_the_same_bytes(base, adapter, rows, tmp_path):
+    written = []
+    for again in (False, True):
+        result = export_merged(artifact_of(adapter), tmp_path / "out", options(rows, overwrite=again))
+        written.append({file: (result.folder / file).read_bytes() for file in result.files})
+    assert written[0] == written[1]
+
+
+def test_experts_are_told_as_made_without_rows(rows, tmp_path):
+    base = write_chat_base("mixtral", tmp_path / "base")
+    artifact = artifact_of(write_adapter(tmp_path / "adapter", base))
+    said = export_merged(artifact, tmp_path / "out", options(rows, format="gguf", gguf_type="q4_0")).facts["encoding"]
+    assert said["plain_weights"] > 0 and said["calibrated_weights"] > 0
+
+
+# --------------------------------------------------------------------------------------------------------- rows
+
+
+def test_rows_of_the_run_are_those_it_trained_on(base, tmp_path):
+    run = write_run(tmp_path / "run", base, data={"eval": 0.25})
+    artifact = artifact_of(run)
+    why = calibration_rows(artifact, "auto")
+    assert isinstance(why, str) and "too few" in why and "--calibration FILE" in why
+    more = write_rows(tmp_path / "more.jsonl", 300)
+    data = artifact.run.data.model_copy(update={"train": str(more)})
+    found = calibration_rows(replace(artifact, run=artifact.run.model_copy(update={"data": data})), "auto")
+    assert found.tokens == MOST_TOKENS and "(trained on)" in found.source
+    assert all(batch.attention_mask is None for batch in found.batches)
+    assert sum(batch.input_ids.numel() for batch in found.batches) == found.tokens
+
+
+def test_an_adapter_without_its_run_is_made_without_rows_and_says_so(base, adapter, tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        export_merged(artifact_of(adapter), tmp_path / "out", NF4)
+    assert "the adapter comes without its run, and so without rows; give some with --calibration FILE" in caplog.text
+    assert plain_logits(tmp_path / "out").isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"calibration": "missing.jsonl"}, "--calibration missing.jsonl: no such file; expected auto, none or a file"),
+        ({"format": "safetensors"}, "is for codes of few bits (nf4, fp4, and gguf of type "),
+        ({"format": "gguf", "gguf_type": "q8_0"}, "is for codes of few bits"),
+        ({"min_kept": 0.9}, "--min-kept 0.9: chooses between GGUF's types; set --format gguf"),
+        ({"min_kept": 1.5, "format": "gguf", "calibration": "none"}, "--min-kept 1.5: expected a share"),
+        ({"gguf_type": "auto", "format": "gguf", "calibration": "none"}, "--gguf-type auto: what a type keeps"),
+        ({"gguf_type": "auto"}, "--gguf-type auto: is for --format gguf"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(changes, said, adapter, rows, tmp_path):
+    with pytest.raises(UserError) as found:
+        export_merged(artifact_of(adapter), tmp_path / "out", options(rows, **changes))
+    assert said in str(found.value) and "\n" not in str(found.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_few_rows_are_refused(adapter, tmp_path):
+    few = write_rows(tmp_path / "few.jsonl", 3)
+    with pytest.raises(UserError, match=r"few\.jsonl: holds \d+ tokens, too few to tell what layers are given"):
+        export_merged(artifact_of(adapter), tmp_path / "out", options(few))
+    assert [path.name for path in tmp_path.iterdir()] == ["few.jsonl"]
