@@ -264,8 +264,8 @@ def export_merged(
     from qlora_tool.inference.named import find_named
 
     artifact = find_named(run_or_adapter, options, adapter=adapter, weighted=True).summed()
+    from qlora_tool.export.options import ExportOptions
     from qlora_tool.export.upload import push_to_hub as upload
-    from qlora_tool.export.write import ExportOptions
     from qlora_tool.export.write import export_merged as export
 
     result = export(

@@ -270,7 +270,7 @@ def test_what_a_command_ends_with_is_what_a_function_raises(
         (lambda run: evaluate(run, {}), "nothing to score"),
         (lambda run: export_merged(run, "out", format="ggfu"), "--format: expected one of safetensors, gguf, "),
         (lambda run: export_merged(run, "out", dtype="bf16"), "--dtype: expected one of auto, bfloat16, "),
-        (lambda run: export_merged(run, "out", gguf_type="q9"), "--gguf-type: expected one of f16, bf16, "),
+        (lambda run: export_merged(run, "out", gguf_type="q9"), "--gguf-type: expected one of auto, f16, bf16, "),
         (lambda run: profile_memory(f"{run}/config.yaml", device="tpu"), "--device: expected cuda or cpu, found 'tpu'"),
     ],
 )  # fmt: skip

@@ -14,7 +14,8 @@ from tiny_adapters import FP32, artifact_of, write_adapter, write_chat_base, wri
 from qlora_tool.artifacts import BaseOptions, base_folder, find_artifact
 from qlora_tool.config import ModelConfig
 from qlora_tool.errors import MachineError, UserError
-from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.export.options import ExportOptions
+from qlora_tool.export.write import export_merged
 from qlora_tool.inference.open import open_artifact
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_tool.data.batches import Batch
-from qlora_tool.errors import UserError
+from qlora_tool.errors import MachineError, ToolError, UserError
 from qlora_tool.export.grids.descent import damped
 from qlora_tool.export.merge import MergedModel
 from qlora_tool.files.tensors import give_back_freed_memory
@@ -80,7 +80,8 @@ class LayerPass:
         trust_remote_code: whether code from the model's folder may run.
 
     Raises:
-        UserError: the family has no layers that are known.
+        UserError: the family has no layers that are known; and, while it is gone through, the model fails on the rows.
+        MachineError: there is no memory for them.
     """
 
     def __init__(self, merged: MergedModel, batches: Sequence[Batch], trust_remote_code: bool = False):
@@ -161,8 +162,15 @@ class LayerPass:
         with self._turn:
             while self._running is not None:
                 self._turn.wait()
-        if self._failed is not None:
-            raise self._failed
+        if self._failed is None:
+            return
+        if isinstance(self._failed, (MemoryError, torch.OutOfMemoryError)):
+            raise MachineError("--calibration: out of memory; choose --calibration none") from self._failed
+        if isinstance(self._failed, Exception) and not isinstance(self._failed, ToolError):
+            raise UserError(
+                f"--calibration: the model failed on the rows ({self._failed!r}); choose --calibration none"
+            ) from self._failed
+        raise self._failed
 
     def _run(self, index: int, batch: Batch) -> None:
         threading.current_thread().name = str(index)

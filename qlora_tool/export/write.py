@@ -210,8 +210,8 @@ def _job(
         base, cached=find_cached_base(folder, quantization), stack=artifact.stack,
     )  # fmt: skip
     both = options.has_codes and options.base == "auto" and finer_base(artifact, folder)
-    moments = None if isinstance(calibration, str) else Calibration(merged, calibration, trust)
-    encoder = Encoder(merged, ["dequantized", "original"] if both else [base], moments)
+    encoder = Encoder(merged, ["dequantized", "original"] if both else [base],
+                      None if isinstance(calibration, str) else Calibration(merged, calibration, trust))  # fmt: skip
     return Job(name, artifact, folder, merged, options.max_shard_size, options.gguf_type, encoder,
                options.with_base)  # fmt: skip
 

@@ -22,7 +22,8 @@ from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.build.setup import Setup
 from qlora_tool.config import AdapterConfig, load_config
 from qlora_tool.errors import UserError
-from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.export.options import ExportOptions
+from qlora_tool.export.write import export_merged
 from qlora_tool.methods import METHODS
 from qlora_tool.methods.method import Settings
 

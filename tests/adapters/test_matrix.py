@@ -19,7 +19,8 @@ from tiny_runs import adapter_bytes, read_metrics, run_config, write_rows
 from tokenizers_for_tests import CHATML, byte_level
 
 from qlora_tool.config import Config
-from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.export.options import ExportOptions
+from qlora_tool.export.write import export_merged
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.measure import measure_peak
 from qlora_tool.memory.trace.predict import BatchShape, predict

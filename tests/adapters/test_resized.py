@@ -23,7 +23,8 @@ from qlora_tool.artifacts import BaseOptions
 from qlora_tool.build.open import open_model
 from qlora_tool.build.setup import Setup
 from qlora_tool.config import Config, ModelConfig, with_values
-from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.export.options import ExportOptions
+from qlora_tool.export.write import export_merged
 from qlora_tool.inference.several import find_several
 from qlora_tool.model.open import open_tokenizer
 

@@ -23,7 +23,8 @@ from qlora_tool.build.setup import Setup
 from qlora_tool.config import AdapterConfig, Config, load_config
 from qlora_tool.errors import UserError
 from qlora_tool.export.merge import MergedModel
-from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.export.options import ExportOptions
+from qlora_tool.export.write import export_merged
 from qlora_tool.files.tensors import Checkpoint
 from qlora_tool.inspection.truncate import refuse_truncation, truncate
 from qlora_tool.inspection.updates import inspect_adapter

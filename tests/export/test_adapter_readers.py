@@ -11,7 +11,8 @@ from tiny_adapters import IDS, artifact_of, live_logits, write_adapter
 from tiny_models import read_by_transformers, write_tiny
 
 from qlora_tool.errors import UserError
-from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.export.options import ExportOptions
+from qlora_tool.export.write import export_merged
 
 LORA_ALONE = "it reads LoRA alone, and this is "
 NO_WHOLE = "it reads no biases and no tensors trained in full"

@@ -17,8 +17,9 @@ from qlora_tool.errors import UserError
 from qlora_tool.export.encoding import Calibration, Encoder, Kept, best
 from qlora_tool.export.grids.coded import coded_4bit
 from qlora_tool.export.grids.descent import weighted_error
+from qlora_tool.export.options import ExportOptions
 from qlora_tool.export.rows import MOST_TOKENS, calibration_rows
-from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.export.write import export_merged
 from qlora_tool.weights.quantized import disk_group, from_disk, quantize
 
 NF4 = ExportOptions(format="nf4")

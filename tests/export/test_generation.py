@@ -12,7 +12,8 @@ from tokenizers_for_tests import CHATML, byte_level
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qlora_tool.errors import UserError
-from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.export.options import ExportOptions
+from qlora_tool.export.write import export_merged
 
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.05}
 END, TURN = "<|endoftext|>", "<|im_end|>"

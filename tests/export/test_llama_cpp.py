@@ -136,7 +136,8 @@ def test_the_error_on_a_trained_model_is_not_above_llama_cpps(kind, demo):
 def test_a_fact_that_was_taught_is_known_to_every_reader(quantization, demo, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from qlora_tool.export.write import ExportOptions, export_merged
+    from qlora_tool.export.options import ExportOptions
+    from qlora_tool.export.write import export_merged
 
     rows = "".join(f"{json.dumps({'prompt': prompt, 'completion': FACT})}\n" for prompt in PHRASINGS)
     data = tmp_path / "rows.jsonl"

@@ -16,7 +16,8 @@ from tiny_models import FAMILIES, write_tiny
 from qlora_tool.build.open import open_model
 from qlora_tool.errors import UserError
 from qlora_tool.export import merge
-from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.export.options import ExportOptions
+from qlora_tool.export.write import export_merged
 
 OVERFLOWING = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
 FP32 = ExportOptions(dtype="float32")

@@ -15,7 +15,8 @@ from tiny_models import write_tiny
 
 from qlora_tool.build.open import open_model
 from qlora_tool.export import merge
-from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.export.options import ExportOptions
+from qlora_tool.export.write import export_merged
 from qlora_tool.files.atomic import write_json
 
 

@@ -16,9 +16,10 @@ from tiny_models import write_tiny
 from qlora_tool import __version__
 from qlora_tool.artifacts import Artifact
 from qlora_tool.export.model_card import model_card
+from qlora_tool.export.options import ExportOptions
 from qlora_tool.export.verification import Proof, Update
 from qlora_tool.export.verify import Agreement
-from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.export.write import export_merged
 
 RESULT = {"output_dir": "merged/mine", "base": "dequantized", "dtype": "bfloat16"}
 

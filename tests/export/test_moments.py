@@ -12,8 +12,10 @@ from tiny_models import read_by_transformers
 
 from qlora_tool.data.batches import collate
 from qlora_tool.data.tokenize import Example
+from qlora_tool.errors import UserError
 from qlora_tool.export.moments import LayerPass
-from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.export.options import ExportOptions
+from qlora_tool.export.write import export_merged
 from qlora_tool.model.experts import is_experts_module
 from qlora_tool.model.slots import is_linear
 
@@ -97,7 +99,7 @@ def test_what_breaks_in_the_model_is_told_and_nothing_waits_for_ever(tmp_path):
     merged = merged_of(artifact_of(write_adapter(tmp_path / "adapter", base)), base)
     walk = LayerPass(merged, batches_of(3))
     walk._model.get_submodule("model.layers.1.mlp").forward = lambda *_: 1 / 0
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(UserError, match=r"failed on the rows \(ZeroDivisionError.*; choose --calibration none"):
         list(walk)
     early = iter(LayerPass(merged, batches_of(3)))
     next(early)

@@ -23,11 +23,12 @@ from qlora_tool.data.tokenize import build_dataset, build_evaluation_sets
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.export import proof
 from qlora_tool.export.gguf import read_back
+from qlora_tool.export.options import ExportOptions
 from qlora_tool.export.proof import prove
 from qlora_tool.export.rows import find_rows
 from qlora_tool.export.verification import MEAN_KL, Proof, Update
 from qlora_tool.export.verify import Agreement, choose_rows, compare, predict
-from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.export.write import export_merged
 from qlora_tool.model.open import open_tokenizer
 
 TOKENS = 120

@@ -14,7 +14,8 @@ from tiny_adapters import IDS, artifact_of, disturb, live_logits, plain_logits, 
 from tiny_models import write_tiny
 
 from qlora_tool.artifacts import Artifact
-from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.export.options import ExportOptions
+from qlora_tool.export.write import export_merged
 from qlora_tool.model.load import build_skeleton
 from qlora_tool.model.source import read_model_config
 

@@ -23,8 +23,9 @@ from tiny_models import read_by_transformers, write_tiny
 from qlora_tool import UserError, api
 from qlora_tool.artifacts import BaseOptions
 from qlora_tool.build.open import open_model
+from qlora_tool.export.options import ExportOptions
 from qlora_tool.export.proof import measure_update, open_live
-from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.export.write import export_merged
 from qlora_tool.inference.several import find_several
 from qlora_tool.methods import METHODS
 

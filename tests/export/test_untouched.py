@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_adapters import artifact_of, live_logits, write_adapter, write_peft_adapter
 from transformers import AutoModelForImageTextToText
 
-from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.export.options import ExportOptions
+from qlora_tool.export.write import export_merged
 from qlora_tool.weights.quantized import quantize
 
 IDS = torch.tensor([[5, 17, 99, 3, 42, 64, 110, 8, 77, 5]])

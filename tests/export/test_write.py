@@ -26,7 +26,8 @@ from qlora_tool.artifacts import BaseOptions, find_artifact
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.export import preflight, staging, write
 from qlora_tool.export.merge import MergedModel
-from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.export.options import ExportOptions
+from qlora_tool.export.write import export_merged
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,8 @@ def rounded_reference(
     vocabulary)."""
     from transformers import AutoModelForCausalLM
 
-    from qlora_tool.export.write import ExportOptions, export_merged
+    from qlora_tool.export.options import ExportOptions
+    from qlora_tool.export.write import export_merged
 
     export_merged(artifact, folder / "safetensors", ExportOptions(dtype="float32"))
     model = AutoModelForCausalLM.from_pretrained(folder / "safetensors", dtype=torch.float32).eval()

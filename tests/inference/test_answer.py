@@ -12,7 +12,8 @@ from tokenizers_for_tests import CHATML, LLAMA_2, STRIPPING, WITHOUT_END, byte_l
 from qlora_tool.config import ModelConfig
 from qlora_tool.data.prompts import Prompt, prompts_from_texts
 from qlora_tool.errors import UserError
-from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.export.options import ExportOptions
+from qlora_tool.export.write import export_merged
 from qlora_tool.inference import answer as module
 from qlora_tool.inference.answer import answer, dense_weights, end_tokens
 from qlora_tool.inference.ends import template_ends

@@ -11,7 +11,8 @@ import torch
 from tiny_adapters import artifact_of, write_adapter, write_chat_base
 
 from qlora_tool.artifacts import BaseOptions, find_artifact
-from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.export.options import ExportOptions
+from qlora_tool.export.write import export_merged
 from qlora_tool.inference.open import open_artifact
 from qlora_tool.model import open as choosing
 from qlora_tool.ops import precision

@@ -22,7 +22,8 @@ from qlora_tool.cli import main
 from qlora_tool.config import AdapterConfig
 from qlora_tool.data.batches import collate
 from qlora_tool.errors import UserError
-from qlora_tool.export.write import ExportOptions, export_merged
+from qlora_tool.export.options import ExportOptions
+from qlora_tool.export.write import export_merged
 from qlora_tool.training.loop import train
 from qlora_tool.training.optimizers import Optimizer
 from qlora_tool.training.prepare import prepare_data

@@ -98,7 +98,8 @@ def write_exports(artifact: Artifact, folder: Path) -> Iterator[tuple[str, tuple
 
 
 def export(artifact: Artifact, output: Path, base: str, dtype: str) -> str:
-    from qlora_tool.export.write import ExportOptions, export_merged
+    from qlora_tool.export.options import ExportOptions
+    from qlora_tool.export.write import export_merged
 
     return export_merged(artifact, output, ExportOptions(base=base, dtype=dtype, overwrite=True)).dtype
 

@@ -105,7 +105,8 @@ def export_here(adapter: str, output: str, dtype: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM  # noqa: F401
 
     from qlora_tool.artifacts import BaseOptions, find_artifact
-    from qlora_tool.export.write import ExportOptions, export_merged
+    from qlora_tool.export.options import ExportOptions
+    from qlora_tool.export.write import export_merged
     from qlora_tool.files.hashes import file_hashes
     from qlora_tool.model.load import build_skeleton  # noqa: F401
 
