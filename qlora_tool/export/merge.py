@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -139,11 +140,11 @@ class MergedModel:
                         f"{one.stored.folder}: trainable_token_indices", "merge this adapter with PEFT instead")
             taken = [name for name in found if takes_weight(self.skeleton, name)]
             if taken:
-                logger.warning(
-                    "%s: %d of its adapters (%s …) are on weights that this family multiplies with itself: the model "
-                    "computes without them, here and under PEFT, so they are not merged", one.stored.folder,
-                    len(taken), taken[0],
-                )  # fmt: skip
+                _warn_once(
+                    f"{one.stored.folder}: {len(taken)} of its adapters ({taken[0]} …) are on weights that this family "
+                    f"multiplies with itself: the model computes without them, here and under PEFT, so they are not "
+                    "merged"
+                )
             for name in (name for name in found if name not in taken):
                 layers.setdefault(name, []).append(found[name])
         self.layers, self.replaced, self._rows = layers, replaced_by(stack), rows_by(stack, follows(self.skeleton))
@@ -320,6 +321,11 @@ class MergedModel:
         module = name.removesuffix(".weight")
         adapted = name in self.replaced or name in self._biases or module in self.layers or module in self._rows
         return not adapted and is_outside(name, self._outside)
+
+
+@cache
+def _warn_once(line: str) -> None:
+    logger.warning(line)
 
 
 def _refuse_unfit(name: str, value: Tensor, refuse_coarse: bool) -> None:

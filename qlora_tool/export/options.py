@@ -93,7 +93,8 @@ def refuse_options(options: ExportOptions) -> None:
     if options.format == "gguf-adapter" and not options.with_base and options.gguf_type != "f16":
         raise UserError(f"--gguf-type {options.gguf_type}: is of the base's file, which --with-base writes; give both, "
                         "or none: the adapter's is f32")  # fmt: skip
-    if not options.format.startswith("gguf") and options.gguf_type != "f16":
+    types = ("gguf", "gguf-adapter") if options.gguf_type != "auto" else ("gguf",)
+    if options.format not in types and options.gguf_type != "f16":
         raise UserError(
             f"--gguf-type {options.gguf_type}: is for --format gguf, not {options.format}; give both, or none"
         )

@@ -144,7 +144,7 @@ def test_rows_of_the_run_are_those_it_trained_on(base, tmp_path):
     artifact = artifact_of(run)
     why = calibration_rows(artifact, "auto")
     assert isinstance(why, str) and "too few" in why and "--calibration FILE" in why
-    more = write_rows(tmp_path / "more.jsonl", 300)
+    more = write_rows(tmp_path / "more.jsonl", 450)
     data = artifact.run.data.model_copy(update={"train": str(more)})
     found = calibration_rows(replace(artifact, run=artifact.run.model_copy(update={"data": data})), "auto")
     assert found.tokens == MOST_TOKENS and "(trained on)" in found.source
@@ -169,6 +169,8 @@ def test_an_adapter_without_its_run_is_made_without_rows_and_says_so(base, adapt
         ({"min_kept": 1.5, "format": "gguf", "calibration": "none"}, "--min-kept 1.5: expected a share"),
         ({"gguf_type": "auto", "format": "gguf", "calibration": "none"}, "--gguf-type auto: what a type keeps"),
         ({"gguf_type": "auto"}, "--gguf-type auto: is for --format gguf"),
+        ({"gguf_type": "auto", "format": "gguf-adapter", "with_base": True, "calibration": "none"},
+         "--gguf-type auto: is for --format gguf, not gguf-adapter"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(changes, said, adapter, rows, tmp_path):
