@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 SWEEPS = 3  # over a weight's columns
 DECIDING = 14  # adapted weights after which one base is taken for all others
-ALIKE = 0.02  # of the update
+MOST_NOISE = 0.5  # beside a whole update that is missing
 TELL_EVERY = 20.0  # seconds between two lines of progress
 
 Form = TypeVar("Form")
@@ -97,13 +97,13 @@ class Encoder:
     def __init__(self, merged: MergedModel, bases: Sequence[str], calibration: Calibration | None = None):
         self.merged, self.bases, self.calibration = merged, bases, calibration
         self.calibrated = self.plain = 0
-        self._kept = {base: Kept() for base in bases}
+        self._kept, self._weights = {base: Kept() for base in bases}, max(1, len(merged.layers))
         self._models: dict[str, MergedModel] = {}
 
     @property
     def base(self) -> str:
         """Of those that were tried the one that keeps most."""
-        return best(self._kept)
+        return best(self._kept, self._weights)
 
     @property
     def trained(self) -> MergedModel:
@@ -160,7 +160,7 @@ class Encoder:
                 kept[base].add(values, trained.reshape_as(values), untuned.reshape_as(values), moments)
                 self._kept[base].join(kept[base])
             made[base] = coded, values
-        coded, values = made[best(kept)]
+        coded, values = made[best(kept, self._weights)]
         return coded.finish(values)
 
     def close(self) -> None:
@@ -215,15 +215,22 @@ class Kept:
         return self.error / self.weights if self.weights else 0.0
 
 
-def best(kept: Mapping[str, Kept]) -> str:
-    """Whose codes keep most: of those that keep as much of the update as any, give or take `ALIKE`, the least noisy.
+def best(kept: Mapping[str, Kept], weights: int) -> str:
+    """Whose codes come nearest to the trained model, judged from some of its weights.
 
-    What is missing everywhere adds up over the weights of a model as the update itself does, while noise is each
-    weight's own: SmolLM2's NF4 codes, moved from the dequantized base, are four times nearer to the trained weights by
-    what the inputs see than those moved from the original one, and twice as far from the trained model's predictions.
+    What is missing everywhere adds up over a model's weights as the update itself does; noise, each weight's own, adds
+    up in squares only. Its share of the sum was set by what was measured on SmolLM2 (docs/export.md), where NF4 and
+    IQ4_NL keep more from the original base, and Q6_K from the dequantized one. More noise than `MOST_NOISE` counts no
+    more: the original weights are a sound model, however small the update is beside what they differ by.
+
+    Args:
+        kept: by base.
+        weights: how many adapted ones the model has.
     """
-    least = min(one.missing for one in kept.values())
-    return min((base for base, one in kept.items() if one.missing <= least + ALIKE), key=lambda base: kept[base].noise)
+    def lost(base: str) -> float:
+        return kept[base].missing ** 2 + min(kept[base].noise / (2 * weights), MOST_NOISE)
+
+    return min(kept, key=lost)
 
 
 def _dot(one: Tensor, other: Tensor) -> float:

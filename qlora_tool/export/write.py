@@ -312,13 +312,11 @@ def _proof(
         proof = Proof(result["base"], options.format, left_out=_no_proof(options))
     else:
         proof = _proven(job, staging, options, rows, result["base"])
-    if loss is None:
-        return proof
-    finer = finer_base(job.artifact, job.base_folder)
-    if result["encoding"]["calibration"]:  # codes that make good one another's errors: single weights tell nothing
-        return replace(proof, update=None, finer_base=finer)
-    known = Update(loss["update_kept"], loss["relative_error"]) if loss["adapted_weights"] else None
-    return replace(proof, update=proof.update or known, finer_base=finer)
+    if (result.get("encoding") or {}).get("calibration"):
+        proof = replace(proof, update=None)  # codes make good one another's errors: single weights tell nothing
+    elif loss is not None and loss["adapted_weights"]:
+        proof = replace(proof, update=proof.update or Update(loss["update_kept"], loss["relative_error"]))
+    return replace(proof, finer_base=loss is not None and finer_base(job.artifact, job.base_folder))
 
 
 def _proven(

@@ -79,7 +79,7 @@ def by_hand(target, moments, values_of, start, sweeps):
 def test_the_codes_are_those_of_the_plain_loop(kind, double):
     """Over more columns than a block has. Where two values are as near, rounding decides: a few may differ, and the
     error that is left is the same."""
-    columns = 256
+    columns = 512
     assert columns > BLOCK
     target, moments = a_matrix(16, columns), moments_of(columns)
     on = coded(kind, double, target)

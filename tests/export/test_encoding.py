@@ -88,13 +88,15 @@ def test_the_base_off_the_grid_is_taken_and_said(base, adapter, rows, tmp_path):
         assert result.base == facts[calibration]["started_from"] == "original"
         provenance = json.loads((result.folder / "qlora_tool.json").read_text(encoding="utf-8"))
         assert provenance["merged"]["base"] == "original"
+        weights_tell = calibration == "none"  # of codes that make good one another's errors single ones do not
+        assert ("update kept" in (result.folder / "README.md").read_text(encoding="utf-8")) == weights_tell
     made = facts[str(rows)]
     assert (made["calibrated_weights"], made["plain_weights"]) == (7, 0)
     assert made["calibration"]["rows"] == str(rows) and made["calibration"]["tokens"] > 1024
     assert (facts["none"]["calibrated_weights"], facts["none"]["calibration"]) == (0, None)
 
 
-def test_an_update_that_is_missing_weighs_more_than_noise():
+def test_what_is_missing_everywhere_weighs_more_than_noise():
     """By hand: codes that lose a tenth of an update, codes with noise five times its size, codes that are right."""
     generator = torch.Generator().manual_seed(0)
     base, update = torch.randn(32, 32, generator=generator), torch.randn(32, 32, generator=generator)
@@ -107,9 +109,13 @@ def test_an_update_that_is_missing_weighs_more_than_noise():
     exact.add(base + update, base + update, base, torch.eye(32))
     assert (short.missing, short.noise) == (pytest.approx(0.1, rel=1e-4), pytest.approx(0.01, rel=1e-3))
     assert (noisy.missing, noisy.noise) == (pytest.approx(0, abs=1e-5), pytest.approx(25, rel=1e-3))
-    assert best({"short": short, "noisy": noisy}) == "noisy"
-    assert best({"noisy": noisy, "exact": exact}) == best({"exact": exact, "noisy": noisy}) == "exact"
-    assert best({"none": Kept(), "too": Kept()}) == "none"
+    assert best({"short": short, "noisy": noisy}, 200) == "short"  # 0.1² against 25 / 400
+    assert best({"short": short, "noisy": noisy}, 5000) == "noisy"
+    gone = Kept()
+    gone.add(base, base + update, base, None)
+    assert best({"gone": gone, "noisy": noisy}, 1) == "noisy"  # however few the weights are
+    assert best({"noisy": noisy, "exact": exact}, 200) == best({"exact": exact, "noisy": noisy}, 200) == "exact"
+    assert best({"none": Kept(), "too": Kept()}, 1) == "none"
 
 
 def test_without_an_update_there_is_nothing_to_choose_by(base, adapter):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 DAMPING = 0.01  # of the moments' mean diagonal, added to the diagonal
-BLOCK, INNER = 128, 16  # columns
+BLOCK, INNER = 256, 32  # columns
 ROWS = 4096  # at a time: bounds what is held beside the matrix
 
 
