@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 SWEEPS = 3  # over a weight's columns
 DECIDING = 14  # adapted weights after which one base is taken for all others
-MOST_NOISE = 0.5  # beside a whole update that is missing
+MOST_NOISE = 0.1  # as much as three tenths of the update that are missing
 TELL_EVERY = 20.0  # seconds between two lines of progress
 
 Form = TypeVar("Form")
