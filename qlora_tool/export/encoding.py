@@ -44,11 +44,10 @@ class Calibration:
 
     Attributes:
         rows: as given.
-        seconds: that the rows took so far.
     """
 
     def __init__(self, merged: MergedModel, rows: CalibrationRows, trust_remote_code: bool = False):
-        self.rows, self.seconds = rows, 0.0
+        self.rows = rows
         self._pass = LayerPass(merged, rows.batches, trust_remote_code)
         self._stream: Iterator[tuple[str, Moments]] = iter(self._pass)
         self._layer, self._moments, self._done = "", Moments(), 0
@@ -75,7 +74,6 @@ class Calibration:
         self._layer, self._moments = next(self._stream)
         self._moments.damp()
         self._done += 1
-        self.seconds += time.perf_counter() - started
 
     def close(self) -> None:
         self._stream.close()  # type: ignore[attr-defined]  # a generator

@@ -155,6 +155,7 @@ def _first_that_keeps_enough(
         found = proof.agreement
         kept = found and found.gain_kept
         if kept is None:
+            staging.keep = False  # nothing that could be gone on from
             raise UserError(f"--gguf-type {asked.gguf_type}: {_not_known(proof)}; name a type, without --min-kept")
         tried.append({"gguf_type": options.gguf_type, "bytes": result["bytes"], "gain_kept": round(kept, 4),
                       "mean_kl": float(f"{found.mean_kl:.4g}")})  # fmt: skip
@@ -210,8 +211,9 @@ def _job(
         base, cached=find_cached_base(folder, quantization), stack=artifact.stack,
     )  # fmt: skip
     both = options.has_codes and options.base == "auto" and finer_base(artifact, folder)
+    with_rows = options.has_codes and not isinstance(calibration, str)
     encoder = Encoder(merged, ["dequantized", "original"] if both else [base],
-                      None if isinstance(calibration, str) else Calibration(merged, calibration, trust))  # fmt: skip
+                      Calibration(merged, calibration, trust) if with_rows else None)  # fmt: skip
     return Job(name, artifact, folder, merged, options.max_shard_size, options.gguf_type, encoder,
                options.with_base)  # fmt: skip
 

@@ -191,3 +191,32 @@ def test_too_few_rows_are_refused(adapter, tmp_path):
     with pytest.raises(UserError, match=r"few\.jsonl: holds \d+ tokens, too few to tell what layers are given"):
         export_merged(artifact_of(adapter), tmp_path / "out", options(few))
     assert [path.name for path in tmp_path.iterdir()] == ["few.jsonl"]
+
+
+def test_the_smallest_type_that_keeps_enough_is_found(tmp_path):
+    """Held against what each type keeps when it is made alone."""
+    base = write_chat_base("llama", tmp_path / "base", hidden_size=256, intermediate_size=256, num_hidden_layers=1,
+                           num_attention_heads=4, num_key_value_heads=4)  # fmt: skip
+    run = write_run(tmp_path / "run", base, learning_rate=2e-2, max_steps=8)
+    more = {"format": "gguf", "verify": True, "verify_data": str(tmp_path / "run.jsonl"), "calibration": "none"}
+    alone = {}
+    for kind in ("q4_0", "iq4_nl", "q4_k_s"):  # the smallest three
+        result = export_merged(artifact_of(run), tmp_path / kind, ExportOptions(gguf_type=kind, **more))
+        alone[kind] = round(result.proof.agreement.gain_kept, 4)
+    least = max(alone.values()) - 1e-4  # of which they are rounded to
+    expected = next(kind for kind, kept in alone.items() if kept >= least)
+    found = export_merged(artifact_of(run), tmp_path / "auto", ExportOptions(gguf_type="auto", min_kept=least, **more))
+    assert found.dtype == expected and list(tmp_path.joinpath("auto").glob("*.gguf"))
+    tried = {one["gguf_type"]: one["gain_kept"] for one in found.facts["candidates"]}
+    assert tried == {kind: alone[kind] for kind in tried} and list(tried)[-1] == expected
+    assert (tmp_path / "auto" / "auto.gguf").stat().st_size == (tmp_path / expected / f"{expected}.gguf").stat().st_size
+    later = export_merged(artifact_of(run), tmp_path / "from", ExportOptions(gguf_type="q6_k", min_kept=0.01, **more))
+    assert later.dtype == "q6_k"
+
+
+def test_what_cannot_be_measured_is_not_chosen_by(adapter, rows, tmp_path):
+    """A random adapter gains nothing; nothing is left behind."""
+    with pytest.raises(UserError, match=r"training gained less than 0\.05 in loss on these rows"):
+        export_merged(artifact_of(adapter), tmp_path / "out", options(
+            "none", format="gguf", gguf_type="auto", verify=True, verify_data=str(rows)))  # fmt: skip
+    assert not list(tmp_path.iterdir())
