@@ -205,7 +205,7 @@ def export_merged(
     gguf_type: str = "f16",
     min_kept: float | None = None,
     with_base: bool = False,
-    calibration: AnyPath = "auto",
+    calibration: AnyPath | None = "auto",
     max_shard_size: str | int = "5GB",
     verify: bool = True,
     verify_data: AnyPath | None = None,
@@ -271,7 +271,8 @@ def export_merged(
     result = export(
         artifact, Path(output_dir),
         ExportOptions(
-            base, dtype, size, overwrite, format, gguf_type, verify, rows, with_base, os.fspath(calibration), min_kept
+            base, dtype, size, overwrite, format, gguf_type, verify, rows, with_base,
+            "none" if calibration is None else os.fspath(calibration), min_kept,
         ),
     )  # fmt: skip
     _write_json(json, result.facts)

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 @click.option("--gguf-type", type=click.Choice(get_args(GgufType)), default="f16", show_default=True,
               help="Of the weights in a GGUF file; auto: the smallest that keeps --min-kept.")  # fmt: skip
 @click.option("--min-kept", type=float, metavar="SHARE",
-              help="Of what training gained: take the smallest GGUF type from --gguf-type on that keeps so much; 0.95 "
-              "for auto.")  # fmt: skip
+              help="Of what training gained: take the smallest GGUF type that keeps so much, from --gguf-type on where "
+              "that is given; 0.95 for auto.")  # fmt: skip
 @click.option("--calibration", default="auto", show_default=True, metavar="auto|none|FILE",
               help="Rows that codes of few bits are made with: the run's own training rows, none, or a file's.")
 @click.option("--with-base", is_flag=True,
@@ -120,7 +120,9 @@ def _encoding(found: dict[str, Any]) -> str:
     if rows := found["calibration"]:
         plain = f", {found['plain_weights']} without" if found["plain_weights"] else ""
         made = f"made with {rows['tokens']:,} tokens of {rows['rows']} ({found['calibrated_weights']} weights{plain})"
-    return f"codes start from the {found['started_from']} base with the update added; {made}"
+    others = {base: count for base, count in (found["tried_weights"] or {}).items() if base != found["started_from"]}
+    but = "".join(f" ({count} of the first weights from the {base} one)" for base, count in others.items() if count)
+    return f"codes start from the {found['started_from']} base with the update added{but}; {made}"
 
 
 def _next(result: ExportResult) -> str:

@@ -96,6 +96,7 @@ class Encoder:
         self.merged, self.bases, self.calibration = merged, bases, calibration
         self.calibrated = self.plain = 0
         self._kept, self._weights = {base: Kept() for base in bases}, max(1, len(merged.layers))
+        self._tried = dict.fromkeys(bases, 0)  # the first weights, by the base that each of them took
         self._models: dict[str, MergedModel] = {}
 
     @property
@@ -158,7 +159,10 @@ class Encoder:
                 kept[base].add(values, trained.reshape_as(values), untuned.reshape_as(values), moments)
                 self._kept[base].join(kept[base])
             made[base] = coded, values
-        coded, values = made[best(kept, self._weights)]
+        taken = best(kept, self._weights)
+        if len(starts) > 1:
+            self._tried[taken] += 1
+        coded, values = made[taken]
         return coded.finish(values)
 
     def close(self) -> None:
@@ -171,6 +175,7 @@ class Encoder:
         return {
             "started_from": self.base, "calibration": rows and {"rows": rows.source, "tokens": rows.tokens},
             "calibrated_weights": self.calibrated, "plain_weights": self.plain,
+            "tried_weights": self._tried if len(self.bases) > 1 else None,
         }  # fmt: skip
 
 

@@ -139,7 +139,8 @@ def _is_adapter(result: dict[str, Any]) -> bool:
 
 
 def _exported(result: dict[str, Any]) -> str:
-    named = {"gguf": "merged into GGUF", "nf4": "merged and quantized to nf4 again", "adapter": "saved as an adapter",
+    named = {"gguf": "merged into GGUF", "nf4": "merged and quantized to nf4 again",
+             "fp4": "merged and quantized to fp4 again", "adapter": "saved as an adapter",
              "adapter-portable": "saved as an adapter",
              "gguf-adapter": "saved as an adapter for llama.cpp"}  # fmt: skip
     return named.get(_format(result), "merged")
@@ -161,7 +162,7 @@ def _load(artifact: Artifact, result: dict[str, Any], chat: bool) -> str:
         )  # fmt: skip
     if kind.startswith("adapter"):
         return _load_adapter(artifact, result)
-    needed = "It takes `pip install bitsandbytes accelerate`.\n\n" if kind == "nf4" else ""
+    needed = "It takes `pip install bitsandbytes accelerate`.\n\n" if kind in ("nf4", "fp4") else ""
     return needed + _PIPELINE.format(folder=folder, call=_CHAT if chat else _TEXT)
 
 
@@ -284,16 +285,37 @@ def _facts(artifact: Artifact, result: dict[str, Any]) -> list[tuple[str, Any]]:
         ("adapted modules", None if artifact.stack else ", ".join(targets) if isinstance(targets, list) else targets),
     ]  # fmt: skip
     if not _is_adapter(result):
-        rounded = "quantized to nf4 again" if _format(result) == "nf4" else f"rounded once to {result['dtype']}"
+        kind = _format(result)
+        rounded = f"quantized to {kind} again" if kind in ("nf4", "fp4") else f"rounded once to {result['dtype']}"
         how = ("weights", f"the trained ones, {rounded}") if method.keys.trains_base else (
             "merged onto", f"the {result['base']} base, added in float32, {rounded}"
         )  # fmt: skip
         facts += [how,
-                  ("why this dtype", result.get("dtype_reason") or None)]  # fmt: skip
+                  ("why this dtype", result.get("dtype_reason") or None),
+                  ("codes made with", _made_with(result)),
+                  *_tried(result)]  # fmt: skip
     if artifact.run is not None and not artifact.stack:
         facts += [*_training(artifact), *_losses(artifact.adapter.folder.parent),
                   *_memory(artifact.adapter.folder.parent)]  # fmt: skip
     return [(name, value) for name, value in facts if value is not None]
+
+
+def _tried(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What each type that was tried keeps."""
+    return [
+        (f"{one['gguf_type']}, tried", f"{one['bytes'] / 1e9:.2f} GB, keeps {one['gain_kept']:.1%}, mean KL "
+                                       f"{one['mean_kl']:.2g}")
+        for one in result.get("candidates", ())
+    ]  # fmt: skip
+
+
+def _made_with(result: dict[str, Any]) -> str | None:
+    """What the codes of a file of few bits were made with."""
+    if (found := result.get("encoding")) is None:
+        return None
+    if (rows := found["calibration"]) is None:
+        return "no rows: they are the nearest ones"
+    return f"{rows['tokens']:,} tokens of {rows['rows']}, moved towards the trained weights' products"
 
 
 def _skipped(artifact: Artifact) -> str | None:

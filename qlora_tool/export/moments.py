@@ -58,8 +58,15 @@ class Moments:
 
 
     def damp(self) -> None:
-        """Make them ready for `grids.descent`."""
-        for total in self._sums.values():
+        """Make them ready for `grids.descent`.
+
+        Raises:
+            UserError: they are no numbers.
+        """
+        for module, total in self._sums.items():
+            if not total.diagonal().isfinite().all():
+                raise UserError(f"--calibration: what {module} is given is no number (NaN or infinity); the base or "
+                                "the adapter is broken: copy or train it again")  # fmt: skip
             damped(total)
 
 

@@ -34,7 +34,8 @@ class ExportOptions:
         verify: hold the files against the live model before they get their name.
         verify_data: rows for that; None: the run's own.
         with_base: beside a GGUF adapter, write the base that it was trained on as a GGUF file.
-        min_kept: of what training gained; of GGUF's types the smallest from `gguf_type` on that keeps so much is taken.
+        min_kept: of what training gained; of GGUF's types the smallest that keeps so much is taken, from `gguf_type` on
+            where one is named.
         calibration: what codes of few bits are made with: auto (the rows that the run trained on), none, or a file.
 
     Raises:
@@ -63,7 +64,8 @@ class ExportOptions:
         """The exports to try, smallest first, until one keeps enough; itself where there is nothing to choose."""
         if self.format != "gguf" or (self.gguf_type != "auto" and self.min_kept is None):
             return [self]
-        first = 0 if self.gguf_type == "auto" else GGUF_TYPES.index(self.gguf_type)
+        # f16 is what there is where no type is named, and the largest: from there nothing could be chosen.
+        first = 0 if self.gguf_type in ("auto", "f16") else GGUF_TYPES.index(self.gguf_type)
         types = [kind for kind in GGUF_TYPES[first:] if kind != "bf16" or self.gguf_type == kind]
         least = AUTO_KEPT if self.min_kept is None else self.min_kept
         return [replace(self, gguf_type=kind, min_kept=least) for kind in types]
@@ -100,10 +102,10 @@ def refuse_options(options: ExportOptions) -> None:
         )
     if not options.has_codes and options.calibration not in ("auto", "none"):
         raise UserError(
-            f"--calibration {options.calibration}: is for codes of few bits ({', '.join(BITSANDBYTES)}, and gguf of "
-            f"type {', '.join(MIXTURES)}); choose one of these, or leave it out"
+            f"--calibration {options.calibration}: is for merged files of few bits (--format "
+            f"{', '.join(BITSANDBYTES)}, and gguf of type {', '.join(MIXTURES)}); choose one of these, or leave it out"
         )
-    if options.calibration not in ("auto", "none") and not Path(options.calibration).exists():
+    if options.calibration not in ("auto", "none") and not (options.calibration and Path(options.calibration).exists()):
         raise UserError(f"--calibration {options.calibration}: no such file; expected auto, none or a file of rows")
     if options.verify_data is not None and not Path(options.verify_data).exists():
         raise UserError(f"--verify-data {options.verify_data}: no such file")

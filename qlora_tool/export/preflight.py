@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qlora_tool.artifacts import Artifact, changed_base
 from qlora_tool.errors import MachineError, UserError, did_you_mean
@@ -46,6 +47,27 @@ def refuse_unmergeable(artifact: Artifact, form: str) -> None:
             f"--format {form}: {method.name} changes no weight, so there is nothing to merge: its export is the "
             "adapter, which PEFT reads; set --format adapter"
         )
+
+
+def refuse_unmeasurable(artifact: Artifact, asked: str, rows: tuple[Sequence[Any], str] | None) -> None:
+    """Refuse to choose a type by what it keeps of what training gained, where that cannot be told.
+
+    Args:
+        asked: the type.
+        rows: to verify on, or why there are none.
+
+    Raises:
+        UserError: there are no rows, or no base without the adapter to hold them against.
+    """
+    stored, gone = artifact.adapter, None
+    if artifact.stack:
+        gone = "is not told of a sum of adapters"
+    elif stored.replaced_tensors() or stored.token_rows() or stored.quantized_without is not None:
+        gone = "is told against the base without the adapter, and this adapter replaces parts of it"
+    elif not (rows and rows[0]):
+        gone = f"is measured on rows, and there are none: {rows[1] if rows else 'not verified'}"
+    if gone:
+        raise UserError(f"--gguf-type {asked}: what a type keeps {gone}; name a type, without --min-kept")
 
 
 def refuse_taken(output: Path, overwrite: bool) -> None:
@@ -95,8 +117,8 @@ def warn_of_rounding_away(artifact: Artifact, folder: Path, form: str, bases: Se
         original = "--base original or " if finer_base(artifact, folder) else ""
         logger.warning(
             "--format %s --base dequantized --calibration none: rounds to 4 bits again what lies on 4-bit values "
-            "already, and most of the update away with it (SmolLM2-135M: under 1 %% of it remains); %s--calibration "
-            "auto keeps more", form, original,
+            "already, and a small update away with it (SmolLM2-135M: 3.5 %% of what training gained remains); %s"
+            "--calibration auto keeps a small one", form, original,
         )  # fmt: skip
 
 

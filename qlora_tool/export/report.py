@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +18,13 @@ from qlora_tool.files.hashes import file_hashes, sha256
 from qlora_tool.model.slots import Quantization
 
 if TYPE_CHECKING:
+    from qlora_tool.data.tokenize import Example
     from qlora_tool.export.rows import CalibrationRows
 
 
 def inputs_of(
-    artifact: Artifact, folder: Path, options: ExportOptions, calibration: CalibrationRows | str
+    artifact: Artifact, folder: Path, options: ExportOptions, calibration: CalibrationRows | str,
+    rows: tuple[Sequence[Example], str] | None = None,
 ) -> dict[str, Any]:
     """All that the large files depend on; the small ones are written anew each time."""
     adapter = artifact.adapter.folder
@@ -32,8 +37,13 @@ def inputs_of(
         "base": file_hashes(folder),
         "quantization": asdict(Quantization.of(artifact.model)),
         "options": asked,
-        **({} if isinstance(calibration, str) else {"calibration": calibration.digest()}),
+        "calibration": None if isinstance(calibration, str) else calibration.digest(),
+        "rows": _digest(rows[0]) if rows and len(options.candidates) > 1 else None,  # by which a type is chosen
     }
+
+
+def _digest(rows: Sequence[Example]) -> str:
+    return hashlib.sha256(json.dumps([[row.input_ids, row.labels] for row in rows]).encode()).hexdigest()
 
 
 def stack_facts(artifact: Artifact) -> list[dict[str, Any]]:

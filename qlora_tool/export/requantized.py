@@ -121,7 +121,9 @@ class _Writer:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for group, specs in zip(self.merged.groups, self.merged.specs(), strict=True):
             if not self.quantizes(group, specs):
-                yield from self.merged.tensors(group).items()
+                for name, tensor in self.merged.tensors(group).items():
+                    self._refuse_no_number(name, tensor)
+                    yield name, tensor
                 continue
             quantized = self._encoded(group)
             stored = to_disk(specs[0].name, dataclasses.replace(quantized, dtype=self.dtype))
@@ -131,6 +133,7 @@ class _Writer:
     def _encoded(self, group: SaveGroup) -> QuantizedTensor:
         encoder = self.encoder
         trained = self._weight(encoder.trained, group)
+        self._refuse_no_number(group.names[0], trained)
         adapted = group.names[0].removesuffix(".weight") in self.merged.layers
         starts = {base: trained if (model := encoder.model(base)) is encoder.trained else self._weight(model, group)
                   for base in encoder.candidates(adapted)}  # fmt: skip
@@ -139,6 +142,11 @@ class _Writer:
         if untuned is not None:
             self.loss.add(quantized.dequantize(), trained, untuned)
         return quantized
+
+    def _refuse_no_number(self, name: str, tensor: Tensor) -> None:
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"--format {self.kind}: NaN or infinity in {name}; the base or the adapter is broken: copy "
+                            "or train it again")  # fmt: skip
 
     def _code(self, weight: Tensor, importance: Tensor | None) -> Coded[QuantizedTensor]:
         return coded_4bit(quantize(weight, self.kind, self.double_quant))

@@ -90,18 +90,21 @@ def calibration_rows(artifact: Artifact, asked: str) -> CalibrationRows | str:
     if asked == "auto" and artifact.run is None:
         return "the adapter comes without its run, and so without rows; give some with --calibration FILE"
     settings, tokenizer = _settings(artifact)
+    config = read_model_config(base_folder(artifact), artifact.model.trust_remote_code)
+    length = min(LENGTH, positions_of(config) or LENGTH)
     if asked != "auto":
-        found = _in_blocks(build_dataset(asked, settings, tokenizer, key="--calibration").examples, asked)
+        found = _in_blocks(build_dataset(asked, settings, tokenizer, key="--calibration").examples, length, asked)
         if found.tokens < FEWEST_TOKENS:
-            raise UserError(f"--calibration {asked}: holds {found.tokens:,} tokens, too few to tell what layers are "
-                            f"given; expected {FEWEST_TOKENS:,} at least, or --calibration none")  # fmt: skip
+            raise UserError(f"--calibration {asked}: holds {found.tokens:,} tokens in rows of at most "
+                            f"{settings.max_length}, too few to tell what layers are given; expected {FEWEST_TOKENS:,} "
+                            "at least, or --calibration none")  # fmt: skip
         return found
     assert artifact.run is not None
     try:
         examples = _trained_rows(settings, tokenizer, artifact.run.training.seed)
     except ToolError as error:
         return f"the run's data cannot be read ({error}); give rows with --calibration FILE"
-    found = _in_blocks(examples, f"{told(settings.train)} (trained on)")
+    found = _in_blocks(examples, length, f"{told(settings.train)} (trained on)")
     if found.tokens < FEWEST_TOKENS:
         return (f"the run's rows hold {found.tokens:,} tokens, too few to tell what layers are given "
                 f"({FEWEST_TOKENS:,} at least); give rows with --calibration FILE")  # fmt: skip
@@ -140,15 +143,15 @@ def _trained_rows(settings: DataConfig, tokenizer: PreTrainedTokenizerBase, seed
     return train.examples
 
 
-def _in_blocks(examples: Sequence[Example], source: str) -> CalibrationRows:
-    """The first rows, their tokens one after the other, cut into blocks of one length: no padding, whose inputs would
-    count, and no mask, which not every family takes."""
+def _in_blocks(examples: Sequence[Example], most: int, source: str) -> CalibrationRows:
+    """The first rows, their tokens one after the other, cut into blocks of one length, at most `most`: no padding,
+    whose inputs would count, and no mask, which not every family takes."""
     tokens: list[int] = []
     for index in range(len(examples)):
         tokens += examples[index].input_ids
         if len(tokens) >= MOST_TOKENS:
             break
-    length = max(1, min(LENGTH, len(tokens)))
+    length = max(1, min(most, len(tokens)))
     starts = range(0, min(len(tokens), MOST_TOKENS) - length + 1, length)
     blocks = [Example(block, block, "calibration") for block in (tokens[start : start + length] for start in starts)]
     each = max(1, BATCH_TOKENS // length)

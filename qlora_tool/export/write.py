@@ -28,6 +28,7 @@ from qlora_tool.export.preflight import (
     refuse_inputs,
     refuse_no_adapter,
     refuse_taken,
+    refuse_unmeasurable,
     refuse_unmergeable,
     warn_of_rounding_away,
 )
@@ -108,13 +109,15 @@ def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> E
     rows, calibration = _rows(artifact, options), _calibration_rows(artifact, options)
     changed = refuse_changed_base(artifact, folder)
     asked, options = options, options.candidates[-1]  # the largest, for what is to be refused
+    if len(asked.candidates) > 1:
+        refuse_unmeasurable(artifact, asked.gguf_type, rows)
     job = _job(artifact, folder, output.resolve().name, options, calibration)
     if changed:  # told only now: an adapter that does not fit at all is one line
         logger.warning(changed)
     form = FORMATS[options.format]
     form.check(job)
     place = output.resolve()
-    inputs = inputs_of(artifact, folder, asked, calibration)
+    inputs = inputs_of(artifact, folder, asked, calibration, rows)
     _choose(job.merged, _choices(job, options)[0], options)
     refuse_full_disk(output, form.nbytes(job), written_so_far(place, inputs))
     if asked.has_codes:
@@ -142,9 +145,6 @@ def _first_that_keeps_enough(
 ) -> tuple[Job, dict[str, Any], Proof | None]:
     """Make the one export that is asked for, or of several the smallest that keeps enough of what training gained."""
     candidates, tried = asked.candidates, list(staging.notes.get("tried", ()))
-    if len(candidates) > 1 and not (rows and rows[0]):
-        raise UserError(f"--gguf-type {asked.gguf_type}: what a type keeps is measured on rows, and there are none: "
-                        f"{rows[1] if rows else 'not verified'}")  # fmt: skip
     for options in candidates[len(tried) :]:
         if options is not asked:
             job = _job(job.artifact, job.base_folder, job.name, options, calibration)
@@ -161,11 +161,18 @@ def _first_that_keeps_enough(
                       "mean_kl": float(f"{found.mean_kl:.4g}")})  # fmt: skip
         if kept >= options.min_kept:
             break
-        logger.info("%s keeps %.1f%% of what training gained, less than %.0f%%: trying the next larger type",
-                    options.gguf_type, 100 * kept, 100 * options.min_kept)  # fmt: skip
-        if options is not candidates[-1]:
-            staging.start_anew()
-            staging.note(tried=tried)
+        rest = "trying the next larger type" if options is not candidates[-1] else "there is no larger one"
+        logger.info("%s keeps %.2f%% of what training gained, less than %.4g%%: %s", options.gguf_type, 100 * kept,
+                    100 * options.min_kept, rest)  # fmt: skip
+        staging.start_anew()
+        staging.note(tried=tried)
+    else:
+        most = max(tried, key=lambda one: one["gain_kept"])["gguf_type"]
+        least = 100 * (candidates[0].min_kept or 0)
+        logger.warning("no type keeps %.4g%% of what training gained; %s keeps most", least, most)
+        options = next(one for one in candidates if one.gguf_type == most)
+        job = _job(job.artifact, job.base_folder, job.name, options, calibration)
+        result, proof = _made(job, options, staging, rows)
     return job, result | {"candidates": tried}, proof
 
 
@@ -173,7 +180,7 @@ def _not_known(proof: Proof) -> str:
     """Why it cannot be told what a file keeps."""
     if proof.left_out is not None:
         return f"what a type keeps cannot be measured: {proof.left_out}"
-    return f"training gained less than {LEAST_GAIN} in loss on these rows, or the base without it is gone"
+    return f"training gained less than {LEAST_GAIN} in loss on these rows"
 
 
 def _made(
@@ -211,9 +218,14 @@ def _job(
         base, cached=find_cached_base(folder, quantization), stack=artifact.stack,
     )  # fmt: skip
     both = options.has_codes and options.base == "auto" and finer_base(artifact, folder)
-    with_rows = options.has_codes and not isinstance(calibration, str)
-    encoder = Encoder(merged, ["dequantized", "original"] if both else [base],
-                      Calibration(merged, calibration, trust) if with_rows else None)  # fmt: skip
+    moments = None
+    if options.has_codes and not isinstance(calibration, str):
+        try:
+            moments = Calibration(merged, calibration, trust)
+        except UserError:  # of a family without layers that are known
+            if options.calibration != "auto":
+                raise
+    encoder = Encoder(merged, ["dequantized", "original"] if both else [base], moments)
     return Job(name, artifact, folder, merged, options.max_shard_size, options.gguf_type, encoder,
                options.with_base)  # fmt: skip
 
@@ -229,6 +241,8 @@ def _calibration_rows(artifact: Artifact, options: ExportOptions) -> Calibration
 
 def _say_how(job: Job, options: ExportOptions, calibration: CalibrationRows | str) -> None:
     """What the codes are made with, before the work starts; and where nothing helps them, what that costs."""
+    if job.encoder.calibration is None and not isinstance(calibration, str):
+        calibration = "no decoder layers are found in this family's models"
     if not isinstance(calibration, str):
         logger.info("codes are made with %s tokens of %s", f"{calibration.tokens:,}", calibration.source)
     elif options.calibration == "none":

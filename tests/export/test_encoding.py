@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,16 +10,18 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_adapters import artifact_of, plain_logits, write_adapter, write_chat_base, write_run
-from tiny_ggufs import merged_of
+from tiny_ggufs import CHANGES, merged_of
 
 from qlora_tool.errors import UserError
+from qlora_tool.export import proof
 from qlora_tool.export.encoding import Calibration, Encoder, Kept, best
 from qlora_tool.export.grids.coded import coded_4bit
 from qlora_tool.export.grids.descent import weighted_error
 from qlora_tool.export.options import ExportOptions
 from qlora_tool.export.rows import MOST_TOKENS, calibration_rows
+from qlora_tool.export.verify import Agreement, compare
 from qlora_tool.export.write import export_merged
 from qlora_tool.weights.quantized import disk_group, from_disk, quantize
 
@@ -76,7 +79,7 @@ def test_products_come_nearer_to_those_that_were_trained(form, gguf_type, base, 
     moments = calibration_of(adapter, base, rows)
     known, trained = moments.of([name]), merged.value(name)
     made, plain = (weighted_error(found[key] - trained, known) for key in (str(rows), "none"))
-    assert made < 0.7 * plain
+    assert made < 0.8 * plain
     moments.close()
 
 
@@ -169,8 +172,9 @@ def test_an_adapter_without_its_run_is_made_without_rows_and_says_so(base, adapt
     ("changes", "said"),
     [
         ({"calibration": "missing.jsonl"}, "--calibration missing.jsonl: no such file; expected auto, none or a file"),
-        ({"format": "safetensors"}, "is for codes of few bits (nf4, fp4, and gguf of type "),
-        ({"format": "gguf", "gguf_type": "q8_0"}, "is for codes of few bits"),
+        ({"calibration": ""}, "--calibration : no such file; expected auto, none or a file"),
+        ({"format": "safetensors"}, "is for merged files of few bits (--format nf4, fp4, and gguf of type "),
+        ({"format": "gguf", "gguf_type": "q8_0"}, "is for merged files of few bits"),
         ({"min_kept": 0.9}, "--min-kept 0.9: chooses between GGUF's types; set --format gguf"),
         ({"min_kept": 1.5, "format": "gguf", "calibration": "none"}, "--min-kept 1.5: expected a share"),
         ({"gguf_type": "auto", "format": "gguf", "calibration": "none"}, "--gguf-type auto: what a type keeps"),
@@ -188,7 +192,7 @@ def test_options_that_do_not_go_together_are_refused(changes, said, adapter, row
 
 def test_too_few_rows_are_refused(adapter, tmp_path):
     few = write_rows(tmp_path / "few.jsonl", 3)
-    with pytest.raises(UserError, match=r"few\.jsonl: holds \d+ tokens, too few to tell what layers are given"):
+    with pytest.raises(UserError, match=r"few\.jsonl: holds \d+ tokens in rows of at most 128, too few to tell"):
         export_merged(artifact_of(adapter), tmp_path / "out", options(few))
     assert [path.name for path in tmp_path.iterdir()] == ["few.jsonl"]
 
@@ -220,3 +224,86 @@ def test_what_cannot_be_measured_is_not_chosen_by(adapter, rows, tmp_path):
         export_merged(artifact_of(adapter), tmp_path / "out", options(
             "none", format="gguf", gguf_type="auto", verify=True, verify_data=str(rows)))  # fmt: skip
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("family", "form", "gguf_type"),
+    [("gpt2", "gguf", "q4_0"), ("gpt2", "nf4", "f16"), ("phi3", "gguf", "iq4_nl"), ("gemma2", "gguf", "q4_0"),
+     pytest.param("qwen3_moe", "gguf", "q4_k_m", marks=pytest.mark.slow),
+     pytest.param("starcoder2", "gguf", "q5_k_m", marks=pytest.mark.slow),
+     pytest.param("llama-tied", "gguf", "q6_k", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_other_families_come_nearer_too(family, form, gguf_type, rows, tmp_path):
+    """Transposed and fused weights among them, and models of few positions."""
+    changes = CHANGES.get(family, {}) | {"num_hidden_layers": 1}
+    base = write_chat_base(family, tmp_path / "base", **changes)
+    artifact = artifact_of(write_adapter(tmp_path / "adapter", base, lora_alpha=2))
+    kl = {}
+    for calibration in (str(rows), "none"):
+        made = options(calibration, format=form, gguf_type=gguf_type, base="dequantized", verify=True,
+                       verify_data=str(rows))  # fmt: skip
+        kl[calibration] = export_merged(artifact, tmp_path / Path(calibration).stem, made).proof.agreement.mean_kl
+    assert kl[str(rows)] < 0.8 * kl["none"]
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_values_that_are_no_numbers_are_refused(name, calibrated, rows, tmp_path):
+    base = write_chat_base("llama", tmp_path / "base", num_hidden_layers=1)
+    artifact = artifact_of(write_adapter(tmp_path / "adapter", base))
+    tensors = load_file(base / "model.safetensors")
+    tensors[name][1, 2] = float("nan")
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    artifact = artifact_of(tmp_path / "adapter", model=str(base))
+    with pytest.raises(UserError, match="NaN or infinity"):
+        export_merged(artifact, tmp_path / "out", options(rows if calibrated else "none"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_family_whose_layers_are_not_known_is_made_without_rows(rows, tmp_path, caplog, monkeypatch):
+    base = write_chat_base("llama", tmp_path / "base", num_hidden_layers=1)
+    artifact = artifact_of(write_adapter(tmp_path / "adapter", base))
+    monkeypatch.setattr("qlora_tool.export.moments.decoder_layers", lambda model: {})
+    found = calibration_rows(artifact, str(rows))
+    monkeypatch.setattr("qlora_tool.export.rows.calibration_rows", lambda *_: found)
+    with caplog.at_level("WARNING"):
+        said = export_merged(artifact, tmp_path / "out", NF4).facts["encoding"]
+    assert "no decoder layers are found" in caplog.text and said["calibration"] is None
+    with pytest.raises(UserError, match="--calibration: no decoder layers are found in a llama model; choose"):
+        export_merged(artifact, tmp_path / "other", options(rows))
+
+
+def test_where_no_type_keeps_enough_the_one_that_keeps_most_is_made(adapter, rows, tmp_path, caplog, monkeypatch):
+    shares = iter([0.7, 0.9, 0.8, 0.9])  # of q6_k, q8_0, f16, and q8_0 again
+    known: dict[Agreement, float] = {}
+
+    def share(self: Agreement) -> float:
+        if self not in known:
+            known[self] = next(shares)
+        return known[self]
+
+    monkeypatch.setattr(Agreement, "gain_kept", property(share))
+    count = itertools.count()  # so that no two are equal
+    monkeypatch.setattr(proof, "compare", lambda *of: replace(compare(*of), worst_kl=1.0 + next(count)))
+    made = options("none", format="gguf", gguf_type="q6_k", min_kept=0.95, verify=True, verify_data=str(rows))
+    with caplog.at_level("WARNING"):
+        result = export_merged(artifact_of(adapter), tmp_path / "out", made)
+    assert result.dtype == "q8_0" and "no type keeps 95% of what training gained; q8_0 keeps most" in caplog.text
+    assert [one["gguf_type"] for one in result.facts["candidates"]] == ["q6_k", "q8_0", "f16"]
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "| q6_k, tried |" in card and "keeps 90.0%" in card
+
+
+def test_a_share_without_a_type_is_looked_for_among_all():
+    found = ExportOptions(format="gguf", min_kept=0.9).candidates
+    assert [one.gguf_type for one in found][:2] == ["q4_0", "iq4_nl"] and found[-1].gguf_type == "f16"
+
+
+@pytest.mark.parametrize("adapted", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 4]}])
+def test_a_type_is_not_chosen_where_the_base_is_not_left(adapted, rows, tmp_path):
+    base = write_chat_base("llama", tmp_path / "base", num_hidden_layers=1)
+    artifact = artifact_of(write_adapter(tmp_path / "adapter", base, **adapted))
+    made = options("none", format="gguf", gguf_type="auto", verify=True, verify_data=str(rows))
+    with pytest.raises(UserError, match="what a type keeps is told against the base without the adapter"):
+        export_merged(artifact, tmp_path / "out", made)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]

@@ -54,7 +54,7 @@ def coded_blocks(kind: BlockType, weight: Tensor, importance: Tensor | None = No
     grid = Grid(levels, kind.uniform, a, b if kind.affine else None, width)
 
     def finish(values: Tensor) -> Tensor:
-        index = torch.empty_like(values, dtype=torch.uint8)
+        index = torch.empty(values.shape, dtype=torch.uint8)
         step = max(1, AT_A_TIME // values.shape[1])
         for first in range(0, out, step):
             part = slice(first, first + step)

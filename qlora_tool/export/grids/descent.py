@@ -92,7 +92,7 @@ def descend(target: Tensor, moments: Tensor, grid: Grid, start: Tensor, sweeps: 
         start: values on the grid, (out, in).
         sweeps: over all columns.
     """
-    found = torch.empty_like(target)
+    found = torch.empty(target.shape)  # of its own, whatever the target is a view of
     for first in range(0, len(target), ROWS):  # each row by itself has its least
         part = slice(first, first + ROWS)
         own = replace(grid, a=grid.a[part], b=None if grid.b is None else grid.b[part])
