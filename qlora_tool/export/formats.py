@@ -111,11 +111,11 @@ def _write_gguf(job: Job, staging: Staging) -> dict[str, Any]:
         with staging.whole(name) as file:
             facts = write_gguf(job.encoder, job.base_folder, job.tokenizer_folder, file, job.gguf_type)
             encoding = job.encoder.facts() if job.gguf_type in MIXTURES else None
-            staging.note(gguf=facts, encoding=encoding)  # before the file counts as finished: killed in between, it is
-            # written anew
+            # Before the file counts as finished: killed in between, it is written anew.
+            staging.note(gguf=facts, encoding=encoding)
     write_modelfile(staging.folder / "Modelfile", name, job.tokenizer_folder, job.base_folder)
     facts = {"files": [name], "bytes": (staging.folder / name).stat().st_size, "gguf": staging.notes["gguf"]}
-    encoding = staging.notes["encoding"]
+    encoding = staging.notes.get("encoding")
     return facts | {"dtype": job.gguf_type} | ({"encoding": encoding} if encoding else {})
 
 

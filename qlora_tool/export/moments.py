@@ -56,7 +56,6 @@ class Moments:
             part = part.float()
             total.addmm_(part.T, part)
 
-
     def damp(self) -> None:
         """Make them ready for `grids.descent`.
 

@@ -19,7 +19,6 @@ CHOICES = {  # of what `ExportOptions` takes
 }  # fmt: skip
 
 
-
 @dataclass(frozen=True)
 class ExportOptions:
     """How to export.
@@ -56,8 +55,20 @@ class ExportOptions:
 
     @property
     def has_codes(self) -> bool:
-        """Whether weights become codes of few bits."""
-        return self.format in BITSANDBYTES or (self.format == "gguf" and self.gguf_type in ("auto", *MIXTURES))
+        """Whether weights become codes of few bits, in what is made or in one of the candidates."""
+        return self.format in BITSANDBYTES or (
+            self.format == "gguf" and any(one.gguf_type in MIXTURES for one in self.candidates)
+        )
+
+    @property
+    def least_kept(self) -> float:
+        """Of what training gained, where there are several candidates."""
+        return AUTO_KEPT if self.min_kept is None else self.min_kept
+
+    @property
+    def choosing(self) -> str:
+        """The option that asks for a choice, as it was given."""
+        return "--gguf-type auto" if self.gguf_type == "auto" else f"--min-kept {self.least_kept:g}"
 
     @property
     def candidates(self) -> list[ExportOptions]:
@@ -67,8 +78,7 @@ class ExportOptions:
         # f16 is what there is where no type is named, and the largest: from there nothing could be chosen.
         first = 0 if self.gguf_type in ("auto", "f16") else GGUF_TYPES.index(self.gguf_type)
         types = [kind for kind in GGUF_TYPES[first:] if kind != "bf16" or self.gguf_type == kind]
-        least = AUTO_KEPT if self.min_kept is None else self.min_kept
-        return [replace(self, gguf_type=kind, min_kept=least) for kind in types]
+        return [replace(self, gguf_type=kind, min_kept=None) for kind in types]
 
     def __post_init__(self) -> None:
         faults = [
@@ -116,5 +126,4 @@ def refuse_options(options: ExportOptions) -> None:
         raise UserError(f"--min-kept {options.min_kept:g}: expected a share of what training gained, above 0, at most "
                         "1")  # fmt: skip
     if len(options.candidates) > 1 and not options.verify:
-        asked = "--gguf-type auto" if options.gguf_type == "auto" else f"--min-kept {options.min_kept:g}"
-        raise UserError(f"{asked}: what a type keeps is measured by verification; leave out --no-verify")
+        raise UserError(f"{options.choosing}: what a type keeps is measured by verification; leave out --no-verify")

@@ -53,7 +53,7 @@ def refuse_unmeasurable(artifact: Artifact, asked: str, rows: tuple[Sequence[Any
     """Refuse to choose a type by what it keeps of what training gained, where that cannot be told.
 
     Args:
-        asked: the type.
+        asked: the option that asks for the choice.
         rows: to verify on, or why there are none.
 
     Raises:
@@ -67,7 +67,7 @@ def refuse_unmeasurable(artifact: Artifact, asked: str, rows: tuple[Sequence[Any
     elif not (rows and rows[0]):
         gone = f"is measured on rows, and there are none: {rows[1] if rows else 'not verified'}"
     if gone:
-        raise UserError(f"--gguf-type {asked}: what a type keeps {gone}; name a type, without --min-kept")
+        raise UserError(f"{asked}: what a type keeps {gone}; name a type, without --min-kept")
 
 
 def refuse_taken(output: Path, overwrite: bool) -> None:

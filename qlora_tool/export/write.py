@@ -110,7 +110,7 @@ def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> E
     changed = refuse_changed_base(artifact, folder)
     asked, options = options, options.candidates[-1]  # the largest, for what is to be refused
     if len(asked.candidates) > 1:
-        refuse_unmeasurable(artifact, asked.gguf_type, rows)
+        refuse_unmeasurable(artifact, asked.choosing, rows)
     job = _job(artifact, folder, output.resolve().name, options, calibration)
     if changed:  # told only now: an adapter that does not fit at all is one line
         logger.warning(changed)
@@ -151,25 +151,24 @@ def _first_that_keeps_enough(
         result, proof = _made(job, options, staging, rows)
         if len(candidates) == 1:
             return job, result, proof
-        assert proof is not None and options.min_kept is not None
+        assert proof is not None
         found = proof.agreement
         kept = found and found.gain_kept
         if kept is None:
             staging.keep = False  # nothing that could be gone on from
-            raise UserError(f"--gguf-type {asked.gguf_type}: {_not_known(proof)}; name a type, without --min-kept")
+            raise UserError(f"{asked.choosing}: {_not_known(proof)}; name a type, without --min-kept")
         tried.append({"gguf_type": options.gguf_type, "bytes": result["bytes"], "gain_kept": round(kept, 4),
                       "mean_kl": float(f"{found.mean_kl:.4g}")})  # fmt: skip
-        if kept >= options.min_kept:
+        if kept >= asked.least_kept:
             break
         rest = "trying the next larger type" if options is not candidates[-1] else "there is no larger one"
         logger.info("%s keeps %.2f%% of what training gained, less than %.4g%%: %s", options.gguf_type, 100 * kept,
-                    100 * options.min_kept, rest)  # fmt: skip
+                    100 * asked.least_kept, rest)  # fmt: skip
         staging.start_anew()
         staging.note(tried=tried)
     else:
         most = max(tried, key=lambda one: one["gain_kept"])["gguf_type"]
-        least = 100 * (candidates[0].min_kept or 0)
-        logger.warning("no type keeps %.4g%% of what training gained; %s keeps most", least, most)
+        logger.warning("no type keeps %.4g%% of what training gained; %s keeps most", 100 * asked.least_kept, most)
         options = next(one for one in candidates if one.gguf_type == most)
         job = _job(job.artifact, job.base_folder, job.name, options, calibration)
         result, proof = _made(job, options, staging, rows)

@@ -294,9 +294,16 @@ def test_where_no_type_keeps_enough_the_one_that_keeps_most_is_made(adapter, row
     assert "| q6_k, tried |" in card and "keeps 90.0%" in card
 
 
-def test_a_share_without_a_type_is_looked_for_among_all():
-    found = ExportOptions(format="gguf", min_kept=0.9).candidates
-    assert [one.gguf_type for one in found][:2] == ["q4_0", "iq4_nl"] and found[-1].gguf_type == "f16"
+def test_a_share_without_a_type_is_looked_for_among_all(rows, tmp_path):
+    """And the types that have codes are made with rows, as when one of them is named."""
+    asked = ExportOptions(format="gguf", min_kept=0.9)
+    assert [one.gguf_type for one in asked.candidates][:2] == ["q4_0", "iq4_nl"]
+    assert asked.candidates[-1].gguf_type == "f16" and asked.has_codes and not asked.candidates[-1].has_codes
+    base = write_chat_base("llama", tmp_path / "base", num_hidden_layers=1)
+    run = write_run(tmp_path / "run", base, learning_rate=2e-2, max_steps=8)
+    result = export_merged(artifact_of(run), tmp_path / "out", options(
+        rows, format="gguf", min_kept=0.01, verify=True, verify_data=str(tmp_path / "run.jsonl")))  # fmt: skip
+    assert result.dtype == "q4_0" and result.facts["encoding"]["calibrated_weights"] == 7
 
 
 @pytest.mark.parametrize("adapted", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 4]}])
@@ -304,6 +311,6 @@ def test_a_type_is_not_chosen_where_the_base_is_not_left(adapted, rows, tmp_path
     base = write_chat_base("llama", tmp_path / "base", num_hidden_layers=1)
     artifact = artifact_of(write_adapter(tmp_path / "adapter", base, **adapted))
     made = options("none", format="gguf", gguf_type="auto", verify=True, verify_data=str(rows))
-    with pytest.raises(UserError, match="what a type keeps is told against the base without the adapter"):
+    with pytest.raises(UserError, match=r"^--gguf-type auto: what a type keeps is told against the base"):
         export_merged(artifact, tmp_path / "out", made)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
