@@ -19,6 +19,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def lines_are_said_anew() -> None:
+    """What a process says once, each test may hear."""
+    from qlora_tool.once import log_once
+
+    log_once.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chat base and two runs on it, of a few steps each; see `write_two_runs`. Tests read it, and write elsewhere."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,6 +19,7 @@ from qlora_tool.model.experts import expert_weight_names, is_experts_module
 from qlora_tool.model.load import build_skeleton
 from qlora_tool.model.slots import is_linear
 from qlora_tool.model.text_part import is_outside, outside_text
+from qlora_tool.once import log_once
 from qlora_tool.weights.modules import FrozenLinear
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def lacking(model: nn.Module, stored: StoredAdapter) -> list[str]:
 def say_lacking(stored: StoredAdapter, names: Sequence[str]) -> None:
     """Warn, once, that places stay as the base has them."""
     if names:
-        _warn_once(f"{stored.folder}: has no tensors for {_of_all(stored, names)}: the base stays as it is there, as "
-                   "under PEFT")  # fmt: skip
+        log_once(logger, logging.WARNING, f"{stored.folder}: has no tensors for {_of_all(stored, names)}: the base "
+                 "stays as it is there, as under PEFT")  # fmt: skip
 
 
 def started_fresh(stored: StoredAdapter, names: Sequence[str]) -> str:
@@ -95,11 +95,6 @@ def started_fresh(stored: StoredAdapter, names: Sequence[str]) -> str:
 def _of_all(stored: StoredAdapter, names: Sequence[str]) -> str:
     count = len(names) + len(stored.by_module)
     return f"{len(names)} of the {count} places that its configuration names, such as {names[0]}"
-
-
-@cache
-def _warn_once(line: str) -> None:
-    logger.warning(line)
 
 
 def fresh_layers(

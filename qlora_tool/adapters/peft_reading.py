@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from qlora_tool.files.tensors import read_all
 from qlora_tool.methods import METHODS
 from qlora_tool.methods.method import Method, Settings, refuse_keys
 from qlora_tool.model.parameter_source import tied_names
+from qlora_tool.once import log_once
 
 logger = logging.getLogger(__name__)
 
@@ -92,17 +92,13 @@ def _of_targets(file: Path, stored: StoredAdapter) -> StoredAdapter:
             f"{file}: {CONFIG_NAME} names none of the {len(left)} modules that its tensors are for ({next(iter(left))} "
             "…) in target_modules, or excludes them, so that PEFT reads none of them; correct it, or copy it again"
         )
-    _warn_once(
+    log_once(
+        logger, logging.WARNING,
         f"{file}: {sum(map(len, left.values()))} tensors of {len(left)} modules ({next(iter(left))} …) are not read: "
         f"{CONFIG_NAME} does not name them in target_modules, or excludes them, and PEFT leaves them out as well"
     )
     names = {key for keys in left.values() for key in keys}
     return replace(stored, tensors={key: tensor for key, tensor in stored.tensors.items() if key not in names})
-
-
-@cache
-def _warn_once(line: str) -> None:
-    logger.warning(line)
 
 
 def for_model(stored: StoredAdapter, model: nn.Module) -> StoredAdapter:

@@ -4,7 +4,6 @@ own embeddings have."""
 from __future__ import annotations
 
 import logging
-from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -14,6 +13,7 @@ from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.model.load import build_skeleton
 from qlora_tool.model.parameter_source import tied_names
 from qlora_tool.model.resized import resized_config
+from qlora_tool.once import log_once
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,14 +47,9 @@ def fitting_config(model_config: Any, stored: StoredAdapter | None, trust_remote
     resized = resized_config(model_config, rows.pop())
     if not _brings_all(replaced, skeleton, build_skeleton(resized, trust_remote_code)):
         return model_config
-    _say_once(f"{stored.folder}: brings embeddings of {resized.get_text_config().vocab_size} tokens: the base's "
-              f"vocabulary of {vocabulary} is resized to that")  # fmt: skip
+    log_once(logger, logging.INFO, f"{stored.folder}: brings embeddings of {resized.get_text_config().vocab_size} "
+             f"tokens: the base's vocabulary of {vocabulary} is resized to that")  # fmt: skip
     return resized
-
-
-@cache
-def _say_once(line: str) -> None:
-    logger.info(line)
 
 
 def _embeddings(model: nn.Module) -> list[str]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qlora_tool.export.grids.coded import Coded
-from qlora_tool.export.grids.descent import descend
+from qlora_tool.export.grids.descent import descend, descend_keeping
 from qlora_tool.export.merge import MergedModel
 from qlora_tool.export.moments import LayerPass, Moments
 from qlora_tool.export.rows import CalibrationRows
@@ -143,20 +143,23 @@ class Encoder:
             code: puts a weight on the file's grid.
             trained: (out, in) fp32.
             starts: by base, of the same shape.
-            untuned: what was trained against, where there are several bases to choose from.
+            untuned: what was trained against; None where nothing was, nor is there a base to choose.
             moments: damped; see `Calibration.of`.
         """
         self.calibrated += moments is not None
         self.plain += moments is None
+        update = None if untuned is None else trained - untuned
         made: dict[str, tuple[Coded[Form], Tensor]] = {}
         kept = {base: Kept() for base in starts}
         for base, start in starts.items():
             coded = code(start, None if moments is None else moments.diagonal())
             values = coded.values
-            if moments is not None:
+            if moments is not None and update is not None:
+                values = descend_keeping(trained, update, moments, coded.grid, values, SWEEPS)
+            elif moments is not None:
                 values = descend(trained, moments, coded.grid, values, SWEEPS)
-            if untuned is not None and len(starts) > 1:
-                kept[base].add(values, trained.reshape_as(values), untuned.reshape_as(values), moments)
+            if update is not None and len(starts) > 1:
+                kept[base].add(values, trained.reshape_as(values), update.reshape_as(values), moments)
                 self._kept[base].join(kept[base])
             made[base] = coded, values
         taken = best(kept, self._weights)
@@ -193,9 +196,9 @@ class Kept:
     error: float = 0.0
     weights: int = 0
 
-    def add(self, values: Tensor, trained: Tensor, untuned: Tensor, moments: Tensor | None) -> None:
+    def add(self, values: Tensor, trained: Tensor, update: Tensor, moments: Tensor | None) -> None:
         """Count one weight."""
-        update, away = trained - untuned, values - trained
+        away = values - trained
         weighted, lost = (update, away) if moments is None else (update @ moments, away @ moments)
         if size := _dot(weighted, update):
             self.share += 1 + _dot(weighted, away) / size

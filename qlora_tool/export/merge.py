@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -48,6 +47,7 @@ from qlora_tool.model.slots import (
 )
 from qlora_tool.model.taken_weights import takes_weight
 from qlora_tool.model.text_part import is_outside, outside_text
+from qlora_tool.once import log_once
 from qlora_tool.weights.quantized import QuantizedTensor, disk_group, from_disk
 
 _SAMPLE = 1 << 16  # values of a matrix in which float16's rounding is measured
@@ -140,7 +140,8 @@ class MergedModel:
                         f"{one.stored.folder}: trainable_token_indices", "merge this adapter with PEFT instead")
             taken = [name for name in found if takes_weight(self.skeleton, name)]
             if taken:
-                _warn_once(
+                log_once(
+                    logger, logging.WARNING,
                     f"{one.stored.folder}: {len(taken)} of its adapters ({taken[0]} …) are on weights that this family "
                     f"multiplies with itself: the model computes without them, here and under PEFT, so they are not "
                     "merged"
@@ -321,11 +322,6 @@ class MergedModel:
         module = name.removesuffix(".weight")
         adapted = name in self.replaced or name in self._biases or module in self.layers or module in self._rows
         return not adapted and is_outside(name, self._outside)
-
-
-@cache
-def _warn_once(line: str) -> None:
-    logger.warning(line)
 
 
 def _refuse_unfit(name: str, value: Tensor, refuse_coarse: bool) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import json
 import logging
 import math
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from qlora_tool.errors import UserError, did_you_mean
 from qlora_tool.files.atomic import write_json
+from qlora_tool.once import log_once
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,8 @@ def _checkpoint_files(folder: Path) -> list[Path]:
     index = folder / INDEX_NAME
     if (folder / SINGLE_NAME).exists():  # before an index, as transformers reads it
         if index.exists():
-            _say_once(f"{folder}: {SINGLE_NAME} is read, as transformers does, not the shards that {INDEX_NAME} names")
+            log_once(logger, logging.WARNING, f"{folder}: {SINGLE_NAME} is read, as transformers does, not the shards "
+                     f"that {INDEX_NAME} names")  # fmt: skip
         return [folder / SINGLE_NAME]
     if index.exists():
         try:
@@ -136,11 +137,6 @@ def _checkpoint_files(folder: Path) -> list[Path]:
     raise UserError(
         f"{folder}: no weights found; expected {SINGLE_NAME}, or shards with {INDEX_NAME}; download the model again"
     )
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    logger.warning(line)
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:

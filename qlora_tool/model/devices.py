@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 from qlora_tool.errors import UserError
+from qlora_tool.once import log_once
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "cpu" or (name == "auto" and not _has_cuda()):
         if name == "auto" and (reason := unused_card()) is not None:
-            _warn_once(f"{reason}; running on the CPU")
+            log_once(logger, logging.WARNING, f"{reason}; running on the CPU")
         return torch.device("cpu")
     if not _has_cuda():
         raise UserError(
@@ -62,8 +62,3 @@ def _failure() -> str:
     except Exception as error:  # of several kinds
         return " ".join(str(error).split()) or type(error).__name__
     return "it sees no device; CUDA_VISIBLE_DEVICES may hide them"
-
-
-@functools.cache
-def _warn_once(line: str) -> None:
-    logger.warning(line)

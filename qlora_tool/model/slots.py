@@ -5,7 +5,6 @@ The loader and the merge both come here, so that what is merged onto is what was
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from qlora_tool.model.exceptions import (
 from qlora_tool.model.experts import expert_weight_names, is_experts_module
 from qlora_tool.model.parameter_source import tied_names
 from qlora_tool.model.text_part import is_outside, outside_text
+from qlora_tool.once import log_once
 from qlora_tool.weights.modules import FrozenEmbedding
 from qlora_tool.weights.quantized import QuantizedTensor, quantize, quantized_bytes
 
@@ -183,14 +183,9 @@ def find_embedding_slots(model: PreTrainedModel, quantization: Quantization) -> 
     if len(slots) == 1 and any(slots.keys() & pair for pair in tied_names(model).items()):
         slots, left = {}, [*left, "what is tied to it"]
     if left:
-        _warn_once(f"model.embeddings: int8, but in {model.config.model_type} {' and '.join(left)} cannot be "
-                   "quantized and stay as they are stored")  # fmt: skip
+        log_once(logger, logging.WARNING, f"model.embeddings: int8, but in {model.config.model_type} "
+                 f"{' and '.join(left)} cannot be quantized and stay as they are stored")  # fmt: skip
     return slots
-
-
-@functools.cache
-def _warn_once(line: str) -> None:
-    logger.warning(line)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -8,7 +8,6 @@ reads; so it counts.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from qlora_tool.data.faults import RowFaults
 from qlora_tool.data.sources import read_rows
 from qlora_tool.errors import UserError
 from qlora_tool.model.tokenizer_files import SETTINGS, read_settings
+from qlora_tool.once import log_once
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -72,7 +72,8 @@ def read_as_written(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrai
             f"{found}; take out of tokenizer_config.json what makes it so, or install another transformers (pip "
             "install --upgrade transformers)"
         )
-    _warn_once(
+    log_once(
+        logger, logging.WARNING,
         f"{found}, as tokenizer_config.json names {named}; taken as {FILE} says. Where else this model is used, load "
         "its tokenizer by PreTrainedTokenizerFast"
     )
@@ -184,11 +185,6 @@ def _with_tokens_of(tokenizer: PreTrainedTokenizerBase, plain: PreTrainedTokeniz
         if known and getattr(plain, name, None) is None:
             setattr(plain, name, token)
     return plain
-
-
-@functools.cache
-def _warn_once(line: str) -> None:
-    logger.warning(line)
 
 
 def _short(text: str) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from qlora_tool.export.grids.block_types import BLOCK_TYPES
 from qlora_tool.export.grids.coded import coded_4bit, coded_blocks
-from qlora_tool.export.grids.descent import BLOCK, damped, descend, weighted_error
+from qlora_tool.export.grids.descent import BLOCK, damped, descend, descend_keeping, weighted_error
 from qlora_tool.weights.quantized import quantize
 
 KINDS = [("nf4", False), ("nf4", True), ("fp4", True), *((name, False) for name in BLOCK_TYPES)]
@@ -108,6 +108,46 @@ def test_no_sweep_makes_it_worse_and_the_first_makes_it_much_better(kind, double
         errors.append(weighted_error(values - target, moments))
     assert all(later <= earlier * (1 + 1e-5) for earlier, later in pairwise(errors))
     assert errors[1] < 0.8 * before
+
+
+def share_kept(values, base, update, moments):
+    """⟨(Q − W₀)·H, Δ⟩ / ⟨Δ·H, Δ⟩ in fp64."""
+    weighted = update.double() @ moments.double()
+    return float((weighted * (values - base).double()).sum() / (weighted * update.double()).sum())
+
+
+@pytest.mark.parametrize(("kind", "double"), KINDS, ids=IDS)
+def test_an_update_from_the_grid_is_kept_better_than_by_the_nearest_products(kind, double):
+    """As after training on a quantized base: W₀ lies on the grid, and Δ, of rank 1, is a quarter of W₀'s error."""
+    weight, moments = a_matrix(64, 256), moments_of(256)
+    base = coded(kind, double, weight).values
+    update = torch.outer(torch.randn(64, generator=torch.Generator().manual_seed(3)), a_matrix(1, 256, seed=4)[0])
+    update *= (base - weight).norm() / 4 / update.norm()
+    on = coded(kind, double, base + update)
+    plain = descend(base + update, moments, on.grid, on.values, 3)
+    kept = descend_keeping(base + update, update, moments, on.grid, on.values, 3)
+    shares = [share_kept(values, base, update, moments) for values in (plain, kept)]
+    assert abs(1 - shares[1]) < abs(1 - shares[0])
+
+
+def test_what_is_missing_is_added_before_the_next_sweep():
+    base, moments = coded_4bit(quantize(a_matrix(16, 64), "nf4", False)).values, moments_of(64)
+    update = 0.1 * a_matrix(16, 64, seed=2)
+    on = coded_4bit(quantize(base + update, "nf4", False))
+    expected, gain = on.values, 1.0
+    for _ in range(3):
+        expected = descend(base + gain * update, moments, on.grid, expected, 1)
+        gain += 1 - share_kept(expected, base, update, moments)
+    found = descend_keeping(base + update, update, moments, on.grid, on.values, 3)
+    assert (found - expected).abs().gt(1e-6).float().mean() < 0.01  # where two values are as near, rounding decides
+    assert not torch.equal(found, descend(base + update, moments, on.grid, on.values, 3))
+
+
+def test_without_an_update_nothing_is_added():
+    base, moments = a_matrix(8, 64), moments_of(64)
+    on = coded_4bit(quantize(base, "nf4", False))
+    found = descend_keeping(base, torch.zeros_like(base), moments, on.grid, on.values, 3)
+    torch.testing.assert_close(found, descend(base, moments, on.grid, on.values, 3), rtol=0, atol=0)
 
 
 def test_with_inputs_that_do_not_hang_together_codes_are_the_nearest():

@@ -107,15 +107,15 @@ def test_what_is_missing_everywhere_weighs_more_than_noise():
     noise -= (noise * update).sum() / update.square().sum() * update
     noise *= 5 * update.norm() / noise.norm()
     short, noisy, exact = Kept(), Kept(), Kept()
-    short.add(base + 0.9 * update, base + update, base, None)
-    noisy.add(base + update + noise, base + update, base, None)
-    exact.add(base + update, base + update, base, torch.eye(32))
+    short.add(base + 0.9 * update, base + update, update, None)
+    noisy.add(base + update + noise, base + update, update, None)
+    exact.add(base + update, base + update, update, torch.eye(32))
     assert (short.missing, short.noise) == (pytest.approx(0.1, rel=1e-4), pytest.approx(0.01, rel=1e-3))
     assert (noisy.missing, noisy.noise) == (pytest.approx(0, abs=1e-5), pytest.approx(25, rel=1e-3))
     assert best({"short": short, "noisy": noisy}, 200) == "short"  # 0.1² against 25 / 400
     assert best({"short": short, "noisy": noisy}, 5000) == "noisy"
     gone = Kept()
-    gone.add(base, base + update, base, None)
+    gone.add(base, base + update, update, None)
     assert best({"gone": gone, "noisy": noisy}, 1) == "noisy"  # however few the weights are
     assert best({"noisy": noisy, "exact": exact}, 200) == best({"exact": exact, "noisy": noisy}, 200) == "exact"
     assert best({"none": Kept(), "too": Kept()}, 1) == "none"

@@ -36,7 +36,6 @@ def machine(monkeypatch, tmp_path):
 
         monkeypatch.setattr(torch.cuda, "init", start)
 
-    devices._warn_once.cache_clear()
     return has
 
 

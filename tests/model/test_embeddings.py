@@ -207,7 +207,6 @@ def test_what_cannot_be_quantized_stays_as_stored_with_a_line(tied, tmp_path, mo
         return model
 
     monkeypatch.setattr(load_module, "build_skeleton", with_decoupled_embeddings)
-    slots_module._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         model = read(folder)
         read(folder)
@@ -223,7 +222,6 @@ def test_what_cannot_be_quantized_stays_as_stored_with_a_line(tied, tmp_path, mo
 def test_a_missing_head_is_told(tmp_path, caplog):
     model = load_module.build_skeleton(read_model_config(write_tiny("llama", tmp_path)))
     model.get_output_embeddings = lambda: None
-    slots_module._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert find_embedding_slots(model, INT8).keys() == {"model.embed_tokens.weight"}
     assert "the output projection (none) cannot be quantized" in caplog.text

@@ -226,7 +226,7 @@ class _EncodedGroup:
             encoder.plain += 1
             return block_bytes(next(iter(starts.values())).float(), own)
         trained = tensor if self._trained else self._made_by(encoder.trained, name)
-        untuned = self._made_by(encoder.untuned, name) if adapted and len(starts) > 1 else None
+        untuned = self._made_by(encoder.untuned, name) if adapted else None
 
         def code(weight: Tensor, importance: Tensor | None) -> Coded[Tensor]:
             return coded_blocks(own, weight.reshape(-1, weight.shape[-1]).float(), importance)

@@ -79,7 +79,7 @@ def damped(moments: Tensor) -> Tensor:
 
 def weighted_error(difference: Tensor, moments: Tensor) -> float:
     """tr(D·H·Dᵀ) of a difference (out, in)."""
-    return float(torch.linalg.vecdot(difference @ moments, difference).sum(dtype=torch.float64))
+    return _dot(difference @ moments, difference)
 
 
 def descend(target: Tensor, moments: Tensor, grid: Grid, start: Tensor, sweeps: int) -> Tensor:
@@ -98,6 +98,33 @@ def descend(target: Tensor, moments: Tensor, grid: Grid, start: Tensor, sweeps: 
         own = replace(grid, a=grid.a[part], b=None if grid.b is None else grid.b[part])
         found[part] = _descended(target[part], moments, own, start[part], sweeps)
     return found
+
+
+def descend_keeping(
+    trained: Tensor, update: Tensor, moments: Tensor, grid: Grid, start: Tensor, sweeps: int
+) -> Tensor:
+    """`descend` towards trained weights W = W₀ + Δ, so that none of the update Δ is missing.
+
+    The codes nearest to W lack a share of Δ, since many weights go back to where W₀ lies on the grid. That lies the
+    same way in every weight and adds up over a model, where other errors do not. So each sweep after the first goes
+    towards W₀ + g·Δ, with g larger by the share that was missing: 1 − ⟨(Q − W₀)·H, Δ⟩ / ⟨Δ·H, Δ⟩.
+
+    Args:
+        trained, update: W and Δ, (out, in) fp32.
+        moments, grid, start, sweeps: see `descend`.
+    """
+    weighted = update @ moments
+    size, values, more = _dot(weighted, update), start, 0.0  # more: g - 1
+    for sweep in range(sweeps):
+        if sweep and size:
+            more -= _dot(weighted, values - trained) / size
+        target = torch.add(trained, update, alpha=more) if more else trained
+        values = descend(target, moments, grid, values, 1)
+    return values
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    return float(torch.linalg.vecdot(one, other).sum(dtype=torch.float64))
 
 
 def _descended(target: Tensor, moments: Tensor, grid: Grid, start: Tensor, sweeps: int) -> Tensor:
