@@ -21,6 +21,7 @@ from qlora_tool.export.grids.coded import Coded, coded_4bit
 from qlora_tool.export.shards import write_at_once
 from qlora_tool.files.tensors import TensorSpec
 from qlora_tool.model.names import SaveGroup
+from qlora_tool.model.taken_weights import takes_weight
 from qlora_tool.weights.quantized import QuantizedTensor, quantize, to_disk
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ class _Writer:
         """Whether a group is one weight matrix that bitsandbytes has a module for.
 
         Experts are not modules of their own, and what is fused on loading cannot be so in four bits; a weight that was
-        fully trained is not quantized, nor one that was left unquantized for training.
+        fully trained is not quantized, nor one that was left unquantized for training, nor one that transformers leaves
+        as it is or that the family's code multiplies with by itself.
         """
         name = group.names[0]
         return (
@@ -105,6 +107,7 @@ class _Writer:
             and name not in self.merged.replaced
             and len(specs[0].shape) == 2
             and specs[0].shape == tuple(self.merged.source.shapes[name])
+            and _becomes_4bit(self.merged.skeleton, name.removesuffix(".weight"))
         )
 
     def specs(self) -> list[TensorSpec]:
@@ -157,6 +160,13 @@ class _Writer:
         return weight.T.contiguous() if self.merged.slots[group.names[0]].transposed else weight
 
 
+def _becomes_4bit(model: torch.nn.Module, module: str) -> bool:
+    """Whether transformers makes bitsandbytes' module of one: not of classes derived from nn.Linear (falcon's, say)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return type(model.get_submodule(module)) in (torch.nn.Linear, Conv1D) and not takes_weight(model, module)
+
+
 def _disk_form(name: str, meta: QuantizedTensor) -> Iterator[TensorSpec]:
     """Names, dtypes and shapes of what `to_disk` gives for a weight; bitsandbytes' serialization."""
     yield TensorSpec(name, torch.uint8, (meta.codes.numel(), 1))
@@ -199,14 +209,14 @@ def write_requantized(
         `UpdateLoss.figures`).
 
     Raises:
-        UserError: there is nothing in the model that bitsandbytes could quantize.
+        UserError: there is nothing in the model that transformers would load in 4 bits.
     """
     writer, merged = _Writer.of(artifact, encoder, kind), encoder.merged
     quantized = {group.names[0] for group, specs in zip(merged.groups, merged.specs(), strict=True)
                  if writer.quantizes(group, specs)}  # fmt: skip
     if not quantized:
         raise UserError(
-            f"--format {kind}: bitsandbytes quantizes no weight of a {merged.skeleton.config.model_type} model; choose "
+            f"--format {kind}: transformers quantizes no weight of a {merged.skeleton.config.model_type} model; choose "
             "--format safetensors"
         )
     specs = writer.specs()

@@ -9,12 +9,14 @@ import pytest
 import torch
 from tiny_adapters import IDS, artifact_of, write_adapter, write_chat_base
 from tiny_ggufs import merged_of
-from tiny_models import read_tiny, relative_error
-from transformers import AutoModelForCausalLM
+from tiny_models import FAMILIES, read_tiny, relative_error, tiny_config
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from qlora_tool.errors import UserError
 from qlora_tool.export.encoding import Encoder
-from qlora_tool.export.requantized import UpdateLoss, write_requantized
+from qlora_tool.export.requantized import UpdateLoss, _becomes_4bit, write_requantized
+from qlora_tool.model.slots import is_linear
 from qlora_tool.weights.quantized import quantize
 
 
@@ -40,19 +42,34 @@ def logits_by_bitsandbytes(folder) -> torch.Tensor:
     return model(input_ids=IDS, use_cache=False).logits
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "mamba", "falcon", "llama4_text"])
+def test_four_bits_go_where_transformers_has_modules_for_them(family):
+    """Neither to falcon's own class of linear modules, nor to a weight that mamba multiplies with by itself."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config(family))
+    linear = [name for name, module in model.named_modules() if is_linear(module)]
+    ours = {name for name in linear if _becomes_4bit(model, name)}
+    settings = BitsAndBytesConfig(load_in_4bit=True)
+    replace_with_bnb_linear(model, [], settings, pre_quantized=True)
+    theirs = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert theirs - ours == {name for name in linear if name.endswith("mixer.dt_proj")} and ours <= theirs
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("family", "kind", "changes"),
     [("llama", "nf4", {}), ("llama", "fp4", {}), ("llama-tied", "nf4", {}), ("phi3", "nf4", {}),
-     ("qwen3_moe", "nf4", {}), ("gpt2", "nf4", {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0})],
+     ("qwen3_moe", "nf4", {}), ("mamba", "nf4", {}),
+     ("gpt2", "nf4", {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0})],
 )  # fmt: skip
 def test_transformers_and_bitsandbytes_load_it(family, kind, changes, tmp_path):
     folder, said, _, _ = requantized(tmp_path, family, kind=kind, **changes)
-    ours = read_tiny(folder, kind, True) if family != "qwen3_moe" else None
     found = logits_by_bitsandbytes(folder)
-    if ours is None:  # experts stay as they are here, while the loader would quantize them
-        assert said["unquantized_weights"] == 4 and found.isfinite().all()
+    left = {"qwen3_moe": 4, "mamba": 2}.get(family)
+    if left:  # experts, and weights that the family multiplies with, stay as they are; the loader would quantize them
+        assert said["unquantized_weights"] == left and found.isfinite().all()
         return
+    ours = read_tiny(folder, kind, True)
     assert relative_error(found, ours(input_ids=IDS, use_cache=False).logits) < 1e-5
     assert said["unquantized_weights"] == 0
 
@@ -134,5 +151,5 @@ def test_a_model_without_linear_modules_is_refused(tmp_path):
     merged = merged_of(artifact, base)
     merged.slots = {}
     (tmp_path / "nf4").mkdir()
-    with pytest.raises(UserError, match="bitsandbytes quantizes no weight of a llama model"):
+    with pytest.raises(UserError, match="transformers quantizes no weight of a llama model"):
         write_requantized(artifact, plain(merged), tmp_path / "nf4")
