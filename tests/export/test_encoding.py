@@ -18,7 +18,6 @@ from qlora_tool.errors import UserError
 from qlora_tool.export import proof
 from qlora_tool.export.encoding import Calibration, Encoder, Kept, best
 from qlora_tool.export.grids.coded import coded_4bit
-from qlora_tool.export.grids.descent import weighted_error
 from qlora_tool.export.options import ExportOptions
 from qlora_tool.export.rows import MOST_TOKENS, calibration_rows
 from qlora_tool.export.verify import Agreement, compare
@@ -61,7 +60,7 @@ def calibration_of(adapter: Path, base: Path, rows: Path) -> Calibration:
 
 
 @pytest.mark.parametrize(("form", "gguf_type"), [("nf4", "f16"), ("fp4", "f16"), ("gguf", "q4_k_m"), ("gguf", "q4_0")])
-def test_products_come_nearer_to_those_that_were_trained(form, gguf_type, base, adapter, rows, tmp_path):
+def test_more_of_the_update_is_kept_with_rows(form, gguf_type, base, adapter, rows, tmp_path):
     """Of the files' own weights, on the moments that the rows have: against the nearest codes."""
     artifact, found, name = artifact_of(adapter), {}, "model.layers.0.mlp.down_proj.weight"
     merged = merged_of(artifact, base, torch.float32)
@@ -77,9 +76,11 @@ def test_products_come_nearer_to_those_that_were_trained(form, gguf_type, base, 
             stored = {key: tensors[key] for key in disk_group(name, tensors)}
             found[calibration] = from_disk(name, stored).dequantize()
     moments = calibration_of(adapter, base, rows)
-    known, trained = moments.of([name]), merged.value(name)
-    made, plain = (weighted_error(found[key] - trained, known) for key in (str(rows), "none"))
-    assert made < 0.8 * plain
+    trained = merged.value(name)
+    weighted = (update := trained - replace(merged, adapter=None).value(name)) @ moments.of([name])
+    missing = {key: abs(float(((values - trained) * weighted).sum() / (update * weighted).sum()))
+               for key, values in found.items()}  # fmt: skip
+    assert missing[str(rows)] < missing["none"]
     moments.close()
 
 
@@ -88,11 +89,14 @@ def test_the_base_off_the_grid_is_taken_and_said(base, adapter, rows, tmp_path):
     for calibration in (str(rows), "none"):
         result = export_merged(artifact_of(adapter), tmp_path / Path(calibration).stem, options(calibration))
         facts[calibration] = result.facts["encoding"]
-        assert result.base == facts[calibration]["started_from"] == "original"
+        assert result.base == facts[calibration]["started_from"]
         provenance = json.loads((result.folder / "qlora_tool.json").read_text(encoding="utf-8"))
-        assert provenance["merged"]["base"] == "original"
+        assert provenance["merged"]["base"] == result.base
+        tried = facts[calibration]["tried_weights"]
+        assert result.base == max(tried, key=tried.get) and sum(tried.values()) == 7
         weights_tell = calibration == "none"  # of codes that make good one another's errors single ones do not
         assert ("update kept" in (result.folder / "README.md").read_text(encoding="utf-8")) == weights_tell
+    assert facts["none"]["started_from"] == "original"  # rounded again, nothing would be left of the update
     made = facts[str(rows)]
     assert (made["calibrated_weights"], made["plain_weights"]) == (7, 0)
     assert made["calibration"]["rows"] == str(rows) and made["calibration"]["tokens"] > 1024

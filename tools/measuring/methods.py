@@ -260,7 +260,9 @@ def _row(method: str, cells: list[dict[str, Any]], untuned: dict[str, Any]) -> l
     losses = [found["losses"]["own"] for found in own]
     exact = [found["exact_match"] for found in own if "exact_match" in found]
     others = [found["losses"]["other"] for found in own if "other" in found["losses"]]
-    rise = f"{mean(others):.3f} ({mean(others) - own[0]['untuned']['other']:+.3f})" if others else "-"
+    # Against the base as it is, not against what a start leaves of it when its adapter is switched off.
+    before = untuned[own[0]["quantization"]]["losses"].get("other", 0.0)
+    rise = f"{mean(others):.3f} ({mean(others) - before:+.3f})" if others else "-"
     share = gain(method, cells, untuned)
     return [
         method, own[0]["values"], f"{own[0]['rate']:g}", f"{mean(losses):.4f}",

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+CLEARLY = 3  # standard deviations
 DAMPING = 0.01  # of the moments' mean diagonal, added to the diagonal
 BLOCK, INNER = 256, 32  # columns
 ROWS = 4096  # at a time: bounds what is held beside the matrix
@@ -107,20 +108,33 @@ def descend_keeping(
 
     The codes nearest to W lack a share of Δ, since many weights go back to where W₀ lies on the grid. That lies the
     same way in every weight and adds up over a model, where other errors do not. So each sweep after the first goes
-    towards W₀ + g·Δ, with g larger by the share that was missing: 1 − ⟨(Q − W₀)·H, Δ⟩ / ⟨Δ·H, Δ⟩.
+    towards W₀ + g·Δ, with g larger by the share that was missing: 1 − ⟨(Q − W₀)·H, Δ⟩ / ⟨Δ·H, Δ⟩. Of an update far
+    below the grid's steps errors of any kind lie along Δ by chance; where the share is not clearly more than that, all
+    sweeps go towards W.
 
     Args:
         trained, update: W and Δ, (out, in) fp32.
         moments, grid, start, sweeps: see `descend`.
     """
     weighted = update @ moments
-    size, values, more = _dot(weighted, update), start, 0.0  # more: g - 1
-    for sweep in range(sweeps):
-        if sweep and size:
-            more -= _dot(weighted, values - trained) / size
-        target = torch.add(trained, update, alpha=more) if more else trained
-        values = descend(target, moments, grid, values, 1)
+    size, more = _dot(weighted, update), 0.0  # more: g - 1
+    values = descend(trained, moments, grid, start, 1)
+    for sweep in range(1, sweeps):
+        if size:
+            away = values - trained
+            missing = -_dot(weighted, away) / size
+            if sweep == 1 and not CLEARLY * _by_chance(away, moments) < missing * size**0.5 <= size**0.5:
+                return descend(trained, moments, grid, values, sweeps - 1)
+            more += missing
+        values = descend(torch.add(trained, update, alpha=more), moments, grid, values, 1)
     return values
+
+
+def _by_chance(away: Tensor, moments: Tensor) -> float:
+    """How long the part of an error (out, in) is that lies along any one direction by chance, as H measures it: its
+    length over the root of the number of directions that H tells apart, out · (tr H)² / ‖H‖²."""
+    directions = len(away) * float(moments.trace()) ** 2 / _dot(moments, moments)
+    return (weighted_error(away, moments) / directions) ** 0.5
 
 
 def _dot(one: Tensor, other: Tensor) -> float:
