@@ -10,6 +10,7 @@ from qlora_tool.adapters.attach_stored import attach_stored, refuse_not_repeated
 from qlora_tool.adapters.resized import fitting_config
 from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.config import ModelConfig
+from qlora_tool.errors import UserError
 from qlora_tool.model.behaviour import behaviour_of
 from qlora_tool.model.by_example import keep_mixers_apart
 from qlora_tool.model.causal_lm import CausalLM
@@ -20,6 +21,7 @@ from qlora_tool.model.positions import rotate_by_example
 from qlora_tool.model.segments import leave_out_cudnn
 from qlora_tool.model.slots import Prepare, Quantization
 from qlora_tool.model.source import read_model_config
+from qlora_tool.ops.declare import target_of
 
 if TYPE_CHECKING:
 
@@ -52,6 +54,9 @@ def open_base(
     prepare: Prepare | None = None,
 ) -> CausalLM:  # fmt: skip
     """The base as it computes, without adapters: every example by itself, fused where its family can be."""
+    if config.weights == "disk" and target_of(torch.empty(0, device=device)).type == "cuda":
+        raise UserError("model.weights: disk: weights are streamed to the CPU alone so far; on a card leave it out, or "
+                        "set model.device: cpu")  # fmt: skip
     if device.type == "cuda":
         leave_out_cudnn()
     behaviour = behaviour_of(model_config, config.trust_remote_code)

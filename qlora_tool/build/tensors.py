@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,12 +19,17 @@ from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.adapters.starts import WeightStart
 from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.config import ModelConfig
-from qlora_tool.model.cached_base import cached_base, cached_start, write_cached_base
-from qlora_tool.model.load import load_base, read_unquantized
+from qlora_tool.errors import MachineError, UserError
+from qlora_tool.files.atomic import replacing_folder
+from qlora_tool.files.cache import cache_folder
+from qlora_tool.files.tensors import SINGLE_NAME, Checkpoint
+from qlora_tool.model.cached_base import cached_base, cached_start, kept_folder, write_cached_base, write_start
+from qlora_tool.model.load import Loading, load_base, read_unquantized
 from qlora_tool.model.random_source import RandomSource
 from qlora_tool.model.resized import rows_in_files
 from qlora_tool.model.slots import Prepare, Quantization
 from qlora_tool.model.source import resolve as resolve_model
+from qlora_tool.model.streamed_base import stored_bytes, streamed_handles, unread_handles, write_layer_by_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,23 +86,48 @@ class FromFiles:
         self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype,
         prepare: Prepare | None = None,
     ) -> PreTrainedModel:  # fmt: skip
-        config = self.config
+        config, streamed = self.config, self.config.weights == "disk"
         made = prepare if isinstance(prepare, WeightStart) else None
-        kept = config.keep_quantized and (prepare is None or made is not None) and rows_in_files(model_config) is None
+        can_keep = (prepare is None or made is not None) and rows_in_files(model_config) is None
+        if streamed and not can_keep:
+            raise UserError("model.weights: disk: this adapter brings a base of its own (a resized vocabulary, or a "
+                            "start that changed its weights), which is not kept on the disk; set it to resident")
+        kept = can_keep and (config.keep_quantized or streamed)
         start = made.identity if made else ""
         cached = cached_base(self.folder, quantization, compute_dtype, start) if kept else None
         if cached is not None:
             logger.info("quantized base read from the cache: %s", cached.folder)
             if made:
                 made.take(cached_start(cached))
+        elif streamed:
+            cached = self._written_by_layers(model_config, quantization, compute_dtype, made)
+        trust = config.trust_remote_code
         module = load_base(self.folder, model_config, quantization, device, compute_dtype,
-                           trust_remote_code=config.trust_remote_code, checkpoint=cached,
-                           prepare=None if cached is not None else prepare)  # fmt: skip
+                           trust_remote_code=trust, checkpoint=cached, prepare=None if cached is not None else prepare,
+                           streams=partial(streamed_handles, cached=cached) if streamed else None)  # fmt: skip
         if kept and cached is None:
             written = write_cached_base(module, self.folder, quantization, compute_dtype, start,
                                         made.made() if made else None)  # fmt: skip
             logger.info("quantized base written to the cache for the next run: %s", written)
         return module
+
+    def _written_by_layers(
+        self, model_config: Any, quantization: Quantization, compute_dtype: torch.dtype, made: WeightStart | None
+    ) -> Checkpoint:
+        loading = Loading.begin(self.folder, model_config, quantization, torch.device("cpu"), compute_dtype,
+                                trust_remote_code=self.config.trust_remote_code, prepare=made)  # fmt: skip
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        needed, free = stored_bytes(loading), shutil.disk_usage(cache_folder()).free
+        if needed > free:
+            raise MachineError(f"model.weights: disk: the quantized base takes {needed / 1e9:.1f} GB in "
+                               f"{cache_folder()}, and {free / 1e9:.1f} GB are free there; free some, or set "
+                               "QLORA_TOOL_CACHE to a folder on another disk")  # fmt: skip
+        path = kept_folder(self.folder, quantization, compute_dtype, made.identity if made else "")
+        logger.info("quantizing the base to the disk, once: %s", path)
+        with replacing_folder(path) as temporary:
+            write_layer_by_layer(loading, temporary / SINGLE_NAME)
+            write_start(temporary, made.made() if made else None)
+        return Checkpoint(path)
 
     def unquantized(self, model_config: Any, device: torch.device) -> Read:
         return read_unquantized(self.folder, model_config, device, self.config.trust_remote_code)
@@ -110,20 +142,22 @@ class Random:
     Args:
         makes_starts: see `Tensors`: what is asked of memory wants them made, what only asks whether all fits together
             does not.
+        streams: whether the layers' weights stay where they lie, and two buffers take their place.
     """
 
     folder = Path()
     has_values = False
 
-    def __init__(self, makes_starts: bool = False):
-        self.makes_starts = makes_starts
+    def __init__(self, makes_starts: bool = False, streams: bool = False):
+        self.makes_starts, self.streams = makes_starts, streams
 
     def base(
         self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype,
         prepare: Prepare | None = None,
     ) -> PreTrainedModel:  # fmt: skip
         return load_base(self.folder, copy.deepcopy(model_config), quantization, device, compute_dtype,
-                         open_source=RandomSource.of(model_config), prepare=prepare)  # fmt: skip
+                         open_source=RandomSource.of(model_config), prepare=prepare,
+                         streams=unread_handles if self.streams else None)  # fmt: skip
 
     def unquantized(self, model_config: Any, device: torch.device) -> Read:
         return read_unquantized(self.folder, copy.deepcopy(model_config), device,

@@ -64,6 +64,8 @@ class ModelConfig(Keys):
     """Run Python code that comes with the model."""
     keep_quantized: Annotated[bool, Mark.FREE_ON_RESUME] = False
     """Cache the quantized base on disk, so that the next run starts in seconds."""
+    weights: Annotated[Literal["auto", "resident", "disk"], Mark.FREE_ON_RESUME] = "auto"
+    """Where the layers of the frozen base lie: in the device's memory, or on the disk, read a layer at a time."""
     skip_modules: Literal["as-peft"] | ModuleNames = Field(default_factory=list)
     """Not quantized: names as in bitsandbytes' llm_int8_skip_modules; as-peft: what bitsandbytes leaves under PEFT."""
 

@@ -22,13 +22,11 @@ from qlora_tool.export.shards import write_at_once
 from qlora_tool.files.tensors import TensorSpec
 from qlora_tool.model.names import SaveGroup
 from qlora_tool.model.taken_weights import takes_weight
-from qlora_tool.weights.quantized import QuantizedTensor, quantize, to_disk
+from qlora_tool.weights.quantized import QuantizedTensor, disk_specs, of_known_size, quantize, to_disk
 
 if TYPE_CHECKING:
     from qlora_tool.artifacts import Artifact
     from qlora_tool.export.merge import MergedModel
-
-_STATE_BYTES = 256  # of a weight's description, filled up with spaces, so that its size is known before its values
 
 
 @dataclass
@@ -118,7 +116,7 @@ class _Writer:
                 continue
             out, width = specs[0].shape[:: -1 if self.merged.slots[group.names[0]].transposed else 1]
             meta = quantize(torch.empty(out, width, dtype=self.dtype, device="meta"), self.kind, self.double_quant)
-            result += _disk_form(specs[0].name, meta)
+            result += [TensorSpec(name, *form) for name, form in disk_specs(specs[0].name, meta).items()]
         return result + self.merged.copied_specs()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -129,8 +127,7 @@ class _Writer:
                     yield name, tensor
                 continue
             quantized = self._encoded(group)
-            stored = to_disk(specs[0].name, dataclasses.replace(quantized, dtype=self.dtype))
-            yield from ((key, _filled(key, tensor)) for key, tensor in stored.items())
+            yield from of_known_size(to_disk(specs[0].name, dataclasses.replace(quantized, dtype=self.dtype))).items()
         yield from self.merged.copied()
 
     def _encoded(self, group: SaveGroup) -> QuantizedTensor:
@@ -165,26 +162,6 @@ def _becomes_4bit(model: torch.nn.Module, module: str) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return type(model.get_submodule(module)) in (torch.nn.Linear, Conv1D) and not takes_weight(model, module)
-
-
-def _disk_form(name: str, meta: QuantizedTensor) -> Iterator[TensorSpec]:
-    """Names, dtypes and shapes of what `to_disk` gives for a weight; bitsandbytes' serialization."""
-    yield TensorSpec(name, torch.uint8, (meta.codes.numel(), 1))
-    yield TensorSpec(f"{name}.absmax", meta.scales.dtype, tuple(meta.scales.shape))
-    yield TensorSpec(f"{name}.quant_map", torch.float32, (16,))
-    if meta.nested_scales is not None:
-        yield TensorSpec(f"{name}.nested_absmax", torch.float32, tuple(meta.nested_scales.shape))
-        yield TensorSpec(f"{name}.nested_quant_map", torch.float32, (256,))
-    yield TensorSpec(f"{name}.quant_state.bitsandbytes__{meta.kind}", torch.uint8, (_STATE_BYTES,))
-
-
-def _filled(name: str, tensor: Tensor) -> Tensor:
-    """The description of a weight, JSON, with spaces after it; any other tensor as it is."""
-    if ".quant_state.bitsandbytes__" not in name:
-        return tensor
-    if tensor.numel() > _STATE_BYTES:
-        raise ValueError(f"{name}: its description takes {tensor.numel()} bytes, more than {_STATE_BYTES}")
-    return torch.cat([tensor, torch.full((_STATE_BYTES - tensor.numel(),), ord(" "), dtype=torch.uint8)])
 
 
 def requantized_bytes(artifact: Artifact, merged: MergedModel, kind: str) -> int:

@@ -280,6 +280,33 @@ def write_tensors(
         raise ValueError(f"{file}: the stream of tensors ended early")
 
 
+def write_as_they_come(
+    file: Path, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str], room: int
+) -> None:
+    """Write one safetensors file from a stream of tensors that nobody announces.
+
+    Args:
+        file: a temporary path, which the caller renames.
+        tensors: by name.
+        metadata: see `write_tensors`.
+        room: bytes that the header has at most; what it does not need are spaces in it.
+
+    Raises:
+        ValueError: there was too little room.
+    """
+    start, specs = 8 + -(-room // 8) * 8, []
+    with file.open("wb") as stream:
+        stream.seek(start)
+        for name, tensor in tensors:
+            specs.append(TensorSpec(name, tensor.dtype, tuple(tensor.shape)))
+            stream.write(tensor_bytes(specs[-1], name, tensor))
+        header = encoded_header(specs, metadata)[8:]
+        if len(header) > start - 8:
+            raise ValueError(f"{file}: a header of {len(header)} bytes; there is room for {start - 8}")
+        stream.seek(0)
+        stream.write((start - 8).to_bytes(8, "little") + header.ljust(start - 8))
+
+
 def encoded_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
     """The beginning of a safetensors file that holds `specs` in this order, up to where the data begin."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}

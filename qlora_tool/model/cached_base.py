@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_tool.files.atomic import replacing_folder
 from qlora_tool.files.cache import cache_folder
@@ -21,7 +21,7 @@ from qlora_tool.files.tensors import SINGLE_NAME, Checkpoint, TensorSpec, read_a
 from qlora_tool.model.parameter_source import tied_names
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import FrozenLinear
-from qlora_tool.weights.quantized import QuantizedTensor, to_disk
+from qlora_tool.weights.quantized import QuantizedTensor, of_known_size, to_disk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +41,8 @@ def base_identity(folder: Path) -> str:
     return hashlib.sha256(json.dumps([str(folder.resolve()), seen]).encode()).hexdigest()
 
 
-def _folder(folder: Path, quantization: Quantization, compute_dtype: torch.dtype, start: str = "") -> Path:
+def kept_folder(folder: Path, quantization: Quantization, compute_dtype: torch.dtype, start: str = "") -> Path:
+    """Where the cached base of a model folder lies, or would; see `cached_base`."""
     double = "-double" if quantization.double_quant and quantization.kind in ("nf4", "fp4") else ""
     embeddings = "-int8_embeddings" if quantization.embeddings == "int8" else ""
     dtype = str(compute_dtype).removeprefix("torch.")  # small unquantized tensors have it
@@ -63,7 +64,7 @@ def cached_base(
     Args:
         start: what the adapters' start that was made of its weights depends on besides; empty where none was.
     """
-    path = _folder(folder, quantization, compute_dtype, start)
+    path = kept_folder(folder, quantization, compute_dtype, start)
     return Checkpoint(path) if (path / SINGLE_NAME).exists() else None
 
 
@@ -77,14 +78,19 @@ def write_cached_base(
         start: see `cached_base`.
         made: the tensors of the adapters' start, which `cached_start` gives again.
     """
-    path = _folder(folder, quantization, compute_dtype, start)
-    tensors = list(_module_tensors(model))
+    path = kept_folder(folder, quantization, compute_dtype, start)
+    tensors = list(module_tensors(model))
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
     with replacing_folder(path) as temporary:
         write_tensors(temporary / SINGLE_NAME, specs, tensors, {"format": "pt"})
-        if made is not None:
-            write_all(temporary / START_NAME, dict(made), {"format": "pt"})
+        write_start(temporary, made)
     return path
+
+
+def write_start(folder: Path, made: Mapping[str, Tensor] | None) -> None:
+    """Write the tensors of the adapters' start, where there are any, beside a base."""
+    if made is not None:
+        write_all(folder / START_NAME, dict(made), {"format": "pt"})
 
 
 def cached_start(cached: Checkpoint) -> dict[str, Tensor]:
@@ -92,23 +98,26 @@ def cached_start(cached: Checkpoint) -> dict[str, Tensor]:
     return read_all(cached.folder / START_NAME)
 
 
-def _module_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def module_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model by its module name, tied ones once; quantized ones in bitsandbytes' form."""
     modules = model.named_modules(remove_duplicate=False)  # tied embeddings share one handle, under two names
     handles = {name: module for name, module in modules if isinstance(module, WeightHandle)}
     tied = tied_names(model)
     for name, handle in handles.items():
-        if name in tied:
-            continue
-        value = handle.stored()
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(value, QuantizedTensor):
-            yield from to_disk(name, value).items()
-        else:
-            transposed = owner.transposed if isinstance(owner, FrozenLinear) else owner.is_transposed
-            yield name, value.transpose(-1, -2).contiguous() if transposed else value
+        if name not in tied:
+            yield from disk_tensors(name, handle, model.get_submodule(name.rpartition(".")[0]))
     persistent = model.state_dict(keep_vars=True)
     for name, tensor in persistent.items():
         in_handle = name in tied or name.rpartition(".")[0] in handles
         if not in_handle and isinstance(tensor, Tensor) and tensor.numel():
             yield name, tensor.detach()
+
+
+def disk_tensors(name: str, handle: WeightHandle, owner: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What stands for a weight of `owner` in a file, a quantized one in bitsandbytes' form."""
+    value = handle.stored()
+    if isinstance(value, QuantizedTensor):
+        yield from of_known_size(to_disk(name, value)).items()
+    else:
+        transposed = owner.transposed if isinstance(owner, FrozenLinear) else owner.is_transposed
+        yield name, value.transpose(-1, -2).contiguous() if transposed else value

@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from qlora_tool.model.slots import (
     BeyondPeft,
     Prepare,
     Quantization,
+    Slot,
     find_embedding_slots,
     find_slots,
     is_linear,
@@ -132,6 +133,7 @@ def load_base(
     checkpoint: Checkpoint | None = None,
     open_source: Callable[[PreTrainedModel, torch.device], TensorSource] | None = None,
     prepare: Prepare | None = None,
+    streams: Callable[[Loading], Mapping[str, WeightHandle]] | None = None,
 ) -> PreTrainedModel:
     """Read a model folder into a frozen model on `device`, its linear weights quantized as they are read.
 
@@ -147,43 +149,96 @@ def load_base(
         checkpoint: the weights, where they are not the folder's own (a cached quantized base).
         open_source: gives the tensors of a skeleton in the place of a checkpoint (a prediction has shapes alone).
         prepare: a step before quantizing; see `quantize_parameter`.
+        streams: gives the handles of weights that are not read now, by parameter.
 
     Raises:
         UserError: the configuration, the weights, or both together cannot be read as a causal language model.
     """
-    model = build_skeleton(config, trust_remote_code, compute_dtype)
-    slots = find_slots(model, quantization) | (embeddings := find_embedding_slots(model, quantization))
-    if any(is_experts_module(module) for module in model.modules()):
-        use_expert_handles(model)
-    # The source plans on the skeleton's own names, before its modules change.
-    if open_source is not None:
-        source = open_source(model, device)
-    else:
-        source = ParameterSource(model, checkpoint or Checkpoint(folder), device)
-    _replace_linears(model)
-    for slot in embeddings.values():
-        if isinstance(module := model.get_submodule(slot.module), nn.Embedding):
-            FrozenEmbedding.take_over(module, compute_dtype, device)
-    beyond: dict[str, tuple[int, int]] = {}  # bytes as quantized and as stored
-    for name in source.names:
-        value = source.read(name)
-        if name in slots:
-            stored = value
-            value = quantize_parameter(name, value, slots[name], quantization, prepare)
-            if slots[name].beyond_peft and isinstance(stored, Tensor) and isinstance(value, QuantizedTensor):
-                beyond[name] = (sum(tensor.nbytes for tensor in value.tensors().values()), stored.nbytes)
+    loading = Loading.begin(
+        folder, config, quantization, device, compute_dtype, trust_remote_code=trust_remote_code,
+        checkpoint=checkpoint, open_source=open_source, prepare=prepare,
+    )  # fmt: skip
+    streamed = streams(loading) if streams else {}
+    for name in loading.source.names:
+        if name in streamed:
+            _place(loading.model, name, streamed[name], compute_dtype)
+        else:
+            loading.place(name)
+    return loading.finish()
+
+
+@dataclass
+class Loading:
+    """A model whose tensors are put in their places one by one.
+
+    Attributes:
+        model: a skeleton, whose linear modules wait for their weights.
+        source: gives the tensors.
+        slots: of the weights that are quantized.
+        embeddings: those of them that are rows to be looked up.
+        quantization: how.
+        compute_dtype: what products run in.
+        device: where everything lives.
+        prepare: see `quantize_parameter`.
+    """
+
+    model: PreTrainedModel
+    source: TensorSource
+    slots: Mapping[str, Slot]
+    embeddings: Mapping[str, Slot]
+    quantization: Quantization
+    compute_dtype: torch.dtype
+    device: torch.device
+    prepare: Prepare | None
+    _beyond: dict[str, tuple[int, int]] = field(default_factory=dict)  # bytes as quantized and as stored
+
+    @classmethod
+    def begin(
+        cls, folder: Path, config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype, *,
+        trust_remote_code: bool = False, checkpoint: Checkpoint | None = None,
+        open_source: Callable[[PreTrainedModel, torch.device], TensorSource] | None = None,
+        prepare: Prepare | None = None,
+    ) -> Loading:  # fmt: skip
+        """For the arguments see `load_base`."""
+        model = build_skeleton(config, trust_remote_code, compute_dtype)
+        slots = find_slots(model, quantization) | (embeddings := find_embedding_slots(model, quantization))
+        if any(is_experts_module(module) for module in model.modules()):
+            use_expert_handles(model)
+        # The source plans on the skeleton's own names, before its modules change.
+        if open_source is not None:
+            source = open_source(model, device)
+        else:
+            source = ParameterSource(model, checkpoint or Checkpoint(folder), device)
+        _replace_linears(model)
+        for slot in embeddings.values():
+            if isinstance(module := model.get_submodule(slot.module), nn.Embedding):
+                FrozenEmbedding.take_over(module, compute_dtype, device)
+        return cls(model, source, slots, embeddings, quantization, compute_dtype, device, prepare)
+
+    def place(self, name: str) -> None:
+        """Read a tensor, quantize it where it is to be, and put it in its place."""
+        value = self.source.read(name)
+        if name in self.slots:
+            stored, slot = value, self.slots[name]
+            value = quantize_parameter(name, value, slot, self.quantization, self.prepare)
+            if slot.beyond_peft and isinstance(stored, Tensor) and isinstance(value, QuantizedTensor):
+                self._beyond[name] = (sum(tensor.nbytes for tensor in value.tensors().values()), stored.nbytes)
             del stored
-        if name in embeddings and isinstance(value, QuantizedTensor):
-            value = replace(value, dtype=compute_dtype)  # what rows are looked up in
-        _place(model, name, value, compute_dtype)
-    _tie(model, source, compute_dtype)
-    _place_buffers(model, device)
-    if beyond:
-        quantized, unquantized = (sum(sizes) for sizes in zip(*beyond.values(), strict=True))
-        model.beyond_peft = BeyondPeft(quantization.kind, tuple(beyond), quantized, unquantized)
-    model.requires_grad_(False)
-    model.eval()
-    return model
+        if name in self.embeddings and isinstance(value, QuantizedTensor):
+            value = replace(value, dtype=self.compute_dtype)  # what rows are looked up in
+        _place(self.model, name, value, self.compute_dtype)
+
+    def finish(self) -> PreTrainedModel:
+        """The model, frozen, once all is placed."""
+        model = self.model
+        _tie(model, self.source, self.compute_dtype)
+        _place_buffers(model, self.device)
+        if self._beyond:
+            quantized, unquantized = (sum(sizes) for sizes in zip(*self._beyond.values(), strict=True))
+            model.beyond_peft = BeyondPeft(self.quantization.kind, tuple(self._beyond), quantized, unquantized)
+        model.requires_grad_(False)
+        model.eval()
+        return model
 
 
 def read_unquantized(
@@ -241,8 +296,9 @@ def _place(
     if is_weight or is_expert_weight(module, value.shape):
         value = _narrowed(value, compute_dtype) if isinstance(value, Tensor) else value
         module._parameters.pop(attribute, None)
-        dtype = torch.float32 if _is_kept_in_fp32(model, name) else compute_dtype
-        setattr(module, attribute, value if isinstance(value, WeightHandle) else WeightHandle(value, dtype))
+        if not isinstance(value, WeightHandle):
+            value = WeightHandle(value, handle_dtype(model, name, compute_dtype))
+        setattr(module, attribute, value)
         return
     if isinstance(value, QuantizedTensor):  # of a module that does more with its weight than multiply by it
         value = value.dequantize(value.dtype)
@@ -262,6 +318,11 @@ def _place(
     else:
         is_parameter = isinstance(value, nn.Parameter)
         setattr(module, attribute, value if is_parameter else nn.Parameter(value, requires_grad=False))
+
+
+def handle_dtype(model: PreTrainedModel, name: str, compute_dtype: torch.dtype) -> torch.dtype:
+    """What products with a weight behind a handle run in."""
+    return torch.float32 if _is_kept_in_fp32(model, name) else compute_dtype
 
 
 def _is_kept_in_fp32(model: PreTrainedModel, name: str) -> bool:

@@ -245,4 +245,4 @@ def _own_tensors(prefix: str, module: nn.Module) -> Iterator[ModelTensor]:
         return
     own = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
     for name, tensor in own:
-        yield ModelTensor(f"{prefix}.{name}" if prefix else name, tensor, "unquantized")
+        yield ModelTensor(f"{prefix}.{name}" if prefix else name, tensor, getattr(module, "tensor_role", "unquantized"))

@@ -29,6 +29,7 @@ from qlora_tool.ops.quantization import (
 )
 
 KINDS = ("nf4", "fp4", "int8")
+STATE_BYTES = 256  # of a weight's description in a file whose size is known before its values
 BLOCK_SIZE = 64  # weights that share one scale (QLoRA, section 3)
 
 
@@ -221,6 +222,34 @@ def to_disk(name: str, weight: QuantizedTensor) -> dict[str, Tensor]:
     return tensors
 
 
+def of_known_size(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `to_disk` gives, the description with spaces after it: as long as every weight's, whatever numbers are in
+    it."""
+    return {name: _filled(name, tensor) if ".quant_state.bitsandbytes__" in name else tensor
+            for name, tensor in stored.items()}  # fmt: skip
+
+
+def _filled(name: str, description: Tensor) -> Tensor:
+    if description.numel() > STATE_BYTES:
+        raise ValueError(f"{name}: its description takes {description.numel()} bytes, more than {STATE_BYTES}")
+    return torch.cat([description, torch.full((STATE_BYTES - description.numel(),), ord(" "), dtype=torch.uint8)])
+
+
+def disk_specs(name: str, meta: QuantizedTensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Names, dtypes and shapes of what `of_known_size` gives for a weight, of which only shapes are looked at."""
+    if meta.kind == "int8":
+        codes, scales = (torch.int8, tuple(meta.codes.shape)), (torch.float32, tuple(meta.scales.shape))
+        return {name: codes, _row_scale_name(name): scales}
+    specs = {
+        name: (torch.uint8, (*meta.codes.shape, 1)), f"{name}.absmax": (meta.scales.dtype, tuple(meta.scales.shape)),
+        f"{name}.quant_map": (torch.float32, (16,)),
+    }
+    if meta.nested_scales is not None:
+        specs[f"{name}.nested_absmax"] = (torch.float32, tuple(meta.nested_scales.shape))
+        specs[f"{name}.nested_quant_map"] = (torch.float32, (256,))
+    return specs | {f"{name}.quant_state.bitsandbytes__{meta.kind}": (torch.uint8, (STATE_BYTES,))}
+
+
 def disk_group(name: str, present: Mapping[str, object]) -> list[str]:
     """The names, among those `present` in a file, that belong to the quantized weight `name`; empty if it is none."""
     if f"{name}.absmax" in present:
@@ -230,6 +259,14 @@ def disk_group(name: str, present: Mapping[str, object]) -> list[str]:
         layout = f"{name.removesuffix('.weight')}.weight_format"
         return [name, scales, *([layout] if layout in present else [])]
     return []
+
+
+def disk_field(name: str, stored: str) -> str | None:
+    """The field of `QuantizedTensor` that a tensor of the quantized weight `name` is in a file, by its name there; None
+    for a description of it."""
+    if stored == _row_scale_name(name):
+        return "scales"
+    return {name: "codes", f"{name}.absmax": "scales", f"{name}.nested_absmax": "nested_scales"}.get(stored)
 
 
 def disk_shape(names: Sequence[str], read: Callable[[str], Tensor]) -> tuple[int, ...] | None:

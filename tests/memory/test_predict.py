@@ -52,6 +52,9 @@ SMALL = [
     ("mistral", {"values": ON | {"adapter.init_lora_weights": "symmetric"}}),
     ("qwen2", {"values": OFF | {"adapter.init_lora_weights": "pissa"}}),
     ("gemma2", {"values": ON | {"adapter.trainable_token_indices": [5, 7, 9]}}),
+    ("llama", {"values": ON | {"model.weights": "disk"}}),
+    ("gpt2", {"values": OFF | {"model.quantization": "none", "model.weights": "disk"}}),
+    ("mixtral", {"values": ON | {"model.quantization": "int8", "model.weights": "disk"}}),
 ]
 
 

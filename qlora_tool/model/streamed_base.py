@@ -1,0 +1,182 @@
+"""A quantized base that is written layer by layer and read layer by layer: none of it is ever whole in memory.
+
+The file is the one that `cached_base` names. The weights of a decoder layer lie in it one after the other, as a part of
+a stream; what comes once in a model (embeddings, the output projection, norms) is read when the model is opened and
+stays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qlora_tool.files.tensors import Checkpoint, TensorEntry, write_as_they_come
+from qlora_tool.model.cached_base import disk_tensors, module_tensors
+from qlora_tool.model.checkpointing import decoder_layers
+from qlora_tool.model.load import Loading, handle_dtype
+from qlora_tool.model.parameter_source import tied_names
+from qlora_tool.weights.handles import WeightHandle
+from qlora_tool.weights.quantized import QuantizedTensor, disk_field, disk_group, disk_specs, from_disk, quantize
+from qlora_tool.weights.streamed import DiskStream, NoStream, Part, Place, StreamedHandle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_HEADER_BYTES = 640  # a tensor's at most, of which a weight in 4 bits has six
+
+
+def layer_weights(model: PreTrainedModel, slots: Mapping[str, object]) -> dict[str, list[str]]:
+    """The weights behind handles of each decoder layer, by the layer's name, in the order of a forward pass."""
+    tied = tied_names(model)
+    shared = tied.keys() | set(tied.values())
+    found = {layer: [name for name in slots if name.startswith(f"{layer}.") and name not in shared]
+             for layer in decoder_layers(model)}  # fmt: skip
+    return {layer: names for layer, names in found.items() if names}
+
+
+def stored_bytes(loading: Loading) -> int:
+    """What the weights of decoder layers take in the file of a base."""
+    names = [name for group in layer_weights(loading.model, loading.slots).values() for name in group]
+    return sum(_disk_bytes(_stored_form(loading, name)) for name in names if name in loading.source.shapes)
+
+
+def write_layer_by_layer(loading: Loading, file: Path) -> PreTrainedModel:
+    """Quantize a base into a file, one weight in memory at a time.
+
+    Returns:
+        The model without the weights of its layers, on meta or missing.
+    """
+    names = [name for group in layer_weights(loading.model, loading.slots).values() for name in group]
+    there = set(loading.source.names)
+    loaded: list[PreTrainedModel] = []
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            if name not in there:
+                continue
+            loading.place(name)
+            owner, _, attribute = name.rpartition(".")
+            module = loading.model.get_submodule(owner)
+            handle = getattr(module, attribute)
+            yield from disk_tensors(name, handle, module)
+            delattr(module, attribute)
+        for name in loading.source.names:
+            if name not in set(names):
+                loading.place(name)
+        loaded.append(loading.finish())
+        yield from module_tensors(loaded[0])
+
+    write_as_they_come(file, tensors(), {"format": "pt"}, room=_HEADER_BYTES * 8 * len(there))
+    return loaded[0]
+
+
+@dataclass(frozen=True)
+class _Streamed:
+    """A weight's tensors in the file, those that are streamed by their fields."""
+
+    entries: Mapping[str, TensorEntry]
+    streamed: Mapping[str, str]
+
+    @property
+    def span(self) -> Part:
+        own = self.entries.values()
+        return Part(min(entry.start for entry in own), max(entry.stop for entry in own))
+
+
+def streamed_handles(loading: Loading, cached: Checkpoint) -> dict[str, WeightHandle]:
+    """The handles of all weights of decoder layers, streamed from a cached base, by parameter."""
+    (file,) = cached.files
+    found: dict[str, list[tuple[str, _Streamed]]] = {}
+    for layer, names in layer_weights(loading.model, loading.slots).items():
+        own = {name: entry for name, entry in cached.items() if name.startswith(f"{layer}.")}
+        found[layer] = [(name, _of(name, own)) for name in names if name in own]
+    parts = [Part(min(one.span.start for _, one in group), max(one.span.stop for _, one in group))
+             for group in found.values()]  # fmt: skip
+    stream = DiskStream(file, parts)
+    loading.model.weight_stream = stream.buffers
+    return {
+        name: _handle(loading, cached, name, one, stream, index)
+        for index, group in enumerate(found.values()) for name, one in group
+    }
+
+
+def _of(name: str, entries: Mapping[str, TensorEntry]) -> _Streamed:
+    group = disk_group(name, entries)
+    if not group:
+        return _Streamed({name: entries[name]}, {"values": name})
+    fields = {field: one for one in group if (field := disk_field(name, one)) is not None}
+    return _Streamed({one: entries[one] for one in group}, fields)
+
+
+def _handle(
+    loading: Loading, cached: Checkpoint, name: str, weight: _Streamed, stream: DiskStream, part: int
+) -> StreamedHandle:
+    unread = set(weight.streamed.values())
+    tensors = {one: _unread(entry) if one in unread else cached.read(one) for one, entry in weight.entries.items()}
+    start, dtype = stream.parts[part].start, handle_dtype(loading.model, name, loading.compute_dtype)
+    if "values" in weight.streamed:
+        value, entry = tensors[name], weight.entries[name]
+        turned = loading.slots[name].transposed
+        place = Place(entry.start - start, entry.dtype, entry.shape, turned)
+        return StreamedHandle(value.transpose(-1, -2) if turned else value, {"values": place}, stream, part, dtype)
+    quantized = from_disk(name, tensors)
+    fields = quantized.tensors()
+    places = {field: Place(weight.entries[one].start - start, weight.entries[one].dtype, tuple(fields[field].shape))
+              for field, one in weight.streamed.items()}  # fmt: skip
+    return StreamedHandle(quantized, places, stream, part, dtype)
+
+
+def _unread(entry: TensorEntry) -> Tensor:
+    """A tensor of its dtype and shape that takes no memory."""
+    return torch.zeros((), dtype=entry.dtype).expand(entry.shape)
+
+
+def unread_handles(loading: Loading) -> dict[str, WeightHandle]:
+    """The handles of all weights of decoder layers as `streamed_handles` would give them, where only shapes count."""
+    weights = {layer: {name: _stored_form(loading, name) for name in names if name in loading.source.shapes}
+               for layer, names in layer_weights(loading.model, loading.slots).items()}  # fmt: skip
+    sizes = [sum(_disk_bytes(value) for value in group.values()) for group in weights.values()]
+    stream = NoStream(sizes, loading.device)
+    loading.model.weight_stream = stream.buffers
+    return {
+        name: _unread_handle(loading, name, value, stream, index)
+        for index, group in enumerate(weights.values()) for name, value in group.items()
+    }
+
+
+def _stored_form(loading: Loading, name: str) -> QuantizedTensor | Tensor:
+    """A weight as it is stored, on meta."""
+    shape, slot = loading.source.shapes[name], loading.slots[name]
+    shape = (*shape[:-2], *shape[-2:][::-1]) if slot.transposed else shape
+    stored = torch.empty(shape, dtype=loading.model.config.dtype or torch.bfloat16, device="meta")
+    kind = slot.kind or loading.quantization.kind
+    return stored if kind == "none" else quantize(stored, kind, loading.quantization.double_quant)
+
+
+def _disk_bytes(value: QuantizedTensor | Tensor) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in disk_specs("", value).values())
+
+
+def _tensors(value: QuantizedTensor | Tensor) -> dict[str, Tensor]:
+    return {"values": value} if isinstance(value, Tensor) else value.tensors()
+
+
+def _unread_handle(
+    loading: Loading, name: str, value: QuantizedTensor | Tensor, stream: NoStream, part: int
+) -> StreamedHandle:
+    places, offset = {}, 0
+    for field, tensor in _tensors(value).items():
+        if field != "nested_offset":
+            places[field] = Place(offset, tensor.dtype, tuple(tensor.shape))
+            offset += tensor.nbytes
+    if isinstance(value, QuantizedTensor) and value.nested_offset is not None:
+        value = replace(value, nested_offset=torch.zeros(value.nested_offset.shape, device=loading.device))
+    return StreamedHandle(value, places, stream, part, handle_dtype(loading.model, name, loading.compute_dtype))

@@ -1,0 +1,264 @@
+"""Frozen weights that stay on the disk while a model computes, read a part at a time.
+
+A part is a run of bytes of one file, with the tensors of weights that are asked for together: those of a decoder layer.
+Two buffers hold two parts. When another part is asked for than before, a thread begins to fill the other buffer with
+the one that comes next: the following one in a forward pass, the preceding one in a backward pass. So of a pass over N
+parts N are read, of a backward pass after it N - 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from qlora_tool.errors import MachineError, UserError
+from qlora_tool.weights.handles import WeightHandle
+from qlora_tool.weights.quantized import QuantizedTensor
+
+PAGE = 4096  # what direct reads start and end on
+ALIGNMENT = 64  # of a tensor's first byte, for which products give the same bits whatever they are given
+
+
+class Part(NamedTuple):
+    """Bytes `start` to `stop` of a file."""
+
+    start: int
+    stop: int
+
+    def paged(self) -> tuple[int, int]:
+        """The pages that they lie in: the first byte, and how many bytes there are."""
+        first = self.start // PAGE * PAGE
+        return first, -(-(self.stop - first) // PAGE) * PAGE
+
+    @property
+    def room(self) -> int:
+        """What they take in pages, wherever the first one begins."""
+        return -(-(self.stop - self.start) // PAGE) * PAGE + PAGE
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in a part: its first byte there, its dtype and shape, and whether it lies there as (…, in,
+    out), the other way round."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    def of(self, part: Tensor) -> Tensor:
+        """The tensor, a view where it is aligned."""
+        size = torch.Size(self.shape).numel() * self.dtype.itemsize
+        found = part[self.offset : self.offset + size]
+        first = part.storage_offset() + self.offset  # of memory that begins on `ALIGNMENT`
+        if first % self.dtype.itemsize:
+            found = found.clone()  # a view of another dtype would be refused
+        found = found.view(self.dtype).view(self.shape)
+        if self.transposed:
+            return found.transpose(-1, -2).contiguous()
+        return found.clone() if first % ALIGNMENT and self.dtype.is_floating_point else found
+
+
+class Buffers(nn.Module):
+    """Where two parts are held; a module, so that what counts a model's tensors finds them.
+
+    Args:
+        size: of a part at most, in pages.
+        device: of the buffers.
+    """
+
+    tensor_role = "codes"
+    one: Tensor
+    other: Tensor
+
+    def __init__(self, size: int, device: torch.device):
+        super().__init__()
+        for name in ("one", "other"):
+            self.register_buffer(name, torch.empty(size + PAGE, dtype=torch.uint8, device=device), persistent=False)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """A buffer, from where a page begins."""
+        memory = self.other if index else self.one
+        return memory[_to_page(memory) :]
+
+
+def _to_page(memory: Tensor) -> int:
+    """Bytes up to the next page; 0 of tensors without values."""
+    return 0 if isinstance(memory, FakeTensor) else -memory.data_ptr() % PAGE
+
+
+class Stream(Protocol):
+    """What gives the parts.
+
+    Attributes:
+        buffers: that they come to.
+    """
+
+    buffers: Buffers
+
+    def part(self, index: int) -> Tensor:
+        """The bytes of a part, uint8; they are another part's once two others have been asked for."""
+        ...
+
+
+class DiskStream:
+    """Parts of a file, read past the page cache where the file system lets them be.
+
+    Args:
+        file: that holds them.
+        parts: in the order of a forward pass.
+
+    Attributes:
+        read_bytes: from the disk so far.
+
+    Raises:
+        MachineError: while it is read: the disk fails.
+        UserError: the file ends early.
+    """
+
+    def __init__(self, file: Path, parts: Sequence[Part]):
+        self.file, self.parts, self.read_bytes = file, list(parts), 0
+        self._descriptor, self._direct = _opened(file)
+        weakref.finalize(self, os.close, self._descriptor)
+        self.buffers = Buffers(max(part.room for part in parts), torch.device("cpu"))
+        self._held: list[int | None] = [None, None]  # the part that each buffer has, or is being filled with
+        self._filling: list[Future[None] | None] = [None, None]
+        self._last, self._buffer = -1, 0  # asked for, and where it lies
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self._lock = threading.Lock()
+
+    def part(self, index: int) -> Tensor:
+        """See `Stream`."""
+        with self._lock:
+            if index not in self._held:
+                self._fill(1 - self._buffer, index)
+            if index != self._last:
+                self._buffer, self._last = self._held.index(index), index
+                self._await(self._buffer)
+                following = self._following(index)
+                if following is not None and following not in self._held:
+                    self._fill(1 - self._buffer, following)
+            start, stop = self.parts[index]
+            first = self.parts[index].paged()[0]
+            return self.buffers[self._buffer][start - first : stop - first]
+
+    def _following(self, index: int) -> int | None:
+        """The part that will be asked for next. After the last one a backward pass may begin, which wants those two
+        that are held."""
+        following = index - 1 if torch._C._current_graph_task_id() >= 0 else index + 1
+        return following if 0 <= following < len(self.parts) else None
+
+    def _fill(self, buffer: int, index: int) -> None:
+        self._held[buffer] = index
+        self._filling[buffer] = self._reader.submit(self._read, buffer, index)
+
+    def _await(self, buffer: int) -> None:
+        filling = self._filling[buffer]
+        if filling is None:
+            return
+        try:
+            filling.result()
+        except BaseException:
+            self._held[buffer], self._last = None, -1
+            raise
+        finally:
+            self._filling[buffer] = None
+
+    def _read(self, buffer: int, index: int) -> None:
+        first, size = self.parts[index].paged()
+        needed = self.parts[index].stop - first
+        view, done = memoryview(self.buffers[buffer].numpy().data), 0
+        while done < needed:
+            try:
+                count = os.preadv(self._descriptor, [view[done:size]], first + done)
+            except OSError as error:
+                raise MachineError(f"{self.file}: cannot be read: {error.strerror}; the disk may be broken") from error
+            if not count:
+                raise UserError(
+                    f"{self.file}: ends {needed - done} bytes early; remove it, and the next run makes it anew"
+                )
+            done += count
+        self.read_bytes += done
+        if not self._direct:  # what was read once is not needed again before all else has been
+            with contextlib.suppress(OSError, AttributeError):
+                os.posix_fadvise(self._descriptor, first, size, os.POSIX_FADV_DONTNEED)
+
+
+def _opened(file: Path) -> tuple[int, bool]:
+    """A file's descriptor, and whether reads go past the page cache."""
+    direct = getattr(os, "O_DIRECT", 0)
+    try:
+        return os.open(file, os.O_RDONLY | direct), bool(direct)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not direct:  # a file system without it (tmpfs, say)
+            raise
+        return os.open(file, os.O_RDONLY), False
+
+
+class NoStream:
+    """Stands in for a stream where only shapes count: a part is what a buffer happens to hold.
+
+    Args:
+        sizes: of the parts, in bytes.
+        device: of the buffers.
+    """
+
+    def __init__(self, sizes: Sequence[int], device: torch.device):
+        self._sizes, self.buffers = sizes, Buffers(max(Part(0, size).room for size in sizes), device)
+
+    def part(self, index: int) -> Tensor:
+        """See `Stream`."""
+        return self.buffers[0][: self._sizes[index]]
+
+
+class StreamedHandle(WeightHandle):
+    """The handle of a weight that lies in a part of a stream.
+
+    Args:
+        value: the weight; of tensors that are streamed only shape and dtype are looked at.
+        places: where the streamed tensors lie in the part, by `QuantizedTensor`'s fields, or as `values`.
+        stream: that the part is of.
+        part: which one.
+        dtype: see `WeightHandle`.
+    """
+
+    _places: dict[str, Place]
+    _stream: Stream
+    _part: int
+
+    def __init__(
+        self, value: QuantizedTensor | Tensor, places: Mapping[str, Place], stream: Stream, part: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        self.__dict__.update(_places=dict(places), _stream=stream, _part=part)
+        super().__init__(value, dtype)
+
+    def _store(self, tensors: Mapping[str, Tensor]) -> None:
+        super()._store({name: tensor for name, tensor in tensors.items() if name not in self._places})
+
+    def _fetch(self) -> dict[str, Tensor]:
+        part = self._stream.part(self._part)
+        return super()._fetch() | {name: place.of(part) for name, place in self._places.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where `dense` gives the weight."""
+        return self._stream.buffers.one.device
+
+    @property
+    def is_trained(self) -> bool:
+        """False: what is trained is resident."""
+        return False
+
+    def hold(self, dtype: torch.dtype) -> None:
+        """Nothing: all weights together would be the whole model."""

@@ -1,0 +1,43 @@
+"""A base whose layers stay on the disk: the same bits as one in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tokens, write_tiny
+
+from qlora_tool.files.tensors import Checkpoint
+from qlora_tool.model.load import Loading, load_base
+from qlora_tool.model.slots import Quantization
+from qlora_tool.model.source import read_model_config
+from qlora_tool.model.streamed_base import streamed_handles, write_layer_by_layer
+from qlora_tool.weights.streamed import StreamedHandle
+
+CPU = torch.device("cpu")
+
+
+def loss_and_gradient(model) -> tuple[torch.Tensor, torch.Tensor]:
+    embeddings = model.get_input_embeddings()(tokens()).detach().requires_grad_()
+    logits = model(inputs_embeds=embeddings, use_cache=False).logits
+    logits.float().logsumexp(-1).sum().backward()
+    return logits.detach(), embeddings.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_streamed_model_computes_the_same_bits(family, kind, dtype, tmp_path):
+    if dtype == torch.bfloat16 and (family, kind) not in {("llama", "nf4"), ("qwen3_moe", "nf4"), ("gpt2", "none")}:
+        pytest.skip("bf16 differs from fp32 in the handles' dtypes alone")
+    folder = write_tiny(family, tmp_path / "base")
+    config, quantization = read_model_config(folder), Quantization(kind, True)
+    resident = load_base(folder, config, quantization, CPU, dtype)
+    (tmp_path / "kept").mkdir()
+    write_layer_by_layer(Loading.begin(folder, config, quantization, CPU, dtype), tmp_path / "kept/model.safetensors")
+    kept = Checkpoint(tmp_path / "kept")
+    streamed = load_base(folder, config, quantization, CPU, dtype, checkpoint=kept,
+                         streams=lambda loading: streamed_handles(loading, kept))  # fmt: skip
+    handles = [module for module in streamed.modules() if isinstance(module, StreamedHandle)]
+    assert handles
+    for found, expected in zip(loss_and_gradient(streamed), loss_and_gradient(resident), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)

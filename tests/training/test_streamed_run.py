@@ -1,0 +1,86 @@
+"""Runs whose base stays on the disk: the same bits as with the base in memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import assert_same_run, interrupted, run_config, write_model, write_rows
+
+from qlora_tool.api import evaluate
+from qlora_tool.build.open import open_model
+from qlora_tool.errors import MachineError, UserError
+from qlora_tool.files.cache import cache_folder
+from qlora_tool.ops.declare import Target, meant_for
+from qlora_tool.training.loop import train
+from qlora_tool.weights.handles import WeightHandle
+from qlora_tool.weights.streamed import StreamedHandle
+
+DISK = {"model.weights": "disk"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("streamed")
+    write_model(made / "model")
+    write_rows(made / "rows.jsonl")
+    return made
+
+
+def config_of(folder: Path, output: Path, **values):
+    return run_config(folder / "model", folder / "rows.jsonl", output, values)
+
+
+@pytest.mark.parametrize("values", [
+    {"training.gradient_checkpointing": True},
+    {"adapter.method": "dora", "model.quantization": "int8"},
+    {"adapter.init_lora_weights": "pissa", "training.gradient_checkpointing": True},
+    {"adapter.method": "loha", "adapter.lora_dropout": 0.0, "model.quantization": "none"},
+    {"training.gradient_accumulation_steps": 2, "model.embeddings": "int8"},
+    {"adapter.target_modules": ["q_proj", "embed_tokens"]},
+], ids=str)  # fmt: skip
+def test_a_streamed_run_is_the_resident_run(values, folder, tmp_path):
+    for name, where in (("resident", {}), ("first", DISK), ("again", DISK)):
+        train(config_of(folder, tmp_path / name, **values, **where))
+    assert_same_run(tmp_path / "first", tmp_path / "resident")  # which writes the file
+    assert_same_run(tmp_path / "again", tmp_path / "resident")  # which reads it
+
+
+def test_killed_and_resumed_in_another_place(folder, tmp_path, stop_in_step):
+    values = {"training.save_steps": 2}
+    train(config_of(folder, tmp_path / "whole", **values))
+    interrupted(stop_in_step, config_of(folder, tmp_path / "run", **values, **DISK), 4)
+    train(config_of(folder, tmp_path / "run", **values))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_streamed_run_is_evaluated_streamed(folder, tmp_path):
+    found = {}
+    for name, where in (("resident", {}), ("disk", DISK)):
+        train(config_of(folder, tmp_path / name, **where))
+        scores = evaluate(tmp_path / name, str(folder / "rows.jsonl"), generate=True, max_new_tokens=8).scores
+        found[name] = [(score.loss, score.answers.texts) for score in scores.values()]
+    assert found["disk"] == found["resident"]
+
+
+def test_layers_alone_are_streamed(folder, tmp_path):
+    config = config_of(folder, tmp_path / "run", **DISK)
+    handles = [module for module in open_model(config.model).module.modules() if isinstance(module, WeightHandle)]
+    streamed = [handle for handle in handles if isinstance(handle, StreamedHandle)]
+    assert len(streamed) == 2 * 7 and len(handles) - len(streamed) == 1  # of lm_head
+    assert all(torch.equal(handle.dense(torch.float32), handle.dense(torch.float32)) for handle in streamed)
+
+
+def test_what_cannot_be_streamed_is_refused(folder, tmp_path, monkeypatch):
+    config = config_of(folder, tmp_path / "run", **DISK)
+    with meant_for(Target("cuda", (8, 9))), pytest.raises(UserError, match=r"weights: disk: .* to the CPU alone"):
+        open_model(config.model)
+    shutil.rmtree(cache_folder() / "bases", ignore_errors=True)
+    free = namedtuple("usage", "total used free")(10**9, 10**9 - 1000, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(MachineError, match=r"quantized base takes 0\.0 GB .* free some, or set QLORA_TOOL_CACHE"):
+        train(config)
+    assert not any((cache_folder() / "bases").glob("*"))
