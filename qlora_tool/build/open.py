@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from qlora_tool.model.devices import choose_device
 from qlora_tool.model.fused_modules import fuse_modules
 from qlora_tool.model.open import choose_dtype
 from qlora_tool.model.positions import rotate_by_example
+from qlora_tool.model.resized import rows_in_files
 from qlora_tool.model.segments import leave_out_cudnn
 from qlora_tool.model.slots import Prepare, Quantization
 from qlora_tool.model.source import read_model_config
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     pass
 
 from qlora_tool.build.tensors import FromFiles, Tensors
+
+logger = logging.getLogger(__name__)
 
 
 def open_model(config: ModelConfig, adapter: StoredAdapter | None = None) -> CausalLM:
@@ -41,6 +45,10 @@ def open_model(config: ModelConfig, adapter: StoredAdapter | None = None) -> Cau
     model_config = read_model_config(tensors.folder, config.trust_remote_code)
     model_config = fitting_config(model_config, adapter, config.trust_remote_code)
     prepare = None if adapter is None else adapter.prepare()
+    if config.weights == "disk" and (prepare is not None or rows_in_files(model_config) is not None):
+        logger.warning("model.weights: disk: %s brings a base of its own, which is not kept on the disk; all of it is "
+                       "held in memory", adapter.folder if adapter else "the model")  # fmt: skip
+        tensors.config = config = config.model_copy(update={"weights": "resident"})
     model = open_base(config, model_config, tensors, device, choose_dtype(config.compute_dtype, device), prepare)
     if adapter is not None:
         refuse_not_repeated(adapter, getattr(prepare, "reached", ()))

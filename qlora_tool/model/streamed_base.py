@@ -21,6 +21,7 @@ from qlora_tool.model.cached_base import disk_tensors, module_tensors
 from qlora_tool.model.checkpointing import decoder_layers
 from qlora_tool.model.load import Loading, handle_dtype
 from qlora_tool.model.parameter_source import tied_names
+from qlora_tool.model.slots import quantize_parameter
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.quantized import QuantizedTensor, disk_field, disk_group, disk_specs, from_disk, quantize
 from qlora_tool.weights.streamed import DiskStream, NoStream, Part, Place, StreamedHandle
@@ -142,6 +143,10 @@ def unread_handles(loading: Loading) -> dict[str, WeightHandle]:
     weights = {layer: {name: _stored_form(loading, name) for name in names if name in loading.source.shapes}
                for layer, names in layer_weights(loading.model, loading.slots).items()}  # fmt: skip
     sizes = [sum(_disk_bytes(value) for value in group.values()) for group in weights.values()]
+    if loading.prepare is not None:  # made when the file is written, each from the weight before it is quantized
+        for name in (name for group in weights.values() for name in group):
+            slot = loading.slots[name]
+            quantize_parameter(name, loading.source.read(name), slot, loading.quantization, loading.prepare)
     stream = NoStream(sizes, loading.device)
     loading.model.weight_stream = stream.buffers
     return {

@@ -55,6 +55,7 @@ SMALL = [
     ("llama", {"values": ON | {"model.weights": "disk"}}),
     ("gpt2", {"values": OFF | {"model.quantization": "none", "model.weights": "disk"}}),
     ("mixtral", {"values": ON | {"model.quantization": "int8", "model.weights": "disk"}}),
+    ("qwen2", {"values": OFF | {"adapter.init_lora_weights": "pissa", "model.weights": "disk"}}),
 ]
 
 

@@ -41,6 +41,8 @@ def config_of(folder: Path, output: Path, **values):
     {"adapter.method": "loha", "adapter.lora_dropout": 0.0, "model.quantization": "none"},
     {"training.gradient_accumulation_steps": 2, "model.embeddings": "int8"},
     {"adapter.target_modules": ["q_proj", "embed_tokens"]},
+    {"adapter.init_lora_weights": "calibrated", "adapter.calibration_rows": 8},
+    {"adapter.modules_to_save": ["layers.0.mlp.down_proj"], "training.gradient_checkpointing": True},
 ], ids=str)  # fmt: skip
 def test_a_streamed_run_is_the_resident_run(values, folder, tmp_path):
     for name, where in (("resident", {}), ("first", DISK), ("again", DISK)):
@@ -64,6 +66,16 @@ def test_a_streamed_run_is_evaluated_streamed(folder, tmp_path):
         scores = evaluate(tmp_path / name, str(folder / "rows.jsonl"), generate=True, max_new_tokens=8).scores
         found[name] = [(score.loss, score.answers.texts) for score in scores.values()]
     assert found["disk"] == found["resident"]
+
+
+def test_a_start_that_changed_the_base_is_evaluated_in_memory(folder, tmp_path, caplog):
+    config = config_of(folder, tmp_path / "run", **{"adapter.init_lora_weights": "pissa"}, **DISK)
+    train(config)
+    found = evaluate(tmp_path / "run", str(folder / "rows.jsonl")).scores
+    assert "brings a base of its own" in caplog.text
+    train(config_of(folder, tmp_path / "resident", **{"adapter.init_lora_weights": "pissa"}))
+    expected = evaluate(tmp_path / "resident", str(folder / "rows.jsonl")).scores
+    assert [score.loss for score in found.values()] == [score.loss for score in expected.values()]
 
 
 def test_layers_alone_are_streamed(folder, tmp_path):
