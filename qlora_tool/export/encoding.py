@@ -159,7 +159,9 @@ class Encoder:
             elif moments is not None:
                 values = descend(trained, moments, coded.grid, values, SWEEPS)
             if update is not None and len(starts) > 1:
-                kept[base].add(values, trained.reshape_as(values), update.reshape_as(values), moments)
+                # By what is missing before it is made up for, which the other rows of a task miss in part all the same.
+                judged = values if moments is None else descend(trained, moments, coded.grid, coded.values, SWEEPS)
+                kept[base].add(judged, trained.reshape_as(judged), update.reshape_as(judged), moments)
                 self._kept[base].join(kept[base])
             made[base] = coded, values
         taken = best(kept, self._weights)
