@@ -1,4 +1,4 @@
-"""What files of few bits keep of a run: KL, answers, loss on other text, with and without rows (an hour).
+"""What files of few bits keep of a run, made with rows and without: KL, loss, answers (an hour).
 
 Of one run, an export of every type, made with the rows that it was trained on and without, onto either base. Each is
 loaded by plain transformers, which decodes GGUF by itself, and held against the live model (the quantized base with its
