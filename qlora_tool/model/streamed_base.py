@@ -53,14 +53,13 @@ def write_layer_by_layer(loading: Loading, file: Path) -> PreTrainedModel:
     Returns:
         The model without the weights of its layers, on meta or missing.
     """
-    names = [name for group in layer_weights(loading.model, loading.slots).values() for name in group]
     there = set(loading.source.names)
+    groups = layer_weights(loading.model, loading.slots).values()
+    streamed = dict.fromkeys(name for group in groups for name in group if name in there)
     loaded: list[PreTrainedModel] = []
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name in names:
-            if name not in there:
-                continue
+        for name in streamed:
             loading.place(name)
             owner, _, attribute = name.rpartition(".")
             module = loading.model.get_submodule(owner)
@@ -68,7 +67,7 @@ def write_layer_by_layer(loading: Loading, file: Path) -> PreTrainedModel:
             yield from disk_tensors(name, handle, module)
             delattr(module, attribute)
         for name in loading.source.names:
-            if name not in set(names):
+            if name not in streamed:
                 loading.place(name)
         loaded.append(loading.finish())
         yield from module_tensors(loaded[0])
