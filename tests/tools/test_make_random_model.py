@@ -95,9 +95,12 @@ def test_same_seed_same_bytes(tmp_path: Path):
     assert not any(torch.equal(first[name], other[name]) for name in first if first[name].dim() > 1)
 
 
-def test_llama_2_7b_has_its_shapes():
-    tensors = checkpoint_tensors(model_config(SHAPES["llama-2-7b"]), torch.bfloat16)
-    assert len(tensors) == 291 and sum(tensor.numel() for tensor in tensors.values()) == 6_738_415_616  # as on the hub
+@pytest.mark.parametrize(("shape", "count", "parameters"), [  # as on the hub
+    ("llama-2-7b", 291, 6_738_415_616), ("llama-2-70b", 723, 68_976_648_192),
+])  # fmt: skip
+def test_llama_2_has_its_shapes(shape: str, count: int, parameters: int):
+    tensors = checkpoint_tensors(model_config(SHAPES[shape]), torch.bfloat16)
+    assert len(tensors) == count and sum(tensor.numel() for tensor in tensors.values()) == parameters
     assert all(tensor.is_meta for tensor in tensors.values() if tensor.dim() > 1)  # nothing large is held
 
 

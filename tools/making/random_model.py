@@ -48,6 +48,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "llama-2-13b": _LLAMA
     | {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "llama-2-70b": _LLAMA
+    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+       "num_key_value_heads": 8},
     "llama-3-8b": _LLAMA
     | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
        "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "bos_token_id": 128000,
@@ -123,12 +126,19 @@ def checkpoint_tensors(config, dtype: torch.dtype) -> dict[str, Tensor]:
     return revert_weight_conversion(skeleton, tensors)
 
 
+def generator_of(name: str, seed: int) -> torch.Generator:
+    """What a tensor is drawn with."""
+    import torch
+
+    digest = hashlib.sha256(f"{seed}, {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
 def draw(spec: TensorSpec, seed: int) -> Tensor:
     """A tensor of normal(0, 0.02), from a generator of its own."""
     import torch
 
-    digest = hashlib.sha256(f"{seed}, {spec.name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    generator = generator_of(spec.name, seed)
     tensor, values = torch.empty(spec.shape, dtype=spec.dtype), torch.empty(CHUNK)
     for chunk in tensor.view(-1).split(CHUNK):
         chunk.copy_(values[: chunk.numel()].normal_(0.0, STD, generator=generator))
@@ -195,7 +205,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    raw = SHAPES[options.shape] if options.shape else _read_config(options.config)
+    raw = SHAPES[options.shape] if options.shape else read_config(options.config)
     config = model_config(raw, options.layers, options.shape or str(options.config))
     start = time.perf_counter()
     figures = write_random_model(options.folder, config, getattr(torch, options.dtype), max_shard_size, options.seed)
@@ -207,7 +217,8 @@ def show(results: dict[str, Any]) -> None:
     show_table([(folder[1], ""), *figures])
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """The content of a config.json."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

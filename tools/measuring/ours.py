@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import random
 import tempfile
@@ -194,9 +195,32 @@ class OurSide:
         """The loss summed over the batch's trained tokens."""
         return self.model.loss_sum(batch)
 
+    def step_with_digest(self, batch: Batch) -> tuple[float, str]:
+        """A step's loss, and a digest of all gradients that its backward pass gave, bit for bit."""
+        import torch
+
+        from qlora_tool.training.step import no_phases
+
+        digest = hashlib.sha256()
+
+        def during(phase: str) -> AbstractContextManager:
+            if phase == "optimizer":
+                for gradient in self.optimizer.gradients():
+                    digest.update(gradient.contiguous().view(-1).view(torch.uint8).numpy().data)
+            return no_phases(phase)
+
+        return self._step(batch, during), digest.hexdigest()
+
     def trained(self) -> list[Tensor]:
         """The parameters that are trained."""
         return self.adapters.parameters()
+
+    def streamed_bytes(self) -> int:
+        """What the base's weights have been read so far, of a model that streams them; else 0."""
+        from qlora_tool.weights.streamed import StreamedHandle
+
+        handles = (module for module in self.model.module.modules() if isinstance(module, StreamedHandle))
+        return next((handle._stream.read_bytes for handle in handles), 0)
 
     def save(self, folder: str | Path) -> None:
         """Write the adapter as it is now, in PEFT's form."""
