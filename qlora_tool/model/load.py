@@ -294,7 +294,7 @@ def _place(
     module = model.get_submodule(owner)
     is_weight = isinstance(module, FrozenLinear | FrozenEmbedding) and attribute == "weight"
     if is_weight or is_expert_weight(module, value.shape):
-        value = _narrowed(value, compute_dtype) if isinstance(value, Tensor) else value
+        value = narrowed(value, compute_dtype) if isinstance(value, Tensor) else value
         module._parameters.pop(attribute, None)
         if not isinstance(value, WeightHandle):
             value = WeightHandle(value, handle_dtype(model, name, compute_dtype))
@@ -308,7 +308,7 @@ def _place(
         if _is_kept_in_fp32(model, name):
             value = value.float()
         elif type(module) is nn.Embedding:
-            value = _narrowed(value, compute_dtype)
+            value = narrowed(value, compute_dtype)
             if value.dtype != compute_dtype:
                 module.register_forward_hook(lambda _module, _input, rows: rows.to(compute_dtype))
         elif attribute not in module._buffers:
@@ -329,7 +329,7 @@ def _is_kept_in_fp32(model: PreTrainedModel, name: str) -> bool:
     return any(re.search(rule, name) for rule in model._keep_in_fp32_modules_strict or ())
 
 
-def _narrowed(value: Tensor, compute_dtype: torch.dtype) -> Tensor:
+def narrowed(value: Tensor, compute_dtype: torch.dtype) -> Tensor:
     """A large weight as it is stored, unless that is wider than the products need."""
     wide = value.is_floating_point() and value.dtype.itemsize > 2
     return value.to(compute_dtype) if wide else value

@@ -43,6 +43,10 @@ class TensorSource(Protocol):
         """One tensor, in the orientation of the model; a `QuantizedTensor` (out, in) where it is stored quantized."""
         ...
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """What `read` gives an unquantized tensor in."""
+        ...
+
 
 class ParameterSource:
     """A checkpoint's tensors under the model's names, each read and converted when it is asked for: a `TensorSource`.

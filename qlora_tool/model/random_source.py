@@ -36,6 +36,9 @@ class RandomSource:
         stored = getattr(model_config, "dtype", None) or torch.bfloat16
         return lambda model, device: cls(model, device, stored)
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        return torch.int64 if name in self._integers else self._dtype
+
     def read(self, name: str) -> Tensor:
         if name in self._integers:
             return torch.zeros(self.shapes[name], dtype=torch.int64, device=self._device)

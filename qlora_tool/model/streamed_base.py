@@ -19,7 +19,7 @@ from torch import Tensor
 from qlora_tool.files.tensors import Checkpoint, TensorEntry, write_as_they_come
 from qlora_tool.model.cached_base import disk_tensors, module_tensors
 from qlora_tool.model.checkpointing import decoder_layers
-from qlora_tool.model.load import Loading, handle_dtype
+from qlora_tool.model.load import Loading, handle_dtype, narrowed
 from qlora_tool.model.parameter_source import tied_names
 from qlora_tool.model.slots import quantize_parameter
 from qlora_tool.weights.handles import WeightHandle
@@ -158,9 +158,13 @@ def _stored_form(loading: Loading, name: str) -> QuantizedTensor | Tensor:
     """A weight as it is stored, on meta."""
     shape, slot = loading.source.shapes[name], loading.slots[name]
     shape = (*shape[:-2], *shape[-2:][::-1]) if slot.transposed else shape
-    stored = torch.empty(shape, dtype=loading.model.config.dtype or torch.bfloat16, device="meta")
     kind = slot.kind or loading.quantization.kind
-    return stored if kind == "none" else quantize(stored, kind, loading.quantization.double_quant)
+    if kind == "none":
+        # The configuration's dtype would not do: the skeleton has the products'.
+        dtype = loading.source.stored_dtype(name)
+        return narrowed(torch.empty(shape, dtype=dtype, device="meta"), loading.compute_dtype)
+    stored = torch.empty(shape, dtype=loading.compute_dtype, device="meta")
+    return quantize(stored, kind, loading.quantization.double_quant)
 
 
 def _disk_bytes(value: QuantizedTensor | Tensor) -> int:

@@ -8,12 +8,13 @@ import pytest
 import torch
 from tiny_models import FAMILIES, tokens, write_tiny
 
+from qlora_tool.build.tensors import Random
 from qlora_tool.files.tensors import Checkpoint
 from qlora_tool.model.load import Loading, load_base
 from qlora_tool.model.slots import Quantization
 from qlora_tool.model.source import read_model_config
 from qlora_tool.model.streamed_base import streamed_handles, write_layer_by_layer
-from qlora_tool.weights.streamed import StreamedHandle
+from qlora_tool.weights.streamed import PAGE, StreamedHandle
 
 CPU = torch.device("cpu")
 
@@ -48,3 +49,21 @@ def test_a_streamed_model_computes_the_same_bits(family, kind, dtype, tmp_path):
     assert handles
     for found, expected in zip(loss_and_gradient(streamed), loss_and_gradient(resident), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_buffers_are_as_large_as_predicted(kind, stored, dtype, tmp_path):
+    """Whatever the weights are stored in, and whatever products run in."""
+    folder = write_tiny("llama", tmp_path / "base", dtype=stored)
+    quantization = Quantization(kind, True)
+    (tmp_path / "kept").mkdir()
+    loading = Loading.begin(folder, read_model_config(folder), quantization, CPU, dtype)
+    write_layer_by_layer(loading, tmp_path / "kept/model.safetensors")
+    kept = Checkpoint(tmp_path / "kept")
+    streamed = load_base(folder, read_model_config(folder), quantization, CPU, dtype, checkpoint=kept,
+                         streams=lambda loading: streamed_handles(loading, kept))  # fmt: skip
+    predicted = Random(streams=True).base(read_model_config(folder), quantization, CPU, dtype)
+    sizes = [model.weight_stream.one.nbytes for model in (predicted, streamed)]
+    assert abs(sizes[0] - sizes[1]) <= PAGE and sizes[1] > 8 * PAGE

@@ -42,6 +42,8 @@ def test_a_run_finds_it_from_the_disk_and_in_memory(tmp_path: Path, shape: str):
         torch.testing.assert_close(streamed[name].dense(torch.float32), weight, rtol=0, atol=0)
         # 2048 numbers at least: their deviation is within 1.6 % of what they are drawn from, one time in three.
         assert float(weight.mean().abs()) < 0.002 and float(weight.std()) == pytest.approx(0.02, rel=0.08)
+    stored = [handle.stored() for name, handle in resident.items() if name not in quantized]
+    assert {value.dtype for value in stored} == {torch.bfloat16}  # as in files, whatever products run in
     drawn = [resident[name].stored().codes.flatten()[:16] for name in quantized]
     assert len({tuple(codes.tolist()) for codes in drawn}) == len(drawn)  # no two alike
 

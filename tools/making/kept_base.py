@@ -58,8 +58,13 @@ class MadeUp:
         self._tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         self.names, self._slots, self._seed = list(self.shapes), slots, seed
-        self._dtype = model.config.dtype or torch.bfloat16
+        self._dtype = torch.bfloat16  # of files; the skeleton has the products'
         self._bytes, self._nested_scale, self._offset = _balanced()
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """What `read` gives a tensor in that is not quantized."""
+        tensor = self._tensors[name]
+        return self._dtype if tensor.is_meta else tensor.dtype
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
         """One of them."""
