@@ -1,9 +1,7 @@
 """Frozen weights that stay on the disk while a model computes, read a part at a time.
 
 A part is a run of bytes of one file, with the tensors of weights that are asked for together: those of a decoder layer.
-Two buffers hold two parts. When another part is asked for than before, a thread begins to fill the other buffer with
-the one that comes next: the following one in a forward pass, the preceding one in a backward pass. So of a pass over N
-parts N are read, of a backward pass after it N - 2.
+Two buffers hold two parts (`schedule.py`); a thread fills one while what computes uses the other.
 """
 
 from __future__ import annotations
@@ -25,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.quantized import QuantizedTensor
+from qlora_tool.weights.schedule import Schedule
 
 PAGE = 4096  # what direct reads start and end on
 ALIGNMENT = 64  # of a tensor's first byte, for which products give the same bits whatever they are given
@@ -117,6 +116,7 @@ class DiskStream:
     Args:
         file: that holds them.
         parts: in the order of a forward pass.
+        buffers: that they come to; None: two on the CPU, each large enough for the largest.
 
     Attributes:
         read_bytes: from the disk so far.
@@ -126,58 +126,48 @@ class DiskStream:
         UserError: the file ends early.
     """
 
-    def __init__(self, file: Path, parts: Sequence[Part]):
+    def __init__(self, file: Path, parts: Sequence[Part], buffers: Buffers | None = None):
         self.file, self.parts, self.read_bytes = file, list(parts), 0
         self._descriptor, self._direct = _opened(file)
         weakref.finalize(self, os.close, self._descriptor)
-        self.buffers = Buffers(max(part.room for part in parts), torch.device("cpu"))
-        self._held: list[int | None] = [None, None]  # the part that each buffer has, or is being filled with
+        self.buffers = buffers or Buffers(max(part.room for part in parts), torch.device("cpu"))
         self._filling: list[Future[None] | None] = [None, None]
-        self._last, self._buffer = -1, 0  # asked for, and where it lies
+        self._schedule = Schedule(len(self.parts), self)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._lock = threading.Lock()
 
     def part(self, index: int) -> Tensor:
         """See `Stream`."""
         with self._lock:
-            if index not in self._held:
-                self._fill(1 - self._buffer, index)
-            if index != self._last:
-                self._buffer, self._last = self._held.index(index), index
-                self._await(self._buffer)
-                following = self._following(index)
-                if following is not None and following not in self._held:
-                    self._fill(1 - self._buffer, following)
-            start, stop = self.parts[index]
-            first = self.parts[index].paged()[0]
-            return self.buffers[self._buffer][start - first : stop - first]
+            buffer = self._schedule.ask(index, in_backward())
+            return self.buffers[buffer][self._within(index)]
 
-    def _following(self, index: int) -> int | None:
-        """The part that will be asked for next. After the last one a backward pass may begin, which wants those two
-        that are held."""
-        following = index - 1 if torch._C._current_graph_task_id() >= 0 else index + 1
-        return following if 0 <= following < len(self.parts) else None
+    def _within(self, index: int) -> slice:
+        """Where a part lies in what was read of it."""
+        start, stop = self.parts[index]
+        first = self.parts[index].paged()[0]
+        return slice(start - first, stop - first)
 
-    def _fill(self, buffer: int, index: int) -> None:
-        self._held[buffer] = index
-        self._filling[buffer] = self._reader.submit(self._read, buffer, index)
+    def used(self, buffer: int) -> None:
+        """Nothing: on a CPU what was asked for has been computed."""
 
-    def _await(self, buffer: int) -> None:
-        filling = self._filling[buffer]
-        if filling is None:
-            return
-        try:
+    def copy(self, part: int, buffer: int) -> None:
+        """Begin to read."""
+        self._filling[buffer] = self._reader.submit(self._read, buffer, part)
+
+    def ready(self, buffer: int) -> None:
+        """Wait for the disk."""
+        filling, self._filling[buffer] = self._filling[buffer], None
+        if filling is not None:
             filling.result()
-        except BaseException:
-            self._held[buffer], self._last = None, -1
-            raise
-        finally:
-            self._filling[buffer] = None
 
     def _read(self, buffer: int, index: int) -> None:
+        self._read_into(self.buffers[buffer], index)
+
+    def _read_into(self, memory: Tensor, index: int) -> None:
         first, size = self.parts[index].paged()
         needed = self.parts[index].stop - first
-        view, done = memoryview(self.buffers[buffer].numpy().data), 0
+        view, done = memoryview(memory.numpy().data), 0
         while done < needed:
             try:
                 count = os.preadv(self._descriptor, [view[done:size]], first + done)
@@ -192,6 +182,11 @@ class DiskStream:
         if not self._direct:  # what was read once is not needed again before all else has been
             with contextlib.suppress(OSError, AttributeError):
                 os.posix_fadvise(self._descriptor, first, size, os.POSIX_FADV_DONTNEED)
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running in this thread, what it recomputes included."""
+    return torch._C._current_graph_task_id() >= 0
 
 
 def _opened(file: Path) -> tuple[int, bool]:
