@@ -25,7 +25,6 @@ from qlora_tool.config import Config
 from qlora_tool.methods import METHODS
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.slots import Quantization
-from qlora_tool.ops.declare import target_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from qlora_tool.model.checkpointing import Recomputation
 
 from qlora_tool.build.open import open_base
+from qlora_tool.build.placement import SAME_ON_CPU, on_card
 from qlora_tool.build.tensors import Tensors
 
 
@@ -117,10 +117,11 @@ def build(
             f"{model.config.model_type} changes its logits before the loss: the loss takes the full logits, "
             "which needs more memory"
         )
-    on_card = target_of(torch.empty(0, device=device)).type == "cuda"
-    if config.training.offload_boundaries and not on_card:
+    if config.training.offload_boundaries and not on_card(device):
         remarks.append("training.offload_boundaries: the model is in host memory already; nothing is moved")
-    model.offload_boundaries = config.training.offload_boundaries and on_card
+    if config.model.weights == "host" and not on_card(device):
+        remarks.append(SAME_ON_CPU)
+    model.offload_boundaries = config.training.offload_boundaries and on_card(device)
     model.checkpoint_layers(recomputation or bool(config.training.gradient_checkpointing), around_recomputation)
     model.module.train()
     return Built(model, adapters, remarks)

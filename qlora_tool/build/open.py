@@ -11,7 +11,6 @@ from qlora_tool.adapters.attach_stored import attach_stored, refuse_not_repeated
 from qlora_tool.adapters.resized import fitting_config
 from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.config import ModelConfig
-from qlora_tool.errors import UserError
 from qlora_tool.model.behaviour import behaviour_of
 from qlora_tool.model.by_example import keep_mixers_apart
 from qlora_tool.model.causal_lm import CausalLM
@@ -23,12 +22,12 @@ from qlora_tool.model.resized import rows_in_files
 from qlora_tool.model.segments import leave_out_cudnn
 from qlora_tool.model.slots import Prepare, Quantization
 from qlora_tool.model.source import read_model_config
-from qlora_tool.ops.declare import target_of
 
 if TYPE_CHECKING:
 
     pass
 
+from qlora_tool.build.placement import SAME_ON_CPU, on_card
 from qlora_tool.build.tensors import FromFiles, Tensors
 
 logger = logging.getLogger(__name__)
@@ -49,6 +48,8 @@ def open_model(config: ModelConfig, adapter: StoredAdapter | None = None) -> Cau
         logger.warning("model.weights: disk: %s brings a base of its own, which is not kept on the disk; all of it is "
                        "held in memory", adapter.folder if adapter else "the model")  # fmt: skip
         tensors.config = config = config.model_copy(update={"weights": "resident"})
+    if config.weights == "host" and not on_card(device):
+        logger.info(SAME_ON_CPU)
     model = open_base(config, model_config, tensors, device, choose_dtype(config.compute_dtype, device), prepare)
     if adapter is not None:
         refuse_not_repeated(adapter, getattr(prepare, "reached", ()))
@@ -62,9 +63,6 @@ def open_base(
     prepare: Prepare | None = None,
 ) -> CausalLM:  # fmt: skip
     """The base as it computes, without adapters: every example by itself, fused where its family can be."""
-    if config.weights == "disk" and target_of(torch.empty(0, device=device)).type == "cuda":
-        raise UserError("model.weights: disk: weights are streamed to the CPU alone so far; on a card leave it out, or "
-                        "set model.device: cpu")  # fmt: skip
     if device.type == "cuda":
         leave_out_cudnn()
     behaviour = behaviour_of(model_config, config.trust_remote_code)

@@ -18,12 +18,15 @@ from qlora_tool.adapters.calibration import Read
 from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.adapters.starts import WeightStart
 from qlora_tool.adapters.stored import StoredAdapter
+from qlora_tool.build.placement import on_card as streams_to_card
+from qlora_tool.build.placement import queues_of, weights_on
 from qlora_tool.config import ModelConfig
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.atomic import replacing_folder
 from qlora_tool.files.cache import cache_folder
 from qlora_tool.files.tensors import SINGLE_NAME, Checkpoint
 from qlora_tool.model.cached_base import cached_base, cached_start, kept_folder, write_cached_base, write_start
+from qlora_tool.model.host_base import HostLayers
 from qlora_tool.model.load import Loading, load_base, read_unquantized
 from qlora_tool.model.random_source import RandomSource
 from qlora_tool.model.resized import rows_in_files
@@ -86,7 +89,8 @@ class FromFiles:
         self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype,
         prepare: Prepare | None = None,
     ) -> PreTrainedModel:  # fmt: skip
-        config, streamed = self.config, self.config.weights == "disk"
+        config, where = self.config, weights_on(self.config, device)
+        streamed = where == "disk"
         made = prepare if isinstance(prepare, WeightStart) else None
         can_keep = (prepare is None or made is not None) and rows_in_files(model_config) is None
         if streamed and not can_keep:
@@ -100,11 +104,17 @@ class FromFiles:
             if made:
                 made.take(cached_start(cached))
         elif streamed:
-            cached = self._written_by_layers(model_config, quantization, compute_dtype, made)
+            cached = self._written_by_layers(model_config, quantization, device, compute_dtype, made)
+        streams = None
+        if streamed:
+            streams = partial(streamed_handles, cached=cached, resident=config.resident_layers,
+                              queues=queues_of if streams_to_card(device) else None)  # fmt: skip
+        elif where == "host":
+            streams = partial(HostLayers, resident=config.resident_layers, queues=queues_of)
         trust = config.trust_remote_code
         module = load_base(self.folder, model_config, quantization, device, compute_dtype,
                            trust_remote_code=trust, checkpoint=cached, prepare=None if cached is not None else prepare,
-                           streams=partial(streamed_handles, cached=cached) if streamed else None)  # fmt: skip
+                           streams=streams)  # fmt: skip
         if kept and cached is None:
             written = write_cached_base(module, self.folder, quantization, compute_dtype, start,
                                         made.made() if made else None)  # fmt: skip
@@ -112,9 +122,10 @@ class FromFiles:
         return module
 
     def _written_by_layers(
-        self, model_config: Any, quantization: Quantization, compute_dtype: torch.dtype, made: WeightStart | None
-    ) -> Checkpoint:
-        loading = Loading.begin(self.folder, model_config, quantization, torch.device("cpu"), compute_dtype,
+        self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype,
+        made: WeightStart | None,
+    ) -> Checkpoint:  # fmt: skip
+        loading = Loading.begin(self.folder, model_config, quantization, device, compute_dtype,
                                 trust_remote_code=self.config.trust_remote_code, prepare=made)  # fmt: skip
         cache_folder().mkdir(parents=True, exist_ok=True)
         needed, free = stored_bytes(loading), shutil.disk_usage(cache_folder()).free
@@ -142,22 +153,25 @@ class Random:
     Args:
         makes_starts: see `Tensors`: what is asked of memory wants them made, what only asks whether all fits together
             does not.
-        streams: whether the layers' weights stay where they lie, and two buffers take their place.
+        weights: where the layers' weights lie; two buffers take the place of those that are streamed. None: all are
+            on the device.
     """
 
     folder = Path()
     has_values = False
 
-    def __init__(self, makes_starts: bool = False, streams: bool = False):
-        self.makes_starts, self.streams = makes_starts, streams
+    def __init__(self, makes_starts: bool = False, weights: ModelConfig | None = None):
+        self.makes_starts, self.weights = makes_starts, weights
 
     def base(
         self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype,
         prepare: Prepare | None = None,
     ) -> PreTrainedModel:  # fmt: skip
+        streams = None
+        if self.weights is not None and (where := weights_on(self.weights, device)) != "resident":
+            streams = partial(unread_handles, where=where, resident=self.weights.resident_layers)
         return load_base(self.folder, copy.deepcopy(model_config), quantization, device, compute_dtype,
-                         open_source=RandomSource.of(model_config), prepare=prepare,
-                         streams=unread_handles if self.streams else None)  # fmt: skip
+                         open_source=RandomSource.of(model_config), prepare=prepare, streams=streams)  # fmt: skip
 
     def unquantized(self, model_config: Any, device: torch.device) -> Read:
         return read_unquantized(self.folder, copy.deepcopy(model_config), device,

@@ -64,8 +64,10 @@ class ModelConfig(Keys):
     """Run Python code that comes with the model."""
     keep_quantized: Annotated[bool, Mark.FREE_ON_RESUME] = False
     """Cache the quantized base on disk, so that the next run starts in seconds."""
-    weights: Annotated[Literal["auto", "resident", "disk"], Mark.FREE_ON_RESUME] = "auto"
-    """Where the layers of the frozen base lie: in the device's memory, or on the disk, read a layer at a time."""
+    weights: Annotated[Literal["auto", "resident", "host", "disk"], Mark.FREE_ON_RESUME] = "auto"
+    """Where the frozen base's layers lie: on the device, or in host memory or on the disk, streamed layer by layer."""
+    resident_layers: Annotated[int, Field(ge=0), WHOLE, Mark.FREE_ON_RESUME] = 0
+    """With weights: host or disk: how many of the first layers are on the device all the same."""
     skip_modules: Literal["as-peft"] | ModuleNames = Field(default_factory=list)
     """Not quantized: names as in bitsandbytes' llm_int8_skip_modules; as-peft: what bitsandbytes leaves under PEFT."""
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,7 @@ def load_base(
     checkpoint: Checkpoint | None = None,
     open_source: Callable[[PreTrainedModel, torch.device], TensorSource] | None = None,
     prepare: Prepare | None = None,
-    streams: Callable[[Loading], Mapping[str, WeightHandle]] | None = None,
+    streams: Callable[[Loading], Apart] | None = None,
 ) -> PreTrainedModel:
     """Read a model folder into a frozen model on `device`, its linear weights quantized as they are read.
 
@@ -149,7 +149,7 @@ def load_base(
         checkpoint: the weights, where they are not the folder's own (a cached quantized base).
         open_source: gives the tensors of a skeleton in the place of a checkpoint (a prediction has shapes alone).
         prepare: a step before quantizing; see `quantize_parameter`.
-        streams: gives the handles of weights that are not read now, by parameter.
+        streams: what puts weights in their places that are not held on the device.
 
     Raises:
         UserError: the configuration, the weights, or both together cannot be read as a causal language model.
@@ -158,13 +158,25 @@ def load_base(
         folder, config, quantization, device, compute_dtype, trust_remote_code=trust_remote_code,
         checkpoint=checkpoint, open_source=open_source, prepare=prepare,
     )  # fmt: skip
-    streamed = streams(loading) if streams else {}
+    apart = streams(loading) if streams else None
     for name in loading.source.names:
-        if name in streamed:
-            _place(loading.model, name, streamed[name], compute_dtype)
-        else:
+        if apart is None or not apart.place(name):
             loading.place(name)
+    if apart is not None:
+        apart.finish()
     return loading.finish()
+
+
+class Apart(Protocol):
+    """What places the weights of a base that are not held on its device."""
+
+    def place(self, name: str) -> bool:
+        """Put a weight in its place in the model; False for one that is held on the device."""
+        ...
+
+    def finish(self) -> None:
+        """All weights are in their places."""
+        ...
 
 
 @dataclass
@@ -227,6 +239,10 @@ class Loading:
         if name in self.embeddings and isinstance(value, QuantizedTensor):
             value = replace(value, dtype=self.compute_dtype)  # what rows are looked up in
         _place(self.model, name, value, self.compute_dtype)
+
+    def put(self, name: str, handle: WeightHandle) -> None:
+        """Put the handle of a weight that is held elsewhere in its place."""
+        _place(self.model, name, handle, self.compute_dtype)
 
     def finish(self) -> PreTrainedModel:
         """The model, frozen, once all is placed."""

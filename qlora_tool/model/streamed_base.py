@@ -2,13 +2,13 @@
 
 The file is the one that `cached_base` names. The weights of a decoder layer lie in it one after the other, as a part of
 a stream; what comes once in a model (embeddings, the output projection, norms) is read when the model is opened and
-stays.
+stays. So are the first layers, where some are to stay.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,9 +22,11 @@ from qlora_tool.model.checkpointing import decoder_layers
 from qlora_tool.model.load import Loading, handle_dtype, narrowed
 from qlora_tool.model.parameter_source import tied_names
 from qlora_tool.model.slots import quantize_parameter
+from qlora_tool.ops.declare import target_of
 from qlora_tool.weights.handles import WeightHandle
+from qlora_tool.weights.on_card import DiskToCardStream, Queues
 from qlora_tool.weights.quantized import QuantizedTensor, disk_field, disk_group, disk_specs, from_disk, quantize
-from qlora_tool.weights.streamed import DiskStream, NoStream, Part, Place, StreamedHandle
+from qlora_tool.weights.streamed import ALIGNMENT, PAGE, Buffers, DiskStream, NoStream, Part, Place, StreamedHandle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,13 +34,14 @@ if TYPE_CHECKING:
 _HEADER_BYTES = 640  # a tensor's at most, of which a weight in 4 bits has six
 
 
-def layer_weights(model: PreTrainedModel, slots: Mapping[str, object]) -> dict[str, list[str]]:
-    """The weights behind handles of each decoder layer, by the layer's name, in the order of a forward pass."""
+def layer_weights(model: PreTrainedModel, slots: Mapping[str, object], resident: int = 0) -> dict[str, list[str]]:
+    """The weights behind handles of each decoder layer, by the layer's name, in the order of a forward pass; without
+    the first `resident` of them."""
     tied = tied_names(model)
     shared = tied.keys() | set(tied.values())
     found = {layer: [name for name in slots if name.startswith(f"{layer}.") and name not in shared]
              for layer in decoder_layers(model)}  # fmt: skip
-    return {layer: names for layer, names in found.items() if names}
+    return dict([(layer, names) for layer, names in found.items() if names][resident:])
 
 
 def stored_bytes(loading: Loading) -> int:
@@ -89,21 +92,72 @@ class _Streamed:
         return Part(min(entry.start for entry in own), max(entry.stop for entry in own))
 
 
-def streamed_handles(loading: Loading, cached: Checkpoint) -> dict[str, WeightHandle]:
-    """The handles of all weights of decoder layers, streamed from a cached base, by parameter."""
+class StreamedLayers:
+    """The weights of decoder layers that a stream gives: an `Apart`.
+
+    Args:
+        loading: of the model.
+        handles: by parameter.
+        buffers: that they come to; None where there is nothing to stream.
+        elsewhere: bytes that are not on the device, `host_bytes` and `disk_bytes`.
+    """
+
+    def __init__(
+        self, loading: Loading, handles: Mapping[str, WeightHandle], buffers: Buffers | None,
+        elsewhere: Mapping[str, int],
+    ) -> None:  # fmt: skip
+        self.loading, self.handles, self.buffers, self.elsewhere = loading, handles, buffers, elsewhere
+
+    def place(self, name: str) -> bool:
+        """See `Apart`."""
+        if name not in self.handles:
+            return False
+        self.loading.put(name, self.handles[name])
+        return True
+
+    def finish(self) -> None:
+        """See `Apart`. What counts a model's bytes finds these on it."""
+        note_stream(self.loading.model, self.buffers, self.elsewhere)
+
+
+def note_stream(model: PreTrainedModel, buffers: Buffers | None, elsewhere: Mapping[str, int]) -> None:
+    """Note on a model where the weights are that are streamed to it."""
+    if buffers is not None:
+        model.weight_stream = buffers
+        model.weights_elsewhere = dict(elsewhere)
+
+
+def streamed_handles(
+    loading: Loading, cached: Checkpoint, resident: int = 0, queues: Callable[[torch.device], Queues] | None = None
+) -> StreamedLayers:
+    """The weights of decoder layers, streamed from a cached base.
+
+    Args:
+        loading: of the model.
+        cached: the base.
+        resident: how many of the first layers stay on the device.
+        queues: of the model's device, where that is not the CPU.
+    """
     (file,) = cached.files
     found: dict[str, list[tuple[str, _Streamed]]] = {}
-    for layer, names in layer_weights(loading.model, loading.slots).items():
+    for layer, names in layer_weights(loading.model, loading.slots, resident).items():
         own = {name: entry for name, entry in cached.items() if name.startswith(f"{layer}.")}
         found[layer] = [(name, _of(name, own)) for name in names if name in own]
     parts = [Part(min(one.span.start for _, one in group), max(one.span.stop for _, one in group))
-             for group in found.values()]  # fmt: skip
-    stream = DiskStream(file, parts)
-    loading.model.weight_stream = stream.buffers
-    return {
+             for group in found.values() if group]  # fmt: skip
+    if not parts:
+        return StreamedLayers(loading, {}, None, {})
+    elsewhere = {"host_bytes": 0, "disk_bytes": sum(part.stop - part.start for part in parts)}
+    if queues is None:
+        stream = DiskStream(file, parts)
+    else:
+        stream = DiskToCardStream(file, parts, loading.device, queues(loading.device))
+        elsewhere["host_bytes"] = stream.staging.one.nbytes + stream.staging.other.nbytes
+    handles: dict[str, WeightHandle] = {
         name: _handle(loading, cached, name, one, stream, index)
-        for index, group in enumerate(found.values()) for name, one in group
+        for index, group in enumerate(group for group in found.values() if group) for name, one in group
     }
+    return StreamedLayers(loading, handles, stream.buffers, elsewhere)
 
 
 def _of(name: str, entries: Mapping[str, TensorEntry]) -> _Streamed:
@@ -126,6 +180,8 @@ def _handle(
         place = Place(entry.start - start, entry.dtype, entry.shape, turned)
         return StreamedHandle(value.transpose(-1, -2) if turned else value, {"values": place}, stream, part, dtype)
     quantized = from_disk(name, tensors)
+    if quantized.nested_offset is not None:
+        quantized = replace(quantized, nested_offset=quantized.nested_offset.to(loading.device))
     fields = quantized.tensors()
     places = {field: Place(weight.entries[one].start - start, weight.entries[one].dtype, tuple(fields[field].shape))
               for field, one in weight.streamed.items()}  # fmt: skip
@@ -137,21 +193,48 @@ def _unread(entry: TensorEntry) -> Tensor:
     return torch.zeros((), dtype=entry.dtype).expand(entry.shape)
 
 
-def unread_handles(loading: Loading) -> dict[str, WeightHandle]:
-    """The handles of all weights of decoder layers as `streamed_handles` would give them, where only shapes count."""
+def unread_handles(loading: Loading, where: str = "disk", resident: int = 0) -> StreamedLayers:
+    """The weights of decoder layers as `streamed_handles` or `HostLayers` would give them, where only shapes count.
+
+    Args:
+        loading: of the model.
+        where: the layers are: host or disk.
+        resident: see `streamed_handles`.
+    """
     weights = {layer: {name: _stored_form(loading, name) for name in names if name in loading.source.shapes}
-               for layer, names in layer_weights(loading.model, loading.slots).items()}  # fmt: skip
-    sizes = [sum(_disk_bytes(value) for value in group.values()) for group in weights.values()]
-    if loading.prepare is not None:  # made when the file is written, each from the weight before it is quantized
+               for layer, names in layer_weights(loading.model, loading.slots, resident).items()}  # fmt: skip
+    if not weights:
+        return StreamedLayers(loading, {}, None, {})
+    size_of = _disk_bytes if where == "disk" else host_bytes
+    sizes = [sum(size_of(value) for value in group.values()) for group in weights.values()]
+    if loading.prepare is not None and where == "disk":
+        # Made when the file is written, each from the weight before it is quantized.
         for name in (name for group in weights.values() for name in group):
             slot = loading.slots[name]
             quantize_parameter(name, loading.source.read(name), slot, loading.quantization, loading.prepare)
-    stream = NoStream(sizes, loading.device)
-    loading.model.weight_stream = stream.buffers
-    return {
+    room = max(Part(0, size).room if where == "disk" else size for size in sizes)
+    stream = NoStream(room, loading.device)
+    staging = 2 * (room + PAGE) if target_of(torch.empty(0, device=loading.device)).type == "cuda" else 0
+    elsewhere = {"host_bytes": staging, "disk_bytes": sum(sizes)}
+    if where == "host":
+        elsewhere = {"host_bytes": sum(sizes), "disk_bytes": 0}
+    handles: dict[str, WeightHandle] = {
         name: _unread_handle(loading, name, value, stream, index)
         for index, group in enumerate(weights.values()) for name, value in group.items()
     }
+    if loading.prepare is not None and where == "host":
+        return _ReadOnce(loading, handles, stream.buffers, elsewhere)
+    return StreamedLayers(loading, handles, stream.buffers, elsewhere)
+
+
+class _ReadOnce(StreamedLayers):
+    """The same, each weight read, prepared and quantized before it goes where it is streamed from."""
+
+    def place(self, name: str) -> bool:
+        """See `Apart`."""
+        if name in self.handles:
+            self.loading.place(name)
+        return super().place(name)
 
 
 def _stored_form(loading: Loading, name: str) -> QuantizedTensor | Tensor:
@@ -173,6 +256,12 @@ def _disk_bytes(value: QuantizedTensor | Tensor) -> int:
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in disk_specs("", value).values())
 
 
+def host_bytes(value: QuantizedTensor | Tensor) -> int:
+    """What a weight takes in a part that lies in host memory."""
+    sizes = [tensor.nbytes for field, tensor in _tensors(value).items() if field != "nested_offset"]
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+
+
 def _tensors(value: QuantizedTensor | Tensor) -> dict[str, Tensor]:
     return {"values": value} if isinstance(value, Tensor) else value.tensors()
 
@@ -184,7 +273,7 @@ def _unread_handle(
     for field, tensor in _tensors(value).items():
         if field != "nested_offset":
             places[field] = Place(offset, tensor.dtype, tuple(tensor.shape))
-            offset += tensor.nbytes
+            offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     if isinstance(value, QuantizedTensor) and value.nested_offset is not None:
         value = replace(value, nested_offset=torch.zeros(value.nested_offset.shape, device=loading.device))
     return StreamedHandle(value, places, stream, part, handle_dtype(loading.model, name, loading.compute_dtype))

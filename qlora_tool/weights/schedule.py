@@ -120,8 +120,8 @@ def simulate(layers: Sequence[Seconds], passes: int = 1, before: float = 0.0, be
     """How long a step takes whose layers are brought while the ones before compute: the schedule itself, on clocks.
 
     Args:
-        layers: what each of them takes, in the order of a forward pass; those that stay on the device bring nothing, and
-            are part of `before` (the first ones) or `between`.
+        layers: what each of them takes, in the order of a forward pass; what those take that stay on the device is
+            part of `before`.
         passes: forward and backward passes of a step (gradient accumulation).
         before: seconds of a pass before the first layer and after its gradient (embeddings, resident layers).
         between: seconds after the last layer's forward pass and before its backward pass (the loss).

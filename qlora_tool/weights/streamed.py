@@ -88,10 +88,10 @@ class Buffers(nn.Module):
     def __getitem__(self, index: int) -> Tensor:
         """A buffer, from where a page begins."""
         memory = self.other if index else self.one
-        return memory[_to_page(memory) :]
+        return memory[to_page(memory) :]
 
 
-def _to_page(memory: Tensor) -> int:
+def to_page(memory: Tensor) -> int:
     """Bytes up to the next page; 0 of tensors without values."""
     return 0 if isinstance(memory, FakeTensor) else -memory.data_ptr() % PAGE
 
@@ -204,16 +204,16 @@ class NoStream:
     """Stands in for a stream where only shapes count: a part is what a buffer happens to hold.
 
     Args:
-        sizes: of the parts, in bytes.
+        room: of a buffer.
         device: of the buffers.
     """
 
-    def __init__(self, sizes: Sequence[int], device: torch.device):
-        self._sizes, self.buffers = sizes, Buffers(max(Part(0, size).room for size in sizes), device)
+    def __init__(self, room: int, device: torch.device):
+        self.buffers = Buffers(room, device)
 
     def part(self, index: int) -> Tensor:
         """See `Stream`."""
-        return self.buffers[0][: self._sizes[index]]
+        return self.buffers[0]
 
 
 class StreamedHandle(WeightHandle):

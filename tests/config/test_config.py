@@ -34,7 +34,7 @@ from qlora_tool.methods.keys import MethodKeys, Share
 DOCUMENTED = """
 model: {name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct, revision: null, quantization: nf4, double_quant: true,
   embeddings: as_stored, compute_dtype: auto, device: auto, trust_remote_code: false, keep_quantized: false,
-  weights: auto, skip_modules: []}
+  weights: auto, resident_layers: 0, skip_modules: []}
 adapter: {method: lora, r: 16, lora_alpha: 32, lora_dropout: 0.0, target_modules: all-linear, exclude_modules: [],
   layers_to_transform: null, layers_pattern: [], modules_to_save: [], bias: none, rank_pattern: {}, alpha_pattern: {},
   init_from: null,
@@ -449,7 +449,8 @@ def test_the_keys_that_the_memory_of_a_step_depends_on():
 
 def test_the_keys_that_may_differ_when_a_run_is_resumed():
     assert marked(Mark.FREE_ON_RESUME) == {
-        "model.keep_quantized", "model.weights", "training.gradient_checkpointing", "training.offload_boundaries",
+        "model.keep_quantized", "model.weights", "model.resident_layers", "training.gradient_checkpointing",
+        "training.offload_boundaries",
         *(f"training.{key}" for key in (
             "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "max_memory",
                 "load_best_model_at_end", "metric_for_best_model", "early_stopping_patience",

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_order_queues import InOrder
 from tiny_runs import assert_same_run, interrupted, run_config, write_model, write_rows
 
 from qlora_tool.api import evaluate
+from qlora_tool.build import tensors
 from qlora_tool.build.open import open_model
-from qlora_tool.errors import MachineError, UserError
+from qlora_tool.errors import MachineError
 from qlora_tool.files.cache import cache_folder
-from qlora_tool.ops.declare import Target, meant_for
 from qlora_tool.training.loop import train
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.streamed import StreamedHandle
@@ -86,10 +87,34 @@ def test_layers_alone_are_streamed(folder, tmp_path):
     assert all(torch.equal(handle.dense(torch.float32), handle.dense(torch.float32)) for handle in streamed)
 
 
+def test_in_host_memory_on_a_cpu_is_resident_and_said(folder, tmp_path, caplog):
+    train(config_of(folder, tmp_path / "resident"))
+    assert "model.weights: host" not in caplog.text
+    train(config_of(folder, tmp_path / "host", **{"model.weights": "host"}))
+    assert "model.weights: host: the model is in host memory already" in caplog.text
+    assert_same_run(tmp_path / "host", tmp_path / "resident")
+
+
+@pytest.mark.parametrize("values", [
+    {"training.gradient_checkpointing": True, "training.gradient_accumulation_steps": 2},
+    {"adapter.method": "dora", "model.quantization": "int8", "model.resident_layers": 1},
+    {"adapter.init_lora_weights": "pissa", "training.gradient_checkpointing": True},
+], ids=str)  # fmt: skip
+def test_a_run_streamed_to_a_device_is_the_resident_run(values, folder, tmp_path, monkeypatch):
+    """Host memory and the disk by way of it, on queues that do everything at once, the CPU taken for a card."""
+    train(config_of(folder, tmp_path / "resident", **values))
+    made = []
+    monkeypatch.setattr(tensors, "weights_on", lambda config, _device: config.weights)
+    monkeypatch.setattr(tensors, "queues_of", lambda _device: made.append(InOrder()) or made[-1])
+    monkeypatch.setattr(tensors, "streams_to_card", lambda _device: True)
+    for where in ("host", "disk"):
+        train(config_of(folder, tmp_path / where, **values, **{"model.weights": where}))
+        assert made[-1].pinned
+        assert_same_run(tmp_path / where, tmp_path / "resident")
+
+
 def test_what_cannot_be_streamed_is_refused(folder, tmp_path, monkeypatch):
     config = config_of(folder, tmp_path / "run", **DISK)
-    with meant_for(Target("cuda", (8, 9))), pytest.raises(UserError, match=r"weights: disk: .* to the CPU alone"):
-        open_model(config.model)
     shutil.rmtree(cache_folder() / "bases", ignore_errors=True)
     free = namedtuple("usage", "total used free")(10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)

@@ -193,7 +193,7 @@ def trial_run(
     device = torch.device(device)
     with watch.phase("load", 0):
         built = build(
-            config, model_config, Random(shape.start_tokens is not None, config.model.weights == "disk"), device=device,
+            config, model_config, Random(shape.start_tokens is not None, config.model), device=device,
             compute_dtype=compute_dtype, recomputation=recomputation, around_recomputation=watch.recomputation,
             start=shape.start(),
         )  # fmt: skip
