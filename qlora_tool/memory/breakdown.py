@@ -6,7 +6,7 @@ All sizes are whole bytes, of one device.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 SCHEMA = 1
@@ -30,6 +30,9 @@ ACTIVATIONS = ("boundaries", "saved", "recomputed")
 PARTS = tuple(part for category in CATEGORIES for part in (ACTIVATIONS if category == "activations" else (category,)))
 """CATEGORIES with the activations split, in the order in which they are stacked and listed."""
 
+ELSEWHERE = ("host_bytes", "disk_bytes")
+"""Where weights lie that are streamed to the device: beside the sum."""
+
 PHASES = ("load", "forward", "backward", "optimizer")
 
 
@@ -44,6 +47,8 @@ class Breakdown:
         at_peak: bytes by category (CATEGORIES) at that moment. They add up to `peak_bytes`.
         activations: `at_peak["activations"]` by kind (ACTIVATIONS).
         phase_peak_bytes: the most that was allocated at once in each of PHASES; the largest is `peak_bytes`.
+        elsewhere: bytes of weights that are streamed to the device, by ELSEWHERE, which `peak_bytes` does not contain;
+            empty where all are on it.
 
     Raises:
         ValueError: a category, kind or phase is missing or unknown, a size is not a whole number of bytes, or the parts
@@ -56,6 +61,7 @@ class Breakdown:
     at_peak: dict[str, int]
     activations: dict[str, int]
     phase_peak_bytes: dict[str, int]
+    elsewhere: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_size("peak_bytes", self.peak_bytes)
@@ -64,6 +70,8 @@ class Breakdown:
                 _check_size(name, getattr(self, name))
         for name, keys in _TABLES.items():
             _check_table(name, getattr(self, name), keys)
+        if self.elsewhere:
+            _check_table("elsewhere", self.elsewhere, ELSEWHERE)
         _check_sum("at_peak", self.at_peak, "peak_bytes", self.peak_bytes)
         _check_sum("activations", self.activations, "at_peak.activations", self.at_peak["activations"])
         highest = max(self.phase_peak_bytes.values())
@@ -97,6 +105,7 @@ class Breakdown:
             "reserved_bytes": self.reserved_bytes,
             "context_bytes": self.context_bytes,
             **{name: {key: getattr(self, name)[key] for key in keys} for name, keys in _TABLES.items()},
+            **({"elsewhere": dict(self.elsewhere)} if self.elsewhere else {}),
         }
 
     @classmethod
@@ -109,7 +118,8 @@ class Breakdown:
         names = ("peak_bytes", "reserved_bytes", "context_bytes", *_TABLES)
         _require(value, names)
         tables = {name: dict(_mapping(name, value[name])) for name in _TABLES}
-        return cls(value["peak_bytes"], value["reserved_bytes"], value["context_bytes"], **tables)
+        elsewhere = dict(_mapping("elsewhere", value.get("elsewhere") or {}))
+        return cls(value["peak_bytes"], value["reserved_bytes"], value["context_bytes"], **tables, elsewhere=elsewhere)
 
 
 _TABLES = {"at_peak": CATEGORIES, "activations": ACTIVATIONS, "phase_peak_bytes": PHASES}

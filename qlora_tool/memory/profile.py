@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,9 +66,9 @@ class Prediction:
         """What a trace, made for the same target, takes on a card, or on a CPU where `target` is None."""
         if target is None:
             line = timeline(trace)
-            return cls(line, line.breakdown())
+            return cls(line, replace(line.breakdown(), elsewhere=trace.elsewhere))
         found = replay_on(trace, target)
-        return cls(found.timeline, found.breakdown(), found.estimated)
+        return cls(found.timeline, replace(found.breakdown(), elsewhere=trace.elsewhere), found.estimated)
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,8 @@ def profile(
         measured = measure_on_cuda(*run).breakdown
         allocator_peak = measured.peak_bytes
     elif measure:
-        lines["measured"] = timeline(measure_categories(*run))
-        measured = lines["measured"].breakdown()
+        seen = Prediction.of(measure_categories(*run), None)
+        lines["measured"], measured = seen.timeline, seen.breakdown
         allocator_peak = measure_peak(*run)
     report = MemoryReport(device, config.model_dump(mode="json"), predicted, measured,
                           FROM_SMALL_STEPS in estimated)  # fmt: skip

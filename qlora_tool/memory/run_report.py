@@ -28,6 +28,7 @@ from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.predict import BatchShape, TracerWatch, Untraceable, predict
 from qlora_tool.memory.trace.small_steps import NotMeasured, estimate
 from qlora_tool.memory.trace.tracer import Tracer
+from qlora_tool.model.streamed_base import weights_elsewhere
 
 if TYPE_CHECKING:
     from qlora_tool.build.build import Start
@@ -124,6 +125,7 @@ class RunMemory:
                 for hook in hooks:
                     hook.remove()
             measured = timeline(tracer.trace).breakdown()
+        measured = replace(measured, elsewhere=weights_elsewhere(run.model.module))
         run.tensor_bytes = measured.peak_bytes
         report = MemoryReport(run.model.device.type, run.config.model_dump(mode="json"), self.predicted, measured,
                               self.estimated)  # fmt: skip

@@ -127,6 +127,11 @@ def note_stream(model: PreTrainedModel, buffers: Buffers | None, elsewhere: Mapp
         model.weights_elsewhere = dict(elsewhere)
 
 
+def weights_elsewhere(model: PreTrainedModel) -> dict[str, int]:
+    """Bytes of weights that are streamed to a model, `host_bytes` and `disk_bytes`; empty where none are."""
+    return getattr(model, "weights_elsewhere", {})
+
+
 def streamed_handles(
     loading: Loading, cached: Checkpoint, resident: int = 0, queues: Callable[[torch.device], Queues] | None = None
 ) -> StreamedLayers:

@@ -17,6 +17,7 @@ from qlora_tool.memory.allocator import target as target_module
 from qlora_tool.memory.allocator.calibrate import Calibration
 from qlora_tool.memory.allocator.cards import find_card
 from qlora_tool.memory.allocator.target import CudaTarget
+from qlora_tool.memory.breakdown import Breakdown
 from qlora_tool.memory.profile import (
     Prediction,
     compute_dtype_on,
@@ -25,7 +26,9 @@ from qlora_tool.memory.profile import (
     refuse_small_budget,
     unquantized_bytes,
 )
+from qlora_tool.memory.show.legend import report_rows
 from qlora_tool.memory.trace import measure_cuda
+from qlora_tool.memory.trace.extrapolate import estimate_peak
 from qlora_tool.memory.trace.predict import BatchShape, predict
 
 
@@ -212,3 +215,52 @@ def test_a_measurement_on_a_card_stands_beside_the_prediction(tmp_path: Path, mo
     assert profiled.report.measured == seen
     assert profiled.allocator_peak == seen.peak_bytes
     assert profiled.report.to_json()["measured"]["reserved_bytes"] == seen.reserved_bytes > 0
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_streamed_weights_are_two_buffers_and_what_lies_elsewhere(tmp_path: Path, device: str, where: str):
+    """Of six equal layers two are on the device; the others' bytes are counted beside the sum, in JSON and table."""
+    folder = write_config(tmp_path / "m", num_hidden_layers=6, hidden_size=128, intermediate_size=256)
+    config = run_config(folder)
+    resident, found = (profile(with_values(config, {"model.weights": weights}), device).report
+                       for weights in ("resident", where))  # fmt: skip
+    assert "elsewhere" not in resident.to_json()["predicted"]
+    if (device, where) == ("cpu", "host"):  # where it is resident
+        assert found.predicted == resident.predicted
+        return
+    parts = resident.predicted.at_peak
+    layers = parts["base_weights"] + parts["quantization_state"]
+    elsewhere = found.to_json()["predicted"]["elsewhere"]
+    lies, other = elsewhere[f"{where}_bytes"], elsewhere["disk_bytes" if where == "host" else "host_bytes"]
+    buffers = found.predicted.at_peak["base_weights"]
+    tables = 7 * 6 * (4 * 272 + 256 + 3 * 64)  # at most, of a weight in a file
+    offsets = found.predicted.at_peak["quantization_state"]  # a number a weight, in blocks of 512 bytes on a card
+    assert layers - 7 * 6 * 512 * 4 <= lies <= layers + tables and offsets <= 7 * 6 * 512
+    assert 2 * lies / 6 <= buffers <= 2 * (lies / 6 + 3 * 4096)
+    # From the disk by way of two buffers as large, in host memory.
+    assert other == pytest.approx(buffers, abs=1024) if (device, where) == ("cuda", "disk") else other == 0
+    assert Breakdown.from_json(found.predicted.to_json()) == found.predicted
+    said = "in host memory" if where == "host" else "on the disk"
+    rows = {row.name: row.sizes["predicted"] for section in report_rows(found) for row in section}
+    assert rows[f"streamed, {said}"] == lies
+
+
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_layers_that_stay_are_predicted(tmp_path: Path, where: str):
+    """Each of the first layers that stay adds its bytes to the device and takes them from elsewhere; the estimate from
+    shallow models says the same."""
+    folder = write_config(tmp_path / "m", num_hidden_layers=8, hidden_size=128, intermediate_size=256)
+    config = run_config(folder, **{"model.weights": where})
+    found = {}
+    for stay in (0, 4):
+        staying = with_values(config, {"model.resident_layers": stay})
+        found[stay] = profile(staying, "cuda").report.predicted
+        model_config = model_config_of(staying)
+        shape, target = BatchShape.assumed(staying, model_config), CudaTarget.of(None)
+        estimated = estimate_peak(staying, model_config, shape, torch.float32, target)
+        assert estimated.peak_bytes == pytest.approx(found[stay].peak_bytes, rel=0.01)
+    left = sum(found[4].elsewhere.values()) - (where == "disk") * found[4].elsewhere["host_bytes"]
+    all_of_them = sum(found[0].elsewhere.values()) - (where == "disk") * found[0].elsewhere["host_bytes"]
+    assert left == pytest.approx(all_of_them / 2, rel=0.01)
+    assert found[4].peak_bytes - found[0].peak_bytes == pytest.approx(left, rel=0.1)

@@ -43,6 +43,7 @@ _NAMES = {
     "temporaries": "temporaries",
     "framework": "framework",
 }
+_ELSEWHERE = {"host_bytes": "in host memory", "disk_bytes": "on the disk"}
 _MODULES_NAMED = 8
 _CODES = {"nf4": "4-bit codes", "fp4": "4-bit codes", "int8": "int8 codes"}
 
@@ -121,8 +122,11 @@ def report_rows(report: MemoryReport, *, budget: int | None = None, budget_name:
         device.append(row("usable" if budget_name else "limit", lambda b: budget, compared=False))
         device.append(row("left", lambda b: budget - b.needed_bytes, strong=True, compared=False))
 
+    apart = [row(f"streamed, {name}", lambda b, k=key: b.elsewhere.get(k, 0)) for key, name in _ELSEWHERE.items()
+             if any(b.elsewhere.get(key) for b in shown.values())]  # fmt: skip
+
     phases = [row(f"peak in {phase}", lambda b, p=phase: b.phase_peak_bytes[p]) for phase in PHASES]
-    return [section for section in (parts, device, phases) if section]
+    return [section for section in (parts, device, apart, phases) if section]
 
 
 def both_units(size: int | None) -> tuple[str, str]:

@@ -93,6 +93,8 @@ def estimate_peak(
         UserError: no causal language model can be made of `model_config`, it cannot be traced, or it has no layers to
             recompute.
     """
+    if config.model.resident_layers:
+        return _with_resident_layers(config, model_config, shape, compute_dtype, target, replayed)
     quantization = Quantization.of(config.model)
     stack = _layer_stack(_text_of(model_config), config.model.trust_remote_code, quantization)
     make = partial(_Case.of, config, model_config, compute_dtype, device_of(target), stack)
@@ -109,6 +111,26 @@ def estimate_peak(
             found = {phase: found[phase] + there[phase] - here[phase] for phase in found}
     weights = found.pop(WEIGHTS.phase)
     return Estimate(max(found.values()), found, weights, stack.traced)
+
+
+def _with_resident_layers(
+    config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype, target: CudaTarget | None,
+    replayed: bool,
+) -> Estimate:  # fmt: skip
+    """The same where the first layers stay on the device: shallow models would keep all of theirs there."""
+    streamed, resident = (
+        estimate_peak(with_values(config, {"model.resident_layers": 0} | changes), model_config, shape, compute_dtype,
+                      target, replayed=replayed)
+        for changes in ({}, {"model.weights": "resident"})
+    )  # fmt: skip
+    layers = _layer_stack(_text_of(model_config), config.model.trust_remote_code, Quantization.of(config.model)).layers
+    staying = config.model.resident_layers
+    if streamed == resident or staying >= layers:
+        return resident
+    # Of L layers two are in buffers: what the others take is the difference.
+    added = (resident.weights_bytes - streamed.weights_bytes) * staying // max(1, layers - 2)
+    phases = {phase: size + added for phase, size in streamed.phase_peak_bytes.items()}
+    return Estimate(max(phases.values()), phases, streamed.weights_bytes + added, streamed.traced_layers)
 
 
 def _by_phase(peaks: Mapping[Moment, int]) -> dict[str, int]:

@@ -115,12 +115,14 @@ class Trace:
         events: (storage, +1 or -1) in order of time.
         marks: (event, phase, step) where a phase began.
         calls: of the operators in NOTED, in order of time.
+        elsewhere: bytes of weights that are streamed to the device, by where they lie (`breakdown.ELSEWHERE`).
     """
 
     storages: list[Storage] = field(default_factory=list)
     events: list[tuple[Storage, int]] = field(default_factory=list)
     marks: list[tuple[int, str, int]] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    elsewhere: dict[str, int] = field(default_factory=dict)
 
     def phases(self) -> Iterator[str]:
         """The phase of each event."""
