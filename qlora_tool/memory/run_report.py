@@ -125,6 +125,7 @@ class RunMemory:
                 for hook in hooks:
                     hook.remove()
             measured = timeline(tracer.trace).breakdown()
+        assert measured is not None
         measured = replace(measured, elsewhere=weights_elsewhere(run.model.module))
         run.tensor_bytes = measured.peak_bytes
         report = MemoryReport(run.model.device.type, run.config.model_dump(mode="json"), self.predicted, measured,

@@ -101,6 +101,20 @@ def test_what_is_recomputed_or_moved_changes_no_bit(config, tmp_path, values, mo
 
 
 @pytest.mark.parametrize("values", [
+    {"model__weights": "host"}, {"model__weights": "disk"}, {"model__weights": "host", "model__resident_layers": 1},
+    {"model__weights": "host", "model__quantization": "int8", "training__offload_boundaries": True},
+], ids=lambda values: ",".join(str(value) for value in values.values()))  # fmt: skip
+def test_streamed_weights_change_no_bit(config, tmp_path, values):
+    plain = {key: value for key, value in values.items() if key == "model__quantization"}
+    more = {"model__compute_dtype": HALF, "training__gradient_checkpointing": True}
+    train(config("plain", **more, **plain))
+    train(config("streamed", **more, **values))
+    assert losses(tmp_path / "streamed") == losses(tmp_path / "plain")
+    assert adapter_bytes(tmp_path / "streamed") == adapter_bytes(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("values", [
+    {"data.packing": True, "model.weights": "host", "training.gradient_checkpointing": True},
     {"data.packing": True}, {"data.packing": False}, {"data.packing": False, "data.padding_free": True},
     {"data.packing": True, "training.optim": "adamw_8bit", "training.gradient_checkpointing": True},
     {"data.packing": True, "training.optim": "paged_adamw_8bit", "adapter.r": 64},
