@@ -78,12 +78,12 @@ def test_layers_that_stay_hide_copies():
 
 @pytest.mark.parametrize(("gigabytes_a_second", "tokens_a_second"), [(26.0, 240.9), (6.0, 238.0), (4.15, 207.2)])
 def test_llama_2_70b_on_a_card_like_the_rtx_4090(gigabytes_a_second, tokens_a_second):
-    """2 x 2048 tokens, 17 s of computing, a third of it in the forward pass, where 78 of 80 layers, of 35.3 GB in all, are
+    """2 x 2048 tokens, 17 s of computing, a third of it in the forward pass, and 78 of 80 layers, of 35.3 GB in all,
     copied in each pass: 4096 / 17 = 240.9 tokens/s where copies are hidden. A pass has its own bound: at 4.15 GB/s
     copies of 8.3 s decide forward (5.7 s computed), and computing decides backward, so that a step takes longer than
     either of its sums."""
     copy, computed = 35.3 / gigabytes_a_second / 80, 17.0 / 80
     found = simulate([Seconds(copy, computed / 3, computed * 2 / 3)] * 80)
     passes = max(17.0 / 3, 78 * copy) + max(17.0 * 2 / 3, 78 * copy)
-    assert passes <= found.seconds <= 1.03 * passes
+    assert passes * (1 - 1e-12) <= found.seconds <= 1.03 * passes
     assert 4096 / found.seconds == pytest.approx(tokens_a_second, abs=0.1)
