@@ -58,6 +58,7 @@ TEXTS: dict[str, list[Any]] = {
     "training.report_to": [[], "none"],  # what is installed, or not, has a test of its own
 }  # fmt: skip
 TYPICAL: dict[str, list[float]] = {
+    "model.resident_layers": [0, 1],
     "adapter.r": [64],  # large enough for moments in 8 bits
     "adapter.lora_alpha": [32], "adapter.lora_dropout": [0.1], "adapter.loraplus_lr_ratio": [16],
     "adapter.decompose_factor": [4], "adapter.projection_prng_key": [7], "adapter.d_initial": [0.1],
@@ -117,6 +118,8 @@ def with_company(key: str, value: Any) -> dict[str, Any]:
         return {key: value, "data.chat_template": "chat.jinja"}
     if key == "data.format" and value != "auto":
         return {key: value} | with_company("data.train", f"{value}.jsonl")
+    if key == "model.resident_layers" and value:
+        return {key: value, "model.weights": "disk"}
     if key == "adapter.loftq_iter" and value != 1:
         return {key: value} | with_company("adapter.init_lora_weights", "loftq")
     if key == "adapter.init_lora_weights" and value in OF_WEIGHTS:
