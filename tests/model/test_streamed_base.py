@@ -11,6 +11,7 @@ from in_order_queues import InOrder
 from tiny_models import FAMILIES, tokens, write_tiny
 
 from qlora_tool.build.tensors import Random
+from qlora_tool.config import ModelConfig
 from qlora_tool.errors import MachineError
 from qlora_tool.files.tensors import Checkpoint
 from qlora_tool.model import host_base
@@ -115,6 +116,7 @@ def test_buffers_are_as_large_as_predicted(kind, stored, dtype, tmp_path):
     kept = Checkpoint(tmp_path / "kept")
     streamed = load_base(folder, read_model_config(folder), quantization, CPU, dtype, checkpoint=kept,
                          streams=lambda loading: streamed_handles(loading, kept))  # fmt: skip
-    predicted = Random(streams=True).base(read_model_config(folder), quantization, CPU, dtype)
+    on_disk = ModelConfig(weights="disk", device="cpu")
+    predicted = Random(weights=on_disk).base(read_model_config(folder), quantization, CPU, dtype)
     sizes = [model.weight_stream.one.nbytes for model in (predicted, streamed)]
     assert abs(sizes[0] - sizes[1]) <= PAGE and sizes[1] > 8 * PAGE

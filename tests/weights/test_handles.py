@@ -52,7 +52,7 @@ def test_an_unquantized_weight_is_given_as_it_is():
     assert torch.equal(handle.stored(), weight)
     assert torch.equal(handle.dense(torch.bfloat16), weight.to(torch.bfloat16))
     assert torch.equal(handle.rows(torch.tensor([[4, 0]])), weight[torch.tensor([[4, 0]])])
-    assert torch.equal(handle @ weight.T, torch.mm(weight, weight.T))
+    torch.testing.assert_close(handle @ weight.T, torch.mm(weight, weight.T))  # kernels may sum in another order
 
 
 def test_what_family_code_casts_to_is_the_dtype_of_the_products():
