@@ -16,9 +16,14 @@ class ToolError(Exception):
     Args:
         lines: one fault, or several that were found together. Each says what was found, where, what was expected
             and what to do about it.
+
+    Attributes:
+        known_to_all: whether all processes of a run fail with it.
+        told_elsewhere: whether another of them tells it.
     """
 
     exit_code = 1
+    known_to_all = told_elsewhere = False
 
     def __init__(self, lines: str | Iterable[str]):
         self.lines = [lines] if isinstance(lines, str) else list(lines)

@@ -12,6 +12,7 @@ import errno
 import importlib
 import inspect
 import logging
+import os
 import signal
 import sys
 import threading
@@ -211,9 +212,9 @@ def describe_failure(error: BaseException, args: Sequence[str] = ()) -> tuple[li
     if isinstance(error, Terminated):
         return ["terminated"], 143
     if isinstance(error, Interrupted):
-        return error.lines, error.exit_code
+        return [] if error.told_elsewhere else error.lines, error.exit_code
     if isinstance(error, ToolError):
-        return [f"error: {line}" for line in error.lines], error.exit_code
+        return [] if error.told_elsewhere else [f"error: {_process()}{line}" for line in error.lines], error.exit_code
     if isinstance(error, click.ClickException):
         return [f"error: {line}" for line in _usage_lines(error)], 2
     if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as `| head` does
@@ -226,6 +227,12 @@ def describe_failure(error: BaseException, args: Sequence[str] = ()) -> tuple[li
     message = " ".join(str(error).split())
     hint = "" if "--debug" in args else " (run again with --debug for the traceback)"
     return [f"error: {type(error).__name__}{': ' if message else ''}{message}{hint}"], 1
+
+
+def _process() -> str:
+    """Which of several processes of a run it is that fails; empty for the first one, which talks for all."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank in ("", "0") else f"process {rank}: "
 
 
 def _usage_lines(error: click.ClickException) -> list[str]:

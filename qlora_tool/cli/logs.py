@@ -8,13 +8,13 @@ import sys
 import warnings
 
 
-def log_to_stderr() -> None:
-    """Show the project's own log; keep the libraries to their errors."""
+def log_to_stderr(level: int = logging.INFO) -> None:
+    """Show the project's own log from a level on; keep the libraries to their errors."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter())
     logger = logging.getLogger("qlora_tool")
     logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

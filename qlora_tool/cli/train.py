@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import click
 
 from qlora_tool.cli import ToolCommand
+from qlora_tool.world import World
 
 
 @click.command(
@@ -14,6 +16,7 @@ from qlora_tool.cli import ToolCommand
     examples="""
     qlora-tool train demo
     qlora-tool train my-run.yaml --set training.max_steps=20 --output-dir runs/try
+    torchrun --nproc_per_node 2 -m qlora_tool train my-run.yaml   # a process a card
     """,
 )
 @click.argument("config")
@@ -34,8 +37,11 @@ def train(config: str, **options: Any) -> None:
     from qlora_tool import api
     from qlora_tool.cli.logs import log_to_stderr
 
-    log_to_stderr()
+    is_main = World.launched().is_main
+    log_to_stderr(logging.INFO if is_main else logging.ERROR)
     result = api.train(config, **options)
+    if not is_main:
+        return
     if not result.finished:
         click.echo("dry run: everything is in order; nothing was written")
     elif not result.learned:

@@ -84,6 +84,7 @@ def _of_training(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if training.eval_steps is not None and data.eval is None:
         message = f"{training.eval_steps}, but there is nothing to evaluate; set data.eval, or leave eval_steps out"
         yield ("training.eval_steps", "data.eval"), message
+    yield from _of_sharding(config)
     yield from _of_evaluations(config)
     if training.group_by_length and data.packing:
         message = "true, but packed rows are of one length already; set data.packing: false, or leave it out"
@@ -97,6 +98,19 @@ def _of_training(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if training.optimizer_in_backward and training.max_grad_norm:
         message = "true, but clipping needs all gradients before the first step; set training.max_grad_norm: 0"
         yield ("training.optimizer_in_backward", "training.max_grad_norm"), message
+
+
+def _of_sharding(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What is not shared out over processes."""
+    if config.training.sharding == "none":
+        return
+    key = "training.sharding"
+    if config.adapter.method == "full":
+        message = "fsdp shares out the frozen base, and with method: full nothing is frozen; leave it out"
+        yield (key, "adapter.method"), message
+    if config.model.weights not in ("auto", "resident"):
+        message = f"fsdp, but model.weights: {config.model.weights} keeps the base elsewhere; leave one of the two out"
+        yield (key, "model.weights"), message
 
 
 def _of_evaluations(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -314,6 +314,14 @@ class Batch:
         skipped = torch.tensor(before, device=places.device).cumsum(0)[segment]
         return segment - skipped, len(self.segments.lengths) - len(self.segments.padding)
 
+    def uncounted(self) -> Batch:
+        """The same tokens with none of them trained: what it gives is 0, and so are its gradients."""
+        import torch
+
+        none = self.predicting[:0]
+        return replace(self, labels=torch.full_like(self.labels, IGNORED), predicting=none, targets=none, tokens=0,
+                       trained_tokens=0, where=[])  # fmt: skip
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device. To a CUDA device it goes through pinned memory: a copy from any other
         waits for all that the device was asked for before, so that the step before would not overlap with this one's

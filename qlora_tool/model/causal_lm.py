@@ -20,6 +20,7 @@ from qlora_tool.model.fused_modules import FusedModules
 from qlora_tool.model.layout import Layout, laid_out
 from qlora_tool.model.masks import known
 from qlora_tool.model.segments import attending_by, use_segments
+from qlora_tool.model.sharding import whole
 from qlora_tool.model.slots import BeyondPeft, Quantization
 from qlora_tool.model.text_part import text_modules
 from qlora_tool.ops.loss import CHUNK_ROWS, LogitsTransform, frozen_cross_entropy, linear_cross_entropy
@@ -45,6 +46,7 @@ class CausalLM:
         pads_apart: whether an example gives in a padded batch what it gives alone; else rows go through one by one.
         fused: the modules of the family's code that compute by fused operations.
         draws: whether the family's code draws random numbers in training, which recomputation must draw again.
+        sharded_head: the output projection, where it is shared out over processes by itself.
     """
 
     module: PreTrainedModel
@@ -58,6 +60,7 @@ class CausalLM:
     offload_boundaries: bool = False
     fused: FusedModules = field(default_factory=FusedModules)
     draws: bool = True
+    sharded_head: nn.Module | None = None
 
     @property
     def device(self) -> torch.device:
@@ -131,17 +134,21 @@ class CausalLM:
         """
         if self.chunked_loss:
             hidden = self.hidden_states(batch).flatten(0, 1)[batch.predicting]  # (trained tokens, hidden)
-            head = self.module.get_output_embeddings()
-            if any(parameter.requires_grad for parameter in head.parameters()):
-                return self._loss_by_chunk(hidden, batch.targets, label_smoothing)
-            if not isinstance(head, FrozenLinear) or head.active_adapters:
-                return linear_cross_entropy(hidden, batch.targets, self.project, label_smoothing=label_smoothing)
-            transform = logits_transform(self.config)
-            return frozen_cross_entropy(
-                hidden, batch.targets, head.weight, head.bias, transform=transform, label_smoothing=label_smoothing
-            )
+            with whole(self.sharded_head):
+                return self._loss_of(hidden, batch.targets, label_smoothing)
         logits = self.logits(batch).flatten(0, 1)[batch.predicting].float()
         return nn.functional.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=label_smoothing)
+
+    def _loss_of(self, hidden: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+        head = self.module.get_output_embeddings()
+        if any(parameter.requires_grad for parameter in head.parameters()):
+            return self._loss_by_chunk(hidden, targets, label_smoothing)
+        if not isinstance(head, FrozenLinear) or head.active_adapters:
+            return linear_cross_entropy(hidden, targets, self.project, label_smoothing=label_smoothing)
+        transform = logits_transform(self.config)
+        return frozen_cross_entropy(
+            hidden, targets, head.weight, head.bias, transform=transform, label_smoothing=label_smoothing
+        )
 
     def example_losses(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
         """The same sum for each example of the batch by itself, fp32, (examples,); differentiable.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,8 +19,10 @@ from qlora_tool.ops.speeds import ONEDNN, PYTORCH
 
 if TYPE_CHECKING:
     from qlora_tool.adapters.attach import AdapterSet
+    from qlora_tool.config import TrainingConfig
     from qlora_tool.run_folder import RunFolder
     from qlora_tool.training.optimizers import Optimizer
+    from qlora_tool.world import World
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Progress:
             `metrics.jsonl`; None where an earlier version began the run.
         best: the best evaluation so far.
         evaluations_since_best: that were no better.
+        global_passes: micro-batches of a step, of all processes together; None where an earlier version wrote it.
     """
 
     step: int = 0
@@ -68,6 +71,7 @@ class Progress:
     untuned: dict[str, float] | None = None
     best: Best | None = None
     evaluations_since_best: int = 0
+    global_passes: int | None = None
 
     @classmethod
     def read(cls, checkpoint: Path) -> Progress:
@@ -109,16 +113,26 @@ def save_checkpoint(
     progress: Progress,
     adapters: AdapterSet,
     optimizer: Optimizer,
-    limit: int | None,
-    keep_best: bool = False,
+    training: TrainingConfig,
+    world: World,
 ) -> Path:
-    """Write the checkpoint of `progress.step`, then remove the oldest ones beyond `limit`, but never the best one."""
+    """Write the checkpoint of `progress.step`, then remove the oldest ones beyond the limit, but never the best one
+    where that is to be loaded. The first process writes, and all know when it has."""
+    random = world.gather(_random_state())
+    return world.on_main(lambda: _write(folder, progress, adapters, optimizer, training, random))
+
+
+def _write(
+    folder: RunFolder, progress: Progress, adapters: AdapterSet, optimizer: Optimizer, training: TrainingConfig,
+    random: Sequence[dict[str, torch.Tensor]],
+) -> Path:  # fmt: skip
     path = folder.checkpoint(progress.step)
+    limit, keep_best = training.save_total_limit, training.load_best_model_at_end
     with replacing_folder(path) as temporary:
         write_all(temporary / "adapter.safetensors", adapters.tensors(), {"format": "pt"})
         # Given a path, torch.save tells a full disk by an error that does not say so.
         with (temporary / "optimizer.pt").open("wb") as stream:
-            torch.save({"optimizer": optimizer.state_dict(), "random": _random_state()}, stream)
+            torch.save({"optimizer": optimizer.state_dict(), "random": random[0], "others": random[1:]}, stream)
         write_json(temporary / "state.json", asdict(progress))
     best = None if progress.best is None or not keep_best else folder.checkpoint(progress.best.step)
     for old in folder.checkpoint_folders()[: -limit if limit else 0]:
@@ -139,25 +153,56 @@ def checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise _broken(path, error) from error
 
 
-def load_checkpoint(path: Path, adapters: AdapterSet, optimizer: Optimizer) -> Progress:
-    """Take up where a checkpoint stopped.
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that a run goes on from.
 
-    Raises:
-        UserError: it is broken, or of another model, adapter or optimizer.
+    Attributes:
+        path: of its folder, on the machine of the first process.
+        progress: where it stopped.
+        tensors: what it has of the adapters.
     """
-    progress = Progress.read(path)
+
+    path: Path
+    progress: Progress
+    tensors: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def read(cls, path: Path) -> Checkpoint:
+        """All but the optimizer's state.
+
+        Raises:
+            UserError: it is broken.
+        """
+        return cls(path, Progress.read(path), checkpoint_tensors(path))
+
+    def load(self, adapters: AdapterSet, optimizer: Optimizer, world: World) -> Progress:
+        """Take up where it stopped.
+
+        Raises:
+            UserError: it is broken, or of another model, adapter or optimizer.
+        """
+        state = world.on_main(lambda: _state(self.path))
+        adapters.load(self.tensors, str(self.path))
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"{self.path}: its optimizer does not fit this run: {error}; start anew with --overwrite"
+            ) from error
+        random = [state["random"], *state.get("others", ())]
+        if world.rank < len(random):  # else drawn anew: there were fewer processes
+            _set_random_state(random[world.rank])
+        return self.progress
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """The optimizer's state and the random generators', on the CPU."""
     try:
-        tensors = read_all(path / "adapter.safetensors")
-        state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-    except (UserError, OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, TypeError) as error:
+        found: dict[str, Any] = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        return found
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, TypeError) as error:
         raise _broken(path, error) from error
-    adapters.load(tensors, str(path))
-    try:
-        optimizer.load_state_dict(state["optimizer"])
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path}: its optimizer does not fit this run: {error}; start anew with --overwrite") from error
-    _set_random_state(state["random"])
-    return progress
 
 
 def _broken(checkpoint: Path, why: Exception | str) -> UserError:

@@ -24,10 +24,13 @@ def finish(run: Run) -> None:
                     run.plan.total_steps, "1 evaluation was" if count == 1 else f"{count} evaluations were",
                     best.metric, best.value, best.step)  # fmt: skip
     if run.training.load_best_model_at_end:
-        load_best(progress, run.adapters, run.folder)
+        run.world.on_main(lambda: load_best(progress, run.adapters, run.folder))
+        for parameter in run.adapters.parameters():
+            run.world.copy_from_first(parameter.data)
     if (line := describe_best(progress, run.config)) is not None:
         logger.info(line)
-    run.outcome = judge(run.adapters, progress.untuned, run.kept_losses(), run.sampled_loss)
+    run.outcome = judge(run.adapters, progress.untuned, run.world.on_main(run.kept_losses),
+                        run.sampled_loss)  # fmt: skip
     for warning in run.outcome.warnings:
         logger.warning(warning)
 

@@ -13,10 +13,13 @@ class Interrupted(Exception):
     Args:
         signal_number: what asked.
         lines: how to go on, for the user.
+        told_elsewhere: whether another process of the run tells it.
     """
 
-    def __init__(self, signal_number: int, lines: list[str]):
-        self.signal_number, self.lines = signal_number, lines
+    known_to_all = True  # processes of a run stop after the same step
+
+    def __init__(self, signal_number: int, lines: list[str], told_elsewhere: bool = False):
+        self.signal_number, self.lines, self.told_elsewhere = signal_number, lines, told_elsewhere
         super().__init__("\n".join(lines))
 
     @property

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -24,24 +25,27 @@ from qlora_tool.data.preview import first_row
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.atomic import replacing_folder, write_json, write_text
 from qlora_tool.inference.evaluation import EvaluationResult, evaluate_loss
+from qlora_tool.model.devices import choose_device
 from qlora_tool.model.tokenizer_files import save_tokenizer
 from qlora_tool.ops.products import products_choice, use_products
 from qlora_tool.run_folder import RunFolder
 from qlora_tool.training.best import best_so_far, metric_of, note_evaluation, out_of_patience, take_best_along
-from qlora_tool.training.checkpoints import Progress, checkpoint_tensors, load_checkpoint, save_checkpoint
+from qlora_tool.training.checkpoints import Checkpoint, Progress, save_checkpoint
 from qlora_tool.training.finish import finish, start_trackers
 from qlora_tool.training.interrupt import Interrupted, StopRequest
 from qlora_tool.training.optimizers import LOSS_SCALE_FLOOR, make_optimizer, parameter_groups
 from qlora_tool.training.plan import StepPlan, epoch_batches
 from qlora_tool.training.preconditions import refuse_at_once, refuse_dtype
 from qlora_tool.training.prepare import describe, prepare_data, provenance
+from qlora_tool.training.processes import as_it_was, refuse_disagreement, resumed, share_out
 from qlora_tool.training.progress import LiveLine, Metrics, Speed, memory_in_words, peak_memory_bytes
 from qlora_tool.training.read_late import LateNumbers, StepNumbers
-from qlora_tool.training.resume import checkpoint_at, checkpoint_to_resume, refuse_another_run
+from qlora_tool.training.resume import checkpoint_at, refuse_another_run
 from qlora_tool.training.run import Run, Watcher
 from qlora_tool.training.run_data import RunData
 from qlora_tool.training.schedule import learning_rate, warmup_length
 from qlora_tool.training.step import StepSettings, no_phases, train_step
+from qlora_tool.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -72,34 +76,56 @@ def train(
         Interrupted: a signal asked to stop; a checkpoint was saved.
     """
     refuse_at_once(config)
-    if resume not in ("auto", "never"):
-        checkpoint_at(Path(resume))
-    setup = Setup.of(config)
+    world = World.join(choose_device(config.model.device).type) if World.launched().size > 1 else World()
+    with world.until_done():
+        return _train(config, world, Path(resume) if resume not in ("auto", "never") else resume, extend, overwrite,
+                      dry_run, watcher)  # fmt: skip
+
+
+def _train(
+    config: Config, world: World, resume: str | Path, extend: bool, overwrite: bool, dry_run: bool,
+    watcher: Watcher | None,
+) -> Run:  # fmt: skip
+    if not isinstance(resume, str):
+        world.on_main(partial(checkpoint_at, resume))
+    setup = world.locally_first(partial(Setup.of, config))
     refuse_dtype(config, setup.compute_dtype)
     folder = RunFolder(Path(config.training.output_dir))
-    checkpoint = checkpoint_to_resume(folder, setup.config, resume, overwrite, extend)
-    if checkpoint is not None and (products := Progress.read(checkpoint).products):
+    checkpoint = world.on_main(
+        lambda: resumed(folder, setup.config, str(resume), overwrite, extend, world.size)
+    )
+    if checkpoint is not None and (products := checkpoint.progress.products):
         use_products(products)  # before anything is predicted or computed
-    data, setup = prepare_data(setup)
+    data, setup = world.locally_first(partial(prepare_data, setup))
     config = setup.config
-    plan = StepPlan.of(config, data.train.lengths)
+    plan = StepPlan.of(config, data.train.lengths, world.size)
     config = plan.config
     setup = replace(setup, config=config)
+    refuse_disagreement(world, setup, data)
     if checkpoint is not None:
-        refuse_another_run(folder, checkpoint, config, resume, extend)
+        world.on_main(partial(refuse_another_run, folder, checkpoint.path,
+                              as_it_was(config, checkpoint, world.size), str(resume), extend))  # fmt: skip
         if extend:
             _refuse_nothing_left(checkpoint, plan)
     largest = _largest_batch(plan, data, setup.padding_free)
-    start = Start(data.train.examples, None if checkpoint is None else checkpoint_tensors(checkpoint))
-    recomputation = watcher.check(setup, largest, start) if watcher is not None else None
-    built = setup.build(recomputation=recomputation, start=start)
+    start = Start(data.train.examples, None if checkpoint is None else checkpoint.tensors)
+    recomputation = None
+    if world.size > 1 and config.training.sharding == "fsdp":
+        logger.warning("memory: what a process takes with training.sharding: fsdp is not predicted yet")
+    elif watcher is not None:
+        recomputation = world.on_main(lambda: watcher.check(setup, largest, start))
+    build = partial(setup.build, recomputation=recomputation, start=start)
+    kept = config.model.keep_quantized or config.model.weights == "disk"
+    built = world.locally_first(build) if kept else world.each(build)
     model, adapters = built.model, built.adapters
+    if world.size > 1:
+        share_out(model, adapters, config, world)
     for line in describe(built, config.adapter.init_from):
         logger.info(line)
     for remark in built.remarks:
         logger.warning(remark)
     optimizer = make_optimizer(config.training, parameter_groups(adapters))
-    run = Run(config, folder, data, model, adapters, optimizer, plan, setup.padding_free)
+    run = Run(config, folder, data, model, adapters, optimizer, plan, setup.padding_free, world=world)
     logger.info("run: %s into %s", plan.describe(), folder.path)
     logger.info(first_row(data.train, next(plan.steps(0))[0][0], data.tokenizer))
     for warning in [plan.too_short(), *plan.without_effect()]:
@@ -107,14 +133,18 @@ def train(
             logger.warning(warning)
     if dry_run:
         return run
-    torch.manual_seed(config.training.seed)  # dropout's alone: what was drawn until here does not matter
+    # Dropout's alone: what was drawn until here does not matter. No two processes drop the same.
+    torch.manual_seed((config.training.seed + world.rank) % 2**64)
     _take_over(run, checkpoint)
-    folder.write_config(config)
+    world.advise("start it again with the same launcher: it begins anew, as no checkpoint is there yet "
+                 "(training.save_steps)" if checkpoint is None else
+                 f"start it again with the same launcher: it goes on from {checkpoint.path}")  # fmt: skip
+    world.on_main(partial(folder.write_config, config))
     if run.progress.step == 0:
         run.progress.untuned = {"loss": _loss_of_the_base(run)} | _evaluate(run, logger.info)
     _fit(run, watcher)
     finish(run)
-    _save_adapter(run)
+    world.on_main(partial(_save_adapter, run))
     return run
 
 
@@ -135,17 +165,17 @@ def _loss_of_the_base(run: Run) -> float:
     return loss
 
 
-def _refuse_nothing_left(checkpoint: Path, plan: StepPlan) -> None:
-    progress, training = Progress.read(checkpoint), plan.config.training
+def _refuse_nothing_left(checkpoint: Checkpoint, plan: StepPlan) -> None:
+    progress, training = checkpoint.progress, plan.config.training
     if progress.step >= plan.total_steps:
         raise UserError(
-            f"--extend: {checkpoint} is of step {progress.step}, and this run has {plan.total_steps}; raise "
+            f"--extend: {checkpoint.path} is of step {progress.step}, and this run has {plan.total_steps}; raise "
             f"training.{'num_train_epochs' if training.max_steps == -1 else 'max_steps'}"
         )
     if out_of_patience(progress, plan.config):
         raise UserError(
-            f"--extend: {checkpoint}: {progress.evaluations_since_best} evaluations were no better than the best, and "
-            f"training.early_stopping_patience is {training.early_stopping_patience}; raise it, or set it to null"
+            f"--extend: {checkpoint.path}: {progress.evaluations_since_best} evaluations were no better than the best, "
+            f"and training.early_stopping_patience is {training.early_stopping_patience}; raise it, or set it to null"
         )
 
 
@@ -172,24 +202,31 @@ def _largest_batch(plan: StepPlan, data: RunData, padding_free: bool) -> Batch:
     return collate(chosen, pad_token_id=data.pad_token_id, packing=packing, padding_free=padding_free)
 
 
-def _take_over(run: Run, checkpoint: Path | None) -> None:
+def _take_over(run: Run, checkpoint: Checkpoint | None) -> None:
     """Load the checkpoint, if there is one, and clear the folder of what comes after it."""
     if checkpoint is not None:
-        run.progress = load_checkpoint(checkpoint, run.adapters, run.optimizer)
+        run.progress = checkpoint.load(run.adapters, run.optimizer, run.world)
         if run.progress.step > run.plan.total_steps:
             raise UserError(
-                f"{checkpoint}: {run.progress.step} steps were trained, but this run has {run.plan.total_steps}; give "
-                "more training.max_steps, or resume from an earlier checkpoint"
+                f"{checkpoint.path}: {run.progress.step} steps were trained, but this run has {run.plan.total_steps}; "
+                "give more training.max_steps, or resume from an earlier checkpoint"
             )
-        logger.info("resumed: step %d, from %s", run.progress.step, checkpoint)
+        logger.info("resumed: step %d, from %s", run.progress.step, checkpoint.path)
     if run.model.device.type == "cpu":
         run.progress.products = products_choice()
-    if checkpoint is not None and run.folder.holds(checkpoint):
+    run.progress.global_passes = run.training.gradient_accumulation_steps * run.world.size
+    run.progress = run.world.on_main(partial(_tidied, run, checkpoint))
+
+
+def _tidied(run: Run, checkpoint: Checkpoint | None) -> Progress:
+    """Where the run stands, its folder without what comes after that."""
+    if checkpoint is not None and run.folder.holds(checkpoint.path):
         run.folder.rewind(run.progress.step)
     elif run.folder.holds_run():
         run.folder.clear()
     if checkpoint is not None:
-        take_best_along(run.progress, run.config, checkpoint, run.folder)
+        take_best_along(run.progress, run.config, checkpoint.path, run.folder)
+    return run.progress
 
 
 def _fit(run: Run, watcher: Watcher | None) -> None:
@@ -197,7 +234,7 @@ def _fit(run: Run, watcher: Watcher | None) -> None:
     run.accelerator = start_trackers(run)
     total = run.plan.total_steps
     try:
-        with StopRequest() as stop, LiveLine(total, run.progress.step) as line:
+        with StopRequest() as stop, LiveLine(total, run.progress.step, shown=run.world.is_main) as line:
             _take_steps(run, stop, line, watcher)
     finally:
         if run.accelerator is not None:
@@ -205,17 +242,19 @@ def _fit(run: Run, watcher: Watcher | None) -> None:
 
 
 def _take_steps(run: Run, stop: StopRequest, line: LiveLine, watcher: Watcher | None) -> None:
-    metrics, speed, late = Metrics(run.folder.metrics_file), Speed(), LateNumbers()
+    metrics, speed, late, world = Metrics(run.folder.metrics_file), Speed(), LateNumbers(), run.world
     run.model.module.train()
     settings = StepSettings.of(run.training)
     total, first = run.plan.total_steps, run.progress.step
     for micro_batches in _steps_left(run):
-        batches = [run.collate(rows).to(run.model.device) for rows in micro_batches]
+        batches = run.share(micro_batches)
         rate = _learning_rate(run)
-        watched = watcher is not None and run.progress.step == first + 1  # the optimizer's state is there by then
+        # The optimizer's state is there by then. One process tells for all.
+        watched = watcher is not None and run.progress.step == first + 1 and world.is_main
         with watcher.watch(run) if watched else nullcontext(no_phases) as during:
-            result = train_step(run.model, run.optimizer, batches, settings, rate, during)
-        tokens, trained = (sum(getattr(batch, key) for batch in batches) for key in ("tokens", "trained_tokens"))
+            result = train_step(run.model, run.optimizer, batches, settings, rate, during, world)
+        own = [sum(getattr(batch, key) for batch in batches) for key in ("tokens", "trained_tokens")]
+        tokens, trained = (int(count) for count in world.sums(own))
         run.progress.step_done(tokens)
         step = run.progress.step
         rows = [where for batch in batches for where in batch.where]
@@ -233,20 +272,21 @@ def _take_steps(run: Run, stop: StopRequest, line: LiveLine, watcher: Watcher | 
             is_best = note_evaluation(run.progress, metric_of(run.config), losses)
             record |= losses | best_so_far(run.progress, run.config)
             saving = saving or (is_best and run.training.load_best_model_at_end) or run.is_over
-        if record is not None:
+        if record is not None and world.is_main:
             metrics.write(record)
             if run.accelerator is not None:
                 run.accelerator.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=step)
         line.step(step, record, memory_in_words(run.model.device, run.tensor_bytes) if logged else "")
-        if saving or stop.signal_number:
+        signal_number = int(world.highest(stop.signal_number or 0))
+        if saving or signal_number:
             _read(run, late, leave=0)  # nothing is saved of a step whose loss is no number
-            saved = save_checkpoint(run.folder, run.progress, run.adapters, run.optimizer,
-                                    run.training.save_total_limit, run.training.load_best_model_at_end)  # fmt: skip
-            if stop.signal_number and not run.is_over:
-                raise Interrupted(stop.signal_number, [
+            saved = save_checkpoint(run.folder, run.progress, run.adapters, run.optimizer, run.training, world)
+            world.advise(f"start it again with the same launcher: it goes on from step {step} ({saved})")
+            if signal_number and not run.is_over:
+                raise Interrupted(signal_number, [
                     f"stopped after step {step} of {total}; saved {saved}",
                     f"`qlora-tool train {run.folder.config_file}` goes on from there",
-                ])  # fmt: skip
+                ], told_elsewhere=not world.is_main)  # fmt: skip
         speed.resume(paused)
 
 
@@ -297,7 +337,7 @@ def _evaluate(run: Run, say: Callable[[str], None]) -> dict[str, float]:
     results: dict[str, EvaluationResult] = {}
     for name, dataset in run.data.evaluations.items():
         results[name] = evaluate_loss(
-            run.model, dataset, run.training.per_device_train_batch_size, run.data.pad_token_id
+            run.model, dataset, run.training.per_device_train_batch_size, run.data.pad_token_id, run.world
         )
         say(f"step {run.progress.step}: {name} loss {results[name].loss:.4f} over {results[name].tokens} tokens")
     if not results:

@@ -20,6 +20,7 @@ from qlora_tool.training.parameter_state import ParameterState, is_paged, step_t
 if TYPE_CHECKING:
     from qlora_tool.adapters.attach import AdapterSet
     from qlora_tool.config import TrainingConfig
+    from qlora_tool.world import World
 
 LOSS_SCALE_FLOOR, LOSS_SCALE_CEILING, LOSS_SCALE_PATIENCE = 1.0, 2.0**24, 1000
 FLOAT16_IN_BACKWARD = (
@@ -101,6 +102,15 @@ class Optimizer:
             return
         for total, piece in zip(slices_of(self._sums[number]), slices_of(gradient), strict=True):
             total.add_(piece.float())
+
+    @torch.no_grad()
+    def sum_over(self, world: World) -> None:
+        """Put the sums of all processes' gradients, in fp32, in the place of this one's."""
+        if world.size == 1:
+            return
+        own = [self._gradient(number) for number in range(len(self.parameters))]
+        for number, total in world.sum_each(own, self.parameters):
+            self._sums[number], self.parameters[number].grad, own[number] = total, None, None
 
     def _gradient(self, number: int) -> Tensor | None:
         found = self._sums.get(number)

@@ -25,6 +25,7 @@ class StepPlan:
         lengths: tokens of every training example.
         steps_per_epoch, total_steps: optimizer steps.
         decided: why there are as many epochs as there are, where the configuration left that open; else None.
+        processes: that take the micro-batches of a step in turn.
     """
 
     config: Config
@@ -32,19 +33,21 @@ class StepPlan:
     steps_per_epoch: int
     total_steps: int
     decided: str | None = None
+    processes: int = 1
 
     @classmethod
-    def of(cls, config: Config, lengths: Sequence[int]) -> StepPlan:
+    def of(cls, config: Config, lengths: Sequence[int], processes: int = 1) -> StepPlan:
         training = config.training
-        steps_per_epoch = math.ceil(len(epoch_batches(config, lengths, 0)) / training.gradient_accumulation_steps)
+        passes = training.gradient_accumulation_steps * processes
+        steps_per_epoch = math.ceil(len(epoch_batches(config, lengths, 0)) / passes)
         if training.max_steps != -1:
-            return cls(config, lengths, steps_per_epoch, training.max_steps)
+            return cls(config, lengths, steps_per_epoch, training.max_steps, processes=processes)
         epochs, decided = training.num_train_epochs, None
         if epochs == "auto":
             epochs = epochs_to_learn(steps_per_epoch)
             decided = _why(epochs, steps_per_epoch)
             config = with_values(config, {"training.num_train_epochs": epochs})
-        return cls(config, lengths, steps_per_epoch, math.ceil(epochs * steps_per_epoch), decided)
+        return cls(config, lengths, steps_per_epoch, math.ceil(epochs * steps_per_epoch), decided, processes)
 
     @property
     def epochs(self) -> float:
@@ -52,8 +55,8 @@ class StepPlan:
         return self.total_steps / self.steps_per_epoch
 
     def steps(self, done: int) -> Iterator[Sequence[list[list[int]]]]:
-        """The micro-batches (rows of example indices) of every step after the first `done`."""
-        size = self.config.training.gradient_accumulation_steps
+        """The micro-batches (rows of example indices) of every step after the first `done`, those of all processes."""
+        size = self.config.training.gradient_accumulation_steps * self.processes
         for epoch in range(done // self.steps_per_epoch, math.ceil(self.epochs)):
             batches = epoch_batches(self.config, self.lengths, epoch)
             for index in range(self.steps_per_epoch):
@@ -77,7 +80,7 @@ class StepPlan:
         if training.max_steps != -1:
             return f"{found}: as a try that will do; else leave training.max_steps out"
         cures = [f"set training.num_train_epochs: auto (here {epochs})"]
-        if training.per_device_train_batch_size * training.gradient_accumulation_steps > 1:
+        if training.per_device_train_batch_size * training.gradient_accumulation_steps * self.processes > 1:
             cures.append("make a step smaller with training.per_device_train_batch_size and "
                          "training.gradient_accumulation_steps")  # fmt: skip
         if self.config.data.packing:

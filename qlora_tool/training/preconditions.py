@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def refuse_at_once(config: Config) -> None:
-    """Refuse several processes, trackers that are not installed, and a chat template that cannot be read.
+    """Refuse what several processes cannot do, missing trackers, and a chat template that cannot be read.
 
     Raises:
         UserError: with a line for each.
@@ -29,8 +29,9 @@ def refuse_at_once(config: Config) -> None:
 
 def _faults(config: Config) -> Iterator[str]:
     size = World.launched().size
-    if size > 1:
-        yield f"started as {size} processes; training runs in one: start it without a launcher"
+    if size > 1 and config.training.optimizer_in_backward:
+        yield f"training.optimizer_in_backward: true, but gradients of {size} processes are summed before a step; " \
+              "leave it out, or start one process"  # fmt: skip
     if missing := _missing_trackers(config.training.report_to):
         install = f"`pip install {' '.join(missing)}` or leave out"
         yield f"training.report_to: {', '.join(missing)}: not installed; {install}"

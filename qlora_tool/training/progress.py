@@ -105,9 +105,10 @@ class Speed:
 class LiveLine:
     """One line on stderr with loss, speed, memory and time left: redrawn in a terminal, else printed a logged step."""
 
-    def __init__(self, total_steps: int, first_step: int):
+    def __init__(self, total_steps: int, first_step: int, shown: bool = True):
         from rich.console import Console
 
+        self.shown = shown  # by one of several processes
         self.console = Console(stderr=True)
         self.total, self.first = total_steps, first_step
         self.started = time.perf_counter()
@@ -115,7 +116,7 @@ class LiveLine:
         self._task: TaskID | None = None
 
     def __enter__(self) -> LiveLine:
-        if self.console.is_terminal:
+        if self.console.is_terminal and self.shown:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
             self._progress = progress = Progress(
@@ -135,14 +136,14 @@ class LiveLine:
         if self._progress is not None:
             text = {} if record is None else {"text": self._text(step, record, memory)}
             self._progress.update(self._task, completed=step, **text)
-        elif record is not None:
+        elif record is not None and self.shown:
             print(f"step {step}/{self.total}  {self._text(step, record, memory)}", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         """A line of its own that stays."""
         if self._progress is not None:
             self._progress.console.print(text, highlight=False)
-        else:
+        elif self.shown:
             print(text, file=sys.stderr, flush=True)
 
     def _text(self, step: int, record: dict[str, Any], memory: str) -> str:

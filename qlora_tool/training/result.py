@@ -23,7 +23,8 @@ class TrainResult:
         config: the whole configuration, every default resolved.
         steps: optimizer steps taken, those before a resume included; 0 after a dry run.
         total_steps: optimizer steps of the whole run; where it stopped early, those that it would have had.
-        loss: the mean over the trained tokens of the last logged steps; None after a dry run.
+        loss: the mean over the trained tokens of the last logged steps; None after a dry run, and in other processes
+            than the first.
         eval_losses: of the last evaluation, by the data set's name; with `load_best_model_at_end` of the best one.
         seconds: for all of it, reading data and weights included.
         finished: whether the adapter was written; False after a dry run.
@@ -53,8 +54,9 @@ class TrainResult:
     @classmethod
     def of(cls, run: Run, seconds: float, *, finished: bool) -> TrainResult:
         """The result of a run, which took `seconds`."""
-        last: dict[str, Any] = last_record(run.folder.metrics_file) if finished else {}
-        losses = run.kept_losses() if finished else {}
+        written = finished and run.world.is_main
+        last: dict[str, Any] = last_record(run.folder.metrics_file) if written else {}
+        losses = run.kept_losses() if written else {}
         names = list(run.data.evaluations)
         keys = ["eval_loss"] if len(names) == 1 else [f"eval_{name}_loss" for name in names]
         evaluated = {name: losses[key] for name, key in zip(names, keys, strict=True) if key in losses}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +22,7 @@ from qlora_tool.training.plan import StepPlan
 from qlora_tool.training.progress import last_record
 from qlora_tool.training.run_data import RunData
 from qlora_tool.training.step import During
+from qlora_tool.world import World
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,7 +35,8 @@ class Run:
     """A training run and where it stands.
 
     `padding_free`: whether rows are laid one after the other, as asked for and as the family allows. `tensor_bytes`:
-    what tensors take at the peak of a step, where a watcher has seen one. `outcome`: once all steps are done.
+    what tensors take at the peak of a step, where a watcher has seen one. `outcome`: once all steps are done. `world`:
+    the processes that take the steps together, of which the first one writes.
     """
 
     config: Config
@@ -48,6 +51,7 @@ class Run:
     accelerator: Accelerator | None = None
     tensor_bytes: int | None = None
     outcome: Outcome | None = None
+    world: World = field(default_factory=World)
 
     @property
     def training(self) -> TrainingConfig:
@@ -60,6 +64,17 @@ class Run:
             examples, pad_token_id=self.data.pad_token_id, packing=self.config.data.packing,
             padding_free=self.padding_free,
         )  # fmt: skip
+
+    def share(self, micro_batches: Sequence[list[list[int]]]) -> list[Batch]:
+        """This process's micro-batches of a step, on the model's device: as many as every other's, as weights may come
+        from all of them, so that the last ones of an epoch's last step may not count."""
+        world, given = self.world, len(micro_batches)
+        found = []
+        for turn in range(0, given, world.size):
+            number = turn + world.rank
+            batch = self.collate(micro_batches[number if number < given else 0])
+            found.append((batch if number < given else batch.uncounted()).to(self.model.device))
+        return found
 
     def sampled_loss(self) -> float:
         """The loss on the rows of the first steps, as the model is now."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_tool.training.objective import NextToken, Objective
+from qlora_tool.world import ALONE, World
 
 if TYPE_CHECKING:
     from qlora_tool.config import TrainingConfig
@@ -64,6 +65,7 @@ def train_step(
     settings: StepSettings,
     learning_rate: float,
     during: During = no_phases,
+    world: World = ALONE,
 ) -> StepResult:
     """Forward and backward over the micro-batches, then one optimizer step.
 
@@ -74,18 +76,21 @@ def train_step(
         micro_batches: on the model's device.
         learning_rate: of this step.
         during: called with `forward`, `backward` and `optimizer`; its context is open in that phase.
+        world: the processes that take the step together, each with micro-batches of its own: the loss, the gradients
+            and their norm are those of all.
     """
     objective = settings.objective
-    total = sum(objective.weight(batch) for batch in micro_batches)
+    total = world.sums([sum(objective.weight(batch) for batch in micro_batches)])[0]
     loss = torch.zeros((), dtype=torch.float32, device=model.device)
     for batch in micro_batches:
         with during("forward"):
             part = objective.loss_sum(model, batch) / total
             scaled = part * optimizer.loss_scale
         with during("backward"):
-            optimizer.before_backward(learning_rate, accumulate=len(micro_batches) > 1)
+            optimizer.before_backward(learning_rate, accumulate=len(micro_batches) * world.size > 1)
             scaled.backward()
         loss += part.detach()
     with during("optimizer"):
+        optimizer.sum_over(world)
         grad_norm = optimizer.step(learning_rate, settings.max_grad_norm)
-    return StepResult(loss, grad_norm)
+    return StepResult(world.sum(loss), grad_norm)

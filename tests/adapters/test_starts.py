@@ -258,10 +258,11 @@ def test_what_is_opened_is_the_model_of_the_last_step(base, runs, name):
     """The base to the last bit, and the trained tensors: as the run itself had them."""
     config = load_config(runs(name) / "config.yaml", {"training.max_steps": 4, "training.output_dir": str(runs(name))})
     run = train(config, resume=str(runs(name)), dry_run=True)
-    from qlora_tool.training.checkpoints import load_checkpoint
+    from qlora_tool.training.checkpoints import Checkpoint
     from qlora_tool.training.resume import checkpoint_at
+    from qlora_tool.world import World
 
-    load_checkpoint(checkpoint_at(runs(name)), run.adapters, run.optimizer)
+    Checkpoint.read(checkpoint_at(runs(name))).load(run.adapters, run.optimizer, World())
     artifact = artifact_of(runs(name))
     opened = open_model(artifact.model, artifact.adapter)
     handles = [module for module in opened.module.modules() if isinstance(module, WeightHandle)]

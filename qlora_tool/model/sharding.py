@@ -1,0 +1,75 @@
+"""The frozen base shared out over processes: each holds an equal part of every layer, which are put together while the
+layer computes, forward and backward (PyTorch's FSDP2; ZeRO-3: Rajbhandari et al. 2020, arXiv 1910.02054).
+
+What is trained stays whole in every process: adapters are small, and their gradients are summed anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from qlora_tool.errors import UserError
+from qlora_tool.model.checkpointing import decoder_layers
+from qlora_tool.weights.handles import model_tensors
+
+if TYPE_CHECKING:
+    from qlora_tool.model.causal_lm import CausalLM
+
+
+def shard(model: CausalLM, trained: Collection[nn.Parameter]) -> None:
+    """Share the frozen weights of a model out over the processes that are connected.
+
+    Args:
+        trained: parameters that stay whole.
+
+    Raises:
+        UserError: this version of PyTorch cannot, or rows go through the model one by one, a different number of times
+            in each process.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    if not model.pads_apart:
+        raise UserError(f"training.sharding: fsdp: rows of {model.config.model_type} go through the model one by one, "
+                        "as often as each process has rows; leave it out")  # fmt: skip
+    module, whole = model.module, {*trained}
+    head = module.get_output_embeddings()
+    inside = {id(parameter) for parameter in module.base_model.parameters()}
+    try:
+        for layer in decoder_layers(module).values():
+            fully_shard(layer, ignored_params=whole)
+        fully_shard(module.base_model, ignored_params=whole)
+        if head is not None and not inside & {id(parameter) for parameter in head.parameters()}:
+            fully_shard(head, ignored_params=whole)
+            model.sharded_head = head
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"training.sharding: fsdp: PyTorch {torch.__version__} cannot share these weights out "
+                        f"({reason}); set it to none, or install a newer PyTorch") from error  # fmt: skip
+
+
+@contextlib.contextmanager
+def whole(head: nn.Module | None) -> Iterator[None]:
+    """Meanwhile a module that was shared out by itself is whole, for what takes its weight without calling it."""
+    if head is None:
+        yield
+        return
+    head.unshard()  # type: ignore[operator]  # an FSDPModule
+    try:
+        yield
+    finally:
+        head.reshard()  # type: ignore[operator]
+
+
+def held_bytes(module: nn.Module) -> int:
+    """What this process holds of a model's frozen weights, in bytes."""
+    return sum(_local(found.tensor).nbytes for found in model_tensors(module) if not found.tensor.requires_grad)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
