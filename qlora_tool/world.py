@@ -17,7 +17,7 @@ from qlora_tool.errors import MachineError, ToolError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.distributed import ProcessGroup, Store
+    from torch.distributed import ProcessGroup
 
     from qlora_tool.lifeline import Lifeline
 
@@ -58,13 +58,13 @@ class World:
         Raises:
             UserError: it makes no sense.
         """
-        size, rank = _first_number(_SIZES, 1), _first_number(_RANKS, None)
+        size, rank = _first_number(_SIZES, 1) or 1, _first_number(_RANKS, None)
         if rank is None and size > 1:
             raise UserError(f"WORLD_SIZE is {size}, but RANK is not set; start {size} processes with `torchrun "
                             f"--nproc_per_node {size} -m qlora_tool train CONFIG`, or unset WORLD_SIZE")  # fmt: skip
         rank = rank or 0
-        if rank >= max(size, 1):
-            raise UserError(f"RANK is {rank}, but WORLD_SIZE is {size}; ranks go from 0 to {max(size, 1) - 1}: see "
+        if rank >= size:
+            raise UserError(f"RANK is {rank}, but WORLD_SIZE is {size}; ranks go from 0 to {size - 1}: see "
                             "that every launcher is given the same numbers")  # fmt: skip
         return cls(rank, size, _first_number(_LOCAL_RANKS, rank) or 0, _first_number(_LOCAL_SIZES, size) or 1)
 
@@ -108,8 +108,8 @@ class World:
                             f"process a card: --nproc_per_node {cards}")  # fmt: skip
         torch.cuda.set_device(self.local_rank)
 
-    def _store(self) -> Store:
-        from torch import distributed
+    def _store(self) -> Any:
+        from torch.distributed.rendezvous import rendezvous
 
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.size))  # where MPI has names of its own
         where = f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR is not set')}:{os.environ.get('MASTER_PORT', '29500')}"
@@ -117,7 +117,7 @@ class World:
             os.environ["MASTER_ADDR"] = "127.0.0.1"
         os.environ.setdefault("MASTER_PORT", "29500")
         try:
-            store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(seconds=JOINING_SECONDS)))
+            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=JOINING_SECONDS)))
             store.set_timeout(timedelta(seconds=JOINING_SECONDS))
             store.set(f"qlora-tool/{self.rank}", "here")
             store.wait([f"qlora-tool/{rank}" for rank in range(self.size)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,12 @@ from qlora_tool.errors import UserError
 from qlora_tool.model.checkpointing import decoder_layers
 from qlora_tool.weights.handles import model_tensors
 
-if TYPE_CHECKING:
-    from qlora_tool.model.causal_lm import CausalLM
 
-
-def shard(model: CausalLM, trained: Collection[nn.Parameter]) -> None:
+def shard(model: Any, trained: Collection[nn.Parameter]) -> None:
     """Share the frozen weights of a model out over the processes that are connected.
 
     Args:
+        model: a `CausalLM`.
         trained: parameters that stay whole.
 
     Raises:
@@ -58,11 +56,11 @@ def whole(head: nn.Module | None) -> Iterator[None]:
     if head is None:
         yield
         return
-    head.unshard()  # type: ignore[operator]  # an FSDPModule
+    head.unshard()
     try:
         yield
     finally:
-        head.reshard()  # type: ignore[operator]
+        head.reshard()
 
 
 def held_bytes(module: nn.Module) -> int:
