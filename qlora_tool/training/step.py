@@ -91,6 +91,7 @@ def train_step(
             scaled.backward()
         loss += part.detach()
     with during("optimizer"):
-        optimizer.sum_over(world)
+        if world.size > 1:
+            optimizer.sum_over(world)
         grad_norm = optimizer.step(learning_rate, settings.max_grad_norm)
     return StepResult(world.sum(loss), grad_norm)
