@@ -36,12 +36,14 @@ def shard(model: Any, trained: Collection[nn.Parameter]) -> None:
                         "as often as each process has rows; leave it out")  # fmt: skip
     module, whole = model.module, {*trained}
     head = module.get_output_embeddings()
-    inside = {id(parameter) for parameter in module.base_model.parameters()}
+    elsewhere = {id(parameter) for parameter in (*module.base_model.parameters(), *trained)}
     try:
         for layer in decoder_layers(module).values():
             fully_shard(layer, ignored_params=whole)
         fully_shard(module.base_model, ignored_params=whole)
-        if head is not None and not inside & {id(parameter) for parameter in head.parameters()}:
+        # One that is trained, or has an adapter, is computed again in backward for some rows at a time, as often as a
+        # process has rows: it stays whole.
+        if head is not None and not elsewhere & {id(parameter) for parameter in head.parameters()}:
             fully_shard(head, ignored_params=whole)
             model.sharded_head = head
     except (TypeError, ValueError, RuntimeError, NotImplementedError, AssertionError) as error:

@@ -32,7 +32,10 @@ def _faults(config: Config) -> Iterator[str]:
     if size > 1 and config.training.optimizer_in_backward:
         yield f"training.optimizer_in_backward: true, but gradients of {size} processes are summed before a step; " \
               "leave it out, or start one process"  # fmt: skip
-    if missing := _missing_trackers(config.training.report_to):
+    if size > 1 and config.training.report_to:
+        yield f"training.report_to: {', '.join(config.training.report_to)}, but trackers are not told of {size} " \
+              "processes yet; leave it out: metrics.jsonl has it all"  # fmt: skip
+    elif missing := _missing_trackers(config.training.report_to):
         install = f"`pip install {' '.join(missing)}` or leave out"
         yield f"training.report_to: {', '.join(missing)}: not installed; {install}"
     if config.data.chat_template is not None:

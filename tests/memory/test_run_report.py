@@ -248,3 +248,12 @@ def test_a_step_of_the_predicted_batch_takes_what_was_predicted(config: Config, 
     data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     report = trained(with_values(config, {"data.train": str(data)}))
     assert report.predicted.peak_bytes == pytest.approx(report.measured.peak_bytes, rel=0.01)
+
+
+def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(available, "free_bytes", lambda _: 9 << 20)
+    cpu = torch.device("cpu")
+    assert available_bytes(cpu, 0) == 9 << 20
+    for name, value in {"RANK": 1, "WORLD_SIZE": 6, "LOCAL_WORLD_SIZE": 3}.items():
+        monkeypatch.setenv(name, str(value))
+    assert available_bytes(cpu, 0) == 3 << 20

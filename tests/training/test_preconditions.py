@@ -135,3 +135,10 @@ def test_places_that_fit_are_not_refused(without_weights):
     """What is read next, the tokenizer, is what is missing then."""
     with pytest.raises(UserError, match="no tokenizer in it"):
         train(without_weights(model__compute_dtype="float32", data__max_length=64, adapter__target_modules=["q_proj"]))
+
+
+def test_trackers_of_several_processes(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whether they are installed or not: nobody has seen them work so."""
+    two_processes(monkeypatch)
+    [line] = refused(config(training__report_to=["tensorboard"]), tmp_path)
+    assert line.startswith("training.report_to: tensorboard, but trackers are not told of 2 processes")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from qlora_tool.ops.free_memory import free_bytes
+from qlora_tool.world import World
 
 CUDA_MARGIN = 0.05  # of a card stays free: reserved memory is modelled, and not yet held against enough cards
 
@@ -20,7 +21,8 @@ def usable(budget_bytes: int, margin: float) -> int:
 
 
 def available_bytes(device: torch.device, context_bytes: int) -> int:
-    """What this process may take in all, the CUDA context included; on a CPU what the system has available.
+    """What this process may take in all, the CUDA context included; on a CPU what the system has available, an equal
+    share of it where several processes of a run are on this machine.
 
     Args:
         context_bytes: of the CUDA context, once every kernel is loaded. What of it is there already, and what this
@@ -29,7 +31,7 @@ def available_bytes(device: torch.device, context_bytes: int) -> int:
     """
     free = free_bytes(device)
     if device.type != "cuda":
-        return free
+        return free // World.launched().local_size
     held = torch.cuda.memory_reserved(device)
     in_use = torch.cuda.mem_get_info(device)[1] - free - held
     return free + held + min(context_bytes, in_use)
