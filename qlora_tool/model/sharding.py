@@ -7,7 +7,7 @@ What is trained stays whole in every process: adapters are small, and their grad
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qlora_tool.errors import UserError
 from qlora_tool.model.checkpointing import decoder_layers
-from qlora_tool.weights.handles import model_tensors
+from qlora_tool.weights.handles import WeightHandle, model_tensors
 
 
 def shard(model: Any, trained: Collection[nn.Parameter]) -> None:
@@ -36,20 +36,60 @@ def shard(model: Any, trained: Collection[nn.Parameter]) -> None:
                         "as often as each process has rows; leave it out")  # fmt: skip
     module, whole = model.module, {*trained}
     head = module.get_output_embeddings()
+    if head is not None:
+        _tie(head, module.base_model)
+    # One that is trained, or has an adapter, is computed again in backward for some rows at a time, as often as a
+    # process has rows: it stays whole.
     elsewhere = {id(parameter) for parameter in (*module.base_model.parameters(), *trained)}
+    by_itself = head is not None and not elsewhere & {id(parameter) for parameter in head.parameters()}
     try:
         for layer in decoder_layers(module).values():
             fully_shard(layer, ignored_params=whole)
         fully_shard(module.base_model, ignored_params=whole)
-        # One that is trained, or has an adapter, is computed again in backward for some rows at a time, as often as a
-        # process has rows: it stays whole.
-        if head is not None and not elsewhere & {id(parameter) for parameter in head.parameters()}:
+        if by_itself:
             fully_shard(head, ignored_params=whole)
             model.sharded_head = head
     except (TypeError, ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"training.sharding: fsdp: PyTorch {torch.__version__} cannot share these weights out "
                         f"({reason}); set it to none, or install a newer PyTorch") from error  # fmt: skip
+
+
+class _TiedHandle(WeightHandle):
+    """The handle of a weight that is a parameter of another module too, which is asked for it every time: what shares
+    weights out puts other tensors in the place of that module's.
+
+    Args:
+        handle: of the weight so far.
+        owner, name: that module, and what it calls the parameter.
+    """
+
+    _owner: nn.Module
+    _name: str
+
+    def __init__(self, handle: WeightHandle, owner: nn.Module, name: str):
+        self.__dict__.update(_owner=owner, _name=name)  # the owner is no module within this one
+        super().__init__(handle.tensors()["values"], handle.dtype)
+
+    def _store(self, tensors: Mapping[str, Tensor]) -> None:
+        pass
+
+    def tensors(self) -> dict[str, Tensor]:
+        values: Tensor = getattr(self._owner, self._name)
+        return {"values": values}
+
+
+def _tie(head: nn.Module, base: nn.Module) -> None:
+    """Let an output projection ask the embeddings for a weight that they share."""
+    handle = getattr(head, "weight", None)
+    if not isinstance(handle, WeightHandle) or any(module is handle for module in base.modules()):
+        return
+    values = handle.tensors().get("values")
+    for module in base.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter is values:
+                head.weight = _TiedHandle(handle, module, name)
+                return
 
 
 @contextlib.contextmanager

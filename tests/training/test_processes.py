@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -101,6 +102,24 @@ def test_two_processes_train_as_one_and_resume_either_way(folder, alone, shardin
     assert code == 2 and f"set {PASSES}: 4" in said
     assert [code for code, _ in finished(start(file, 1, "--set", f"{PASSES}=4"))] == [0]
     assert_same(read_metrics(folder / name), alone)
+
+
+@pytest.mark.slow  # two processes: 15 s
+@pytest.mark.parametrize("values", [
+    {}, {"model.embeddings": "int8"}, {"adapter.target_modules": ["q_proj", "lm_head"]},
+])  # fmt: skip
+def test_an_output_projection_that_shares_its_weight_is_shared_out(folder, values):
+    """Whoever holds it: its bytes are not kept a second time; and what it computes stays."""
+    write_model(folder / "tied", tie_word_embeddings=True)
+    for name, more in {"tied-1": {PASSES: 2}, "tied-2": {"training.sharding": "fsdp"}}.items():
+        _, file = configured(folder, name, **values | more, **{"training.max_steps": 3})
+        file.write_text(file.read_text(encoding="utf-8").replace(str(folder / "model"), str(folder / "tied")))
+        outcome = finished(start(file, int(name[-1]), "--overwrite"))
+        assert {code for code, _ in outcome} == {0}, outcome
+    assert_same(read_metrics(folder / "tied-2"), read_metrics(folder / "tied-1"))
+    held, total = re.search(r"holds ([0-9.]+) of the base's ([0-9.]+) MB", outcome[0][1]).groups()
+    if "adapter.target_modules" not in values:
+        assert float(held) <= 0.52 * float(total)
 
 
 @pytest.mark.slow  # two processes: 15 s
