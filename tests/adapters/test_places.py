@@ -26,6 +26,7 @@ from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.load import load_base
 from qlora_tool.model.slots import Quantization
 from qlora_tool.model.source import read_model_config
+from qlora_tool.ops.speeds import PYTORCH
 
 # Logits of tiny models are below 2; a few hundred roundings of 2^-24 each.
 FP32 = 1e-5
@@ -35,6 +36,12 @@ EMBEDDINGS = {
     "opt": "embed_tokens", "falcon": "word_embeddings", "qwen3": "embed_tokens",
 }  # fmt: skip
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe", "olmoe", "phimoe", "deepseek_v3")
+
+
+@pytest.fixture(autouse=True)
+def products_of_pytorch(monkeypatch: pytest.MonkeyPatch):
+    """As PEFT's are: which library is faster here, and whether an earlier test asked, decides their last digits."""
+    monkeypatch.setattr("qlora_tool.ops.products._choice", PYTORCH)
 
 
 @pytest.fixture(scope="module")
