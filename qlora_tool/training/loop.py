@@ -120,6 +120,9 @@ def _train(
     model, adapters = built.model, built.adapters
     if world.size > 1:
         share_out(model, adapters, config, world)
+    elif config.training.sharding != "none":
+        logger.warning("training.sharding: %s, but this is one process: nothing is shared out",
+                       config.training.sharding)  # fmt: skip
     for line in describe(built, config.adapter.init_from):
         logger.info(line)
     for remark in built.remarks:
