@@ -65,7 +65,7 @@ class ModelConfig(Keys):
     keep_quantized: Annotated[bool, Mark.FREE_ON_RESUME] = False
     """Cache the quantized base on disk, so that the next run starts in seconds."""
     weights: Annotated[Literal["auto", "resident", "host", "disk"], Mark.FREE_ON_RESUME] = "auto"
-    """Where the frozen base's layers lie: on the device, or in host memory or on the disk, streamed layer by layer."""
+    """Where the base's layers lie: on the device, in host memory or on the disk; auto: elsewhere what does not fit."""
     resident_layers: Annotated[int, Field(ge=0), WHOLE, Mark.FREE_ON_RESUME] = 0
     """With weights: host or disk: how many of the first layers are on the device all the same."""
     skip_modules: Literal["as-peft"] | ModuleNames = Field(default_factory=list)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool.adapters.calibration import start_tokens
+from qlora_tool.build.resolve import resolve
 from qlora_tool.config import Config, with_values
 from qlora_tool.errors import UserError
 from qlora_tool.memory.allocator.cards import Budget
@@ -14,10 +16,15 @@ from qlora_tool.memory.plan.budget import choose_for_profile
 from qlora_tool.memory.plan.limit import Limit, card_of, limit_on
 from qlora_tool.memory.plan.planner import plan
 from qlora_tool.memory.plan.result import Plan
+from qlora_tool.memory.plan.weights import Placed, place_weights
 from qlora_tool.memory.profile import Profile, compute_dtype_on, model_config_of, profile, refuse_small_budget
+from qlora_tool.memory.trace.predict import BatchShape
 
 if TYPE_CHECKING:
+    from qlora_tool.memory.allocator.cards import Card
     from qlora_tool.memory.breakdown import Breakdown
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +131,29 @@ def profile_run(
         config = with_values(config, {"training.gradient_checkpointing": True})
     recomputation = choice.recomputation if choice else None
     found = profile(config, device, measure=measure, card=card, recomputation=recomputation)
+    if limit is not None and not may_change and found.report.predicted is not None:
+        placed = _placed(config, found, limit, card)
+        if placed is not None:
+            logger.warning("%s", placed)
+            found, config = profile(placed.config, device, measure=measure, card=card), placed.config
     profiled = MemoryProfile(**vars(found), config=config, budget=budget, limit=limit)
     if limit is not None and not may_change:
         refuse_small_budget(profiled, limit.bytes, limit.name)
     if budget is not None and budget.estimated:
         profiled = replace(profiled, estimated=(*found.estimated, "what the driver keeps of the card"))
     return profiled
+
+
+def _placed(config: Config, found: Profile, limit: Limit, card: Card | None) -> Placed | None:
+    """Where `model.weights: auto` puts the base of a run that does not fit otherwise; None where it fits, or nothing
+    helps."""
+    device, predicted = found.report.device, found.report.predicted
+    if predicted is None or predicted.needed_bytes <= limit.bytes or "predicted" not in found.timelines:
+        return None
+    dtype, model_config = compute_dtype_on(config, device, card), model_config_of(config)
+    config = resolve(config, model_config, device, dtype)
+    shape = BatchShape.assumed(config, model_config)
+    return place_weights(config, model_config, shape, dtype, found.target, limit.bytes, here=False)
 
 
 def planned(profiled: MemoryProfile) -> MemoryProfile:

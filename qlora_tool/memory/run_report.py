@@ -18,10 +18,11 @@ from qlora_tool.memory.allocator.available import available_bytes
 from qlora_tool.memory.allocator.operators import about_estimated_context
 from qlora_tool.memory.allocator.target import device_of, target_on
 from qlora_tool.memory.breakdown import Breakdown, MemoryReport
-from qlora_tool.memory.plan.budget import choose_for_run
+from qlora_tool.memory.plan.budget import BudgetTooSmall, choose_for_run
 from qlora_tool.memory.plan.cached import cached
 from qlora_tool.memory.plan.cure import cure
 from qlora_tool.memory.plan.limit import Limit, limit_on
+from qlora_tool.memory.plan.weights import place_weights
 from qlora_tool.memory.profile import Prediction
 from qlora_tool.memory.show.legend import full_size
 from qlora_tool.memory.trace.classify import timeline
@@ -29,10 +30,12 @@ from qlora_tool.memory.trace.predict import BatchShape, TracerWatch, Untraceable
 from qlora_tool.memory.trace.small_steps import NotMeasured, estimate
 from qlora_tool.memory.trace.tracer import Tracer
 from qlora_tool.model.streamed_base import weights_elsewhere
+from qlora_tool.training.run import Decided
 
 if TYPE_CHECKING:
     from qlora_tool.build.build import Start
     from qlora_tool.build.setup import Setup
+    from qlora_tool.config import Config
     from qlora_tool.data.batches import Batch
     from qlora_tool.model.checkpointing import Recomputation
     from qlora_tool.training.run import Run
@@ -47,7 +50,7 @@ class RunMemory:
         self.predicted: Breakdown | None = None
         self.estimated = False  # whether `predicted` comes from small steps, and not from a trace of this one
 
-    def check(self, setup: Setup, batch: Batch, start: Start | None = None) -> Recomputation | None:
+    def check(self, setup: Setup, batch: Batch, start: Start | None = None) -> Decided:
         """Predict the run on its largest batch, the making of its adapters' start included, and hold that against what
         the device has.
 
@@ -55,7 +58,8 @@ class RunMemory:
             start: what adapters start from; None: full rows.
 
         Returns:
-            What is recomputed, where `gradient_checkpointing: auto` leaves that to a budget.
+            What is recomputed, where `gradient_checkpointing: auto` leaves that to a budget; and where the base lies,
+            where `model.weights: auto` does.
 
         Raises:
             UserError: on CUDA it will not fit. On a CPU, which may swap, and where the prediction is an estimate, that
@@ -63,11 +67,11 @@ class RunMemory:
         """
         device, shape = setup.device, replace(BatchShape.of(batch), start_tokens=_start_tokens(setup, start))
         try:
-            choice = choose_for_run(setup, shape)
-            self.predicted = choice.predicted if choice else predict_run(setup, shape)
+            config, recomputation = self._decide(setup, shape)
         except Untraceable as error:
             self._estimate(setup, shape, error)
-            return None
+            return Decided(None, setup.config)
+        assert self.predicted is not None
         free = available_bytes(device, self.predicted.context_bytes or 0)
         needed, target = self.predicted.needed_bytes, target_on(device.type)
         limit = limit_on(setup.config, device.type, free=free) or Limit(free)
@@ -84,7 +88,36 @@ class RunMemory:
             logger.warning(line)
         elif needed > limit.bytes:
             logger.warning("memory: it fits into what is free, but not into the %s that plans use", limit)
-        return choice and choice.recomputation
+        return Decided(recomputation, config)
+
+    def _decide(self, setup: Setup, shape: BatchShape) -> tuple[Config, Recomputation | None]:
+        """What the configuration leaves to the device's memory, and what the run takes then: all of the base on the
+        device where that fits, and streamed to it where only that does.
+
+        Raises:
+            Untraceable: nothing can be predicted.
+            BudgetTooSmall: see `choose_for_run`.
+        """
+        device, config = setup.device, setup.config
+        refusal: BudgetTooSmall | None = None
+        choice = None
+        try:
+            choice = choose_for_run(setup, shape)
+            self.predicted = choice.predicted if choice else predict_run(setup, shape)
+        except BudgetTooSmall as error:
+            refusal, self.predicted = error, error.least
+        free = available_bytes(device, self.predicted.context_bytes or 0)
+        limit = limit_on(config, device.type, free=free) or Limit(free)
+        if self.predicted.needed_bytes > free or refusal is not None:
+            run = config, setup.model_config, shape, setup.compute_dtype
+            placed = place_weights(*run, target_on(device.type), limit.bytes, here=True)
+            if placed is not None:
+                logger.warning("%s", placed)
+                self.predicted = placed.predicted
+                return placed.config, None
+        if refusal is not None:
+            raise refusal
+        return config, choice and choice.recomputation
 
     def _estimate(self, setup: Setup, shape: BatchShape, error: Untraceable) -> None:
         """What there is in the place of a prediction: a warning, and never a refusal."""

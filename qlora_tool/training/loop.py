@@ -113,7 +113,9 @@ def _train(
     if world.size > 1 and config.training.sharding == "fsdp":
         logger.warning("memory: what a process takes with training.sharding: fsdp is not predicted yet")
     elif watcher is not None:
-        recomputation = world.on_main(lambda: watcher.check(setup, largest, start))
+        decided = world.on_main(lambda: watcher.check(setup, largest, start))
+        recomputation, config = decided.recomputation, decided.config
+        setup = replace(setup, config=config)
     build = partial(setup.build, recomputation=recomputation, start=start)
     kept = config.model.keep_quantized or config.model.weights == "disk"
     built = world.locally_first(build) if kept else world.each(build)

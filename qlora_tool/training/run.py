@@ -103,12 +103,25 @@ class Run:
         return {name: value for name, value in last.items() if name.startswith("eval_")}
 
 
+@dataclass(frozen=True)
+class Decided:
+    """What a watcher decided for a run, so that it fits.
+
+    Attributes:
+        recomputation: in backward; None: what the configuration says.
+        config: of the run, where the watcher settled what that left open.
+    """
+
+    recomputation: Recomputation | None
+    config: Config
+
+
 class Watcher(Protocol):
     """Whoever wants to see what a run takes; the memory report, say."""
 
-    def check(self, setup: Setup, batch: Batch, start: Start | None = None) -> Recomputation | None:
+    def check(self, setup: Setup, batch: Batch, start: Start | None = None) -> Decided:
         """Told the largest batch, and what adapters start from, before the weights are read; raises where it will not
-        fit. Gives what is recomputed in backward, where the configuration leaves that to it."""
+        fit."""
 
     def watch(self, run: Run) -> AbstractContextManager[During]:
         """Open around one early step; gives what `train_step` tells its phases to."""

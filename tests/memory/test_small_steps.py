@@ -89,7 +89,7 @@ def test_a_card_that_is_too_small_by_an_estimate_is_a_warning(
     monkeypatch.setattr(run_report, "predict", refuse)
     monkeypatch.setattr(run_report, "available_bytes", lambda *_: 1)
     setup = replace(Setup.of(config), device=torch.device("cuda"))
-    assert RunMemory().check(setup, collate(ROWS, pad_token_id=0, packing=False)) is None
+    assert RunMemory().check(setup, collate(ROWS, pad_token_id=0, packing=False)).recomputation is None
     assert "if it does not fit, lower training.per_device_train_batch_size" in caplog.text
 
 
@@ -99,7 +99,7 @@ def test_where_nothing_can_be_measured_the_run_goes_on_without(
 ):
     monkeypatch.setattr(small_steps, "available_bytes", lambda *_: 0)
     memory = RunMemory()
-    assert memory.check(Setup.of(config), collate(ROWS, pad_token_id=0, packing=False)) is None
+    assert memory.check(Setup.of(config), collate(ROWS, pad_token_id=0, packing=False)).recomputation is None
     assert memory.predicted is None and "the weights of a few layers take" in caplog.text
     run = config, tiny_config("llama"), BatchShape.full(1, 16), torch.float32
     with pytest.raises(NotMeasured, match="GB are free"):

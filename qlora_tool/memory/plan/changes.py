@@ -27,6 +27,8 @@ OFFLOAD = "training.offload_boundaries"
 IN_BACKWARD = "training.optimizer_in_backward"
 EMBEDDINGS = "model.embeddings"
 QUANTIZATION = "model.quantization"
+WEIGHTS = "model.weights"
+RESIDENT = "model.resident_layers"
 LENGTH = "data.max_length"
 RANK = "adapter.r"
 START = "adapter.init_lora_weights"
@@ -35,6 +37,8 @@ _COSTS = {
     (TILED, True): "half of each MLP once more",
     (OFFLOAD, True): "copies to and from the host",
     (EMBEDDINGS, "int8"): "rounded to 8 bits",
+    (WEIGHTS, "host"): "every layer copied from the host in each pass",
+    (WEIGHTS, "disk"): "every layer read from the disk in each pass",
     (IN_BACKWARD, True): "no clipping",
     (START, "default"): "a start that knows nothing of the weights",
 }
@@ -119,6 +123,16 @@ def _quantization(asked: Asked, _settings: Settings) -> Iterator[Settings]:
         yield {QUANTIZATION: "nf4"}
 
 
+def streamed(on_card: bool) -> Settings:
+    """Layers streamed to a device, all of them."""
+    return {WEIGHTS: "host" if on_card else "disk"}
+
+
+def _streamed_weights(asked: Asked, _settings: Settings) -> Iterator[Settings]:
+    if asked.config.model.weights in ("auto", "resident") and asked.config.training.sharding == "none":
+        yield streamed(asked.on_card)
+
+
 def _shorter_rows(asked: Asked, settings: Settings) -> Iterator[Settings]:
     length = asked.longest(settings)
     if asked.shape.length > SHORTEST:
@@ -139,6 +153,7 @@ def _drawn_start(asked: Asked, _settings: Settings) -> Iterator[Settings]:
 
 CHANGES: tuple[Change, ...] = (
     _checkpointing, _optimizer, _fewer_rows, _tiled_mlp, _offloaded_boundaries, _optimizer_in_backward, _embeddings,
-    _quantization, _drawn_start, _shorter_rows, _lower_rank,
+    _quantization, _streamed_weights, _drawn_start, _shorter_rows, _lower_rank,
 )  # fmt: skip
-"""In the order of their harm: first what only costs speed, then what rounds weights, last what is learned from less."""
+"""In the order of their harm: first what costs a little speed, then what rounds weights, then what costs much speed,
+last what is learned from less."""

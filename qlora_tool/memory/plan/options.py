@@ -17,6 +17,7 @@ from qlora_tool.memory.plan.changes import (
     ROWS,
     SHORTEST,
     TILED,
+    WEIGHTS,
 )
 from qlora_tool.memory.plan.result import Option
 from qlora_tool.memory.plan.search import Search
@@ -37,7 +38,7 @@ ALTERNATIVES: dict[str, list[dict[str, Any]]] = {
         {QUANTIZATION: "none"},
     ],
     OPTIM: [{OPTIM: optimizer} for optimizer in OPTIMIZERS],
-    SAVINGS: [{TILED: True}, {OFFLOAD: True}, {EMBEDDINGS: "int8"}],
+    SAVINGS: [{TILED: True}, {OFFLOAD: True}, {EMBEDDINGS: "int8"}, {WEIGHTS: "host"}, {WEIGHTS: "disk"}],
 }  # fmt: skip
 
 

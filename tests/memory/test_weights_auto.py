@@ -1,0 +1,129 @@
+"""`model.weights: auto`: all of the base on the device where that fits, else as many layers of it as do."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import run_config, write_model, write_rows
+
+from qlora_tool.build.resolve import resolve
+from qlora_tool.config import Config, load_config, with_values
+from qlora_tool.memory import run_report
+from qlora_tool.memory.allocator.cards import Budget
+from qlora_tool.memory.allocator.target import target_on
+from qlora_tool.memory.plan import weights
+from qlora_tool.memory.plan.weights import place_weights
+from qlora_tool.memory.profile import Prediction, model_config_of
+from qlora_tool.memory.profile_run import profile_run
+from qlora_tool.memory.run_report import RunMemory
+from qlora_tool.memory.trace.predict import BatchShape, predict
+from qlora_tool.training.loop import train
+
+LAYERS = 6
+SHAPE = BatchShape.full(1, 16)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Most of it are layers."""
+    return write_model(tmp_path_factory.mktemp("deep"), num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=256)
+
+
+@pytest.fixture
+def config(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
+    rows = write_rows(tmp_path / "rows.jsonl")
+    return run_config(model, rows, tmp_path / "run", {
+        "training.max_steps": 2, "training.gradient_checkpointing": True, "adapter.r": 1,
+        "model.compute_dtype": "float32", "model.keep_quantized": False,
+    })  # fmt: skip
+
+
+def needed(config: Config, **values: object) -> int:
+    """What a run takes on a CPU, by a full prediction."""
+    config = with_values(config, {f"model.{key}": value for key, value in values.items()})
+    trace = predict(resolve(config, model_config_of(config), "cpu", torch.float32), model_config_of(config), SHAPE,
+                    torch.float32)  # fmt: skip
+    return Prediction.of(trace, None).breakdown.needed_bytes
+
+
+def placed(config: Config, limit: int, device: str = "cpu", here: bool = True):
+    model_config = model_config_of(config)
+    return place_weights(resolve(config, model_config, device, torch.float32), model_config, SHAPE, torch.float32,
+                         target_on(device), limit, here=here)  # fmt: skip
+
+
+@pytest.mark.parametrize("resident", [0, 2])
+def test_as_many_layers_stay_as_the_limit_allows(config: Config, resident: int):
+    limit = needed(config, weights="disk", resident_layers=resident)
+    found = placed(config, limit)
+    assert (found.config.model.weights, found.config.model.resident_layers) == ("disk", resident)
+    assert found.predicted.needed_bytes == limit
+    assert f"{LAYERS - resident} of {LAYERS} layers come from the disk" in str(found)
+    if resident:
+        assert placed(config, limit - 1).config.model.resident_layers == resident - 1
+
+
+def test_what_was_said_stays_and_what_does_not_fit_is_not_placed(config: Config):
+    limit = needed(config, weights="disk")
+    assert placed(config, limit - 1) is None
+    for said in ("resident", "host", "disk"):
+        assert placed(with_values(config, {"model.weights": said}), limit) is None
+
+
+def test_the_disk_where_the_host_has_no_room_and_nothing_where_neither_has(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+):
+    plenty = 1 << 40
+    assert placed(config, plenty, "cuda").config.model.weights == "host"
+    monkeypatch.setattr(weights, "free_bytes", lambda _: 150_000)  # the buffers on the way have it
+    assert placed(config, plenty, "cuda").config.model.weights == "disk"
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert placed(config, plenty, "cuda") is None
+    assert placed(config, plenty, "cuda", here=False).config.model.weights == "host"  # of another machine
+
+
+def test_a_recomputation_left_to_the_budget_is_all_of_it(config: Config):
+    config = with_values(config, {"training.gradient_checkpointing": "auto"})
+    assert placed(config, 1 << 40).config.training.gradient_checkpointing is True
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_run_streams_what_does_not_fit_and_learns_the_same(
+    config: Config, fits: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+):
+    whole = train(with_values(config, {"model.weights": "resident", "training.output_dir": str(tmp_path / "whole")}))
+    memory = RunMemory()
+    monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
+    seen: list[int] = []
+
+    def available(*_: object) -> int:
+        seen.append(memory.predicted.needed_bytes if fits or not seen else seen[0])
+        return seen[-1] - (not fits)
+
+    monkeypatch.setattr(run_report, "available_bytes", available)
+    run = train(config, watcher=memory)
+    model = load_config(run.folder.path / "config.yaml").model
+    told = [line for line in caplog.messages if line.startswith("model.weights: auto: not all of the base fits")]
+    assert (model.weights, len(told)) == (("auto", 0) if fits else ("disk", 1))
+    assert fits or model.resident_layers > 0
+    assert memory.predicted.needed_bytes <= seen[0] - (not fits)
+    ours, theirs = (load_file(one.folder.path / "adapter" / "adapter_model.safetensors") for one in (run, whole))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_profile_streams_what_a_device_has_no_room_for(config: Config, caplog: pytest.LogCaptureFixture):
+    config = with_values(config, {"data.max_length": 16, "training.per_device_train_batch_size": 1})
+    on_device = profile_run(config, "cpu").predicted
+    assert not on_device.elsewhere
+    limit = Budget(on_device.needed_bytes - 1, "", False)
+    streamed = profile_run(config, "cpu", limit)
+    assert streamed.fits and streamed.predicted.elsewhere["disk_bytes"] > 0
+    assert streamed.config.model.resident_layers > 0
+    said = with_values(config, {"model.weights": "resident"})
+    assert profile_run(said, "cpu", limit).fits is False
