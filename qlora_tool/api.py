@@ -129,6 +129,7 @@ def profile_memory(
     set: Overrides = (),
     device: str | None = None,
     device_memory: str | int | None = None,
+    processes: int = 1,
     measure: bool = False,
     plan: bool = False,
     calibrate: bool = False,
@@ -145,6 +146,8 @@ def profile_memory(
         set: keys that are to have other values; see `train`.
         device: cuda or cpu; None: cuda, unless the configuration says cpu.
         device_memory: what must suffice: a size such as 24GB, bytes, or a card such as rtx-4090.
+        processes: that train together, each on a device like this one, or all on this CPU, which they share; the bytes
+            are those of one of them.
         measure: also run real steps, on random weights, on the device that is here.
         plan: also look for what fits into `device_memory`: lengths, batches, checkpointing, quantization.
         calibrate: first measure the context and the workspaces of the card that is here, for later predictions too.
@@ -163,6 +166,11 @@ def profile_memory(
 
     if device not in (None, "cuda", "cpu"):
         raise UserError(f"--device: expected cuda or cpu, found {device!r}")
+    if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1:
+        raise UserError(f"--processes: expected a whole number of at least 1, found {processes!r}")
+    if processes > 1 and measure:
+        raise OptionError("--measure runs one process, and not several; leave --processes out, or start the run itself "
+                          "with torchrun: its memory.json has the measured bytes of one of them")  # fmt: skip
     named = f"{device_memory}B" if isinstance(device_memory, int) else device_memory
     budget = parse_device_memory(named) if named else None
     if plot is not None and Path(plot).suffix not in (".png", ".html"):
@@ -177,7 +185,8 @@ def profile_memory(
         )
     from qlora_tool.memory.profile_run import NothingFits, draw, planned, profile_run
 
-    profiled = profile_run(configuration, device, budget, measure=measure, calibrate=calibrate, may_change=plan)
+    profiled = profile_run(configuration, device, budget, measure=measure, calibrate=calibrate, may_change=plan,
+                           processes=processes)  # fmt: skip
     if on_profile is not None:
         on_profile(profiled)
     _write_json(json, profiled.to_json())

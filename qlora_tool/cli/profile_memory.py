@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     qlora-tool profile-memory llama-2-7b-24gb --device-memory rtx-4090
     qlora-tool profile-memory my-run.yaml --device cpu --measure --plot memory.html
     qlora-tool profile-memory my-run.yaml --device-memory 12GB --plan
+    qlora-tool profile-memory my-run.yaml --device-memory rtx-4090 --processes 4 --set training.sharding=fsdp
     """,
 )
 @click.argument("config")
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 @click.option("--device", type=click.Choice([device for device in get_args(Device) if device != "auto"]),
               help="What to predict for; by default cuda, unless the configuration says cpu.")  # fmt: skip
 @click.option("--device-memory", metavar="24GB|CARD", help="What must suffice: a size, or a card such as rtx-4090.")
+@click.option("--processes", type=int, default=1, show_default=True, metavar="N",
+              help="How many train together; what one of them takes is shown.")  # fmt: skip
 @click.option("--measure", is_flag=True, help="Also run real steps, with random weights, and compare.")
 @click.option("--plan", is_flag=True, help="Show what fits: lengths, batches, checkpointing, quantization.")
 @click.option("--calibrate", is_flag=True, help="Measure this card's context and workspaces, and keep them.")
@@ -57,6 +60,7 @@ def profile_memory(config: str, **options: Any) -> None:
 
 
 def _show(profiled: MemoryProfile, with_plan: bool, console: Console) -> None:
+    from qlora_tool.memory.show.legend import full_size
     from qlora_tool.memory.show.table import render_report
 
     render_report(profiled.report, budget=profiled.budget_bytes, budget_name=profiled.budget_name,
@@ -68,6 +72,13 @@ def _show(profiled: MemoryProfile, with_plan: bool, console: Console) -> None:
     if profiled.start_bytes is not None:
         console.print(f"init_lora_weights: {profiled.start}: while it is made, loading takes "
                       f"{profiled.start_bytes / 1e6:.1f} MB beside what stays")  # fmt: skip
+    processes = profiled.report.processes
+    if processes > 1 and profiled.report.device == "cpu" and profiled.report.predicted is not None:
+        together = full_size(processes * profiled.predicted.peak_bytes)
+        console.print(f"{processes} processes on one machine take {together} together")
+    if processes == 1 and profiled.config.training.sharding != "none":
+        console.print(f"training.sharding: {profiled.config.training.sharding}: one process shares nothing out; give "
+                      "--processes")  # fmt: skip
     if profiled.fits is False and not with_plan:
         console.print("it does not fit; run again with --plan to see what would")
     if profiled.allocator_peak is not None and profiled.report.predicted is None:

@@ -264,7 +264,7 @@ class TrainingConfig(Keys):
     """What is lowest in the best evaluation: the loss on data.eval, on the first of several sets if none is named."""
     early_stopping_patience: Annotated[Count | None, Mark.NOT_IN_MEMORY, Mark.FREE_ON_RESUME] = None
     """Stop after this many evaluations, one after the other, that are no better than the best before; null: never."""
-    sharding: Annotated[Literal["none", "fsdp"], Mark.NOT_IN_MEMORY, Mark.FREE_ON_RESUME] = "none"
+    sharding: Annotated[Literal["none", "fsdp"], Mark.FREE_ON_RESUME] = "none"
     """Of several processes: each holds the whole frozen base, or an equal share of every layer's."""
     report_to: Annotated[
         list[_Reporter],

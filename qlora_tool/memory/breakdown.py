@@ -135,6 +135,7 @@ class MemoryReport:
         predicted: from a traced step, without weights; None where none was made.
         measured: from what happened on the device; None where nothing was run.
         estimated: `predicted` comes from smaller steps that were measured, as this one could not be traced.
+        processes: that train together; all bytes are those of one of them.
     """
 
     device: str
@@ -142,6 +143,7 @@ class MemoryReport:
     predicted: Breakdown | None = None
     measured: Breakdown | None = None
     estimated: bool = False
+    processes: int = 1
 
     @property
     def breakdowns(self) -> dict[str, Breakdown]:
@@ -158,6 +160,7 @@ class MemoryReport:
             "config": self.config,
             **{name: breakdown and breakdown.to_json() for name, breakdown in both.items()},
             **({"estimated": True} if self.estimated else {}),
+            **({"processes": self.processes} if self.processes > 1 else {}),
         }
 
     @classmethod
@@ -179,7 +182,7 @@ class MemoryReport:
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
         config, estimated = dict(_mapping("config", value["config"])), bool(value.get("estimated", False))
-        return cls(value["device"], config, **breakdowns, estimated=estimated)
+        return cls(value["device"], config, **breakdowns, estimated=estimated, processes=value.get("processes", 1))
 
 
 def _mapping(name: str, value: Any) -> Mapping[str, Any]:

@@ -50,6 +50,11 @@ _SIZES = {
     "vocab_size": (),
 }
 FROM_SMALL_STEPS = "the whole prediction, by smaller steps"
+# What several processes take on cards, and one does not.
+_ESTIMATED_BETWEEN = (
+    "what NCCL keeps for the links between processes (not counted)",
+    "what the allocator keeps unused of the queue by which shares are gathered (not counted)",
+)
 _BASE = ("base_weights", "quantization_state", "other_weights")
 
 
@@ -145,6 +150,7 @@ def profile(
     measure: bool = False,
     card: Card | None = None,
     recomputation: Recomputation | None = None,
+    processes: int = 1,
 ) -> Profile:
     """Predict a run on `device` (cuda or cpu), and measure it too where asked for.
 
@@ -153,6 +159,7 @@ def profile(
         measure: on the device that is here.
         card: to predict for; None: the one that is here, if any.
         recomputation: what `gradient_checkpointing: auto` chose; see `memory.budget`.
+        processes: that train together; one of them is predicted.
 
     Raises:
         UserError: a measurement on a device that is not here, or a model that cannot be predicted.
@@ -161,8 +168,7 @@ def profile(
         raise UserError("--measure --device cuda: PyTorch sees no CUDA device here; leave --measure out, or use cpu")
     model_config, dtype = model_config_of(config), compute_dtype_on(config, device, card)
     config = resolve_run(config, model_config, device, dtype)
-    shape = BatchShape.assumed(config, model_config)
-
+    shape = BatchShape.assumed(config, model_config, processes)
     run = config, model_config, shape, dtype, recomputation
     target = target_on(device, card)
     lines, measured, allocator_peak = {}, None, None
@@ -181,8 +187,10 @@ def profile(
         seen = Prediction.of(measure_categories(*run), None)
         lines["measured"], measured = seen.timeline, seen.breakdown
         allocator_peak = measure_peak(*run)
+    if processes > 1 and device == "cuda":
+        estimated = (*estimated, *_ESTIMATED_BETWEEN[:2 if config.training.sharding == "fsdp" else 1])
     report = MemoryReport(device, config.model_dump(mode="json"), predicted, measured,
-                          FROM_SMALL_STEPS in estimated)  # fmt: skip
+                          FROM_SMALL_STEPS in estimated, processes)  # fmt: skip
     unquantized = unquantized_bytes(config, model_config, dtype)
     return Profile(report, lines, unquantized, target, estimated, allocator_peak)
 

@@ -109,6 +109,7 @@ def profile_run(
     measure: bool = False,
     calibrate: bool = False,
     may_change: bool = False,
+    processes: int = 1,
 ) -> MemoryProfile:
     """Predict a run, and measure it too where asked for; `gradient_checkpointing: auto` is decided by the budget.
 
@@ -117,6 +118,7 @@ def profile_run(
         budget: the device that must suffice; None: what is free on the card that is here, if any.
         calibrate: first measure the card that is here, and cache what was found.
         may_change: a budget that the weights alone exceed is not a fault, as a plan may find another quantization.
+        processes: that train together: each on a card like this one, or all on this CPU.
 
     Raises:
         UserError: the weights alone exceed the budget; and see `profile`.
@@ -125,17 +127,18 @@ def profile_run(
         from qlora_tool.memory.allocator.calibrate import calibrate as measure_card
 
         measure_card()
-    card, limit = card_of(budget), limit_on(config, device, budget)
-    choice = choose_for_profile(config, device, card, limit)
+    card, limit = card_of(budget), limit_on(config, device, budget, processes=processes)
+    choice = choose_for_profile(config, device, card, limit, processes)
     if choice is None and config.training.gradient_checkpointing == "auto":
         config = with_values(config, {"training.gradient_checkpointing": True})
     recomputation = choice.recomputation if choice else None
-    found = profile(config, device, measure=measure, card=card, recomputation=recomputation)
-    if limit is not None and not may_change and found.report.predicted is not None:
+    found = profile(config, device, measure=measure, card=card, recomputation=recomputation, processes=processes)
+    if limit is not None and not may_change:
         placed = _placed(config, found, limit, card)
         if placed is not None:
             logger.warning("%s", placed)
-            found, config = profile(placed.config, device, measure=measure, card=card), placed.config
+            config = placed.config
+            found = profile(config, device, measure=measure, card=card, processes=processes)
     profiled = MemoryProfile(**vars(found), config=config, budget=budget, limit=limit)
     if limit is not None and not may_change:
         refuse_small_budget(profiled, limit.bytes, limit.name)
@@ -152,7 +155,7 @@ def _placed(config: Config, found: Profile, limit: Limit, card: Card | None) -> 
         return None
     dtype, model_config = compute_dtype_on(config, device, card), model_config_of(config)
     config = resolve(config, model_config, device, dtype)
-    shape = BatchShape.assumed(config, model_config)
+    shape = BatchShape.assumed(config, model_config, found.report.processes)
     return place_weights(config, model_config, shape, dtype, found.target, limit.bytes, here=False)
 
 
@@ -165,7 +168,8 @@ def planned(profiled: MemoryProfile) -> MemoryProfile:
     assert profiled.limit is not None
     config, device = profiled.config, profiled.report.device
     dtype = compute_dtype_on(config, device, card_of(profiled.budget))
-    found = plan(config, model_config_of(config), profiled.limit.bytes, dtype, profiled.target, margin=0.0)
+    found = plan(config, model_config_of(config), profiled.limit.bytes, dtype, profiled.target, margin=0.0,
+                 processes=profiled.report.processes)  # fmt: skip
     found = replace(found, budget_name=profiled.limit.name)
     profiled = replace(profiled, plan=found)
     if not found.fits and found.change is None:

@@ -31,6 +31,7 @@ from qlora_tool.memory.trace.small_steps import NotMeasured, estimate
 from qlora_tool.memory.trace.tracer import Tracer
 from qlora_tool.model.streamed_base import weights_elsewhere
 from qlora_tool.training.run import Decided
+from qlora_tool.world import World
 
 if TYPE_CHECKING:
     from qlora_tool.build.build import Start
@@ -65,7 +66,9 @@ class RunMemory:
             UserError: on CUDA it will not fit. On a CPU, which may swap, and where the prediction is an estimate, that
                 is a warning. Or `max_memory` is too small for any choice.
         """
-        device, shape = setup.device, replace(BatchShape.of(batch), start_tokens=_start_tokens(setup, start))
+        device = setup.device
+        shape = replace(BatchShape.of(batch), start_tokens=_start_tokens(setup, start),
+                        processes=World.launched().size)  # fmt: skip
         try:
             config, recomputation = self._decide(setup, shape)
         except Untraceable as error:
@@ -162,7 +165,7 @@ class RunMemory:
         measured = replace(measured, elsewhere=weights_elsewhere(run.model.module))
         run.tensor_bytes = measured.peak_bytes
         report = MemoryReport(run.model.device.type, run.config.model_dump(mode="json"), self.predicted, measured,
-                              self.estimated)  # fmt: skip
+                              self.estimated, run.world.size)  # fmt: skip
         write_json(run.folder.path / "memory.json", report.to_json())
 
 

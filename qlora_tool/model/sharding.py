@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,20 @@ from qlora_tool.errors import UserError
 from qlora_tool.model.checkpointing import decoder_layers
 from qlora_tool.weights.handles import WeightHandle, model_tensors
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
-def shard(model: Any, trained: Collection[nn.Parameter]) -> None:
+
+def shard(model: Any, trained: Collection[nn.Parameter], mesh: DeviceMesh | None = None) -> list[nn.Module]:
     """Share the frozen weights of a model out over the processes that are connected.
 
     Args:
         model: a `CausalLM`.
         trained: parameters that stay whole.
+        mesh: of other processes than those that are connected.
+
+    Returns:
+        The modules that were shared out, each as `fully_shard` makes it.
 
     Raises:
         UserError: this version of PyTorch cannot, or rows go through the model one by one, a different number of times
@@ -42,17 +49,16 @@ def shard(model: Any, trained: Collection[nn.Parameter]) -> None:
     # process has rows: it stays whole.
     elsewhere = {id(parameter) for parameter in (*module.base_model.parameters(), *trained)}
     by_itself = head is not None and not elsewhere & {id(parameter) for parameter in head.parameters()}
+    shared = [*decoder_layers(module).values(), module.base_model, *([head] if by_itself else [])]
     try:
-        for layer in decoder_layers(module).values():
-            fully_shard(layer, ignored_params=whole)
-        fully_shard(module.base_model, ignored_params=whole)
-        if by_itself:
-            fully_shard(head, ignored_params=whole)
-            model.sharded_head = head
+        for part in shared:
+            fully_shard(part, mesh=mesh, ignored_params=whole)
     except (TypeError, ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"training.sharding: fsdp: PyTorch {torch.__version__} cannot share these weights out "
                         f"({reason}); set it to none, or install a newer PyTorch") from error  # fmt: skip
+    model.sharded_head = head if by_itself else None
+    return shared
 
 
 class _TiedHandle(WeightHandle):
@@ -107,9 +113,10 @@ def whole(head: nn.Module | None) -> Iterator[None]:
 
 def held_bytes(module: nn.Module) -> int:
     """What this process holds of a model's frozen weights, in bytes."""
-    return sum(_local(found.tensor).nbytes for found in model_tensors(module) if not found.tensor.requires_grad)
+    return sum(local(found.tensor).nbytes for found in model_tensors(module) if not found.tensor.requires_grad)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, all of it where it is not shared out."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()

@@ -110,9 +110,7 @@ def _train(
     largest = _largest_batch(plan, data, setup.padding_free)
     start = Start(data.train.examples, None if checkpoint is None else checkpoint.tensors)
     recomputation = None
-    if world.size > 1 and config.training.sharding == "fsdp":
-        logger.warning("memory: what a process takes with training.sharding: fsdp is not predicted yet")
-    elif watcher is not None:
+    if watcher is not None:
         decided = world.on_main(lambda: watcher.check(setup, largest, start))
         recomputation, config = decided.recomputation, decided.config
         setup = replace(setup, config=config)

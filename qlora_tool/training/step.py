@@ -90,8 +90,9 @@ def train_step(
             optimizer.before_backward(learning_rate, accumulate=len(micro_batches) * world.size > 1)
             scaled.backward()
         loss += part.detach()
-    with during("optimizer"):
-        if world.size > 1:
+    if world.size > 1:
+        with during("optimizer"):
             optimizer.sum_over(world)
+    with during("optimizer"):  # by itself, as its gradients are the sums from here on
         grad_norm = optimizer.step(learning_rate, settings.max_grad_norm)
     return StepResult(world.sum(loss), grad_norm)

@@ -440,7 +440,7 @@ def test_the_keys_that_the_memory_of_a_step_depends_on():
           if key not in ("loraplus_lr_ratio", "calibration_rows")),
         *(f"training.{key}" for key in (
             "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "label_smoothing_factor", "optim",
-            "optimizer_in_backward", "gradient_checkpointing", "offload_boundaries", "tiled_mlp",
+            "optimizer_in_backward", "gradient_checkpointing", "offload_boundaries", "tiled_mlp", "sharding",
         )),
     }  # fmt: skip
     assert memory_settings(with_values(Config(), {"adapter.r": 8}))["adapter.r"] == 8

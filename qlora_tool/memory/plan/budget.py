@@ -126,13 +126,16 @@ def _available_on_card(device: torch.device) -> int:
     return available_bytes(device, CudaTarget.of(None).context_bytes)
 
 
-def choose_for_profile(config: Config, device: str, card: Card | None, limit: Limit | None) -> Choice | None:
+def choose_for_profile(
+    config: Config, device: str, card: Card | None, limit: Limit | None, processes: int = 1
+) -> Choice | None:
     """The same for `profile-memory`, which assumes full batches.
 
     Args:
         device: cpu or cuda.
         card: to predict for; None: the one that is here, if any.
         limit: what the run may take; None: what is free on the card that is here.
+        processes: that train together.
     """
     if config.training.gradient_checkpointing != "auto":
         return None
@@ -143,8 +146,9 @@ def choose_for_profile(config: Config, device: str, card: Card | None, limit: Li
     dtype, target = compute_dtype_on(config, device, card), target_on(device, card)
     model_config = model_config_of(config)
     config = resolve_run(config, model_config, device, dtype)
+    shape = BatchShape.assumed(config, model_config, processes)
     try:
-        choice = choose(config, model_config, BatchShape.assumed(config, model_config), dtype, limit.bytes, target)
+        choice = choose(config, model_config, shape, dtype, limit.bytes, target)
     except BudgetTooSmall as error:
         logger.warning("%s", BudgetTooSmall(error.least, error.how, str(limit)))
         return None

@@ -40,8 +40,9 @@ def card_of(budget: Budget | None) -> Card | None:
 
 
 def limit_on(
-    config: Config, device: str, budget: Budget | None = None, free: int | None = None, *, steady: bool = False
-) -> Limit | None:
+    config: Config, device: str, budget: Budget | None = None, free: int | None = None, *, steady: bool = False,
+    processes: int = 1,
+) -> Limit | None:  # fmt: skip
     """What a run may take: of a device all but the margin that stays free on it, and at most `training.max_memory`
     where `gradient_checkpointing: auto` has to stay within that.
 
@@ -50,6 +51,7 @@ def limit_on(
         budget: a device that is named.
         free: bytes that are free on the one that is here, in the place of `budget`.
         steady: whether those are rounded down, as what is free differs a little each time.
+        processes: that share a named device, where that is a CPU; each has a card of its own.
 
     Returns:
         The least of the limits; None where there is none.
@@ -65,7 +67,10 @@ def limit_on(
             name = f"{share}the {size} of {budget.name}"
         else:
             name = f"{share}{size}" if margin else ""
-        limits.append(Limit(usable(budget.bytes, margin), name))
+        usable_bytes = usable(budget.bytes, margin)
+        if device == "cpu" and processes > 1:
+            usable_bytes, name = usable_bytes // processes, f"a share of {size}, for each of {processes} processes"
+        limits.append(Limit(usable_bytes, name))
     elif free is not None:
         step = _FREE_STEP if steady else 1
         name = f"{share or 'all of '}the {binary_size(free)} free on {device}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ def plan(
     *,
     margin: float | None = None,
     shape: BatchShape | None = None,
+    processes: int = 1,
     confirm: bool = True,
 ) -> Plan:
     """What fits into `budget_bytes`.
@@ -41,6 +43,7 @@ def plan(
         target: the card that it is for, with what was measured on it; None: a CPU.
         margin: share of the budget to keep free; by default `margin_on` it.
         shape: the kind of batch that is asked for; by default what training would make of full rows.
+        processes: that train together, where `shape` does not say it.
         confirm: trace the answer at the model's full depth. Takes as long as a prediction.
 
     Raises:
@@ -50,7 +53,8 @@ def plan(
     margin = margin_on(device) if margin is None else margin
     config = resolve_run(config, model_config, device, compute_dtype)
     assumed = shape is None
-    shape = shape or BatchShape.full(config.training.per_device_train_batch_size, config.data.max_length)
+    shape = shape or replace(BatchShape.full(config.training.per_device_train_batch_size, config.data.max_length),
+                             processes=processes)  # fmt: skip
     search = Search.of_run(config, model_config, usable(budget_bytes, margin), compute_dtype, target, shape)
     search.assumed = assumed
     if target is not None:

@@ -106,7 +106,7 @@ class Search:
 
     def _shape(self, config: Config) -> BatchShape:
         if self.assumed:
-            return BatchShape.assumed(config, self.model_config)
+            return BatchShape.assumed(config, self.model_config, self.shape.processes)
         return resized(self.shape, config.training.per_device_train_batch_size, config.data.max_length)
 
     def _estimate(self, settings: Mapping[str, Any]) -> Estimate:

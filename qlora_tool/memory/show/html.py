@@ -110,7 +110,7 @@ def _encoded(name: str, timeline: Timeline, report: MemoryReport) -> dict[str, A
 
 def _headlines(report: MemoryReport, budget: int | None, budget_name: str) -> Iterator[str]:
     for name, breakdown in report.breakdowns.items():
-        peak, verdict = fit(breakdown, budget, budget_name)
+        peak, verdict = fit(breakdown, budget, budget_name, report.processes)
         over = ' class="over"' if budget is not None and breakdown.needed_bytes > budget else ""
         said = f"; <span{over}>{html.escape(verdict)}</span>" if verdict else ""
         yield f"  <p>{name}: <strong>{peak}</strong>{said}</p>"

@@ -147,9 +147,11 @@ def difference(row: Row) -> tuple[str, str]:
     return f"{(predicted - measured) / MB:+.1f}", share
 
 
-def fit(breakdown: Breakdown, budget: int | None, budget_name: str) -> tuple[str, str]:
-    """A breakdown in two phrases: its peak, and whether it fits (empty without a budget)."""
-    peak = f"{full_size(breakdown.peak_bytes)} at the peak, in {breakdown.peak_phase}"
+def fit(breakdown: Breakdown, budget: int | None, budget_name: str, processes: int = 1) -> tuple[str, str]:
+    """A breakdown in two phrases: its peak, of one of several processes, and whether it fits (empty without a
+    budget)."""
+    each = f", per process, of {processes}" if processes > 1 else ""
+    peak = f"{full_size(breakdown.peak_bytes)} at the peak, in {breakdown.peak_phase}{each}"
     if budget is None:
         return peak, ""
     left = budget - breakdown.needed_bytes

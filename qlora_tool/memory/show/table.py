@@ -48,7 +48,7 @@ def render_report(
     if not breakdowns:
         console.print(Text("no memory was predicted or measured"))
         return
-    console.print(_headlines(breakdowns, budget, budget_name))
+    console.print(_headlines(report, budget, budget_name))
     console.print()
     console.print(_table(report, budget, budget_name))
     compared = "; difference: predicted less measured" if len(breakdowns) == 2 else ""
@@ -64,12 +64,13 @@ def render_report(
         console.print(_whole_modules(unquantized))
 
 
-def _headlines(breakdowns: Mapping[str, Breakdown], budget: int | None, budget_name: str) -> Table:
+def _headlines(report: MemoryReport, budget: int | None, budget_name: str) -> Table:
     lines = Table.grid(padding=(0, 1, 0, 0))
     lines.add_column(no_wrap=True, width=_LABEL - 1)
     lines.add_column()
-    for name, breakdown in breakdowns.items():
-        lines.add_row(f"{name}:", Text("\n".join(phrase for phrase in fit(breakdown, budget, budget_name) if phrase)))
+    for name, breakdown in report.breakdowns.items():
+        phrases = fit(breakdown, budget, budget_name, report.processes)
+        lines.add_row(f"{name}:", Text("\n".join(phrase for phrase in phrases if phrase)))
     return lines
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qlora_tool.memory.trace.timeline import Event, Timeline
+from qlora_tool.model.sharding import local
 from qlora_tool.weights.handles import model_tensors
 
 if TYPE_CHECKING:
@@ -27,14 +28,15 @@ def name_weights(tracer: Tracer, module: nn.Module, adapters: AdapterSet) -> Non
 
 
 def weights_by_category(module: nn.Module, trained: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, str]]:
-    """What is trained, and every other tensor of a model, with their parts of the breakdown."""
+    """What is trained, and every other tensor of a model, with their parts of the breakdown; of one that is shared out
+    what this process holds."""
     seen = set()
     for parameter in trained:
         seen.add(id(parameter))
         yield parameter, "adapter_weights"
     for _, tensor, role in model_tensors(module):
         if id(tensor) not in seen:
-            yield tensor, _CATEGORIES[role]
+            yield local(tensor), _CATEGORIES[role]
 
 
 def name_optimizer(tracer: Tracer, optimizer: Optimizer) -> None:

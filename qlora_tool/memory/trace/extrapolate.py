@@ -142,8 +142,8 @@ def resized(shape: BatchShape, rows: int, length: int) -> BatchShape:
     """A batch of another size and the same kind: padded or packed as before, the same share of its tokens trained."""
     if (rows, length) == (shape.rows, shape.length):
         return shape
-    if replace(shape, start_tokens=None) == BatchShape.full(shape.rows, shape.length):
-        return replace(BatchShape.full(rows, length), start_tokens=shape.start_tokens)
+    if replace(shape, start_tokens=None, processes=1) == BatchShape.full(shape.rows, shape.length):
+        return replace(BatchShape.full(rows, length), start_tokens=shape.start_tokens, processes=shape.processes)
     trained = max(1, shape.trained_tokens * rows * length // (shape.rows * shape.length))
     segments = None if shape.segments is None else (length,)
     return replace(shape, rows=rows, length=length, trained_tokens=trained, segments=segments)

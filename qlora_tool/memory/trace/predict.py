@@ -25,6 +25,7 @@ from qlora_tool.build.tensors import Random
 from qlora_tool.data.batches import Batch, Segments
 from qlora_tool.data.examples import Example
 from qlora_tool.errors import ToolError, UserError
+from qlora_tool.memory.trace.assumed_world import AssumedWorld, shard_over
 from qlora_tool.memory.trace.classify import name_gradients, name_optimizer, name_weights
 from qlora_tool.memory.trace.tracer import Trace, Tracer
 from qlora_tool.model.causal_lm import CausalLM
@@ -55,6 +56,7 @@ class BatchShape:
         segments: lengths of the examples packed into each row, or None without packing.
         start_tokens: of the training data, that the adapters' start is made of before the steps; 0: it is made of the
             weights alone; None: none is made.
+        processes: that take the steps together, each with batches of this shape.
     """
 
     rows: int
@@ -63,6 +65,7 @@ class BatchShape:
     padded: bool = False
     segments: tuple[int, ...] | None = None
     start_tokens: int | None = None
+    processes: int = 1
 
     @classmethod
     def full(cls, rows: int, length: int) -> BatchShape:
@@ -70,15 +73,17 @@ class BatchShape:
         return cls(rows, length, rows * (length - 1))
 
     @classmethod
-    def assumed(cls, config: Config, model_config) -> BatchShape:
+    def assumed(cls, config: Config, model_config, processes: int = 1) -> BatchShape:
         """What there is to assume without data: full rows of `max_length` tokens, one example each and every token with
         a label, in the batch that training would make of them, and in what a start is made of.
 
         Args:
             config: of the run; where the model cannot keep packed examples apart, they are padded.
+            processes: that train together.
         """
         rows, length = config.training.per_device_train_batch_size, config.data.max_length
-        full = replace(cls.full(rows, length), start_tokens=start_tokens(config, repeat(length)))
+        made_of = start_tokens(config, repeat(length))
+        full = replace(cls.full(rows, length), start_tokens=made_of, processes=processes)
         if config.data.packing and packs_apart(config, model_config):
             return replace(full, segments=(length,))
         if goes_without_padding(config, model_config):
@@ -200,12 +205,14 @@ def trial_run(
             start=shape.start(),
         )  # fmt: skip
         model, adapters = built.model, built.adapters
+        if shape.processes > 1 and config.training.sharding == "fsdp":
+            shard_over(shape.processes, model, adapters)
         optimizer = make_optimizer(config.training, parameter_groups(adapters))
     watch.loaded(model, adapters)
-    settings = StepSettings.of(config.training)
+    settings, world = StepSettings.of(config.training), AssumedWorld(size=shape.processes)
     batches = [shape.batch().to(device) for _ in range(min(2, config.training.gradient_accumulation_steps))]
     for step in range(1, STEPS + 1):
-        train_step(model, optimizer, batches, settings, 1e-4, partial(watch.during, optimizer, step))
+        train_step(model, optimizer, batches, settings, 1e-4, partial(watch.during, optimizer, step), world)
     watch.finished()
 
 

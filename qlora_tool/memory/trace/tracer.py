@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from qlora_tool.memory.trace.cpu_operators import ATTENTION, ATTENTION_BACKWARD, DECOMPOSITIONS, taken_inside
+from qlora_tool.model.sharding import local
 from qlora_tool.ops.declare import OPERATIONS, target_of
 
 _HELD_ALONE = 2  # of a storage that one tensor has: that tensor, and the Python object that asks
@@ -151,14 +152,35 @@ class Tracer(TorchDispatchMode):
         self._around: tuple[str, int] | None = None
         self._finished = False
         self._host_state = torch.get_rng_state
+        self._resize = torch.UntypedStorage.resize_
 
     def __enter__(self) -> Tracer:
         torch.get_rng_state = self._random_state
+        tracer, resize = self, self._resize
+
+        def resized(storage: torch.UntypedStorage, size: int) -> None:
+            resize(storage, size)
+            tracer._has_size(storage)
+
+        torch.UntypedStorage.resize_ = resized
         return super().__enter__()
 
     def __exit__(self, *raised: object) -> None:
         torch.get_rng_state = self._host_state
+        torch.UntypedStorage.resize_ = self._resize
         super().__exit__(*raised)
+
+    def _has_size(self, storage: torch.UntypedStorage) -> None:
+        """A storage was given another size, as that of weights is which are gathered while they are used: what it was
+        is given back, and what it is now is new."""
+        life = self._live.pop(storage, None)
+        if life is not None:
+            life.category = life.category or "temporaries"
+            self._died(life)
+        if storage.nbytes():
+            again = self._life(storage.nbytes(), "resize_" if life is None else life.operator)
+            again.category = "temporaries" if life is None else life.category
+            self._watch(storage, again)
 
     def _random_state(self) -> torch.Tensor:
         """The state of random numbers that checkpointing keeps for what draws some, which no operator makes: 5 KB each
@@ -253,6 +275,7 @@ class Tracer(TorchDispatchMode):
         for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if not isinstance(leaf, torch.Tensor) or leaf.device.type == "meta":
                 continue
+            leaf = local(leaf)  # the wrapper of a tensor that is shared out has no memory of its own
             storage = leaf.untyped_storage()
             if storage in self._live or storage.nbytes() == 0:
                 continue
