@@ -100,13 +100,15 @@ class StreamedLayers:
         handles: by parameter.
         buffers: that they come to; None where there is nothing to stream.
         elsewhere: bytes that are not on the device, `host_bytes` and `disk_bytes`.
+        disk: what reads them from there, if anything does.
     """
 
     def __init__(
         self, loading: Loading, handles: Mapping[str, WeightHandle], buffers: Buffers | None,
-        elsewhere: Mapping[str, int],
+        elsewhere: Mapping[str, int], disk: DiskStream | None = None,
     ) -> None:  # fmt: skip
         self.loading, self.handles, self.buffers, self.elsewhere = loading, handles, buffers, elsewhere
+        self.disk = disk
 
     def place(self, name: str) -> bool:
         """See `Apart`."""
@@ -117,14 +119,21 @@ class StreamedLayers:
 
     def finish(self) -> None:
         """See `Apart`. What counts a model's bytes finds these on it."""
-        note_stream(self.loading.model, self.buffers, self.elsewhere)
+        note_stream(self.loading.model, self.buffers, self.elsewhere, self.disk)
 
 
-def note_stream(model: PreTrainedModel, buffers: Buffers | None, elsewhere: Mapping[str, int]) -> None:
+def note_stream(
+    model: PreTrainedModel, buffers: Buffers | None, elsewhere: Mapping[str, int], disk: DiskStream | None = None
+) -> None:
     """Note on a model where the weights are that are streamed to it."""
     if buffers is not None:
-        model.weight_stream = buffers
+        model.weight_stream, model.weights_disk = buffers, disk
         model.weights_elsewhere = dict(elsewhere)
+
+
+def disk_of(model: PreTrainedModel) -> DiskStream | None:
+    """What reads a model's weights from the disk while it computes; None where nothing does."""
+    return getattr(model, "weights_disk", None)
 
 
 def weights_elsewhere(model: PreTrainedModel) -> dict[str, int]:
@@ -162,7 +171,7 @@ def streamed_handles(
         name: _handle(loading, cached, name, one, stream, index)
         for index, group in enumerate(group for group in found.values() if group) for name, one in group
     }
-    return StreamedLayers(loading, handles, stream.buffers, elsewhere)
+    return StreamedLayers(loading, handles, stream.buffers, elsewhere, stream)
 
 
 def _of(name: str, entries: Mapping[str, TensorEntry]) -> _Streamed:

@@ -26,6 +26,7 @@ from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.atomic import replacing_folder, write_json, write_text
 from qlora_tool.inference.evaluation import EvaluationResult, evaluate_loss
 from qlora_tool.model.devices import choose_device
+from qlora_tool.model.streamed_base import disk_of
 from qlora_tool.model.tokenizer_files import save_tokenizer
 from qlora_tool.ops.products import products_choice, use_products
 from qlora_tool.run_folder import RunFolder
@@ -38,7 +39,7 @@ from qlora_tool.training.plan import StepPlan, epoch_batches
 from qlora_tool.training.preconditions import refuse_at_once, refuse_dtype
 from qlora_tool.training.prepare import describe, prepare_data, provenance
 from qlora_tool.training.processes import as_it_was, refuse_disagreement, resumed, share_out
-from qlora_tool.training.progress import LiveLine, Metrics, Speed, memory_in_words, peak_memory_bytes
+from qlora_tool.training.progress import DiskWaits, LiveLine, Metrics, Speed, memory_in_words, peak_memory_bytes
 from qlora_tool.training.read_late import LateNumbers, StepNumbers
 from qlora_tool.training.resume import checkpoint_at, refuse_another_run
 from qlora_tool.training.run import Run, Watcher
@@ -247,7 +248,7 @@ def _fit(run: Run, watcher: Watcher | None) -> None:
 def _take_steps(run: Run, stop: StopRequest, line: LiveLine, watcher: Watcher | None) -> None:
     metrics, speed, late, world = Metrics(run.folder.metrics_file), Speed(), LateNumbers(), run.world
     run.model.module.train()
-    settings = StepSettings.of(run.training)
+    settings, waits = StepSettings.of(run.training), DiskWaits(disk_of(run.model.module))
     total, first = run.plan.total_steps, run.progress.step
     for micro_batches in _steps_left(run):
         batches = run.share(micro_batches)
@@ -268,6 +269,8 @@ def _take_steps(run: Run, stop: StopRequest, line: LiveLine, watcher: Watcher | 
         # The first two steps are read at once for the sake of the speed, which leaves them out or counts from them.
         numbers = _read(run, late, leave=0 if logged or saving or step <= first + 2 else 1)
         speed.step_done(tokens, counted=not watched)
+        if (waiting := waits.step_done()) is not None:
+            logger.warning(waiting)
         record = _record(run, numbers, rate, speed.take()) if logged else None
         paused = speed.pause()
         if evaluated:

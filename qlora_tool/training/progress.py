@@ -17,6 +17,8 @@ from qlora_tool.files.atomic import disk_errors
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from qlora_tool.weights.streamed import DiskStream
+
 
 def peak_memory_bytes(device: torch.device) -> int:
     """CUDA: the most that was allocated at once; CPU: the most memory that the process has had resident."""
@@ -100,6 +102,37 @@ class Speed:
         speed = self._tokens / (now - self._since) if self._tokens else None
         self._tokens, self._since = 0, now
         return speed
+
+
+class DiskWaits:
+    """Sees whether steps wait for the disk that weights are read from while they are taken (`model.weights: disk`).
+
+    Args:
+        disk: that they are read from; None: none are.
+    """
+
+    LOOKED_AT, TOLD_FROM = 4, 0.25  # steps, and the share of one
+
+    def __init__(self, disk: DiskStream | None):
+        self._disk, self._left, self._before = disk, self.LOOKED_AT, (0.0, 0.0, 0, 0.0)
+
+    def step_done(self) -> str | None:
+        """One more step is done; gives what is to be said of it, once."""
+        if self._disk is None or not self._left:
+            return None
+        now = time.perf_counter(), self._disk.waited_seconds, self._disk.read_bytes, self._disk.read_seconds
+        first, (seconds, waited, read, reading) = self._left == self.LOOKED_AT, (
+            after - before for after, before in zip(now, self._before, strict=True))  # fmt: skip
+        self._before, self._left = now, self._left - 1
+        if first or not reading or waited < self.TOLD_FROM * seconds:
+            return None
+        self._left = 0
+        return (
+            f"model.weights: disk: {waited / seconds:.0%} of a step's {seconds:.1f} s waited for the disk "
+            f"({read / 1e9:.2f} GB at {read / reading / 1e9:.2f} GB/s); a larger training.per_device_train_batch_size "
+            "trains more rows for as much reading, a larger model.resident_layers reads less, and QLORA_TOOL_CACHE may "
+            "be a folder on a faster disk"
+        )
 
 
 class LiveLine:

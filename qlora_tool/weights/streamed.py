@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -119,7 +120,8 @@ class DiskStream:
         buffers: that they come to; None: two on the CPU, each large enough for the largest.
 
     Attributes:
-        read_bytes: from the disk so far.
+        read_bytes, read_seconds: from the disk so far, and what the reading took.
+        waited_seconds: of these, what computing waited for.
 
     Raises:
         MachineError: while it is read: the disk fails.
@@ -127,7 +129,8 @@ class DiskStream:
     """
 
     def __init__(self, file: Path, parts: Sequence[Part], buffers: Buffers | None = None):
-        self.file, self.parts, self.read_bytes = file, list(parts), 0
+        self.file, self.parts = file, list(parts)
+        self.read_bytes, self.read_seconds, self.waited_seconds = 0, 0.0, 0.0
         self._descriptor, self._direct = _opened(file)
         weakref.finalize(self, os.close, self._descriptor)
         self.buffers = buffers or Buffers(max(part.room for part in parts), torch.device("cpu"))
@@ -159,7 +162,9 @@ class DiskStream:
         """Wait for the disk."""
         filling, self._filling[buffer] = self._filling[buffer], None
         if filling is not None:
+            begin = time.perf_counter()
             filling.result()
+            self.waited_seconds += time.perf_counter() - begin
 
     def _read(self, buffer: int, index: int) -> None:
         self._read_into(self.buffers[buffer], index)
@@ -167,7 +172,7 @@ class DiskStream:
     def _read_into(self, memory: Tensor, index: int) -> None:
         first, size = self.parts[index].paged()
         needed = self.parts[index].stop - first
-        view, done = memoryview(memory.numpy().data), 0
+        view, done, begin = memoryview(memory.numpy().data), 0, time.perf_counter()
         while done < needed:
             try:
                 count = os.preadv(self._descriptor, [view[done:size]], first + done)
@@ -179,6 +184,7 @@ class DiskStream:
                 )
             done += count
         self.read_bytes += done
+        self.read_seconds += time.perf_counter() - begin
         if not self._direct:  # what was read once is not needed again before all else has been
             with contextlib.suppress(OSError, AttributeError):
                 os.posix_fadvise(self._descriptor, first, size, os.POSIX_FADV_DONTNEED)

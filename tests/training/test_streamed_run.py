@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import re
 import shutil
+import time
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +21,10 @@ from qlora_tool.build import tensors
 from qlora_tool.build.open import open_model
 from qlora_tool.errors import MachineError
 from qlora_tool.files.cache import cache_folder
+from qlora_tool.training import progress
 from qlora_tool.training.loop import train
+from qlora_tool.training.progress import DiskWaits
+from qlora_tool.weights import streamed
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.streamed import StreamedHandle
 
@@ -121,3 +129,39 @@ def test_what_cannot_be_streamed_is_refused(folder, tmp_path, monkeypatch):
     with pytest.raises(MachineError, match=r"quantized base takes 0\.0 GB .* free some, or set QLORA_TOOL_CACHE"):
         train(config)
     assert not any((cache_folder() / "bases").glob("*"))
+
+
+def test_a_disk_that_steps_wait_for_is_told_once_with_what_it_costs(tmp_path, caplog, monkeypatch):
+    """Each read takes a tenth of a second, and a step of this model far less."""
+    write_model(tmp_path / "model", num_hidden_layers=5)
+    write_rows(tmp_path / "rows.jsonl")
+    read = os.preadv
+
+    def slowly(*arguments: object) -> int:
+        time.sleep(0.1)
+        return read(*arguments)
+
+    monkeypatch.setattr(streamed.os, "preadv", slowly)
+    monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
+    train(config_of(tmp_path, tmp_path / "run", **{"training.max_steps": 5}, **DISK))
+    [told] = [line for line in caplog.messages if "waited for the disk" in line]
+    share, step = map(float, re.match(r"model.weights: disk: (\d+)% of a step's ([\d.]+) s waited", told).groups())
+    assert 25 <= share <= 100 and step >= 0.6  # three layers of five are brought anew in each pass
+
+
+@pytest.mark.parametrize(("waited", "told_at"), [(0.3, 2), (0.24, None)])
+def test_a_disk_is_told_of_from_a_quarter_of_a_step(waited, told_at, monkeypatch):
+    """Steps of 10 s, of which 5 are reading 2 GB; the first one begins before it is looked at."""
+    clock, disk = [100.0], SimpleNamespace(waited_seconds=7.0, read_bytes=10**9, read_seconds=8.0)
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    waits, told = DiskWaits(disk), {}
+    for step in range(1, 9):
+        clock[0] += 10.0
+        disk.waited_seconds += 10.0 * waited
+        disk.read_bytes += 2 * 10**9
+        disk.read_seconds += 5.0
+        if (line := waits.step_done()) is not None:
+            told[step] = line
+    assert list(told) == ([told_at] if told_at else [])
+    assert not told or "30% of a step's 10.0 s waited for the disk (2.00 GB at 0.40 GB/s)" in told[told_at]
+    assert DiskWaits(None).step_done() is None
