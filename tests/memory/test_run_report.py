@@ -136,6 +136,28 @@ def test_a_run_that_cannot_fit_is_refused_on_a_card(
     assert caught.value.lines[0].endswith(command)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="fully_shard of torch 2.11 takes parameters of floating point alone"
+)
+def test_one_of_several_processes_is_held_against_its_card(config: Config, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(run_report, "available_bytes", lambda *_: 1 << 40)
+    monkeypatch.setattr(curing, "SECONDS_FOR_A_CHANGE", -1)
+    setups = {sharding: on_card(with_values(config, {"training.sharding": sharding})) for sharding in ("none", "fsdp")}
+    found = {}
+    for sharding, setup in setups.items():
+        memory = RunMemory()
+        memory.check(setup, batch(20, 12))
+        found[sharding] = memory.predicted
+        assert memory.predicted == predict_run(setup, replace(BatchShape.of(batch(20, 12)), processes=2))
+    held = {sharding: breakdown.at_peak["base_weights"] for sharding, breakdown in found.items()}
+    assert held["fsdp"] < 0.6 * held["none"]
+    monkeypatch.setattr(run_report, "available_bytes", lambda *_: found["fsdp"].needed_bytes - 1)
+    with pytest.raises(UserError, match=r"this run needs .* --processes 2` shows what fits"):
+        RunMemory().check(setups["fsdp"], batch(20, 12))
+
+
 def test_the_refusal_names_the_change_that_makes_it_fit(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -47,8 +47,10 @@ def cure(
     if (line := _of_the_start(config, predicted, limit_bytes)) is not None:
         return line
     device = "cpu" if target is None else "cuda"
-    memory = "" if given is None else f" --device-memory {given}B"
-    command = f"`qlora-tool profile-memory CONFIG --plan --device {device}{memory}`"
+    several = shape.processes if target is None else 1  # of which each was given a share
+    memory = "" if given is None else f" --device-memory {given * several}B"
+    processes = f" --processes {shape.processes}" if shape.processes > 1 else ""
+    command = f"`qlora-tool profile-memory CONFIG --plan --device {device}{memory}{processes}`"
     try:
         change = change_that_fits(config, model_config, limit_bytes, compute_dtype, target, shape, predicted,
                                   margin=0.0, seconds=SECONDS_FOR_A_CHANGE)  # fmt: skip

@@ -134,6 +134,9 @@ class Watch:
         """A checkpointed region is computed again meanwhile."""
         return nullcontext()
 
+    def whole(self, model: CausalLM, adapters: AdapterSet) -> None:
+        """The model is loaded, and is about to be shared out over processes."""
+
     def loaded(self, model: CausalLM, adapters: AdapterSet) -> Sequence[RemovableHandle]:
         """The model is loaded, its adapters are on it. Gives the hooks that it put there."""
         return ()
@@ -173,6 +176,9 @@ class TracerWatch(Watch):
     def finished(self) -> None:
         self.tracer.finish()
 
+    def whole(self, model: CausalLM, adapters: AdapterSet) -> None:
+        name_weights(self.tracer, model.module, adapters)
+
     def loaded(self, model: CausalLM, adapters: AdapterSet) -> Sequence[RemovableHandle]:
         name_weights(self.tracer, model.module, adapters)
         self.tracer.trace.elsewhere = weights_elsewhere(model.module)
@@ -206,6 +212,7 @@ def trial_run(
         )  # fmt: skip
         model, adapters = built.model, built.adapters
         if shape.processes > 1 and config.training.sharding == "fsdp":
+            watch.whole(model, adapters)
             shard_over(shape.processes, model, adapters)
         optimizer = make_optimizer(config.training, parameter_groups(adapters))
     watch.loaded(model, adapters)
