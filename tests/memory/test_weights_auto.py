@@ -109,7 +109,7 @@ def test_a_run_streams_what_does_not_fit_and_learns_the_same(
     monkeypatch.setattr(run_report, "available_bytes", available)
     run = train(config, watcher=memory)
     model = load_config(run.folder.path / "config.yaml").model
-    told = [line for line in caplog.messages if line.startswith("model.weights: auto: not all of the base fits")]
+    told = {line for line in caplog.messages if line.startswith("model.weights: auto: not all of the base fits")}
     assert (model.weights, len(told)) == (("auto", 0) if fits else ("disk", 1))
     assert fits or model.resident_layers > 0
     assert memory.predicted.needed_bytes <= seen[0] - (not fits)
