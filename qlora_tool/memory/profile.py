@@ -50,11 +50,14 @@ _SIZES = {
     "vocab_size": (),
 }
 FROM_SMALL_STEPS = "the whole prediction, by smaller steps"
-# What several processes take on cards, and one does not.
-_ESTIMATED_BETWEEN = (
-    "what NCCL keeps for the links between processes (not counted)",
-    "what the allocator keeps unused of the queue by which shares are gathered (not counted)",
-)
+# What several processes take beside that, by device and `training.sharding`.
+_NCCL = "what NCCL keeps for the links between processes (not counted)"
+_ESTIMATED_BETWEEN: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("cuda", "none"): (_NCCL,),
+    ("cuda", "fsdp"): (_NCCL, "what the allocator keeps unused of the queue that gathers shares (not counted)"),
+    ("cpu", "none"): (),
+    ("cpu", "fsdp"): ("for how long gloo holds what was gathered (up to 17 % more was seen for a moment)",),
+}
 _BASE = ("base_weights", "quantization_state", "other_weights")
 
 
@@ -187,8 +190,8 @@ def profile(
         seen = Prediction.of(measure_categories(*run), None)
         lines["measured"], measured = seen.timeline, seen.breakdown
         allocator_peak = measure_peak(*run)
-    if processes > 1 and device == "cuda":
-        estimated = (*estimated, *_ESTIMATED_BETWEEN[:2 if config.training.sharding == "fsdp" else 1])
+    if processes > 1:
+        estimated = (*estimated, *_ESTIMATED_BETWEEN[device, config.training.sharding])
     report = MemoryReport(device, config.model_dump(mode="json"), predicted, measured,
                           FROM_SMALL_STEPS in estimated, processes)  # fmt: skip
     unquantized = unquantized_bytes(config, model_config, dtype)
