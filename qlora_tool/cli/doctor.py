@@ -27,11 +27,11 @@ OPTIONAL = ("peft", "triton", "gguf")
     qlora-tool doctor --measure       # after the machine was busy, or has changed
     """,
 )
-@click.option("--measure", is_flag=True, help="Measure the speed of products anew; let nothing else run meanwhile.")
+@click.option("--measure", is_flag=True, help="Measure products and bandwidths anew; let nothing else run meanwhile.")
 @click.option("--clear-cache", is_flag=True,
               help="First delete what is cached: predictions, speeds, the demo model, quantized bases.")  # fmt: skip
 def doctor(measure: bool, clear_cache: bool) -> None:
-    """Show versions, devices, the compute dtype that `auto` chooses, kernels and disk.
+    """Show versions, devices, the compute dtype that `auto` chooses, bandwidths, kernels and disk.
 
     Nothing is downloaded and no network is needed. Exit code 1 where something that every run needs is missing.
     """
@@ -48,10 +48,12 @@ def doctor(measure: bool, clear_cache: bool) -> None:
         raise MachineError(f"{name} is not installed; every run needs it: pip install {name}" for name in missing)
     _show("Devices", _devices())
     if measure:
-        from qlora_tool.ops.speeds import measure_anew
+        from qlora_tool.ops import bandwidths, speeds
 
-        measure_anew()
+        speeds.measure_anew()
+        bandwidths.measure_anew()
     _show("Products", _products())
+    _show("Bandwidths", _bandwidths())
     _show("Compute dtype that auto chooses", _compute_dtypes())
     kernels, fault = _kernels()
     _show("Kernels", kernels)
@@ -100,6 +102,25 @@ def _products() -> Iterator[tuple[str, str]]:
     share = f"{found.processor_share:.0%} of the processors' time was free"
     busy = f"; the machine was busy ({share}): doctor --measure measures again"
     yield "measured", f"{found.date[:16]} UTC, {found.threads} threads{busy if found.doubtful else ''}"
+
+
+def _bandwidths() -> Iterator[tuple[str, str]]:
+    from qlora_tool.files.cache import cache_folder
+    from qlora_tool.ops.bandwidths import known_bandwidths
+
+    found = known_bandwidths()
+
+    def row(name: str, figure: float, how: str) -> tuple[str, str]:
+        reason = found.faults.get(name)
+        return name, f"{figure / 1e9:.2f} GB/s ({how})" if reason is None else f"not measured ({reason})"
+
+    reads = "direct reads" if found.direct else "reads by way of the page cache"
+    yield row("disk", found.disk, f"{reads} in {cache_folder().absolute()}")
+    threads = f"{found.threads} thread{'s' if found.threads > 1 else ''}"
+    yield row("host", found.host, f"copies in memory by {threads}")
+    for name, figure in found.cards.items():
+        yield row(name, figure, "from pinned memory")
+    yield "measured", f"{found.date[:16]} UTC"
 
 
 def _compute_dtypes() -> Iterator[tuple[str, str]]:

@@ -14,7 +14,8 @@ from qlora_tool.files.atomic import disk_errors, write_json
 
 logger = logging.getLogger(__name__)
 
-CACHED = ("predictions", "bases", "demo", "products.json", "cuda.json", "hashes.json", "packing.json", "datasets")
+CACHED = ("predictions", "bases", "demo", "products.json", "bandwidths.json", "cuda.json", "hashes.json",
+          "packing.json", "datasets")  # fmt: skip
 
 
 def cache_folder() -> Path:

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from qlora_tool.errors import MachineError
+from qlora_tool.files.direct_reads import PAGE
 from qlora_tool.model.load import Loading
 from qlora_tool.model.streamed_base import layer_weights, note_stream
 from qlora_tool.ops.free_memory import free_bytes
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.on_card import HostStream, Queues
 from qlora_tool.weights.quantized import QuantizedTensor
-from qlora_tool.weights.streamed import ALIGNMENT, PAGE, Place, StreamedHandle, to_page
+from qlora_tool.weights.streamed import ALIGNMENT, Place, StreamedHandle, to_page
 
 KEPT_FREE = 0.05  # of the host's memory
 

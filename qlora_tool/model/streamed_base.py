@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from qlora_tool.files.direct_reads import PAGE
 from qlora_tool.files.tensors import Checkpoint, TensorEntry, write_as_they_come
 from qlora_tool.model.cached_base import disk_tensors, module_tensors
 from qlora_tool.model.checkpointing import decoder_layers
@@ -26,7 +27,7 @@ from qlora_tool.ops.declare import target_of
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.on_card import DiskToCardStream, Queues
 from qlora_tool.weights.quantized import QuantizedTensor, disk_field, disk_group, disk_specs, from_disk, quantize
-from qlora_tool.weights.streamed import ALIGNMENT, PAGE, Buffers, DiskStream, NoStream, Part, Place, StreamedHandle
+from qlora_tool.weights.streamed import ALIGNMENT, Buffers, DiskStream, NoStream, Part, Place, StreamedHandle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

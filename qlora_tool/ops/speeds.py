@@ -9,20 +9,20 @@ does not help soon after, and the earlier choice stays.
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timedelta, timezone
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_tool.files.cache import cache_folder, write_cached
+from qlora_tool.files.cache import cache_folder
+from qlora_tool.ops.measured import expired, read_measured, today, write_measured
 
 PYTORCH, ONEDNN = "PyTorch", "oneDNN"
 FLOAT32, FLOAT32_ONEDNN, BFLOAT16 = "float32", "float32 oneDNN", "bfloat16"  # fp16 is never faster on a CPU
@@ -34,7 +34,6 @@ LONGEST = 2.5  # seconds after which a measurement ends before that
 ATTEMPTS = 2
 BUSY_BELOW = 0.75  # of the processor time that all threads could have had
 SPREAD_ABOVE = 0.3  # of the middle half of the ratios, relative to their median
-VALID, VALID_IF_DOUBTFUL = timedelta(days=28), timedelta(hours=1)
 TRAINING_BELOW = 0.6  # of the slowest shape's speed: training then disagrees
 
 
@@ -71,8 +70,7 @@ class Speeds:
 
     @property
     def expired(self) -> bool:
-        age = datetime.now(timezone.utc) - datetime.fromisoformat(self.date)
-        return self.in_training > 0 or not timedelta(0) <= age < (VALID_IF_DOUBTFUL if self.doubtful else VALID)
+        return self.in_training > 0 or expired(self.date, self.doubtful)
 
     def choose(self, earlier: Speeds | None) -> Speeds:
         """The same with its choice made."""
@@ -103,7 +101,7 @@ class Speeds:
 def known_speeds() -> Speeds:
     """What was measured on this processor with this PyTorch and as many threads; measured now where that is too old,
     doubtful, at odds with what training saw, or not there."""
-    found = _read(_file()).get(_machine())
+    found = read_measured(_file(), Speeds.from_json).get(_machine())
     return found if found is not None and not found.expired else measure_anew()
 
 
@@ -113,48 +111,33 @@ def measure_anew() -> Speeds:
     while len(attempts) < ATTEMPTS and not (attempts and not attempts[-1].doubtful):
         attempts.append(measure())
     least_disturbed = max(attempts, key=lambda found: (not found.doubtful, found.processor_share - found.spread))
-    cached = _read(_file())
+    cached = read_measured(_file(), Speeds.from_json)
     found = least_disturbed.choose(cached.get(_machine()))
-    _write(cached | {_machine(): found})
+    write_measured(_file(), cached | {_machine(): found})
     return found
 
 
 def compare_with_training(choice: str, gflops: float) -> None:
     """Note the speed that a run's own fp32 products had by a library: where it is far below what was measured, the
     next process measures again."""
-    cached = _read(_file())
+    cached = read_measured(_file(), Speeds.from_json)
     found = cached.get(_machine())
     if found is not None and gflops < TRAINING_BELOW * found.slowest[FLOAT32_ONEDNN if choice == ONEDNN else FLOAT32]:
-        _write(cached | {_machine(): replace(found, in_training=gflops)})
+        write_measured(_file(), cached | {_machine(): replace(found, in_training=gflops)})
 
 
 def _file() -> Path:
     return cache_folder() / "products.json"
 
 
-def _read(file: Path) -> dict[str, Speeds]:
-    """By machine; what cannot be read is left out."""
-    try:
-        cached = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    found = {}
-    for machine, data in cached.items() if isinstance(cached, dict) else ():
-        try:
-            found[machine] = Speeds.from_json(data)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
-    return found
-
-
-def _write(cached: dict[str, Speeds]) -> None:
-    write_cached(_file(), {machine: asdict(found) for machine, found in cached.items()})
-
-
 def _machine() -> str:
     """What a measurement holds for: a home folder may be shared by several machines."""
-    processor = [platform.machine(), torch.backends.cpu.get_cpu_capability(), *bf16_instructions()]
-    return f"{' '.join(processor)}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    return f"{processor_kind()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def processor_kind() -> str:
+    """The processor's kind, by what products depend on."""
+    return " ".join([platform.machine(), torch.backends.cpu.get_cpu_capability(), *bf16_instructions()])
 
 
 def bf16_instructions() -> list[str]:
@@ -235,7 +218,7 @@ def measure() -> Speeds:
     figures.setdefault(BFLOAT16, [emulated])
     ratio, spread = _ratio(contestants[FLOAT32], contestants.get(FLOAT32_ONEDNN))
     return Speeds(
-        datetime.now(timezone.utc).isoformat(timespec="seconds"), torch.get_num_threads(),
+        today(), torch.get_num_threads(),
         {name: found[-1] for name, found in figures.items()}, {name: min(found) for name, found in figures.items()},
         ratio, spread, share,
     )  # fmt: skip

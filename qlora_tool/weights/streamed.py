@@ -6,12 +6,8 @@ Two buffers hold two parts (`schedule.py`); a thread fills one while what comput
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
 import threading
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,12 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qlora_tool.errors import MachineError, UserError
+from qlora_tool.files.direct_reads import PAGE, DirectFile
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.quantized import QuantizedTensor
 from qlora_tool.weights.schedule import Schedule
 
-PAGE = 4096  # what direct reads start and end on
 ALIGNMENT = 64  # of a tensor's first byte, for which products give the same bits whatever they are given
 
 
@@ -131,8 +126,7 @@ class DiskStream:
     def __init__(self, file: Path, parts: Sequence[Part], buffers: Buffers | None = None):
         self.file, self.parts = file, list(parts)
         self.read_bytes, self.read_seconds, self.waited_seconds = 0, 0.0, 0.0
-        self._descriptor, self._direct = _opened(file)
-        weakref.finalize(self, os.close, self._descriptor)
+        self._file = DirectFile(file)
         self.buffers = buffers or Buffers(max(part.room for part in parts), torch.device("cpu"))
         self._filling: list[Future[None] | None] = [None, None]
         self._schedule = Schedule(len(self.parts), self)
@@ -172,38 +166,15 @@ class DiskStream:
     def _read_into(self, memory: Tensor, index: int) -> None:
         first, size = self.parts[index].paged()
         needed = self.parts[index].stop - first
-        view, done, begin = memoryview(memory.numpy().data), 0, time.perf_counter()
-        while done < needed:
-            try:
-                count = os.preadv(self._descriptor, [view[done:size]], first + done)
-            except OSError as error:
-                raise MachineError(f"{self.file}: cannot be read: {error.strerror}; the disk may be broken") from error
-            if not count:
-                raise UserError(
-                    f"{self.file}: ends {needed - done} bytes early; remove it, and the next run makes it anew"
-                )
-            done += count
-        self.read_bytes += done
+        begin = time.perf_counter()
+        self.read_bytes += self._file.read_into(memoryview(memory.numpy().data)[:size], first, needed)
         self.read_seconds += time.perf_counter() - begin
-        if not self._direct:  # what was read once is not needed again before all else has been
-            with contextlib.suppress(OSError, AttributeError):
-                os.posix_fadvise(self._descriptor, first, size, os.POSIX_FADV_DONTNEED)
+        self._file.drop(first, size)
 
 
 def in_backward() -> bool:
     """Whether a backward pass is running in this thread, what it recomputes included."""
     return torch._C._current_graph_task_id() >= 0
-
-
-def _opened(file: Path) -> tuple[int, bool]:
-    """A file's descriptor, and whether reads go past the page cache."""
-    direct = getattr(os, "O_DIRECT", 0)
-    try:
-        return os.open(file, os.O_RDONLY | direct), bool(direct)
-    except OSError as error:
-        if error.errno != errno.EINVAL or not direct:  # a file system without it (tmpfs, say)
-            raise
-        return os.open(file, os.O_RDONLY), False
 
 
 class NoStream:

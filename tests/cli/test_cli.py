@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 
 import click
@@ -285,14 +286,15 @@ def test_doctor_reports_this_machine(monkeypatch: pytest.MonkeyPatch):
 def test_doctor_measures_products_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import torch
 
-    from qlora_tool.ops import speeds
+    from qlora_tool.ops import bandwidths, speeds
 
     def found(date: str, ratio: float) -> speeds.Speeds:
         gflops = {"float32": 100.0, "float32 oneDNN": 100 * ratio, "bfloat16": 50.0}
         return speeds.Speeds(date, torch.get_num_threads(), gflops, gflops, ratio, 0.1, share)
 
     monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path))
-    now, share = speeds.datetime.now(speeds.timezone.utc).isoformat(), 0.95
+    now, share = datetime.now(timezone.utc).isoformat(), 0.95
+    monkeypatch.setattr(bandwidths, "_measure", lambda: bandwidths.Bandwidths(now, 1e9, 9e9))
     monkeypatch.setattr(speeds, "measure", lambda: found(now, 0.9))
     first = invoke("doctor").stdout
     assert "  float32 by    PyTorch (oneDNN takes 1/0.90 of PyTorch's time, ± 5%)\n" in first
@@ -304,6 +306,37 @@ def test_doctor_measures_products_anew(tmp_path: Path, monkeypatch: pytest.Monke
     assert "float32 100.0, float32 oneDNN 200.0, bfloat16 50.0 GFLOP/s" in again
     assert "; the machine was busy (40% of the processors' time was free): doctor --measure measures again" in again
     assert "  float32 by    PyTorch (" in again  # a busy machine's figures change no choice
+
+
+def test_doctor_shows_bandwidths_and_measures_them_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from qlora_tool.ops import bandwidths, speeds
+
+    monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path))
+    monkeypatch.setattr(bandwidths, "_has_cards", lambda: False)
+    now, measured = datetime.now(timezone.utc).isoformat(), []
+
+    def found() -> bandwidths.Bandwidths:
+        measured.append(1)
+        cards, faults = {"cuda:0": 24.1e9, "cuda:1": 0.0}, {"cuda:1": "out of memory"}
+        if len(measured) == 1:
+            return bandwidths.Bandwidths(now, 2.5e9, 9.8e9, cards, True, 2, faults)
+        return bandwidths.Bandwidths(now, 0.0, 8e9, {}, False, 1, {"disk": "no space left"})
+
+    monkeypatch.setattr(bandwidths, "_measure", found)
+    shown = invoke("doctor").stdout
+    assert shown.partition("Bandwidths\n")[2].startswith(
+        f"  disk          2.50 GB/s (direct reads in {tmp_path})\n"
+        "  host          9.80 GB/s (copies in memory by 2 threads)\n"
+        "  cuda:0        24.10 GB/s (from pinned memory)\n"
+        "  cuda:1        not measured (out of memory)\n"
+        f"  measured      {now[:16]} UTC\n"
+    )
+    assert invoke("doctor").stdout == shown and len(measured) == 1
+    monkeypatch.setattr(speeds, "measure_anew", lambda: None)
+    again = invoke("doctor", "--measure").stdout
+    assert "  disk          not measured (no space left)\n" in again
+    assert "  host          8.00 GB/s (copies in memory by 1 thread)\n" in again
+    assert len(measured) == 2
 
 
 def test_doctor_deletes_what_was_cached_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -323,4 +356,4 @@ def test_doctor_deletes_what_was_cached_and_nothing_else(tmp_path: Path, monkeyp
     assert result.exit_code == 0, result.stderr
     assert result.stderr == "cache: 3.0 MB deleted\n" and (model / "config.json").exists()
     left = {str(file.relative_to(tmp_path / "cache")) for file in (tmp_path / "cache").rglob("*") if file.is_file()}
-    assert left == {"notes.txt", "products.json"}  # measured again, as it is shown
+    assert left == {"notes.txt", "products.json", "bandwidths.json"}  # measured again, as it is shown

@@ -13,6 +13,7 @@ from tiny_models import FAMILIES, tokens, write_tiny
 from qlora_tool.build.tensors import Random
 from qlora_tool.config import ModelConfig
 from qlora_tool.errors import MachineError
+from qlora_tool.files.direct_reads import PAGE
 from qlora_tool.files.tensors import Checkpoint
 from qlora_tool.model import host_base
 from qlora_tool.model.host_base import HostLayers
@@ -21,7 +22,7 @@ from qlora_tool.model.random_source import RandomSource
 from qlora_tool.model.slots import Quantization
 from qlora_tool.model.source import read_model_config
 from qlora_tool.model.streamed_base import streamed_handles, unread_handles, write_layer_by_layer
-from qlora_tool.weights.streamed import PAGE, StreamedHandle
+from qlora_tool.weights.streamed import StreamedHandle
 
 CPU = torch.device("cpu")
 

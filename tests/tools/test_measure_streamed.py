@@ -71,7 +71,7 @@ def test_what_is_read_past_the_page_cache_counts(tmp_path: Path):
         written.flush()
         os.fsync(written.fileno())
     stream = DiskStream(file, [Part(0, 1 << 20)])
-    if not stream._direct:
+    if not stream._file.direct:
         pytest.skip("this file system has no direct reads")
     before = disk_bytes_read()
     stream.part(0)

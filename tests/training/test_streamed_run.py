@@ -24,7 +24,6 @@ from qlora_tool.files.cache import cache_folder
 from qlora_tool.training import progress
 from qlora_tool.training.loop import train
 from qlora_tool.training.progress import DiskWaits
-from qlora_tool.weights import streamed
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.streamed import StreamedHandle
 
@@ -141,7 +140,7 @@ def test_a_disk_that_steps_wait_for_is_told_once_with_what_it_costs(tmp_path, ca
         time.sleep(0.1)
         return read(*arguments)
 
-    monkeypatch.setattr(streamed.os, "preadv", slowly)
+    monkeypatch.setattr(os, "preadv", slowly)
     monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
     train(config_of(tmp_path, tmp_path / "run", **{"training.max_steps": 5}, **DISK))
     told = [line for line in caplog.messages if "waited for the disk" in line]

@@ -155,5 +155,5 @@ def test_without_direct_reads_nothing_changes(numbers, monkeypatch):
     monkeypatch.setattr(os, "open", without)
     other = DiskStream(stream.file, stream.parts)
     monkeypatch.undo()
-    assert len(flags) == 2 and not other._direct
+    assert len(flags) == 2 and not other._file.direct
     ask(other, values, 0, 1, 2, 3, 4, 5, 3)
