@@ -191,6 +191,8 @@ class DiskToCardStream(DiskStream):
     def __init__(self, file: Path, parts: Sequence[Part], device: torch.device, queues: Queues):
         room = max(part.room for part in parts)
         super().__init__(file, parts, Buffers(room, device))
+        # The host waits for the thread that reads, and that for the card: not because the card has nothing to do.
+        self.waited_seconds = None
         self.staging = Buffers(room, torch.device("cpu"))
         self._queues = queues
         for memory in (self.staging.one, self.staging.other):

@@ -116,7 +116,7 @@ class DiskStream:
 
     Attributes:
         read_bytes, read_seconds: from the disk so far, and what the reading took.
-        waited_seconds: of these, what computing waited for.
+        waited_seconds: of these, what computing waited for; None where the host does not see that.
 
     Raises:
         MachineError: while it is read: the disk fails.
@@ -125,7 +125,8 @@ class DiskStream:
 
     def __init__(self, file: Path, parts: Sequence[Part], buffers: Buffers | None = None):
         self.file, self.parts = file, list(parts)
-        self.read_bytes, self.read_seconds, self.waited_seconds = 0, 0.0, 0.0
+        self.read_bytes, self.read_seconds = 0, 0.0
+        self.waited_seconds: float | None = 0.0
         self._file = DirectFile(file)
         self.buffers = buffers or Buffers(max(part.room for part in parts), torch.device("cpu"))
         self._filling: list[Future[None] | None] = [None, None]
@@ -158,7 +159,8 @@ class DiskStream:
         if filling is not None:
             begin = time.perf_counter()
             filling.result()
-            self.waited_seconds += time.perf_counter() - begin
+            if self.waited_seconds is not None:
+                self.waited_seconds += time.perf_counter() - begin
 
     def _read(self, buffer: int, index: int) -> None:
         self._read_into(self.buffers[buffer], index)

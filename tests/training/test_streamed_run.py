@@ -149,6 +149,35 @@ def test_a_disk_that_steps_wait_for_is_told_once_with_what_it_costs(tmp_path, ca
     assert 25 <= share <= 100 and step >= 0.6  # three layers of five are brought anew in each pass
 
 
+@pytest.mark.parametrize("slow", ["card", "disk"])
+def test_of_a_card_reading_counts_and_not_what_the_host_waits_for(slow, tmp_path, caplog, monkeypatch):
+    """The thread that reads waits for the card's copies, and the host for that thread; a quick disk is not at fault."""
+    write_model(tmp_path / "model", num_hidden_layers=5)
+    write_rows(tmp_path / "rows.jsonl")
+    read = os.preadv
+
+    def slowly(*arguments: object) -> int:
+        time.sleep(0.1)
+        return read(*arguments)
+
+    class Queues(InOrder):
+        def finish(self, event):
+            time.sleep(0.1 if slow == "card" else 0)
+            super().finish(event)
+
+    if slow == "disk":
+        monkeypatch.setattr(os, "preadv", slowly)
+    monkeypatch.setattr(tensors, "weights_on", lambda config, _device: config.weights)
+    monkeypatch.setattr(tensors, "queues_of", lambda _device: Queues())
+    monkeypatch.setattr(tensors, "streams_to_card", lambda _device: True)
+    monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
+    monkeypatch.setattr(DiskWaits, "CARD_TOLD_FROM", 0.5)  # this CPU, unlike a card, computes between
+    train(config_of(tmp_path, tmp_path / "run", **{"training.max_steps": 4}, **DISK))
+    told = {line for line in caplog.messages if line.startswith("model.weights: disk: ")}
+    assert len(told) == (slow == "disk")
+    assert all(re.search(r"went by while the disk was read \(", line) for line in told)
+
+
 @pytest.mark.parametrize(("waited", "told_at"), [(0.3, 2), (0.24, None)])
 def test_a_disk_is_told_of_from_a_quarter_of_a_step(waited, told_at, monkeypatch):
     """Steps of 10 s, of which 5 are reading 2 GB; the first one begins before it is looked at."""
@@ -165,3 +194,19 @@ def test_a_disk_is_told_of_from_a_quarter_of_a_step(waited, told_at, monkeypatch
     assert list(told) == ([told_at] if told_at else [])
     assert not told or "30% of a step's 10.0 s waited for the disk (2.00 GB at 0.40 GB/s)" in told[told_at]
     assert DiskWaits(None).step_done() is None
+
+
+@pytest.mark.parametrize(("reading", "told_at"), [(9.1, 2), (8.9, None)])
+def test_a_disk_is_told_of_a_card_where_reading_fills_a_step(reading, told_at, monkeypatch):
+    """Steps of 10 s; what is read beside the computing costs nothing while there is time for it."""
+    clock, disk = [100.0], SimpleNamespace(waited_seconds=None, read_bytes=10**9, read_seconds=8.0)
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    waits, told = DiskWaits(disk), {}
+    for step in range(1, 9):
+        clock[0] += 10.0
+        disk.read_bytes += 2 * 10**9
+        disk.read_seconds += reading
+        if (line := waits.step_done()) is not None:
+            told[step] = line
+    assert list(told) == ([told_at] if told_at else [])
+    assert not told or "91% of a step's 10.0 s went by while the disk was read (2.00 GB at 0.22 GB/s)" in told[told_at]
