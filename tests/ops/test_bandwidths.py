@@ -84,14 +84,16 @@ def test_a_measurement_is_made_once_and_none_where_none_is_wanted(measured):
 
 
 @pytest.mark.parametrize(("changes", "again"), [
-    ({"date": ago(days=27)}, False), ({"date": ago(days=29)}, True), ({"date": ago(days=-1)}, True),
-    ({"faults": {"disk": "no space"}}, False), ({"faults": {"disk": "no space"}, "date": ago(hours=2)}, True),
+    ({"date": {"days": 27}}, False), ({"date": {"days": 29}}, True), ({"date": {"days": -1}}, True),
+    ({"faults": {"disk": "no space"}}, False), ({"faults": {"disk": "no space"}, "date": {"hours": 2}}, True),
     ({"date": "today"}, True), ({"date": ""}, True), ({"disk": "fast"}, True), ({"disk": -1.0}, True),
     ({"cards": {"cuda:0": None}}, True), ({"cards": 1}, True), ({"faults": {"disk": 1}}, True), ({"more": 1}, True),
 ], ids=str)  # fmt: skip
 def test_what_is_old_incomplete_or_broken_is_measured_again(changes, again, cache, measured):
     measured[:] = [Bandwidths(ago(), 1e9, 9e9, {}, True, 2), Bandwidths(ago(), 2e9, 9e9, {}, True, 2)]
     known_bandwidths()
+    if isinstance(changes.get("date"), dict):  # how long ago
+        changes = changes | {"date": ago(**changes["date"])}
     rewrite(cache, **changes)
     assert (known_bandwidths(measure=False).date == "") is again
     assert (known_bandwidths().disk == 2e9) is again
