@@ -119,6 +119,7 @@ TEXT = (json.dumps(ROW) + "\n").encode()
         (b"PK\x03\x04rest", r"rename it to rows.xlsx, or unpack it"),
         (b"\xd0\xcf\x11\xe0rest", r"an old Excel file; save it as .xlsx"),
     ],
+    ids=["gzip", "bzip2", "xz", "zip", "xls"],  # gzip's bytes hold the time
 )
 def test_a_file_of_another_kind_by_a_text_files_name(tmp_path, ending, content, cure):
     path = tmp_path / f"rows{ending}"
