@@ -150,6 +150,11 @@ class StoredAdapter:
         therefore to be repeated."""
         return not self.start and self.method.reads_weights(self.usual)
 
+    @property
+    def brings_base(self) -> bool:
+        """Whether its base is another than the model's own: it was changed before it was quantized."""
+        return self.repeats_start or self.quantized_without is not None
+
     def prepare(self, dtype: torch.dtype | None = None) -> Prepare | None:
         """The step before quantizing that it was trained with; see `slots.quantize_parameter`.
 

@@ -22,6 +22,7 @@ from qlora_tool.model.devices import choose_device
 from qlora_tool.model.exceptions import refuse_unknown_names
 from qlora_tool.model.load import build_skeleton, frozen_skeleton
 from qlora_tool.model.open import choose_dtype
+from qlora_tool.model.resized import rows_in_files
 from qlora_tool.model.slots import Quantization
 from qlora_tool.model.source import read_model_config
 from qlora_tool.model.source import resolve as resolve_model
@@ -100,6 +101,22 @@ def _refuse_misfit(config: Config, model_config: Any) -> None:
         raise
     except Exception as error:  # what an unknown architecture's code raises: it may run on real tensors
         logger.debug("%s cannot be built without weights: %s", model_config.model_type, error)
+
+
+def can_be_kept(config: Config, model_config: Any) -> bool:
+    """Whether the quantized base of a run can be kept on the disk, as `model.weights: disk` needs it: not one of a
+    resized vocabulary, nor one that the adapter to start from brings."""
+    stored = started_from(config.adapter)
+    return rows_in_files(model_config) is None and (stored is None or not stored.brings_base)
+
+
+def base_is_kept(config: Config, model_config: Any, compute_dtype: torch.dtype) -> bool:
+    """Whether it is there already."""
+    quantization = Quantization.of(config.model)
+    folder = resolve_model(config.model.name_or_path, config.model.revision, weights=False)
+    made = WeightStart.of(config.adapter, model_config, quantization, compute_dtype, config.training.seed,
+                          config.model.trust_remote_code)  # fmt: skip
+    return cached_base(folder, quantization, compute_dtype, made.identity if made else "") is not None
 
 
 def start_is_kept(setup: Setup, examples: Sequence[Example]) -> bool:

@@ -31,7 +31,17 @@ def contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     """Each contradiction: its keys, the one to blame first, and what to say of that one."""
     yield from _of_adapter(config)
     yield from _of_start(config)
+    yield from _of_weights(config)
     yield from _of_training(config)
+
+
+def _of_weights(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Layers that stay, where none are said to be streamed."""
+    weights, staying = config.model.weights, config.model.resident_layers
+    if staying and weights in ("auto", "resident"):
+        chooses = "chooses it" if weights == "auto" else "keeps all of them"
+        message = f"{staying}, but model.weights: {weights} {chooses}; leave it out, or set weights: host or disk"
+        yield ("model.resident_layers", "model.weights"), message
 
 
 def _of_adapter(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -132,13 +132,15 @@ def profile_run(
     if choice is None and config.training.gradient_checkpointing == "auto":
         config = with_values(config, {"training.gradient_checkpointing": True})
     recomputation = choice.recomputation if choice else None
-    found = profile(config, device, measure=measure, card=card, recomputation=recomputation, processes=processes)
-    if limit is not None and not may_change:
-        placed = _placed(config, found, limit, card)
-        if placed is not None:
-            logger.warning("%s", placed)
-            config = placed.config
-            found = profile(config, device, measure=measure, card=card, processes=processes)
+    may_stream = limit is not None and not may_change and config.model.weights == "auto"
+    found = profile(config, device, measure=measure and not may_stream, card=card, recomputation=recomputation,
+                    processes=processes)  # fmt: skip
+    placed = _placed(config, found, limit, card) if limit is not None and may_stream else None
+    if placed is not None:
+        logger.warning("%s", placed)
+        config, recomputation = placed.config, None
+    if placed is not None or (measure and may_stream):
+        found = profile(config, device, measure=measure, card=card, recomputation=recomputation, processes=processes)
     profiled = MemoryProfile(**vars(found), config=config, budget=budget, limit=limit)
     if limit is not None and not may_change:
         refuse_small_budget(profiled, limit.bytes, limit.name)

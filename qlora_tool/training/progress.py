@@ -117,7 +117,8 @@ class DiskWaits:
     LOOKED_AT, TOLD_FROM, CARD_TOLD_FROM = 4, 0.25, 0.9  # steps, and the shares of one
 
     def __init__(self, disk: DiskStream | None):
-        self._disk, self._left, self._before = disk, self.LOOKED_AT, (0.0, 0.0, 0, 0.0)
+        self._disk, self._left = disk, self.LOOKED_AT
+        self._before: tuple[float, float, int, float] | None = None
 
     def step_done(self) -> str | None:
         """One more step is done; gives what is to be said of it, once."""
@@ -125,11 +126,12 @@ class DiskWaits:
             return None
         seen = self._disk.waited_seconds is not None
         now = time.perf_counter(), self._disk.waited_seconds or 0.0, self._disk.read_bytes, self._disk.read_seconds
-        first, (seconds, waited, read, reading) = self._left == self.LOOKED_AT, (
-            after - before for after, before in zip(now, self._before, strict=True))  # fmt: skip
-        self._before, self._left = now, self._left - 1
+        before, self._before, self._left = self._before, now, self._left - 1
+        if before is None:
+            return None
+        seconds, waited, read, reading = (after - earlier for after, earlier in zip(now, before, strict=True))
         lost, told_from = (waited, self.TOLD_FROM) if seen else (reading, self.CARD_TOLD_FROM)
-        if first or not reading or lost < told_from * seconds:
+        if not reading or lost < told_from * seconds:
             return None
         self._left = 0
         how = "waited for the disk" if seen else "went by while the disk was read"

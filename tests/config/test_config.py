@@ -236,6 +236,12 @@ def test_names_that_other_tools_use(write):
             "c.yaml: training.activation_checkpointing: true, but gradient_checkpointing, the same thing, is false",
         ),
         ("data: {train_on: completion}", ["data.format=text"], "c.yaml: data.train_on: completion cannot go with"),
+        ("model: {resident_layers: 2}", [], "c.yaml: model.resident_layers: 2, but model.weights: auto chooses it; le"),
+        (
+            "model: {resident_layers: 2}",
+            ["model.weights=resident"],
+            "c.yaml: model.resident_layers: 2, but model.weights: resident keeps all of them; leave it out, or set",
+        ),
         ("training: {eval_steps: 5}", [], "c.yaml: training.eval_steps: 5, but there is nothing to evaluate"),
         (
             "adapter: {target_modules: [q_proj, lm_head], modules_to_save: [lm_head]}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from tiny_runs import run_config, write_model, write_rows
 
 from qlora_tool.build.resolve import resolve
 from qlora_tool.config import Config, load_config, with_values
+from qlora_tool.memory import profile as profiling
 from qlora_tool.memory import run_report
 from qlora_tool.memory.allocator.cards import Budget
 from qlora_tool.memory.allocator.target import target_on
@@ -77,15 +79,51 @@ def test_what_was_said_stays_and_what_does_not_fit_is_not_placed(config: Config)
 
 
 def test_the_disk_where_the_host_has_no_room_and_nothing_where_neither_has(
-    config: Config, monkeypatch: pytest.MonkeyPatch
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
+    monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
+    caplog.set_level(logging.INFO, "qlora_tool")
     plenty = 1 << 40
     assert placed(config, plenty, "cuda").config.model.weights == "host"
     monkeypatch.setattr(weights, "free_bytes", lambda _: 150_000)  # the buffers on the way have it
     assert placed(config, plenty, "cuda").config.model.weights == "disk"
     monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    caplog.clear()
     assert placed(config, plenty, "cuda") is None
+    host, disk = dict.fromkeys(caplog.messages)
+    assert re.fullmatch(r"model.weights: auto: not host: that takes .* of host memory, of which .* are free", host)
+    assert re.fullmatch(r"model.weights: auto: not disk: that takes .* in .*cache, where 0.0 MB .* are free", disk)
     assert placed(config, plenty, "cuda", here=False).config.model.weights == "host"  # of another machine
+
+
+def test_a_base_that_is_kept_already_needs_no_more_of_the_disk(config: Config, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert placed(config, 1 << 40) is None
+    monkeypatch.undo()
+    monkeypatch.setenv("QLORA_TOOL_CACHE", str(Path(config.training.output_dir).parent / "cache"))
+    train(with_values(config, {"model.weights": "disk"}))
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert placed(config, 1 << 40).config.model.weights == "disk"
+    other = with_values(config, {"adapter.init_lora_weights": "pissa"})  # which takes its own base
+    assert placed(other, 1 << 40) is None
+
+
+def test_a_base_that_an_adapter_brings_is_not_sent_to_the_disk(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+):
+    """It cannot be kept there: the run goes on as it would without `auto`, and says why."""
+    first = with_values(config, {"adapter.init_lora_weights": "pissa", "training.output_dir": str(tmp_path / "first")})
+    train(first)
+    again = with_values(config, {"adapter.init_from": str(tmp_path / "first" / "adapter")})
+    monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
+    monkeypatch.setattr(run_report, "available_bytes", lambda *_: 900_000)
+    monkeypatch.setattr(run_report, "cure", lambda *_: "take a smaller model")
+    caplog.set_level(logging.INFO, "qlora_tool")
+    run = train(again, watcher=RunMemory())
+    assert run.config.model.weights == "auto"
+    assert "model.weights: auto: not disk: this adapter brings a base of its own, which is not kept on the disk" in \
+        caplog.messages  # fmt: skip
+    assert any("this run needs" in line for line in caplog.messages)
 
 
 def test_a_recomputation_left_to_the_budget_is_all_of_it(config: Config):
@@ -127,3 +165,16 @@ def test_a_profile_streams_what_a_device_has_no_room_for(config: Config, caplog:
     assert streamed.config.model.resident_layers > 0
     said = with_values(config, {"model.weights": "resident"})
     assert profile_run(said, "cpu", limit).fits is False
+
+
+def test_what_is_measured_is_what_was_placed_and_once(config: Config, monkeypatch: pytest.MonkeyPatch):
+    """A run that does not fit is not measured where it does not."""
+    config = with_values(config, {"data.max_length": 16, "training.per_device_train_batch_size": 1})
+    needed_in_all = profile_run(config, "cpu").predicted.needed_bytes
+    measured: list[str] = []
+    real = profiling.measure_peak
+    monkeypatch.setattr(profiling, "measure_peak", lambda *run: measured.append(run[0].model.weights) or real(*run))
+    for missing, where in ((0, "auto"), (1, "disk")):
+        found = profile_run(config, "cpu", Budget(needed_in_all - missing, "", False), measure=True)
+        assert measured.pop() == where and not measured
+        assert found.measured.peak_bytes == pytest.approx(found.predicted.peak_bytes, rel=0.01)

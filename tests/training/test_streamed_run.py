@@ -109,7 +109,7 @@ def test_in_host_memory_on_a_cpu_is_resident_and_said(folder, tmp_path, caplog):
 ], ids=str)  # fmt: skip
 def test_a_run_streamed_to_a_device_is_the_resident_run(values, folder, tmp_path, monkeypatch):
     """Host memory and the disk by way of it, on queues that do everything at once, the CPU taken for a card."""
-    train(config_of(folder, tmp_path / "resident", **values))
+    train(config_of(folder, tmp_path / "resident", **values | {"model.resident_layers": 0}))
     made = []
     monkeypatch.setattr(tensors, "weights_on", lambda config, _device: config.weights)
     monkeypatch.setattr(tensors, "queues_of", lambda _device: made.append(InOrder()) or made[-1])
@@ -130,10 +130,8 @@ def test_what_cannot_be_streamed_is_refused(folder, tmp_path, monkeypatch):
     assert not any((cache_folder() / "bases").glob("*"))
 
 
-def test_a_disk_that_steps_wait_for_is_told_once_with_what_it_costs(tmp_path, caplog, monkeypatch):
-    """Each read takes a tenth of a second, and a step of this model far less."""
-    write_model(tmp_path / "model", num_hidden_layers=5)
-    write_rows(tmp_path / "rows.jsonl")
+def read_slowly(monkeypatch):
+    """Each read takes a tenth of a second."""
     read = os.preadv
 
     def slowly(*arguments: object) -> int:
@@ -141,10 +139,17 @@ def test_a_disk_that_steps_wait_for_is_told_once_with_what_it_costs(tmp_path, ca
         return read(*arguments)
 
     monkeypatch.setattr(os, "preadv", slowly)
+
+
+def test_a_disk_that_steps_wait_for_is_told_with_what_it_costs(tmp_path, caplog, monkeypatch):
+    """A step of this model takes far less than a slow read."""
+    write_model(tmp_path / "model", num_hidden_layers=5)
+    write_rows(tmp_path / "rows.jsonl")
+    read_slowly(monkeypatch)
     monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
     train(config_of(tmp_path, tmp_path / "run", **{"training.max_steps": 5}, **DISK))
     told = [line for line in caplog.messages if "waited for the disk" in line]
-    [told] = set(told)  # a handler of the command's may be there beside pytest's
+    [told] = set(told)
     share, step = map(float, re.match(r"model.weights: disk: (\d+)% of a step's ([\d.]+) s waited", told).groups())
     assert 25 <= share <= 100 and step >= 0.6  # three layers of five are brought anew in each pass
 
@@ -154,19 +159,13 @@ def test_of_a_card_reading_counts_and_not_what_the_host_waits_for(slow, tmp_path
     """The thread that reads waits for the card's copies, and the host for that thread; a quick disk is not at fault."""
     write_model(tmp_path / "model", num_hidden_layers=5)
     write_rows(tmp_path / "rows.jsonl")
-    read = os.preadv
-
-    def slowly(*arguments: object) -> int:
-        time.sleep(0.1)
-        return read(*arguments)
-
     class Queues(InOrder):
         def finish(self, event):
             time.sleep(0.1 if slow == "card" else 0)
             super().finish(event)
 
     if slow == "disk":
-        monkeypatch.setattr(os, "preadv", slowly)
+        read_slowly(monkeypatch)
     monkeypatch.setattr(tensors, "weights_on", lambda config, _device: config.weights)
     monkeypatch.setattr(tensors, "queues_of", lambda _device: Queues())
     monkeypatch.setattr(tensors, "streams_to_card", lambda _device: True)

@@ -123,14 +123,9 @@ def _quantization(asked: Asked, _settings: Settings) -> Iterator[Settings]:
         yield {QUANTIZATION: "nf4"}
 
 
-def streamed(on_card: bool) -> Settings:
-    """Layers streamed to a device, all of them."""
-    return {WEIGHTS: "host" if on_card else "disk"}
-
-
 def _streamed_weights(asked: Asked, _settings: Settings) -> Iterator[Settings]:
     if asked.config.model.weights in ("auto", "resident") and asked.config.training.sharding == "none":
-        yield streamed(asked.on_card)
+        yield {WEIGHTS: "host" if asked.on_card else "disk"}
 
 
 def _shorter_rows(asked: Asked, settings: Settings) -> Iterator[Settings]:

@@ -8,28 +8,28 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from qlora_tool.build.setup import base_is_kept, can_be_kept
 from qlora_tool.config import with_values
 from qlora_tool.errors import UserError
+from qlora_tool.files.atomic import existing_parent
 from qlora_tool.files.cache import cache_folder
 from qlora_tool.memory.allocator.target import device_of
 from qlora_tool.memory.breakdown import Breakdown
 from qlora_tool.memory.plan.cached import cached
 from qlora_tool.memory.plan.changes import CHECKPOINTING, RESIDENT, WEIGHTS
 from qlora_tool.memory.profile import Prediction
+from qlora_tool.memory.show.legend import full_size
 from qlora_tool.memory.trace.predict import BatchShape, Untraceable, predict
 from qlora_tool.model.layer_stack import layer_stack
 from qlora_tool.model.slots import Quantization
 from qlora_tool.ops.free_memory import free_bytes
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from qlora_tool.config import Config
     from qlora_tool.memory.allocator.target import CudaTarget
 
@@ -97,26 +97,16 @@ def place_weights(
         return None
     layers = layer_stack(model_config, config.model.trust_remote_code, Quantization.of(config.model)).layers
     for place in ("host", "disk") if target is not None else ("disk",):
+        run = _Place(config, model_config, shape, compute_dtype, target, place, layers)
         try:
-            placed = _Place(config, model_config, shape, compute_dtype, target, place, layers).within(
-                limit_bytes, _has_room if here else lambda _: True)  # fmt: skip
-        except (UserError, Untraceable) as error:  # what cannot be streamed stays where it is
-            logger.debug("model.weights: %s: %s", place, error)
-            continue
-        if placed is not None:
-            return placed
+            least = run.with_resident(0)
+            reason = run.obstacle(least.predicted, limit_bytes, here)
+        except (UserError, Untraceable) as error:
+            reason = str(error)
+        if not reason:
+            return run.within(limit_bytes, least)
+        logger.info("model.weights: auto: not %s: %s", place, reason)
     return None
-
-
-def _has_room(predicted: Breakdown) -> bool:
-    elsewhere = predicted.elsewhere
-    if elsewhere["host_bytes"] > free_bytes(torch.device("cpu")) * (1 - SPARE):
-        return False
-    return elsewhere["disk_bytes"] <= shutil.disk_usage(_existing(cache_folder())).free
-
-
-def _existing(folder: Path) -> Path:
-    return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
 
 
 @dataclass(frozen=True)
@@ -131,26 +121,44 @@ class _Place:
     place: str
     layers: int
 
-    def within(self, limit: int, has_room: Callable[[Breakdown], bool]) -> Placed | None:
-        """As many layers resident as fit; None where not even all of them streamed do, or there is no room for them."""
-        least = self._with(0)
-        if least.predicted.needed_bytes > limit or not least.predicted.elsewhere or not has_room(least.predicted):
-            return None
+    def obstacle(self, least: Breakdown, limit: int, here: bool) -> str:
+        """Why this does not do, even with all layers streamed; empty where it does."""
+        if self.place == "disk" and not can_be_kept(self.config, self.model_config):
+            return "this adapter brings a base of its own, which is not kept on the disk"
+        if not least.elsewhere:
+            return "no layer of it can be streamed"
+        if least.needed_bytes > limit:
+            return f"with all layers streamed it takes {full_size(least.needed_bytes)}, too"
+        if not here:
+            return ""
+        free, folder = int(free_bytes(torch.device("cpu")) * (1 - SPARE)), cache_folder()
+        if (needed := least.elsewhere["host_bytes"]) > free:
+            return f"that takes {full_size(needed)} of host memory, of which {full_size(free)} are free"
+        kept = self.place == "disk" and base_is_kept(self.config, self.model_config, self.compute_dtype)
+        if (needed := least.elsewhere["disk_bytes"]) and not kept:
+            free = shutil.disk_usage(existing_parent(folder)).free
+            if needed > free:
+                return f"that takes {full_size(needed)} in {folder}, where {full_size(free)} are free"
+        return ""
+
+    def within(self, limit: int, least: Placed) -> Placed:
+        """As many layers resident as fit, where all of them streamed do."""
         resident = self.layers - FEWEST_STREAMED
-        most = self._with(resident) if resident > 0 else least
+        most = self.with_resident(resident) if resident > 0 else least
         layer = max(1, (most.predicted.needed_bytes - least.predicted.needed_bytes) // max(1, resident))
         resident = min((limit - least.predicted.needed_bytes) // layer, resident)
         for _ in range(CONFIRMATIONS):
             if resident < 1:
                 break
-            placed = self._with(resident)
+            placed = self.with_resident(resident)
             above = placed.predicted.needed_bytes - limit
             if above <= 0:
                 return placed
             resident -= -(-above // layer)
         return least
 
-    def _with(self, resident: int) -> Placed:
+    def with_resident(self, resident: int) -> Placed:
+        """The run with so many layers on the device."""
         values = {WEIGHTS: self.place, RESIDENT: resident}
         if self.config.training.gradient_checkpointing == "auto":
             values[CHECKPOINTING] = True
