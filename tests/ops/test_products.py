@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -102,7 +104,7 @@ def measured(monkeypatch, ratio: float) -> list[float]:
         times.append(ratio)
         torch.ones(1000).sum()  # what a watcher must not see
         gflops = {"float32": 100.0, "float32 oneDNN": 100 * ratio, "bfloat16": 1.0}
-        date = speeds.datetime.now(speeds.timezone.utc).isoformat()
+        date = datetime.now(timezone.utc).isoformat()
         return speeds.Speeds(date, torch.get_num_threads(), gflops, gflops, ratio, 0.05, 0.95)
 
     monkeypatch.setattr(speeds, "measure", measure)

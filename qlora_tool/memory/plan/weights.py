@@ -100,12 +100,13 @@ def place_weights(
         run = _Place(config, model_config, shape, compute_dtype, target, place, layers)
         try:
             least = run.with_resident(0)
-            reason = run.obstacle(least.predicted, limit_bytes, here)
+            reason = run.obstacle(least.predicted, here)
         except (UserError, Untraceable) as error:
             reason = str(error)
-        if not reason:
+        if reason:
+            logger.info("model.weights: auto: not %s: %s", place, reason)
+        elif least.predicted.needed_bytes <= limit_bytes:
             return run.within(limit_bytes, least)
-        logger.info("model.weights: auto: not %s: %s", place, reason)
     return None
 
 
@@ -121,14 +122,12 @@ class _Place:
     place: str
     layers: int
 
-    def obstacle(self, least: Breakdown, limit: int, here: bool) -> str:
-        """Why this does not do, even with all layers streamed; empty where it does."""
+    def obstacle(self, least: Breakdown, here: bool) -> str:
+        """Why layers cannot come from there, all of them in `least`; empty where they can."""
         if self.place == "disk" and not can_be_kept(self.config, self.model_config):
             return "this adapter brings a base of its own, which is not kept on the disk"
         if not least.elsewhere:
             return "no layer of it can be streamed"
-        if least.needed_bytes > limit:
-            return f"with all layers streamed it takes {full_size(least.needed_bytes)}, too"
         if not here:
             return ""
         free, folder = int(free_bytes(torch.device("cpu")) * (1 - SPARE)), cache_folder()
