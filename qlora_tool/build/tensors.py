@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from qlora_tool.build.placement import queues_of, weights_on
 from qlora_tool.config import ModelConfig
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.atomic import replacing_folder
-from qlora_tool.files.cache import cache_folder
+from qlora_tool.files.cache import lacking_room
 from qlora_tool.files.tensors import SINGLE_NAME, Checkpoint
 from qlora_tool.model.cached_base import cached_base, cached_start, kept_folder, write_cached_base, write_start
 from qlora_tool.model.host_base import HostLayers
@@ -127,12 +126,8 @@ class FromFiles:
     ) -> Checkpoint:  # fmt: skip
         loading = Loading.begin(self.folder, model_config, quantization, device, compute_dtype,
                                 trust_remote_code=self.config.trust_remote_code, prepare=made)  # fmt: skip
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        needed, free = stored_bytes(loading), shutil.disk_usage(cache_folder()).free
-        if needed > free:
-            raise MachineError(f"model.weights: disk: the quantized base takes {needed / 1e9:.1f} GB in "
-                               f"{cache_folder()}, and {free / 1e9:.1f} GB are free there; free some, or set "
-                               "QLORA_TOOL_CACHE to a folder on another disk")  # fmt: skip
+        if reason := lacking_room(stored_bytes(loading)):
+            raise MachineError(f"model.weights: disk: {reason}")
         path = kept_folder(self.folder, quantization, compute_dtype, made.identity if made else "")
         logger.info("quantizing the base to the disk, once: %s", path)
         with replacing_folder(path) as temporary:

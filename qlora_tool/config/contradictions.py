@@ -36,8 +36,12 @@ def contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _of_weights(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Layers that stay, where none are said to be streamed."""
+    """What cannot be streamed, and layers that stay where none are said to be."""
     weights, staying = config.model.weights, config.model.resident_layers
+    adapter = config.adapter
+    if weights in ("host", "disk") and adapter.methods[adapter.method].trains_base:
+        message = f"{weights}, but method {adapter.method} trains the base's own weights, on the device; leave it out"
+        yield ("model.weights", "adapter.method"), message
     if staying and weights in ("auto", "resident"):
         chooses = "chooses it" if weights == "auto" else "keeps all of them"
         message = f"{staying}, but model.weights: {weights} {chooses}; leave it out, or set weights: host or disk"

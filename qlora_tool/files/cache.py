@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,23 @@ def write_cached(file: Path, value: Any) -> None:
         write_json(file, value)
     except (OSError, MachineError) as error:
         _warn_unwritable(cache_folder(), " ".join(str(error).split()))
+
+
+def lacking_room(needed: int) -> str:
+    """Why a quantized base of so many bytes cannot be put into the cache, and what to do; empty where it can."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return (f"the cache {folder} cannot be written ({error.strerror}); set QLORA_TOOL_CACHE to a folder that you "
+                "may write to")  # fmt: skip
+    if needed <= free:
+        return ""
+    return (f"the quantized base takes {needed / 1e6:,.1f} MB in {folder}, and {free / 1e6:,.1f} MB are free there; "
+            "free some, or set QLORA_TOOL_CACHE to a folder on another disk")  # fmt: skip
 
 
 @functools.cache

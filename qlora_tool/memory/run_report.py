@@ -21,7 +21,7 @@ from qlora_tool.memory.breakdown import Breakdown, MemoryReport
 from qlora_tool.memory.plan.budget import BudgetTooSmall, choose_for_run
 from qlora_tool.memory.plan.cached import cached
 from qlora_tool.memory.plan.cure import cure
-from qlora_tool.memory.plan.limit import Limit, limit_on
+from qlora_tool.memory.plan.limit import MAX_MEMORY, Limit, limit_on
 from qlora_tool.memory.plan.weights import place_weights
 from qlora_tool.memory.profile import Prediction
 from qlora_tool.memory.show.legend import full_size
@@ -111,7 +111,8 @@ class RunMemory:
             refusal, self.predicted = error, error.least
         free = available_bytes(device, self.predicted.context_bytes or 0)
         limit = limit_on(config, device.type, free=free) or Limit(free)
-        if self.predicted.needed_bytes > free or refusal is not None:
+        most = limit.bytes if limit.name == MAX_MEMORY else free  # of what is free, a card's margin may be used
+        if self.predicted.needed_bytes > most or refusal is not None:
             run = config, setup.model_config, shape, setup.compute_dtype
             placed = place_weights(*run, target_on(device.type), limit.bytes, here=True)
             if placed is not None:

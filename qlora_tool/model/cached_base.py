@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import replacing_folder
 from qlora_tool.files.cache import cache_folder
 from qlora_tool.files.tensors import SINGLE_NAME, Checkpoint, TensorSpec, read_all, write_all, write_tensors
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qlora_tool.model.slots import Quantization
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 2  # of the cached files; raise it when the bytes change their meaning
 PLAIN_FORMAT = 1  # of bases that are neither stored quantized nor part of a larger model: theirs have not changed
@@ -65,7 +69,13 @@ def cached_base(
         start: what the adapters' start that was made of its weights depends on besides; empty where none was.
     """
     path = kept_folder(folder, quantization, compute_dtype, start)
-    return Checkpoint(path) if (path / SINGLE_NAME).exists() else None
+    if not (path / SINGLE_NAME).exists():
+        return None
+    try:
+        return Checkpoint(path)
+    except UserError:
+        logger.warning("the base that is kept in %s is cut off or broken; it is made again", path)
+        return None
 
 
 def write_cached_base(

@@ -46,9 +46,14 @@ def layer_weights(model: PreTrainedModel, slots: Mapping[str, object], resident:
 
 
 def stored_bytes(loading: Loading) -> int:
-    """What the weights of decoder layers take in the file of a base."""
-    names = [name for group in layer_weights(loading.model, loading.slots).values() for name in group]
-    return sum(_disk_bytes(_stored_form(loading, name)) for name in names if name in loading.source.shapes)
+    """What the file of a base takes: its layers as they are stored, and all else in at most the dtype that it has."""
+    source = loading.source
+    layers = {name for group in layer_weights(loading.model, loading.slots).values() for name in group}
+    return sum(
+        _disk_bytes(_stored_form(loading, name)) if name in layers
+        else math.prod(source.shapes[name]) * source.stored_dtype(name).itemsize
+        for name in source.names
+    )  # fmt: skip
 
 
 def write_layer_by_layer(loading: Loading, file: Path) -> PreTrainedModel:

@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from qlora_tool.files.atomic import disk_errors, existing_parent
 from qlora_tool.files.cache import cache_folder
 from qlora_tool.files.direct_reads import PAGE, DirectFile
 from qlora_tool.ops.free_memory import free_bytes
-from qlora_tool.ops.measured import expired, read_measured, today, write_measured
+from qlora_tool.ops.measured import check_date, expired, read_measured, today, write_measured
 from qlora_tool.ops.speeds import processor_kind
 
 FILE_BYTES, FILE_SHARE = 256 << 20, 10  # at most one part in so many of what is free
@@ -72,9 +71,10 @@ class Bandwidths:
             ValueError, TypeError, AttributeError: it is none.
         """
         found = cls(**data)
-        datetime.fromisoformat(found.date)
+        check_date(found.date)
         figures = [found.disk, found.host, *found.cards.values()]
-        if not all(isinstance(figure, (int, float)) and figure >= 0 for figure in figures):
+        known = all(isinstance(figure, (int, float)) and figure >= 0 for figure in figures)
+        if not known or not isinstance(found.threads, int):
             raise ValueError("no measurement of bandwidths")
         if not all(isinstance(reason, str) for reason in found.faults.values()):
             raise ValueError("no reasons why something was not measured")

@@ -46,6 +46,15 @@ def today() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
+def check_date(date: str) -> None:
+    """
+    Raises:
+        ValueError, TypeError: it is none that `today` gave.
+    """
+    if datetime.fromisoformat(date).tzinfo is None:
+        raise ValueError(f"{date}: no time zone")
+
+
 def expired(date: str, doubtful: bool) -> bool:
     """Whether what was measured then is to be measured again, after an hour where there was reason to doubt it."""
     age = datetime.now(timezone.utc) - datetime.fromisoformat(date)

@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qlora_tool.files.cache import cache_folder
-from qlora_tool.ops.measured import expired, read_measured, today, write_measured
+from qlora_tool.ops.measured import check_date, expired, read_measured, today, write_measured
 
 PYTORCH, ONEDNN = "PyTorch", "oneDNN"
 FLOAT32, FLOAT32_ONEDNN, BFLOAT16 = "float32", "float32 oneDNN", "bfloat16"  # fp16 is never faster on a CPU
@@ -89,7 +88,7 @@ class Speeds:
             ValueError, KeyError, TypeError: it is none.
         """
         found = cls(**data)
-        datetime.fromisoformat(found.date)
+        check_date(found.date)
         names = (FLOAT32, FLOAT32_ONEDNN, BFLOAT16)
         figures = [*(found.gflops[name] for name in names), *(found.slowest[name] for name in names),
                    found.ratio, found.spread, found.processor_share, found.in_training]  # fmt: skip

@@ -136,8 +136,8 @@ class DiskWaits:
         self._left = 0
         how = "waited for the disk" if seen else "went by while the disk was read"
         return (
-            f"model.weights: disk: {lost / seconds:.0%} of a step's {seconds:.1f} s {how} ({read / 1e9:.2f} GB at "
-            f"{read / reading / 1e9:.2f} GB/s); a larger training.per_device_train_batch_size "
+            f"model.weights: disk: {lost / seconds:.0%} of a step's {seconds:.1f} s {how} ({read / 1e6:,.1f} MB at "
+            f"{read / reading / 1e6:,.0f} MB/s); a larger training.per_device_train_batch_size "
             "trains more rows for as much reading, a larger model.resident_layers reads less, and QLORA_TOOL_CACHE may "
             "be a folder on a faster disk"
         )

@@ -236,6 +236,11 @@ def test_names_that_other_tools_use(write):
             "c.yaml: training.activation_checkpointing: true, but gradient_checkpointing, the same thing, is false",
         ),
         ("data: {train_on: completion}", ["data.format=text"], "c.yaml: data.train_on: completion cannot go with"),
+        (
+            "model: {weights: disk, quantization: none}\nadapter: {method: full}",
+            [],
+            "c.yaml: model.weights: disk, but method full trains the base's own weights, on the device; leave it out",
+        ),
         ("model: {resident_layers: 2}", [], "c.yaml: model.resident_layers: 2, but model.weights: auto chooses it; le"),
         (
             "model: {resident_layers: 2}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,9 @@ from tiny_runs import run_config, write_model, write_rows
 
 from qlora_tool.build.resolve import resolve
 from qlora_tool.config import Config, load_config, with_values
+from qlora_tool.errors import MachineError
+from qlora_tool.files.cache import cache_folder
+from qlora_tool.files.tensors import Checkpoint
 from qlora_tool.memory import profile as profiling
 from qlora_tool.memory import run_report
 from qlora_tool.memory.allocator.cards import Budget
@@ -87,22 +91,22 @@ def test_the_disk_where_the_host_has_no_room_and_nothing_where_neither_has(
     assert placed(config, plenty, "cuda").config.model.weights == "host"
     monkeypatch.setattr(weights, "free_bytes", lambda _: 150_000)  # the buffers on the way have it
     assert placed(config, plenty, "cuda").config.model.weights == "disk"
-    monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     caplog.clear()
     assert placed(config, plenty, "cuda") is None
     host, disk = dict.fromkeys(caplog.messages)
     assert re.fullmatch(r"model.weights: auto: not host: that takes .* of host memory, of which .* are free", host)
-    assert re.fullmatch(r"model.weights: auto: not disk: that takes .* in .*cache, where 0.0 MB .* are free", disk)
+    assert re.fullmatch(r"model.weights: auto: not disk: the quantized base takes .* in .*cache, and 0.0 MB .*", disk)
     assert placed(config, plenty, "cuda", here=False).config.model.weights == "host"  # of another machine
 
 
 def test_a_base_that_is_kept_already_needs_no_more_of_the_disk(config: Config, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert placed(config, 1 << 40) is None
     monkeypatch.undo()
     monkeypatch.setenv("QLORA_TOOL_CACHE", str(Path(config.training.output_dir).parent / "cache"))
     train(with_values(config, {"model.weights": "disk"}))
-    monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert placed(config, 1 << 40).config.model.weights == "disk"
     other = with_values(config, {"adapter.init_lora_weights": "pissa"})  # which takes its own base
     assert placed(other, 1 << 40) is None
@@ -124,6 +128,61 @@ def test_a_base_that_an_adapter_brings_is_not_sent_to_the_disk(
     assert "model.weights: auto: not disk: this adapter brings a base of its own, which is not kept on the disk" in \
         caplog.messages  # fmt: skip
     assert any("this run needs" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize("checkpointing", [True, "auto"])
+def test_what_a_run_may_take_is_the_limit_whatever_is_recomputed(
+    config: Config, checkpointing: object, tmp_path: Path
+):
+    values = {"training.gradient_checkpointing": checkpointing, "training.output_dir": str(tmp_path / "limited")}
+    memory = RunMemory()
+    train(config, watcher=memory, dry_run=True)
+    limit = memory.predicted.needed_bytes - 100_000  # some layers
+    run = train(with_values(config, values | {"training.max_memory": f"{limit}B"}), watcher=memory)
+    assert run.config.model.weights == "disk" and memory.predicted.needed_bytes <= limit
+
+
+@pytest.mark.parametrize("cache", ["a file", "in a file"])
+def test_a_cache_that_cannot_be_written_is_no_place_for_a_base(
+    config: Config, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "file" / ("inner" if cache == "in a file" else "")))
+    monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
+    caplog.set_level(logging.INFO, "qlora_tool")
+    assert placed(config, 1 << 40) is None
+    said = r"model.weights: auto: not disk: the cache .* cannot be written \(.*\); set QLORA_TOOL_CACHE to .*"
+    assert any(re.fullmatch(said, line) for line in caplog.messages)
+    with pytest.raises(MachineError, match=r"^model.weights: disk: the cache .* cannot be written \(.*; set QLORA"):
+        train(with_values(config, {"model.weights": "disk"}))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_disk_has_room_for_the_whole_file_or_is_not_chosen(config: Config, monkeypatch: pytest.MonkeyPatch):
+    """Embeddings are in it, too."""
+    train(with_values(config, {"model.weights": "disk"}))
+    [kept] = (cache_folder() / "bases").iterdir()
+    size = Checkpoint(kept).nbytes
+    shutil.rmtree(kept)
+    for free, chosen in ((size - 20_000, False), (size + 20_000, True)):  # a little more is counted than is there
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        assert (placed(config, 1 << 40) is not None) is chosen
+        monkeypatch.undo()
+        monkeypatch.setenv("QLORA_TOOL_CACHE", str(kept.parent.parent))
+
+
+def test_a_kept_base_that_is_cut_off_is_made_again(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
+    config = with_values(config, {"model.weights": "disk"})
+    train(config)
+    [file] = (cache_folder() / "bases").glob("*/model.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    train(config, resume="never", overwrite=True)
+    assert file.read_bytes() == whole
+    assert f"the base that is kept in {file.parent} is cut off or broken; it is made again" in caplog.messages
 
 
 def test_a_recomputation_left_to_the_budget_is_all_of_it(config: Config):

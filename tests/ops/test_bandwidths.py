@@ -86,6 +86,7 @@ def test_a_measurement_is_made_once_and_none_where_none_is_wanted(measured):
 @pytest.mark.parametrize(("changes", "again"), [
     ({"date": {"days": 27}}, False), ({"date": {"days": 29}}, True), ({"date": {"days": -1}}, True),
     ({"faults": {"disk": "no space"}}, False), ({"faults": {"disk": "no space"}, "date": {"hours": 2}}, True),
+    ({"date": "2026-11-27T17:00:11"}, True), ({"threads": None}, True),
     ({"date": "today"}, True), ({"date": ""}, True), ({"disk": "fast"}, True), ({"disk": -1.0}, True),
     ({"cards": {"cuda:0": None}}, True), ({"cards": 1}, True), ({"faults": {"disk": 1}}, True), ({"more": 1}, True),
 ], ids=str)  # fmt: skip

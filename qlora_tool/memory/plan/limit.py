@@ -44,7 +44,7 @@ def limit_on(
     processes: int = 1,
 ) -> Limit | None:  # fmt: skip
     """What a run may take: of a device all but the margin that stays free on it, and at most `training.max_memory`
-    where `gradient_checkpointing: auto` has to stay within that.
+    where `gradient_checkpointing: auto` or `model.weights: auto` has to stay within that.
 
     Args:
         device: cuda or cpu.
@@ -75,6 +75,7 @@ def limit_on(
         step = _FREE_STEP if steady else 1
         name = f"{share or 'all of '}the {binary_size(free)} free on {device}"
         limits.append(Limit(usable(free, margin) // step * step, name))
-    if config.training.max_memory is not None and config.training.gradient_checkpointing == "auto":
+    left_to_it = "auto" in (config.training.gradient_checkpointing, config.model.weights)
+    if config.training.max_memory is not None and left_to_it:
         limits.append(Limit(parse_size(config.training.max_memory), MAX_MEMORY))
     return min(limits, key=lambda found: found.bytes, default=None)

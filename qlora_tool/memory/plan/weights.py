@@ -7,7 +7,6 @@ where the host has not the room, and as many of the first layers as the device h
 from __future__ import annotations
 
 import logging
-import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,8 +15,7 @@ import torch
 from qlora_tool.build.setup import base_is_kept, can_be_kept
 from qlora_tool.config import with_values
 from qlora_tool.errors import UserError
-from qlora_tool.files.atomic import existing_parent
-from qlora_tool.files.cache import cache_folder
+from qlora_tool.files.cache import lacking_room
 from qlora_tool.memory.allocator.target import device_of
 from qlora_tool.memory.breakdown import Breakdown
 from qlora_tool.memory.plan.cached import cached
@@ -66,7 +64,7 @@ class Placed:
         place = "host memory" if model.weights == "host" else "the disk"
         return (
             f"model.weights: auto: not all of the base fits, so {self.layers - model.resident_layers} of {self.layers} "
-            f"layers come from {place}, {self.moved_bytes / 1e9:.2f} GB in each pass (forward, backward); to choose it "
+            f"layers come from {place}, {full_size(self.moved_bytes)} in each pass (forward, backward); to choose it "
             f"yourself: --set {WEIGHTS}={model.weights} --set {RESIDENT}={model.resident_layers}"
         )
 
@@ -91,9 +89,10 @@ def place_weights(
         here: whether it is for this machine, whose memory and disk must then have the room.
 
     Returns:
-        None where the configuration says where they lie, or it does not fit like this either.
+        None where the configuration says how they are held, or it does not fit like this either.
     """
-    if config.model.weights != "auto":
+    trains_base = config.adapter.methods[config.adapter.method].trains_base
+    if config.model.weights != "auto" or config.training.sharding != "none" or trains_base:
         return None
     layers = layer_stack(model_config, config.model.trust_remote_code, Quantization.of(config.model)).layers
     for place in ("host", "disk") if target is not None else ("disk",):
@@ -130,15 +129,13 @@ class _Place:
             return "no layer of it can be streamed"
         if not here:
             return ""
-        free, folder = int(free_bytes(torch.device("cpu")) * (1 - SPARE)), cache_folder()
+        free = int(free_bytes(torch.device("cpu")) * (1 - SPARE))
         if (needed := least.elsewhere["host_bytes"]) > free:
             return f"that takes {full_size(needed)} of host memory, of which {full_size(free)} are free"
-        kept = self.place == "disk" and base_is_kept(self.config, self.model_config, self.compute_dtype)
-        if (needed := least.elsewhere["disk_bytes"]) and not kept:
-            free = shutil.disk_usage(existing_parent(folder)).free
-            if needed > free:
-                return f"that takes {full_size(needed)} in {folder}, where {full_size(free)} are free"
-        return ""
+        if self.place == "host" or base_is_kept(self.config, self.model_config, self.compute_dtype):
+            return ""
+        # The file holds what stays on the device, too.
+        return lacking_room(least.elsewhere["disk_bytes"] + least.at_peak["other_weights"])
 
     def within(self, limit: int, least: Placed) -> Placed:
         """As many layers resident as fit, where all of them streamed do."""
