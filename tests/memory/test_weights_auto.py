@@ -23,6 +23,7 @@ from qlora_tool.memory import run_report
 from qlora_tool.memory.allocator.cards import Budget
 from qlora_tool.memory.allocator.target import target_on
 from qlora_tool.memory.plan import weights
+from qlora_tool.memory.plan.budget import BudgetTooSmall
 from qlora_tool.memory.plan.weights import place_weights
 from qlora_tool.memory.profile import Prediction, model_config_of
 from qlora_tool.memory.profile_run import profile_run
@@ -132,14 +133,22 @@ def test_a_base_that_an_adapter_brings_is_not_sent_to_the_disk(
 
 @pytest.mark.parametrize("checkpointing", [True, "auto"])
 def test_what_a_run_may_take_is_the_limit_whatever_is_recomputed(
-    config: Config, checkpointing: object, tmp_path: Path
+    config: Config, checkpointing: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    values = {"training.gradient_checkpointing": checkpointing, "training.output_dir": str(tmp_path / "limited")}
     memory = RunMemory()
     train(config, watcher=memory, dry_run=True)
-    limit = memory.predicted.needed_bytes - 100_000  # some layers
-    run = train(with_values(config, values | {"training.max_memory": f"{limit}B"}), watcher=memory)
-    assert run.config.model.weights == "disk" and memory.predicted.needed_bytes <= limit
+    least = memory.predicted
+
+    def choose(*_: object) -> None:
+        if checkpointing == "auto":
+            raise BudgetTooSmall(least, "with everything recomputed", "a limit")
+
+    monkeypatch.setattr(run_report, "choose_for_run", choose)
+    run = train(with_values(config, {
+        "training.gradient_checkpointing": checkpointing, "training.max_memory": f"{least.needed_bytes - 1}B",
+    }), watcher=memory)  # fmt: skip
+    assert (run.config.model.weights, run.config.training.gradient_checkpointing) == ("disk", True)
+    assert memory.predicted.needed_bytes < least.needed_bytes
 
 
 @pytest.mark.parametrize("cache", ["a file", "in a file"])
