@@ -276,7 +276,9 @@ def test_limits():
     assert limit_on(auto(), "cuda") is None
     for limit in (limit_on(asked, "cpu"), limit_on(asked, "cuda", free=10**12), limit_on(asked, "cuda", given)):
         assert (limit.bytes, limit.name) == (2 * 10**9, "training.max_memory")
-    fixed = with_values(asked, {"training.gradient_checkpointing": True})  # which no limit can change
+    streams = with_values(asked, {"training.gradient_checkpointing": True})  # where the limit decides on the weights
+    assert limit_on(streams, "cuda", given).name == "training.max_memory"
+    fixed = with_values(streams, {"model.weights": "resident"})  # which no limit can change
     assert str(limit_on(fixed, "cuda", given)) == "21.23 GiB usable (95% of 22.35 GiB)"
     assert str(limit_on(fixed, "cpu", given)) == "the limit is 22.35 GiB"
     assert limit_on(auto(), "cuda", parse_device_memory("rtx-4090")).name == "95% of rtx-4090's 23.52 GiB"
