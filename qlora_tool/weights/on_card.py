@@ -121,6 +121,7 @@ class HostStream:
 
     Attributes:
         nbytes: of all parts, in host memory.
+        read_bytes: that were copied so far.
 
     Raises:
         MachineError: memory cannot be pinned.
@@ -131,6 +132,7 @@ class HostStream:
     def __init__(self, parts: int, device: torch.device, queues: Queues):
         self._parts: list[Tensor | None] = [None] * parts
         self.device, self._queues = device, queues
+        self.read_bytes = 0
         self._used: list[Event] = [None, None]  # per buffer: what computed with it before
         self._there: list[Event] = [None, None]  # per buffer: its copy
         self._schedule = Schedule(parts, self)
@@ -169,6 +171,7 @@ class HostStream:
     def copy(self, part: int, buffer: int) -> None:
         """See `Copier`."""
         source = self._bytes(part)
+        self.read_bytes += source.nbytes
         self._there[buffer] = self._queues.copy(source, self.buffers[buffer][: source.nbytes], self._used[buffer])
 
     def ready(self, buffer: int) -> None:

@@ -29,7 +29,8 @@ from qlora_tool.ops.quantization import (
 )
 
 KINDS = ("nf4", "fp4", "int8")
-STATE_BYTES = 256  # of a weight's description in a file whose size is known before its values
+# Of a weight's description in a file whose size is known before its values, and more for each expert's offset in it.
+STATE_BYTES, OFFSET_BYTES = 256, 32
 BLOCK_SIZE = 64  # weights that share one scale (QLoRA, section 3)
 
 
@@ -230,9 +231,15 @@ def of_known_size(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _filled(name: str, description: Tensor) -> Tensor:
-    if description.numel() > STATE_BYTES:
-        raise ValueError(f"{name}: its description takes {description.numel()} bytes, more than {STATE_BYTES}")
-    return torch.cat([description, torch.full((STATE_BYTES - description.numel(),), ord(" "), dtype=torch.uint8)])
+    size = _state_bytes(tuple(unpack_tensor_to_dict(description)["shape"]))
+    if description.numel() > size:
+        raise ValueError(f"{name}: its description takes {description.numel()} bytes, more than {size}")
+    return torch.cat([description, torch.full((size - description.numel(),), ord(" "), dtype=torch.uint8)])
+
+
+def _state_bytes(shape: tuple[int, ...]) -> int:
+    """Room for the description of a weight of a shape (out, in) or (experts, out, in)."""
+    return STATE_BYTES + OFFSET_BYTES * (shape[0] if len(shape) == 3 else 0)
 
 
 def disk_specs(name: str, meta: QuantizedTensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -247,7 +254,7 @@ def disk_specs(name: str, meta: QuantizedTensor) -> dict[str, tuple[torch.dtype,
     if meta.nested_scales is not None:
         specs[f"{name}.nested_absmax"] = (torch.float32, tuple(meta.nested_scales.shape))
         specs[f"{name}.nested_quant_map"] = (torch.float32, (256,))
-    return specs | {f"{name}.quant_state.bitsandbytes__{meta.kind}": (torch.uint8, (STATE_BYTES,))}
+    return specs | {f"{name}.quant_state.bitsandbytes__{meta.kind}": (torch.uint8, (_state_bytes(meta.shape),))}
 
 
 def disk_group(name: str, present: Mapping[str, object]) -> list[str]:

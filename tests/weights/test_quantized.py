@@ -15,7 +15,9 @@ from qlora_tool.ops import quantization
 from qlora_tool.weights.quantized import (
     QuantizedTensor,
     disk_group,
+    disk_specs,
     from_disk,
+    of_known_size,
     quantize,
     quantized_bytes,
     to_disk,
@@ -292,6 +294,19 @@ def test_the_form_on_disk_is_read_back_bit_for_bit(kind, double, shape):
     beside = {"a.bias": None, "a.weight2": None, "aa.weight": None, "b.weight": None}
     assert sorted(disk_group("a.weight", beside | tensors)) == sorted(tensors)
     assert disk_group("a.bias", beside | tensors) == []
+    assert_same(from_disk("a.weight", tensors), written)
+
+
+@pytest.mark.parametrize("shape", [(36, 48), (1, 6, 32), (8, 6, 32), (128, 6, 32), (512, 2, 32), (4, 100_000, 2)])
+@pytest.mark.parametrize(("kind", "double"), ALL)
+def test_the_form_on_disk_is_as_large_as_was_known_before(kind, double, shape):
+    """However many experts there are, each with the longest offset in it."""
+    written = quantize(weight(*shape, dtype=torch.bfloat16), kind, double)
+    if double:
+        written.nested_offset.fill_(-1.2345678e-38)
+    tensors = of_known_size(to_disk("a.weight", written))
+    known = disk_specs("a.weight", quantize(torch.empty(shape, dtype=torch.bfloat16, device="meta"), kind, double))
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == known
     assert_same(from_disk("a.weight", tensors), written)
 
 

@@ -179,24 +179,32 @@ class OurSide:
             "predicted_bytes": self.predicted_bytes,
         }
 
-    def step(self, batch: Batch) -> float:
-        """An optimizer step; the loss before it, the mean over the batch's trained tokens."""
+    def step(self, batch: Batch, rate: float | None = None) -> float:
+        """An optimizer step; the loss before it, the mean over the batch's trained tokens.
+
+        Args:
+            rate: learning rate; the configuration's by default. At 0 no weight changes.
+        """
         from qlora_tool.training.step import no_phases
 
-        return self._step(batch, no_phases)
+        return self._step(batch, no_phases, rate)
 
-    def _step(self, batch: Batch, during: Any) -> float:
+    def _step(self, batch: Batch, during: Any, rate: float | None = None) -> float:
         from qlora_tool.training.step import train_step
 
-        rate = self.config.training.learning_rate
+        rate = self.config.training.learning_rate if rate is None else rate
         return float(train_step(self.model, self.optimizer, [batch], self.settings, rate, during).loss)
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """The loss summed over the batch's trained tokens."""
         return self.model.loss_sum(batch)
 
-    def step_with_digest(self, batch: Batch) -> tuple[float, str]:
-        """A step's loss, and a digest of all gradients that its backward pass gave, bit for bit."""
+    def step_with_digest(self, batch: Batch, rate: float | None = None) -> tuple[float, str]:
+        """A step's loss, and a digest of all gradients that its backward pass gave, bit for bit.
+
+        Args:
+            rate: learning rate; the configuration's by default. At 0 no weight changes.
+        """
         import torch
 
         from qlora_tool.training.step import no_phases
@@ -206,10 +214,10 @@ class OurSide:
         def during(phase: str) -> AbstractContextManager:
             if phase == "optimizer":
                 for gradient in self.optimizer.gradients():
-                    digest.update(gradient.contiguous().view(-1).view(torch.uint8).numpy().data)
+                    digest.update(gradient.contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
             return no_phases(phase)
 
-        return self._step(batch, during), digest.hexdigest()
+        return self._step(batch, during, rate), digest.hexdigest()
 
     def trained(self) -> list[Tensor]:
         """The parameters that are trained."""
