@@ -11,16 +11,17 @@ has.
 
 A step can be no faster than its products and its copies are: the first bound is the step with all layers on the card,
 the second what was copied over the rate of copies alone, both of this run. Asked for: at least 0.8 of the smaller one
-of the tokens/s that both allow, at most 10 % slower than with all on the card where that is the bound, and the first loss and its
-gradients equal to the bit. They are compared by PyTorch's deterministic kernels: the backward pass of flash attention
-adds in the order in which its blocks finish, and may give other bits each time, wherever weights lie ("repeats": two
-passes in a row agreed). No step that is timed uses them, and none changes a weight (its rate is 0).
+of the tokens/s that both allow, at most 10 % slower than with all on the card where that is the bound, and the first
+loss and its gradients equal to the bit. They are compared by PyTorch's deterministic kernels: the backward pass of
+flash attention adds in the order in which its blocks finish, and gives other bits each time, wherever weights lie
+("repeats": two passes in a row agreed). No step that is timed uses them, and none changes a weight (its rate is 0).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from measuring.processes import in_fresh_process
 from measuring.results import passed_or_missed, say, show_table
 from qlora_tool.config import Config, parse_size, with_values
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or PyTorch's deterministic mode refuses products
 SHARE_LIMIT, SLOWER_LIMIT = 0.8, 1.1
 
 
@@ -43,7 +45,7 @@ def deterministic() -> Iterator[None]:
 
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
@@ -111,7 +113,8 @@ def judge(resident: dict[str, Any], streamed: dict[str, dict[str, Any]], rows: i
             same = (one["loss"], one["gradients"]) == (other["loss"], other["gradients"])
             met = same and share >= SHARE_LIMIT and (copying > computing or slower <= SLOWER_LIMIT)
             found.append({
-                "cap": cap, "repeats": other["repeats"] and one["repeats"], "length": int(length), "seconds": taken, "tokens_per_second": tokens / taken,
+                "cap": cap, "repeats": other["repeats"] and one["repeats"], "length": int(length), "seconds": taken,
+                "tokens_per_second": tokens / taken,
                 "computing_seconds": computing, "copying_seconds": copying, "share_of_bound": share, "slower": slower,
                 "same_bits": same, "allocated_bytes": one["allocated_bytes"], "reserved_bytes": one["reserved_bytes"],
                 "passed": met,
