@@ -10,7 +10,8 @@ from tiny_models import tiny_model, tokens
 from torch import Tensor, nn
 
 from qlora_tool.model.fused_modules import fuse_modules
-from qlora_tool.ops.norm import KINDS, rms_norm
+from qlora_tool.ops import norm
+from qlora_tool.ops.norm import KINDS, NormKind, add_and_norm, rms_norm
 from qlora_tool.ops.rotary import rotary
 
 pytestmark = pytest.mark.cuda
@@ -30,17 +31,33 @@ def off(found: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("shape", [(2, 37, 4096), (5, 3, 8, 128), (3, 5001), (1, 1, 20000), (64, 80)])
-def test_norms(device, shape, kind, dtype):
+@pytest.mark.parametrize("triton", [True, False])
+def test_norms(device, triton, shape, kind, dtype, monkeypatch):
+    """By Triton's kernels, and by PyTorch's where there is no Triton."""
+    if not triton:
+        monkeypatch.setattr(norm, "usable", lambda _: False)
     x = drawn(*shape).to(device, dtype).requires_grad_()
-    weight, grad = drawn(shape[-1], seed=1).to(device, dtype), drawn(*shape, seed=2).to(device, dtype)
+    weight = drawn(shape[-1], seed=1).to(device, dtype)
+    grad, update, passed = (drawn(*shape, seed=seed).to(device, dtype) for seed in (2, 3, 4))
     y = rms_norm(x, weight, 1e-5, kind)
     (dx,) = torch.autograd.grad(y, x, grad)
+    expected, gradient = _exact_norm(x, weight, kind, grad)
+    assert y.dtype == dx.dtype == dtype and y.is_contiguous()
+    assert off(y, expected) < torch.finfo(dtype).eps and off(dx, gradient) < 2 * torch.finfo(dtype).eps
+    total, y = add_and_norm(x, update, weight, 1e-5, kind)
+    (dx,) = torch.autograd.grad((total, y), x, (passed, grad))
+    expected, gradient = _exact_norm(total, weight, kind, grad)
+    assert torch.equal(total, x + update)
+    gradient = gradient + passed.double().cpu()
+    assert off(y, expected) < torch.finfo(dtype).eps and off(dx, gradient) < 2 * torch.finfo(dtype).eps
+
+
+def _exact_norm(x: Tensor, weight: Tensor, kind: NormKind, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The norm and the gradient of x, in fp64."""
     exact = x.detach().double().cpu().requires_grad_()
     unit = exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     expected = unit * (kind.offset + weight.double().cpu())
-    (gradient,) = torch.autograd.grad(expected, exact, grad.double().cpu())
-    assert y.dtype == dx.dtype == dtype and y.is_contiguous()
-    assert off(y, expected) < torch.finfo(dtype).eps and off(dx, gradient) < 2 * torch.finfo(dtype).eps
+    return expected, torch.autograd.grad(expected, exact, grad.double().cpu())[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

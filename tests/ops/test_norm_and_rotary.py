@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qlora_tool.ops import norm
 from qlora_tool.ops.norm import KINDS, add_and_norm, pass_and_norm, rms_norm, rms_norm_reference
 from qlora_tool.ops.rotary import rotary, rotary_reference
 
@@ -55,6 +56,19 @@ def test_norms_alone_and_beside_a_residual(kind, weighted, dtype):
     wanted = torch.autograd.grad((exact_total, expected), (exact_x, exact_update), wide_grads)
     for found, one in zip(torch.autograd.grad((total, y), (x, update), grads), wanted, strict=True):
         assert_close(found, one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("weight", [None, "same", "wide"])
+def test_a_card_without_triton_gets_the_same_from_pytorch(kind, weight, dtype):
+    """What the reference gives, to a rounding; what PyTorch's kernel does not know goes to the reference."""
+    x = drawn(2, 5, 48, dtype=dtype).transpose(0, 1)  # not laid out row by row
+    weight = weight and drawn(48, seed=2, dtype=dtype if weight == "same" else torch.float32)
+    arguments = x, weight, EPS, kind.offset, kind.rounds
+    for found, wanted in zip(norm._forward_of_pytorch(*arguments), norm._forward_reference(*arguments), strict=True):
+        assert (found.dtype, found.shape, found.is_contiguous()) == (wanted.dtype, wanted.shape, True)
+        assert_close(found, wanted.double())
 
 
 @pytest.mark.parametrize("needed", [(True, False), (False, True)])
