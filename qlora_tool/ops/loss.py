@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlora_tool.ops.declare import target_of
 from qlora_tool.ops.linear import FrozenWeight
 from qlora_tool.ops.products import matmul
 
 CHUNK_BYTES, CHUNK_ROWS = 32 * 2**20, 128  # of fp32 logits at a time; and rows at least, which fill a product
+CARD_BYTES, CARD_ROWS = 128 * 2**20, 512  # on a card, to which few rows are little work; and rows at most
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,16 @@ def frozen_cross_entropy(
         bias: (vocabulary,), frozen, or None.
         transform: what the family does to its logits.
         label_smoothing: share of the target spread evenly over the vocabulary.
-        chunk_rows: rows of logits made at a time; by default 32 MiB of them, or 128 rows where that is more.
+        chunk_rows: rows of logits made at a time; by default 32 MiB of them, on a card 128 MiB and at most 512 rows; or
+            128 rows where that is more.
 
     Returns:
         A scalar in fp32.
     """
-    chunk_rows = chunk_rows or max(CHUNK_ROWS, CHUNK_BYTES // (4 * weight.shape[0]))
+    if chunk_rows is None:
+        row = 4 * weight.shape[0]
+        on_card = target_of(hidden).type == "cuda"
+        chunk_rows = max(CHUNK_ROWS, min(CARD_ROWS, CARD_BYTES // row) if on_card else CHUNK_BYTES // row)
     return _FrozenLoss.apply(hidden, labels, weight, bias, transform, label_smoothing, chunk_rows)
 
 

@@ -215,7 +215,9 @@ def _take_over(run: Run, checkpoint: Checkpoint | None) -> None:
                 f"{checkpoint.path}: {run.progress.step} steps were trained, but this run has {run.plan.total_steps}; "
                 "give more training.max_steps, or resume from an earlier checkpoint"
             )
-        logger.info("resumed: step %d, from %s", run.progress.step, checkpoint.path)
+        card = run.model.device.type != "cpu"
+        about = "; on a card not to the bit: its attention adds in no fixed order" if card else ""
+        logger.info("resumed: step %d, from %s%s", run.progress.step, checkpoint.path, about)
     if run.model.device.type == "cpu":
         run.progress.products = products_choice()
     run.progress.global_passes = run.training.gradient_accumulation_steps * run.world.size

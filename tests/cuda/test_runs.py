@@ -57,8 +57,9 @@ def test_losses_in_fp32_are_the_cpus(config, tmp_path, values):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("packing", [False, True])
 def test_losses_in_16_bits_are_near_the_cpus(config, tmp_path, dtype, packing):
-    """Both round alike, if not at the same places; the same steps are left out where float16 gradients overflow."""
-    values = {"model__compute_dtype": dtype, "data__packing": packing}
+    """Both round alike, if not at the same places; the same steps are left out where float16 gradients overflow. At a
+    rate at which bf16 is within 0.2 % of fp32; three times that lets a rounding grow to 15 % in six steps."""
+    values = {"model__compute_dtype": dtype, "data__packing": packing, "training__learning_rate": 3e-3}
     train(config("card", **values))
     train(config("cpu", **values, model__device="cpu"))
     found, wanted = losses(tmp_path / "card"), losses(tmp_path / "cpu")

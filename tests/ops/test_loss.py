@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from qlora_tool.ops import loss
+from qlora_tool.ops.declare import Target, meant_for
 from qlora_tool.ops.loss import LogitsTransform, frozen_cross_entropy, linear_cross_entropy
 
 HIDDEN, VOCABULARY = 16, 50
@@ -158,3 +160,22 @@ def test_a_frozen_projection_in_bf16_keeps_the_loss_in_fp32():
     assert_close(found.detach(), expected)
     found.backward()
     assert hidden.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("device", "vocabulary", "expected"), [
+    ("cpu", 32000, 262), ("cuda", 32000, 512), ("cuda", 128256, 261), ("cpu", 128256, 128), ("cuda", 262144, 128),
+])  # fmt: skip
+def test_a_card_is_given_more_rows_at_a_time(device, vocabulary, expected, monkeypatch):
+    """By bytes of fp32 logits, from 128 rows on, and on a card no more than 512; seen in what is given to the products.
+    Nothing is computed: meta tensors."""
+    seen = []
+
+    def product(left, right):
+        seen.append(left.shape[0])
+        return left @ right
+
+    monkeypatch.setattr(loss, "matmul", product)
+    hidden, labels = torch.empty(1100, 8, device="meta"), torch.empty(1100, dtype=torch.int64, device="meta")
+    with meant_for(Target(device, (8, 9))), torch.no_grad():
+        frozen_cross_entropy(hidden, labels, Handle(torch.empty(vocabulary, 8, device="meta")))
+    assert seen[0] == expected and sum(seen) == 1100
