@@ -29,9 +29,10 @@ from qlora_tool.memory.plan.limit import limit_on
 from qlora_tool.memory.profile import model_config_of
 from qlora_tool.memory.show.legend import full_size
 from qlora_tool.memory.trace.classify import timeline
+from qlora_tool.memory.trace.flops import flops_of
 from qlora_tool.memory.trace.measure import measure_peak
 from qlora_tool.memory.trace.predict import BatchShape, predict
-from qlora_tool.memory.trace.recomputation_cost import Cost, Costs, flops_of, shallow_model, upgrades
+from qlora_tool.memory.trace.recomputation_cost import Cost, Costs, shallow_model, upgrades
 from qlora_tool.memory.trace.tracer import Call
 from qlora_tool.model.checkpointing import ALL_RECOMPUTED as ALL
 from qlora_tool.model.checkpointing import NOTHING_RECOMPUTED as NONE

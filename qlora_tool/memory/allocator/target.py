@@ -25,22 +25,29 @@ class CudaTarget:
         calibration: what was measured on it; None where nothing was.
         expandable_segments: whether its allocator is told to grow its segments.
         assumed: whether nothing said which card it is, so that its capability is `ASSUMED`.
+        tensor_tflops: see `Card`; None where that is not known.
+        here: whether it is in this machine.
     """
 
     capability: tuple[int, int]
     calibration: Calibration | None
     expandable_segments: bool
     assumed: bool = False
+    tensor_tflops: float | None = None
+    here: bool = False
 
     @classmethod
     def of(cls, card: Card | None) -> CudaTarget:
         """A card of the table, or the one that is here; where there is none, one that is assumed."""
         settings = "".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
         expandable = "expandable_segments:true" in settings.lower()
-        if torch.cuda.is_available() and (card is None or _is_here(card)):
-            calibration = cached_calibration(torch.cuda.get_device_name())
-            return cls(torch.cuda.get_device_capability(), calibration, expandable)
-        return cls(card.compute_capability if card else ASSUMED, None, expandable, card is None)
+        if torch.cuda.is_available() and (card is None or _card_here() == card):
+            calibration, card = cached_calibration(torch.cuda.get_device_name()), _card_here()
+            speed = card.tensor_tflops if card else None
+            return cls(torch.cuda.get_device_capability(), calibration, expandable, False, speed, True)
+        if card is None:
+            return cls(ASSUMED, None, expandable, True)
+        return cls(card.compute_capability, None, expandable, False, card.tensor_tflops)
 
     @property
     def device(self) -> Target:
@@ -66,8 +73,8 @@ def device_of(target: CudaTarget | None) -> Target:
     return CPU if target is None else target.device
 
 
-def _is_here(card: Card) -> bool:
+def _card_here() -> Card | None:
     try:
-        return find_card(torch.cuda.get_device_name()) == card
-    except UserError:  # the one that is here is not in the table
-        return False
+        return find_card(torch.cuda.get_device_name())
+    except UserError:  # it is not in the table
+        return None

@@ -37,8 +37,6 @@ _COSTS = {
     (TILED, True): "half of each MLP once more",
     (OFFLOAD, True): "copies to and from the host",
     (EMBEDDINGS, "int8"): "rounded to 8 bits",
-    (WEIGHTS, "host"): "every layer copied from the host in each pass",
-    (WEIGHTS, "disk"): "every layer read from the disk in each pass",
     (IN_BACKWARD, True): "no clipping",
     (START, "default"): "a start that knows nothing of the weights",
 }

@@ -63,6 +63,7 @@ def option_of(search: Search, group: str, settings: dict[str, Any]) -> Option:
     return Option(
         group, settings, config.training.per_device_train_batch_size, config.data.max_length, needed,
         needed <= search.limit, relative_speed(config, search.config), config == search.config,
+        search.streaming(settings),
     )  # fmt: skip
 
 

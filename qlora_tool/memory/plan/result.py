@@ -10,6 +10,7 @@ import yaml
 
 from qlora_tool.memory.allocator.available import usable
 from qlora_tool.memory.allocator.target import device_of
+from qlora_tool.memory.plan.streaming import Streaming
 
 if TYPE_CHECKING:
     from qlora_tool.memory.allocator.target import CudaTarget
@@ -28,6 +29,7 @@ class Option:
         fits: whether that is within what may be used.
         speed: in tokens per second, relative to the asked configuration; see `relative_speed`.
         asked: it is what was asked for.
+        streaming: what it costs that weights are streamed; None where they are not.
     """
 
     group: str
@@ -38,6 +40,7 @@ class Option:
     fits: bool
     speed: float
     asked: bool = False
+    streaming: Streaming | None = None
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,13 @@ class Change:
         settings: keys and their new values.
         peak_bytes: what the device then has to give.
         confirmed: whether that was seen in a full trace, not only estimated.
+        streaming: see `Option`.
     """
 
     settings: dict[str, Any]
     peak_bytes: int
     confirmed: bool
+    streaming: Streaming | None = None
 
     @property
     def line(self) -> str:

@@ -20,6 +20,7 @@ from qlora_tool.memory.allocator.target import device_of
 from qlora_tool.memory.plan.changes import CHANGES, CHECKPOINTING, LENGTH, ROWS, SHORTEST, Asked
 from qlora_tool.memory.plan.length import longest_length, step_of
 from qlora_tool.memory.plan.result import Change
+from qlora_tool.memory.plan.streaming import Rates, Streaming
 from qlora_tool.memory.profile import Prediction
 from qlora_tool.memory.trace.extrapolate import Estimate, estimate_peak, resized
 from qlora_tool.memory.trace.predict import BatchShape, predict
@@ -65,7 +66,7 @@ def change_that_fits(
     search.deadline = time.monotonic() + seconds
     search.follow({}, predicted.needed_bytes, predicted.context_bytes or 0)
     fits, settings = search.what_fits()
-    return Change(settings, search.needed(settings), False) if fits else None
+    return search.change(settings, search.needed(settings), False) if fits else None
 
 
 @dataclass
@@ -91,6 +92,7 @@ class Search:
     assumed: bool = False
     deadline: float = math.inf
     _slopes: dict[bool, float] = field(default_factory=dict)  # bytes a token, by checkpointing
+    _rates: Rates | None = None
 
     @classmethod
     def of_run(
@@ -125,6 +127,18 @@ class Search:
     def weights(self, settings: Mapping[str, Any]) -> int:
         return self._estimate(settings).weights_bytes
 
+    def streaming(self, settings: Mapping[str, Any]) -> Streaming | None:
+        """What streamed weights cost there; None where none are."""
+        config, found = self.of(settings), self._estimate(settings)
+        if config.model.weights not in ("host", "disk") or not found.streamed_bytes:
+            return None
+        if self._rates is None:
+            self._rates = Rates.of(self.target, self.compute_dtype)
+        batches = config.training.gradient_accumulation_steps
+        products = batches * found.flops / self._rates.products if self._rates.products else 0.0
+        rate = self._rates.disk if config.model.weights == "disk" else self._rates.host
+        return Streaming(config.model.weights, found.streamed_bytes, 2 * batches, rate, products)
+
     def possible(self, settings: Mapping[str, Any]) -> bool:
         """Whether the model can be run like this; one without layers to recompute cannot be checkpointed."""
         try:
@@ -151,15 +165,19 @@ class Search:
     def confirmed(self, settings: dict[str, Any], confirm: bool) -> Change:
         """The change, its peak taken from a full trace; with shorter rows, should the estimate have been too low."""
         if not confirm:
-            return Change(settings, self.needed(settings), False)
+            return self.change(settings, self.needed(settings), False)
         for _ in range(CONFIRMATIONS):
             needed = self.traced(settings)
             if needed <= self.limit:
-                return Change(settings, needed, True)
+                return self.change(settings, needed, True)
             if length := settings.get(LENGTH):
                 length = max(SHORTEST, min(self.longest(settings), length - step_of(length)))
                 settings = {**settings, LENGTH: length}
-        return Change(settings, needed, False)
+        return self.change(settings, needed, False)
+
+    def change(self, settings: dict[str, Any], needed: int, confirmed: bool) -> Change:
+        """Settings with what they take and cost."""
+        return Change(settings, needed, confirmed, self.streaming(settings))
 
     # Lengths
 

@@ -84,7 +84,7 @@ def _alternatives(plan: Plan) -> Table:
             continue
         fits = "fits" if option.fits else "too much"
         cells = (_setting(option.settings), binary_size(option.peak_bytes), fits, f"{option.speed:.2f}")
-        note = "asked for" if option.asked else ", ".join(costs_of(option.settings))
+        note = "asked for" if option.asked else "; ".join(_costs(option))
         table.add_row(Text(cells[0]), *cells[1:], note)
     return table
 
@@ -95,7 +95,7 @@ def _setting(settings: dict[str, Any]) -> str:
 
 def _answer(plan: Plan) -> str:
     if plan.change:
-        costs = "".join(f"; {cost}" for cost in costs_of(plan.change.settings))
+        costs = "".join(f"; {cost}" for cost in _costs(plan.change))
         return f"this makes it fit: {_peak(plan.change)}{costs}:"
     if plan.longest:
         return f"nothing has to change; the longest rows that fit: {_peak(plan.longest)}:"
@@ -106,6 +106,10 @@ def _answer(plan: Plan) -> str:
         f"nothing makes it fit: the smallest that was tried takes {full_size(plan.smallest_bytes)}, "
         f"{binary_size(plan.misses_by)} too much{weights}"
     )
+
+
+def _costs(choice: Option | Change) -> list[str]:
+    return costs_of(choice.settings) + ([str(choice.streaming)] if choice.streaming else [])
 
 
 def _peak(change: Change) -> str:

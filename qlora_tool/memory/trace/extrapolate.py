@@ -23,7 +23,8 @@ from qlora_tool.memory.allocator.target import CudaTarget, device_of
 from qlora_tool.memory.allocator.timeline import replay_on
 from qlora_tool.memory.breakdown import PHASES
 from qlora_tool.memory.trace.classify import timeline
-from qlora_tool.memory.trace.predict import BatchShape, predict
+from qlora_tool.memory.trace.flops import flops_of_step
+from qlora_tool.memory.trace.predict import STEPS, BatchShape, predict
 from qlora_tool.model.layer_stack import LayerStack, layer_stack, with_layers
 from qlora_tool.model.slots import Quantization
 
@@ -45,12 +46,16 @@ class Estimate:
         phase_peak_bytes: the same within each of PHASES.
         weights_bytes: what is allocated before the first step: base, scales, adapters, optimizer masters, one batch.
         traced_layers: depths of the models that were traced; the model's own alone where nothing was extrapolated.
+        streamed_bytes: of weights that are brought to the device in each pass (`model.weights`).
+        flops: floating point operations of a forward and a backward pass, products and attention forward.
     """
 
     peak_bytes: int
     phase_peak_bytes: dict[str, int]
     weights_bytes: int
     traced_layers: tuple[int, ...]
+    streamed_bytes: int = 0
+    flops: int = 0
 
 
 class Moment(NamedTuple):
@@ -101,6 +106,7 @@ def estimate_peak(
     card = target if replayed else None
     if shape.rows * shape.length <= LONG_BATCH:
         found = _by_phase(_peaks_at_depth(make, shape, card))
+        moved, flops = _work_at_depth(make, shape)
     else:
         shorter = [max(64, LONG_BATCH * share // 4 // shape.rows // 64 * 64) for share in (2, 3, 4)]
         shapes = [resized(shape, shape.rows, length) for length in shorter]
@@ -109,8 +115,10 @@ def estimate_peak(
         if card is not None:  # its allocator rounds, which no line follows; most of what it adds is the weights' share
             here, there = _by_phase(points[-1][1]), _by_phase(_peaks_at_depth(make, shapes[-1], card))
             found = {phase: found[phase] + there[phase] - here[phase] for phase in found}
+        moved, flops = _work_at_depth(make, shapes[-1])
+        flops = flops * shape.length // shapes[-1].length
     weights = found.pop(WEIGHTS.phase)
-    return Estimate(max(found.values()), found, weights, stack.traced)
+    return Estimate(max(found.values()), found, weights, stack.traced, moved, flops)
 
 
 def _with_resident_layers(
@@ -130,7 +138,9 @@ def _with_resident_layers(
     # Of L layers two are in buffers: what the others take is the difference.
     added = (resident.weights_bytes - streamed.weights_bytes) * staying // max(1, layers - 2)
     phases = {phase: size + added for phase, size in streamed.phase_peak_bytes.items()}
-    return Estimate(max(phases.values()), phases, streamed.weights_bytes + added, streamed.traced_layers)
+    moved = streamed.streamed_bytes * (layers - staying) // layers
+    return Estimate(max(phases.values()), phases, streamed.weights_bytes + added, streamed.traced_layers, moved,
+                    streamed.flops)  # fmt: skip
 
 
 def _by_phase(peaks: Mapping[Moment, int]) -> dict[str, int]:
@@ -156,6 +166,17 @@ def _peaks_at_depth(make: partial[_Case], shape: BatchShape, card: CudaTarget | 
     if not deep:
         return shallow
     return _along_line(stack.traced, (shallow, deep[0]), stack.layers)
+
+
+def _work_at_depth(make: partial[_Case], shape: BatchShape) -> tuple[int, int]:
+    """Streamed bytes and operations (see `Estimate`) at the model's own depth, on the lines through those traced."""
+    stack = make.args[-1]
+    found = [_work(make(shape, depth)) for depth in stack.traced]
+    if len(found) == 1:
+        return found[0]
+    (begin, end), share = stack.traced, stack.layers - stack.traced[1]
+    moved, flops = (last + (last - first) * share // (end - begin) for first, last in zip(*found, strict=True))
+    return moved, flops
 
 
 def _along_line(places: tuple[int, ...], peaks: tuple[Mapping[Moment, int], ...], where: int) -> dict[Moment, int]:
@@ -228,7 +249,14 @@ def _peaks(case: _Case, card: CudaTarget | None) -> Mapping[Moment, int]:
     return peaks_of(timeline_on(_trace(case), card), case.stack, case.depth)
 
 
-@lru_cache(maxsize=2)  # of one case, replayed and not
+@lru_cache(maxsize=1024)
+def _work(case: _Case) -> tuple[int, int]:
+    trace, batches = _trace(case), min(2, case.config.training.gradient_accumulation_steps)
+    moved = trace.elsewhere.get("disk_bytes") or trace.elsewhere.get("host_bytes", 0)
+    return moved, flops_of_step(trace, STEPS) // batches
+
+
+@lru_cache(maxsize=2)  # of both depths, replayed and not
 def _trace(case: _Case) -> Trace:
     model_config = with_layers(case.model.model_config, case.depth)
     # What an adapter to start from decides stands in the configuration; it is on layers that are not there.

@@ -16,8 +16,8 @@ import torch
 from qlora_tool.config import with_values
 from qlora_tool.memory.allocator.target import CudaTarget, device_of
 from qlora_tool.memory.trace.extrapolate import Estimate, estimate_peak
+from qlora_tool.memory.trace.flops import flops_of
 from qlora_tool.memory.trace.predict import STEPS, BatchShape, predict
-from qlora_tool.memory.trace.tracer import PRODUCTS
 from qlora_tool.model.checkpointing import (
     ALL_RECOMPUTED,
     NOTHING_RECOMPUTED,
@@ -32,11 +32,9 @@ from qlora_tool.model.slots import Quantization
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
-    from qlora_tool.memory.trace.tracer import Call, Trace
+    from qlora_tool.memory.trace.tracer import Trace
 
 TURNS = ("forward", "backward")
-_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
-_VARIABLE_LENGTH = "torch_attn::_varlen_attn"
 
 
 @dataclass(frozen=True)
@@ -187,20 +185,6 @@ class _Seen:
         peaks = totals[forward:backward].max(), totals[backward:end].max()
         turns = {phase: int(peak) - anyway for phase, peak in zip(TURNS, peaks, strict=True)}
         return cls(trace, [kept[n] for n in numbers], [flops[n] for n in numbers], turns)
-
-
-def flops_of(call: Call) -> int:
-    """Floating point operations of a call: of a product, or of causal attention (segments taken as equally long)."""
-    if call.operator in PRODUCTS:
-        left, right = call.shapes[-2:]  # (…, m, k) · (…, k, n)
-        return 2 * math.prod(left) * right[-1]
-    if call.operator == _ATTENTION:
-        query, key = call.shapes[:2]  # (rows, heads, length, head size)
-        return 2 * math.prod(query) * key[-2]  # scores and sums, half of each as nothing attends to what follows it
-    if call.operator == _VARIABLE_LENGTH:
-        query, offsets = call.shapes[0], call.shapes[3]  # (tokens, heads, head size), (segments + 1,)
-        return 2 * math.prod(query) * (query[0] // (offsets[0] - 1))
-    return 0
 
 
 def shallow_model(config: Config, model_config, compute_dtype: torch.dtype) -> tuple[Any, list[str], list, list[int]]:
