@@ -153,8 +153,8 @@ class Groups:
 
     def of_experts(self, each: Tensor) -> Tensor:
         """What each expert has (experts, …) → what the expert of each row has (n, …)."""
-        counts = torch.diff(self.ends, prepend=self.ends.new_zeros(1))
-        return each[torch.repeat_interleave(counts, output_size=sum(self.counts))]
+        rows = torch.arange(sum(self.counts), dtype=torch.int32, device=self.ends.device)
+        return each[torch.searchsorted(self.ends, rows, right=True)]
 
 
 class FrozenExperts(Protocol):
