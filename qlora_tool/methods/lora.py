@@ -178,10 +178,10 @@ class Lora(Method):
         return y * self.scaling(adapter.settings)
 
     def grouped_branch(self, adapter: Adapter, x: Tensor, groups: Groups) -> Tensor:
-        from qlora_tool.ops.grouped import grouped_linear
+        from qlora_tool.ops.grouped import grouped_linear, of_whole_rows
 
         tensors, scaling = adapter.tensors, self.scaling(adapter.settings)
-        lora_A, lora_B = (tensor.to(x.dtype) for tensor in self.computing(tensors, adapter.settings))
+        lora_A, lora_B = of_whole_rows(*(tensor.to(x.dtype) for tensor in self.computing(tensors, adapter.settings)))
         # Scaled where it is small: (n, r).
         y = grouped_linear(grouped_linear(x, lora_A, groups) * scaling, lora_B, groups)
         bias = tensors.get("lora_B_bias")

@@ -12,9 +12,8 @@ forward and once backward, and nothing is saved for it.
 from __future__ import annotations
 
 import functools
-import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,15 +35,12 @@ _KERNEL_BYTES, _KERNEL_GROUP_BYTES = 128 << 10, 64
 # ------------------------------------------------------------------------------------------------------ operations
 
 
-def _slices(counts: Sequence[int]) -> Iterator[slice]:
-    return itertools.starmap(slice, itertools.pairwise(itertools.accumulate(counts, initial=0)))
-
-
 def _matmul_reference(ends: Tensor, left: Tensor, right: Tensor, counts: Sequence[int]) -> Tensor:
     result = _empty_matmul(ends, left, right, counts)
-    for index, rows in enumerate(_slices(counts)):
-        if rows.stop > rows.start:
-            torch.mm(left[rows], right[index], out=result[rows])
+    each = list(counts)
+    for some, one, products in zip(left.split(each), right.unbind(), result.split(each), strict=True):
+        if len(some):
+            torch.mm(some, one, out=products)
     return result
 
 
@@ -54,9 +50,10 @@ def _empty_matmul(ends: Tensor, left: Tensor, right: Tensor, counts: Sequence[in
 
 def _gradient_reference(ends: Tensor, left: Tensor, right: Tensor, counts: Sequence[int]) -> Tensor:
     result = _empty_gradient(ends, left, right, counts)
-    for one, rows in zip(result, _slices(counts), strict=True):
-        if rows.stop > rows.start:
-            torch.mm(left[rows].T, right[rows], out=one)
+    each = list(counts)
+    for some, others, one in zip(left.split(each), right.split(each), result.unbind(), strict=True):
+        if len(some):
+            torch.mm(some.T, others, out=one)
         else:
             one.zero_()
     return result
@@ -238,6 +235,15 @@ def grouped_linear(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     """
     y: Tensor = _GroupedLinear.apply(x, weight, groups)
     return y
+
+
+def of_whole_rows(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """A (experts, r, in) and B (experts, out, r) with zeros after the rank where the kernel would not take it: its rows
+    are of whole multiples of 16 bytes."""
+    more = -lora_A.shape[1] % (16 // lora_A.element_size()) if lora_A.dtype == torch.bfloat16 else 0
+    if not more:
+        return lora_A, lora_B
+    return torch.nn.functional.pad(lora_A, (0, 0, 0, more)), torch.nn.functional.pad(lora_B, (0, more))
 
 
 class _GroupedLinear(torch.autograd.Function):

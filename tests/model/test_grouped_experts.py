@@ -161,6 +161,21 @@ def test_adapters_that_are_active_are_added(active):
         assert_as_one_by_one(module, routing)
 
 
+@pytest.mark.parametrize(("r", "taken"), [(4, 8), (8, 8), (9, 16)])
+def test_ranks_that_the_kernel_does_not_take_are_filled_up(r, taken, monkeypatch):
+    """In 16 bits, with zeros: the values and the gradients are those of the loop, some roundings apart."""
+    ranks, module = [], Experts().adapt(r)
+    of_whole_rows = grouped.of_whole_rows
+    monkeypatch.setattr(grouped, "of_whole_rows", lambda *pair: ranks.append(of_whole_rows(*pair)) or ranks[-1])
+    found, exact = (run(module, ROUTINGS["some"], dtype, target) for dtype, target in
+                    ((torch.bfloat16, CARD), (torch.float64, CPU)))  # fmt: skip
+    assert [(lora_A.shape[1], lora_B.shape[2]) for lora_A, lora_B in ranks] == [(taken, taken)] * 2
+    for name, one in {"output": found.output, **found.gradients}.items():
+        right = exact.gradients.get(name, exact.output)
+        assert one.shape == right.shape
+        assert (one.double() - right).norm() <= 4 * torch.finfo(torch.bfloat16).eps * right.norm()
+
+
 def test_a_method_that_has_it_expert_by_expert_keeps_that(monkeypatch):
     module = Experts().adapt()
     with meant_for(CARD):
@@ -268,18 +283,24 @@ def test_families_give_what_transformers_gives(family, tmp_path):
         assert relative_error(one, other) <= 1e-5
 
 
-def test_a_prediction_for_a_card_takes_them_together():
+def test_a_prediction_for_a_card_takes_them_together(monkeypatch):
     values = {"training.gradient_checkpointing": True, "adapter.r": R,
               "adapter.target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}  # fmt: skip
     config, model_config = with_values(Config(), values), tiny_config("qwen3_moe", num_hidden_layers=1)
+    both = 2 * model_config.moe_intermediate_size * model_config.hidden_size * 2  # bytes of one expert's gate and up
+    monkeypatch.setattr(grouped, "PIECE_BYTES", 2 * both)
     shape = BatchShape.full(1, 48)
     traces = {target: predict(config, copy.deepcopy(model_config), shape, torch.bfloat16, target=target)
               for target in (CPU, CARD)}  # fmt: skip
     calls = {target: [call for call in trace.calls if "grouped" in call.operator] for target, trace in traces.items()}
     assert not calls[CPU] and {call.phase for call in calls[CARD]} >= {"forward", "backward"}
     assert {call.operator for call in calls[CARD]} == {"qlora_tool::grouped_matmul", "qlora_tool::grouped_gradient"}
-    # The same operations, whoever does them: each row times the matrices of its expert.
+    # The same products, whoever does them: each row times the matrices of its expert.
     assert sum(map(flops_of, traces[CARD].calls)) == sum(map(flops_of, traces[CPU].calls))
+    dense = {target: {storage.nbytes for storage in trace.storages if storage.operator == "qlora_tool::dequantize_4bit"
+                      and "experts" in storage.module and storage.phase != "load"}
+             for target, trace in traces.items()}  # fmt: skip
+    assert max(dense[CPU]) == both and max(dense[CARD]) == 2 * both
 
 
 def test_assumed_shares_are_what_is_computed():
