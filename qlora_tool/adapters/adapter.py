@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_tool.methods.method import Method, PeftForm, Settings, Siblings
+from qlora_tool.ops.grouped import Groups
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import FrozenLinear
 
@@ -199,6 +200,15 @@ class ExpertsAdapter(Adapter):
         experts = (_OneExpert(self, {name: tensors[index] for name, tensors in apart.items()})
                    for index in range(count))  # fmt: skip
         return [expert.branch for expert in experts]
+
+    @property
+    def grouped_branch(self) -> Callable[[Tensor, Groups], Tensor] | None:
+        """What gives the same for all experts at once: x (n, in), rows grouped by expert → (n, out). None where the
+        method has it expert by expert."""
+        return self._grouped_branch if self.method.groups_experts else None
+
+    def _grouped_branch(self, x: Tensor, groups: Groups) -> Tensor:
+        return self.method.grouped_branch(self, x, groups)
 
     def merge(self, weight: Tensor) -> Tensor:
         """The merged weight, fp32, (experts, out, in)."""

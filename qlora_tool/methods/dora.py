@@ -32,7 +32,7 @@ class Dora(Lora):
     peft_embedding_names: ClassVar[Mapping[str, str]] = {
         **Lora.peft_embedding_names, "magnitude": "lora_magnitude_vector"
     }  # fmt: skip
-    on_experts = on_parts = False
+    on_experts = on_parts = groups_experts = False
     optional = frozenset()
     additive = False  # it scales the whole output
     scales = frozenset()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from qlora_tool.ops.grouped import Groups
     from qlora_tool.ops.lora import LoraWeights
     from qlora_tool.weights.handles import WeightHandle
     from qlora_tool.weights.modules import FrozenLinear
@@ -82,7 +83,7 @@ class Lora(Method):
         "lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias": "lora_B.bias"
     }  # fmt: skip
     peft_embedding_names: ClassVar[Mapping[str, str]] = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
-    on_experts = on_parts = True
+    on_experts = on_parts = groups_experts = True
     scales = frozenset({"lora_B", "lora_B_bias", "start_B"})
     optional = frozenset({"lora_B_bias", "start_A", "start_B"})
     frozen = kept = frozenset({"start_A", "start_B"})
@@ -175,6 +176,16 @@ class Lora(Method):
         z = linear(x, lora_A.to(x.dtype))  # (…, r)
         y = linear(z, lora_B.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return y * self.scaling(adapter.settings)
+
+    def grouped_branch(self, adapter: Adapter, x: Tensor, groups: Groups) -> Tensor:
+        from qlora_tool.ops.grouped import grouped_linear, of_whole_rows
+
+        tensors, scaling = adapter.tensors, self.scaling(adapter.settings)
+        lora_A, lora_B = of_whole_rows(*(tensor.to(x.dtype) for tensor in self.computing(tensors, adapter.settings)))
+        # Scaled where it is small: (n, r).
+        y = grouped_linear(grouped_linear(x, lora_A, groups) * scaling, lora_B, groups)
+        bias = tensors.get("lora_B_bias")
+        return y if bias is None else y + groups.of_experts(bias.to(x.dtype) * scaling)
 
     def forward(self, adapter: Adapter, x: Tensor, linear: FrozenLinear) -> Tensor:
         if (weights := self.fused_weights(adapter, linear)) is None:
@@ -334,11 +345,11 @@ def _steps_of(settings: Settings) -> int:
 
 
 def _halves(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """[A; A₀] and [B, −B₀]."""
+    """[A; A₀] and [B, −B₀]; of experts, of each."""
     import torch
 
-    return (torch.cat([tensors["lora_A"], tensors["start_A"]]),
-            torch.cat([tensors["lora_B"], -tensors["start_B"]], dim=1))  # fmt: skip
+    return (torch.cat([tensors["lora_A"], tensors["start_A"]], dim=-2),
+            torch.cat([tensors["lora_B"], -tensors["start_B"]], dim=-1))  # fmt: skip
 
 
 METHOD = Lora()

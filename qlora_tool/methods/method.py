@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from qlora_tool.ops.grouped import Groups
     from qlora_tool.ops.lora import LoraWeights
     from qlora_tool.weights.handles import WeightHandle
     from qlora_tool.weights.modules import FrozenLinear
@@ -115,6 +116,7 @@ class Method(ABC):
         peft_embedding_names: the same on embeddings; empty where it cannot be on them.
         on_attention: whether it is on the attention of whole layers, and on nothing else.
         on_experts: whether it can be on the three-dimensional weights of experts, a pair of tensors for each.
+        groups_experts: whether it says what it adds for all experts at once, in `grouped_branch`.
         on_parts: whether it can be on parts of a fused projection; its tensors are then LoRA's.
         peft_unread: what names of further tensors that PEFT's files may have contain, and what those are, in words;
             files with such are refused.
@@ -142,6 +144,7 @@ class Method(ABC):
     peft_embedding_names: ClassVar[Mapping[str, str]] = {}
     on_attention: ClassVar[bool] = False
     on_experts: ClassVar[bool] = False
+    groups_experts: ClassVar[bool] = False
     on_parts: ClassVar[bool] = False
     peft_unread: ClassVar[Mapping[str, str]] = {}
     optional: ClassVar[frozenset[str]] = frozenset()
@@ -231,6 +234,11 @@ class Method(ABC):
 
         Of a method that is not additive it is what `forward` makes use of.
         """
+
+    def grouped_branch(self, adapter: Adapter, x: Tensor, groups: Groups) -> Tensor:
+        """The same for all experts of a weight at once, the adapter's tensors being stacked: x (n, in), rows grouped by
+        expert → (n, out). Of methods with `groups_experts`."""
+        raise NotImplementedError(f"{self} does not group experts")
 
     def forward(self, adapter: Adapter, x: Tensor, linear: FrozenLinear) -> Tensor:
         """x (…, in) → (…, out): the module with this adapter, bias included."""

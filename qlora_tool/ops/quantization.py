@@ -137,6 +137,14 @@ def _dequantize_4bit_reference(
     codes: Tensor, scales: Tensor, nested_scales: Tensor | None, nested_offset: Tensor | None,
     kind: str, block_size: int, first_block: int, shape: Sequence[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    if len(shape) == 3:
+        dense = codes.new_empty(shape, dtype=dtype)
+        for index, one in enumerate(dense):
+            nested, offset = (None if part is None else part[index] for part in (nested_scales, nested_offset))
+            one.copy_(_dequantize_4bit_reference(
+                codes[index], scales[index], nested, offset, kind, block_size, first_block, shape[1:], dtype
+            ))  # fmt: skip
+        return dense
     if nested_scales is not None:
         nested_map = code_values("nested", scales.device)
         scales = torch.ops.bitsandbytes.dequantize_blockwise.default(
@@ -204,7 +212,10 @@ def _empty_dense(codes, scales, nested_scales, nested_offset, kind, block_size, 
 
 
 def _dense_workspace(device, scales, nested_scales, shape, dtype) -> int:
-    """Of the reference: the scales, and the weights in fp32 where they are made so first."""
+    """Of the reference: the scales, and the weights in fp32 where they are made so first; one of several matrices."""
+    if len(shape) == 3:
+        even = math.prod(shape[1:]) + (math.prod(shape[1:]) % 2 if _made_in(dtype, device) == dtype else 0)
+        return _dense_workspace(device, scales[0], nested_scales, shape[1:], dtype) + even * dtype.itemsize
     plain = 0 if nested_scales is None else 4 * scales.numel()
     return plain + (0 if _made_in(dtype, device) == dtype else 4 * -(-math.prod(shape) // 2) * 2)
 
@@ -220,7 +231,7 @@ def _dense_workspace_cuda(codes, scales, nested_scales, offset, kind, block_size
 
 
 # The codes of (out, in) weights and the scales of all of a matrix, of which `first_block` belongs to the first of these
-# weights → the weights: code × scale in fp32, rounded once.
+# weights → the weights: code × scale in fp32, rounded once. Of (experts, out, in) all tensors have the expert first.
 dequantize_4bit = declare(
     "dequantize_4bit(Tensor codes, Tensor scales, Tensor? nested_scales, Tensor? nested_offset, str kind, "
     "int block_size, int first_block, int[] shape, ScalarType dtype) -> Tensor",

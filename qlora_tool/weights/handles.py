@@ -158,6 +158,15 @@ class WeightHandle(nn.Module):
             keeping.add(self)
         return dense
 
+    def dense_experts(self, dtype: torch.dtype, first: int, stop: int) -> Tensor:
+        """The experts from `first` up to `stop` in `dtype`, (stop - first, out, in), by one operation."""
+        if self._held is not None and self._held.dtype == dtype:
+            return self._held[first:stop]
+        value = self.stored()
+        if isinstance(value, QuantizedTensor):
+            return value.experts(first, stop).dequantize_at_once(dtype)
+        return value[first:stop].to(dtype)
+
     def give_up(self) -> None:
         """Forget what `KeptWeights` had it keep."""
         self._kept = None

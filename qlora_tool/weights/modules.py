@@ -179,7 +179,8 @@ class ExpertsWeight(Adaptable):
     """What adapters of one three-dimensional weight of experts sit on; the experts themselves have its handle.
 
     An adapter on it has `expert_branches(dtype)`: what it adds to the product of each expert, a function
-    x (n, in) → (n, out) an expert.
+    x (n, in) → (n, out) an expert; and `grouped_branch`, a function of x (n, in) and its `Groups` that gives the same
+    for all experts, or None.
 
     Args:
         weight: the handle of W (experts, out, in).

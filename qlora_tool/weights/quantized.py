@@ -88,6 +88,15 @@ class QuantizedTensor:
         """One expert's matrix (out, in) of a three-dimensional weight; its tensors are views."""
         return self._with({name: tensor[index] for name, tensor in self.tensors().items()}, self.shape[1:])
 
+    def experts(self, first: int, stop: int) -> QuantizedTensor:
+        """The experts from `first` up to `stop` of a three-dimensional weight; its tensors are views."""
+        return self._with({name: tensor[first:stop] for name, tensor in self.tensors().items()},
+                          (stop - first, *self.shape[1:]))  # fmt: skip
+
+    def dequantize_at_once(self, dtype: torch.dtype) -> Tensor:
+        """All of a three-dimensional weight, as `dequantize` gives it, by one operation."""
+        return dequantize_int8(self.codes, self.scales, dtype) if self.kind == "int8" else self._dequantize_4bit(dtype)
+
     def dequantize(self, dtype: torch.dtype = torch.float32, rows: slice | Tensor | None = None) -> Tensor:
         """The weight as a plain tensor: code × scale in fp32, rounded once to `dtype`.
 
@@ -117,7 +126,7 @@ class QuantizedTensor:
             return dense
         return self._dequantize_4bit(dtype, rows)
 
-    def _dequantize_4bit(self, dtype: torch.dtype, rows: slice | None) -> Tensor:
+    def _dequantize_4bit(self, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
         codes, shape, first = self.codes, self.shape, 0
         if rows is not None:
             start, stop, _ = rows.indices(shape[0])

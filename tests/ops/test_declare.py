@@ -37,6 +37,17 @@ def dense(shape: tuple[int, int], dtype: torch.dtype, double_quant: bool = True,
     return (codes[skipped // 2 :], *nested, "nf4", 64, skipped // 64, rest, dtype)
 
 
+def dense_experts(shape: tuple[int, int, int], dtype: torch.dtype, double_quant: bool = True) -> tuple:
+    """Arguments that dequantize several matrices."""
+    each = [dense(shape[1:], dtype, double_quant)[:4] for _ in range(shape[0])]
+    parts = (None if some[0] is None else torch.stack(some) for some in zip(*each, strict=True))
+    return (*parts, "nf4", 64, 0, shape, dtype)
+
+
+def ends(*counts: int) -> Tensor:
+    return torch.tensor(counts).cumsum(0).to(torch.int32)
+
+
 def step(dtype: torch.dtype, gradients: torch.dtype, eight_bit: bool, shapes: tuple = ((96, 80), (37, 121))) -> tuple:
     """Arguments of a step of AdamW."""
     weights = [random(*shape, dtype=dtype) for shape in shapes]
@@ -74,6 +85,11 @@ ARGUMENTS: dict[str, list[Callable[[], tuple]]] = {
         lambda: (random(9, 16, dtype=torch.bfloat16), random(16, 8, dtype=torch.bfloat16)),
     ],
     "qlora_tool::matmul_add": [lambda: (random(40, 56), random(40, 24), random(24, 56))],
+    "qlora_tool::grouped_matmul": [
+        lambda: (ends(3, 0, 8, 1), random(12, 24), random(4, 24, 40), [3, 0, 8, 1]),
+        lambda: (ends(7, 5), random(12, 24), random(2, 40, 24).mT, [7, 5]),
+    ],
+    "qlora_tool::grouped_gradient": [lambda: (ends(3, 0, 9), random(12, 24), random(12, 40), [3, 0, 9])],
     "qlora_tool::quantize_4bit": [
         lambda: (random(64 * 300), "nf4", 64),
         lambda: (random(64 * 300 + 21, dtype=torch.bfloat16), "fp4", 64),
@@ -86,6 +102,9 @@ ARGUMENTS: dict[str, list[Callable[[], tuple]]] = {
         lambda: dense((130, 64), torch.bfloat16, first=64),
         lambda: dense((36, 45), torch.float16, double_quant=False),
         lambda: dense((5, 7), torch.float64),
+        lambda: dense_experts((3, 64, 64), torch.float32),
+        lambda: dense_experts((3, 36, 45), torch.bfloat16, double_quant=False),
+        lambda: dense_experts((2, 5, 7), torch.float64),
     ],
     "qlora_tool::dequantize_int8": [
         lambda: (*quantization.quantize_int8(random(30, 64)), torch.float32),

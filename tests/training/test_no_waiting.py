@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_tool.adapters.attach import attach
 from qlora_tool.config import AdapterConfig
 from qlora_tool.data.batches import Batch, collate
+from qlora_tool.model import experts
 from qlora_tool.model.causal_lm import CausalLM
 
 # Operators whose result the host needs, or whose result's size depends on values.
@@ -108,9 +109,11 @@ def test_no_family_waits_in_a_step(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", ROUTED)
-def test_experts_are_all_that_is_waited_for(family, tmp_path):
+@pytest.mark.parametrize("together", [False, True])
+def test_experts_are_all_that_is_waited_for(family, together, tmp_path, monkeypatch):
     """Once a layer: how many tokens each expert gets decides the shapes of its products."""
-    model = ready_to_train(family, tmp_path)
+    monkeypatch.setattr(experts, "takes_together", lambda *_: together)
+    model = ready_to_train(family, tmp_path, target_parameters=["gate_up_proj", "down_proj"])
     for name, batch in batches().items():
         found = Counter(waits(model, batch))
         if copies_a_number(model):

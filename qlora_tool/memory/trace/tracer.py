@@ -30,10 +30,10 @@ _HELD_ALONE = 2  # of a storage that one tensor has: that tensor, and the Python
 _COPIES = ("aten::clone", "aten::new_empty_strided", "aten::empty_strided")
 
 PRODUCTS = frozenset({
-    "qlora_tool::matmul", "qlora_tool::matmul_add",
+    "qlora_tool::matmul", "qlora_tool::matmul_add", "qlora_tool::grouped_matmul", "qlora_tool::grouped_gradient",
     "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_",
 })  # fmt: skip
-"""Operators of which the last two tensors are multiplied, (…, n, k) · (…, k, m)."""
+"""Operators of which the last two tensors are multiplied, (…, n, k) · (…, k, m), or each row with one of several."""
 NOTED = PRODUCTS | {
     ATTENTION,
     ATTENTION_BACKWARD,

@@ -23,11 +23,18 @@ _WARPS = 4
 _WIDTH = 16  # bytes that a thread writes at once
 
 
-@triton.jit(do_not_specialize=["first_block"])
+@triton.jit(do_not_specialize=["blocks", "nested_blocks", "first_block"])
 def _dequantize_4bit(
-    codes, values, scales, nested_values, nested_scales, nested_offset, result, size, count, first_block,
-    BLOCK_SIZE: tl.constexpr, NESTED_BLOCK_SIZE: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr,
+    codes, values, scales, nested_values, nested_scales, nested_offset, result, size, count, blocks, nested_blocks,
+    first_block, BLOCK_SIZE: tl.constexpr, NESTED_BLOCK_SIZE: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
+    matrix = tl.program_id(1).to(tl.int64)
+    codes += matrix * size
+    scales += matrix * blocks
+    result += matrix * count
+    if nested_scales is not None:
+        nested_scales += matrix * nested_blocks
+        nested_offset += matrix
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)  # of EACH weights, in one block
     there = group * EACH < count
     if codes.dtype.element_ty == tl.uint8:
@@ -66,17 +73,22 @@ def dequantize_4bit(
         nested_block_size: scales that share one of their own.
         first_block: the block of the first weight.
         result: fp32, bf16 or fp16, contiguous; as many weights as it has elements are written.
+
+    Of several matrices of one shape `result` has three dimensions, and codes, scales and nested scales have two, the
+    matrix first.
     """
-    count = result.numel()
-    if count == 0:
+    if result.numel() == 0:
         return
+    matrices = result.shape[0] if result.dim() == 3 else 1
+    count, size = result.numel() // matrices, codes.numel() // matrices
     each = _WIDTH // result.element_size()
     word = torch.int32 if each == 8 else torch.int16
-    if codes.numel() % word.itemsize == codes.data_ptr() % word.itemsize == codes.storage_offset() % word.itemsize == 0:
-        codes = codes.view(word)  # for half of the instructions
+    if size % word.itemsize == codes.data_ptr() % word.itemsize == codes.storage_offset() % word.itemsize == 0:
+        codes, size = codes.view(word), size // word.itemsize  # for half of the instructions
     with on_device_of(result):
-        _dequantize_4bit[(triton.cdiv(count, _WEIGHTS),)](
-            codes, values, scales, nested_values, nested_scales, nested_offset, result, codes.numel(), count,
+        _dequantize_4bit[(triton.cdiv(count, _WEIGHTS), matrices)](
+            codes, values, scales, nested_values, nested_scales, nested_offset, result, size, count,
+            scales.numel() // matrices, 0 if nested_scales is None else nested_scales.numel() // matrices,
             first_block, block_size, nested_block_size, _WEIGHTS // each, each,
             num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip

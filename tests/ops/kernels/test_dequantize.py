@@ -100,6 +100,33 @@ def test_what_lies_behind_the_result_is_left_alone(interpreted):
     assert (buffer[35:] == 7).all() and not (buffer[:35] == 7).all()
 
 
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("shape", [(130, 64), (3, 100), (5, 7), (40, 448)])
+def test_several_matrices_at_once(interpreted, shape, double):
+    """Experts, each with an offset of its own; the codes of (5, 7) are no whole words."""
+    module = interpreted("dequantize")
+    each = [quantized((shape[0], shape[1]), "nf4", 64, double), quantized(shape, "fp4", 64, double)]
+    codes, scales, nested_scales, offset = (
+        None if parts[0] is None else torch.stack(parts) for parts in zip(*each, strict=True)
+    )
+    if double:
+        offset[1] += 1
+    arguments = (codes, scales, nested_scales, offset, "nf4", 64, 0, (2, *shape), torch.bfloat16)
+    expected = torch.stack([
+        quantization.dequantize_4bit.reference(
+            *(None if parts is None else parts[index] for parts in arguments[:4]), "nf4", 64, 0, shape, torch.bfloat16
+        )
+        for index in range(2)
+    ])  # fmt: skip
+    found = torch.full((2, *shape), torch.nan, dtype=torch.bfloat16)
+    module.dequantize_4bit(
+        codes, code_values("nf4", CPU), scales, code_values("nested", CPU), nested_scales, offset, 64,
+        NESTED_BLOCK_SIZE, 0, found,
+    )  # fmt: skip
+    assert torch.equal(found, expected)
+    assert torch.equal(quantization.dequantize_4bit.reference(*arguments), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(64, 64), (37, 45), (3, 5000), (1, 1), (2, 9, 32), (0, 8), (100, 4)])
 def test_int8_is_the_reference_to_the_bit(interpreted, shape, dtype):
@@ -137,7 +164,8 @@ def test_4_bits_compile(assembly, double, integer, codes, dtype):
     types = dict.fromkeys(("values", "nested_values", "nested_scales"), "*fp32@16")
     types |= {"codes": "*u8@16" if codes == "bytes" else f"*i{4 * each}@16", "nested_offset": "*fp32",
               "scales": "*u8@16" if double else "*fp32@16", "result": POINTERS[dtype],
-              "size": f"{integer}@16", "count": f"{integer}@16", "first_block": integer}  # fmt: skip
+              "size": f"{integer}@16", "count": f"{integer}@16", "blocks": integer, "nested_blocks": integer,
+              "first_block": integer}  # fmt: skip
     constants = {"BLOCK_SIZE": 64, "NESTED_BLOCK_SIZE": 256, "GROUPS": 4096 // each, "EACH": each}
     for name in () if double else ("nested_scales", "nested_offset"):
         del types[name]
