@@ -149,6 +149,17 @@ def _in_layers(chosen: Sequence[str], config: AdapterConfig) -> list[str]:
     return [name for name in chosen if numbers[name] in wanted or name in in_full]
 
 
+def tells_layers_apart(config: AdapterConfig) -> bool:
+    """Whether an adapter may be on other modules of one layer than of the next, or of another rank there: a key counts
+    layers, or a name or a pattern has a number that stands by itself (`layers.6.mlp`, `layers.[5-7]`, not `fc1`)."""
+    if config.layers_to_transform is not None or getattr(config, "adapter_layers", None) is not None:
+        return True
+    keys = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "rank_pattern")
+    named = (getattr(config, key, ()) or () for key in keys)
+    patterns = [pattern for value in named for pattern in ([value] if isinstance(value, str) else value)]
+    return any(re.search(r"(?<![A-Za-z_0-9])\d", pattern) for pattern in patterns)
+
+
 def layer_of(name: str, patterns: str | Sequence[str] = ()) -> int | None:
     """The number of the layer that a module lies in; None where it lies in none.
 

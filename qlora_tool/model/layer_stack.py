@@ -65,7 +65,7 @@ class LayerStack:
 
 
 def layer_stack(
-    model_config, trust_remote_code: bool = False, quantization: Quantization | None = None
+    model_config, trust_remote_code: bool = False, quantization: Quantization | None = None, told_apart: bool = False
 ) -> LayerStack:
     """How the layers of a model repeat: by the shapes of their weights, by which of these are quantized, and by what
     its configuration lists of each.
@@ -73,6 +73,7 @@ def layer_stack(
     Args:
         quantization: how the base is quantized: weights that stay unquantized in some layers make these of another
             kind. By default the checkpoint's own exceptions alone.
+        told_apart: whether an adapter may be another in each layer, so that nothing repeats.
     """
     text = model_config.get_text_config()
     layers = text.num_hidden_layers
@@ -85,7 +86,7 @@ def layer_stack(
         (_weights_of(layer, f"{path}.{number}.", slots), *(str(value[number]) for value in listed))
         for number, layer in enumerate(found)
     ]
-    if not kinds or not _takes_depth(model_config, layers):
+    if not kinds or told_apart or not _takes_depth(model_config, layers):
         return LayerStack(layers, "", 0, 1)
     choices = [(first, period) for first in range(layers) for period in range(1, layers - first + 1)]
     first, period = next(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from qlora_tool.adapters.targets import tells_layers_apart
 from qlora_tool.config import Config, with_values
 from qlora_tool.memory.allocator.target import CudaTarget
 from qlora_tool.memory.breakdown import PHASES
@@ -19,6 +20,7 @@ from qlora_tool.memory.trace.extrapolate import (
     with_layers,
 )
 from qlora_tool.memory.trace.predict import BatchShape, predict
+from qlora_tool.memory.trace.recomputation_cost import Costs
 from qlora_tool.methods import METHODS
 
 H100 = CudaTarget((9, 0), None, False)
@@ -176,3 +178,26 @@ def test_another_size_of_the_same_kind_of_batch():
     half = BatchShape(2, 100, 100, padded=True)
     assert resized(half, 1, 40) == BatchShape(1, 40, 20, padded=True)
     assert resized(BatchShape(2, 100, 150, segments=(60, 40)), 2, 200) == BatchShape(2, 200, 300, segments=(200,))
+
+
+@pytest.mark.parametrize("values", [
+    {"adapter.layers_to_transform": [4]}, {"adapter.rank_pattern": {"layers.4.self_attn.q_proj": 64}},
+    {"adapter.exclude_modules": ["model.layers.5.mlp.up_proj"]}, {"adapter.target_modules": ["layers.4.mlp.up_proj"]},
+    {"adapter.target_modules": r".*layers\.[3-5]\..*q_proj"},
+    {"adapter.method": "llama_adapter", "adapter.adapter_layers": 5},
+    {"adapter.modules_to_save": ["layers.4.input_layernorm"]}, {"model.skip_modules": ["model.layers.4.mlp.down_proj"]},
+], ids=lambda values: ",".join(values))  # fmt: skip
+def test_layers_that_a_key_tells_apart_are_all_traced(values):
+    """A shallow model has not the layers that are named, or has another share of them."""
+    method = values.get("adapter.method", "lora")  # which has keys of its own
+    config = with_values(with_values(settings(), {"adapter.method": method}), values)
+    shape = BatchShape.full(2, 96)
+    whole = timeline_on(predict(config, made("llama"), shape, torch.float32), None).breakdown()
+    found = estimate_peak(config, made("llama"), shape, torch.float32, None)
+    assert found.peak_bytes == whole.peak_bytes and found.traced_layers == (6,)
+    assert Costs.of(config, made("llama"), shape, torch.float32).layers
+
+
+def test_names_with_numbers_of_their_own_tell_no_layers_apart():
+    plain = {"adapter.target_modules": ["fc1", "w2", "c_fc", "k_proj2"], "adapter.rank_pattern": {r"mlp\.\d*fc1": 8}}
+    assert not tells_layers_apart(settings(**plain).adapter) and not tells_layers_apart(settings().adapter)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from qlora_tool.adapters.targets import tells_layers_apart
 from qlora_tool.config import memory_settings, with_values
 from qlora_tool.memory.allocator.target import CudaTarget, device_of
 from qlora_tool.memory.allocator.timeline import replay_on
@@ -100,8 +101,7 @@ def estimate_peak(
     """
     if config.model.resident_layers:
         return _with_resident_layers(config, model_config, shape, compute_dtype, target, replayed)
-    quantization = Quantization.of(config.model)
-    stack = _layer_stack(_text_of(model_config), config.model.trust_remote_code, quantization)
+    stack = _layer_stack(_text_of(model_config), *_layer_kinds(config))
     make = partial(_Case.of, config, model_config, compute_dtype, device_of(target), stack)
     card = target if replayed else None
     if shape.rows * shape.length <= LONG_BATCH:
@@ -131,7 +131,7 @@ def _with_resident_layers(
                       target, replayed=replayed)
         for changes in ({}, {"model.weights": "resident"})
     )  # fmt: skip
-    layers = _layer_stack(_text_of(model_config), config.model.trust_remote_code, Quantization.of(config.model)).layers
+    layers = _layer_stack(_text_of(model_config), *_layer_kinds(config)).layers
     staying = config.model.resident_layers
     if streamed == resident or staying >= layers:
         return resident
@@ -218,8 +218,14 @@ def _text_of(model_config) -> _Text:
 
 
 @lru_cache(maxsize=64)
-def _layer_stack(model: _Text, trust_remote_code: bool, quantization: Quantization) -> LayerStack:
-    return layer_stack(model.model_config, trust_remote_code, quantization)
+def _layer_stack(
+    model: _Text, trust_remote_code: bool, quantization: Quantization, told_apart: bool
+) -> LayerStack:
+    return layer_stack(model.model_config, trust_remote_code, quantization, told_apart)
+
+
+def _layer_kinds(config: Config) -> tuple[bool, Quantization, bool]:
+    return config.model.trust_remote_code, Quantization.of(config.model), tells_layers_apart(config.adapter)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from qlora_tool.adapters.targets import tells_layers_apart
 from qlora_tool.config import with_values
 from qlora_tool.memory.allocator.target import CudaTarget, device_of
 from qlora_tool.memory.trace.extrapolate import Estimate, estimate_peak
@@ -194,7 +195,8 @@ def shallow_model(config: Config, model_config, compute_dtype: torch.dtype) -> t
         Its configuration, the names of its layers and the choices for each; and for every layer of the whole model the
         number of the one that is like it.
     """
-    stack = layer_stack(model_config, config.model.trust_remote_code, Quantization.of(config.model))
+    stack = layer_stack(model_config, config.model.trust_remote_code, Quantization.of(config.model),
+                        tells_layers_apart(config.adapter))  # fmt: skip
     for depth in (min(stack.layers, stack.first + 2 * stack.period), stack.layers):
         shallow = with_layers(model_config, depth)
         skeleton = build_skeleton(copy.deepcopy(shallow), config.model.trust_remote_code, compute_dtype)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qlora_tool.adapters.targets import tells_layers_apart
 from qlora_tool.config import with_values
 from qlora_tool.memory.allocator.available import available_bytes
 from qlora_tool.memory.breakdown import ACTIVATIONS, CATEGORIES, PHASES, Breakdown
@@ -51,7 +52,7 @@ def estimate(config: Config, model_config, shape: BatchShape, compute_dtype: tor
         "training.gradient_checkpointing": bool(config.training.gradient_checkpointing),
     })  # fmt: skip
     try:
-        stack = layer_stack(model_config, config.model.trust_remote_code)
+        stack = layer_stack(model_config, config.model.trust_remote_code, told_apart=tells_layers_apart(config.adapter))
         shape = replace(shape, start_tokens=None)
         depths, whole = stack.traced, shape.rows * shape.length
         _refuse_large(with_layers(model_config, max(depths)), config)
