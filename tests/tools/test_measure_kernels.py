@@ -80,7 +80,8 @@ def test_every_dequantization_is_timed_at_each_matrix_of_a_7b():
 def test_inputs_are_those_that_the_operations_take(monkeypatch):
     """At a small size; operations that this version lacks are passed over, as in a run."""
     for name, small in {"MATRICES": ((64, 128),), "BATCHES": ((1, 8),), "HIDDEN": 32, "INTERMEDIATE": 48, "HEADS": 2,
-                        "HEAD_DIM": 16, "LAYERS": 2, "RANK": 8}.items():  # fmt: skip
+                        "HEAD_DIM": 16, "LAYERS": 2, "RANK": 8, "EXPERTS": 3, "EXPERT_ROWS": 4,
+                            "EXPERT_SIZES": (16, 8)}.items():  # fmt: skip
         monkeypatch.setattr(kernel_cases, name, small)
     monkeypatch.setattr(kernels, "ROTATED", 1.0)
     found = [compare(one, Clock()) for one in cases()]

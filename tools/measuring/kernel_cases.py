@@ -15,6 +15,7 @@ MATRICES = ((4096, 4096), (11008, 4096), (4096, 11008))
 BATCHES = ((1, 2048), (4, 1024))
 JOINED = {"q, k, v": (4096, 4096, 4096), "gate, up": (11008, 11008)}
 HIDDEN, INTERMEDIATE, HEADS, HEAD_DIM = 4096, 11008, 32, 128
+EXPERTS, EXPERT_ROWS, EXPERT_SIZES = 128, 128, (1536, 2048)  # of a layer of Qwen3-30B-A3B, 2048 tokens, 8 each
 LAYERS, RANK = 32, 16  # of the adapters that AdamW steps with: 40 million weights in 448 tensors
 
 
@@ -70,6 +71,16 @@ def norm_backward_arguments(
 
     grad, x, beside, scaling = random_arguments(device, seed, sizes=(size, size, size, size[-1:]), rest=())
     return grad, beside if passed else None, x, scaling, torch.rsqrt(x.float().square().mean(-1) + 1e-5), 0.0
+
+
+def grouped_arguments(device: torch.device, seed: int, *, gradient: bool) -> tuple[Any, ...]:
+    """Rows of many experts, as many of each, and the experts' matrices, or the gradients of their products."""
+    import torch
+
+    (out, width), rows = EXPERT_SIZES, EXPERTS * EXPERT_ROWS
+    left, right = ((rows, out), (rows, width)) if gradient else ((rows, width), (EXPERTS, width, out))
+    ends = torch.arange(1, EXPERTS + 1, dtype=torch.int32, device=device) * EXPERT_ROWS
+    return ends, *random_arguments(device, seed, sizes=(left, right), rest=([EXPERT_ROWS] * EXPERTS,))
 
 
 def adapter_shapes() -> list[tuple[int, int]]:
@@ -128,6 +139,9 @@ def cases() -> list[Case]:
         add("rotary", random_arguments, sizes=(heads, heads, angles, angles), rest=(False,))
         add("gated_product", random_arguments, sizes=(inner, inner), rest=("silu",))
         add("gated_gradients_", random_arguments, sizes=(inner,) * 3, rest=("silu",))
+    of_experts = f"{EXPERTS} experts, {EXPERT_ROWS} rows each"
+    for operation, gradient in (("grouped_matmul", False), ("grouped_gradient", True)):
+        found.append(Case(operation, of_experts, functools.partial(grouped_arguments, gradient=gradient)))
     found.append(Case("adamw", f"{2 * 7 * LAYERS} weights, 8 bits", adamw_arguments, 2 * 7 * LAYERS))
     return found
 

@@ -1,4 +1,4 @@
-"""Training on a card with the base in host memory, beside all of it on the card (a 70B: 6 minutes, 80 GB of memory).
+"""Training on a card with the base in host memory, beside all of it there (a 70B: 6 minutes, 80 GB).
 
 Processes take turns, each of which trains the same model on the same batches from the same start: one with the base's
 layers on the card, which must have the room, and one for each cap with them in host memory, where the allocator may
