@@ -147,6 +147,16 @@ def weights_elsewhere(model: PreTrainedModel) -> dict[str, int]:
     return getattr(model, "weights_elsewhere", {})
 
 
+def streamed_layer_bytes(model: PreTrainedModel) -> tuple[int, ...]:
+    """What is brought of each layer that is streamed to a model, in the order of a forward pass."""
+    sizes: dict[int, int] = {}
+    for module in model.modules():
+        if isinstance(module, StreamedHandle):
+            part, size = module.place
+            sizes[part] = sizes.get(part, 0) + size
+    return tuple(sizes[part] for part in sorted(sizes))
+
+
 def streamed_handles(
     loading: Loading, cached: Checkpoint, resident: int = 0, queues: Callable[[torch.device], Queues] | None = None
 ) -> StreamedLayers:

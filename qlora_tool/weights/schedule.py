@@ -72,6 +72,11 @@ class Schedule:
         self._copier.copy(part, buffer)
 
 
+def brought_in_a_step(sizes: Sequence[int]) -> int:
+    """Of parts of these sizes, what a forward and a backward pass bring; two parts are there from the pass before."""
+    return sum(sizes[2:]) + sum(sizes[:-2])
+
+
 class Seconds(NamedTuple):
     """What a layer takes: to be brought, to be computed in forward, and in backward with what is recomputed there."""
 

@@ -51,10 +51,14 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
     transposed: bool = False
 
+    @property
+    def nbytes(self) -> int:
+        """Of the tensor."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
     def of(self, part: Tensor) -> Tensor:
         """The tensor, a view where it is aligned."""
-        size = torch.Size(self.shape).numel() * self.dtype.itemsize
-        found = part[self.offset : self.offset + size]
+        found = part[self.offset : self.offset + self.nbytes]
         first = part.storage_offset() + self.offset  # of memory that begins on `ALIGNMENT`
         if first % self.dtype.itemsize:
             found = found.clone()  # a view of another dtype would be refused
@@ -216,6 +220,11 @@ class StreamedHandle(WeightHandle):
     ) -> None:  # fmt: skip
         self.__dict__.update(_places=dict(places), _stream=stream, _part=part)
         super().__init__(value, dtype)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The part that it lies in, and the bytes that are streamed of it."""
+        return self._part, sum(place.nbytes for place in self._places.values())
 
     def _store(self, tensors: Mapping[str, Tensor]) -> None:
         super()._store({name: tensor for name, tensor in tensors.items() if name not in self._places})

@@ -191,15 +191,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compute-dtype", default="auto", metavar="DTYPE",
                         help="what products of the run that reads it run in (default: auto)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="what the weights are drawn with (default: 0)")
-    parser.add_argument("--device", default="cpu", help="what draws the codes, cpu or cuda: each others (default: cpu)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
+                        help="what draws the codes, each of them others (default: cpu)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    from measuring.ours import device_and_dtype
+    from measuring.ours import device_and_dtype, require_device
 
     if options.folder.exists() and not options.overwrite:
         raise UserError(f"{options.folder}: exists already; name another folder, or give --overwrite to replace it")
+    require_device(options.device)
     raw = SHAPES[options.shape] if options.shape else read_config(options.config)
     config = model_config(raw, options.layers, options.shape or str(options.config))
     asked = Config.model_validate({"model": {"device": "cpu", "compute_dtype": options.compute_dtype}})

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool.config import Config
+from qlora_tool.errors import MachineError
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,18 @@ def device_and_dtype(config: Config) -> tuple[torch.device, torch.dtype]:
 
     device = choose_device(config.model.device)
     return device, choose_dtype(config.model.compute_dtype, device)
+
+
+def require_device(device: str) -> None:
+    """Refuse a device that is not here.
+
+    Raises:
+        MachineError: PyTorch sees no CUDA device.
+    """
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MachineError("PyTorch sees no CUDA device here; run this on a machine that has one")
 
 
 def vocabulary_size(config: Config) -> int:

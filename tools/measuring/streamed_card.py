@@ -29,7 +29,7 @@ from typing import Any
 
 from measuring.benchmark.scenarios import set_by_hand
 from measuring.command import add_model, add_outputs, at_least
-from measuring.ours import OurSide, batch_of_tokens, random_tokens, vocabulary_size
+from measuring.ours import OurSide, batch_of_tokens, random_tokens, require_device, vocabulary_size
 from measuring.processes import in_fresh_process
 from measuring.results import passed_or_missed, say, show_table
 from qlora_tool.config import Config, parse_size, with_values
@@ -135,6 +135,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    require_device("cuda")
     config = with_values(Config(), {
         "model.name_or_path": options.model, "model.device": "cuda", "model.compute_dtype": "bfloat16",
         "model.keep_quantized": True, "data.max_length": max(options.lengths),

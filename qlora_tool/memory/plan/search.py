@@ -25,6 +25,7 @@ from qlora_tool.memory.profile import Prediction
 from qlora_tool.memory.trace.extrapolate import Estimate, estimate_peak, resized
 from qlora_tool.memory.trace.predict import BatchShape, predict
 from qlora_tool.model.open import positions_of
+from qlora_tool.weights.schedule import brought_in_a_step
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
@@ -130,14 +131,15 @@ class Search:
     def streaming(self, settings: Mapping[str, Any]) -> Streaming | None:
         """What streamed weights cost there; None where none are."""
         config, found = self.of(settings), self._estimate(settings)
-        if config.model.weights not in ("host", "disk") or not found.streamed_bytes:
+        batches = config.training.gradient_accumulation_steps
+        moved = batches * brought_in_a_step(found.layer_bytes)
+        if config.model.weights not in ("host", "disk") or not moved:
             return None
         if self._rates is None:
             self._rates = Rates.of(self.target, self.compute_dtype)
-        batches = config.training.gradient_accumulation_steps
         products = batches * found.flops / self._rates.products if self._rates.products else 0.0
         rate = self._rates.disk if config.model.weights == "disk" else self._rates.host
-        return Streaming(config.model.weights, found.streamed_bytes, 2 * batches, rate, products)
+        return Streaming(config.model.weights, moved, rate, products)
 
     def possible(self, settings: Mapping[str, Any]) -> bool:
         """Whether the model can be run like this; one without layers to recompute cannot be checkpointed."""

@@ -53,25 +53,25 @@ class Streaming:
 
     Attributes:
         source: of the weights: host or disk.
-        pass_bytes: brought in each pass. A step has two for each batch that it accumulates, forward and backward.
-        passes: of a step.
+        step_bytes: brought in a step, forward and backward, once for each batch that it accumulates.
         rate: bytes a second that the source was measured at; 0: it was not.
         product_seconds: of a step at least, at the highest speed of the device's products; 0: that is not known.
     """
 
     source: str
-    pass_bytes: int
-    passes: int
+    step_bytes: int
     rate: float
     product_seconds: float
 
     @property
     def seconds(self) -> float:
         """Of a step, for moving alone; 0 where the source was not measured. It goes on while products run."""
-        return self.passes * self.pass_bytes / self.rate if self.rate else 0.0
+        return self.step_bytes / self.rate if self.rate else 0.0
 
     def __str__(self) -> str:
-        moved = f"{self.pass_bytes / 1e9:.1f} GB from the {self.source} in each of {self.passes} passes of a step"
+        size = self.step_bytes / 1e6
+        moved = f"{size / 1e3:.1f} GB" if size >= 1000 else f"{size:.1f} MB"
+        moved += f" from the {self.source} in each step"
         if self.rate:
             moved += f", {_seconds(self.seconds)} at {self.rate / 1e9:.1f} GB/s"
         if self.product_seconds:

@@ -44,6 +44,7 @@ def _headline(plan: Plan) -> str:
     return (
         f"plan for {binary_size(plan.budget_bytes)} on {plan.device}{card}{named}{kept}\n"
         f"asked for: {_batch(asked)} take {full_size(asked.peak_bytes)}: {verdict}"
+        + (f"; {asked.streaming}" if asked.streaming else "")
     )
 
 
@@ -84,7 +85,7 @@ def _alternatives(plan: Plan) -> Table:
             continue
         fits = "fits" if option.fits else "too much"
         cells = (_setting(option.settings), binary_size(option.peak_bytes), fits, f"{option.speed:.2f}")
-        note = "asked for" if option.asked else "; ".join(_costs(option))
+        note = "asked for" if option.asked else "; ".join(_costs(option, plan))
         table.add_row(Text(cells[0]), *cells[1:], note)
     return table
 
@@ -95,7 +96,7 @@ def _setting(settings: dict[str, Any]) -> str:
 
 def _answer(plan: Plan) -> str:
     if plan.change:
-        costs = "".join(f"; {cost}" for cost in _costs(plan.change))
+        costs = "".join(f"; {cost}" for cost in _costs(plan.change, plan))
         return f"this makes it fit: {_peak(plan.change)}{costs}:"
     if plan.longest:
         return f"nothing has to change; the longest rows that fit: {_peak(plan.longest)}:"
@@ -108,8 +109,11 @@ def _answer(plan: Plan) -> str:
     )
 
 
-def _costs(choice: Option | Change) -> list[str]:
-    return costs_of(choice.settings) + ([str(choice.streaming)] if choice.streaming else [])
+def _costs(choice: Option | Change, plan: Plan) -> list[str]:
+    """What it costs, but for what was asked for anyway, which the headline says."""
+    asked, streaming = plan.asked.streaming, choice.streaming
+    told = asked and streaming and (asked.source, asked.step_bytes) == (streaming.source, streaming.step_bytes)
+    return costs_of(choice.settings) + ([str(streaming)] if streaming and not told else [])
 
 
 def _peak(change: Change) -> str:

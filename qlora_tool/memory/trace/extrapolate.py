@@ -47,7 +47,7 @@ class Estimate:
         phase_peak_bytes: the same within each of PHASES.
         weights_bytes: what is allocated before the first step: base, scales, adapters, optimizer masters, one batch.
         traced_layers: depths of the models that were traced; the model's own alone where nothing was extrapolated.
-        streamed_bytes: of weights that are brought to the device in each pass (`model.weights`).
+        layer_bytes: of each layer that is streamed (`model.weights`), in the order of a forward pass.
         flops: floating point operations of a forward and a backward pass, products and attention forward.
     """
 
@@ -55,7 +55,7 @@ class Estimate:
     phase_peak_bytes: dict[str, int]
     weights_bytes: int
     traced_layers: tuple[int, ...]
-    streamed_bytes: int = 0
+    layer_bytes: tuple[int, ...] = ()
     flops: int = 0
 
 
@@ -106,7 +106,7 @@ def estimate_peak(
     card = target if replayed else None
     if shape.rows * shape.length <= LONG_BATCH:
         found = _by_phase(_peaks_at_depth(make, shape, card))
-        moved, flops = _work_at_depth(make, shape)
+        streamed, flops = _work_at_depth(make, shape)
     else:
         shorter = [max(64, LONG_BATCH * share // 4 // shape.rows // 64 * 64) for share in (2, 3, 4)]
         shapes = [resized(shape, shape.rows, length) for length in shorter]
@@ -115,10 +115,10 @@ def estimate_peak(
         if card is not None:  # its allocator rounds, which no line follows; most of what it adds is the weights' share
             here, there = _by_phase(points[-1][1]), _by_phase(_peaks_at_depth(make, shapes[-1], card))
             found = {phase: found[phase] + there[phase] - here[phase] for phase in found}
-        moved, flops = _work_at_depth(make, shapes[-1])
+        streamed, flops = _work_at_depth(make, shapes[-1])
         flops = flops * shape.length // shapes[-1].length
     weights = found.pop(WEIGHTS.phase)
-    return Estimate(max(found.values()), found, weights, stack.traced, moved, flops)
+    return Estimate(max(found.values()), found, weights, stack.traced, streamed, flops)
 
 
 def _with_resident_layers(
@@ -135,12 +135,13 @@ def _with_resident_layers(
     staying = config.model.resident_layers
     if streamed == resident or staying >= layers:
         return resident
-    # Of L layers two are in buffers: what the others take is the difference.
-    added = (resident.weights_bytes - streamed.weights_bytes) * staying // max(1, layers - 2)
+    # Two layers are in buffers, as large as the largest: what the others take is the difference.
+    sizes = streamed.layer_bytes
+    others = max(1, sum(sizes) - 2 * max(sizes))
+    added = (resident.weights_bytes - streamed.weights_bytes) * sum(sizes[:staying]) // others
     phases = {phase: size + added for phase, size in streamed.phase_peak_bytes.items()}
-    moved = streamed.streamed_bytes * (layers - staying) // layers
-    return Estimate(max(phases.values()), phases, streamed.weights_bytes + added, streamed.traced_layers, moved,
-                    streamed.flops)  # fmt: skip
+    return Estimate(max(phases.values()), phases, streamed.weights_bytes + added, streamed.traced_layers,
+                    sizes[staying:], streamed.flops)  # fmt: skip
 
 
 def _by_phase(peaks: Mapping[Moment, int]) -> dict[str, int]:
@@ -168,15 +169,19 @@ def _peaks_at_depth(make: partial[_Case], shape: BatchShape, card: CudaTarget | 
     return _along_line(stack.traced, (shallow, deep[0]), stack.layers)
 
 
-def _work_at_depth(make: partial[_Case], shape: BatchShape) -> tuple[int, int]:
-    """Streamed bytes and operations (see `Estimate`) at the model's own depth, on the lines through those traced."""
+def _work_at_depth(make: partial[_Case], shape: BatchShape) -> tuple[tuple[int, ...], int]:
+    """Bytes of streamed layers and operations (see `Estimate`) at the model's own depth: layers are as large as the one
+    of their kind that was traced, operations on the line through both depths."""
     stack = make.args[-1]
     found = [_work(make(shape, depth)) for depth in stack.traced]
+    sizes, flops = found[-1]
     if len(found) == 1:
-        return found[0]
-    (begin, end), share = stack.traced, stack.layers - stack.traced[1]
-    moved, flops = (last + (last - first) * share // (end - begin) for first, last in zip(*found, strict=True))
-    return moved, flops
+        return sizes, flops
+    begin, end = stack.traced
+    kinds = (number if number < end else stack.first + (number - stack.first) % stack.period
+             for number in range(stack.layers))  # fmt: skip
+    more = (flops - found[0][1]) * (stack.layers - end) // (end - begin)
+    return tuple(sizes[kind] for kind in kinds) if sizes else (), flops + more
 
 
 def _along_line(places: tuple[int, ...], peaks: tuple[Mapping[Moment, int], ...], where: int) -> dict[Moment, int]:
@@ -256,10 +261,9 @@ def _peaks(case: _Case, card: CudaTarget | None) -> Mapping[Moment, int]:
 
 
 @lru_cache(maxsize=1024)
-def _work(case: _Case) -> tuple[int, int]:
+def _work(case: _Case) -> tuple[tuple[int, ...], int]:
     trace, batches = _trace(case), min(2, case.config.training.gradient_accumulation_steps)
-    moved = trace.elsewhere.get("disk_bytes") or trace.elsewhere.get("host_bytes", 0)
-    return moved, flops_of_step(trace, STEPS) // batches
+    return trace.layer_bytes, flops_of_step(trace, STEPS) // batches
 
 
 @lru_cache(maxsize=2)  # of both depths, replayed and not

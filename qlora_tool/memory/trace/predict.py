@@ -30,7 +30,7 @@ from qlora_tool.memory.trace.classify import name_gradients, name_optimizer, nam
 from qlora_tool.memory.trace.tracer import Trace, Tracer
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.experts import assuming_routing, even_shares
-from qlora_tool.model.streamed_base import weights_elsewhere
+from qlora_tool.model.streamed_base import streamed_layer_bytes, weights_elsewhere
 from qlora_tool.ops.declare import CPU, Target, meant_for
 from qlora_tool.training.optimizers import Optimizer, make_optimizer, parameter_groups
 from qlora_tool.training.step import StepSettings, train_step
@@ -182,6 +182,7 @@ class TracerWatch(Watch):
     def loaded(self, model: CausalLM, adapters: AdapterSet) -> Sequence[RemovableHandle]:
         name_weights(self.tracer, model.module, adapters)
         self.tracer.trace.elsewhere = weights_elsewhere(model.module)
+        self.tracer.trace.layer_bytes = streamed_layer_bytes(model.module)
         return self.tracer.follow_modules(model.module, model.checkpointed_layers())
 
     def has_gradients(self, optimizer: Optimizer) -> None:

@@ -117,6 +117,7 @@ class Trace:
         marks: (event, phase, step) where a phase began.
         calls: of the operators in NOTED, in order of time.
         elsewhere: bytes of weights that are streamed to the device, by where they lie (`breakdown.ELSEWHERE`).
+        layer_bytes: of each layer that is streamed, in the order of a forward pass.
     """
 
     storages: list[Storage] = field(default_factory=list)
@@ -124,6 +125,7 @@ class Trace:
     marks: list[tuple[int, str, int]] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     elsewhere: dict[str, int] = field(default_factory=dict)
+    layer_bytes: tuple[int, ...] = ()
 
     def phases(self) -> Iterator[str]:
         """The phase of each event."""
