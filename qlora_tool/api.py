@@ -46,6 +46,7 @@ def train(
     output_dir: AnyPath | None = None,
     resume: AnyPath = "auto",
     extend: bool = False,
+    allow_changes: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> TrainResult:
@@ -60,7 +61,8 @@ def train(
         resume: auto (go on with this folder's unfinished run), never, or a checkpoint's or run's folder.
         extend: train the folder's run for longer: with a larger `max_steps` or `num_train_epochs` it goes on from its
             last checkpoint.
-        overwrite: replace a run that the folder holds.
+        allow_changes: go on though data, base, template, version or keys that change a run's numbers are others.
+        overwrite: replace a run that the folder holds, which is kept until the new one is done.
         dry_run: check everything, read data and model, and stop before the first step; nothing is written.
 
     Raises:
@@ -82,7 +84,7 @@ def train(
 
     run = run_training(
         configuration, resume=os.fspath(resume), extend=extend, overwrite=overwrite, dry_run=dry_run,
-        watcher=RunMemory(),
+        watcher=RunMemory(), allow_changes=allow_changes,
     )  # fmt: skip
     return TrainResult.of(run, time.perf_counter() - started, finished=not dry_run)
 

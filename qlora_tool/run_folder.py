@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
-import shutil
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_tool.config import Config, config_to_yaml, load_config
-from qlora_tool.files.atomic import disk_errors, write_text
+from qlora_tool.errors import UserError
+from qlora_tool.files.atomic import disk_errors, remove_leftovers, write_text
+
+STATE, MANIFEST, PROVENANCE = "state.json", "manifest.json", "qlora_tool.json"
+_CHECKPOINT = re.compile(r"step-\d{6,}")
+_REPLACED, _SET_ASIDE = "replaced", "set-aside"
 
 
 @dataclass(frozen=True)
@@ -47,9 +55,11 @@ class RunFolder:
         return self.checkpoints / f"step-{step:06d}"
 
     def checkpoint_folders(self) -> list[Path]:
-        """Finished checkpoints, oldest first."""
-        found = [path for path in self.checkpoints.glob("step-*") if (path / "state.json").exists()]
-        return sorted(found, key=_order)
+        """Finished checkpoints, oldest first; whether they are whole is another matter."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = [path for path in self.checkpoints.iterdir() if _CHECKPOINT.fullmatch(path.name)]
+        return sorted((path for path in found if is_checkpoint(path)), key=_order)
 
     def is_finished(self) -> bool:
         return (self.adapter / "adapter_config.json").exists()
@@ -59,24 +69,154 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.config_file, config_to_yaml(config))
 
-    def clear(self) -> None:
-        """Remove an earlier run's files, and nothing else that lies in the folder."""
-        shutil.rmtree(self.adapter, ignore_errors=True)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        for name in ("config.yaml", "metrics.jsonl", "memory.json"):
-            (self.path / name).unlink(missing_ok=True)
+    @property
+    def lock(self) -> Path:
+        """Held by the process that trains into the folder."""
+        return self.path / ".lock"
 
-    def rewind(self, step: int) -> None:
-        """Go back to `step`: drop what was logged and saved after it, which a resumed run makes again."""
-        shutil.rmtree(self.adapter, ignore_errors=True)
-        for path in self.checkpoints.glob("step-*"):
-            if _order(path) > _order(self.checkpoint(step)):
-                shutil.rmtree(path)
-        for path in self.checkpoints.glob(".step-*"):  # left behind where the process was killed
-            shutil.rmtree(path)
+    def refuse_foreign(self) -> None:
+        """Refuse a folder in which a run would replace what no run wrote, or could not write.
+
+        Raises:
+            UserError: naming it.
+        """
+        cure = "give another --output-dir, or move it away"
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"training.output_dir: {self.path} is a file; expected a folder")
+        if self.path.is_symlink() and not self.path.exists():
+            raise UserError(f"training.output_dir: {self.path} is a link to a folder that is not there; {cure}")
+        for path, is_folder in self._own():
+            if path.is_symlink():
+                raise UserError(f"{path}: a link, which a run would replace; expected a "
+                                f"{'folder' if is_folder else 'file'}, or nothing; {cure}")  # fmt: skip
+            if path.exists() and path.is_dir() != is_folder:
+                found, wanted = ("a file", "a folder") if is_folder else ("a folder", "a file")
+                raise UserError(f"{path}: {found}, where a run has {wanted}; {cure}")
+        there = [path for path, _ in self._own() if path.exists() and path != self.config_file]
+        if there and not self.holds_run():
+            raise UserError(f"{there[0]}: no run wrote it, as no config.yaml lies beside it, and a run would replace "
+                            f"it; {cure}")  # fmt: skip
+        if self.holds_run() and not there and not _is_written_here(self.config_file):
+            raise UserError(f"{self.config_file}: no run wrote it, and a run would replace it; {cure}")
+        if self.adapter.is_dir() and not (self.adapter / PROVENANCE).exists() and any(self.adapter.iterdir()):
+            raise UserError(f"{self.adapter}: no run wrote it, as it has no {PROVENANCE}, and a run would replace it; "
+                            f"{cure}")  # fmt: skip
+
+    def _own(self) -> list[tuple[Path, bool]]:
+        """What a run writes, and whether it is a folder; its configuration last."""
+        files = (self.metrics_file, self.path / "memory.json", self.config_file)
+        return [(self.adapter, True), (self.checkpoints, True), *((path, False) for path in files)]
+
+    def put_aside(self) -> Path:
+        """Move the run that another one is to replace into a folder of its own: its files, and nothing else.
+
+        Returns:
+            Where it lies until the run that replaces it is done; see `remove_replaced`.
+        """
+        aside = self._free_name(_REPLACED)
+        with disk_errors(aside):
+            aside.mkdir()
+            for path, _ in self._own():  # the configuration last: until then it is that run's folder
+                if path.exists():
+                    os.replace(path, aside / path.name)
+        return aside
+
+    def replaced(self) -> list[Path]:
+        """Runs that this one replaces and that are still there."""
+        if not self.path.is_dir():
+            return []
+        named = re.compile(rf"{_REPLACED}-\d+")
+        return sorted(path for path in self.path.iterdir() if path.is_dir() and named.fullmatch(path.name))
+
+    def remove_replaced(self, aside: Path | None = None) -> list[Path]:
+        """Remove what the runs wrote that this one replaces.
+
+        Args:
+            aside: the one that is removed; None: all.
+
+        Returns:
+            What is left of all, as no run wrote it.
+        """
+        for folder in map(RunFolder, self.replaced() if aside is None else [aside]):
+            for checkpoint in folder.checkpoint_folders():
+                remove_own(checkpoint)
+            if folder.adapter.is_dir():
+                remove_listed(folder.adapter, MANIFEST)
+            if folder.config_file.is_file() and _is_written_here(folder.config_file):
+                folder.config_file.unlink()
+            for path in (folder.metrics_file, folder.path / "memory.json"):
+                path.unlink(missing_ok=True)
+            for path in (folder.checkpoints, folder.path):
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+        return self.replaced()
+
+    def rewind(self, step: int) -> Path | None:
+        """Go back to `step`: move what was saved after it aside, and drop what was logged, which a resumed run logs
+        again.
+
+        Returns:
+            Where the later checkpoints and the adapter lie; None where there were none.
+        """
+        later = [path for path in self.checkpoints.glob("step-*")
+                 if _CHECKPOINT.fullmatch(path.name) and _order(path) > _order(self.checkpoint(step))]  # fmt: skip
+        if self.adapter.exists():
+            later.append(self.adapter)
+        aside = self._free_name(_SET_ASIDE) if later else None
+        if aside is not None:
+            with disk_errors(aside):
+                aside.mkdir()
+                for path in later:
+                    os.replace(path, aside / path.name)
+        remove_leftovers(self.checkpoints, _CHECKPOINT)
         if self.metrics_file.exists():
-            lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
+            lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
             write_text(self.metrics_file, "".join(f"{line}\n" for line in lines if _logged_step(line) <= step))
+        return aside
+
+    def _free_name(self, stem: str) -> Path:
+        """The first of `stem-1`, `stem-2`, … that is not taken."""
+        numbers = (self.path / f"{stem}-{number}" for number in itertools.count(1))
+        return next(path for path in numbers if not path.exists() and not path.is_symlink())
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder looks like a checkpoint, whole or not."""
+    return path.is_dir() and any((path / name).exists() for name in (STATE, MANIFEST))
+
+
+def remove_own(checkpoint: Path) -> None:
+    """Remove a checkpoint: the files that its manifest lists, or that version 0.1 wrote; what else lies there stays."""
+    if (checkpoint / MANIFEST).exists():
+        remove_listed(checkpoint, MANIFEST)
+        return
+    for name in (STATE, "optimizer.pt", "adapter.safetensors"):
+        (checkpoint / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        checkpoint.rmdir()
+
+
+def remove_listed(folder: Path, listing: str) -> None:
+    """Remove the files that a file of the folder lists under `files`, and that file; then the folder, where nothing
+    else is in it. Of a list that is broken or not there nothing is removed."""
+    try:
+        names = [*json.loads((folder / listing).read_text(encoding="utf-8"))["files"], listing]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in names:
+        if Path(name).name == name:
+            (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _is_written_here(config_file: Path) -> bool:
+    """Whether a configuration is as a run writes it, to the byte: nobody writes one like that by hand."""
+    try:
+        text = config_file.read_text(encoding="utf-8")
+        return text == config_to_yaml(load_config(str(config_file)))
+    except (OSError, ValueError, UserError):
+        return False
 
 
 def _order(checkpoint: Path) -> tuple[int, str]:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qlora_tool.adapters.adapter import Adapter, ExpertsAdapter
+from qlora_tool.adapters.as_written import refuse_damaged
 from qlora_tool.adapters.peft_names import (
     CONFIG_NAME,
     PREFIX,
@@ -58,6 +59,8 @@ def read_adapter(folder: Path) -> StoredAdapter:
         what = "a run's adapter is" if (folder / "adapter") in inside else "the adapter lies in"
         cure = f"; {what} {folder / 'adapter' if what.startswith('a run') else inside[0]}" if inside else ""
         raise UserError(f"{folder}: no {CONFIG_NAME} in it, so it is not an adapter's folder{cure}")
+    if weights_file.exists():
+        refuse_damaged(folder)
     peft = _read_json(config_file)
     check_config(config_file, peft)
     if not weights_file.exists():

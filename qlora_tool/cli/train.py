@@ -27,6 +27,8 @@ from qlora_tool.world import World
               help="auto: go on with this folder's unfinished run; a PATH: a checkpoint, or a run.")  # fmt: skip
 @click.option("--extend", is_flag=True,
               help="Train the folder's run for longer: more training.max_steps or num_train_epochs.")  # fmt: skip
+@click.option("--allow-changes", is_flag=True,
+              help="Go on though data, base, template, version or keys that change numbers are others.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a run that the folder holds.")
 @click.option("--dry-run", is_flag=True, help="Check everything, read data and model, and stop before the first step.")
 def train(config: str, **options: Any) -> None:

@@ -136,6 +136,15 @@ def _remove_leftovers(path: Path) -> None:
                 Path(entry.path).unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path, name: re.Pattern[str]) -> None:
+    """The same for all names in a folder that a pattern matches."""
+    if folder.is_dir():
+        beside = re.compile(rf"\.({name.pattern})\.{_host()}-\d+-\d+\.(tmp|previous)")
+        found = {match[1] for entry in list(os.scandir(folder)) if (match := beside.fullmatch(entry.name))}
+        for one in sorted(found):
+            _remove_leftovers(folder / one)
+
+
 def _is_running(process: int) -> bool:
     import psutil
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from qlora_tool.config import evaluation_losses
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import replacing_folder
-from qlora_tool.files.tensors import read_all
-from qlora_tool.training.checkpoints import Best, Progress
+from qlora_tool.run_folder import is_checkpoint
+from qlora_tool.training.checkpoints import Best, Progress, checkpoint_tensors, read_manifest
 
 if TYPE_CHECKING:
     from qlora_tool.adapters.attach import AdapterSet
@@ -70,7 +70,7 @@ def take_best_along(progress: Progress, config: Config, checkpoint: Path, folder
         why = f"is of {best.metric}, not of training.metric_for_best_model"
     elif config.training.load_best_model_at_end:
         source = checkpoint if best.step == progress.step else checkpoint.parent / folder.checkpoint(best.step).name
-        if not (source / "state.json").exists():
+        if not is_checkpoint(source):
             why = f"has no checkpoint left ({source})"
         elif not folder.holds(source):
             with replacing_folder(folder.checkpoint(best.step)) as temporary:
@@ -90,16 +90,16 @@ def load_best(progress: Progress, adapters: AdapterSet, folder: RunFolder) -> No
     best = progress.best
     if best is None or best.step == progress.step:
         return
-    file = folder.checkpoint(best.step) / "adapter.safetensors"
+    path = folder.checkpoint(best.step)
     try:
-        tensors = read_all(file)
-    except (UserError, OSError) as error:
-        reason = " ".join(str(error).split())
+        read_manifest(path)
+        tensors = checkpoint_tensors(path)
+    except UserError as error:
         raise UserError(
-            f"{file}: the best evaluation's checkpoint cannot be read ({reason[:200]}); set "
+            f"{error.lines[0].rpartition('; ')[0]}; it is the best evaluation's: set "
             "training.load_best_model_at_end: false to keep the last step's adapter"
         ) from error
-    adapters.load(tensors, str(file))
+    adapters.load(tensors, str(path))
 
 
 def describe_best(progress: Progress, config: Config) -> str | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,11 @@ import torch
 
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import replacing_folder, write_json
+from qlora_tool.files.sealed import first_change, listing, read_sealed, write_sealed
 from qlora_tool.files.tensors import read_all, write_all
 from qlora_tool.ops.speeds import ONEDNN, PYTORCH
+from qlora_tool.run_folder import MANIFEST, STATE, remove_own
+from qlora_tool.training.optimizer_files import read_optimizer, write_optimizer
 
 if TYPE_CHECKING:
     from qlora_tool.adapters.attach import AdapterSet
@@ -23,6 +26,10 @@ if TYPE_CHECKING:
     from qlora_tool.run_folder import RunFolder
     from qlora_tool.training.optimizers import Optimizer
     from qlora_tool.world import World
+
+FORMAT = 1  # of a checkpoint's files; raise it when they change their meaning
+ADAPTER, OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
+EARLIER = "optimizer.pt"  # of version 0.1, which had no manifest
 
 
 @dataclass(frozen=True)
@@ -81,15 +88,45 @@ class Progress:
             UserError: it is broken.
         """
         try:
-            found = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+            found = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+            found.pop("optimizer", None)
+            if (checkpoint / MANIFEST).exists() and (missing := {one.name for one in fields(cls)} - found.keys()):
+                raise ValueError(f"{STATE}: no {', '.join(sorted(missing))}")
             progress = cls(**{"warmup_from_zero": True, **found})
             if progress.best is not None:
                 progress.best = Best(**found["best"])
-        except (OSError, ValueError, TypeError) as error:
-            raise _broken(checkpoint, error) from error
-        if progress.products not in (None, PYTORCH, ONEDNN):
-            raise _broken(checkpoint, f"state.json: products by {progress.products!r}")
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise broken(checkpoint, error) from error
+        if fault := progress.fault():
+            raise broken(checkpoint, f"{STATE}: {fault}")
         return progress
+
+    def fault(self) -> str | None:
+        """The first value that no run can have, in words; None where there is none."""
+        counts = {"step": self.step, "tokens": self.tokens, "unlogged_tokens": self.unlogged_tokens,
+                  "evaluations_since_best": self.evaluations_since_best}  # fmt: skip
+        if self.global_passes is not None:
+            counts["global_passes"] = self.global_passes - 1 if _is_count(self.global_passes) else self.global_passes
+        if self.best is not None:
+            counts["best.step"] = self.best.step
+        for name, value in counts.items():
+            if not _is_count(value) or value < 0:
+                return f"{name} is {getattr(self, name, value)!r}; expected a count"
+        if not _is_number(self.unlogged_loss) or not math.isfinite(self.unlogged_loss):
+            return f"unlogged_loss is {self.unlogged_loss!r}; expected a number"
+        if self.products not in (None, PYTORCH, ONEDNN):
+            return f"products by {self.products!r}"
+        if not isinstance(self.warmup_from_zero, bool):
+            return f"warmup_from_zero is {self.warmup_from_zero!r}"
+        losses = {"untuned": self.untuned or {}}
+        if self.best is not None:
+            losses["best.losses"] = {**self.best.losses, "value": self.best.value}
+            if not isinstance(self.best.metric, str) or self.best.step > self.step:
+                return f"best is of {self.best.metric!r} after step {self.best.step}"
+        for name, values in losses.items():
+            if not isinstance(values, dict) or not all(map(_is_number, values.values())):
+                return f"{name} is {values!r}; expected losses by their names"
+        return None
 
     def step_done(self, tokens: int) -> None:
         """Count a step."""
@@ -108,6 +145,14 @@ class Progress:
         return loss
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def save_checkpoint(
     folder: RunFolder,
     progress: Progress,
@@ -115,42 +160,35 @@ def save_checkpoint(
     optimizer: Optimizer,
     training: TrainingConfig,
     world: World,
+    facts: Callable[[], Mapping[str, Any]] = dict,
 ) -> Path:
     """Write the checkpoint of `progress.step`, then remove the oldest ones beyond the limit, but never the best one
-    where that is to be loaded. The first process writes, and all know when it has."""
+    where that is to be loaded. The first process writes, and all know when it has.
+
+    Args:
+        facts: what the manifest says besides: who made it, and what it belongs to. Asked for by the first process.
+    """
     random = world.gather(_random_state())
-    return world.on_main(lambda: _write(folder, progress, adapters, optimizer, training, random))
+    return world.on_main(lambda: _write(folder, progress, adapters, optimizer, training, random, facts()))
 
 
 def _write(
     folder: RunFolder, progress: Progress, adapters: AdapterSet, optimizer: Optimizer, training: TrainingConfig,
-    random: Sequence[dict[str, torch.Tensor]],
+    random: Sequence[dict[str, torch.Tensor]], facts: Mapping[str, Any],
 ) -> Path:  # fmt: skip
     path = folder.checkpoint(progress.step)
     limit, keep_best = training.save_total_limit, training.load_best_model_at_end
     with replacing_folder(path) as temporary:
-        write_all(temporary / "adapter.safetensors", adapters.tensors(), {"format": "pt"})
-        # Given a path, torch.save tells a full disk by an error that does not say so.
-        with (temporary / "optimizer.pt").open("wb") as stream:
-            torch.save({"optimizer": optimizer.state_dict(), "random": random[0], "others": random[1:]}, stream)
-        write_json(temporary / "state.json", asdict(progress))
+        write_all(temporary / ADAPTER, adapters.tensors(), {"format": "pt"})
+        numbers = write_optimizer(temporary / OPTIMIZER, optimizer.state_dict(), random)
+        write_json(temporary / STATE, asdict(progress) | {"optimizer": numbers})
+        write_sealed(temporary / MANIFEST, {"format": FORMAT, "step": progress.step, **facts,
+                                            "files": listing(temporary)})  # fmt: skip
     best = None if progress.best is None or not keep_best else folder.checkpoint(progress.best.step)
     for old in folder.checkpoint_folders()[: -limit if limit else 0]:
         if old != best:
-            shutil.rmtree(old)
+            remove_own(old)
     return path
-
-
-def checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """What a checkpoint has of the adapters.
-
-    Raises:
-        UserError: it is broken.
-    """
-    try:
-        return read_all(path / "adapter.safetensors")
-    except (UserError, OSError, RuntimeError, ValueError) as error:
-        raise _broken(path, error) from error
 
 
 @dataclass(frozen=True)
@@ -161,20 +199,30 @@ class Checkpoint:
         path: of its folder, on the machine of the first process.
         progress: where it stopped.
         tensors: what it has of the adapters.
+        manifest: what it belongs to, and who made it; empty where an earlier version wrote it.
     """
 
     path: Path
     progress: Progress
     tensors: Mapping[str, torch.Tensor]
+    manifest: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
-        """All but the optimizer's state.
+        """All but the optimizer's state, whose file is held against its hash like all others.
 
         Raises:
             UserError: it is broken.
         """
-        return cls(path, Progress.read(path), checkpoint_tensors(path))
+        manifest = read_manifest(path)
+        progress = Progress.read(path)
+        if manifest and manifest["step"] != progress.step:
+            raise broken(path, f"{MANIFEST} is of step {manifest['step']!r}, and {STATE} of step {progress.step}")
+        if not manifest:
+            read_pickled(path)
+        elif path.name.startswith("step-") and path.name != f"step-{progress.step:06d}":
+            raise broken(path, f"it is of step {progress.step}")
+        return cls(path, progress, checkpoint_tensors(path), manifest)
 
     def load(self, adapters: AdapterSet, optimizer: Optimizer, world: World) -> Progress:
         """Take up where it stopped.
@@ -182,30 +230,85 @@ class Checkpoint:
         Raises:
             UserError: it is broken, or of another model, adapter or optimizer.
         """
-        state = world.on_main(lambda: _state(self.path))
+        state = world.on_main(lambda: _state(self.path, bool(self.manifest)))
         adapters.load(self.tensors, str(self.path))
         try:
             optimizer.load_state_dict(state["optimizer"])
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.path}: its optimizer does not fit this run: {error}; start anew with --overwrite"
             ) from error
         random = [state["random"], *state.get("others", ())]
         if world.rank < len(random):  # else drawn anew: there were fewer processes
-            _set_random_state(random[world.rank])
+            _set_random_state(random[world.rank], self.path)
         return self.progress
 
 
-def _state(path: Path) -> dict[str, Any]:
-    """The optimizer's state and the random generators', on the CPU."""
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself, every file of it held against its hash; empty where version 0.1 wrote it.
+
+    Raises:
+        UserError: it is broken.
+    """
+    if not (path / MANIFEST).exists() and (path / EARLIER).exists():
+        return {}
     try:
-        found: dict[str, Any] = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        manifest = read_sealed(path / MANIFEST)
+        files = manifest["files"]
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"{MANIFEST} has format {manifest['format']!r}, and this version reads {FORMAT}")
+        if missing := {ADAPTER, OPTIMIZER, STATE} - files.keys():
+            raise ValueError(f"{MANIFEST} lists no {', '.join(sorted(missing))}")
+        changed = first_change(path, files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise broken(path, error) from error
+    if changed:
+        raise broken(path, changed)
+    return manifest
+
+
+def checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """What a checkpoint has of the adapters.
+
+    Raises:
+        UserError: it is broken.
+    """
+    try:
+        tensors = read_all(path / ADAPTER)
+    except (UserError, OSError, RuntimeError, ValueError) as error:
+        raise broken(path, error) from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise broken(path, f"{ADAPTER}: {name} has values that are not finite")
+    return tensors
+
+
+def _state(path: Path, has_manifest: bool) -> dict[str, Any]:
+    """The optimizer's state and the random generators', on the CPU."""
+    if not has_manifest:
+        return read_pickled(path)
+    try:
+        numbers = json.loads((path / STATE).read_text(encoding="utf-8"))["optimizer"]
+        return read_optimizer(path / OPTIMIZER, numbers)
+    except (UserError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise broken(path, error) from error
+
+
+def read_pickled(path: Path) -> dict[str, Any]:
+    """The same of version 0.1, which pickled it; nothing but tensors and numbers is unpickled.
+
+    Raises:
+        UserError: it is broken.
+    """
+    try:
+        found: dict[str, Any] = torch.load(path / EARLIER, map_location="cpu", weights_only=True)
         return found
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, TypeError) as error:
-        raise _broken(path, error) from error
+        raise broken(path, error) from error
 
 
-def _broken(checkpoint: Path, why: Exception | str) -> UserError:
+def broken(checkpoint: Path, why: Exception | str) -> UserError:
+    """The line of a checkpoint that cannot be gone on from."""
     reason = " ".join(str(why).split()) or type(why).__name__
     return UserError(f"{checkpoint}: this checkpoint is broken ({reason[:200]}); give an earlier one with --resume")
 
@@ -217,7 +320,10 @@ def _random_state() -> dict[str, torch.Tensor]:
     return state
 
 
-def _set_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def _set_random_state(state: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise broken(path, f"state of the random numbers: {error}") from error

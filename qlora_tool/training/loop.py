@@ -15,6 +15,7 @@ from typing import Any
 import numpy
 import torch
 
+from qlora_tool.adapters.as_written import list_files
 from qlora_tool.adapters.peft_files import save_adapter
 from qlora_tool.adapters.starts import ELSEWHERE, readme
 from qlora_tool.build.build import Start
@@ -22,16 +23,17 @@ from qlora_tool.build.setup import Setup
 from qlora_tool.config import Config
 from qlora_tool.data.batches import Batch, collate
 from qlora_tool.data.preview import first_row
-from qlora_tool.errors import MachineError, UserError
+from qlora_tool.errors import MachineError
 from qlora_tool.files.atomic import replacing_folder, write_json, write_text
 from qlora_tool.inference.evaluation import EvaluationResult, evaluate_loss
 from qlora_tool.model.devices import choose_device
 from qlora_tool.model.streamed_base import disk_of
 from qlora_tool.model.tokenizer_files import save_tokenizer
-from qlora_tool.ops.products import products_choice, use_products
+from qlora_tool.ops.products import use_products
 from qlora_tool.run_folder import RunFolder
-from qlora_tool.training.best import best_so_far, metric_of, note_evaluation, out_of_patience, take_best_along
-from qlora_tool.training.checkpoints import Checkpoint, Progress, save_checkpoint
+from qlora_tool.training.belonging import belongs_to, made_by
+from qlora_tool.training.best import best_so_far, metric_of, note_evaluation
+from qlora_tool.training.checkpoints import save_checkpoint
 from qlora_tool.training.finish import finish, start_trackers
 from qlora_tool.training.interrupt import Interrupted, StopRequest
 from qlora_tool.training.optimizers import LOSS_SCALE_FLOOR, make_optimizer, parameter_groups
@@ -41,11 +43,12 @@ from qlora_tool.training.prepare import describe, prepare_data, provenance
 from qlora_tool.training.processes import as_it_was, refuse_disagreement, resumed, share_out
 from qlora_tool.training.progress import DiskWaits, LiveLine, Metrics, Speed, memory_in_words, peak_memory_bytes
 from qlora_tool.training.read_late import LateNumbers, StepNumbers
-from qlora_tool.training.resume import checkpoint_at, refuse_another_run
+from qlora_tool.training.resume import checkpoint_at, refuse_another_run, refuse_changes
 from qlora_tool.training.run import Run, Watcher
 from qlora_tool.training.run_data import RunData
 from qlora_tool.training.schedule import learning_rate, warmup_length
 from qlora_tool.training.step import StepSettings, no_phases, train_step
+from qlora_tool.training.takeover import alone_in, refuse_nothing_left, remove_replaced, take_over
 from qlora_tool.world import World
 
 logger = logging.getLogger(__name__)
@@ -61,6 +64,7 @@ def train(
     overwrite: bool = False,
     dry_run: bool = False,
     watcher: Watcher | None = None,
+    allow_changes: bool = False,
 ) -> Run:
     """Train what the configuration describes and leave the run's folder behind.
 
@@ -70,6 +74,7 @@ def train(
         overwrite: an earlier run in the folder may be replaced.
         dry_run: stop before the first step; nothing is written.
         watcher: sees the largest batch before the weights are read, and the second step.
+        allow_changes: a run goes on though base, data, template, version or keys that change its numbers are others.
 
     Raises:
         UserError: the configuration, the data or the model is at fault, or the run does not fit.
@@ -78,14 +83,14 @@ def train(
     """
     refuse_at_once(config)
     world = World.join(choose_device(config.model.device).type) if World.launched().size > 1 else World()
-    with world.until_done():
+    with world.until_done(), alone_in(Path(config.training.output_dir), world, dry_run):
         return _train(config, world, Path(resume) if resume not in ("auto", "never") else resume, extend, overwrite,
-                      dry_run, watcher)  # fmt: skip
+                      dry_run, watcher, allow_changes)  # fmt: skip
 
 
 def _train(
     config: Config, world: World, resume: str | Path, extend: bool, overwrite: bool, dry_run: bool,
-    watcher: Watcher | None,
+    watcher: Watcher | None, allow_changes: bool,
 ) -> Run:  # fmt: skip
     if not isinstance(resume, str):
         world.on_main(partial(checkpoint_at, resume))
@@ -93,7 +98,7 @@ def _train(
     refuse_dtype(config, setup.compute_dtype)
     folder = RunFolder(Path(config.training.output_dir))
     checkpoint = world.on_main(
-        lambda: resumed(folder, setup.config, str(resume), overwrite, extend, world.size)
+        lambda: resumed(folder, setup.config, str(resume), overwrite, extend, world.size, allow_changes)
     )
     if checkpoint is not None and (products := checkpoint.progress.products):
         use_products(products)  # before anything is predicted or computed
@@ -105,9 +110,11 @@ def _train(
     refuse_disagreement(world, setup, data)
     if checkpoint is not None:
         world.on_main(partial(refuse_another_run, folder, checkpoint.path,
-                              as_it_was(config, checkpoint, world.size), str(resume), extend))  # fmt: skip
+                              as_it_was(config, checkpoint, world.size), str(resume), extend, allow_changes))
+        world.on_main(lambda: refuse_changes(checkpoint, belongs_to(config, data), made_by(setup.device, world.size),
+                                             allow_changes))  # fmt: skip
         if extend:
-            _refuse_nothing_left(checkpoint, plan)
+            refuse_nothing_left(checkpoint, plan)
     largest = _largest_batch(plan, data, setup.padding_free)
     start = Start(data.train.examples, None if checkpoint is None else checkpoint.tensors)
     recomputation = None
@@ -139,7 +146,7 @@ def _train(
         return run
     # Dropout's alone: what was drawn until here does not matter. No two processes drop the same.
     torch.manual_seed((config.training.seed + world.rank) % 2**64)
-    _take_over(run, checkpoint)
+    take_over(run, checkpoint)
     world.advise("start it again with the same launcher: it begins anew, as no checkpoint is there yet "
                  "(training.save_steps)" if checkpoint is None else
                  f"start it again with the same launcher: it goes on from {checkpoint.path}")  # fmt: skip
@@ -149,6 +156,7 @@ def _train(
     _fit(run, watcher)
     finish(run)
     world.on_main(partial(_save_adapter, run))
+    world.on_main(partial(remove_replaced, folder))
     return run
 
 
@@ -167,20 +175,6 @@ def _loss_of_the_base(run: Run) -> float:
             f"gives no numbers (products in {dtype}); {cure}see whether its weights are whole, or download it again"
         )
     return loss
-
-
-def _refuse_nothing_left(checkpoint: Checkpoint, plan: StepPlan) -> None:
-    progress, training = checkpoint.progress, plan.config.training
-    if progress.step >= plan.total_steps:
-        raise UserError(
-            f"--extend: {checkpoint.path} is of step {progress.step}, and this run has {plan.total_steps}; raise "
-            f"training.{'num_train_epochs' if training.max_steps == -1 else 'max_steps'}"
-        )
-    if out_of_patience(progress, plan.config):
-        raise UserError(
-            f"--extend: {checkpoint.path}: {progress.evaluations_since_best} evaluations were no better than the best, "
-            f"and training.early_stopping_patience is {training.early_stopping_patience}; raise it, or set it to null"
-        )
 
 
 def _largest_batch(plan: StepPlan, data: RunData, padding_free: bool) -> Batch:
@@ -204,35 +198,6 @@ def _largest_batch(plan: StepPlan, data: RunData, padding_free: bool) -> Batch:
         found.append((measure, batches[int(largest)]))
     chosen = [[examples[index] for index in row] for row in max(found, key=itemgetter(0))[1]]
     return collate(chosen, pad_token_id=data.pad_token_id, packing=packing, padding_free=padding_free)
-
-
-def _take_over(run: Run, checkpoint: Checkpoint | None) -> None:
-    """Load the checkpoint, if there is one, and clear the folder of what comes after it."""
-    if checkpoint is not None:
-        run.progress = checkpoint.load(run.adapters, run.optimizer, run.world)
-        if run.progress.step > run.plan.total_steps:
-            raise UserError(
-                f"{checkpoint.path}: {run.progress.step} steps were trained, but this run has {run.plan.total_steps}; "
-                "give more training.max_steps, or resume from an earlier checkpoint"
-            )
-        card = run.model.device.type != "cpu"
-        about = "; on a card not to the bit: its attention adds in no fixed order" if card else ""
-        logger.info("resumed: step %d, from %s%s", run.progress.step, checkpoint.path, about)
-    if run.model.device.type == "cpu":
-        run.progress.products = products_choice()
-    run.progress.global_passes = run.training.gradient_accumulation_steps * run.world.size
-    run.progress = run.world.on_main(partial(_tidied, run, checkpoint))
-
-
-def _tidied(run: Run, checkpoint: Checkpoint | None) -> Progress:
-    """Where the run stands, its folder without what comes after that."""
-    if checkpoint is not None and run.folder.holds(checkpoint.path):
-        run.folder.rewind(run.progress.step)
-    elif run.folder.holds_run():
-        run.folder.clear()
-    if checkpoint is not None:
-        take_best_along(run.progress, run.config, checkpoint.path, run.folder)
-    return run.progress
 
 
 def _fit(run: Run, watcher: Watcher | None) -> None:
@@ -288,7 +253,8 @@ def _take_steps(run: Run, stop: StopRequest, line: LiveLine, watcher: Watcher | 
         signal_number = int(world.highest(stop.signal_number or 0))
         if saving or signal_number:
             _read(run, late, leave=0)  # nothing is saved of a step whose loss is no number
-            saved = save_checkpoint(run.folder, run.progress, run.adapters, run.optimizer, run.training, world)
+            saved = save_checkpoint(run.folder, run.progress, run.adapters, run.optimizer, run.training, world,
+                                    run.facts)  # fmt: skip
             world.advise(f"start it again with the same launcher: it goes on from step {step} ({saved})")
             if signal_number and not run.is_over:
                 raise Interrupted(signal_number, [
@@ -384,3 +350,4 @@ def _save_adapter(run: Run) -> None:
         if text := readme(run.config.adapter, run.config.model.quantization):
             write_text(temporary / "README.md", text)
             logger.warning(ELSEWHERE, run.config.adapter.init_lora_weights)  # type: ignore[attr-defined]
+        list_files(temporary)

@@ -92,6 +92,8 @@ class ParameterState:
         for name, tensor in self.tensors.items():
             if found[name].numel() != tensor.numel():
                 raise ValueError(f"saved for weights of another size, not {tuple(self.parameter.shape)}")
+            if found[name].dtype != tensor.dtype:
+                raise ValueError(f"its {name} is saved in {found[name].dtype}, not in {tensor.dtype}")
             tensor.copy_(found[name])
         self.steps = int(state["steps"])
 

@@ -17,9 +17,9 @@ from qlora_tool.errors import UserError
 from qlora_tool.files.hashes import file_hashes
 from qlora_tool.model.sharding import held_bytes, shard
 from qlora_tool.model.source import resolve as resolve_model
-from qlora_tool.run_folder import RunFolder
+from qlora_tool.run_folder import RunFolder, is_checkpoint
 from qlora_tool.training.checkpoints import Checkpoint
-from qlora_tool.training.resume import checkpoint_at, checkpoint_to_resume
+from qlora_tool.training.resume import checkpoint_at, checkpoint_to_resume, newest_whole
 
 if TYPE_CHECKING:
     from qlora_tool.adapters.attach import AdapterSet
@@ -104,22 +104,26 @@ def share_out(model: CausalLM, adapters: AdapterSet, config: Config, world: Worl
 
 
 def resumed(
-    folder: RunFolder, config: Config, resume: str, overwrite: bool, extend: bool, processes: int
-) -> Checkpoint | None:
+    folder: RunFolder, config: Config, resume: str, overwrite: bool, extend: bool, processes: int,
+    allow_changes: bool = False,
+) -> Checkpoint | None:  # fmt: skip
     """What a run goes on from; None: from the start. See `checkpoint_to_resume`.
 
     Raises:
-        UserError: as there; or another number of processes would make another global batch of the same configuration.
+        UserError: as there; or another number of processes would make another global batch of the same configuration;
+            or a checkpoint is broken, and no earlier one of its run is whole.
     """
-    newest = None
+    newest, here = None, folder
     if resume not in ("auto", "never"):
-        newest = checkpoint_at(Path(resume))
-    elif folder.holds_run() and not overwrite and resume == "auto":
-        newest = next(iter(reversed(folder.checkpoint_folders())), None)
+        checkpoint_at(Path(resume))  # there has to be one
+        here = RunFolder(Path(resume))
+        newest = Checkpoint.read(here.path) if is_checkpoint(here.path) else newest_whole(here)
+    elif folder.holds_run() and not overwrite and resume == "auto" and (extend or not folder.is_finished()):
+        newest = newest_whole(folder)
     if newest is not None:
-        config = as_it_was(config, Checkpoint.read(newest), processes)
-    chosen = checkpoint_to_resume(folder, config, resume, overwrite, extend)
-    return None if chosen is None else Checkpoint.read(chosen)
+        config = as_it_was(config, newest, processes)
+    chosen = checkpoint_to_resume(folder, config, resume, overwrite, extend, allow_changes)
+    return None if chosen is None else newest
 
 
 def as_it_was(config: Config, checkpoint: Checkpoint, processes: int) -> Config:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qlora_tool.adapters.attach import AdapterSet
 from qlora_tool.build.build import Start
@@ -14,6 +15,7 @@ from qlora_tool.config import Config, TrainingConfig
 from qlora_tool.data.batches import Batch, collate
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.run_folder import RunFolder
+from qlora_tool.training.belonging import belongs_to, made_by
 from qlora_tool.training.best import out_of_patience
 from qlora_tool.training.checkpoints import Best, Progress
 from qlora_tool.training.optimizers import Optimizer
@@ -84,6 +86,15 @@ class Run:
     def is_over(self) -> bool:
         """Whether no step is left, or no evaluation is better than the best for as long as is waited."""
         return self.progress.step >= self.plan.total_steps or out_of_patience(self.progress, self.config)
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        return {"made_by": made_by(self.model.device, self.world.size),
+                "belongs_to": belongs_to(self.config, self.data)}  # fmt: skip
+
+    def facts(self) -> dict[str, Any]:
+        """What checkpoints say besides: who made them, and what they belong to. Gathered once, at the first one."""
+        return self._facts
 
     @property
     def kept(self) -> Best | None:

@@ -192,7 +192,8 @@ def test_only_the_newest_checkpoints_are_kept(config, tmp_path, limit, kept):
     folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [path.name for path in folders] == [f"step-{step:06d}" for step in kept]
     for path in folders:
-        assert {file.name for file in path.iterdir()} == {"adapter.safetensors", "optimizer.pt", "state.json"}
+        names = {"adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
+        assert {file.name for file in path.iterdir()} == names
 
 
 class DiskFullAt:
@@ -225,7 +226,7 @@ full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="this sy
 
 
 @full_device
-@pytest.mark.parametrize("name", ["optimizer.pt", "adapter.safetensors"])
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "adapter.safetensors"])
 def test_a_disk_that_fills_up_while_a_checkpoint_is_saved(config, tmp_path, monkeypatch, name):
     DiskFullAt(monkeypatch, name, 2)
     with pytest.raises(MachineError) as error:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from qlora_tool.config import Config
+from qlora_tool.errors import UserError
+from qlora_tool.files import atomic
+from qlora_tool.files.sealed import listing, write_sealed
 from qlora_tool.run_folder import RunFolder
 
 
@@ -49,25 +54,80 @@ def test_rewinding_drops_what_comes_after_the_step(tmp_path):
     folder = RunFolder(tmp_path)
     for step in (2, 4, 999_999, 1_000_000):
         checkpoint(folder, step)
-    (folder.checkpoints / ".step-000006.partial").mkdir()
+    gone = f".step-000006.{atomic._host()}-4194305-0.tmp"  # of a process that no system has
+    for name in (gone, ".step-mine", "step-000006-good", "step-5"):
+        (folder.checkpoints / name).mkdir()
     folder.adapter.mkdir()
     (folder.adapter / "adapter_config.json").write_text("{}")
     metrics(folder, [1, 2, 3, 4, 5, 6], '{"step": 7, "lo')  # a power failure in the midst of a line
-    folder.rewind(4)
-    assert [path.name for path in sorted(folder.checkpoints.iterdir())] == ["step-000002", "step-000004"]
+    aside = folder.rewind(4)
+    kept = [".step-mine", "step-000002", "step-000004", "step-000006-good", "step-5"]
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == kept
+    assert aside == tmp_path / "set-aside-1"
+    assert sorted(path.name for path in aside.iterdir()) == ["adapter", "step-1000000", "step-999999"]
     lines = folder.metrics_file.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
     assert not folder.is_finished()
-    folder.rewind(4)
+    assert folder.rewind(4) is None
     assert len(folder.metrics_file.read_text().splitlines()) == 4
 
 
-def test_clearing_takes_the_runs_files_and_no_others(tmp_path):
+def test_a_replaced_run_is_kept_aside_and_then_removed_but_for_what_it_did_not_write(tmp_path):
     folder = RunFolder(tmp_path)
     folder.write_config(Config())
-    checkpoint(folder, 2)
+    for step in (2, 4):
+        write_sealed(checkpoint(folder, step) / "manifest.json", {"files": listing(folder.checkpoint(step))})
+    (folder.checkpoint(4) / "notes.txt").write_text("mine")
+    (folder.checkpoints / "step-000004-good").mkdir()
+    folder.adapter.mkdir()
+    (folder.adapter / "adapter_config.json").write_text("{}")
+    write_sealed(folder.adapter / "manifest.json", {"files": listing(folder.adapter)})
     metrics(folder, [1])
     (tmp_path / "memory.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
-    folder.clear()
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert folder.put_aside() == tmp_path / "replaced-1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "replaced-1"]
+    assert RunFolder(tmp_path / "replaced-1").is_finished()
+    assert folder.remove_replaced() == [tmp_path / "replaced-1"]
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    inside = "replaced-1/checkpoints"
+    assert left == ["notes.txt", "replaced-1", inside, f"{inside}/step-000004", f"{inside}/step-000004-good",
+                    f"{inside}/step-000004/notes.txt"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("adapter/adapter_config.json", "{}"), ("memory.json", "{}"), ("metrics.jsonl", ""), ("checkpoints/a", ""),
+    ("config.yaml", "model:\n  name_or_path: mine\n"),
+])  # fmt: skip
+def test_what_no_run_wrote_is_not_replaced(tmp_path, name, content):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{tmp_path / name.partition('/')[0]}: no run wrote it.* and a run would"):
+        RunFolder(tmp_path).refuse_foreign()
+
+
+def test_an_adapter_of_another_program_in_a_runs_folder_is_not_replaced(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_config(Config())
+    folder.refuse_foreign()
+    folder.adapter.mkdir()
+    (folder.adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"adapter: no run wrote it, as it has no qlora_tool\.json"):
+        folder.refuse_foreign()
+
+
+def test_a_file_a_folder_or_a_link_in_the_place_of_a_runs_own(tmp_path):
+    cases = {"adapter": "a file, where a run has a folder", "checkpoints": "a file, where a run has a folder",
+             "metrics.jsonl": "a folder, where a run has a file", "config.yaml": "a folder, where a run"}  # fmt: skip
+    for number, (name, line) in enumerate(cases.items()):
+        folder = RunFolder(tmp_path / str(number))
+        folder.path.mkdir()
+        (folder.path / name).mkdir() if "." in name else (folder.path / name).touch()
+        with pytest.raises(UserError, match=f"{folder.path / name}: {line}"):
+            folder.refuse_foreign()
+    (tmp_path / "elsewhere").mkdir()
+    linked = RunFolder(tmp_path / "linked")
+    linked.path.mkdir()
+    linked.checkpoints.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="checkpoints: a link, which a run would replace"):
+        linked.refuse_foreign()

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import write_tiny
 from tokenizers_for_tests import CHATML, byte_level
 
 from qlora_tool.config import Config, with_values
+from qlora_tool.files.sealed import listing, read_sealed, write_sealed
 from qlora_tool.training.interrupt import Interrupted
 from qlora_tool.training.loop import train
+from qlora_tool.training.optimizer_files import read_optimizer
 
 ROWS = 30
 
@@ -73,3 +76,19 @@ def interrupted(stop_in_step, config, step: int, **options) -> None:
 def assert_same_run(folder: Path, expected: Path) -> None:
     assert adapter_bytes(folder) == adapter_bytes(expected)
     assert [comparable(r) for r in read_metrics(folder)] == [comparable(r) for r in read_metrics(expected)]
+
+
+def as_version_0_1(checkpoint: Path) -> None:
+    """Write a checkpoint as version 0.1 did: the optimizer's state pickled, and no list of files."""
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    numbers = state.pop("optimizer")
+    torch.save(read_optimizer(checkpoint / "optimizer.safetensors", numbers), checkpoint / "optimizer.pt")
+    (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    (checkpoint / "optimizer.safetensors").unlink()
+    (checkpoint / "manifest.json").unlink()
+
+
+def sealed_again(checkpoint: Path) -> None:
+    """Let a checkpoint's list of files be that of what lies in it now: no hash tells what was changed."""
+    manifest = read_sealed(checkpoint / "manifest.json")
+    write_sealed(checkpoint / "manifest.json", manifest | {"files": listing(checkpoint, manifest["files"])})
