@@ -23,9 +23,11 @@ from qlora_tool.config import ModelConfig
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.atomic import replacing_folder
 from qlora_tool.files.cache import lacking_room
-from qlora_tool.files.tensors import SINGLE_NAME, Checkpoint
+from qlora_tool.files.lock import locked_in_turn
+from qlora_tool.files.tensors import SINGLE_NAME
 from qlora_tool.model.cached_base import cached_base, cached_start, kept_folder, write_cached_base, write_start
 from qlora_tool.model.host_base import HostLayers
+from qlora_tool.model.kept_hashes import DamagedBase, KeptBase
 from qlora_tool.model.load import Loading, load_base, read_unquantized
 from qlora_tool.model.random_source import RandomSource
 from qlora_tool.model.resized import rows_in_files
@@ -89,41 +91,76 @@ class FromFiles:
         prepare: Prepare | None = None,
     ) -> PreTrainedModel:  # fmt: skip
         config, where = self.config, weights_on(self.config, device)
-        streamed = where == "disk"
         made = prepare if isinstance(prepare, WeightStart) else None
         can_keep = (prepare is None or made is not None) and rows_in_files(model_config) is None
-        if streamed and not can_keep:
+        if where == "disk" and not can_keep:
             raise UserError("model.weights: disk: this adapter brings a base of its own (a resized vocabulary, or a "
                             "start that changed its weights), which is not kept on the disk; set it to resident")
-        kept = can_keep and (config.keep_quantized or streamed)
-        start = made.identity if made else ""
-        cached = cached_base(self.folder, quantization, compute_dtype, start) if kept else None
-        if cached is not None:
-            logger.info("quantized base read from the cache: %s", cached.folder)
-            if made:
-                made.take(cached_start(cached))
-        elif streamed:
-            cached = self._written_by_layers(model_config, quantization, device, compute_dtype, made)
-        streams = None
-        if streamed:
+        given = model_config, quantization, device, compute_dtype, prepare
+        if not (can_keep and (config.keep_quantized or where == "disk")):
+            return self._loaded(*given)
+        path = kept_folder(self.folder, quantization, compute_dtype, made.identity if made else "")
+        if (path / SINGLE_NAME).exists():
+            try:
+                if (module := self._from_kept(*given, made)) is not None:
+                    return module
+            except DamagedBase as error:
+                logger.warning(str(error).replace("the same command makes", "this run makes"))
+        waiting = f"{path}: another process is making this quantized base; waiting for it"
+        with locked_in_turn(path.with_name(f".{path.name}.lock"), waiting):
+            module = self._from_kept(*given, made) if (path / SINGLE_NAME).exists() else None
+            return module if module is not None else self._kept_anew(*given, made)
+
+    def _loaded(
+        self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype,
+        prepare: Prepare | None, cached: KeptBase | None = None,
+    ) -> PreTrainedModel:  # fmt: skip
+        """The base, read from its folder or from its kept form."""
+        config, where, streams = self.config, weights_on(self.config, device), None
+        if where == "disk":
             streams = partial(streamed_handles, cached=cached, resident=config.resident_layers,
                               queues=queues_of if streams_to_card(device) else None)  # fmt: skip
         elif where == "host":
             streams = partial(HostLayers, resident=config.resident_layers, queues=queues_of)
-        trust = config.trust_remote_code
-        module = load_base(self.folder, model_config, quantization, device, compute_dtype,
-                           trust_remote_code=trust, checkpoint=cached, prepare=None if cached is not None else prepare,
-                           streams=streams)  # fmt: skip
-        if kept and cached is None:
-            written = write_cached_base(module, self.folder, quantization, compute_dtype, start,
-                                        made.made() if made else None)  # fmt: skip
-            logger.info("quantized base written to the cache for the next run: %s", written)
+        return load_base(self.folder, model_config, quantization, device, compute_dtype,
+                         trust_remote_code=config.trust_remote_code, checkpoint=cached,
+                         prepare=None if cached is not None else prepare, streams=streams)  # fmt: skip
+
+    def _from_kept(
+        self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype,
+        prepare: Prepare | None, made: WeightStart | None,
+    ) -> PreTrainedModel | None:  # fmt: skip
+        """The base from its kept form; None where that is not to be used.
+
+        Raises:
+            DamagedBase: it is not as it was written.
+        """
+        cached = cached_base(self.folder, quantization, compute_dtype, made.identity if made else "")
+        if cached is None:
+            return None
+        logger.info("quantized base read from the cache: %s", cached.folder)
+        if made:
+            made.take(cached_start(cached))
+        return self._loaded(model_config, quantization, device, compute_dtype, prepare, cached)
+
+    def _kept_anew(
+        self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype,
+        prepare: Prepare | None, made: WeightStart | None,
+    ) -> PreTrainedModel:  # fmt: skip
+        """The base, its kept form made of it."""
+        if weights_on(self.config, device) == "disk":
+            cached = self._written_by_layers(model_config, quantization, device, compute_dtype, made)
+            return self._loaded(model_config, quantization, device, compute_dtype, prepare, cached)
+        module = self._loaded(model_config, quantization, device, compute_dtype, prepare)
+        written = write_cached_base(module, self.folder, quantization, compute_dtype, made.identity if made else "",
+                                    made.made() if made else None)  # fmt: skip
+        logger.info("quantized base written to the cache for the next run: %s", written)
         return module
 
     def _written_by_layers(
         self, model_config: Any, quantization: Quantization, device: torch.device, compute_dtype: torch.dtype,
         made: WeightStart | None,
-    ) -> Checkpoint:  # fmt: skip
+    ) -> KeptBase:  # fmt: skip
         loading = Loading.begin(self.folder, model_config, quantization, device, compute_dtype,
                                 trust_remote_code=self.config.trust_remote_code, prepare=made)  # fmt: skip
         if reason := lacking_room(stored_bytes(loading)):
@@ -131,9 +168,9 @@ class FromFiles:
         path = kept_folder(self.folder, quantization, compute_dtype, made.identity if made else "")
         logger.info("quantizing the base to the disk, once: %s", path)
         with replacing_folder(path) as temporary:
-            write_layer_by_layer(loading, temporary / SINGLE_NAME)
-            write_start(temporary, made.made() if made else None)
-        return Checkpoint(path)
+            write_layer_by_layer(loading, temporary / SINGLE_NAME,
+                                 lambda: write_start(temporary, made.made() if made else None))  # fmt: skip
+        return KeptBase(path)
 
     def unquantized(self, model_config: Any, device: torch.device) -> Read:
         return read_unquantized(self.folder, model_config, device, self.config.trust_remote_code)

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -18,12 +19,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from qlora_tool.errors import UserError
-from qlora_tool.files.atomic import disk_errors, sync, write_json
-
-try:
-    import fcntl
-except ImportError:  # Windows: two exports at once into one folder are not noticed there
-    fcntl = None
+from qlora_tool.files.atomic import disk_errors, sync
+from qlora_tool.files.hashes import sha256
+from qlora_tool.files.lock import locked
+from qlora_tool.files.sealed import first_change, read_sealed, write_sealed
+from qlora_tool.once import log_once
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def written_so_far(output: Path, inputs: Mapping[str, Any]) -> int:
     plan = _read_plan(staging_root(output) / _PLAN)
     if plan is None or plan["inputs"] != _as_json(inputs):
         return 0
-    return sum(plan["done"].values()) + (plan["growing"] or {"bytes": 0})["bytes"]
+    return sum(file["bytes"] for file in (*plan["done"].values(), plan["growing"] or {"bytes": 0}))
 
 
 @contextlib.contextmanager
@@ -58,7 +58,8 @@ def staged_folder(output: Path, inputs: Mapping[str, Any]) -> Iterator[Staging]:
         MachineError: the disk refuses.
     """
     root = staging_root(output)
-    with disk_errors(output), _locked(root, output):
+    busy = f"{output}: {{holder}} is exporting to it; wait for that export, or give another --output-dir"
+    with disk_errors(output), locked(root / _LOCK, busy):
         staging = Staging(root, inputs)
         try:
             yield staging
@@ -115,13 +116,14 @@ class Staging:
         growing = self._plan["growing"]
         start = growing["bytes"] if growing and growing["name"] == name else 0
         path = self.root / name
+        digest = self._digest if start else hashlib.sha256()
         with path.open("r+b" if start else "wb") as stream:
             stream.truncate(start)
             stream.seek(start)
-            file = GrowingFile(stream, start, lambda size: self._grown(name, size))
+            file = GrowingFile(stream, start, digest, lambda size: self._grown(name, size, digest))
             yield file
             file.save()
-        self._finish(name)
+        self._finish(name, digest.hexdigest())
 
     @contextlib.contextmanager
     def whole(self, name: str) -> Iterator[Path]:
@@ -130,38 +132,40 @@ class Staging:
         path.unlink(missing_ok=True)
         yield path
         sync(path)
-        self._finish(name)
+        self._finish(name, sha256(path))
 
-    def _grown(self, name: str, size: int) -> None:
-        self._plan["growing"] = {"name": name, "bytes": size}
+    def _grown(self, name: str, size: int, digest: Any) -> None:
+        self._plan["growing"] = {"name": name, "bytes": size, "sha256": digest.hexdigest()}
         self._save()
 
-    def _finish(self, name: str) -> None:
+    def _finish(self, name: str, digest: str) -> None:
         # First in the plan, then in the folder: a kill in between loses nothing, as `_restore` moves it then.
         path = self.root / name
-        self._plan["done"][name] = path.stat().st_size
+        self._plan["done"][name] = {"bytes": path.stat().st_size, "sha256": digest}
         self._plan["growing"] = None
         self._save()
         os.replace(path, self.folder / name)
 
     def _save(self) -> None:
-        write_json(self.root / _PLAN, self._plan)
+        write_sealed(self.root / _PLAN, self._plan)
 
     def _restore(self) -> None:
         """Bring the files in line with the plan, whatever moment the last run was killed at."""
         self.folder.mkdir(exist_ok=True)
         done, growing = self._plan["done"], self._plan["growing"]
-        for name, size in list(done.items()):
+        for name in list(done):
             if (self.root / name).exists():
                 os.replace(self.root / name, self.folder / name)
-            if not (self.folder / name).exists() or (self.folder / name).stat().st_size != size:
+            if changed := first_change(self.folder, {name: done[name]}):
+                logger.warning("%s: %s; it is made again", self.folder, changed)
                 del done[name]
         known = {_PLAN, _LOCK, _FOLDER}
         if growing:
-            path = self.root / growing["name"]
-            if path.exists() and path.stat().st_size >= growing["bytes"]:
+            self._digest = _digest_of_first(self.root / growing["name"], growing["bytes"])
+            if self._digest.hexdigest() == growing["sha256"]:
                 known.add(growing["name"])
             else:
+                logger.warning("%s: %s is not as it was written so far; it is begun again", self.root, growing["name"])
                 self._plan["growing"] = None
         _remove_others(self.root, known)
         _remove_others(self.folder, done)
@@ -196,11 +200,12 @@ class GrowingFile:
         size: bytes written so far, those of earlier runs included.
     """
 
-    def __init__(self, stream: IO[bytes], size: int, note: Any):
-        self._stream, self.size, self._saved, self._note = stream, size, size, note
+    def __init__(self, stream: IO[bytes], size: int, digest: Any, note: Any):
+        self._stream, self.size, self._saved, self._digest, self._note = stream, size, size, digest, note
 
     def write(self, data: bytes | memoryview) -> None:
         self._stream.write(data)
+        self._digest.update(data)
         self.size += len(data)
         if self.size - self._saved >= SAVE_EVERY:
             self.save()
@@ -218,11 +223,30 @@ def _as_json(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_plan(file: Path) -> dict[str, Any] | None:
-    try:
-        plan = json.loads(file.read_text(encoding="utf-8"))
-        return plan if {"inputs", "notes", "done", "growing"} <= plan.keys() else None
-    except (OSError, ValueError, AttributeError):
+    """What an export wrote down; None where it wrote nothing, or where that has changed since."""
+    if not file.exists():
         return None
+    try:
+        plan = read_sealed(file)
+        known = (*plan["done"].values(), *([plan["growing"]] if plan["growing"] else []))
+        if {"inputs", "notes"} <= plan.keys() and all({"bytes", "sha256"} <= one.keys() for one in known):
+            return plan
+        reason = "it is of another version"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+    log_once(logger, logging.WARNING, f"{file}: cannot be gone on from ({reason}); starting anew")
+    return None
+
+
+def _digest_of_first(file: Path, size: int) -> Any:
+    """Of the first bytes of a file; of fewer, where it has no more."""
+    digest = hashlib.sha256()
+    if file.is_file():
+        with file.open("rb") as stream:
+            while size and (block := stream.read(min(size, 1 << 20))):
+                digest.update(block)
+                size -= len(block)
+    return digest
 
 
 def _remove_others(folder: Path, known: Any) -> None:
@@ -232,33 +256,3 @@ def _remove_others(folder: Path, known: Any) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-
-
-@contextlib.contextmanager
-def _locked(root: Path, output: Path) -> Iterator[None]:
-    """Hold the lock in `root`, which goes away with the process, however it ends."""
-    while True:
-        root.mkdir(parents=True, exist_ok=True)
-        try:
-            stream = (root / _LOCK).open("w", encoding="utf-8")
-        except FileNotFoundError:  # another process finished and removed the folder just now
-            continue
-        with stream:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise UserError(
-                        f"{output}: another process is exporting to it; wait for it, or give another --output-dir"
-                    ) from error
-                if not _same_file(stream, root / _LOCK):
-                    continue  # it was the lock of an export that has finished meanwhile
-            yield
-            return
-
-
-def _same_file(stream: IO[str], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
-    except FileNotFoundError:
-        return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import socket
 import time
@@ -19,6 +20,8 @@ from typing import IO, Any
 
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import disk_errors
+
+logger = logging.getLogger(__name__)
 
 try:
     import fcntl
@@ -53,6 +56,33 @@ def locked(file: Path, busy: str) -> Iterator[None]:
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+@contextlib.contextmanager
+def locked_in_turn(file: Path, waiting: str) -> Iterator[None]:
+    """Hold a lock, after whoever holds it now. Where there can be none, nothing is held.
+
+    Args:
+        file: of the lock.
+        waiting: the line that is logged where another process holds it.
+    """
+    with contextlib.ExitStack() as held:
+        if fcntl is not None:
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                while True:
+                    stream = held.enter_context(file.open("a+", encoding="utf-8"))
+                    try:
+                        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        logger.info(waiting)
+                        fcntl.flock(stream, fcntl.LOCK_EX)
+                    if _is_still(stream, file):
+                        held.callback(_release, stream, file)
+                        break
+            except OSError as error:
+                logger.debug("%s: no lock: %s", file, error)
+        yield
 
 
 def refuse_locked(file: Path, busy: str) -> None:

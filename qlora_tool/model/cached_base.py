@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import replacing_folder
 from qlora_tool.files.cache import cache_folder
-from qlora_tool.files.tensors import SINGLE_NAME, Checkpoint, TensorSpec, read_all, write_all, write_tensors
+from qlora_tool.files.tensors import SINGLE_NAME, TensorSpec, read_all, write_all, write_tensors
+from qlora_tool.model.kept_hashes import KeptBase, hashed, write_hashes
 from qlora_tool.model.parameter_source import tied_names
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import FrozenLinear
@@ -62,7 +63,7 @@ def kept_folder(folder: Path, quantization: Quantization, compute_dtype: torch.d
 
 def cached_base(
     folder: Path, quantization: Quantization, compute_dtype: torch.dtype, start: str = ""
-) -> Checkpoint | None:
+) -> KeptBase | None:
     """The cached base of a model folder for this quantization and dtype of matrix products, or None.
 
     Args:
@@ -72,7 +73,7 @@ def cached_base(
     if not (path / SINGLE_NAME).exists():
         return None
     try:
-        return Checkpoint(path)
+        return KeptBase(path)
     except UserError:
         logger.warning("the base that is kept in %s is cut off or broken; it is made again", path)
         return None
@@ -92,19 +93,27 @@ def write_cached_base(
     tensors = list(module_tensors(model))
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
     with replacing_folder(path) as temporary:
-        write_tensors(temporary / SINGLE_NAME, specs, tensors, {"format": "pt"})
-        write_start(temporary, made)
+        hashes: dict[str, str] = {}
+        write_tensors(temporary / SINGLE_NAME, specs, hashed(tensors, hashes), {"format": "pt"})
+        write_hashes(temporary, hashes, write_start(temporary, made))
     return path
 
 
-def write_start(folder: Path, made: Mapping[str, Tensor] | None) -> None:
-    """Write the tensors of the adapters' start, where there are any, beside a base."""
-    if made is not None:
-        write_all(folder / START_NAME, dict(made), {"format": "pt"})
+def write_start(folder: Path, made: Mapping[str, Tensor] | None) -> Sequence[str]:
+    """Write the tensors of the adapters' start, where there are any, beside a base; gives the names of the files."""
+    if made is None:
+        return []
+    write_all(folder / START_NAME, dict(made), {"format": "pt"})
+    return [START_NAME]
 
 
-def cached_start(cached: Checkpoint) -> dict[str, Tensor]:
-    """The tensors of the adapters' start that were made while a cached base was."""
+def cached_start(cached: KeptBase) -> dict[str, Tensor]:
+    """The tensors of the adapters' start that were made while a cached base was.
+
+    Raises:
+        DamagedBase: they are not as they were written.
+    """
+    cached.check_file(START_NAME)
     return read_all(cached.folder / START_NAME)
 
 

@@ -8,7 +8,7 @@ stays. So are the first layers, where some are to stay.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from qlora_tool.files.direct_reads import PAGE
 from qlora_tool.files.tensors import Checkpoint, TensorEntry, write_as_they_come
 from qlora_tool.model.cached_base import disk_tensors, module_tensors
 from qlora_tool.model.checkpointing import decoder_layers
+from qlora_tool.model.kept_hashes import KeptBase, hashed, write_hashes
 from qlora_tool.model.load import Loading, handle_dtype, narrowed
 from qlora_tool.model.parameter_source import tied_names
 from qlora_tool.model.slots import quantize_parameter
@@ -56,8 +57,13 @@ def stored_bytes(loading: Loading) -> int:
     )  # fmt: skip
 
 
-def write_layer_by_layer(loading: Loading, file: Path) -> PreTrainedModel:
-    """Quantize a base into a file, one weight in memory at a time.
+def write_layer_by_layer(loading: Loading, file: Path, others: Callable[[], Sequence[str]] = tuple) -> PreTrainedModel:
+    """Quantize a base into a file, one weight in memory at a time, and write its hashes beside it.
+
+    Args:
+        loading: of the model.
+        file: that is written.
+        others: writes more files beside it, and names them.
 
     Returns:
         The model without the weights of its layers, on meta or missing.
@@ -81,7 +87,9 @@ def write_layer_by_layer(loading: Loading, file: Path) -> PreTrainedModel:
         loaded.append(loading.finish())
         yield from module_tensors(loaded[0])
 
-    write_as_they_come(file, tensors(), {"format": "pt"}, room=_HEADER_BYTES * 8 * len(there))
+    hashes: dict[str, str] = {}
+    write_as_they_come(file, hashed(tensors(), hashes), {"format": "pt"}, room=_HEADER_BYTES * 8 * len(there))
+    write_hashes(file.parent, hashes, others())
     return loaded[0]
 
 
@@ -169,6 +177,7 @@ def streamed_handles(
         queues: of the model's device, where that is not the CPU.
     """
     (file,) = cached.files
+    checks: list[Callable[[memoryview], None] | None] = []
     found: dict[str, list[tuple[str, _Streamed]]] = {}
     for layer, names in layer_weights(loading.model, loading.slots, resident).items():
         own = {name: entry for name, entry in cached.items() if name.startswith(f"{layer}.")}
@@ -177,11 +186,14 @@ def streamed_handles(
              for group in found.values() if group]  # fmt: skip
     if not parts:
         return StreamedLayers(loading, {}, None, {})
+    if isinstance(cached, KeptBase):
+        checks = [cached.check_of([one for _, weight in group for one in weight.entries], part.start)
+                  for group, part in zip((group for group in found.values() if group), parts, strict=True)]  # fmt: skip
     elsewhere = {"host_bytes": 0, "disk_bytes": sum(part.stop - part.start for part in parts)}
     if queues is None:
-        stream = DiskStream(file, parts)
+        stream = DiskStream(file, parts, checks=checks)
     else:
-        stream = DiskToCardStream(file, parts, loading.device, queues(loading.device))
+        stream = DiskToCardStream(file, parts, loading.device, queues(loading.device), checks)
         elsewhere["host_bytes"] = stream.staging.one.nbytes + stream.staging.other.nbytes
     handles: dict[str, WeightHandle] = {
         name: _handle(loading, cached, name, one, stream, index)

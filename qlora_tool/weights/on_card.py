@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qlora_tool.errors import MachineError
 from qlora_tool.weights.schedule import Schedule
-from qlora_tool.weights.streamed import Buffers, DiskStream, Part, in_backward
+from qlora_tool.weights.streamed import Buffers, Check, DiskStream, Part, in_backward
 
 Event = Any  # a moment in a queue: `torch.cuda.Event`
 
@@ -186,14 +186,17 @@ class DiskToCardStream(DiskStream):
         file, parts: see `DiskStream`.
         device: where the buffers are.
         queues: of the device.
+        checks: see `DiskStream`.
 
     Raises:
         MachineError: memory cannot be pinned; and see `DiskStream`.
     """
 
-    def __init__(self, file: Path, parts: Sequence[Part], device: torch.device, queues: Queues):
+    def __init__(
+        self, file: Path, parts: Sequence[Part], device: torch.device, queues: Queues, checks: Sequence[Check] = ()
+    ):
         room = max(part.room for part in parts)
-        super().__init__(file, parts, Buffers(room, device))
+        super().__init__(file, parts, Buffers(room, device), checks)
         # The host waits for the thread that reads, and that for the card: not because the card has nothing to do.
         self.waited_seconds = None
         self.staging = Buffers(room, torch.device("cpu"))

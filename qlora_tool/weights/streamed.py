@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -110,6 +110,10 @@ class Stream(Protocol):
         ...
 
 
+Check = Callable[[memoryview], None] | None
+"""Takes the bytes of a part, and raises where they are not what they should be; None: nothing is known of them."""
+
+
 class DiskStream:
     """Parts of a file, read past the page cache where the file system lets them be.
 
@@ -117,6 +121,7 @@ class DiskStream:
         file: that holds them.
         parts: in the order of a forward pass.
         buffers: that they come to; None: two on the CPU, each large enough for the largest.
+        checks: of the parts, each made when its part is read first.
 
     Attributes:
         read_bytes, read_seconds: from the disk so far, and what the reading took.
@@ -127,8 +132,11 @@ class DiskStream:
         UserError: the file ends early.
     """
 
-    def __init__(self, file: Path, parts: Sequence[Part], buffers: Buffers | None = None):
+    def __init__(
+        self, file: Path, parts: Sequence[Part], buffers: Buffers | None = None, checks: Sequence[Check] = ()
+    ):
         self.file, self.parts = file, list(parts)
+        self._checks = dict(enumerate(checks))
         self.read_bytes, self.read_seconds = 0, 0.0
         self.waited_seconds: float | None = 0.0
         self._file = DirectFile(file)
@@ -175,6 +183,8 @@ class DiskStream:
         begin = time.perf_counter()
         self.read_bytes += self._file.read_into(memoryview(memory.numpy().data)[:size], first, needed)
         self.read_seconds += time.perf_counter() - begin
+        if (check := self._checks.pop(index, None)) is not None:
+            check(memoryview(memory.numpy().data)[self._within(index)])
         self._file.drop(first, size)
 
 
