@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_tool.adapters.as_written import LIST_NAME
+from qlora_tool.adapters.peft_reading import is_adapter
 from qlora_tool.artifacts import Artifact, changed_base
 from qlora_tool.errors import MachineError, UserError, did_you_mean
+from qlora_tool.export.staging import REPORT
 from qlora_tool.files.atomic import existing_parent
+from qlora_tool.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
-
-_OURS = ("config.json", "adapter_config.json", "export.json")  # one of them lies in every folder that may be replaced
 
 
 def refuse_no_adapter(artifact: Artifact) -> None:
@@ -80,17 +82,32 @@ def refuse_taken(output: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{output}: exists; give --overwrite to replace it, or another --output-dir")
-    if not any((output / name).exists() for name in _OURS):
-        raise UserError(
-            f"{output}: holds something other than a model, which --overwrite would delete; give another --output-dir"
-        )
+    ours = (output / REPORT).exists() or ((output / "qlora_tool.json").exists() and is_adapter(output))
+    if not ours or (output / LIST_NAME).exists():
+        raise UserError(f"{output}: holds something other than an export, which --overwrite would delete; give another "
+                        "--output-dir")  # fmt: skip
 
 
 def refuse_inputs(output: Path, inputs: Mapping[str, Path]) -> None:
-    """Refuse an output that holds what the export reads."""
+    """Refuse an output that holds what the export reads, or lies in it.
+
+    Raises:
+        UserError: naming it.
+    """
     for what, path in inputs.items():
-        if output.resolve() in (path.resolve(), *path.resolve().parents) and output.exists():
+        place = path.resolve()
+        if output.resolve() in (place, *place.parents) and output.exists():
             raise UserError(f"{output}: holds {what}, which the merge reads; give another --output-dir")
+        if is_adapter(place) and (outer := inside(output, place)):
+            raise UserError(f"{output}: lies in {outer}, which is {what}, or the run of it; give an --output-dir "
+                            "outside of that")  # fmt: skip
+
+
+def inside(output: Path, adapter: Path) -> Path | None:
+    """The adapter's folder, or its run's, where an output lies in that; None where it lies in neither."""
+    run = RunFolder(adapter.parent)
+    place = run.path if run.holds_run() and run.adapter == adapter else adapter
+    return place if place in output.resolve().parents else None
 
 
 def refuse_changed_base(artifact: Artifact, folder: Path) -> str | None:

@@ -28,6 +28,7 @@ from qlora_tool.once import log_once
 logger = logging.getLogger(__name__)
 
 SAVE_EVERY = 256 << 20  # bytes of a growing file between two flushes: what a kill costs at most
+REPORT = "export.json"  # in a finished export
 _PLAN, _LOCK, _FOLDER = "plan.json", "lock", "model"
 
 
@@ -178,8 +179,8 @@ class Staging:
                 sync(file)
         sync(self.folder)
         previous = output.with_name(f".{output.name}.previous")
-        shutil.rmtree(previous, ignore_errors=True)
         if output.exists():
+            _clear_away(previous, output)  # of an export that was killed right here
             os.replace(output, previous)
         try:
             os.replace(self.folder, output)
@@ -188,7 +189,7 @@ class Staging:
                 os.replace(previous, output)
             raise
         sync(output.parent)
-        shutil.rmtree(previous, ignore_errors=True)
+        _clear_away(previous, output)
         shutil.rmtree(self.root, ignore_errors=True)
 
 
@@ -215,6 +216,37 @@ class GrowingFile:
         os.fsync(self._stream.fileno())
         self._saved = self.size
         self._note(self.size)
+
+
+def written_by_export(folder: Path) -> list[str] | None:
+    """The files that the export wrote that made a folder, by their paths in it; None where none says so."""
+    try:
+        names = json.loads((folder / REPORT).read_text(encoding="utf-8"))["written"]
+        return [str(name) for name in names]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _clear_away(previous: Path, output: Path) -> None:
+    """Remove the export that another one has replaced, and bring what else lay in its folder into the new one."""
+    names = written_by_export(previous)
+    if names is None:  # of an earlier version, which did not say what it wrote
+        shutil.rmtree(previous, ignore_errors=True)
+        return
+    for name in names:
+        if not {"..", "/", ""} & {*Path(name).parts}:
+            (previous / name).unlink(missing_ok=True)
+    for folder in sorted((path for path in previous.rglob("*") if path.is_dir()), reverse=True):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+    for path in previous.iterdir():
+        if not (output / path.name).exists():
+            os.replace(path, output / path.name)
+    try:
+        previous.rmdir()
+    except OSError:
+        logger.warning("%s keeps what no export wrote and has a namesake in the new one; move it where you want it",
+                       previous)  # fmt: skip
 
 
 def _as_json(inputs: Mapping[str, Any]) -> dict[str, Any]:

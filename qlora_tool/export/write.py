@@ -33,7 +33,7 @@ from qlora_tool.export.preflight import (
     warn_of_rounding_away,
 )
 from qlora_tool.export.report import inputs_of, provenance_of, report_of
-from qlora_tool.export.staging import Staging, staged_folder, written_so_far
+from qlora_tool.export.staging import REPORT, Staging, staged_folder, written_so_far
 from qlora_tool.export.verify import LEAST_GAIN
 from qlora_tool.files.atomic import write_json, write_text
 from qlora_tool.files.tensors import Checkpoint
@@ -126,12 +126,14 @@ def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> E
         job, result, proof = _first_that_keeps_enough(job, asked, staging, rows, calibration)
         result = {"output_dir": str(output)} | result
         write_json(staging.folder / "qlora_tool.json", provenance_of(artifact, result))
-        write_json(staging.folder / "export.json", report_of(artifact, folder, asked, result))
+        report = report_of(artifact, folder, asked, result)
         card = model_card(
             artifact, folder, result, chat=bool(read_templates(job.tokenizer_folder)),
             misread=is_misread(staging.folder), proof=proof,
         )  # fmt: skip
         write_text(staging.folder / "README.md", card)
+        files = [path.relative_to(staging.folder).as_posix() for path in staging.folder.rglob("*") if path.is_file()]
+        write_json(staging.folder / REPORT, report | {"written": sorted({*files, REPORT})})
     facts = result | {"seconds": round(time.perf_counter() - started, 2)}
     return ExportResult(
         output, options.format, tuple(facts["files"]), facts["bytes"], facts["dtype"], facts["dtype_reason"],

@@ -24,7 +24,7 @@ from qlora_tool.data.examples import as_examples
 from qlora_tool.data.tokenize import Example
 from qlora_tool.errors import OptionError, ToolError, UserError
 from qlora_tool.export.adapter_only import plain_config
-from qlora_tool.export.preflight import refuse_taken
+from qlora_tool.export.preflight import inside, refuse_taken
 from qlora_tool.export.rows import find_rows
 from qlora_tool.files.atomic import replacing_folder, write_json
 from qlora_tool.files.hashes import sha256
@@ -99,6 +99,8 @@ def refuse_truncation(artifact: Artifact, r: int, output: Path, overwrite: bool 
     refuse_taken(output, overwrite)
     if output.exists() and output.resolve() in (stored.folder.resolve(), *stored.folder.resolve().parents):
         raise UserError(f"{output}: holds the adapter that is cut; give another --output-dir")
+    if outer := inside(output, stored.folder.resolve()):
+        raise UserError(f"{output}: lies in {outer}, whose adapter is cut; give an --output-dir outside of that")
     if not stored.method.additive:
         raise UserError(
             f"--truncate {r}: {artifact.name} is {stored.method.name}, whose update is not of a low rank: it rescales "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 from pathlib import Path
@@ -143,7 +144,7 @@ def test_two_at_once(tmp_path: Path):
     output = tmp_path / "out"
     with staged_folder(output, INPUTS) as stage:
         (stage.folder / "mine").write_text("mine")
-        with pytest.raises(UserError, match=f"{output}: another process is exporting to it; wait for it"):
+        with pytest.raises(UserError, match=rf"{output}: process \d+ on .* is exporting to it; wait for that export"):
             write_all(output)
     assert [path.name for path in output.iterdir()] == ["mine"]
     assert not staging_root(output).exists()
@@ -178,3 +179,27 @@ def test_an_earlier_folder_is_replaced_at_the_end_alone(tmp_path: Path, monkeypa
     assert (output / "old").read_text() == "old"
     assert write_all(output) == []
     assert_whole(output)
+
+
+def test_a_flipped_bit_anywhere_in_a_half_made_export_is_found(tmp_path: Path, monkeypatch, caplog):
+    monkeypatch.setattr(staging, "SAVE_EVERY", 1)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    draw = random.Random(0)
+    for number in range(40):
+        output = tmp_path / str(number) / "out"
+        with pytest.raises(KeyboardInterrupt), staged_folder(output, INPUTS) as stage:
+            with stage.whole("b.bin") as path:
+                path.write_bytes(PIECES["b.bin"][0])
+            with stage.grow("a.bin") as file:
+                file.write(PIECES["a.bin"][0])
+                raise KeyboardInterrupt
+        root = staging_root(output)
+        file = (root / "model" / "b.bin", root / "a.bin", root / "plan.json")[number % 3]
+        content = bytearray(file.read_bytes())
+        bit = draw.randrange(8 * len(content))
+        content[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(content)
+        caplog.clear()
+        write_all(output)
+        assert [record for record in caplog.records if str(root) in record.getMessage()], (file, bit)
+        assert_whole(output)

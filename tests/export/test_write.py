@@ -224,15 +224,28 @@ def test_overwrite_replaces_models_alone_and_never_what_is_merged(base: Path, ad
     notes = tmp_path / "notes"
     notes.mkdir()
     (notes / "diary.txt").write_text("dear diary")
-    with pytest.raises(UserError, match=f"{notes}: holds something other than a model"):
+    with pytest.raises(UserError, match=f"{notes}: holds something other than an export"):
         export_merged(artifact_of(adapter), notes, ExportOptions(overwrite=True))
+    with pytest.raises(UserError, match=f"{base}: holds something other than an export"):
+        export_merged(artifact_of(adapter), base, ExportOptions(overwrite=True))
+    base = shutil.copytree(base, tmp_path / "base")
+    adapter = shutil.copytree(adapter, tmp_path / "an adapter")
+    settings = json.loads((adapter / "qlora_tool.json").read_text())
+    settings["base"]["name_or_path"] = str(base)
+    (adapter / "qlora_tool.json").write_text(json.dumps(settings))
+    (adapter / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    (base / "export.json").write_text("{}")
     with pytest.raises(UserError, match=f"{base}: holds the base, which the merge reads"):
         export_merged(artifact_of(adapter), base, ExportOptions(overwrite=True))
     outer = tmp_path / "outer"
     shutil.copytree(base, outer)
     shutil.copytree(adapter, outer / "adapter")
+    (outer / "export.json").write_text("{}")
     with pytest.raises(UserError, match=f"{outer}: holds the adapter, which the merge reads"):
         export_merged(artifact_of(outer / "adapter"), outer, ExportOptions(overwrite=True))
+    with pytest.raises(UserError, match=r"inner: lies in .*an adapter, which is the adapter, or the run of it"):
+        export_merged(artifact_of(adapter), adapter / "inner", ExportOptions())
+    assert not (adapter / "inner").exists()
     assert (notes / "diary.txt").exists()
     assert contents(outer / "adapter") == contents(adapter)
 
@@ -403,3 +416,18 @@ def test_an_adapter_of_peft_says_nothing_of_quantization(base: Path, tmp_path: P
         "double_quant": True, "embeddings": "as_stored", "skip_modules": "as-peft",
         "merged": {"base": "dequantized", "dtype": "float32"},
     }  # fmt: skip
+
+
+def test_overwrite_replaces_what_an_export_wrote_and_keeps_all_else(adapter: Path, tmp_path: Path):
+    output = tmp_path / "merged"
+    export_merged(artifact_of(adapter), output, ExportOptions(max_shard_size=30_000))
+    (output / "notes.txt").write_text("mine")
+    (output / "plots").mkdir()
+    (output / "plots" / "a.png").write_bytes(b"mine")
+    export_merged(artifact_of(adapter), output, ExportOptions(overwrite=True))
+    assert (output / "notes.txt").read_text() == "mine" and (output / "plots" / "a.png").exists()
+    assert [file.name for file in output.glob("*.safetensors")] == ["model.safetensors"]
+    assert not list(tmp_path.glob(".*"))
+    written = json.loads((output / "export.json").read_text())["written"]
+    left = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()} - {*written}
+    assert left == {"notes.txt", "plots/a.png"}
