@@ -17,6 +17,8 @@ from typing import Any
 from qlora_tool.errors import MachineError
 
 _calls = itertools.count()
+_FAILING = {getattr(errno, name) for name in ("EIO", "ENXIO", "ENODEV", "ESTALE", "ENOTCONN", "EREMOTEIO", "EFBIG",
+                                              "ENOTDIR", "ELOOP", "ENAMETOOLONG") if hasattr(errno, name)}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -26,12 +28,18 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(existing_parent(path)).free
+            try:
+                free = shutil.disk_usage(existing_parent(path)).free
+            except OSError:
+                free = 0
             raise MachineError(
                 f"no space left for {path}: {free / 1e9:.2f} GB are free there; free some, or choose another folder"
             ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise MachineError(f"cannot write {path}: {error.strerror}; choose a folder you may write to") from error
+        if error.errno in _FAILING:
+            raise MachineError(f"cannot write {path}: {error.strerror}; the disk fails, or is no longer there; choose "
+                               "another folder") from error  # fmt: skip
         raise
 
 

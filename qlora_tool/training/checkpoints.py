@@ -19,6 +19,7 @@ from qlora_tool.files.tensors import read_all, write_all
 from qlora_tool.ops.speeds import ONEDNN, PYTORCH
 from qlora_tool.run_folder import MANIFEST, STATE, remove_own
 from qlora_tool.training.optimizer_files import read_optimizer, write_optimizer
+from qlora_tool.training.progress import folder_gone
 
 if TYPE_CHECKING:
     from qlora_tool.adapters.attach import AdapterSet
@@ -176,6 +177,8 @@ def _write(
     folder: RunFolder, progress: Progress, adapters: AdapterSet, optimizer: Optimizer, training: TrainingConfig,
     random: Sequence[dict[str, torch.Tensor]], facts: Mapping[str, Any],
 ) -> Path:  # fmt: skip
+    if not folder.path.is_dir():
+        raise folder_gone(folder.path)
     path = folder.checkpoint(progress.step)
     limit, keep_best = training.save_total_limit, training.load_best_model_at_end
     with replacing_folder(path) as temporary:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after the step at hand, saved; a second one ends it at once."""
+"""Ctrl-C, SIGTERM and SIGHUP end a run after the step at hand, saved; a second one ends it at once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Notes the first SIGINT or SIGTERM while it is active."""
+    """Notes the first SIGINT, SIGTERM or SIGHUP while it is active; one that is ignored (nohup) stays so."""
 
     def __init__(self):
         self.signal_number: int | None = None
@@ -36,8 +36,10 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+                    self._previous[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, _frame: FrameType | None) -> None:

@@ -207,6 +207,10 @@ def _fit(run: Run, watcher: Watcher | None) -> None:
     try:
         with StopRequest() as stop, LiveLine(total, run.progress.step, shown=run.world.is_main) as line:
             _take_steps(run, stop, line, watcher)
+    except MachineError as error:
+        if isinstance(error.__cause__, OSError) and (saved := run.folder.checkpoint_folders()):
+            error.lines = [f"{line}; the same command then goes on from {saved[-1]}" for line in error.lines]
+        raise
     finally:
         if run.accelerator is not None:
             run.accelerator.end_training()

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlora_tool.errors import MachineError
 from qlora_tool.files.atomic import disk_errors
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from qlora_tool.weights.streamed import DiskStream
+
+
+logger = logging.getLogger(__name__)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -58,8 +65,17 @@ class Metrics:
     def write(self, record: dict[str, Any]) -> None:
         finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                   for key, value in record.items()}  # fmt: skip
-        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(finite) + "\n")
+        try:
+            with disk_errors(self.path), self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(finite) + "\n")
+        except FileNotFoundError as error:
+            raise folder_gone(self.path.parent) from error
+
+
+def folder_gone(folder: Path) -> MachineError:
+    """What to say of a run's folder that is no longer there."""
+    return MachineError(f"{folder}: was removed or moved while the run trained into it; put it back, and the same "
+                        "command goes on from its last checkpoint, or begins anew where there is none")  # fmt: skip
 
 
 def last_record(metrics: Path) -> dict[str, Any]:
@@ -143,6 +159,15 @@ class DiskWaits:
         )
 
 
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Go on where stderr is closed or full: a run is worth more than the lines about it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        logger.debug("nothing can be shown: %s", error)
+
+
 class LiveLine:
     """One line on stderr with loss, speed, memory and time left: redrawn in a terminal, else printed a logged step."""
 
@@ -170,22 +195,30 @@ class LiveLine:
 
     def __exit__(self, *_: object) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with _unheard():
+                self._progress.stop()
 
     def step(self, step: int, record: dict[str, Any] | None, memory: str) -> None:
         """Show step `step`; `record` is what was logged, None between logged steps; `memory` is in words."""
         if self._progress is not None:
             text = {} if record is None else {"text": self._text(step, record, memory)}
-            self._progress.update(self._task, completed=step, **text)
-        elif record is not None and self.shown:
-            print(f"step {step}/{self.total}  {self._text(step, record, memory)}", file=sys.stderr, flush=True)
+            with _unheard():
+                self._progress.update(self._task, completed=step, **text)
+        elif record is not None:
+            self._print(f"step {step}/{self.total}  {self._text(step, record, memory)}")
 
     def say(self, text: str) -> None:
         """A line of its own that stays."""
         if self._progress is not None:
-            self._progress.console.print(text, highlight=False)
-        elif self.shown:
-            print(text, file=sys.stderr, flush=True)
+            with _unheard():
+                self._progress.console.print(text, highlight=False)
+        else:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        if self.shown and sys.stderr is not None:
+            with _unheard():
+                print(text, file=sys.stderr, flush=True)
 
     def _text(self, step: int, record: dict[str, Any], memory: str) -> str:
         parts = [f"loss {record['loss']:.4f}", f"lr {record['learning_rate']:.2e}"]

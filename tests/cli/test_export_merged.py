@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -197,6 +198,8 @@ def test_values_that_overflow_float16(here: Path):
     file = here / "run" / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({name: t * 1e8 if "up_proj.lora_B" in name else t for name, t in tensors.items()}, file)
+    assert "damaged, or written by another program" in error(here, *EXPORT, *PLAIN)
+    (file.parent / "manifest.json").unlink()
     line = error(here, *EXPORT, *PLAIN, "--dtype", "float16")
     assert line.startswith("--dtype float16: model.layers.") and line.count("up_proj.weight has values up to ") == 2
     out = run(*EXPORT, *PLAIN)
@@ -248,7 +251,8 @@ def test_two_exports_at_once(here: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(MergedModel, "tensors", export_in_between)
     run(*EXPORT, *PLAIN)
     assert second[0].exit_code == 2, second[0].output
-    assert f"error: {here / 'merged'}: another process is exporting to it; wait for it, or give" in second[0].stderr
+    assert f"error: {here / 'merged'}: process {os.getpid()} on " in second[0].stderr
+    assert "is exporting to it; wait for that export, or give another --output-dir" in second[0].stderr
 
 
 # -------------------------------------------------------------------------------------------------------- kills
