@@ -181,11 +181,12 @@ def test_an_earlier_folder_is_replaced_at_the_end_alone(tmp_path: Path, monkeypa
     assert_whole(output)
 
 
-def test_a_flipped_bit_anywhere_in_a_half_made_export_is_found(tmp_path: Path, monkeypatch, caplog):
+@pytest.mark.parametrize("tries", [30, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_flipped_bit_anywhere_in_a_half_made_export_is_found(tmp_path: Path, monkeypatch, caplog, tries):
     monkeypatch.setattr(staging, "SAVE_EVERY", 1)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     draw = random.Random(0)
-    for number in range(40):
+    for number in range(tries):
         output = tmp_path / str(number) / "out"
         with pytest.raises(KeyboardInterrupt), staged_folder(output, INPUTS) as stage:
             with stage.whole("b.bin") as path:

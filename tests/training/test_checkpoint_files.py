@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import math
+import os
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,10 +27,10 @@ from tiny_runs import (
 )
 
 from qlora_tool.adapters.peft_reading import read_adapter
-from qlora_tool.errors import UserError
+from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.sealed import read_sealed, write_sealed
 from qlora_tool.once import log_once
-from qlora_tool.training import belonging
+from qlora_tool.training import belonging, loop
 from qlora_tool.training.checkpoints import Checkpoint
 from qlora_tool.training.loop import train
 
@@ -62,17 +66,17 @@ def flip(file: Path, bit: int) -> None:
     file.write_bytes(content)
 
 
-def test_a_flipped_bit_anywhere_is_found(stopped, tmp_path):
+def test_two_hundred_flipped_bits_of_a_checkpoint_are_found(stopped):
     checkpoint = stopped / "checkpoints" / "step-000003"
-    Checkpoint.read(checkpoint)
-    draw = random.Random(0)
-    files = sorted(checkpoint.iterdir())
-    for number in range(40):
-        copy = shutil.copytree(checkpoint, tmp_path / str(number) / checkpoint.name)
-        file = copy / files[number % len(files)].name
-        flip(file, draw.randrange(8 * file.stat().st_size))
+    draw, files = random.Random(5), sorted(checkpoint.iterdir())
+    for number in range(200):
+        file = files[number % len(files)]
+        bit = draw.randrange(8 * file.stat().st_size)
+        flip(file, bit)
         with pytest.raises(UserError, match="this checkpoint is broken"):
-            Checkpoint.read(copy)
+            Checkpoint.read(checkpoint)
+        flip(file, bit)
+    Checkpoint.read(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
@@ -300,8 +304,6 @@ def test_overwriting_keeps_the_earlier_run_until_the_new_one_is_done(config, tmp
 
 
 def test_two_runs_at_once_into_one_folder(config, tmp_path, monkeypatch):
-    from qlora_tool.training import loop
-
     lines = []
 
     def second(*arguments, train_step=loop.train_step):
@@ -327,14 +329,15 @@ def test_a_users_adapter_where_a_run_would_write_is_left(config, tmp_path):
     assert [path.name for path in (tmp_path / "run").rglob("*")] == ["adapter", "adapter_config.json"]
 
 
-def test_a_flipped_bit_of_an_adapter_is_found(config, tmp_path, caplog):
+@pytest.mark.parametrize("tries", [30, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_flipped_bit_of_an_adapter_is_found(config, tmp_path, caplog, tries):
     train(config())
     adapter = tmp_path / "run" / "adapter"
     draw, files = random.Random(1), sorted((tmp_path / "run" / "adapter").iterdir())
     caplog.clear()
     read_adapter(adapter)
     assert not caplog.records
-    for number in range(30):
+    for number in range(tries):
         log_once.cache_clear()
         caplog.clear()
         copy = shutil.copytree(adapter, tmp_path / str(number))
@@ -347,3 +350,56 @@ def test_a_flipped_bit_of_an_adapter_is_found(config, tmp_path, caplog):
             refused = str(error)
         assert refused or [record for record in caplog.records if str(copy) in record.getMessage()], file
         assert "adapter_model.safetensors" in refused or file.name != "adapter_model.safetensors"
+
+
+# ------------------------------------------------------------------------------------------------ what a machine does
+
+
+def test_a_folder_that_is_removed_while_it_is_trained_into(config, tmp_path, monkeypatch):
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+
+    def step(*arguments, train_step=loop.train_step):
+        if (folder / "checkpoints" / "step-000002").exists():
+            folder.rename(moved)
+        return train_step(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    with pytest.raises(MachineError, match=f"{folder}: was removed or moved while the run trained into it; put"):
+        train(config(training__save_steps=2))
+    monkeypatch.undo()
+    assert not folder.exists()
+    moved.rename(folder)
+    train(config(training__save_steps=2))
+    train(config("whole"))
+    assert_same_run(folder, tmp_path / "whole")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_stderr_that_is_full_closed_or_gone_does_not_end_a_run(config, tmp_path, monkeypatch):
+    closed = Path("/dev/full").open("w")  # noqa: SIM115 -- closed at once, and used so
+    closed.close()
+    with Path("/dev/full").open("w") as full:
+        for number, stream in enumerate((full, closed, None)):
+            monkeypatch.setattr(sys, "stderr", stream)
+            assert train(config(f"run-{number}")).progress.step == 6
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+
+
+def test_a_failing_disk_says_where_the_run_goes_on(config, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+
+    def fail(source, target, replace=os.replace):
+        if Path(target).name == "step-000004":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(MachineError) as error:
+        train(config(training__save_steps=2))
+    (line,) = error.value.lines
+    saved = folder / "checkpoints" / "step-000002"
+    assert "step-000004: Input/output error; the disk fails" in line
+    assert line.endswith(f"; the same command then goes on from {saved}")
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]

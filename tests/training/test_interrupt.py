@@ -92,3 +92,16 @@ def test_a_run_that_is_interrupted_goes_on_as_if_it_had_not_been(tmp_path, numbe
     kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert kept["training"]["max_steps"] == STEPS
     assert load_config(str(tmp_path / "run" / "config.yaml")).adapter.lora_dropout == 0.1
+
+
+def test_a_hangup_stops_a_run_saved_and_one_that_is_ignored_stays_so():
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.signal_number == signal.SIGHUP
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.signal_number is None
+    finally:
+        signal.signal(signal.SIGHUP, previous)

@@ -4,10 +4,10 @@
     tools/measure torture --work /tmp/torture --train-kills 50 --export-kills 20 --faults 20
 
 A tiny model is trained in several ways (adamw, adamw_8bit, DoRA, packing, dropout, accumulation), each once
-undisturbed. Then each time in a process of its own: it kills itself with SIGKILL before a random one of its calls to the system or
-before a random step, or the disk fails it from a random call on for a while (full, read-only, broken), and the same
-command is run again until it is done. The adapter has to be that of the undisturbed run, byte for byte; likewise the
-files of an export. After a fault, all that was whole before has to be there.
+undisturbed. Then each time in a process of its own: it kills itself with SIGKILL before a random one of its calls to
+the system or before a random step, or the disk fails it from a random call on for a while (full, read-only, broken),
+and the same command is run again until it is done. The adapter has to be that of the undisturbed run, byte for byte;
+likewise the files of an export. After a fault, all that was whole before has to be there.
 
 The seed draws the moments. Without numbers the three kinds take turns until the time is over.
 """
