@@ -270,7 +270,7 @@ def test_what_export_refuses(here: Path):
     export = ("--output-dir", "merged")
     expected = {
         ("run", "--output-dir", "taken"): "taken: exists; give --overwrite to replace it, or another --output-dir",
-        ("run", "--output-dir", "taken", "--overwrite"): "taken: holds something other than a model, which "
+        ("run", "--output-dir", "taken", "--overwrite"): "taken: holds something other than an export, which "
         "--overwrite would delete; give another --output-dir",
         ("run", "--output-dir", ".", "--overwrite"): ".: holds something other than a model, which --overwrite "
         "would delete; give another --output-dir",

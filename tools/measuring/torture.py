@@ -1,4 +1,4 @@
-"""Kills and faults of the disk in training and export, again and again: the same bytes, and nothing lost.
+"""Kills and faults of the disk in training and export, again and again: nothing lost.
 
     tools/measure torture --work /tmp/torture --seconds 3600 --seed 7
     tools/measure torture --work /tmp/torture --train-kills 50 --export-kills 20 --faults 20
