@@ -28,6 +28,7 @@ from qlora_tool.inference.evaluation import EvaluationResult, evaluate_loss
 from qlora_tool.model.devices import choose_device
 from qlora_tool.model.streamed_base import disk_of
 from qlora_tool.model.tokenizer_files import save_tokenizer
+from qlora_tool.ops.determinism import full_determinism
 from qlora_tool.ops.products import products_choice, use_products
 from qlora_tool.run_folder import RunFolder
 from qlora_tool.training.best import best_so_far, metric_of, note_evaluation, out_of_patience, take_best_along
@@ -77,8 +78,9 @@ def train(
         Interrupted: a signal asked to stop; a checkpoint was saved.
     """
     refuse_at_once(config)
-    world = World.join(choose_device(config.model.device).type) if World.launched().size > 1 else World()
-    with world.until_done():
+    device = choose_device(config.model.device).type
+    world = World.join(device) if World.launched().size > 1 else World()
+    with world.until_done(), full_determinism(config.training.full_determinism and device == "cuda"):
         return _train(config, world, Path(resume) if resume not in ("auto", "never") else resume, extend, overwrite,
                       dry_run, watcher)  # fmt: skip
 
@@ -215,8 +217,8 @@ def _take_over(run: Run, checkpoint: Checkpoint | None) -> None:
                 f"{checkpoint.path}: {run.progress.step} steps were trained, but this run has {run.plan.total_steps}; "
                 "give more training.max_steps, or resume from an earlier checkpoint"
             )
-        card = run.model.device.type != "cpu"
-        about = "; on a card not to the bit: its attention adds in no fixed order" if card else ""
+        varies = run.model.device.type != "cpu" and not run.training.full_determinism
+        about = "; on a card not to the bit (training.full_determinism)" if varies else ""
         logger.info("resumed: step %d, from %s%s", run.progress.step, checkpoint.path, about)
     if run.model.device.type == "cpu":
         run.progress.products = products_choice()
