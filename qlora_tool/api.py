@@ -147,7 +147,8 @@ def profile_memory(
         config: a configuration.
         set: keys that are to have other values; see `train`.
         device: cuda or cpu; None: cuda, unless the configuration says cpu.
-        device_memory: what must suffice: a size such as 24GB, bytes, or a card such as rtx-4090.
+        device_memory: what must suffice: a size such as 24GB, bytes, or a card such as rtx-4090; for a plan, by default
+            what the device that is here has free.
         processes: that train together, each on a device like this one, or all on this CPU, which they share; the bytes
             are those of one of them.
         measure: also run real steps, on random weights, on the device that is here.
@@ -164,6 +165,7 @@ def profile_memory(
         MachineError: the hub is out of reach.
     """
     configuration = load_config(config, set)
+    from qlora_tool.memory.allocator.available import budget_here
     from qlora_tool.memory.allocator.cards import CARDS, parse_device_memory
 
     if device not in (None, "cuda", "cpu"):
@@ -177,9 +179,12 @@ def profile_memory(
     budget = parse_device_memory(named) if named else None
     if plot is not None and Path(plot).suffix not in (".png", ".html"):
         raise OptionError(f"invalid value for --plot: {os.fspath(plot)}: expected a name that ends in .png or .html")
-    if plan and budget is None and configuration.training.max_memory is None:
-        raise OptionError("--plan needs to know what must suffice: give --device-memory, such as 24GB or rtx-4090")
     device = device or ("cpu" if configuration.model.device == "cpu" else "cuda")
+    if plan and budget is None and configuration.training.max_memory is None:
+        budget = budget_here(device)
+        if budget is None:
+            raise OptionError("--plan needs to know what must suffice: no card is here; give --device-memory, such as "
+                              "24GB or rtx-4090, or --device cpu")  # fmt: skip
     if device == "cpu" and budget is not None and budget.name in {card.name for card in CARDS}:
         raise OptionError(
             f"--device-memory {budget.name}: a card, but the prediction is for a CPU; give --device cuda, or a size "

@@ -216,7 +216,8 @@ REFUSED = {
         lambda run: generate(run, prompt="a", top_p=0.9), ["generate", "RUN", "--prompt", "a", "--top-p", "0.9"],
     ),
     "a plan for nothing": (
-        lambda run: profile_memory(f"{run}/config.yaml", plan=True), ["profile-memory", "RUN/config.yaml", "--plan"],
+        lambda run: profile_memory(f"{run}/config.yaml", plan=True, device_memory="-1GB"),
+        ["profile-memory", "RUN/config.yaml", "--plan", "--device-memory=-1GB"],
     ),
     "a folder that holds the run": (
         lambda run: train(f"{run}/config.yaml", resume="never"), ["train", "RUN/config.yaml", "--resume", "never"],

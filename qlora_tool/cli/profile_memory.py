@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 @click.option("--set", multiple=True, metavar="KEY=VALUE", help="Override one key; repeatable.")
 @click.option("--device", type=click.Choice([device for device in get_args(Device) if device != "auto"]),
               help="What to predict for; by default cuda, unless the configuration says cpu.")  # fmt: skip
-@click.option("--device-memory", metavar="24GB|CARD", help="What must suffice: a size, or a card such as rtx-4090.")
+@click.option("--device-memory", metavar="24GB|CARD",
+              help="What must suffice: a size, or a card such as rtx-4090; for --plan else what is free.")  # fmt: skip
 @click.option("--processes", type=int, default=1, show_default=True, metavar="N",
               help="How many train together; what one of them takes is shown.")  # fmt: skip
 @click.option("--measure", is_flag=True, help="Also run real steps, with random weights, and compare.")

@@ -248,6 +248,8 @@ class TrainingConfig(Keys):
     """What `auto` settings must stay within, e.g. 24GB or 22GiB."""
     seed: Annotated[int, Field(ge=0, le=2**64 - 1, title=_SEEDS), WHOLE, Mark.NOT_IN_MEMORY] = 0
     """Seeds the adapter's start, dropout and the order of the data."""
+    full_determinism: bool = False
+    """On CUDA: kernels that give the same bits each time; slower, and attention takes more memory."""
     logging_steps: Annotated[Count, Mark.NOT_IN_MEMORY, Mark.FREE_ON_RESUME] = 1
     """Steps between two lines of metrics.jsonl."""
     eval_steps: Annotated[Count | None, Mark.NOT_IN_MEMORY] = None

@@ -153,6 +153,7 @@ def profile(
     measure: bool = False,
     card: Card | None = None,
     recomputation: Recomputation | None = None,
+    prediction: Prediction | None = None,
     processes: int = 1,
 ) -> Profile:
     """Predict a run on `device` (cuda or cpu), and measure it too where asked for.
@@ -161,7 +162,8 @@ def profile(
         config: with every `auto` of the training section decided, but for what `recomputation` decides.
         measure: on the device that is here.
         card: to predict for; None: the one that is here, if any.
-        recomputation: what `gradient_checkpointing: auto` chose; see `memory.budget`.
+        recomputation: what `gradient_checkpointing: auto` chose; see `memory.plan.budget`.
+        prediction: of this run, where that was made to choose it.
         processes: that train together; one of them is predicted.
 
     Raises:
@@ -176,7 +178,7 @@ def profile(
     target = target_on(device, card)
     lines, measured, allocator_peak = {}, None, None
     try:
-        prediction = Prediction.of(predict(*run, device_of(target)), target)
+        prediction = prediction or Prediction.of(predict(*run, device_of(target)), target)
         predicted, estimated = prediction.breakdown, prediction.estimated
         lines["predicted"] = prediction.timeline
     except Untraceable as error:

@@ -134,7 +134,7 @@ def profile_run(
     recomputation = choice.recomputation if choice else None
     may_stream = limit is not None and not may_change and config.model.weights == "auto"
     found = profile(config, device, measure=measure and not may_stream, card=card, recomputation=recomputation,
-                    processes=processes)  # fmt: skip
+                    prediction=choice.prediction if choice else None, processes=processes)  # fmt: skip
     placed = _placed(config, found, limit, card) if limit is not None and may_stream else None
     if placed is not None:
         logger.warning("%s", placed)

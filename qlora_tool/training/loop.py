@@ -29,6 +29,7 @@ from qlora_tool.inference.evaluation import EvaluationResult, evaluate_loss
 from qlora_tool.model.devices import choose_device
 from qlora_tool.model.streamed_base import disk_of
 from qlora_tool.model.tokenizer_files import save_tokenizer
+from qlora_tool.ops.determinism import full_determinism
 from qlora_tool.ops.products import use_products
 from qlora_tool.run_folder import RunFolder
 from qlora_tool.training.belonging import belongs_to, made_by
@@ -82,8 +83,10 @@ def train(
         Interrupted: a signal asked to stop; a checkpoint was saved.
     """
     refuse_at_once(config)
-    world = World.join(choose_device(config.model.device).type) if World.launched().size > 1 else World()
-    with world.until_done(), alone_in(Path(config.training.output_dir), world, dry_run):
+    device = choose_device(config.model.device).type
+    world = World.join(device) if World.launched().size > 1 else World()
+    with (world.until_done(), alone_in(Path(config.training.output_dir), world, dry_run),
+          full_determinism(config.training.full_determinism and device == "cuda")):  # fmt: skip
         return _train(config, world, Path(resume) if resume not in ("auto", "never") else resume, extend, overwrite,
                       dry_run, watcher, allow_changes)  # fmt: skip
 

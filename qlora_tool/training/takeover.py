@@ -75,8 +75,8 @@ def take_over(run: Run, checkpoint: Checkpoint | None) -> None:
                 f"{checkpoint.path}: {run.progress.step} steps were trained, but this run has {run.plan.total_steps}; "
                 "give more training.max_steps, or resume from an earlier checkpoint"
             )
-        card = run.model.device.type != "cpu"
-        about = "; on a card not to the bit: its attention adds in no fixed order" if card else ""
+        varies = run.model.device.type != "cpu" and not run.training.full_determinism
+        about = "; on a card not to the bit (training.full_determinism)" if varies else ""
         logger.info("resumed: step %d, from %s%s", run.progress.step, checkpoint.path, about)
     if run.model.device.type == "cpu":
         run.progress.products = products_choice()

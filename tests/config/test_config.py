@@ -52,7 +52,8 @@ training: {output_dir: runs/my-model, num_train_epochs: auto, max_steps: -1, per
   lr_scheduler_type: cosine, warmup_steps: 0.03,
   weight_decay: 0.0, max_grad_norm: 1.0, label_smoothing_factor: 0.0, optim: adamw, optimizer_in_backward: false,
   gradient_checkpointing: auto,
-  offload_boundaries: false, tiled_mlp: false, max_memory: null, seed: 0, logging_steps: 1, eval_steps: null,
+  offload_boundaries: false, tiled_mlp: false, max_memory: null, seed: 0,
+  full_determinism: false, logging_steps: 1, eval_steps: null,
   save_steps: 100, save_total_limit: 2, load_best_model_at_end: false, metric_for_best_model: loss,
   early_stopping_patience: null, sharding: none, report_to: []}
 """
@@ -452,6 +453,7 @@ def test_the_keys_that_the_memory_of_a_step_depends_on():
         *(f"training.{key}" for key in (
             "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "label_smoothing_factor", "optim",
             "optimizer_in_backward", "gradient_checkpointing", "offload_boundaries", "tiled_mlp", "sharding",
+            "full_determinism",
         )),
     }  # fmt: skip
     assert memory_settings(with_values(Config(), {"adapter.r": 8}))["adapter.r"] == 8

@@ -13,13 +13,14 @@ import pytest
 import torch
 from cached_traces import once
 from click.testing import CliRunner
-from tiny_models import tiny_config
+from tiny_models import tiny_config, write_tiny
 from tiny_runs import adapter_bytes, run_config, write_model, write_rows
 
 from qlora_tool.build.setup import Setup
 from qlora_tool.cli import main
 from qlora_tool.config import Config, config_to_yaml, load_config, with_values
 from qlora_tool.files.cache import cache_folder
+from qlora_tool.memory import profile as profiling
 from qlora_tool.memory.allocator.cards import Budget, parse_device_memory
 from qlora_tool.memory.allocator.target import CudaTarget
 from qlora_tool.memory.plan import budget
@@ -27,6 +28,7 @@ from qlora_tool.memory.plan import cure as curing
 from qlora_tool.memory.plan.budget import BudgetTooSmall, Choice, choose, choose_for_run
 from qlora_tool.memory.plan.limit import limit_on
 from qlora_tool.memory.profile import model_config_of
+from qlora_tool.memory.profile_run import profile_run
 from qlora_tool.memory.show.legend import full_size
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.flops import flops_of
@@ -269,6 +271,21 @@ def test_the_choice_is_made_once(monkeypatch, extremes):
     file.write_text("{}")
     with pytest.raises(AssertionError, match="chosen again"):
         chosen(size)
+
+
+def test_what_the_choice_was_confirmed_by_is_what_a_profile_shows(tmp_path, monkeypatch):
+    """Predicted once; a second time the choice is known, and the prediction made again is the same to the byte."""
+    write_tiny("llama", tmp_path / "model", num_hidden_layers=4)
+    config = with_values(Config(), {"model.name_or_path": str(tmp_path / "model"), "data.max_length": 64})
+    device = Budget(10**10, "enough", False)
+    made = []
+    monkeypatch.setattr(profiling, "predict", lambda *run: made.append(run) or predict(*run))
+    first = profile_run(config, "cuda", device)
+    assert not made
+    second = profile_run(config, "cuda", device)
+    assert len(made) == 1
+    assert first.report == second.report
+    assert first.timelines["predicted"].totals.tolist() == second.timelines["predicted"].totals.tolist()
 
 
 def test_limits():

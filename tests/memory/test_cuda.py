@@ -132,6 +132,10 @@ def test_what_attention_takes():
     narrow = (2, 4, 100, 80)
     padded = call(CPU_ATTENTION_BACKWARD, 0, [narrow, narrow, narrow, narrow, narrow, (2, 100, 4)])
     assert temporaries_inside(padded, ADA) == [2 * 4 * 128 * 4, 2 * 128 * 4 * 96 * 4]
+    # Deterministic, 128 multiprocessors share out 32 heads as 4 sums of dQ, 8 heads of two rows as 16.
+    assert temporaries_inside(one_head_each, ADA, 128) == [rows, 4 * dq]
+    assert temporaries_inside(padded, ADA, 128) == [2 * 4 * 128 * 4, 16 * 2 * 128 * 4 * 96 * 4]
+    assert temporaries_inside(padded, ADA, 1) == temporaries_inside(padded, ADA)
     # A mask rules flash out, and so does fp32.
     masked = Attention.of(call(CPU_ATTENTION, 0, [narrow, narrow, narrow, (2, 1, 100, 100)]))
     assert masked.kernel(ADA) == "efficient" and masked.logsumexp("efficient") == 2 * 4 * 128 * 4
@@ -176,9 +180,25 @@ def test_packed_rows_go_through_one_kernel_of_variable_length():
     # dO·O and dQ in fp32 with 128 rows more for each of two segments; dK and dV of each of four heads that share two.
     rows = 128 + 2 * 128
     assert temporaries_inside(backward[0], ADA) == [4 * 4 * rows, 4 * rows * 4 * 64, *[128 * 4 * 64 * 2] * 2]
+    assert temporaries_inside(backward[0], ADA, 66)[1] == 9 * 4 * rows * 4 * 64  # for two segments of four heads
     in_fp32 = tiny_trace(segments=(60, 68), rows=1, dtype=torch.float32)
     steps = [Attention.of(one) for one in in_fp32.calls if one.operator == CPU_ATTENTION and one.phase != "load"]
     assert {(one.queries, one.key_heads, one.masked) for one in steps} == {(60, 4, False), (68, 4, False)}
+
+
+def test_deterministic_kernels_take_more():
+    """Two rows of four heads: 144 multiprocessors make 18 sums of dQ, 2 x 128 x 4 x 64 in fp32 each; and the workspaces
+    of both threads' cuBLAS are those of Hopper on every card."""
+    plain, fixed = (tiny_trace({"training.full_determinism": wanted}) for wanted in (False, True))
+    assert not plain.deterministic and fixed.deterministic
+    found, other = (cuda_timeline(one, compute_capability=ADA, multiprocessors=144) for one in (fixed, plain))
+    assert found.workspace_bytes == 64 * MIB and other.workspace_bytes == 2 * 8519680
+    (dq,) = {max(temporaries_inside(one, ADA, 144)) for one in fixed.calls if one.operator == CPU_ATTENTION_BACKWARD}
+    assert dq == 18 * 2 * 128 * 4 * 64 * 4
+    assert found.allocated_peak - other.allocated_peak >= found.workspace_bytes - other.workspace_bytes
+    # Of a card that nothing is known of, the most multiprocessors of its kind: the RTX 6000's 142.
+    assert cuda_timeline(fixed, compute_capability=ADA).allocated_peak == cuda_timeline(
+        fixed, compute_capability=ADA, multiprocessors=142).allocated_peak  # fmt: skip
 
 
 @pytest.mark.skipif(not has_onednn(), reason="this PyTorch has no oneDNN")

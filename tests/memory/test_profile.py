@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from tiny_models import tiny_config, write_tiny
@@ -14,8 +16,9 @@ from qlora_tool.build.open import open_model
 from qlora_tool.config import Config, with_values
 from qlora_tool.errors import UserError
 from qlora_tool.memory.allocator import target as target_module
+from qlora_tool.memory.allocator.available import budget_here
 from qlora_tool.memory.allocator.calibrate import Calibration
-from qlora_tool.memory.allocator.cards import find_card
+from qlora_tool.memory.allocator.cards import Budget, find_card
 from qlora_tool.memory.allocator.target import CudaTarget
 from qlora_tool.memory.breakdown import Breakdown
 from qlora_tool.memory.profile import (
@@ -161,14 +164,28 @@ def h100(monkeypatch: pytest.MonkeyPatch):
     """As if this machine had a calibrated H100."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: HERE.device_name)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
     monkeypatch.setattr(target_module, "cached_calibration", lambda name: HERE if name == HERE.device_name else None)
 
 
 def test_the_card_that_is_here_is_predicted_for_with_what_was_measured_on_it(h100):
-    here = CudaTarget((9, 0), HERE, False, tensor_tflops=find_card("h100").tensor_tflops, here=True)
+    here = CudaTarget((9, 0), HERE, False, tensor_tflops=find_card("h100").tensor_tflops, here=True,
+                      multiprocessors=132)  # fmt: skip
     assert CudaTarget.of(None) == CudaTarget.of(find_card("h100")) == here and here.tensor_tflops > 500
-    assert CudaTarget.of(find_card("rtx-3090")) == CudaTarget((8, 6), None, False, tensor_tflops=71.2)
+    assert CudaTarget.of(find_card("rtx-3090")) == CudaTarget(
+        (8, 6), None, False, tensor_tflops=71.2, multiprocessors=82)  # fmt: skip
+
+
+def test_a_plan_without_a_size_is_for_what_is_here(h100, monkeypatch: pytest.MonkeyPatch):
+    """The card's free memory and this process's own context; others' memory is theirs. On a CPU what is available."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (60 * 10**9, 85 * 10**9))
+    assert budget_here("cuda") == Budget(60 * 10**9 + HERE.context_bytes, f"what {HERE.device_name} has free", False)
+    assert 10**8 < budget_here("cpu").bytes < psutil.virtual_memory().total
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert budget_here("cuda") is None
 
 
 def test_a_card_that_is_not_here(monkeypatch: pytest.MonkeyPatch):

@@ -102,6 +102,10 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "llama-7b-packed": Configuration(_LLAMA_7B, 1, 2048, _EIGHT_BIT, _MANY),
     "llama-7b-offloaded": Configuration(_LLAMA_7B, 1, 2048, {"training.offload_boundaries": True} | _EIGHT_BIT),
     "llama-7b-smallest": Configuration(_LLAMA_7B, 1, 2048, _SMALLEST | _EIGHT_BIT),
+    "llama-7b-deterministic": Configuration(_LLAMA_7B, 1, 2048, {"training.full_determinism": True} | _EIGHT_BIT),
+    "llama-7b-deterministic-packed": Configuration(
+        _LLAMA_7B, 1, 2048, {"training.full_determinism": True} | _EIGHT_BIT, _MANY
+    ),
     "llama-7b-expandable": Configuration(_LLAMA_7B, 1, 2048, _EIGHT_BIT, expandable=True),
     "llama-1b": Configuration(_LLAMA_1B, 2, 2048),
     "qwen2-1.5b-packed": Configuration(_QWEN, 1, 2048, {}, (700, 500, 848)),

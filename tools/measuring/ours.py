@@ -340,20 +340,35 @@ class StepMemory:
     padded: bool = False
     examples: tuple[int, ...] | None = None
 
-    def ready(self, device: str) -> Callable[[], Any]:
-        """Load the model on a device; what takes a step there and gives its loss as a tensor."""
+    def ready(self, device: str, keeps_weights: bool = False) -> Callable[[], Any]:
+        """Load the model on a device; what takes a step there and gives its loss as a tensor.
+
+        With `keeps_weights` everything is recomputed, and weights are kept from then until their gradients' products.
+        """
         import torch
 
         from qlora_tool.build.build import build
         from qlora_tool.build.tensors import Random
+        from qlora_tool.ops.determinism import full_determinism
         from qlora_tool.training.optimizers import make_optimizer, parameter_groups
         from qlora_tool.training.step import StepSettings, train_step
 
         config, model_config, shape, dtype = self._arguments()
-        built = build(config, model_config, Random(), device=torch.device(device), compute_dtype=dtype)
+        built = build(config, model_config, Random(), device=torch.device(device), compute_dtype=dtype,
+                      recomputation=self._keeping() if keeps_weights else None)  # fmt: skip
         optimizer = make_optimizer(config.training, parameter_groups(built.adapters))
         batch, settings = shape.batch().to(device), StepSettings.of(config.training)
-        return lambda: train_step(built.model, optimizer, [batch], settings, 1e-4).loss
+
+        def step() -> Any:
+            with full_determinism(config.training.full_determinism):
+                return train_step(built.model, optimizer, [batch], settings, 1e-4).loss
+
+        return step
+
+    def _keeping(self) -> Any:
+        from qlora_tool.model.checkpointing import ALL_RECOMPUTED, Recomputation
+
+        return Recomputation.uniform(ALL_RECOMPUTED, self.model_config.num_hidden_layers, keeps_weights=True)
 
     def _arguments(self) -> tuple[Any, ...]:
         from qlora_tool.memory.trace.predict import BatchShape
@@ -393,6 +408,7 @@ class StepMemory:
             expandable_segments=expandable_segments,
             compute_capability=tuple(device["capability"]),
             calibration=Calibration(**device["calibration"]) if device.get("calibration") else None,
+            multiprocessors=device.get("multiprocessors"),
         )
 
     def watched_without_data(self, watch: Any, capability: tuple[int, int], keeps_weights: bool = False) -> None:
@@ -403,15 +419,12 @@ class StepMemory:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         from qlora_tool.memory.trace.predict import trial_run
-        from qlora_tool.model.checkpointing import ALL_RECOMPUTED, Recomputation
         from qlora_tool.model.experts import assuming_routing, even_shares
         from qlora_tool.ops.declare import Target, meant_for
 
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake, meant_for(Target("cuda", capability)), assuming_routing(even_shares), watch:
-            layers = self.model_config.num_hidden_layers
-            keeping = Recomputation.uniform(ALL_RECOMPUTED, layers, keeps_weights=True) if keeps_weights else None
-            trial_run(*self._arguments(), keeping, watch=watch)
+            trial_run(*self._arguments(), self._keeping() if keeps_weights else None, watch=watch)
 
     def measured_on_cuda(self) -> Any:
         """The breakdown and the allocator's history of a step on the device."""
@@ -479,6 +492,7 @@ def look_at_cuda() -> dict[str, Any]:
     return {
         "name": calibration.device_name,
         "capability": list(torch.cuda.get_device_capability()),
+        "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
         "total_bytes": torch.cuda.get_device_properties(0).total_memory,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),

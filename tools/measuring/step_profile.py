@@ -37,6 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=at_least(1), default=5, metavar="N", help="that are timed (default: 5)")
     parser.add_argument("--without", nargs="+", default=[], choices=KERNELS, metavar="KERNEL",
                         help=f"run by its reference: {', '.join(KERNELS)}")  # fmt: skip
+    parser.add_argument("--keep-weights", action="store_true",
+                        help="recompute all; what is dequantized then is kept for its gradients")  # fmt: skip
     parser.add_argument("--no-profile", action="store_true", help="only take the time")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="the profiler's trace, for perfetto (.json.gz)")
     add_outputs(parser)
@@ -50,14 +52,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     leave_out_kernels(options.without)
     one = CONFIGURATIONS[options.configuration]
     say(f"{options.configuration}: loading")
-    step = one.step().ready("cuda")
+    step = one.step().ready("cuda", options.keep_weights)
     for _ in range(2):
         step()
     seconds = [_timed(step) for _ in range(options.steps)]
     median = statistics.median(seconds)
     results = {
         "machine": machine(), "device": torch.cuda.get_device_name(), "configuration": options.configuration,
-        "without": options.without, "seconds": seconds, "tokens_per_second": one.rows * one.length / median,
+        "without": options.without, "keeps_weights": options.keep_weights, "seconds": seconds,
+        "tokens_per_second": one.rows * one.length / median,
         "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
     }  # fmt: skip
     save_results(options.json, results)

@@ -1,9 +1,9 @@
 """Training on a card with the base in host memory, beside all of it there (a 70B: 6 minutes, 80 GB).
 
 Processes take turns, each of which trains the same model on the same batches from the same start: one with the base's
-layers on the card, which must have the room, and one for each cap with them in host memory, where the allocator may
-hold no more than the cap (`torch.cuda.set_per_process_memory_fraction`). All read the quantized base that the cache
-has.
+layers on the card, which must have the room, and one for each cap with them in host memory, or on the disk, where the
+allocator may hold no more than the cap (`torch.cuda.set_per_process_memory_fraction`). All read the quantized base that
+the cache has.
 
     export QLORA_TOOL_CACHE=/dev/shm/cache
     tools/make kept-base /tmp/llama70b --shape llama-2-70b --compute-dtype bfloat16 --device cuda
@@ -20,11 +20,8 @@ flash attention adds in the order in which its blocks finish, and gives other bi
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import statistics
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from measuring.benchmark.scenarios import set_by_hand
@@ -34,23 +31,7 @@ from measuring.processes import in_fresh_process
 from measuring.results import passed_or_missed, say, show_table
 from qlora_tool.config import Config, parse_size, with_values
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or PyTorch's deterministic mode refuses products
 SHARE_LIMIT, SLOWER_LIMIT = 0.8, 1.1
-
-
-@contextlib.contextmanager
-def deterministic() -> Iterator[None]:
-    """Kernels that add in one order, where PyTorch has them; memory is not filled beforehand."""
-    import torch
-
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def train(config: dict[str, Any], rows: int, lengths: list[int], steps: int, cap: int | None) -> dict[str, Any]:
@@ -62,7 +43,9 @@ def train(config: dict[str, Any], rows: int, lengths: list[int], steps: int, cap
     """
     import torch
 
-    from qlora_tool.ops.bandwidths import card_rate
+    from qlora_tool.files.cache import cache_folder
+    from qlora_tool.ops.bandwidths import card_rate, read_rate
+    from qlora_tool.ops.determinism import full_determinism
 
     asked = Config.model_validate(config)
     if cap is not None:
@@ -71,15 +54,17 @@ def train(config: dict[str, Any], rows: int, lengths: list[int], steps: int, cap
     batches = {length: batch_of_tokens(random_tokens(rows, length, vocabulary, length)) for length in lengths}
     start = time.perf_counter()
     side = OurSide(asked, batches[max(lengths)])
-    figures: dict[str, Any] = {"load_seconds": time.perf_counter() - start, "copy_rate": card_rate(side.device)}
+    from_disk = config["model"]["weights"] == "disk"
+    rate = read_rate(cache_folder())[0] if from_disk else card_rate(side.device)
+    figures: dict[str, Any] = {"load_seconds": time.perf_counter() - start, "copy_rate": rate}
     say(f"{config['model']['weights']}, capped at {cap}: loaded in {figures['load_seconds']:.0f} s")
     figures["lengths"] = {}
-    with deterministic():
+    with full_determinism(True):
         side.step(batches[min(lengths)].to(side.device))  # B is zero before it, and so is the gradient of A
     for length, batch in batches.items():
         batch = batch.to(side.device)
         repeats = len({side.step_with_digest(batch, 0.0) for _ in range(2)}) == 1
-        with deterministic():
+        with full_determinism(True):
             loss, digest = side.step_with_digest(batch, 0.0)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -127,6 +112,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=at_least(1), default=2, help="rows of the batch (default: 2)")
     parser.add_argument("--lengths", type=at_least(2), nargs="+", default=[2048, 256], metavar="N",
                         help="tokens of a row, one after the other (default: 2048 256)")  # fmt: skip
+    parser.add_argument("--weights", choices=("host", "disk"), default="host", help="where they lie (default: host)")
     parser.add_argument("--steps", type=at_least(1), default=3, help="timed at each length (default: 3)")
     parser.add_argument("--caps", nargs="+", default=["24GB", "16GB"], metavar="SIZE",
                         help="of what the allocator may hold (default: 24GB 16GB)")  # fmt: skip
@@ -143,13 +129,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "training.optim": "adamw_8bit",
     } | set_by_hand(options.set))  # fmt: skip
     turns: dict[str, dict[str, Any]] = {}
-    for name, place, cap in [("resident", "resident", None), *((cap, "host", parse_size(cap)) for cap in options.caps)]:
+    streamed = [(cap, options.weights, parse_size(cap)) for cap in options.caps]
+    for name, place, cap in [("resident", "resident", None), *streamed]:
         turns[name] = in_fresh_process(
             train, config=with_values(config, {"model.weights": place}).model_dump(mode="json"), rows=options.rows,
             lengths=options.lengths, steps=options.steps, cap=cap,
         )  # fmt: skip
-    streamed = {cap: turns[cap] for cap in options.caps}
-    return {"rows": options.rows, "turns": turns, **judge(turns["resident"], streamed, options.rows)}
+    found = judge(turns["resident"], {cap: turns[cap] for cap in options.caps}, options.rows)
+    return {"rows": options.rows, "weights": options.weights, "turns": turns, **found}
 
 
 def show(results: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from qlora_tool.memory.allocator.cards import Budget
+from qlora_tool.memory.allocator.target import CudaTarget
 from qlora_tool.ops.free_memory import free_bytes
 from qlora_tool.world import World
 
@@ -35,3 +37,17 @@ def available_bytes(device: torch.device, context_bytes: int) -> int:
     held = torch.cuda.memory_reserved(device)
     in_use = torch.cuda.mem_get_info(device)[1] - free - held
     return free + held + min(context_bytes, in_use)
+
+
+def budget_here(device: str) -> Budget | None:
+    """What a run may take now on this machine, of its card or of its memory; None where it has no card.
+
+    Args:
+        device: cuda or cpu.
+    """
+    if device == "cpu":
+        return Budget(available_bytes(torch.device("cpu"), 0), "what this machine has free", False)
+    if not torch.cuda.is_available():
+        return None
+    free = available_bytes(torch.device("cuda", torch.cuda.current_device()), CudaTarget.of(None).context_bytes)
+    return Budget(free, f"what {torch.cuda.get_device_name()} has free", False)

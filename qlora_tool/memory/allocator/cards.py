@@ -37,6 +37,7 @@ class Card:
         compute_capability: e.g. (8, 9).
         tensor_tflops: dense TFLOP/s on fp16 (and bf16, where it has that); None if it depends on the maker.
         bandwidth: GB/s (10^9 bytes) between the chip and its memory; None as above.
+        multiprocessors: how many; None below compute capability 8.0.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Card:
     compute_capability: tuple[int, int]
     tensor_tflops: float | None
     bandwidth: float | None
+    multiprocessors: int | None
 
     @property
     def bf16(self) -> bool:
@@ -78,93 +80,93 @@ def estimate_total(nominal_gib: int) -> int:
     return nominal_gib * GIB - kept
 
 
-# Name, GiB, MiB that CUDA sees (None: no reading), compute capability, TFLOP/s, GB/s. Where one name was sold with
-# several sizes, each is found as NAME-SIZEgb.
-_TABLE: tuple[tuple[str, int, int | None, tuple[int, int], float | None, float | None], ...] = (
+# Name, GiB, MiB that CUDA sees (None: no reading), compute capability, TFLOP/s, GB/s, multiprocessors (of those that
+# flash attention runs on). Where one name was sold with several sizes, each is found as NAME-SIZEgb.
+_TABLE: tuple[tuple[str, int, int | None, tuple[int, int], float | None, float | None, int | None], ...] = (
     # GeForce 20 (Turing)
-    ("rtx-2060", 6, 5918, (7, 5), 25.8, 336),
-    ("rtx-2060", 12, 11833, (7, 5), 28.7, 336),
-    ("rtx-2060-super", 8, None, (7, 5), 28.7, 448),
-    ("rtx-2070", 8, None, (7, 5), 29.9, 448),
-    ("rtx-2070-super", 8, None, (7, 5), 36.3, 448),
-    ("rtx-2080", 8, None, (7, 5), 40.3, 448),
-    ("rtx-2080-super", 8, None, (7, 5), 44.6, 496),
-    ("rtx-2080-ti", 11, 10825, (7, 5), 53.8, 616),
+    ("rtx-2060", 6, 5918, (7, 5), 25.8, 336, None),
+    ("rtx-2060", 12, 11833, (7, 5), 28.7, 336, None),
+    ("rtx-2060-super", 8, None, (7, 5), 28.7, 448, None),
+    ("rtx-2070", 8, None, (7, 5), 29.9, 448, None),
+    ("rtx-2070-super", 8, None, (7, 5), 36.3, 448, None),
+    ("rtx-2080", 8, None, (7, 5), 40.3, 448, None),
+    ("rtx-2080-super", 8, None, (7, 5), 44.6, 496, None),
+    ("rtx-2080-ti", 11, 10825, (7, 5), 53.8, 616, None),
     # GeForce 30 (Ampere)
-    ("rtx-3050", 6, 5803, (8, 6), 13.5, 168),
-    ("rtx-3050", 8, None, (8, 6), 18.2, 224),
-    ("rtx-3060", 12, 11910, (8, 6), 25.5, 360),
-    ("rtx-3060-ti", 8, None, (8, 6), 32.4, 448),
-    ("rtx-3070", 8, 7753, (8, 6), 40.6, 448),
-    ("rtx-3070-ti", 8, 7840, (8, 6), 43.5, 608),
-    ("rtx-3080", 10, 10002, (8, 6), 59.5, 760),
-    ("rtx-3080", 12, None, (8, 6), 61.3, 912),
-    ("rtx-3080-ti", 12, 11910, (8, 6), 68.2, 912),
-    ("rtx-3090", 24, 24123, (8, 6), 71.2, 936),
-    ("rtx-3090-ti", 24, 24110, (8, 6), 80.0, 1008),
+    ("rtx-3050", 6, 5803, (8, 6), 13.5, 168, 18),
+    ("rtx-3050", 8, None, (8, 6), 18.2, 224, 20),
+    ("rtx-3060", 12, 11910, (8, 6), 25.5, 360, 28),
+    ("rtx-3060-ti", 8, None, (8, 6), 32.4, 448, 38),
+    ("rtx-3070", 8, 7753, (8, 6), 40.6, 448, 46),
+    ("rtx-3070-ti", 8, 7840, (8, 6), 43.5, 608, 48),
+    ("rtx-3080", 10, 10002, (8, 6), 59.5, 760, 68),
+    ("rtx-3080", 12, None, (8, 6), 61.3, 912, 70),
+    ("rtx-3080-ti", 12, 11910, (8, 6), 68.2, 912, 80),
+    ("rtx-3090", 24, 24123, (8, 6), 71.2, 936, 82),
+    ("rtx-3090-ti", 24, 24110, (8, 6), 80.0, 1008, 84),
     # GeForce 40 (Ada)
-    ("rtx-4060", 8, 7807, (8, 9), 30.2, 272),
-    ("rtx-4060-ti", 8, 7806, (8, 9), 44.1, 288),
-    ("rtx-4060-ti", 16, None, (8, 9), 44.1, 288),
-    ("rtx-4070", 12, 11866, (8, 9), 58.3, 504),
-    ("rtx-4070-super", 12, None, (8, 9), 71.0, 504),
-    ("rtx-4070-ti", 12, None, (8, 9), 80.2, 504),
-    ("rtx-4070-ti-super", 16, 15934, (8, 9), 88.2, 672),
-    ("rtx-4080", 16, None, (8, 9), 97.5, 717),
-    ("rtx-4080-super", 16, 15944, (8, 9), 104.4, 736),
-    ("rtx-4090", 24, 24081, (8, 9), 165.2, 1008),
+    ("rtx-4060", 8, 7807, (8, 9), 30.2, 272, 24),
+    ("rtx-4060-ti", 8, 7806, (8, 9), 44.1, 288, 34),
+    ("rtx-4060-ti", 16, None, (8, 9), 44.1, 288, 34),
+    ("rtx-4070", 12, 11866, (8, 9), 58.3, 504, 46),
+    ("rtx-4070-super", 12, None, (8, 9), 71.0, 504, 56),
+    ("rtx-4070-ti", 12, None, (8, 9), 80.2, 504, 60),
+    ("rtx-4070-ti-super", 16, 15934, (8, 9), 88.2, 672, 66),
+    ("rtx-4080", 16, None, (8, 9), 97.5, 717, 76),
+    ("rtx-4080-super", 16, 15944, (8, 9), 104.4, 736, 80),
+    ("rtx-4090", 24, 24081, (8, 9), 165.2, 1008, 128),
     # GeForce 50 (Blackwell)
-    ("rtx-5060", 8, None, (12, 0), 38.4, 448),
-    ("rtx-5060-ti", 8, None, (12, 0), 47.4, 448),
-    ("rtx-5060-ti", 16, 15825, (12, 0), 47.4, 448),
-    ("rtx-5070", 12, None, (12, 0), 61.7, 672),
-    ("rtx-5070-ti", 16, 15808, (12, 0), 87.9, 896),
-    ("rtx-5080", 16, 15840, (12, 0), 112.6, 960),
-    ("rtx-5090", 32, 32102, (12, 0), 209.5, 1792),
+    ("rtx-5060", 8, None, (12, 0), 38.4, 448, 30),
+    ("rtx-5060-ti", 8, None, (12, 0), 47.4, 448, 36),
+    ("rtx-5060-ti", 16, 15825, (12, 0), 47.4, 448, 36),
+    ("rtx-5070", 12, None, (12, 0), 61.7, 672, 48),
+    ("rtx-5070-ti", 16, 15808, (12, 0), 87.9, 896, 70),
+    ("rtx-5080", 16, 15840, (12, 0), 112.6, 960, 84),
+    ("rtx-5090", 32, 32102, (12, 0), 209.5, 1792, 170),
     # GeForce for laptops
-    ("rtx-2060-laptop", 6, None, (7, 5), None, None),
-    ("rtx-2070-laptop", 8, None, (7, 5), None, None),
-    ("rtx-2080-laptop", 8, None, (7, 5), None, None),
-    ("rtx-3050-laptop", 4, None, (8, 6), None, None),
-    ("rtx-3050-laptop", 6, 5806, (8, 6), None, None),
-    ("rtx-3060-laptop", 6, None, (8, 6), None, None),
-    ("rtx-3070-laptop", 8, None, (8, 6), None, None),
-    ("rtx-3070-ti-laptop", 8, 7850, (8, 6), None, None),
-    ("rtx-3080-laptop", 8, None, (8, 6), None, None),
-    ("rtx-3080-laptop", 16, None, (8, 6), None, None),
-    ("rtx-3080-ti-laptop", 16, None, (8, 6), None, None),
-    ("rtx-4050-laptop", 6, None, (8, 9), None, None),
-    ("rtx-4060-laptop", 8, 7815, (8, 9), None, None),
-    ("rtx-4070-laptop", 8, None, (8, 9), None, None),
-    ("rtx-4080-laptop", 12, None, (8, 9), None, None),
-    ("rtx-4090-laptop", 16, None, (8, 9), None, None),
-    ("rtx-5060-laptop", 8, None, (12, 0), None, None),
-    ("rtx-5070-laptop", 8, None, (12, 0), None, None),
-    ("rtx-5070-ti-laptop", 12, None, (12, 0), None, None),
-    ("rtx-5080-laptop", 16, None, (12, 0), None, None),
-    ("rtx-5090-laptop", 24, None, (12, 0), None, None),
+    ("rtx-2060-laptop", 6, None, (7, 5), None, None, None),
+    ("rtx-2070-laptop", 8, None, (7, 5), None, None, None),
+    ("rtx-2080-laptop", 8, None, (7, 5), None, None, None),
+    ("rtx-3050-laptop", 4, None, (8, 6), None, None, 16),
+    ("rtx-3050-laptop", 6, 5806, (8, 6), None, None, 20),
+    ("rtx-3060-laptop", 6, None, (8, 6), None, None, 30),
+    ("rtx-3070-laptop", 8, None, (8, 6), None, None, 40),
+    ("rtx-3070-ti-laptop", 8, 7850, (8, 6), None, None, 46),
+    ("rtx-3080-laptop", 8, None, (8, 6), None, None, 48),
+    ("rtx-3080-laptop", 16, None, (8, 6), None, None, 48),
+    ("rtx-3080-ti-laptop", 16, None, (8, 6), None, None, 58),
+    ("rtx-4050-laptop", 6, None, (8, 9), None, None, 20),
+    ("rtx-4060-laptop", 8, 7815, (8, 9), None, None, 24),
+    ("rtx-4070-laptop", 8, None, (8, 9), None, None, 36),
+    ("rtx-4080-laptop", 12, None, (8, 9), None, None, 58),
+    ("rtx-4090-laptop", 16, None, (8, 9), None, None, 76),
+    ("rtx-5060-laptop", 8, None, (12, 0), None, None, 26),
+    ("rtx-5070-laptop", 8, None, (12, 0), None, None, 36),
+    ("rtx-5070-ti-laptop", 12, None, (12, 0), None, None, 46),
+    ("rtx-5080-laptop", 16, None, (12, 0), None, None, 60),
+    ("rtx-5090-laptop", 24, None, (12, 0), None, None, 82),
     # Workstations
-    ("rtx-a4000", 16, None, (8, 6), 76.7, 448),
-    ("rtx-a5000", 24, 24114, (8, 6), 111.1, 768),
-    ("rtx-a6000", 48, 48537, (8, 6), 154.8, 768),
-    ("rtx-6000-ada", 48, 48520, (8, 9), 364.2, 960),
-    ("rtx-pro-6000", 96, 97247, (12, 0), 503.8, 1792),
+    ("rtx-a4000", 16, None, (8, 6), 76.7, 448, 48),
+    ("rtx-a5000", 24, 24114, (8, 6), 111.1, 768, 64),
+    ("rtx-a6000", 48, 48537, (8, 6), 154.8, 768, 84),
+    ("rtx-6000-ada", 48, 48520, (8, 9), 364.2, 960, 142),
+    ("rtx-pro-6000", 96, 97247, (12, 0), 503.8, 1792, 188),
     # Data centres
-    ("p100", 16, 16269, (6, 0), 18.7, 732),
-    ("v100", 16, 16130, (7, 0), 125, 900),
-    ("v100", 32, 32494, (7, 0), 125, 900),
-    ("t4", 16, 14912, (7, 5), 65, 320),
-    ("a10", 24, 22731, (8, 6), 125, 600),
-    ("a10g", 24, 22587, (8, 6), 70, 600),
-    ("a40", 48, 45416, (8, 6), 149.7, 696),
-    ("a100", 40, 40326, (8, 0), 312, 1555),
-    ("a100", 80, 81038, (8, 0), 312, 1935),
-    ("l4", 24, 22563, (8, 9), 121, 300),
-    ("l40s", 48, 45467, (8, 9), 362, 864),
-    ("h100", 80, 81081, (9, 0), 989.4, 3350),
-    ("h100-pcie", 80, 81008, (9, 0), 756, 2000),
-    ("h100-nvl", 94, 95320, (9, 0), 835, 3938),
-    ("h200", 141, 143156, (9, 0), 989.4, 4800),
+    ("p100", 16, 16269, (6, 0), 18.7, 732, None),
+    ("v100", 16, 16130, (7, 0), 125, 900, None),
+    ("v100", 32, 32494, (7, 0), 125, 900, None),
+    ("t4", 16, 14912, (7, 5), 65, 320, None),
+    ("a10", 24, 22731, (8, 6), 125, 600, 72),
+    ("a10g", 24, 22587, (8, 6), 70, 600, 80),
+    ("a40", 48, 45416, (8, 6), 149.7, 696, 84),
+    ("a100", 40, 40326, (8, 0), 312, 1555, 108),
+    ("a100", 80, 81038, (8, 0), 312, 1935, 108),
+    ("l4", 24, 22563, (8, 9), 121, 300, 58),
+    ("l40s", 48, 45467, (8, 9), 362, 864, 142),
+    ("h100", 80, 81081, (9, 0), 989.4, 3350, 132),
+    ("h100-pcie", 80, 81008, (9, 0), 756, 2000, 114),
+    ("h100-nvl", 94, 95320, (9, 0), 835, 3938, 132),
+    ("h200", 141, 143156, (9, 0), 989.4, 4800, 132),
 )
 
 # What NVIDIA's and PyTorch's names have besides: "NVIDIA GeForce RTX 4090", "NVIDIA A100-SXM4-80GB".
@@ -175,14 +177,21 @@ _NOISE |= {"max", "q", "hbm2", "hbm2e", "hbm3e", "sxm", "sxm2", "sxm3", "sxm4", 
 def _cards() -> tuple[Card, ...]:
     names = [row[0] for row in _TABLE]
     cards = []
-    for name, gib, mib, capability, tflops, bandwidth in _TABLE:
+    for name, gib, mib, capability, tflops, bandwidth, multiprocessors in _TABLE:
         full_name = f"{name}-{gib}gb" if names.count(name) > 1 else name
         total = estimate_total(gib) if mib is None else mib * MIB
-        cards.append(Card(full_name, gib, total, mib is None, capability, tflops, bandwidth))
+        cards.append(Card(full_name, gib, total, mib is None, capability, tflops, bandwidth,
+                          multiprocessors))  # fmt: skip
     return tuple(cards)
 
 
 CARDS = _cards()
+
+
+def most_multiprocessors(capability: tuple[int, int]) -> int:
+    """Of the cards of a compute capability (or, if none is known, of any), the most multiprocessors."""
+    known = [(card.compute_capability == capability, card.multiprocessors or 0) for card in CARDS]
+    return max(count for of_it, count in known if of_it or not any(it for it, _ in known))
 
 
 def find_card(name: str) -> Card:

@@ -24,14 +24,14 @@ VARIABLE_LENGTH_BACKWARD = f"{VARIABLE_LENGTH}_backward"
 FLASH_HEAD_DIM = 256  # the widest head of the flash kernels
 
 
-def cublas_workspace(capability: tuple[int, int]) -> int:
+def cublas_workspace(capability: tuple[int, int], deterministic: bool = False) -> int:
     """Bytes of the workspace that each thread's cuBLAS handle keeps from its first product on, cuBLASLt's included.
 
     `parseChosenWorkspaceSize` in `aten/src/ATen/cuda/CublasHandlePool.cpp`: 32 MiB on Hopper and (since pytorch#175344)
-    Blackwell, else `:4096:2:16:8`, that is 2 × 4096 KiB + 8 × 16 KiB. CUBLAS_WORKSPACE_CONFIG changes it. From
-    pytorch#194311 on (after 2.13) it is freed after each product instead.
+    Blackwell, else `:4096:2:16:8`, that is 2 × 4096 KiB + 8 × 16 KiB. CUBLAS_WORKSPACE_CONFIG changes it; deterministic
+    kernels ask for `:4096:8`, 32 MiB. From pytorch#194311 on (after 2.13) it is freed after each product instead.
     """
-    return 32 * MIB if capability[0] in (9, 10, 12) else 2 * 4096 * 1024 + 8 * 16 * 1024
+    return 32 * MIB if deterministic or capability[0] in (9, 10, 12) else 2 * 4096 * 1024 + 8 * 16 * 1024
 
 
 # The CUDA context with the kernels of a step in it, in MB: PyTorch's, cuBLAS', bitsandbytes' and Triton's are loaded
@@ -108,8 +108,10 @@ class Attention:
         """
         return 4 * self.batch * self.heads * (_up(self.queries, 32) if kernel == "efficient" else self.queries)
 
-    def backward_temporaries(self, kernel: str) -> list[int]:
+    def backward_temporaries(self, kernel: str, deterministic_on: int | None = None) -> list[int]:
         """Bytes of what backward takes inside, beside dQ, dK and dV.
+
+        `deterministic_on`: of deterministic kernels, the card's multiprocessors.
 
         flash (`flash_attn/flash_api.cpp`, `mha_bwd`): the rows' sums dO·O, fp32 (batch, heads, queries to 128); dQ in
         fp32 (batch, queries to 128, heads, head_dim to 32, above 128 to 64); where several query heads share a key
@@ -122,7 +124,8 @@ class Attention:
             delta = 4 * self.batch * self.heads * self.queries
             return [delta] if self.itemsize == 4 else [delta, 4 * self.batch * rows * self.heads * width]
         rows, width = _up(self.queries, 128), _flash_width(self.head_dim)
-        temporaries = [4 * self.batch * self.heads * rows, 4 * self.batch * rows * self.heads * width]
+        sums = _sums_of_queries(self.batch, self.heads, deterministic_on)
+        temporaries = [4 * self.batch * self.heads * rows, sums * 4 * self.batch * rows * self.heads * width]
         if self.heads != self.key_heads:
             temporaries += [self.batch * self.keys * self.heads * self.head_dim * self.itemsize] * 2
         return temporaries
@@ -136,12 +139,19 @@ def _flash_width(head_dim: int) -> int:
     return _up(head_dim, 32 if head_dim <= 128 else 64)
 
 
-def _variable_length_backward(call: Call) -> list[int]:
+def _sums_of_queries(batch: int, heads: int, deterministic_on: int | None) -> int:
+    """How many sums flash attention keeps for the queries' gradient (`nsplits`): one that blocks add to as they finish,
+    or, deterministic, one for each block of keys that may run at a time."""
+    return 1 if deterministic_on is None else -(-deterministic_on // (batch * heads))
+
+
+def _variable_length_backward(call: Call, deterministic_on: int | None) -> list[int]:
     """The same over segments of any length (`mha_varlen_bwd`): the sums dO·O and dQ in fp32 have 128 rows more for each
     segment; dK and dV of every query head, (keys, heads, head_dim) each, where several share a key head."""
     _, (queries, heads, head_dim), (keys, key_heads, _), _, _, _, (offsets, *_), *_ = call.shapes
     rows = queries + 128 * (offsets - 1)
-    temporaries = [4 * heads * rows, 4 * rows * heads * _flash_width(head_dim)]
+    sums = _sums_of_queries(offsets - 1, heads, deterministic_on)
+    temporaries = [4 * heads * rows, sums * 4 * rows * heads * _flash_width(head_dim)]
     if heads != key_heads:
         temporaries += [keys * heads * head_dim * call.itemsize] * 2
     return temporaries
@@ -173,7 +183,6 @@ def _sort(call: Call) -> list[int]:
 
 
 _INSIDE: dict[str, Callable[[Call], list[int]]] = {
-    VARIABLE_LENGTH_BACKWARD: _variable_length_backward,
     "aten::index_put": _index_put,
     "aten::index_put_": _index_put,
     "aten::embedding_dense_backward": _embedding_backward,
@@ -188,11 +197,18 @@ ESTIMATED = {
 """What is estimated where it is not small, by kernel or operator."""
 
 
-def temporaries_inside(call: Call, capability: tuple[int, int]) -> list[int]:
-    """Bytes of each block that the operator takes and gives back before it returns."""
+def temporaries_inside(
+    call: Call, capability: tuple[int, int], deterministic_on: int | None = None
+) -> list[int]:
+    """Bytes of each block that the operator takes and gives back before it returns.
+
+    `deterministic_on`: of deterministic kernels, the card's multiprocessors.
+    """
     if call.operator == CPU_ATTENTION_BACKWARD:
         attention = Attention.of(call)
-        return attention.backward_temporaries(attention.kernel(capability))
+        return attention.backward_temporaries(attention.kernel(capability), deterministic_on)
+    if call.operator == VARIABLE_LENGTH_BACKWARD:
+        return _variable_length_backward(call, deterministic_on)
     inside = _INSIDE.get(call.operator)
     return inside(call) if inside else []
 

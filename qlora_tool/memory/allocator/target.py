@@ -27,6 +27,7 @@ class CudaTarget:
         assumed: whether nothing said which card it is, so that its capability is `ASSUMED`.
         tensor_tflops: see `Card`; None where that is not known.
         here: whether it is in this machine.
+        multiprocessors: how many it has; None: as many as any known card of its capability.
     """
 
     capability: tuple[int, int]
@@ -35,6 +36,7 @@ class CudaTarget:
     assumed: bool = False
     tensor_tflops: float | None = None
     here: bool = False
+    multiprocessors: int | None = None
 
     @classmethod
     def of(cls, card: Card | None) -> CudaTarget:
@@ -44,10 +46,12 @@ class CudaTarget:
         if torch.cuda.is_available() and (card is None or _card_here() == card):
             calibration, card = cached_calibration(torch.cuda.get_device_name()), _card_here()
             speed = card.tensor_tflops if card else None
-            return cls(torch.cuda.get_device_capability(), calibration, expandable, False, speed, True)
+            own = torch.cuda.get_device_properties()
+            return cls((own.major, own.minor), calibration, expandable, False, speed, True, own.multi_processor_count)
         if card is None:
             return cls(ASSUMED, None, expandable, True)
-        return cls(card.compute_capability, None, expandable, False, card.tensor_tflops)
+        return cls(card.compute_capability, None, expandable, False, card.tensor_tflops,
+                   multiprocessors=card.multiprocessors)  # fmt: skip
 
     @property
     def device(self) -> Target:

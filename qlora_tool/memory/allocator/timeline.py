@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qlora_tool.memory.allocator.cards import most_multiprocessors
 from qlora_tool.memory.allocator.model import CachingAllocator
 from qlora_tool.memory.allocator.operators import (
     CPU_ATTENTION,
@@ -65,6 +66,7 @@ def cuda_timeline(
     limit: int | None = None,
     compute_capability: tuple[int, int],
     calibration: Calibration | None = None,
+    multiprocessors: int | None = None,
 ) -> CudaPrediction:
     """Replay a trace on a modelled CUDA device.
 
@@ -76,12 +78,14 @@ def cuda_timeline(
             segments are given back, so that less is reserved than without.
         compute_capability: of the device; decides the attention kernel and the workspaces.
         calibration: the context and the workspaces as they were measured on the device.
+        multiprocessors: of the device, for deterministic kernels; None: the most of those of its capability.
 
     Raises:
         qlora_tool.memory.allocator.model.OutOfMemory: `limit` is too little.
     """
     allocator = CachingAllocator(expandable_segments, limit)
-    replay = _Replay(allocator, _Differences(trace, compute_capability), calibration)
+    shared_out = (multiprocessors or most_multiprocessors(compute_capability)) if trace.deterministic else None
+    replay = _Replay(allocator, _Differences(trace, compute_capability, shared_out), calibration)
     replay.run(trace)
     estimated = replay.differences.estimated
     context = calibration.context_bytes if calibration else estimated_context(compute_capability)
@@ -96,7 +100,7 @@ def replay_on(trace: Trace, target: CudaTarget) -> CudaPrediction:
     """Replay a trace, made for the same target, on the card."""
     return cuda_timeline(
         trace, expandable_segments=target.expandable_segments, compute_capability=target.capability,
-        calibration=target.calibration,
+        calibration=target.calibration, multiprocessors=target.multiprocessors,
     )  # fmt: skip
 
 
@@ -108,10 +112,11 @@ class _Differences:
         sizes: bytes of storages that have others on the device, by id; 0 for one that is not on it.
         companions: bytes of what comes and goes with a storage, by its id.
         estimated: what is estimated, in words.
+        deterministic_on: of deterministic kernels, the device's multiprocessors.
     """
 
-    def __init__(self, trace: Trace, capability: tuple[int, int]):
-        self.capability = capability
+    def __init__(self, trace: Trace, capability: tuple[int, int], deterministic_on: int | None = None):
+        self.capability, self.deterministic_on = capability, deterministic_on
         self.sizes: dict[int, int] = {}
         self.companions: dict[int, tuple[int, ...]] = {}
         names: dict[str, None] = {}
@@ -145,10 +150,12 @@ class _Replay:
         self.allocator, self.differences = allocator, differences
         self.events: list[Event] = []
         self.workspaces: dict[bool, int] = {}  # by whether it is the thread of the backward passes
-        size = cublas_workspace(differences.capability)
+        deterministic = differences.deterministic_on is not None
+        size = cublas_workspace(differences.capability, deterministic)
+        measured = calibration if not deterministic else None  # with the workspace that PyTorch chooses by itself
         self._sizes = {
-            False: calibration.workspace_forward if calibration else size,
-            True: calibration.workspace_backward if calibration else size,
+            False: measured.workspace_forward if measured else size,
+            True: measured.workspace_backward if measured else size,
         }
         self._blocks: dict[int, list[tuple[Block, int, int]]] = {}
 
@@ -174,7 +181,8 @@ class _Replay:
         if call.operator in PRODUCTS:
             self._workspace(call)
         labels = ("temporaries", call.phase, call.module, call.operator)
-        inside = [self._take(size, *labels) for size in temporaries_inside(call, self.differences.capability)]
+        taken = temporaries_inside(call, self.differences.capability, self.differences.deterministic_on)
+        inside = [self._take(size, *labels) for size in taken]
         for block in inside:
             self._give_back(*block, *labels)
 

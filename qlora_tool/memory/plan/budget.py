@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -52,11 +52,13 @@ class Choice:
     Attributes:
         predicted: the memory of the run then, by a full prediction.
         budget_bytes: what it stays within.
+        prediction: that prediction itself, unless it was made earlier and only its sums are known.
     """
 
     recomputation: Recomputation
     predicted: Breakdown
     budget_bytes: int
+    prediction: Prediction | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -204,15 +206,15 @@ class _Chooser:
             if sum(cost.flops for cost in chosen) > flops - MIN_GAIN * sum(cost.flops for cost in self.costs.least):
                 break  # nothing better than what is known to fit
             predicted = self._predict(chosen)
-            if predicted.needed_bytes <= self.budget_bytes:
-                best, flops = Choice(_policy(chosen), predicted, self.budget_bytes), sum(cost.flops for cost in chosen)
+            if predicted.breakdown.needed_bytes <= self.budget_bytes:
+                best, flops = self._choice(_policy(chosen), predicted), sum(cost.flops for cost in chosen)
             elif chosen == self.costs.least:
-                self._refuse(predicted)
+                self._refuse(predicted.breakdown)
         if best is None:
             predicted = self._predict(self.costs.least)
-            if predicted.needed_bytes > self.budget_bytes:
-                self._refuse(predicted)
-            best = Choice(_policy(self.costs.least), predicted, self.budget_bytes)
+            if predicted.breakdown.needed_bytes > self.budget_bytes:
+                self._refuse(predicted.breakdown)
+            best = self._choice(_policy(self.costs.least), predicted)
         return self._with_kept_weights(best)
 
     def _with_kept_weights(self, best: Choice) -> Choice:
@@ -221,8 +223,10 @@ class _Chooser:
             return best
         keeping = replace(best.recomputation, keeps_weights=True)
         predicted = self._full_prediction(keeping)
-        fits = predicted.needed_bytes <= self.budget_bytes
-        return Choice(keeping, predicted, self.budget_bytes) if fits else best
+        return self._choice(keeping, predicted) if predicted.breakdown.needed_bytes <= self.budget_bytes else best
+
+    def _choice(self, recomputation: Recomputation, predicted: Prediction) -> Choice:
+        return Choice(recomputation, predicted.breakdown, self.budget_bytes, predicted)
 
     def _within_budget(self) -> list[Cost]:
         """The dearest recomputation per byte saved first; of a layer for which the budget has not enough left, less."""
@@ -246,15 +250,15 @@ class _Chooser:
     def costs(self) -> Costs:
         return Costs.of(self.config, self.model_config, self.shape, self.compute_dtype, self.target)
 
-    def _predict(self, chosen: Sequence[Cost]) -> Breakdown:
+    def _predict(self, chosen: Sequence[Cost]) -> Prediction:
         """By a full prediction; later estimates follow it."""
         found = self._full_prediction(_policy(chosen))
-        self.error += found.needed_bytes - self._estimate(chosen)
+        self.error += found.breakdown.needed_bytes - self._estimate(chosen)
         return found
 
-    def _full_prediction(self, recomputation: Recomputation) -> Breakdown:
+    def _full_prediction(self, recomputation: Recomputation) -> Prediction:
         run = self.config, self.model_config, self.shape, self.compute_dtype
-        return Prediction.of(predict(*run, recomputation, device_of(self.target)), self.target).breakdown
+        return Prediction.of(predict(*run, recomputation, device_of(self.target)), self.target)
 
     def _estimate(self, chosen: Sequence[Cost]) -> int:
         return self._on_device(self.costs.peak(chosen)) + self.error

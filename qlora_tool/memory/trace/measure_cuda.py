@@ -89,7 +89,7 @@ def measure_on_cuda(
             memory._record_memory_history(enabled=None)
         allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         context = context_bytes(device)
-        workspace = cublas_workspace(torch.cuda.get_device_capability(device))
+        workspace = cublas_workspace(torch.cuda.get_device_capability(device), config.training.full_determinism)
     trace = trace_of(snapshot["device_traces"][device], history, [workspace])
     breakdown = with_remainder(timeline(trace).breakdown(reserved_bytes=reserved, context_bytes=context), allocated)
     return CudaMeasurement(torch.cuda.get_device_name(device), breakdown, snapshot)

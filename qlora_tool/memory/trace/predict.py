@@ -32,6 +32,7 @@ from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.experts import assuming_routing, even_shares
 from qlora_tool.model.streamed_base import streamed_layer_bytes, weights_elsewhere
 from qlora_tool.ops.declare import CPU, Target, meant_for
+from qlora_tool.ops.determinism import full_determinism
 from qlora_tool.training.optimizers import Optimizer, make_optimizer, parameter_groups
 from qlora_tool.training.step import StepSettings, train_step
 
@@ -196,7 +197,7 @@ def trial_run(
     config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype,
     recomputation: Recomputation | None = None, *, watch: Watch, device: torch.device | str = "cpu",
 ) -> None:  # fmt: skip
-    """Load a model with random weights and run training steps on it.
+    """Load a model with random weights and run training steps on it; on CUDA by deterministic kernels where asked for.
 
     Args:
         model_config: the model's transformers configuration; it stays as it is.
@@ -205,6 +206,14 @@ def trial_run(
         device: where it runs.
     """
     device = torch.device(device)
+    with full_determinism(config.training.full_determinism and device.type == "cuda"):
+        _trial_run(config, model_config, shape, compute_dtype, recomputation, watch, device)
+
+
+def _trial_run(
+    config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype, recomputation: Recomputation | None,
+    watch: Watch, device: torch.device,
+) -> None:  # fmt: skip
     with watch.phase("load", 0):
         built = build(
             config, model_config, Random(shape.start_tokens is not None, config.model), device=device,
@@ -257,6 +266,7 @@ def predict(
             assuming_routing(even_shares),
             Tracer(has_data=False) as tracer,
         ):
+            tracer.trace.deterministic = config.training.full_determinism
             trial_run(config, model_config, shape, compute_dtype, recomputation, watch=TracerWatch(tracer))
     except ToolError:
         raise

@@ -118,6 +118,7 @@ class Trace:
         calls: of the operators in NOTED, in order of time.
         elsewhere: bytes of weights that are streamed to the device, by where they lie (`breakdown.ELSEWHERE`).
         layer_bytes: of each layer that is streamed, in the order of a forward pass.
+        deterministic: whether the step is to run on deterministic kernels (`training.full_determinism`).
     """
 
     storages: list[Storage] = field(default_factory=list)
@@ -126,6 +127,7 @@ class Trace:
     calls: list[Call] = field(default_factory=list)
     elsewhere: dict[str, int] = field(default_factory=dict)
     layer_bytes: tuple[int, ...] = ()
+    deterministic: bool = False
 
     def phases(self) -> Iterator[str]:
         """The phase of each event."""
