@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from qlora_tool.errors import UserError
+from qlora_tool.files.atomic import disk_errors
 from qlora_tool.files.lock import locked, refuse_locked
 from qlora_tool.ops.products import products_choice
 from qlora_tool.run_folder import RunFolder
@@ -44,7 +46,14 @@ def alone_in(path: Path, world: World, dry_run: bool) -> Iterator[None]:
                 held.enter_context(locked(folder.lock, busy))
 
         world.on_main(hold)
-        yield
+        try:
+            yield
+        except OSError as error:  # of a call that nothing else gives a line to
+            where = error.filename
+            if not isinstance(where, (str, bytes)) or not Path(os.fsdecode(where)).is_relative_to(path):
+                raise
+            with disk_errors(Path(os.fsdecode(where))):
+                raise
 
 
 def refuse_nothing_left(checkpoint: Checkpoint, plan: StepPlan) -> None:
