@@ -272,7 +272,7 @@ def test_what_export_refuses(here: Path):
         ("run", "--output-dir", "taken"): "taken: exists; give --overwrite to replace it, or another --output-dir",
         ("run", "--output-dir", "taken", "--overwrite"): "taken: holds something other than an export, which "
         "--overwrite would delete; give another --output-dir",
-        ("run", "--output-dir", ".", "--overwrite"): ".: holds something other than a model, which --overwrite "
+        ("run", "--output-dir", ".", "--overwrite"): ".: holds something other than an export, which --overwrite "
         "would delete; give another --output-dir",
         ("run", "--output-dir", "good.yaml"): "good.yaml: a file, where --output-dir expects a folder that does not "
         "exist yet",
