@@ -514,6 +514,7 @@ def _base_options(
 
 def _write_json(file: AnyPath | None, content: dict[str, Any]) -> None:
     if file is not None:
-        from qlora_tool.files.atomic import write_json
+        from qlora_tool.files.atomic import refuse_no_folder, write_json
 
+        refuse_no_folder(Path(file))
         write_json(Path(file), content)

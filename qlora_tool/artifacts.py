@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.config import ModelConfig
 from qlora_tool.errors import ToolError, UserError
 from qlora_tool.files.hashes import file_hashes
+from qlora_tool.files.reading import read_object
 from qlora_tool.files.tensors import Checkpoint
 from qlora_tool.model.source import resolve
 from qlora_tool.run_folder import RunFolder
@@ -199,9 +199,10 @@ def _own_quantization(name: str) -> dict[str, Any]:
     """How the weights of a model folder are themselves quantized by bitsandbytes, as keys of `ModelConfig`; empty where
     they are not, and for what is not a folder."""
     try:
-        config = json.loads((Path(name).expanduser() / "config.json").read_text(encoding="utf-8"))
+        config = read_object(Path(name).expanduser() / "config.json", "")
         found = config.get("quantization_config") or {}
-    except (OSError, ValueError, AttributeError):
+        found = found if isinstance(found, dict) else {}
+    except UserError:
         return {}  # whoever opens the model says what is wrong with it
     if found.get("load_in_8bit"):
         return {"quantization": "int8"}
@@ -223,10 +224,9 @@ def _base_of_provenance(provenance: dict) -> ModelConfig:
 def _provenance_of_export(path: Path) -> dict[str, Any]:
     """What an exported model says of itself; empty for any other model."""
     try:
-        provenance = json.loads((path / "qlora_tool.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path / "qlora_tool.json", "")
+    except UserError:
         return {}
-    return provenance if isinstance(provenance, dict) else {}
 
 
 def _base_of_export(provenance: dict[str, Any], options: BaseOptions) -> ModelConfig | None:

@@ -7,6 +7,7 @@ The command line prints each line of either after `error: ` and shows no traceba
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -50,3 +51,32 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """`; did you mean 'x'?` where a valid name is close to `name`, else an empty string."""
     close = difflib.get_close_matches(name, list(valid), n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+LONGEST = 1500  # characters of a line that is shown
+
+
+def printable(text: str, longest: int | None = None) -> str:
+    r"""A text as it may stand on a terminal, in a log or on a page: what would move the cursor, turn the direction of
+    writing or be no character is shown as its code (`\x1b`), and the middle of a very long one left out. Line ends and
+    tabs stay.
+
+    Args:
+        longest: how many characters are shown at most; None: all.
+    """
+    if longest is not None and len(text) > longest:
+        half = longest // 2
+        text = f"{text[:half]} … {len(text) - 2 * half:,} characters … {text[-half:]}"
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(letter if letter in "\n\t" or not _acts(letter) else _code(letter) for letter in text)
+
+
+def _acts(letter: str) -> bool:
+    category = unicodedata.category(letter)
+    return category in ("Cc", "Cs") or letter in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029"
+
+
+def _code(letter: str) -> str:
+    number = ord(letter)
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"

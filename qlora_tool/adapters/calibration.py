@@ -25,7 +25,7 @@ from qlora_tool.data.batches import Batch, collate
 from qlora_tool.data.examples import Example
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.atomic import replacing_folder
-from qlora_tool.files.cache import cache_folder
+from qlora_tool.files.cache import cache_folder, telling_unwritable
 from qlora_tool.files.tensors import SINGLE_NAME, read_all, write_all
 from qlora_tool.methods import METHODS
 from qlora_tool.methods.method import Method, Settings
@@ -139,7 +139,7 @@ def calibrated(
             hook.remove()
         model.module.train(training)
     if kept is not None:
-        with replacing_folder(kept) as temporary:
+        with telling_unwritable(), replacing_folder(kept) as temporary:
             made = {f"{module}.{name}": tensor for module, own in found.items() for name, tensor in own.items()}
             write_all(temporary / SINGLE_NAME, made, {"format": "pt"})
     return found, [name for name in settings if name not in found]

@@ -6,17 +6,20 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from qlora_tool.adapters.targets import layer_of, matches
-from qlora_tool.errors import UserError
+from qlora_tool.choices import Quantization
+from qlora_tool.config.patterns import check_pattern
+from qlora_tool.errors import UserError, printable
 
 PREFIX = "base_model.model."
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+HIGHEST_RANK = 1 << 20
 _TENSOR = r"lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|(?:hada|lokr|vera)_\w+"
 
 
@@ -48,8 +51,8 @@ def _tokens(value: Any) -> bool:
 
 def _compiles(expressions: Iterable[str]) -> bool:
     try:
-        return all(re.compile(one) is not None for one in expressions)
-    except re.error:
+        return all(one == "" or check_pattern(one) for one in expressions)
+    except ValueError:
         return False
 
 
@@ -65,7 +68,7 @@ _MODULES: _Rule = (_names_or_expression, "a list of names or one regular express
 _NAMES: _Rule = (_names, "a list of names")
 _BIASES = ("none", "all", "lora_only", "vera_only")
 _RULES: dict[str, _Rule] = {
-    "r": (lambda value: _whole(value) and value >= 1, "a whole number from 1"),
+    "r": (lambda value: _whole(value) and 1 <= value <= HIGHEST_RANK, f"a whole number from 1 to {HIGHEST_RANK:,}"),
     "lora_alpha": (_number, "a number"),
     "alpha": (_number, "a number"),
     "lora_dropout": (lambda value: value is None or (_number(value) and 0 <= value < 1), "a number from 0 to below 1"),
@@ -101,8 +104,39 @@ def check_config(file: Path, config: Mapping[str, Any]) -> None:
         raise UserError(f"{file}: task_type {config['task_type']}: it is for a model with another head; expected an "
                         "adapter of a causal language model (CAUSAL_LM)")  # fmt: skip
     faults = [
-        f"{file}: {key} is {value!r}, expected {expected}; correct it, or save the adapter again"
+        f"{file}: {key} is {printable(repr(value), 80)}, expected {expected}; correct it, or save the adapter again"
         for key, (fits, expected) in _RULES.items() if key in config and not fits(value := config[key])
+    ]  # fmt: skip
+    if faults:
+        raise UserError(faults)
+
+
+def _is_base(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("name_or_path"), str) \
+        and isinstance(value.get("revision"), str | None) and isinstance(value.get("files"), dict | None)  # fmt: skip
+
+
+_OBJECT: _Rule = (lambda value: isinstance(value, dict | None), "an object")
+_PROVENANCE: dict[str, _Rule] = {
+    "base": (_is_base, "an object with name_or_path, revision and files"),
+    "quantization": (lambda value: value in get_args(Quantization), f"one of {', '.join(get_args(Quantization))}"),
+    "double_quant": (lambda value: isinstance(value, bool), "true or false"),
+    "embeddings": (lambda value: isinstance(value, str), "as_stored or int8"),
+    "skip_modules": (lambda value: _names(value) or isinstance(value, str), "a list of names"),
+    **dict.fromkeys(("start", "chat_template_kwargs"), _OBJECT),
+}
+
+
+def check_provenance(file: Path, provenance: Mapping[str, Any]) -> None:
+    """Refuse a qlora_tool.json with values of the wrong kind.
+
+    Raises:
+        UserError: a line for each.
+    """
+    faults = [
+        f"{file}: {key} is {printable(repr(provenance[key]), 80)}, expected {expected}; copy it again, or remove it "
+        "and give --model and --quantization"
+        for key, (fits, expected) in _PROVENANCE.items() if key in provenance and not fits(provenance[key])
     ]  # fmt: skip
     if faults:
         raise UserError(faults)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,6 +17,7 @@ from qlora_tool.adapters.peft_names import (
     PREFIX,
     WEIGHTS_NAME,
     check_config,
+    check_provenance,
     is_saved,
     is_target,
     join_experts,
@@ -28,6 +28,7 @@ from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.adapters.targets import from_pattern
 from qlora_tool.adapters.token_rows import SUFFIX
 from qlora_tool.errors import UserError
+from qlora_tool.files.reading import read_object
 from qlora_tool.files.tensors import read_all
 from qlora_tool.methods import METHODS
 from qlora_tool.methods.method import Method, Settings, refuse_keys
@@ -54,7 +55,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
         UserError: files missing, a kind of adapter that cannot be read, pickled weights.
     """
     config_file, weights_file = folder / CONFIG_NAME, folder / WEIGHTS_NAME
-    if not config_file.exists():
+    if not config_file.exists() and not config_file.is_symlink():
         inside = adapters_inside(folder)
         what = "a run's adapter is" if (folder / "adapter") in inside else "the adapter lies in"
         cure = f"; {what} {folder / 'adapter' if what.startswith('a run') else inside[0]}" if inside else ""
@@ -72,6 +73,8 @@ def read_adapter(folder: Path) -> StoredAdapter:
     tensors = plain_names(read_all(weights_file))
     provenance_file = folder / "qlora_tool.json"
     provenance = _read_json(provenance_file) if provenance_file.exists() else None
+    if provenance is not None:
+        check_provenance(provenance_file, provenance)
     stored = StoredAdapter(folder, peft, tensors, provenance, method, usual)
     _refuse_no_numbers(weights_file, tensors)
     stored = _of_targets(weights_file, stored)
@@ -142,13 +145,7 @@ def _twins(stored: StoredAdapter, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); copy or save the adapter again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(value).__name__}; copy or save the adapter again")
-    return value
+    return read_object(file, "copy or save the adapter again")
 
 
 def _method_of(file: Path, peft: dict[str, Any]) -> tuple[Method, Settings]:
@@ -164,8 +161,13 @@ def _method_of(file: Path, peft: dict[str, Any]) -> tuple[Method, Settings]:
 
 def _refuse_no_numbers(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Refuse tensors with values that are no finite numbers, or codes that something made of them."""
-    if codes := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
-        raise UserError(f"{file}: {len(codes)} of its {len(tensors)} tensors are not floating-point numbers, the first "
+    if empty := [name for name, tensor in tensors.items() if not tensor.numel()]:
+        raise UserError(f"{file}: tensor {empty[0]} has shape {tuple(tensors[empty[0]].shape)}, and so no values; copy "
+                        "or save the adapter again")  # fmt: skip
+    if codes := [name for name, tensor in tensors.items()
+                 if not tensor.is_floating_point() or tensor.dtype.itemsize == 1]:  # fmt: skip
+        raise UserError(f"{file}: {len(codes)} of its {len(tensors)} tensors are not floating-point numbers of 16 "
+                        f"bits or more, the first "
                         f"{codes[0]} ({tensors[codes[0]].dtype}); save the adapter again in 16 or 32 bits")  # fmt: skip
     faults = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if faults:

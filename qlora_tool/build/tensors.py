@@ -22,7 +22,7 @@ from qlora_tool.build.placement import queues_of, weights_on
 from qlora_tool.config import ModelConfig
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.atomic import replacing_folder
-from qlora_tool.files.cache import lacking_room
+from qlora_tool.files.cache import lacking_room, telling_unwritable
 from qlora_tool.files.lock import locked_in_turn
 from qlora_tool.files.tensors import SINGLE_NAME
 from qlora_tool.model.cached_base import cached_base, cached_start, kept_folder, write_cached_base, write_start
@@ -152,9 +152,10 @@ class FromFiles:
             cached = self._written_by_layers(model_config, quantization, device, compute_dtype, made)
             return self._loaded(model_config, quantization, device, compute_dtype, prepare, cached)
         module = self._loaded(model_config, quantization, device, compute_dtype, prepare)
-        written = write_cached_base(module, self.folder, quantization, compute_dtype, made.identity if made else "",
-                                    made.made() if made else None)  # fmt: skip
-        logger.info("quantized base written to the cache for the next run: %s", written)
+        with telling_unwritable():
+            written = write_cached_base(module, self.folder, quantization, compute_dtype, made.identity if made else "",
+                                        made.made() if made else None)  # fmt: skip
+            logger.info("quantized base written to the cache for the next run: %s", written)
         return module
 
     def _written_by_layers(

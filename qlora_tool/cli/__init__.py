@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import click
 
 from qlora_tool._version import __version__
-from qlora_tool.errors import OptionError, ToolError, did_you_mean
+from qlora_tool.errors import LONGEST, OptionError, ToolError, did_you_mean, printable
 from qlora_tool.training.interrupt import Interrupted
 
 
@@ -58,6 +58,10 @@ qlora-tool train demo --output-dir runs/demo  # train an adapter on a small mode
 qlora-tool export-merged runs/demo --output-dir merged/demo
 qlora-tool train my.yaml --set training.max_steps=20 --set model.quantization=int8
 """
+
+
+# What the system says of a path that cannot be what is meant.
+_OF_PATHS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
 
 
 class Terminated(BaseException):
@@ -180,7 +184,7 @@ class ToolGroup(ExampleGroup):
                 traceback.print_exc()
             lines, code = describe_failure(error, args)
             for line in lines:
-                click.echo(line, err=True)
+                click.echo(printable(" ".join(line.splitlines()), LONGEST), err=True)
         sys.exit(code or 0)
 
 
@@ -222,6 +226,8 @@ def describe_failure(error: BaseException, args: Sequence[str] = ()) -> tuple[li
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" for {error.filename}" if error.filename else ""
         return [f"error: no space left on the disk{where}; free some, or choose another folder"], 1
+    if isinstance(error, OSError) and error.errno in _OF_PATHS and error.filename:
+        return [f"error: {error.filename}: {error.strerror}; name another"], 2
     if isinstance(error, MemoryError):
         return ["error: out of memory; take smaller batches or a smaller data.max_length"], 1
     message = " ".join(str(error).split())

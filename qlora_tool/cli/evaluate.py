@@ -8,7 +8,7 @@ import click
 
 from qlora_tool.choices import DataFormat
 from qlora_tool.cli import ToolCommand
-from qlora_tool.cli.options import adapter_option, base_options, device_options, template_option
+from qlora_tool.cli.options import NewFile, adapter_option, base_options, device_options, template_option
 
 
 @click.command(
@@ -33,7 +33,7 @@ from qlora_tool.cli.options import adapter_option, base_options, device_options,
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Rows at a time.")
 @adapter_option("Another adapter for the same base; repeatable. Each is scored, and the base is read once.")
 @click.option("--compare-base", is_flag=True, help="Score the base alone, too.")
-@click.option("--json", type=click.Path(dir_okay=False), metavar="FILE", help="Write the scores as JSON.")
+@click.option("--json", type=NewFile(), metavar="FILE", help="Write the scores as JSON.")
 @template_option
 @base_options
 @device_options

@@ -8,7 +8,7 @@ import click
 
 from qlora_tool.choices import ComputeDtype, ExportBase, ExportFormat, GgufType
 from qlora_tool.cli import ToolCommand
-from qlora_tool.cli.options import adapter_option, base_options
+from qlora_tool.cli.options import NewFile, adapter_option, base_options
 
 if TYPE_CHECKING:
     from qlora_tool.export.write import ExportResult
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
               help="Hold the files against the model that was trained, token by token, before they get their name.")
 @click.option("--verify-data", metavar="FILE", help="Rows for that; by default the run's evaluation rows.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
-@click.option("--json", type=click.Path(dir_okay=False), metavar="FILE",
+@click.option("--json", type=NewFile(), metavar="FILE",
               help="Write what was done as JSON.")  # fmt: skip
 @click.option("--push-to-hub", metavar="REPO", help="Upload the folder, too, as OWNER/NAME.")
 @base_options

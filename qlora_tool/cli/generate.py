@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qlora_tool.cli import ToolCommand
 from qlora_tool.cli.options import adapter_option, base_options, device_options, template_option
+from qlora_tool.errors import printable
 
 if TYPE_CHECKING:
     from qlora_tool.inference.generate import Effort, GenerateResult
@@ -55,12 +57,12 @@ def generate(run_or_model: str, **options: Any) -> None:
         return
     for answer in result.answers:
         if answer.base_text is not None:
-            click.echo(f"{_quoted(answer.prompt)}\n  base:  {_indented(answer.base_text)}\n"
-                       f"  tuned: {_indented(answer.text)}\n")  # fmt: skip
+            click.echo(f"{_quoted(answer.prompt)}\n  base:  {_indented(_shown(answer.base_text))}\n"
+                       f"  tuned: {_indented(_shown(answer.text))}\n")  # fmt: skip
         elif len(result.answers) > 1:
-            click.echo(f"{_quoted(answer.prompt)}\n  {_indented(answer.text, 2)}\n")
+            click.echo(f"{_quoted(answer.prompt)}\n  {_indented(_shown(answer.text), 2)}\n")
         else:
-            click.echo(answer.text)
+            click.echo(_shown(answer.text))
     if result.base_effort is None:
         click.echo(_speed("answers", result.effort), err=True)
     else:
@@ -93,3 +95,8 @@ def _speed(name: str, effort: Effort) -> str:
         f"{name}: {effort.seconds:.1f} s, {effort.tokens} tokens, {effort.tokens_per_second:.0f} tokens/s, "
         f"peak memory {effort.peak_bytes / 1e9:.2f} GB"
     )
+
+
+def _shown(text: str) -> str:
+    """A text that a model wrote: as it is into a file or a pipe, on a terminal without what acts there."""
+    return printable(text) if sys.stdout.isatty() else text

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qlora_tool.cli import ToolCommand
-from qlora_tool.cli.options import base_options
+from qlora_tool.cli.options import NewFile, base_options
 
 if TYPE_CHECKING:
     from qlora_tool.inspection.inspect import InspectResult
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
               help="Rows for the loss before and after; by default the run's evaluation rows.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
 @click.option("--all", is_flag=True, help="A row for each module, not for each kind of module.")
-@click.option("--json", type=click.Path(dir_okay=False), metavar="FILE",
+@click.option("--json", type=NewFile(), metavar="FILE",
               help="Write all of it as JSON, singular values too.")  # fmt: skip
-@click.option("--plot", type=click.Path(dir_okay=False), metavar="FILE", help="Draw it into a .png file.")
+@click.option("--plot", type=NewFile(), metavar="FILE", help="Draw it into a .png file.")
 @base_options
 def inspect(run_or_adapter: str, **options: Any) -> None:
     """What an adapter learned: each update against its weight, its singular values, and what they say of its rank.

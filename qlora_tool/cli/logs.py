@@ -7,6 +7,8 @@ import os
 import sys
 import warnings
 
+from qlora_tool.errors import printable
+
 
 def log_to_stderr(level: int = logging.INFO) -> None:
     """Show the project's own log from a level on; keep the libraries to their errors."""
@@ -24,5 +26,5 @@ def log_to_stderr(level: int = logging.INFO) -> None:
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = printable(super().format(record))
         return text if record.levelno < logging.WARNING else f"warning: {text}"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
 
 from qlora_tool.choices import ComputeDtype, Device, Quantization
+from qlora_tool.errors import UserError
+from qlora_tool.files.atomic import refuse_no_folder
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -39,6 +42,21 @@ def device_options(command: Command) -> Command:
 def adapter_option(about: str, metavar: str = "NAME=FOLDER") -> Callable[[Command], Command]:
     """`--adapter`, repeatable."""
     return click.option("--adapter", multiple=True, metavar=metavar, help=about)
+
+
+class NewFile(click.Path):
+    """A file to be written, in a folder that is there already: told before the work starts."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        try:
+            refuse_no_folder(Path(found))
+        except UserError as error:
+            self.fail(str(error), param, ctx)
+        return found
 
 
 class JsonMapping(click.ParamType):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qlora_tool.cli import ToolCommand
+from qlora_tool.cli.options import NewFile
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +35,7 @@ SHOWN = 4
 @click.option("--rows", type=click.IntRange(min=0), default=5, show_default=True, metavar="N",
               help="How many rows to show.")  # fmt: skip
 @click.option("--all", is_flag=True, help="Count and pack all rows, not the first 2,000 of each file alone.")
-@click.option("--json", type=click.Path(dir_okay=False), metavar="FILE", help="Write rows and counts as JSON.")
+@click.option("--json", type=NewFile(), metavar="FILE", help="Write rows and counts as JSON.")
 def preview(config: str, **options: Any) -> None:
     """Show rows as the model will see them, what of them is trained, and what became of the data.
 

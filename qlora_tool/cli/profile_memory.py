@@ -8,6 +8,7 @@ import click
 
 from qlora_tool.choices import Device
 from qlora_tool.cli import ToolCommand
+from qlora_tool.cli.options import NewFile
 from qlora_tool.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 @click.option("--measure", is_flag=True, help="Also run real steps, with random weights, and compare.")
 @click.option("--plan", is_flag=True, help="Show what fits: lengths, batches, checkpointing, quantization.")
 @click.option("--calibrate", is_flag=True, help="Measure this card's context and workspaces, and keep them.")
-@click.option("--json", metavar="FILE", help="Write the breakdown, and the plan, as JSON.")
-@click.option("--plot", metavar="FILE.png|FILE.html", help="Draw the step's memory over time.")
+@click.option("--json", type=NewFile(), metavar="FILE", help="Write the breakdown, and the plan, as JSON.")
+@click.option("--plot", type=NewFile(), metavar="FILE.png|FILE.html", help="Draw the step's memory over time.")
 def profile_memory(config: str, **options: Any) -> None:
     """Predict where every byte of a run goes, without weights, data or a GPU.
 

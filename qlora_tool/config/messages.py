@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool.config.schema import Schema, choices_of, expected, name_of, options_of
-from qlora_tool.errors import did_you_mean
+from qlora_tool.errors import did_you_mean, printable
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -18,7 +18,7 @@ _ENTRY_NAME: Schema = {"type": "string", "title": "a name or a regular expressio
 def found(value: Any) -> str:
     """How a message names a value that is not what was expected."""
     if isinstance(value, str):
-        return f"the text '{value}'" if value else "an empty text"
+        return f"the text '{shortened(value)}'" if value else "an empty text"
     if isinstance(value, bool | int | float | None):
         return name_of(value)
     if isinstance(value, dict):
@@ -26,6 +26,11 @@ def found(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "a list" if value else "an empty list"
     return f"{value} (read as a {type(value).__name__})"
+
+
+def shortened(value: str) -> str:
+    """A text of a user's as a message shows it."""
+    return printable(value, 200)
 
 
 def message(errors: Sequence[ErrorDetails], schema: Schema, depth: int = 1) -> str:
@@ -43,7 +48,7 @@ def message(errors: Sequence[ErrorDetails], schema: Schema, depth: int = 1) -> s
     error = max(errors, key=lambda error: (bool(_reason(error)), len(error["loc"])))
     value, reason = error["input"], _reason(error)
     is_name = isinstance(value, str) and any(isinstance(choice, str) for choice in choices_of(schema) or ())
-    shown = f"'{value}'" if is_name else found(value)
+    shown = f"'{shortened(value)}'" if is_name else found(value)
     return f"expected {expected(schema)}, found {shown}{f' ({reason})' if reason else ''}{_advice(value, schema)}"
 
 

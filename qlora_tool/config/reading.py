@@ -12,10 +12,11 @@ from pydantic import ValidationError
 
 from qlora_tool.config.contradictions import contradictions
 from qlora_tool.config.keys import MAPPINGS, OTHER_NAMES, SECTIONS, Config
-from qlora_tool.config.messages import found, message
+from qlora_tool.config.messages import found, message, shortened
 from qlora_tool.config.schema import schemas_of
-from qlora_tool.config.yaml_file import parse_file, yaml_problem
+from qlora_tool.config.yaml_file import parse, parse_file, yaml_problem
 from qlora_tool.errors import UserError, did_you_mean
+from qlora_tool.files.reading import has_half
 from qlora_tool.methods.keys import Keys
 
 if TYPE_CHECKING:
@@ -130,10 +131,13 @@ class _Draft:
         if not equals or not key:
             self.faults.append(f"--set {override}: expected KEY=VALUE, such as --set training.max_steps=20")
             return
+        if has_half(override):
+            self.faults.append(f"--set {shortened(override)}: not UTF-8, or half of a character; write it in UTF-8")
+            return
         try:
-            parsed = yaml.safe_load(value)
+            parsed, _ = parse(value)
         except yaml.YAMLError as error:
-            self.faults.append(f"--set {override}: not valid YAML: {yaml_problem(error)}; put it in quotes")
+            self.faults.append(f"--set {shortened(override)}: not valid YAML: {yaml_problem(error)}; put it in quotes")
             return
         self.overridden.add(key)
         self.set(key, parsed)

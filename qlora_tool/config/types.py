@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from qlora_tool.config.messages import found
+from qlora_tool.config.patterns import check_pattern
 from qlora_tool.config.sources import check_columns, check_sources
 from qlora_tool.errors import UserError
 from qlora_tool.methods.keys import AS_WRITTEN, WHOLE, NotEmpty, to_number
@@ -46,16 +47,6 @@ def _expand_home(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~/") else path
 
 
-def _check_pattern(pattern: str) -> str:
-    if not pattern.strip():
-        raise ValueError
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(str(error)) from None
-    return pattern
-
-
 def _check_size(size: str) -> str:
     try:
         parse_size(size)
@@ -75,7 +66,7 @@ def _to_list(value: Any) -> Any:
 
 
 Text = Annotated[NotEmpty, AfterValidator(_expand_home)]
-Pattern = Annotated[str, AfterValidator(_check_pattern), Field(title="one regular expression")]
+Pattern = Annotated[str, AfterValidator(check_pattern), Field(title="one regular expression")]
 LayerNumbers = Annotated[
     Annotated[int, Field(ge=0), WHOLE] | Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(min_length=1)],
     BeforeValidator(_to_list),

@@ -6,7 +6,6 @@ and its generation configuration stops there; others write nothing at all, and g
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from qlora_tool.data.faults import RowFault
 from qlora_tool.data.messages import Message
 from qlora_tool.data.template import SpecialTokens
 from qlora_tool.errors import UserError
+from qlora_tool.files.reading import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,7 +132,6 @@ def _folders(tokenizer: PreTrainedTokenizerBase) -> list[Path]:
 
 def _read(file: Path) -> dict[str, object]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(file, "")
+    except UserError:  # whoever opens it says what is wrong with it
         return {}
-    return content if isinstance(content, dict) else {}

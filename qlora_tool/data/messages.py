@@ -35,6 +35,7 @@ ROLE_ALIASES = {
     "tool_response": "tool",
     "tool_result": "tool",
 }
+MOST_TURNS = 2000
 REASONING = ("reasoning_content", "reasoning", "thinking")  # the names that templates read it by
 TEXT_PARTS = (None, "text", "input_text", "output_text")  # types of parts of a content that are text
 THOUGHT_PARTS = ("thinking", "reasoning")  # and of those that are reasoning
@@ -129,6 +130,9 @@ def read_turns(value: Any, column: str) -> list[Message]:
         RowFault: something else, or a turn without role or content.
     """
     turns = read_list(value, column) if value is not None else []
+    if len(turns) > MOST_TURNS:
+        raise RowFault(f"{column} has {len(turns):,} turns, expected {MOST_TURNS:,} at most, as each answer is written "
+                       "anew with all turns before it; split the conversation")  # fmt: skip
     return [_turn(turn, f"{column}[{index}]") for index, turn in enumerate(turns)]
 
 

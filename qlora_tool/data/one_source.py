@@ -26,10 +26,12 @@ from qlora_tool.data.layout import Layout
 from qlora_tool.data.readers.rows import Row
 from qlora_tool.data.report import DataReport
 from qlora_tool.data.sources import Part, skipped_files, source_parts
-from qlora_tool.data.store import open_store, store_folder, write_store
+from qlora_tool.data.store import open_store, store_folder, write_store, write_temporary
 from qlora_tool.data.template import install_chat_template, read_chat_template
 from qlora_tool.data.workers import Chunk, encode_all, processes_for
-from qlora_tool.errors import UserError
+from qlora_tool.errors import MachineError, UserError
+from qlora_tool.files.atomic import REFUSALS
+from qlora_tool.files.cache import tell_unwritable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,6 +73,10 @@ class OneSource:
         self.data = data.model_copy(update={key: value for key, value in own.items() if value is not None})
         self.path, self.tokenizer, self.first, self.strict = source.path, tokenizer, first, strict
         self.parts = source_parts(self.path)
+        self._begin()
+
+    def _begin(self) -> None:
+        data = self.data
         self.faults, self.read = RowFaults(skip=data.on_error == "skip"), RowFaults()
         self.report = DataReport(self.path, "", None, data.train_on, data.max_length)
         self.rows = 0
@@ -93,7 +99,14 @@ class OneSource:
         if stored is None and self.first is not None:
             return self._in_memory()
         if stored is None:
-            stored = write_store(folder, self._blocks(size), self.report)
+            try:
+                stored = write_store(folder, self._blocks(size), self.report)
+            except MachineError as error:
+                if getattr(error.__cause__, "errno", None) not in REFUSALS:
+                    raise
+                tell_unwritable(error)  # full after the first blocks, say: once more, into another folder
+                self._begin()
+                stored = write_temporary(self._blocks(size), self.report)
         elif stored.report.template is not None:
             install_chat_template(self.tokenizer, path)
         self.report = stored.report

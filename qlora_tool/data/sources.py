@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ from qlora_tool.data.readers.arrow import read_arrow, read_parquet
 from qlora_tool.data.readers.delimited import read_delimited
 from qlora_tool.data.readers.json_lines import read_json, read_json_lines
 from qlora_tool.data.readers.plain_text import read_text
-from qlora_tool.data.readers.rows import Row
+from qlora_tool.data.readers.rows import MOST_COLUMNS, Row
 from qlora_tool.data.readers.spreadsheet import read_spreadsheet
 from qlora_tool.data.readers.streams import COMPRESSIONS
 from qlora_tool.errors import MachineError, UserError, did_you_mean
 from qlora_tool.files.hashes import kept_hash, kept_hashes, sha256
+from qlora_tool.files.reading import refuse_other_than_file
 
 __all__ = ["READERS", "Part", "Row", "Rows", "hashes", "read_rows", "skipped_files", "source_files", "source_parts"]
 
 HASH_KEPT_FROM = 4 << 20  # bytes: smaller files are hashed sooner than the kept hashes are read
+MOST_FILES = 100_000  # in a folder and those below it
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+){0,2}")
 
 
@@ -114,6 +117,9 @@ class FilePart(Part):
         rows = read_spreadsheet(self.file, faults, self.sheet) if self.sheet else reader(self.file, faults)
         try:
             for row in rows:
+                if len(row.fields) > MOST_COLUMNS:
+                    raise UserError(f"{row.where}: {len(row.fields):,} columns, expected {MOST_COLUMNS:,} at most; "
+                                    "leave out those that are not trained on")  # fmt: skip
                 empty = False
                 yield row
         except OSError as error:
@@ -168,6 +174,7 @@ def source_parts(source: str) -> list[Part]:
     if path.exists():
         if not path.is_dir():
             _reader(path)
+            refuse_other_than_file(path, "expected a data file or a folder")
         return [FilePart(file) for file in source_files(source)]
     file, colon, sheet = source.rpartition(":")
     if colon and file.lower().endswith(".xlsx") and Path(file).expanduser().is_file():
@@ -205,7 +212,13 @@ def skipped_files(source: str) -> list[str]:
 
 def _inside(folder: Path) -> list[Path]:
     """The files of a folder and those below it, but hidden ones, in the order of their names."""
-    inside = sorted(folder.rglob("*"), key=lambda file: file.relative_to(folder).as_posix())
+    try:
+        found = list(islice(folder.rglob("*"), MOST_FILES + 1))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror or error}; name a folder of data files") from error
+    if len(found) > MOST_FILES:
+        raise UserError(f"{folder}: a folder with more than {MOST_FILES:,} files; name the one that the data are in")
+    inside = sorted(found, key=lambda file: file.relative_to(folder).as_posix())
     return [file for file in inside if file.is_file()
             and not any(part.startswith(".") for part in file.relative_to(folder).parts)]  # fmt: skip
 

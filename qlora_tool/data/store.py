@@ -27,8 +27,8 @@ from qlora_tool.data.examples import Example, Examples
 from qlora_tool.data.labels import IGNORED
 from qlora_tool.data.report import DataReport
 from qlora_tool.errors import MachineError
-from qlora_tool.files.atomic import replacing_folder
-from qlora_tool.files.cache import cache_folder
+from qlora_tool.files.atomic import disk_errors, replacing_folder
+from qlora_tool.files.cache import cache_folder, tell_unwritable
 
 if TYPE_CHECKING:
     import numpy
@@ -158,21 +158,24 @@ def write_store(folder: Path, blocks: Iterable[Block], report: DataReport) -> St
         with tempfile.TemporaryFile(dir=folder.parent):
             pass
     except OSError as error:
-        temporary = tempfile.TemporaryDirectory(prefix="qlora-tool-")
-        logger.warning(
-            "the cache %s cannot be written (%s): tokenized data go to %s and are made again in every run; set "
-            "QLORA_TOOL_CACHE to a folder that you may write to",
-            cache_folder(), error.strerror or error, temporary.name,
-        )  # fmt: skip
-        folder = Path(temporary.name) / folder.name
-        _write(folder, blocks, report)
-        stored = StoredExamples(folder)
-        stored.temporary = temporary  # type: ignore[attr-defined]  # lives as long as they do
-        return stored
+        tell_unwritable(error)
+        return write_temporary(blocks, report)
     with replacing_folder(folder) as new:
         _write(new, blocks, report)
     _forget_oldest(folder)
     return StoredExamples(folder)
+
+
+def write_temporary(blocks: Iterable[Block], report: DataReport) -> StoredExamples:
+    """`write_store` into a temporary folder, which goes with the process."""
+    temporary = tempfile.TemporaryDirectory(prefix="qlora-tool-")
+    logger.info("tokenized data go to %s", temporary.name)
+    folder = Path(temporary.name) / "examples"
+    with disk_errors(folder):
+        _write(folder, blocks, report)
+    stored = StoredExamples(folder)
+    stored.temporary = temporary  # type: ignore[attr-defined]  # lives as long as they do
+    return stored
 
 
 def _write(folder: Path, blocks: Iterable[Block], report: DataReport) -> None:

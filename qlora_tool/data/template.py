@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_tool.data.faults import RowFault
 from qlora_tool.data.messages import Message
-from qlora_tool.data.time_limit import TimeIsUp, time_limit
+from qlora_tool.data.template_trial import CURE, MEMORY, try_template
+from qlora_tool.data.time_limit import TimeIsUp, TooMuch, time_limit
 from qlora_tool.errors import UserError, did_you_mean
+from qlora_tool.files.reading import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now")
-SECONDS = 10.0  # for one rendering: a thousand turns take a hundredth of it
+LARGEST = 4 << 20  # bytes: the longest ones have a hundredth of it
+SECONDS = 5.0  # for one rendering: a thousand turns take a hundredth of it
 MODEL_TEMPLATE, PLAIN_TEMPLATE = "the model's", "plain"
 PLAIN_TEMPLATE_TEXT = """\
 {%- for message in messages -%}
@@ -64,13 +67,13 @@ def read_chat_template(path: Path) -> str:
     Raises:
         UserError: there is no such file, or it cannot be read.
     """
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
+    if not path.exists() and not path.is_symlink():
         names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"data.chat_template: {path}: no such file{did_you_mean(path.name, names)}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.chat_template: {path}: cannot be read ({error}); expected a Jinja file") from error
+        raise UserError(f"data.chat_template: {path}: no such file{did_you_mean(path.name, names)}")
+    try:
+        return read_text(path, "expected a Jinja file", LARGEST)
+    except UserError as error:
+        raise UserError([f"data.chat_template: {line}" for line in error.lines]) from error
 
 
 def check_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> None:
@@ -158,19 +161,23 @@ def render(
     """
     import jinja2
 
+    try_template(template_sources(tokenizer), messages, kwargs or {})
     try:
-        with time_limit(SECONDS):
+        with time_limit(SECONDS, MEMORY):
             text = tokenizer.apply_chat_template(
                 list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs or {}
             )
+    except (TooMuch, MemoryError) as error:
+        raise UserError(f"the chat template makes more of a conversation of {len(messages)} turns than memory holds; "
+                        f"{CURE}") from error  # fmt: skip
     except TimeIsUp as error:
         raise UserError(
             f"the chat template wrote a conversation of {len(messages)} turns for {SECONDS:g} seconds and was not done "
-            "(an endless loop?); mend it, or name another with data.chat_template"
+            f"(an endless loop?); {CURE}"
         ) from error
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
-            f"the chat template, line {error.lineno}: {error.message}; mend it, or name another with data.chat_template"
+            f"the chat template, line {error.lineno}: {error.message}; {CURE}"
         ) from error
     except Exception as error:  # a template is a program: it may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -14,6 +14,10 @@ class TimeIsUp(BaseException):
     """The time is up. No `Exception`, so that the code that is stopped does not catch it as one of its own."""
 
 
+class TooMuch(TimeIsUp):
+    """The process grew by more than it may meanwhile."""
+
+
 class _Watch:
     """One thread for all limits of a process: starting one for each would take longer than what is timed."""
 
@@ -21,18 +25,24 @@ class _Watch:
         self.lock = threading.Lock()
         self.deadlines: dict[int, float] = {}  # by thread
         self.fired: set[int] = set()
+        self.growth: dict[int, tuple[int, int]] = {}  # bytes, by thread: before, and how many more there may be
+        self.held = 0  # bytes, when they were last asked for
         self.process: int | None = None  # threads do not live on in a forked process
 
-    def begin(self, thread: int, seconds: float) -> None:
+    def begin(self, thread: int, seconds: float, memory: int) -> None:
         with self.lock:
             if self.process != os.getpid():
                 self.process, self.deadlines, self.fired = os.getpid(), {}, set()
+                self.growth, self.held = {}, _held()
                 threading.Thread(target=self._run, name="time limit", daemon=True).start()
             self.deadlines[thread] = time.monotonic() + seconds
+            if memory:
+                self.growth[thread] = self.held, memory
 
     def end(self, thread: int) -> None:
         with self.lock:
             self.deadlines.pop(thread, None)
+            self.growth.pop(thread, None)
             if thread in self.fired:
                 self.fired.discard(thread)
                 _raise_in(thread, None)  # what was done in the very last moment counts
@@ -46,11 +56,22 @@ class _Watch:
                 if idle == 50:  # ten seconds: let the process be
                     self.process = None
                     return
+                self.held = _held() if self.growth else self.held
                 for thread, deadline in list(self.deadlines.items()):
-                    if time.monotonic() > deadline:
+                    before, more = self.growth.get(thread, (0, 0))
+                    grown = bool(more) and self.held - before > more
+                    if grown or time.monotonic() > deadline:
                         del self.deadlines[thread]
+                        self.growth.pop(thread, None)
                         self.fired.add(thread)
-                        _raise_in(thread, TimeIsUp)
+                        _raise_in(thread, TooMuch if grown else TimeIsUp)
+
+
+def _held() -> int:
+    """The bytes of memory that this process takes."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
@@ -62,14 +83,19 @@ _watch = _Watch()
 
 
 @contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float, memory: int = 0) -> Iterator[None]:
     """Stop what runs inside after so many seconds. A long call into C is stopped when it returns. Limits do not nest.
+
+    Args:
+        memory: stop it too where the process takes so many bytes more than before; looked at a few times a second. 0:
+            as many as it likes.
 
     Raises:
         TimeIsUp: it took longer.
+        TooMuch: it took more memory.
     """
     thread = threading.get_ident()
-    _watch.begin(thread, seconds)
+    _watch.begin(thread, seconds, memory)
     try:
         yield
     finally:

@@ -7,7 +7,6 @@ llama.cpp, which read different parts of `adapter_config.json`, then compute the
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +22,7 @@ from qlora_tool.export.generation import named_and_trained
 from qlora_tool.export.readers import readers
 from qlora_tool.files.atomic import write_json
 from qlora_tool.files.tensors import write_all
+from qlora_tool.model.config_file import read_config_file
 from qlora_tool.model.load import build_skeleton
 from qlora_tool.model.source import read_model_config
 from qlora_tool.model.tokenizer_files import copy_tokenizer, has_tokenizer
@@ -174,5 +174,5 @@ def _new_rows(artifact: Artifact) -> int | None:
     rows = next((tensor.shape[0] for name, tensor in replaced.items() if name.endswith(ends)), None)
     if rows is None:
         return None
-    config = json.loads((base_folder(artifact) / "config.json").read_text(encoding="utf-8"))
+    config = read_config_file(base_folder(artifact))
     return rows if config.get("vocab_size") not in (None, rows) else None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool.files.atomic import write_json
+from qlora_tool.model.config_file import read_config_file
 from qlora_tool.model.resized import with_vocabulary
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ MODEL_FILES = ("*processor*.json", "*.py", "LICENSE*")
 
 def write_config(merged: MergedModel, folder: Path, quantization: Mapping[str, Any] | None = None) -> None:
     """Write the base's config.json with the files' dtype; of quantization it says `quantization`, or nothing."""
-    raw = json.loads((merged.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    raw = read_config_file(merged.checkpoint.folder)
     raw = with_vocabulary(raw, merged.skeleton.config)
     dropped = ("quantization_config", "torch_dtype", "_name_or_path")
     config = {key: value for key, value in raw.items() if key not in dropped}

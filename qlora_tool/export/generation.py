@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import write_json
 from qlora_tool.inference.ends import SETTINGS, generation_settings, named_ends, with_trained
-from qlora_tool.model.open import open_tokenizer
+from qlora_tool.model.open import BrokenTokenizer, open_tokenizer
 from qlora_tool.model.tokenizer_files import has_tokenizer
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def named_and_trained(
         return named, named
     try:
         tokenizer = open_tokenizer(tokenizer_folder, trust_remote_code)
+    except BrokenTokenizer:  # it would be copied into the export
+        raise
     except UserError as error:
         logger.warning("%s: the base's, which may not name the end of an answer: %s", SETTINGS, error)
         return named, named

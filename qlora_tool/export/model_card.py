@@ -14,6 +14,7 @@ from yaml import YAMLError
 from qlora_tool._version import __version__
 from qlora_tool.artifacts import Artifact
 from qlora_tool.config.sources import told
+from qlora_tool.model.config_file import read_config_file
 from qlora_tool.model.tokenizer_files import has_tokenizer
 from qlora_tool.run_folder import RunFolder
 
@@ -261,7 +262,7 @@ def _licence(folder: Path) -> str | None:
         header = None
     if isinstance(found := (header or {}).get("license"), str):
         return found
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config_file(folder)
     return config.get("license")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from qlora_tool.artifacts import Artifact, changed_base
 from qlora_tool.errors import MachineError, UserError, did_you_mean
 from qlora_tool.export.staging import REPORT
 from qlora_tool.files.atomic import existing_parent
+from qlora_tool.model.config_file import read_config_file
 from qlora_tool.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def refuse_changed_base(artifact: Artifact, folder: Path) -> str | None:
 
 def finer_base(artifact: Artifact, folder: Path) -> bool:
     """Whether the base's files hold finer weights than the 4-bit values that were trained against."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config_file(folder)
     stored = config.get("quantization_config") or {}
     as_bitsandbytes = bool(stored) and str(stored.get("quant_method", "bitsandbytes")).startswith("bitsandbytes")
     return artifact.model.quantization in ("nf4", "fp4") and not as_bitsandbytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import math
 import tempfile
@@ -26,6 +25,7 @@ from qlora_tool.export.verification import Proof, Update
 from qlora_tool.export.verify import Predictions, Rows, choose_rows, compare, predict, trained_loss
 from qlora_tool.files.tensors import Checkpoint, give_back_freed_memory
 from qlora_tool.model.causal_lm import CausalLM
+from qlora_tool.model.config_file import read_config_file
 from qlora_tool.model.devices import choose_device
 from qlora_tool.model.load import attention_options, auto_class, build_skeleton
 from qlora_tool.model.parameter_source import ParameterSource, tied_names
@@ -90,7 +90,7 @@ def prove(
 
 def _stored_as(folder: Path) -> str:
     """The dtype that the files' config.json names, or how they are quantized."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config_file(folder)
     quantized = config.get("quantization_config")
     if quantized is None:
         return config.get("dtype", "float32")

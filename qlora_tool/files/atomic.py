@@ -14,7 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qlora_tool.errors import MachineError
+from qlora_tool.errors import MachineError, UserError
+
+_FULL, _FORBIDDEN = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS, errno.EACCES, errno.EPERM)
+REFUSALS = (*_FULL, *_FORBIDDEN)
+"""What `disk_errors` makes a `MachineError` of."""
 
 _calls = itertools.count()
 _FAILING = {getattr(errno, name) for name in ("EIO", "ENXIO", "ENODEV", "ESTALE", "ENOTCONN", "EREMOTEIO", "EFBIG",
@@ -27,7 +31,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             try:
                 free = shutil.disk_usage(existing_parent(path)).free
             except OSError:
@@ -35,12 +39,22 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise MachineError(
                 f"no space left for {path}: {free / 1e9:.2f} GB are free there; free some, or choose another folder"
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno in _FORBIDDEN:
             raise MachineError(f"cannot write {path}: {error.strerror}; choose a folder you may write to") from error
         if error.errno in _FAILING:
             raise MachineError(f"cannot write {path}: {error.strerror}; the disk fails, or is no longer there; choose "
                                "another folder") from error  # fmt: skip
         raise
+
+
+def refuse_no_folder(file: Path) -> None:
+    """Refuse a file that a user names to be written in a folder that is not there: a slip would make one.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not file.expanduser().absolute().parent.is_dir():
+        raise UserError(f"{file}: there is no folder {file.parent}; make it first, or name another file")
 
 
 def existing_parent(path: Path) -> Path:

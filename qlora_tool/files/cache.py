@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,8 @@ def cache_folder() -> Path:
 
 def write_cached(file: Path, value: Any) -> None:
     """Write JSON into the cache; where that cannot be done nothing but time is lost, which is said once."""
-    try:
+    with telling_unwritable():
         write_json(file, value)
-    except (OSError, MachineError) as error:
-        _warn_unwritable(cache_folder(), " ".join(str(error).split()))
 
 
 def lacking_room(needed: int) -> str:
@@ -53,8 +52,26 @@ def lacking_room(needed: int) -> str:
             "free some, or set QLORA_TOOL_CACHE to a folder on another disk")  # fmt: skip
 
 
-@functools.cache
-def _warn_unwritable(folder: Path, reason: str) -> None:
+def tell_unwritable(error: Exception) -> None:
+    """Say once that the cache cannot be written, and that it costs no more than time."""
+    if cache_folder() not in _told:
+        _told.add(cache_folder())
+        _warn(cache_folder(), " ".join(str(error).split()))
+
+
+@contextlib.contextmanager
+def telling_unwritable() -> Iterator[None]:
+    """What is put into the cache inside is as good as not there where that cannot be done, which is said."""
+    try:
+        yield
+    except (OSError, MachineError) as error:
+        tell_unwritable(error)
+
+
+_told: set[Path] = set()
+
+
+def _warn(folder: Path, reason: str) -> None:
     logger.warning("the cache %s cannot be written, so that what it would save time for is done again in every run; "
                    "set QLORA_TOOL_CACHE to a folder that you may write to (%s)", folder, reason)  # fmt: skip
 

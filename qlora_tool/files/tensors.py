@@ -28,8 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlora_tool.errors import UserError, did_you_mean
+from qlora_tool.errors import UserError, did_you_mean, printable
 from qlora_tool.files.atomic import write_json
+from qlora_tool.files.reading import found_as, is_inside, parse_json, read_object, refuse_other_than_file
 from qlora_tool.once import log_once
 
 logger = logging.getLogger(__name__)
@@ -116,10 +117,7 @@ def _checkpoint_files(folder: Path) -> list[Path]:
                      f"that {INDEX_NAME} names")  # fmt: skip
         return [folder / SINGLE_NAME]
     if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index}: not an index of shards ({error}); download the model again") from error
+        names = _shard_names(index)
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise UserError(
@@ -139,6 +137,24 @@ def _checkpoint_files(folder: Path) -> list[Path]:
     )
 
 
+def _shard_names(index: Path) -> list[str]:
+    """The files that an index names, all of them in its folder: a link in it may lead elsewhere, a name not.
+
+    Raises:
+        UserError: no index, or a name that leads outside.
+    """
+    cure = "download the model again"
+    weight_map = read_object(index, cure).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: not an index of shards (weight_map is {found_as(weight_map)}, expected an object of "
+                        f"files by tensors); {cure}")  # fmt: skip
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not is_inside(name):
+            raise UserError(f"{index}: {printable(tensor, 80)} lies in {printable(repr(name), 80)}, which is no name "
+                            f"of a file in this folder; {cure}")  # fmt: skip
+    return sorted(set(weight_map.values()))
+
+
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file, in its order.
 
@@ -146,11 +162,12 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         UserError: the library refuses the header, or the file is not as long as its header says; a dtype without
             counterpart in PyTorch.
     """
+    refuse_other_than_file(file, "download it again")
     with _refusals(file), safe_open(file, "pt", backend="pread"):
         pass
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
+        header: dict[str, dict[str, Any]] = parse_json(stream.read(length).decode(), str(file), "download it again")
     header.pop("__metadata__", None)
     entries = {}
     for name, entry in header.items():

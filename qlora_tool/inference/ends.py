@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from qlora_tool.data.dialect import Dialect
 from qlora_tool.data.faults import RowFault
 from qlora_tool.data.labels import token_ids
 from qlora_tool.data.template import render
-from qlora_tool.errors import UserError
+from qlora_tool.errors import UserError, printable
+from qlora_tool.files.reading import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -62,12 +62,11 @@ def generation_settings(folder: Path) -> dict[str, Any]:
         UserError: it is broken.
     """
     file = folder / SETTINGS
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); download the model again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: a {type(found).__name__}, where a JSON object is expected; download the model again")
+    cure = "download the model again"
+    found = read_object(file, cure) if file.exists() else {}
+    if not all(isinstance(end, int) and not isinstance(end, bool) for end in listed(found.get("eos_token_id"))):
+        raise UserError(f"{file}: eos_token_id is {printable(repr(found['eos_token_id']), 80)}, expected a token's "
+                        f"number or a list of such; {cure}")  # fmt: skip
     return found
 
 

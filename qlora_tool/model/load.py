@@ -105,7 +105,7 @@ def build_skeleton(config, trust_remote_code: bool = False, dtype: torch.dtype |
             model = auto_class(config).from_config(
                 config, trust_remote_code=trust_remote_code, dtype=dtype or config.dtype, **attention_options(config)
             )
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
+    except (ArithmeticError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"config.json, model type {config.model_type!r}: no causal language model can be made of it: {reason}"

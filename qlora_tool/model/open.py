@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qlora_tool.errors import UserError
+from qlora_tool.errors import UserError, printable
 from qlora_tool.model.tokenizer_check import read_as_written
+from qlora_tool.model.tokenizer_files import check_tokenizer_files
 from qlora_tool.ops.precision import COMPUTE_DTYPES, choose_compute_dtype
 
 if TYPE_CHECKING:
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "spm", "source.spm", "tekken")
 """How the names of files begin that hold tokenizers; classes of their own have others, and say more."""
+
+
+class BrokenTokenizer(UserError):
+    """A tokenizer's files are there, and hold what no tokenizer does."""
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -34,14 +39,26 @@ def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     from transformers import AutoTokenizer
 
     try:
+        check_tokenizer_files(folder)
+    except UserError as error:
+        raise BrokenTokenizer(error.lines) from error
+    try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: {_why_not_read(folder, error, trust_remote_code)}") from error
-    return read_as_written(tokenizer, folder)
+        return read_as_written(tokenizer, folder)
+    except UserError:
+        raise
+    except BaseException as error:  # files of any content: what reads them raises anything, Rust's panics too
+        if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
+        if reason := _lacking(folder, error, trust_remote_code):
+            raise UserError(f"{folder}: {reason}") from error
+        raise BrokenTokenizer(
+            f"{folder}: its tokenizer cannot be read: {_reason(error)}; download the model again"
+        ) from error
 
 
-def _why_not_read(folder: Path, error: Exception, trust_remote_code: bool) -> str:
-    """Why transformers cannot read a folder's tokenizer, and what to do."""
+def _lacking(folder: Path, error: BaseException, trust_remote_code: bool) -> str:
+    """What is not there that reading a folder's tokenizer takes, and what to do; empty where its files are broken."""
     if "custom code" in str(error) and not trust_remote_code:
         return "its tokenizer brings its own code; read it, then set model.trust_remote_code: true to run it"
     files = [file.name for file in folder.iterdir()]
@@ -50,7 +67,12 @@ def _why_not_read(folder: Path, error: Exception, trust_remote_code: bool) -> st
     alone = "tokenizer.json" not in files and any(name.endswith(".model") for name in files)
     if alone and not find_spec("sentencepiece"):
         return "its tokenizer is a SentencePiece model without tokenizer.json; pip install sentencepiece to read it"
-    return f"its tokenizer cannot be read: {' '.join(str(error).split())}; download the model again"
+    return ""
+
+
+def _reason(error: BaseException) -> str:
+    text = printable(" ".join(str(error).split()), 300)
+    return text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__} {text}".strip()
 
 
 def positions_of(model_config) -> int | None:

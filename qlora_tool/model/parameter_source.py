@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SUMMED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|position_ids)$")  # buffers of older files
 
 
@@ -80,9 +81,9 @@ class ParameterSource:
                            missing_names(plan.unexpected, {}))  # fmt: skip
         used = {source for group in plan.groups for _, source in group.sources}
         self.unused: Sequence[str] = [name for name in self._stored if name not in used and not _COMPUTED.search(name)]
-        self.shapes: Mapping[str, tuple[int, ...]] = {
-            name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
-        }
+        tensors = model.state_dict()
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self._floats = {name: tensor.is_floating_point() for name, tensor in tensors.items()}
         self._groups = {name: group for group in plan.groups for name in group.targets()}
         self.names: Sequence[str] = list(self._groups)
         self._waiting: dict[str, Tensor] = {}  # read along with another one, not asked for yet
@@ -97,6 +98,11 @@ class ParameterSource:
         if name not in self._waiting:
             self._waiting |= self._convert(self._groups[name])
         value = self._waiting.pop(name)
+        if isinstance(value, Tensor) and self._floats.get(name) and not value.is_floating_point():
+            raise UserError(
+                f"{self.checkpoint.folder}: tensor {name} holds {str(value.dtype).removeprefix('torch.')}, where "
+                "numbers with a fraction are expected; download the model again, or its unquantized weights"
+            )
         if isinstance(value, Tensor) and tuple(value.shape) != self.shapes[name]:
             value = fitted(value, self.shapes[name], self.model.config)
         if tuple(value.shape) != self.shapes[name] and not (
@@ -167,9 +173,31 @@ class ParameterSource:
 
     def _read_stored(self, name: str) -> Tensor | QuantizedTensor:
         try:
-            return self._stored[name].read(lambda part: self.checkpoint.read(part, self.device), self._as)
+            value = self._stored[name].read(lambda part: self.checkpoint.read(part, self.device), self._as)
+            self._refuse_no_numbers(name, value)
+            return value
         except (ValueError, KeyError, StopIteration) as error:
             raise UserError(f"{self.checkpoint.folder}: cannot read the quantized weight {name}: {error}") from error
+
+
+    def _refuse_no_numbers(self, name: str, value: Tensor | QuantizedTensor) -> None:
+        """Refuse a tensor with values that are no finite numbers, while it is at hand."""
+        tensors = value.tensors().values() if isinstance(value, QuantizedTensor) else [value]
+        for tensor in tensors:
+            if tensor.dtype in _SUMMED and not is_finite(tensor):
+                count = int((~tensor.isfinite()).sum())
+                raise UserError(
+                    f"{self.checkpoint[self._stored[name].parts[0]].file}: tensor {name}: {count:,} of its "
+                    f"{tensor.numel():,} values are no finite numbers (NaN or infinite); download the model again, or "
+                    "take an earlier one: the training that made it diverged"
+                )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every value is a finite number: by their sum, which one that is none spoils, in one pass; value by value
+    where finite ones add up to more than a number holds."""
+    total = tensor.sum(dtype=torch.float32 if tensor.dtype.itemsize <= 4 else None)
+    return bool(total.isfinite()) or bool(tensor.isfinite().all())
 
 
 def _transposed(shape: tuple[int, ...]) -> tuple[int, ...]:

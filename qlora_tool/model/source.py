@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from qlora_tool.errors import MachineError, UserError, did_you_mean
+from qlora_tool.errors import MachineError, UserError, did_you_mean, printable
+from qlora_tool.files.reading import refuse_other_than_file
+from qlora_tool.model.config_file import NAME, read_config_file
 
 _FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "tokenizer*", "LICENSE*", "README.md"]
+_READ = (".json", ".jinja", ".txt", ".model", ".safetensors")
 
 
 def resolve(name_or_path: str, revision: str | None = None, *, weights: bool = True, fetch: bool = True) -> Path:
@@ -29,7 +31,7 @@ def resolve(name_or_path: str, revision: str | None = None, *, weights: bool = T
         return demo_model_folder()
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        if not (path / "config.json").exists():
+        if not (path / NAME).exists() and not (path / NAME).is_symlink():
             adapter = (path / "adapter_config.json").exists() or (path / "adapter").is_dir()
             cure = (
                 "it is an adapter or a run: set model.name_or_path to its base and adapter.init_from to this folder"
@@ -37,6 +39,7 @@ def resolve(name_or_path: str, revision: str | None = None, *, weights: bool = T
                 else "download it again"
             )
             raise UserError(f"{path}: no config.json in it, so it is not a model folder; {cure}")
+        refuse_odd_files(path, "download the model again")
         return path
     if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -45,6 +48,17 @@ def resolve(name_or_path: str, revision: str | None = None, *, weights: bool = T
             "id (owner/name), or demo"
         )
     return _from_hub(name_or_path, revision, [*_FILES, "*.safetensors"] if weights else _FILES, fetch)
+
+
+def refuse_odd_files(folder: Path, cure: str) -> None:
+    """Refuse a folder in which a folder, a pipe or a device has the name of a file that is going to be read.
+
+    Raises:
+        UserError: naming it.
+    """
+    for file in folder.iterdir():
+        if file.suffix in _READ:
+            refuse_other_than_file(file, cure)
 
 
 def _from_hub(name: str, revision: str | None, patterns: list[str], fetch: bool) -> Path:
@@ -87,22 +101,14 @@ def read_model_config(folder: Path, trust_remote_code: bool = False):
     Raises:
         UserError: it is broken, of an architecture that transformers does not know, or asks for code of its own.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, __version__
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    file = folder / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder}: no config.json in it, so it is not a model folder; name a folder that has one"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); download the model again") from error
-    model_type = raw.get("model_type") if isinstance(raw, dict) else None
-    if model_type is None:
-        raise UserError(f"{file}: no model_type in it, so it is not a model's configuration; download the model again")
+    file, raw = folder / NAME, read_config_file(folder)
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        found = "no model_type in it" if model_type is None else f"model_type is {model_type!r}, which is no text"
+        raise UserError(f"{file}: {found}, so it is not a model's configuration; download the model again")
     if model_type not in CONFIG_MAPPING and not trust_remote_code:
         if "auto_map" in raw:
             raise UserError(
@@ -114,8 +120,8 @@ def read_model_config(folder: Path, trust_remote_code: bool = False):
         )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # what a family's own checks and code raise, whatever it is
+        reason = printable(" ".join(str(error).split()), 300) or type(error).__name__
         raise UserError(
             f"{file}: not a valid configuration of a {model_type} model ({reason}); correct it, or download the "
             "model again"

@@ -6,14 +6,15 @@ not read (a `tokenizer_class: TokenizersBackend`, say); what was not changed is 
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_tool.errors import UserError
+from qlora_tool.errors import UserError, printable
 from qlora_tool.files.atomic import write_json, write_text
+from qlora_tool.files.reading import read_object, read_text
+from qlora_tool.model.source import refuse_odd_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +26,8 @@ TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "vocab-*", "merges.txt", "*.model",
     "*.tiktoken", "tekken.json", "tokenization*.py", TEMPLATE, "chat_template.json", "chat_templates", TEMPLATES,
 )  # fmt: skip
+LARGEST_TEMPLATE = 4 << 20  # bytes: the longest ones have a hundredth of it
+_CURE = "download the model again"
 _TEMPLATE_FILES = (TEMPLATE, "chat_template.json", "chat_templates", TEMPLATES)
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -94,6 +97,69 @@ def copy_tokenizer(trained: Path, base: Path, folder: Path) -> None:
         _write_templates(templates, folder)
 
 
+def check_tokenizer_files(folder: Path) -> None:
+    """Check the files that a tokenizer is read from, before it is: files, JSON where they say so, texts for templates.
+
+    Raises:
+        UserError: naming the file, and the key of its settings.
+    """
+    refuse_odd_files(folder, _CURE)
+    for name in (SETTINGS, "special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).exists():
+            _check_settings(folder / name, _read_json(folder / name))
+    if (folder / TEMPLATE).exists():
+        read_text(folder / TEMPLATE, _CURE, LARGEST_TEMPLATE)
+    if (folder / "tokenizer.json").exists():
+        read_text(folder / "tokenizer.json", _CURE)
+
+
+def _check_settings(file: Path, settings: dict[str, Any]) -> None:
+    faults = [
+        f"{file}: {key} is {printable(repr(settings[key]), 80)}, expected {expected}; {_CURE}"
+        for key, (fits, expected) in _SETTINGS.items() if key in settings and not fits(settings[key])
+    ]  # fmt: skip
+    if faults:
+        raise UserError(faults)
+
+
+def _is_token(value: Any) -> bool:
+    return value is None or isinstance(value, str) or (
+        isinstance(value, dict) and isinstance(value.get("content"), str))
+
+
+def _is_template(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(one, dict) and isinstance(one.get("name"), str) and isinstance(one.get("template"), str)
+                   for one in value)  # fmt: skip
+    texts = value.values() if isinstance(value, dict) else [value]
+    return value is None or all(isinstance(one, str) and len(one) <= LARGEST_TEMPLATE for one in texts)
+
+
+def _is_length(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value > 0)
+
+
+def _is_tokens(value: Any) -> bool:
+    return value is None or (isinstance(value, list | dict) and all(
+        _is_token(one) and one is not None for one in (value.values() if isinstance(value, dict) else value)))
+
+
+def _is_numbered(value: Any) -> bool:
+    return isinstance(value, dict) and all(str(key).isdecimal() and isinstance(one, dict) and _is_token(one)
+                                           for key, one in value.items())  # fmt: skip
+
+
+_SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(_SPECIAL, (_is_token, "a text, an object with its content, or null")),
+    "chat_template": (_is_template, "a template's text, or a list of {name, template}"),
+    "model_max_length": (_is_length, "a number of tokens above 0"),
+    "tokenizer_class": (lambda value: value is None or isinstance(value, str), "a class's name"),
+    "added_tokens_decoder": (_is_numbered, "an object of tokens by their ids"),
+    "additional_special_tokens": (_is_tokens, "a list of tokens"),
+    "extra_special_tokens": (_is_tokens, "a list or an object of tokens"),
+}
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """What `tokenizer_config.json` says; empty where there is none.
 
@@ -108,9 +174,10 @@ def read_templates(folder: Path) -> Templates:
 
     A `chat_template.jinja` counts before what `tokenizer_config.json` says.
     """
-    named = {path.stem: path.read_text(encoding="utf-8") for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
+    named = {path.stem: read_text(path, _CURE, LARGEST_TEMPLATE)
+             for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
     if (folder / TEMPLATE).exists():
-        named["default"] = (folder / TEMPLATE).read_text(encoding="utf-8")
+        named["default"] = read_text(folder / TEMPLATE, _CURE, LARGEST_TEMPLATE)
     if named:
         return named["default"] if set(named) == {"default"} else named
     found = read_settings(folder).get("chat_template")
@@ -174,10 +241,4 @@ def _text(token: Any) -> str | None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); download the model again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: a {type(found).__name__}, where a JSON object is expected; download the model again")
-    return found
+    return read_object(file, _CURE)

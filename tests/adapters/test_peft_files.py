@@ -257,7 +257,7 @@ def test_a_folder_without_an_adapter(tmp_path, adapter):
     assert lines_of(read_adapter, adapter) == [f"{adapter}: no adapter_model.safetensors in it"]
 
 
-@pytest.mark.parametrize(("text", "said"), [("{", "not JSON"), ("[]", "expected a JSON object, found list")])
+@pytest.mark.parametrize(("text", "said"), [("{", "not JSON"), ("[]", "a list, where a JSON object is expected")])
 def test_a_broken_configuration(adapter, text, said):
     (adapter / "adapter_config.json").write_text(text)
     (line,) = lines_of(read_adapter, adapter)

@@ -296,7 +296,7 @@ def test_files_that_are_no_configuration(write, content, line):
 def test_a_file_in_another_encoding(write):
     Path(write("")).write_bytes("data: {train: fran\xe7ais.jsonl}".encode("latin-1"))
     (line,) = faults("c.yaml")
-    assert line.startswith("c.yaml: expected YAML in UTF-8")
+    assert line.startswith("c.yaml: byte 18 (0xe7) is not UTF-8")
 
 
 def test_a_source_that_is_neither_file_nor_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -25,7 +25,7 @@ EXTRAS = "test,demo"
 # What is imported from other packages; together they stand for an installation that is complete.
 MODULES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "safetensors", "click", "pydantic")
 MODULES += ("yaml", "rich", "matplotlib", "gguf")
-TEST_MODULES = (*MODULES, "peft", "pytest", "xdist", "ruff", "mypy", "importlinter")
+TEST_MODULES = (*MODULES, "peft", "pytest", "xdist", "hypothesis", "ruff", "mypy", "importlinter")
 
 
 class EnvironmentFailure(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from qlora_tool.data.faults import RowFaults
 from qlora_tool.data.names import is_known
-from qlora_tool.data.readers.rows import Row, name_index
+from qlora_tool.data.readers.rows import MOST_COLUMNS, Row, name_index
 from qlora_tool.data.readers.streams import Line, lines
 from qlora_tool.errors import UserError
 
@@ -31,6 +32,9 @@ def read_delimited(file: Path, faults: RowFaults) -> Iterator[Row]:
     csv.field_size_limit(LONGEST_CELL)  # the module's default refuses cells over 128 KiB
     given = _line_by_line(lines(file, faults))
     head = list(islice(given, SAMPLE))
+    if head and (wide := max(map(head[0].text.count, DELIMITERS))) >= MOST_COLUMNS:
+        raise UserError(f"{file}, line 1: {wide + 1:,} columns, expected {MOST_COLUMNS:,} at most; leave out those "
+                        "that are not trained on")  # fmt: skip
     ended = len(head) < SAMPLE
     separator, head = _separator_line(head)
     sample = [_parsable(line.text) for line in head]
@@ -78,7 +82,7 @@ class _Table:
         cells = self.names
         self.unnamed = [index for index, name in enumerate(cells) if not name.strip()]
         given = [name for name in cells if name.strip()]
-        if twice := sorted({name for name in given if given.count(name) > 1}):
+        if twice := sorted(name for name, count in Counter(given).items() if count > 1):
             raise UserError(f"{where}: the column '{twice[0]}' stands twice; give each a name of its own")
 
 

@@ -47,7 +47,7 @@ def _is_list_of_rows(line: str) -> bool:
 def _is_object(line: str) -> bool:
     try:
         return line.startswith("{") and isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -62,4 +62,6 @@ def _row(file: Path, line: Line, faults: RowFaults) -> Row | None:
         faults.add(where, not_json(error))
     except (RowFault, RecursionError) as error:
         faults.add(where, error)
+    except ValueError:  # Python's limit for what it makes a number of
+        faults.add(where, "a number of more than 4,300 digits; put it in quotes")
     return None

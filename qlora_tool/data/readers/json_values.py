@@ -198,6 +198,9 @@ class _Values:
                     raise self.fault(error.msg, error.pos) from error
             except RecursionError as error:
                 raise UserError(f"{self.file}, line {self.line}: nested too deeply") from error
+            except ValueError as error:  # Python's limit for what it makes a number of
+                raise UserError(f"{self.file}, line {self.line}: a number of more than 4,300 digits; put it in "
+                                "quotes") from error  # fmt: skip
 
     def begins_list_of_objects(self) -> bool:
         """Whether the list that comes next has an object, or a list, for its first item."""

@@ -8,6 +8,8 @@ from typing import Any
 
 from qlora_tool.data.faults import RowFault
 
+MOST_COLUMNS = 10_000
+
 
 @dataclass(frozen=True)
 class Row:
