@@ -15,6 +15,7 @@ from qlora_tool.errors import UserError
 
 LARGEST = 256 << 20  # bytes: the largest tokenizer.json is a tenth of it
 DEEPEST = 64  # lists and mappings in one another
+_READ = (".json", ".jinja", ".txt", ".model", ".safetensors")  # of a model's folder
 
 
 def is_regular(file: Path) -> bool:
@@ -39,6 +40,17 @@ def refuse_other_than_file(file: Path, cure: str) -> os.stat_result:
     if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{file}: {_kind(found.st_mode)}, where a file is expected; {cure}")
     return found
+
+
+def refuse_odd_files(folder: Path, cure: str) -> None:
+    """Refuse a folder in which a folder, a pipe or a device has the name of a file that is going to be read.
+
+    Raises:
+        UserError: naming it.
+    """
+    for file in folder.iterdir():
+        if file.suffix in _READ:
+            refuse_other_than_file(file, cure)
 
 
 def _kind(mode: int) -> str:

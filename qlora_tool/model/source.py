@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from qlora_tool.errors import MachineError, UserError, did_you_mean, printable
-from qlora_tool.files.reading import refuse_other_than_file
+from qlora_tool.files.reading import refuse_odd_files
 from qlora_tool.model.config_file import NAME, read_config_file
 
 _FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "tokenizer*", "LICENSE*", "README.md"]
-_READ = (".json", ".jinja", ".txt", ".model", ".safetensors")
 
 
 def resolve(name_or_path: str, revision: str | None = None, *, weights: bool = True, fetch: bool = True) -> Path:
@@ -48,17 +47,6 @@ def resolve(name_or_path: str, revision: str | None = None, *, weights: bool = T
             "id (owner/name), or demo"
         )
     return _from_hub(name_or_path, revision, [*_FILES, "*.safetensors"] if weights else _FILES, fetch)
-
-
-def refuse_odd_files(folder: Path, cure: str) -> None:
-    """Refuse a folder in which a folder, a pipe or a device has the name of a file that is going to be read.
-
-    Raises:
-        UserError: naming it.
-    """
-    for file in folder.iterdir():
-        if file.suffix in _READ:
-            refuse_other_than_file(file, cure)
 
 
 def _from_hub(name: str, revision: str | None, patterns: list[str], fetch: bool) -> Path:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_tool.errors import UserError, printable
 from qlora_tool.files.atomic import write_json, write_text
-from qlora_tool.files.reading import read_object, read_text
-from qlora_tool.model.source import refuse_odd_files
+from qlora_tool.files.reading import read_object, read_text, refuse_odd_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
