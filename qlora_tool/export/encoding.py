@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 SWEEPS = 3  # over a weight's columns
 DECIDING = 14  # adapted weights after which one base is taken for all others
-MOST_NOISE = 0.1  # as much as three tenths of the update that are missing
+MOST_NOISE = 0.2  # as much as 0.45 of the update that are missing
 TELL_EVERY = 20.0  # seconds between two lines of progress
 
 Form = TypeVar("Form")
@@ -227,16 +227,18 @@ def best(kept: Mapping[str, Kept], weights: int) -> str:
     """Whose codes come nearest to the trained model, judged from some of its weights.
 
     What is missing everywhere adds up over a model's weights as the update itself does; noise, each weight's own, adds
-    up in squares only. Its share of the sum was set by what was measured on SmolLM2 (docs/export.md), where NF4 and
-    IQ4_NL keep more from the original base, and Q6_K from the dequantized one. More noise than `MOST_NOISE` counts no
-    more: the original weights are a sound model, however small the update is beside what they differ by.
+    up in squares only. The more of it there is the less counts what comes on top, up to `MOST_NOISE`: the original
+    weights are a sound model, however small the update is beside what they differ by. That share was set by what was
+    measured on SmolLM2 (docs/export.md), where NF4, IQ4_NL and Q4_0 keep more from the original base, and the others
+    from the dequantized one.
 
     Args:
         kept: by base.
         weights: how many adapted ones the model has.
     """
     def lost(base: str) -> float:
-        return kept[base].missing ** 2 + min(kept[base].noise / (2 * weights), MOST_NOISE)
+        noise = kept[base].noise / (2 * weights)
+        return kept[base].missing ** 2 + MOST_NOISE * noise / (MOST_NOISE + noise)
 
     return min(kept, key=lost)
 

@@ -22,8 +22,9 @@ from qlora_tool.memory.allocator.timeline import replay_on
 from qlora_tool.memory.breakdown import PARTS, Breakdown, MemoryReport
 from qlora_tool.memory.show.legend import full_size, limit
 from qlora_tool.memory.trace.classify import timeline
+from qlora_tool.memory.trace.extrapolate import predict_deep
 from qlora_tool.memory.trace.measure import measure_categories, measure_peak
-from qlora_tool.memory.trace.predict import BatchShape, Untraceable, predict
+from qlora_tool.memory.trace.predict import BatchShape, Untraceable
 from qlora_tool.memory.trace.small_steps import NotMeasured, estimate
 from qlora_tool.memory.trace.timeline import Timeline
 from qlora_tool.model.load import build_skeleton
@@ -178,7 +179,7 @@ def profile(
     target = target_on(device, card)
     lines, measured, allocator_peak = {}, None, None
     try:
-        prediction = prediction or Prediction.of(predict(*run, device_of(target)), target)
+        prediction = prediction or Prediction.of(predict_deep(*run, device_of(target)), target)
         predicted, estimated = prediction.breakdown, prediction.estimated
         lines["predicted"] = prediction.timeline
     except Untraceable as error:

@@ -26,7 +26,8 @@ from qlora_tool.memory.plan.weights import place_weights
 from qlora_tool.memory.profile import Prediction
 from qlora_tool.memory.show.legend import full_size
 from qlora_tool.memory.trace.classify import timeline
-from qlora_tool.memory.trace.predict import BatchShape, TracerWatch, Untraceable, predict
+from qlora_tool.memory.trace.extrapolate import predict_deep
+from qlora_tool.memory.trace.predict import BatchShape, TracerWatch, Untraceable
 from qlora_tool.memory.trace.small_steps import NotMeasured, estimate
 from qlora_tool.memory.trace.tracer import Tracer
 from qlora_tool.model.streamed_base import weights_elsewhere
@@ -192,7 +193,7 @@ def predict_run(setup: Setup, shape: BatchShape) -> Breakdown:
     """What a run takes by the shape of its largest batch; cached."""
     run, target = (setup.config, setup.model_config, shape, setup.compute_dtype), target_on(setup.device.type)
     return cached(
-        Breakdown, lambda: Prediction.of(predict(*run, target=device_of(target)), target).breakdown, run, target
+        Breakdown, lambda: Prediction.of(predict_deep(*run, target=device_of(target)), target).breakdown, run, target
     )
 
 

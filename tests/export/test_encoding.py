@@ -125,6 +125,24 @@ def test_what_is_missing_everywhere_weighs_more_than_noise():
     assert best({"none": Kept(), "too": Kept()}, 1) == "none"
 
 
+@pytest.mark.parametrize("dequantized, original, expected", [
+    ((0.336, 39.1), (0.229, 1681), "dequantized"),  # q6_k: a mean KL of 0.016 against 0.80
+    ((0.443, 77.9), (0.772, 1069), "dequantized"),  # q5_k_m
+    ((0.345, 144.), (0.317, 1215), "dequantized"),  # q4_k_m: 0.157 against 0.730
+    ((0.654, 278.), (0.520, 1218), "original"),  # iq4_nl: 70 % of the gain kept against 79
+    ((0.611, 668.), (0.435, 1571), "original"),  # q4_0: 69 % against 73
+    ((0.993, 1.14), (0.006, 67.4), "original"),  # nf4: 4 % against 99
+    ((0.261, 0.52), (0.121, 4.23), "original"),  # nf4 with rows: 97 % against 98.5
+    ((0.013, 7.10), (0.000, 31.8), "dequantized"),  # q4_k_m with rows: 0.031 against 0.198
+    ((0.024, 3.74), (0.001, 52.5), "dequantized"),  # q6_k with rows
+])  # fmt: skip
+def test_the_base_that_was_better_is_chosen(dequantized, original, expected):
+    """What the first 14 of SmolLM2's 210 weights showed (missing, noise), and which file was better in the end."""
+    kept = {name: Kept(14 * (1 - missing), 14 * noise, 14)
+            for name, (missing, noise) in {"dequantized": dequantized, "original": original}.items()}  # fmt: skip
+    assert best(kept, 210) == expected
+
+
 def test_without_an_update_there_is_nothing_to_choose_by(base, adapter):
     merged = merged_of(artifact_of(adapter), base)
     encoder = Encoder(merged, ["dequantized", "original"])

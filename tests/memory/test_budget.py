@@ -279,7 +279,7 @@ def test_what_the_choice_was_confirmed_by_is_what_a_profile_shows(tmp_path, monk
     config = with_values(Config(), {"model.name_or_path": str(tmp_path / "model"), "data.max_length": 64})
     device = Budget(10**10, "enough", False)
     made = []
-    monkeypatch.setattr(profiling, "predict", lambda *run: made.append(run) or predict(*run))
+    monkeypatch.setattr(profiling, "predict_deep", lambda *run: made.append(run) or predict(*run))
     first = profile_run(config, "cuda", device)
     assert not made
     second = profile_run(config, "cuda", device)

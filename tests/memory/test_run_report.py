@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """A run whose predictions are cached in a place of its own; what they come from is traced once for all tests."""
     monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(run_report, "predict", _predict)
+    monkeypatch.setattr(run_report, "predict_deep", _predict)
     return run_config(model, write_rows(tmp_path / "rows.jsonl"), tmp_path / "run", {"training.max_steps": 3})
 
 

@@ -86,7 +86,7 @@ def test_a_card_that_is_too_small_by_an_estimate_is_a_warning(
     def refuse(*_args, **_options):
         raise Untraceable("its step cannot be traced")
 
-    monkeypatch.setattr(run_report, "predict", refuse)
+    monkeypatch.setattr(run_report, "predict_deep", refuse)
     monkeypatch.setattr(run_report, "available_bytes", lambda *_: 1)
     setup = replace(Setup.of(config), device=torch.device("cuda"))
     assert RunMemory().check(setup, collate(ROWS, pad_token_id=0, packing=False)).recomputation is None

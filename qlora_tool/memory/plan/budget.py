@@ -30,7 +30,8 @@ from qlora_tool.memory.plan.limit import MAX_MEMORY, Limit, limit_on
 from qlora_tool.memory.profile import Prediction, compute_dtype_on, model_config_of
 from qlora_tool.memory.show.legend import full_size
 from qlora_tool.memory.trace.classify import timeline
-from qlora_tool.memory.trace.predict import BatchShape, Untraceable, predict
+from qlora_tool.memory.trace.extrapolate import predict_deep
+from qlora_tool.memory.trace.predict import BatchShape, Untraceable
 from qlora_tool.memory.trace.recomputation_cost import Cost, Costs
 from qlora_tool.model.checkpointing import Recomputation
 
@@ -258,7 +259,7 @@ class _Chooser:
 
     def _full_prediction(self, recomputation: Recomputation) -> Prediction:
         run = self.config, self.model_config, self.shape, self.compute_dtype
-        return Prediction.of(predict(*run, recomputation, device_of(self.target)), self.target)
+        return Prediction.of(predict_deep(*run, recomputation, device_of(self.target)), self.target)
 
     def _estimate(self, chosen: Sequence[Cost]) -> int:
         return self._on_device(self.costs.peak(chosen)) + self.error

@@ -22,7 +22,8 @@ from qlora_tool.memory.plan.cached import cached
 from qlora_tool.memory.plan.changes import CHECKPOINTING, RESIDENT, WEIGHTS
 from qlora_tool.memory.profile import Prediction
 from qlora_tool.memory.show.legend import full_size
-from qlora_tool.memory.trace.predict import BatchShape, Untraceable, predict
+from qlora_tool.memory.trace.extrapolate import predict_deep
+from qlora_tool.memory.trace.predict import BatchShape, Untraceable
 from qlora_tool.model.layer_stack import layer_stack
 from qlora_tool.model.slots import Quantization
 from qlora_tool.ops.free_memory import free_bytes
@@ -161,7 +162,7 @@ class _Place:
         config = with_values(self.config, values)
         run = config, self.model_config, self.shape, self.compute_dtype
         predicted = cached(
-            Breakdown, lambda: Prediction.of(predict(*run, target=device_of(self.target)), self.target).breakdown,
+            Breakdown, lambda: Prediction.of(predict_deep(*run, target=device_of(self.target)), self.target).breakdown,
             run, self.target,
         )  # fmt: skip
         return Placed(config, predicted, self.layers)

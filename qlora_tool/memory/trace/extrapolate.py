@@ -24,10 +24,13 @@ from qlora_tool.memory.allocator.target import CudaTarget, device_of
 from qlora_tool.memory.allocator.timeline import replay_on
 from qlora_tool.memory.breakdown import PHASES
 from qlora_tool.memory.trace.classify import timeline
+from qlora_tool.memory.trace.deepen import deepened
 from qlora_tool.memory.trace.flops import flops_of_step
 from qlora_tool.memory.trace.predict import STEPS, BatchShape, predict
+from qlora_tool.model.checkpointing import Recomputation
 from qlora_tool.model.layer_stack import LayerStack, layer_stack, with_layers
 from qlora_tool.model.slots import Quantization
+from qlora_tool.ops.declare import CPU
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from qlora_tool.ops.declare import Target
 
 LONG_BATCH = 16384  # tokens
+WORTH_IT = 0.6  # of a model's layers: as many may the three shallow models have that its trace is put together from
 
 
 @dataclass(frozen=True)
@@ -272,6 +276,32 @@ def _trace(case: _Case) -> Trace:
     # What an adapter to start from decides stands in the configuration; it is on layers that are not there.
     config = with_values(case.config, {"adapter.init_from": None})
     return predict(config, model_config, case.shape, case.compute_dtype, target=case.target)
+
+
+def predict_deep(
+    config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype,
+    recomputation: Recomputation | None = None, target: Target = CPU,
+) -> Trace:  # fmt: skip
+    """`predict`: the same trace, event by event, put together from those of three shallow models where that is less to
+    trace and where they tell it (`deepen`).
+
+    Raises:
+        Untraceable: see `predict`.
+    """
+    run = config, model_config, shape, compute_dtype
+    stack = _layer_stack(_text_of(model_config), *_layer_kinds(config))
+    depths = [stack.traced[0] + turn * stack.period for turn in range(3)]
+    kinds = set(recomputation.layers) if recomputation else set()
+    if (
+        not stack.path or sum(depths) > WORTH_IT * stack.layers or len(kinds) > 1
+        or config.adapter.init_from is not None or config.model.resident_layers
+    ):  # fmt: skip
+        return predict(*run, recomputation, target)
+    traces = []
+    for depth in depths:
+        uniform = recomputation and Recomputation.uniform(kinds.copy().pop(), depth, recomputation.keeps_weights)
+        traces.append(predict(config, with_layers(model_config, depth), shape, compute_dtype, uniform, target))
+    return deepened(traces, stack.path, depths, stack.layers) or predict(*run, recomputation, target)
 
 
 def timeline_on(trace: Trace, target: CudaTarget | None) -> Timeline:
