@@ -149,7 +149,7 @@ def test_files_are_written_as_the_commands_write_them(trained: TrainResult, sett
 
 
 def test_what_fits_into_a_budget(trained: TrainResult, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(profile, "predict", once(profile.predict))
+    monkeypatch.setattr(profile, "predict_deep", once(profile.predict_deep))
     needed = profile_memory(trained.config, device="cpu").predicted.needed_bytes
     assert profile_memory(trained.config, device="cpu", device_memory=needed).fits is True
     assert profile_memory(trained.config, device="cpu", device_memory=f"{needed - 1}B").fits is False

@@ -55,7 +55,7 @@ def profiled(config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str,
     """What `profile-memory` builds, the configuration that it runs, and the batch that it assumes."""
     seen: list[Any] = []
 
-    def predict(config, model_config, shape, *rest, predict=profiling.predict, **options):
+    def predict(config, model_config, shape, *rest, predict=profiling.predict_deep, **options):
         seen.extend([config, shape])
         return predict(config, model_config, shape, *rest, **options)
 
@@ -66,7 +66,7 @@ def profiled(config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str,
         raise Loaded
 
     with monkeypatch.context() as patch, pytest.raises(Loaded):
-        patch.setattr(profiling, "predict", predict)
+        patch.setattr(profiling, "predict_deep", predict)
         patch.setattr(TracerWatch, "loaded", loaded)
         profile_run(config, "cpu")
     return seen[2], seen[0], seen[1]

@@ -248,6 +248,7 @@ def test_an_output_folder_that_holds_another_run(here: Path):
 
 
 def test_export_reports_on_stdout_and_in_json(here: Path):
+    (here / "deep").mkdir()
     out = run("export-merged", "run", "--output-dir", "merged", "--dtype", "bfloat16", "--json", "deep/done.json")
     done = json.loads((here / "deep" / "done.json").read_text())
     size = sum(tensor.nbytes for tensor in load_file(here / "merged" / "model.safetensors").values())

@@ -19,14 +19,14 @@ from qlora_tool.memory import profile
 from qlora_tool.memory.breakdown import CATEGORIES, PHASES, MemoryReport
 from qlora_tool.ops.products import PYTORCH, use_products
 
-_predict = once(profile.predict)
+_predict = once(profile.predict_deep)
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with a model's configuration in `m` and a run's in `run.yaml`, which commands run in. What they
     predict is traced once for each run."""
-    monkeypatch.setattr(profile, "predict", _predict)
+    monkeypatch.setattr(profile, "predict_deep", _predict)
     use_products(PYTORCH)  # as in tests/memory/conftest.py
     tiny_config("llama", dtype="float32").save_pretrained(tmp_path / "m")
     values = {
@@ -74,6 +74,7 @@ def change_config(**values) -> None:
 
 
 def test_a_cpu_from_the_configuration_alone(here: Path):
+    (here / "out").mkdir()
     output = shown("--device", "cpu", "--json", "out/memory.json")
     assert sorted(path.name for path in (here / "m").iterdir()) == ["config.json"]
     written = json.loads((here / "out" / "memory.json").read_text())
@@ -122,6 +123,7 @@ def test_measured_beside_predicted(here: Path, stored: str | None):
 
 @pytest.mark.parametrize(("file", "start"), [("out/step.png", b"\x89PNG"), ("out/step.html", b"<!doctype html>")])
 def test_a_plot(here: Path, file: str, start: bytes):
+    (here / "out").mkdir()
     shown("--device", "cpu", "--plot", file)
     content = (here / file).read_bytes()
     assert content[: len(start)].lower() == start.lower()

@@ -377,7 +377,7 @@ class TestBadTemplates:
         with pytest.raises(UserError, match=r"was not done .*; mend it, or name another with data\.chat_te") as raised:
             made(tmp_path, template, answered("4"), answered("4"))
         assert len(raised.value.lines) == 1
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < 10  # a process of its own is started for one of them
 
     @pytest.mark.parametrize(
         "expression", ["range(10**12)", "1 // 0", "none.x.y", "'a' * 10**13", "messages | no_such_filter"]

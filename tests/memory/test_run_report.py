@@ -90,7 +90,7 @@ def test_a_prediction_is_made_once(config: Config, monkeypatch: pytest.MonkeyPat
     def refuse(*_args, **_target):
         raise AssertionError("traced again")
 
-    monkeypatch.setattr(run_report, "predict", refuse)
+    monkeypatch.setattr(run_report, "predict_deep", refuse)
     again = with_values(config, {"training.learning_rate": 1e-5, "training.output_dir": "elsewhere"})
     assert predict_run(Setup.of(again), BatchShape.of(batch(20, 12))) == first
     for changed in ({"adapter.r": 8}, {"model.quantization": "int8"}, {"training.optim": "adamw_8bit"}):

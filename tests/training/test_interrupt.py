@@ -95,11 +95,12 @@ def test_a_run_that_is_interrupted_goes_on_as_if_it_had_not_been(tmp_path, numbe
 
 
 def test_a_hangup_stops_a_run_saved_and_one_that_is_ignored_stays_so():
-    with StopRequest() as stop:
-        signal.raise_signal(signal.SIGHUP)
-        assert stop.signal_number == signal.SIGHUP
-    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests were started with
     try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.signal_number == signal.SIGHUP
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with StopRequest() as stop:
             signal.raise_signal(signal.SIGHUP)
             assert stop.signal_number is None
