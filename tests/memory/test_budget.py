@@ -63,7 +63,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return _costs[key]
 
     monkeypatch.setattr(Costs, "of", costs_of)
-    monkeypatch.setattr(budget, "predict", _predict)
+    monkeypatch.setattr(budget, "predict_deep", _predict)
 
 
 def llama(layers: int = LAYERS):
