@@ -65,8 +65,13 @@ def belongs_to(config: Config, data: RunData) -> dict[str, Any]:
 
 
 def _of_files(dataset: Dataset) -> dict[str, str]:
-    """By the files' own names: where they lie does not matter."""
-    return {Path(name).name: digest for name, digest in dataset.report.files.items()}
+    """By the files' own names: where they lie does not matter. Of one name in several folders each counts."""
+    found: dict[str, str] = {}
+    for path, digest in dataset.report.files.items():
+        name = Path(path).name
+        again = sum(other == name or other.startswith(f"{name} (") for other in found)
+        found[f"{name} ({again + 1})" if again else name] = digest
+    return found
 
 
 def _of_rows(dataset: Dataset) -> str:

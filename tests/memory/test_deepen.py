@@ -83,7 +83,7 @@ def test_a_deep_model_is_predicted_from_shallow_ones(recomputed, monkeypatch):
 
 
 def test_where_layers_differ_the_whole_model_is_traced(monkeypatch):
-    """Some recomputed and some not; too few layers; an adapter that may be another in each layer."""
+    """Some recomputed and some not; too few layers; an adapter that may be another in each layer; two buffers."""
     depths = []
     monkeypatch.setattr(extrapolate, "predict", lambda config, model, *run: depths.append(model.num_hidden_layers))
     config, shape = with_values(Config(), CHECKPOINTED), BatchShape.full(1, 64)
@@ -93,4 +93,5 @@ def test_where_layers_differ_the_whole_model_is_traced(monkeypatch):
     predict_deep(config, tiny_config("llama", num_hidden_layers=10), shape, torch.bfloat16, None, CARD)
     one_layer = with_values(config, {"adapter.rank_pattern": {"layers.3.self_attn.q_proj": 2}})
     predict_deep(one_layer, model, shape, torch.bfloat16, None, CARD)
-    assert depths == [21, 10, 21]
+    predict_deep(with_values(config, {"model.weights": "host"}), model, shape, torch.bfloat16, None, CARD)
+    assert depths == [21, 10, 21, 21]

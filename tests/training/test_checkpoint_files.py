@@ -12,6 +12,7 @@ import random
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +53,18 @@ def run(stopped, inputs, tmp_path):
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace(str(stopped), str(folder)))
     return folder, run_config(*inputs, folder, {"training.save_steps": 1, "training.save_total_limit": None})
+
+
+def test_files_of_one_name_each_count():
+    """Two sources are called rows.jsonl; the first one has changed, the second moved."""
+    def files(**found: str) -> dict[str, str]:
+        report = SimpleNamespace(files={f"/{folder}/rows.jsonl": digest for folder, digest in found.items()})
+        return belonging._of_files(SimpleNamespace(report=report))
+
+    before = files(a="1" * 64, b="2" * 64)
+    assert list(belonging._files("data.train", before, files(a="1" * 64, c="2" * 64))) == []
+    (line,) = belonging._files("data.train", before, files(a="3" * 64, b="2" * 64))
+    assert line.startswith("data.train: rows.jsonl: SHA-256 111111111111 there, SHA-256 333333333333 here")
 
 
 def line_of(config, **options) -> str:

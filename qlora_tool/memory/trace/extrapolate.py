@@ -294,7 +294,7 @@ def predict_deep(
     kinds = set(recomputation.layers) if recomputation else set()
     if (
         not stack.path or sum(depths) > WORTH_IT * stack.layers or len(kinds) > 1
-        or config.adapter.init_from is not None or config.model.resident_layers
+        or config.adapter.init_from is not None or config.model.weights in ("host", "disk")  # its buffers are no layers
     ):  # fmt: skip
         return predict(*run, recomputation, target)
     traces = []
