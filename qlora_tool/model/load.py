@@ -101,7 +101,7 @@ def build_skeleton(config, trust_remote_code: bool = False, dtype: torch.dtype |
         # accelerate moves each parameter to meta once its module has made it, so it exists for a moment. Under a
         # prediction's modes that moment would count as memory of the run; a process that trains does not see it either,
         # as the memory is never touched. And buffers stay real, so that what they are computed from can be read off.
-        with _disable_current_modes(), init_empty_weights(include_buffers=False):
+        with _disable_current_modes(), torch.device("cpu"), init_empty_weights(include_buffers=False):
             model = auto_class(config).from_config(
                 config, trust_remote_code=trust_remote_code, dtype=dtype or config.dtype, **attention_options(config)
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise, repeat
@@ -27,6 +27,7 @@ from qlora_tool.data.examples import Example
 from qlora_tool.errors import ToolError, UserError
 from qlora_tool.memory.trace.assumed_world import AssumedWorld, shard_over
 from qlora_tool.memory.trace.classify import name_gradients, name_optimizer, name_weights
+from qlora_tool.memory.trace.on_meta import LikeCpu
 from qlora_tool.memory.trace.tracer import Trace, Tracer
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.experts import assuming_routing, even_shares
@@ -108,7 +109,7 @@ class BatchShape:
         mask = positions = None
         if self.padded:
             mask = torch.ones_like(ids)
-            mask[0, -1] = 0  # a mask of ones alone would be passed over
+            mask[0, -1].zero_()  # a mask of ones alone would be passed over
         if self.segments is not None:
             positions = torch.cat([torch.arange(length) for length in self.segments]).repeat(self.rows, 1)
         return Batch(
@@ -259,15 +260,17 @@ def predict(
     Raises:
         Untraceable: the model's code cannot run on fake tensors, as where it looks at values; the module is named.
     """
+    run = config, model_config, shape, compute_dtype, recomputation
+    if shape.processes == 1 and config.model.weights not in ("host", "disk"):
+        try:
+            return traced_on_meta(*run, target)
+        except Exception:  # noqa: S110 -- whatever it is, fake tensors show it too, or have no trouble with it
+            pass
+    tracer = Tracer(has_data=False)
     try:
-        with (
-            FakeTensorMode(allow_non_fake_inputs=True),
-            meant_for(target),
-            assuming_routing(even_shares),
-            Tracer(has_data=False) as tracer,
-        ):
+        with FakeTensorMode(allow_non_fake_inputs=True), meant_for(target), assuming_routing(even_shares), tracer:
             tracer.trace.deterministic = config.training.full_determinism
-            trial_run(config, model_config, shape, compute_dtype, recomputation, watch=TracerWatch(tracer))
+            trial_run(*run, watch=TracerWatch(tracer))
     except ToolError:
         raise
     except Exception as error:  # what an unknown architecture's code raises can be anything
@@ -277,6 +280,37 @@ def predict(
             f"model type {model_config.model_type!r}: its training step cannot be traced: {where}: {reason}"
         ) from error
     return tracer.trace
+
+
+def traced_on_meta(
+    config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype, recomputation: Recomputation | None,
+    target: Target,
+) -> Trace:  # fmt: skip
+    """The same trace from meta tensors, in a third of the time.
+
+    Raises:
+        Exception: of any kind; fake tensors may do what meta tensors do not, being on a device.
+    """
+    tracer = Tracer(has_data=False, on_meta=True)
+    with torch.device("meta"), LikeCpu(), meant_for(target), assuming_routing(even_shares), tracer:
+        tracer.trace.deterministic = config.training.full_determinism
+        trial_run(config, model_config, shape, compute_dtype, recomputation, watch=_MetaWatch(tracer), device="meta")
+    return tracer.trace
+
+
+class _MetaWatch(TracerWatch):
+    """Tells a tracer of meta tensors. Function modes are off in backward, where layers are computed again."""
+
+    def recomputation(self) -> AbstractContextManager:
+        return _within(LikeCpu(), super().recomputation())
+
+
+@contextmanager
+def _within(*contexts: AbstractContextManager) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 def _failing_module(error: Exception) -> str:

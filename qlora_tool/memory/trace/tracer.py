@@ -145,21 +145,25 @@ class Tracer(TorchDispatchMode):
 
     Args:
         has_data: False for tensors without: the optimizer's question whether gradients are finite is then answered yes.
+        on_meta: whether the tensors that are watched are meta ones. Those that no operator was seen to make, which are
+            a skeleton's, are none of the run's; where others are watched, no meta tensor is.
     """
 
-    def __init__(self, has_data: bool = True):
+    def __init__(self, has_data: bool = True, on_meta: bool = False):
         super().__init__()
         self.trace = Trace()
-        self._has_data = has_data
+        self._has_data, self._on_meta = has_data, on_meta
         self._live: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._phase, self._step, self._module, self._recomputing = "load", 0, "", 0
         self._around: tuple[str, int] | None = None
         self._finished = False
-        self._host_state = torch.get_rng_state
+        self._host_state, self._fork = torch.get_rng_state, torch.random.fork_rng
         self._resize = torch.UntypedStorage.resize_
 
     def __enter__(self) -> Tracer:
         torch.get_rng_state = self._random_state
+        if self._on_meta:  # for which nothing is forked
+            torch.random.fork_rng = lambda **options: self._fork(**options | {"device_type": "cuda"})
         tracer, resize = self, self._resize
 
         def resized(storage: torch.UntypedStorage, size: int) -> None:
@@ -170,7 +174,7 @@ class Tracer(TorchDispatchMode):
         return super().__enter__()
 
     def __exit__(self, *raised: object) -> None:
-        torch.get_rng_state = self._host_state
+        torch.get_rng_state, torch.random.fork_rng = self._host_state, self._fork
         torch.UntypedStorage.resize_ = self._resize
         super().__exit__(*raised)
 
@@ -271,17 +275,19 @@ class Tracer(TorchDispatchMode):
         operator = func._schema.name
         if operator == "aten::_local_scalar_dense" and self._phase == "optimizer" and not self._has_data:
             return True  # so that a step with fp16 gradients is taken
+        if self._on_meta and operator == "aten::native_layer_norm":
+            _check_statistics(args[0])
         operation = OPERATIONS.get(operator)
         workspace = self._take(_inside(operator, args), operator)
         result = func(*args, **(kwargs or {}))
         if operation and operation.results_on_host:
             return result
         for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
-            if not isinstance(leaf, torch.Tensor) or leaf.device.type == "meta":
+            if not isinstance(leaf, torch.Tensor) or (leaf.device.type == "meta") is not self._on_meta:
                 continue
             leaf = local(leaf)  # the wrapper of a tensor that is shared out has no memory of its own
             storage = leaf.untyped_storage()
-            if storage in self._live or storage.nbytes() == 0:
+            if storage in self._live or storage.nbytes() == 0 or (self._on_meta and _shared(storage, operator, args)):
                 continue
             if (source := self._taken_over(operator, args)) is not None:
                 self._hand_over(source, storage)
@@ -354,6 +360,21 @@ class Tracer(TorchDispatchMode):
             life.death, life.died_in, life.died_in_step = len(self.trace.events), self._phase, self._step
             if not self._finished:
                 self.trace.events.append((life, -1))
+
+
+def _shared(storage: torch.UntypedStorage, operator: str, args: tuple) -> bool:
+    """Whether a meta result is nothing new: its storage that of an argument, or a copy of something real. (What
+    `lift_fresh` is given nobody saw made.)"""
+    given = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    if operator == "aten::_to_copy":
+        return not given[0].is_meta
+    return operator != "aten::lift_fresh" and any(arg.untyped_storage()._cdata == storage._cdata for arg in given)
+
+
+def _check_statistics(tensor: torch.Tensor) -> None:
+    """A layer norm's means and deviations are fp32 on meta as on CUDA; a CPU has them in the tensor's dtype."""
+    if tensor.itemsize == 2 and target_of(tensor).type == "cpu":
+        raise NotImplementedError
 
 
 def _inside(operator: str, args: tuple) -> int:
