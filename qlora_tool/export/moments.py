@@ -145,6 +145,7 @@ class LayerPass:
                     if self._at[index] == name:
                         self._seen = {}
                         self._let(index)
+                        give_back_freed_memory()  # each batch's thread has an arena of its own to keep it in
                 self._unload()
                 found, self._moments, self._seen = self._moments, Moments(), {}
                 yield name, found

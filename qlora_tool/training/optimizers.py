@@ -312,7 +312,7 @@ def _eight_bit_codes(parameters: Sequence[nn.Parameter]) -> tuple[Tensor, Tensor
     import bitsandbytes.functional as bnb
 
     device = parameters[0].device if parameters else None
-    with unset_fake_temporarily():  # made from Python numbers: real tables in a prediction too
+    with unset_fake_temporarily(), torch.device("cpu"):  # made from Python numbers: real tables in a prediction too
         signed, unsigned = bnb.create_dynamic_map(signed=True), bnb.create_dynamic_map(signed=False)
     return signed.to(device), unsigned.to(device)
 
