@@ -30,6 +30,19 @@ def parse_file(source: str) -> tuple[dict[Any, Any], list[tuple[str, int]]]:
     """The sections of a YAML file or of a shipped recipe; and the keys that stand twice in it, with their lines."""
     path = _file(source)
     text = read_text(path, "expected a configuration in YAML, in UTF-8", LARGEST)
+    return parse_mapping(source, text, "expected a mapping of sections (model, adapter, data, training)")
+
+
+def parse_mapping(source: str, text: str, expected: str) -> tuple[dict[Any, Any], list[tuple[str, int]]]:
+    """The mapping that a YAML text is; and the keys that stand twice in it, with their lines.
+
+    Args:
+        source: whose text it is, for the start of a line.
+        expected: what it should be, for its end.
+
+    Raises:
+        UserError: it is none.
+    """
     try:
         content, duplicates = parse(text)
     except yaml.MarkedYAMLError as error:
@@ -40,7 +53,7 @@ def parse_file(source: str) -> tuple[dict[Any, Any], list[tuple[str, int]]]:
         raise UserError(f"{source}: expected YAML in UTF-8: {yaml_problem(error)}") from None
     if not isinstance(content, dict):
         what = "an empty file" if content is None else found(content)
-        raise UserError(f"{source}: expected a mapping of sections (model, adapter, data, training), found {what}")
+        raise UserError(f"{source}: {expected}, found {what}")
     return content, duplicates
 
 
