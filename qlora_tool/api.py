@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool.config import Config, ModelConfig, load_config, parse_size, with_values
+from qlora_tool.config.places import refuse_as_model
 from qlora_tool.errors import OptionError, UserError
 
 if TYPE_CHECKING:
@@ -267,6 +268,7 @@ def export_merged(
         size = parse_size(max_shard_size)
     except UserError as error:
         raise UserError(f"--max-shard-size: {error}") from error
+    refuse_as_model(os.fspath(run_or_adapter), adapter=not adapter)
     if push_to_hub:
         from qlora_tool.export.upload import refuse_bad_name
 
@@ -344,6 +346,7 @@ def generate(
     file = None if prompts is None else os.fspath(prompts)
     if not texts and file is None:
         raise OptionError("nothing to answer: give --prompt TEXT or --prompts FILE")
+    refuse_as_model(os.fspath(run_or_model), rows="--prompts")
     from qlora_tool.inference.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, batch_size)
@@ -399,6 +402,7 @@ def evaluate(
         UserError: data that cannot be read, a model that cannot be opened, an option at fault.
         MachineError: the hub is out of reach.
     """
+    refuse_as_model(os.fspath(run_or_model), rows="--data")
     from qlora_tool.inference.sampling import Sampling
 
     settings = with_values(Config(), {"data.format": format, **({"data.max_length": max_length} if max_length else {})})
@@ -460,6 +464,7 @@ def inspect(
         raise OptionError("--data measures a cut adapter: give --truncate R and --output-dir DIR with it")
     if plot is not None and Path(plot).suffix != ".png":
         raise OptionError(f"invalid value for --plot: {os.fspath(plot)}: expected a name that ends in .png")
+    refuse_as_model(os.fspath(run_or_adapter), adapter=True)
     rows = None if data is None else os.fspath(data)
     if rows is not None:
         from qlora_tool.data.check import check_sources

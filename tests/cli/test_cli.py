@@ -94,10 +94,15 @@ def test_the_configuration_imports_no_torch():
     assert process.returncode == 0
 
 
-def test_no_command_shows_the_help_and_fails():
+def test_no_command_shows_how_to_start_and_fails():
     result = invoke()
     assert result.exit_code == 2
-    assert "Main commands:" in result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) < 16 and "qlora-tool --help" in result.stderr
+    commands = [line.split("  ")[1].split() for line in lines if line.startswith("  qlora-tool ")]
+    assert [words[1] for words in commands] == ["recipes", "preview", "train"]
+    for _, name, *arguments in commands:
+        main.get_command(click.Context(main), name).make_context(name, arguments)
     assert result.stdout == ""
 
 

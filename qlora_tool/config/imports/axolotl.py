@@ -118,7 +118,7 @@ AXOLOTL = Format(
         "gradient_checkpointing": CHECKPOINTING,
         "evals_per_epoch": Left("training.eval_steps counts steps"),
         "saves_per_epoch": Left("training.save_steps counts steps"),
-        "eval_table_size": Left("training.eval_prompts has prompts that are answered at each evaluation"),
+        "eval_table_size": Left("evaluate has --generate, after the run"),
         "special_tokens": Left("the tokenizer's own are used"),
         "tokens": Left("no tokens are added; add them to the tokenizer, and train them by trainable_token_indices"),
         "cosine_min_lr_ratio": Left("cosine ends at 0"),

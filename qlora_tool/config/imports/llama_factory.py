@@ -99,7 +99,7 @@ LLAMA_FACTORY = Format(
         "save_only_model": Left("checkpoints hold all that going on needs"),
         "include_num_input_tokens_seen": Left("metrics.jsonl has tokens_per_second", (True, False)),
         "freeze_trainable_layers": Left("adapter.layers_to_transform names layers"),
-        "predict_with_generate": Left("qlora-tool evaluate --generate"),
+        "predict_with_generate": Left("evaluate has --generate, after the run"),
         "do_predict": Left("qlora-tool evaluate", (True, False)),
         "use_swanlab": Left("metrics.jsonl, tensorboard and wandb are there"),
         **dict.fromkeys(("overwrite_cache", "preprocessing_num_workers", "preprocessing_batch_size", "streaming",
