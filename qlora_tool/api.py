@@ -268,7 +268,6 @@ def export_merged(
         size = parse_size(max_shard_size)
     except UserError as error:
         raise UserError(f"--max-shard-size: {error}") from error
-    refuse_as_model(os.fspath(run_or_adapter), adapter=not adapter)
     if push_to_hub:
         from qlora_tool.export.upload import refuse_bad_name
 
@@ -278,6 +277,7 @@ def export_merged(
         from qlora_tool.data.check import check_sources
 
         check_sources([rows], run=run_or_adapter)
+    refuse_as_model(os.fspath(run_or_adapter), adapter=not adapter)
     options = _base_options(model, quantization, double_quant)
     from qlora_tool.inference.named import find_named
 
@@ -346,7 +346,6 @@ def generate(
     file = None if prompts is None else os.fspath(prompts)
     if not texts and file is None:
         raise OptionError("nothing to answer: give --prompt TEXT or --prompts FILE")
-    refuse_as_model(os.fspath(run_or_model), rows="--prompts")
     from qlora_tool.inference.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, batch_size)
@@ -354,6 +353,7 @@ def generate(
         from qlora_tool.data.check import check_sources
 
         check_sources([file], need_answers=False, run=run_or_model)
+    refuse_as_model(os.fspath(run_or_model), rows="--prompts")
     options = _base_options(model, quantization, double_quant, device, compute_dtype)
     from qlora_tool.inference.generate import generate as answer
     from qlora_tool.inference.named import find_named
@@ -402,7 +402,6 @@ def evaluate(
         UserError: data that cannot be read, a model that cannot be opened, an option at fault.
         MachineError: the hub is out of reach.
     """
-    refuse_as_model(os.fspath(run_or_model), rows="--data")
     from qlora_tool.inference.sampling import Sampling
 
     settings = with_values(Config(), {"data.format": format, **({"data.max_length": max_length} if max_length else {})})
@@ -416,6 +415,7 @@ def evaluate(
     if not sources:
         raise OptionError("nothing to score: give --data FILE")
     check_sources(sources.values(), format, run=run_or_model)
+    refuse_as_model(os.fspath(run_or_model), rows="--data")
     options = _base_options(model, quantization, double_quant, device, compute_dtype)
     from qlora_tool.inference.named import find_named
     from qlora_tool.inference.score import evaluate as score
@@ -464,12 +464,12 @@ def inspect(
         raise OptionError("--data measures a cut adapter: give --truncate R and --output-dir DIR with it")
     if plot is not None and Path(plot).suffix != ".png":
         raise OptionError(f"invalid value for --plot: {os.fspath(plot)}: expected a name that ends in .png")
-    refuse_as_model(os.fspath(run_or_adapter), adapter=True)
     rows = None if data is None else os.fspath(data)
     if rows is not None:
         from qlora_tool.data.check import check_sources
 
         check_sources([rows], run=run_or_adapter)
+    refuse_as_model(os.fspath(run_or_adapter), adapter=True)
     options = _base_options(model, quantization, double_quant,
                             quantization_else="none" if truncate is None else None)  # fmt: skip
     from qlora_tool.artifacts import find_artifact
