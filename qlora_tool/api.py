@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool.config import Config, ModelConfig, load_config, parse_size, with_values
+from qlora_tool.config.places import refuse_as_model
 from qlora_tool.errors import OptionError, UserError
 
 if TYPE_CHECKING:
@@ -276,6 +277,7 @@ def export_merged(
         from qlora_tool.data.check import check_sources
 
         check_sources([rows], run=run_or_adapter)
+    refuse_as_model(os.fspath(run_or_adapter), adapter=not adapter)
     options = _base_options(model, quantization, double_quant)
     from qlora_tool.inference.named import find_named
 
@@ -351,6 +353,7 @@ def generate(
         from qlora_tool.data.check import check_sources
 
         check_sources([file], need_answers=False, run=run_or_model)
+    refuse_as_model(os.fspath(run_or_model), rows="--prompts")
     options = _base_options(model, quantization, double_quant, device, compute_dtype)
     from qlora_tool.inference.generate import generate as answer
     from qlora_tool.inference.named import find_named
@@ -412,6 +415,7 @@ def evaluate(
     if not sources:
         raise OptionError("nothing to score: give --data FILE")
     check_sources(sources.values(), format, run=run_or_model)
+    refuse_as_model(os.fspath(run_or_model), rows="--data")
     options = _base_options(model, quantization, double_quant, device, compute_dtype)
     from qlora_tool.inference.named import find_named
     from qlora_tool.inference.score import evaluate as score
@@ -465,6 +469,7 @@ def inspect(
         from qlora_tool.data.check import check_sources
 
         check_sources([rows], run=run_or_adapter)
+    refuse_as_model(os.fspath(run_or_adapter), adapter=True)
     options = _base_options(model, quantization, double_quant,
                             quantization_else="none" if truncate is None else None)  # fmt: skip
     from qlora_tool.artifacts import find_artifact

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+from making.coming_from_page import page as page_of_other_tools
 from making.configuration_page import page as page_of_keys
 from measuring.command import load_subject, parser_of
 
@@ -26,6 +27,11 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 def test_the_page_of_keys_is_the_schema():
     """Where this fails: `tools/make configuration-page > docs/configuration.md`."""
     assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == page_of_keys()
+
+
+def test_the_page_of_other_tools_is_their_tables():
+    """Where this fails: `tools/make coming-from-page > docs/coming-from.md`."""
+    assert (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8") == page_of_other_tools()
 
 
 def test_the_page_of_keys_lists_every_key_under_its_section():

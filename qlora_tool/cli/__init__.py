@@ -47,7 +47,7 @@ COMMANDS = {
     "generate": Entry(USE, "qlora_tool.cli.generate:generate", "Answer prompts with a run or a model."),
     "evaluate": Entry(USE, "qlora_tool.cli.evaluate:evaluate", "Loss and exact match of a run or a model on a file."),
     "inspect": Entry(USE, "qlora_tool.cli.inspect_adapter:inspect", "What an adapter learned, and if its rank fits."),
-    "recipes": Entry(AROUND, "qlora_tool.cli.recipes:recipes", "Show and copy the configurations that come with it."),
+    "recipes": Entry(AROUND, "qlora_tool.cli.recipes:recipes", "List, copy and import configurations."),
     "doctor": Entry(AROUND, "qlora_tool.cli.doctor:doctor", "What this machine has: versions, devices, dtypes, disk."),
 }
 
@@ -59,6 +59,19 @@ qlora-tool export-merged runs/demo --output-dir merged/demo
 qlora-tool train my.yaml --set training.max_steps=20 --set model.quantization=int8
 """
 
+WELCOME = """\
+qlora-tool fine-tunes a language model on one consumer graphics card, or on a CPU: LoRA on a frozen 4-bit or int8 base.
+It says beforehand whether a run fits, and exports the result exactly, for transformers, llama.cpp and Ollama.
+
+Three commands to start with (my.jsonl: your questions and answers; .csv and .xlsx will do, too):
+
+  qlora-tool recipes                                          what is ready to run, by the card that it is for
+  qlora-tool preview smollm2-cpu --set data.train=my.jsonl    what of your data will be trained
+  qlora-tool train smollm2-cpu --set data.train=my.jsonl      train, on a CPU as well
+
+All commands: qlora-tool --help. One of them: qlora-tool train --help. What this machine has: qlora-tool doctor.
+Coming from PEFT, Axolotl, Unsloth or LLaMA-Factory: qlora-tool recipes import FILE my-run.yaml
+"""
 
 # What the system says of a path that cannot be what is meant.
 _OF_PATHS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
@@ -278,5 +291,5 @@ def main(ctx: click.Context) -> None:
     Results go to stdout, logs and progress to stderr. Exit codes: 0 done, 2 the input is at fault, 1 the machine is.
     """
     if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help(), err=True)
+        click.echo(WELCOME, err=True, nl=False)
         ctx.exit(2)

@@ -44,10 +44,11 @@ def inspect(run_or_adapter: str, **options: Any) -> None:
     """
     from qlora_tool import api
     from qlora_tool.cli.logs import log_to_stderr
-    from qlora_tool.inspection.table import lines_of
 
     log_to_stderr()
     result = api.inspect(run_or_adapter, **options)
+    from qlora_tool.inspection.table import lines_of
+
     click.echo("\n".join(lines_of(result.inspection)))
     click.echo("\n".join(_end(run_or_adapter, result)))
 

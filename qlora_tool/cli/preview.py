@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qlora_tool.cli import ToolCommand
+from qlora_tool.cli.completion import CONFIGURATION, SETTING
 from qlora_tool.cli.options import NewFile
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ SHOWN = 4
     qlora-tool preview my-run.yaml --all --json preview.json
     """,
 )
-@click.argument("config")
-@click.option("--set", multiple=True, metavar="KEY=VALUE", help="Override one key; repeatable.")
+@click.argument("config", type=CONFIGURATION)
+@click.option("--set", multiple=True, type=SETTING, metavar="KEY=VALUE", help="Override one key; repeatable.")
 @click.option("--rows", type=click.IntRange(min=0), default=5, show_default=True, metavar="N",
               help="How many rows to show.")  # fmt: skip
 @click.option("--all", is_flag=True, help="Count and pack all rows, not the first 2,000 of each file alone.")

@@ -8,6 +8,7 @@ import click
 
 from qlora_tool.choices import Device
 from qlora_tool.cli import ToolCommand
+from qlora_tool.cli.completion import CONFIGURATION, SETTING
 from qlora_tool.cli.options import NewFile
 from qlora_tool.errors import UserError
 
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     qlora-tool profile-memory my-run.yaml --device-memory rtx-4090 --processes 4 --set training.sharding=fsdp
     """,
 )
-@click.argument("config")
-@click.option("--set", multiple=True, metavar="KEY=VALUE", help="Override one key; repeatable.")
+@click.argument("config", type=CONFIGURATION)
+@click.option("--set", multiple=True, type=SETTING, metavar="KEY=VALUE", help="Override one key; repeatable.")
 @click.option("--device", type=click.Choice([device for device in get_args(Device) if device != "auto"]),
               help="What to predict for; by default cuda, unless the configuration says cpu.")  # fmt: skip
 @click.option("--device-memory", metavar="24GB|CARD",

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from qlora_tool.cli import ToolCommand
+from qlora_tool.cli.completion import CONFIGURATION, SETTING
 from qlora_tool.world import World
 
 
@@ -19,8 +20,8 @@ from qlora_tool.world import World
     torchrun --nproc_per_node 2 -m qlora_tool train my-run.yaml   # a process a card
     """,
 )
-@click.argument("config")
-@click.option("--set", multiple=True, metavar="KEY=VALUE",
+@click.argument("config", type=CONFIGURATION)
+@click.option("--set", multiple=True, type=SETTING, metavar="KEY=VALUE",
               help="Override one key; repeatable. The value is YAML.")  # fmt: skip
 @click.option("--output-dir", metavar="DIR", help="The run's folder (training.output_dir).")
 @click.option("--resume", default="auto", show_default=True, metavar="auto|never|PATH",

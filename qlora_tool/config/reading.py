@@ -109,6 +109,9 @@ class _Draft:
     def read_file(self) -> None:
         """Take in the source, a file or a recipe."""
         content, duplicates = parse_file(self.source)
+        if not set(content) <= set(SECTIONS) and (tool := _tool_of(content)):
+            raise UserError(f"{self.source}: a configuration of {tool}; turn it into one of qlora-tool with `qlora-tool"
+                            f" recipes import {self.source} my-run.yaml`")  # fmt: skip
         self.faults += [f"{self.source}, line {line}: '{key}' stands twice; keep one" for key, line in duplicates]
         self.read(content)
 
@@ -219,6 +222,12 @@ def _plain(value: Any) -> Any:
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
+def _tool_of(content: Mapping[Any, Any]) -> str:
+    from qlora_tool.config.imports.names import tool_of
+
+    return tool_of(content)
+
+
 def _unknown_key(key: str) -> str:
     """What to say of a key that does not exist: the closest one of its section, else of all."""
     section, _, name = key.partition(".")
@@ -226,6 +235,10 @@ def _unknown_key(key: str) -> str:
     wanted = name or section
     if wanted in homes:
         return f"unknown key; did you mean '{homes[wanted]}.{wanted}'?"
+    from qlora_tool.config.imports.names import known_elsewhere
+
+    if said := known_elsewhere(wanted):
+        return f"unknown key{said}"
     if section in SECTIONS:
         close = did_you_mean(name, [*_keys(section), *OTHER_NAMES[section]])
         return "unknown key" + (close or f"; expected one of {', '.join(_keys(section))}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_tool.errors import UserError, did_you_mean
 from qlora_tool.files.atomic import write_text
+
+_CARD = re.compile(r"-(\d+)gb$")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,12 @@ class Recipe:
     def description(self) -> str:
         """The first line's comment."""
         return self.text.split("\n", 1)[0].lstrip("#").strip()
+
+    @property
+    def card_gb(self) -> int | None:
+        """The card that it is for, by the GB that it is sold with, as its name ends; None: a CPU."""
+        found = _CARD.search(self.name)
+        return int(found[1]) if found else None
 
 
 def recipes_folder() -> Path:
@@ -63,14 +72,39 @@ def recipe_called(name: str) -> Recipe:
 def copy_recipe(name: str, target: Path) -> Path:
     """Write a recipe to a file, or into a folder under its own name, and give the file.
 
+    The commands in its comments are those for the copy, and the run's folder is called by it.
+
     Raises:
         UserError: there is no such recipe, or the file exists.
     """
     recipe = recipe_called(name)
     file = target / f"{recipe.name}.yaml" if target.is_dir() else target
+    return write_new(file, recipe_for(recipe, file))
+
+
+def recipe_for(recipe: Recipe, file: Path) -> str:
+    """A recipe's text as it stands in a copy of it: `train NAME` is `train FILE`, `runs/NAME` `runs/` and the copy's
+    name."""
+    name = re.escape(recipe.name)
+    text = re.sub(rf"(?m)^(#   qlora-tool (?:train|preview|profile-memory)) {name}(?!\S)",
+                  lambda found: f"{found[1]} {_word(str(file))}", recipe.text)  # fmt: skip
+    return re.sub(rf"\b(runs|merged)/{name}(?![\w.-])", lambda found: f"{found[1]}/{_word(file.stem)}", text)
+
+
+def _word(text: str) -> str:
+    """One word of a command line, and of YAML."""
+    return text if re.fullmatch(r"[\w./+@~-]+", text) else f"'{text}'"
+
+
+def write_new(file: Path, text: str) -> Path:
+    """Write a configuration to a file that is not there yet.
+
+    Raises:
+        UserError: it is.
+    """
     if file.exists():
         raise UserError(f"{file}: exists already; choose another name, or delete it first")
-    write_text(file, recipe.text)
+    write_text(file, text)
     return file
 
 

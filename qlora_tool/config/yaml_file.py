@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 
 from qlora_tool.config.messages import found, shortened
-from qlora_tool.config.recipes import find_recipe, recipe_names
-from qlora_tool.errors import UserError, did_you_mean
+from qlora_tool.config.places import missing_config, refuse_as_config
+from qlora_tool.config.recipes import find_recipe
+from qlora_tool.errors import UserError
 from qlora_tool.files.reading import has_half, read_text
 
 LARGEST = 4 << 20  # bytes of a file
@@ -30,6 +31,19 @@ def parse_file(source: str) -> tuple[dict[Any, Any], list[tuple[str, int]]]:
     """The sections of a YAML file or of a shipped recipe; and the keys that stand twice in it, with their lines."""
     path = _file(source)
     text = read_text(path, "expected a configuration in YAML, in UTF-8", LARGEST)
+    return parse_mapping(source, text, "expected a mapping of sections (model, adapter, data, training)")
+
+
+def parse_mapping(source: str, text: str, expected: str) -> tuple[dict[Any, Any], list[tuple[str, int]]]:
+    """The mapping that a YAML text is; and the keys that stand twice in it, with their lines.
+
+    Args:
+        source: whose text it is, for the start of a line.
+        expected: what it should be, for its end.
+
+    Raises:
+        UserError: it is none.
+    """
     try:
         content, duplicates = parse(text)
     except yaml.MarkedYAMLError as error:
@@ -40,7 +54,7 @@ def parse_file(source: str) -> tuple[dict[Any, Any], list[tuple[str, int]]]:
         raise UserError(f"{source}: expected YAML in UTF-8: {yaml_problem(error)}") from None
     if not isinstance(content, dict):
         what = "an empty file" if content is None else found(content)
-        raise UserError(f"{source}: expected a mapping of sections (model, adapter, data, training), found {what}")
+        raise UserError(f"{source}: {expected}, found {what}")
     return content, duplicates
 
 
@@ -48,6 +62,7 @@ def _file(source: str) -> Path:
     try:
         path = Path(source)
         if path.exists() and not path.is_dir():
+            refuse_as_config(source)
             return path
         recipe = find_recipe(source)
     except (OSError, ValueError) as error:  # a name that is too long, or holds a null character
@@ -55,13 +70,10 @@ def _file(source: str) -> Path:
         raise UserError(f"{shortened(source)}: neither a file nor a recipe: {reason}") from error
     if recipe is not None:
         return recipe
+    refuse_as_config(source)
     if path.is_dir():
-        inside = path / "config.yaml"
-        hint = f"; a run's configuration is {inside}" if inside.exists() else ""
-        raise UserError(f"{source}: expected a configuration file or the name of a recipe, found a folder{hint}")
-    recipes = recipe_names()
-    close = did_you_mean(path.stem, recipes)
-    raise UserError(f"{source}: neither a file nor a recipe ({', '.join(recipes)}){close}")
+        raise UserError(f"{source}: expected a configuration file or the name of a recipe, found a folder")
+    raise UserError(missing_config(source))
 
 
 def parse(text: str) -> tuple[Any, list[tuple[str, int]]]:

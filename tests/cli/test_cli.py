@@ -94,10 +94,15 @@ def test_the_configuration_imports_no_torch():
     assert process.returncode == 0
 
 
-def test_no_command_shows_the_help_and_fails():
+def test_no_command_shows_how_to_start_and_fails():
     result = invoke()
     assert result.exit_code == 2
-    assert "Main commands:" in result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) < 16 and "qlora-tool --help" in result.stderr
+    commands = [line.split("  ")[1].split() for line in lines if line.startswith("  qlora-tool ")]
+    assert [words[1] for words in commands] == ["recipes", "preview", "train"]
+    for _, name, *arguments in commands:
+        main.get_command(click.Context(main), name).make_context(name, arguments)
     assert result.stdout == ""
 
 
@@ -241,14 +246,19 @@ def test_option_groups_and_examples_stand_in_the_help(command):
 def test_recipes_are_listed_shown_and_copied(tmp_path: Path):
     listing = invoke("recipes").stdout
     assert listing == invoke("recipes", "list").stdout
-    assert [line.split()[0] for line in listing.splitlines()][:2] == ["demo", "llama-2-7b-24gb"]
+    assert [line.split()[0] for line in listing.splitlines()][:3] == ["A", "demo", "smollm2-cpu"]
+    sizes = [int(line.split()[3]) for line in listing.splitlines() if line.startswith("A card of ")]
+    assert sizes == sorted(set(sizes)) and len(sizes) > 1
     text = find_recipe("demo").read_text(encoding="utf-8")
     assert invoke("recipes", "show", "demo").stdout == text
 
     target = tmp_path / "my.yaml"
     assert invoke("recipes", "copy", "demo", str(target)).exit_code == 0
     assert invoke("recipes", "copy", "demo", str(tmp_path)).exit_code == 0
-    assert target.read_text(encoding="utf-8") == (tmp_path / "demo.yaml").read_text(encoding="utf-8") == text
+    assert load_config(target).training.output_dir == "runs/my"
+    copied = text.replace("train demo\n", f"train {target}\n").replace("runs/demo", "runs/my")
+    assert target.read_text(encoding="utf-8") == copied.replace("merged/demo", "merged/my")
+    assert load_config(tmp_path / "demo.yaml") == load_config("demo")
 
     target.write_text("mine")
     result = invoke("recipes", "copy", "demo", str(target))

@@ -302,7 +302,7 @@ def test_a_file_in_another_encoding(write):
 def test_a_source_that_is_neither_file_nor_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (line,) = faults("configs/dmeo.yaml")
-    assert line.startswith("configs/dmeo.yaml: neither a file nor a recipe (demo, ")
+    assert line.startswith("configs/dmeo.yaml: neither a file nor a recipe; did you mean 'd")
     assert line.endswith("did you mean 'demo'?")
     (line,) = faults(str(tmp_path))
     assert line.endswith("found a folder")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 import shlex
 import shutil
 import subprocess
@@ -12,11 +12,14 @@ from pathlib import Path
 import click
 import pytest
 from child_process import child_environment
+from making.recipe_predictions import TABLE, cases, config_of, decided_by, line_of, predict
 
 import qlora_tool
 from qlora_tool.cli import COMMANDS, main
 from qlora_tool.config import load_config
-from qlora_tool.config.recipes import all_recipes, find_recipe, recipes_folder
+from qlora_tool.config.recipes import all_recipes, copy_recipe, find_recipe, recipes_folder
+from qlora_tool.memory.allocator.available import CUDA_MARGIN, usable
+from qlora_tool.memory.allocator.cards import parse_device_memory
 
 RECIPES = all_recipes()
 
@@ -57,10 +60,49 @@ def test_commands_in_recipes_and_help_texts_are_ones_that_parse():
         command.make_context(name, arguments)  # raises a UsageError for an option or a value that does not exist
 
 
-def test_no_recipe_promises_memory():
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_a_recipes_figure_is_that_of_its_prediction_and_fits_its_card(recipe, tmp_path: Path):
+    """Where this fails because a recipe was changed: `tools/make recipe-predictions`."""
+    table = json.loads(TABLE.read_text())
+    assert "" in cases(recipe)
+    for setting in cases(recipe):
+        config = config_of(recipe, setting, tmp_path)
+        entry = table[" ".join(filter(None, (recipe.name, setting)))]
+        assert entry["decided_by"] == decided_by(config), "changed since it was predicted"
+        everything = config.training.gradient_checkpointing is True
+        assert line_of(setting, entry, recipe.card_gb, everything) in recipe.text.splitlines()
+        if recipe.card_gb is not None:
+            card = parse_device_memory(f"{recipe.card_gb}GB")
+            assert entry["limit_bytes"] <= usable(card.bytes, CUDA_MARGIN)
+            assert entry["needed_bytes"] < entry["limit_bytes"] - 150e6, "no room to speak of"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe.card_gb], ids=lambda recipe: recipe.name)
+def test_every_recipe_is_predicted_as_its_table_says(recipe, tmp_path: Path):
+    table = json.loads(TABLE.read_text())
+    for setting in cases(recipe):
+        entry = table[" ".join(filter(None, (recipe.name, setting)))]
+        found = predict(config_of(recipe, setting, tmp_path), recipe.card_gb)
+        assert found["limit_bytes"] == entry["limit_bytes"]
+        assert found["needed_bytes"] == pytest.approx(entry["needed_bytes"], rel=0.01)
+
+
+def test_recipes_have_a_folder_and_a_name_of_their_own():
     for recipe in RECIPES:
-        claims = re.findall(r"\b(?:needs?|takes?|peaks?)\b[^.]*\d+(?:\.\d+)? ?Gi?B", recipe.text)
-        assert not claims, recipe.name
+        assert load_config(recipe.name).training.output_dir == f"runs/{recipe.name}"
+    sizes = {(recipe.card_gb, recipe.name.rpartition("-")[0]) for recipe in RECIPES}
+    assert {size for size, _ in sizes} >= {None, 6, 8, 12, 16, 24, 48}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_a_copys_commands_are_for_the_copy(recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    copied = copy_recipe(recipe.name, Path("my-run.yaml")).read_text()
+    assert load_config("my-run.yaml").training.output_dir == "runs/my-run"
+    commands = [line.split() for line in header(copied) if line.startswith("qlora-tool ")]
+    assert ["qlora-tool", "train", "my-run.yaml"] in [words[:3] for words in commands]
+    assert not any(recipe.name in words or f"runs/{recipe.name}" in words for words in commands)
 
 
 def test_an_unknown_recipe_is_none():

@@ -1,0 +1,113 @@
+"""A wrong thing in a place: a line that says what it is, and what to type. Nothing heavy is imported for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qlora_tool.config.recipes import recipe_names
+from qlora_tool.errors import UserError, did_you_mean
+from qlora_tool.files.kinds import hub_id, kind_of
+
+_START = "smollm2-cpu"  # the recipe that cures name: any other will do
+_OF_RUN = "expected a run's folder or an adapter's"
+_OF_MODEL = "expected a model folder, a hub id (owner/name), or demo"
+
+
+def refuse_as_config(source: str) -> None:
+    """Refuse what stands in the place of a configuration and is plainly something else.
+
+    Raises:
+        UserError: in one line.
+    """
+    set_model = f"{_START} --set model.name_or_path"
+    page = hub_id(source)
+    said = {
+        "web": f"a web address; a model is named by its hub id: {set_model}={page or 'OWNER/NAME'}",
+        "data": f"a data file; name a recipe, and the data by a key: {_START} --set data.train={source}",
+        "gguf": "a model for llama.cpp, which is not trained; name a recipe, and the model it was made from by a key: "
+                f"{set_model}=OWNER/NAME",
+        "weights": f"weights; name a recipe, and their folder by a key: {set_model}={Path(source).parent}",
+        "pickle": f"pickled weights; name a recipe, and a folder of safetensors by a key: {set_model}=FOLDER",
+        "run": f"a run's folder; its configuration is {Path(source) / 'config.yaml'}",
+        "adapter": f"an adapter's folder; `qlora-tool recipes import {source} my-run.yaml` makes a configuration of it",
+        "model": f"a model's folder; name a recipe, and the model by a key: {set_model}={source}",
+        "ggufs": "a folder of models for llama.cpp, which are not trained; name a recipe, and the model they were made "
+                 f"from by a key: {set_model}=OWNER/NAME",
+    }.get(kind_of(source))  # fmt: skip
+    if said:
+        raise UserError(f"{source}: expected a configuration file or the name of a recipe, found {said}")
+
+
+def missing_config(source: str) -> str:
+    """The line on a configuration that is not there."""
+    path, names = Path(source), recipe_names()
+    siblings = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    if close := did_you_mean(path.name, siblings) or did_you_mean(path.stem, names):
+        return f"{source}: neither a file nor a recipe{close}"
+    if path.suffix in (".yaml", ".yml"):
+        return f"{source}: no such file; `qlora-tool recipes copy {_START} {source}` writes one to start from"
+    if path.suffix or source.count("/") != 1 or path.parent.is_dir():
+        return f"{source}: neither a file nor a recipe; `qlora-tool recipes` lists those that there are"
+    return (f"{source}: neither a file nor a recipe; `qlora-tool recipes` lists those that there are, and a model is "
+            f"named by a key: {_START} --set model.name_or_path={source}")  # fmt: skip
+
+
+def refuse_as_model(name: str, *, adapter: bool = False, rows: str = "") -> None:
+    """Refuse what stands in the place of a run, an adapter or a model and is plainly something else.
+
+    Args:
+        adapter: whether a model alone will not do.
+        rows: the option that takes a data file, where there is one.
+
+    Raises:
+        UserError: in one line.
+    """
+    kind, expected = kind_of(name), _OF_RUN if adapter else "expected a run's folder, an adapter's, or a model's"
+    path = Path(name)
+    if kind == "missing":
+        _refuse_missing(name, adapter)
+    if adapter and kind == "model":
+        raise UserError(f"{name}: a model without an adapter; {_OF_RUN}")
+    if adapter and kind in ("folder", "empty") and not any(path.glob("*/adapter_config.json")):
+        raise UserError(f"{name}: neither a run nor an adapter in it; {_OF_RUN}{_runs()}")
+    said = {
+        "web": f"a web address; {'download the adapter, and name its folder' if adapter else 'give the hub id alone'}"
+               f"{f': {hub_id(name)}' if hub_id(name) else ''}",
+        "data": f"a data file; {f'that goes to {rows} {name}' if rows else 'the run knows its data'}{_runs()}",
+        "gguf": f"a model for llama.cpp; run it by `llama-cli -m {name}`, or name the run it was exported from",
+        "ggufs": "a folder of models for llama.cpp; run one by `llama-cli -m FILE`, or name the run that it was "
+                 "exported from",
+        "weights": f"weights alone; name the folder that they lie in: {path.parent}",
+        "pickle": f"pickled weights; name a folder with safetensors{_runs()}",
+        "yaml": f"a configuration; train it, and name its run's folder (training.output_dir){_runs()}",
+        "empty": f"an empty folder; name the run's own{_runs()}",
+        "file": f"a file; name a folder{_runs()}",
+    }.get(kind)  # fmt: skip
+    if said:
+        raise UserError(f"{name}: {expected}, found {said}")
+
+
+def _refuse_missing(name: str, adapter: bool) -> None:
+    """A name that is no path: a hub's id is left to those who ask the hub."""
+    path = Path(name).expanduser()
+    try:
+        siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+    except OSError:
+        siblings = []
+    if name == "demo" or (not adapter and "/" in name and not path.parent.is_dir()):
+        return
+    close = did_you_mean(path.name, siblings)
+    if name in recipe_names():
+        close = f"; a recipe has this name: `qlora-tool train {name}` makes a run"
+    if adapter:
+        raise UserError(f"{name}: no such folder{close}; {_OF_RUN}{'' if close else _runs()}")
+    raise UserError(f"model {name}: no such folder{close}; {_OF_MODEL}{'' if close else _runs()}")
+
+
+def _runs() -> str:
+    """The runs that lie where runs go by default, the newest first."""
+    try:
+        found = sorted((file for file in Path("runs").glob("*/config.yaml")), key=lambda file: -file.stat().st_mtime)
+    except OSError:
+        return ""
+    return f"; runs here: {', '.join(str(file.parent) for file in found[:3])}" if found else ""
