@@ -11,6 +11,7 @@ from weakref import WeakMethod
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_tool.errors import UserError
 from qlora_tool.ops.adamw import slices_of
@@ -312,7 +313,8 @@ def _eight_bit_codes(parameters: Sequence[nn.Parameter]) -> tuple[Tensor, Tensor
     import bitsandbytes.functional as bnb
 
     device = parameters[0].device if parameters else None
-    with unset_fake_temporarily(), torch.device("cpu"):  # made from Python numbers: real tables in a prediction too
+    # Made from Python numbers: real tables in a prediction too, and made unseen, as where they are made differs there.
+    with unset_fake_temporarily(), _disable_current_modes(), torch.device("cpu"):
         signed, unsigned = bnb.create_dynamic_map(signed=True), bnb.create_dynamic_map(signed=False)
     return signed.to(device), unsigned.to(device)
 

@@ -14,7 +14,7 @@ class LikeCpu(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is nn.functional.scaled_dot_product_attention:
+        if func is nn.functional.scaled_dot_product_attention and args[0].is_meta:
             return attention_of_cpu(*args, **kwargs)
         result = func(*args, **kwargs)
         # Of numbers no operator makes a meta tensor, so that a dispatch mode would not see it.

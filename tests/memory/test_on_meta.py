@@ -1,0 +1,85 @@
+"""A step traced on meta tensors against the same on fake ones, event by event."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import tiny_config
+
+from qlora_tool.build.resolve import resolve
+from qlora_tool.config import Config, with_values
+from qlora_tool.memory.trace import predict as predicting
+from qlora_tool.memory.trace.deepen import same
+from qlora_tool.memory.trace.predict import BatchShape, Untraceable, predict, traced_on_meta
+from qlora_tool.memory.trace.tracer import Trace
+from qlora_tool.ops.declare import CPU, Target
+
+CARD = Target("cuda", (8, 9))
+FAMILIES = ("llama", "gemma2", "gpt2", "mixtral", "opt", "bloom", "gpt_oss", "qwen3_moe", "phi3")
+SETTINGS: list[dict] = [
+    {}, {"training.gradient_checkpointing": False, "training.optim": "paged_adamw_8bit"},
+    {"training.gradient_accumulation_steps": 2, "adapter.lora_dropout": 0.1, "model.quantization": "int8"},
+    {"adapter.method": "dora", "training.optimizer_in_backward": True, "training.max_grad_norm": 0.0},
+    {"training.tiled_mlp": True, "model.embeddings": "int8", "training.offload_boundaries": True},
+]  # fmt: skip
+PADDED = BatchShape(2, 48, 90, padded=True)
+
+
+def both(
+    family: str, values: dict, target: Target, shape: BatchShape | None, dtype: torch.dtype
+) -> tuple[Trace, Trace]:
+    model = tiny_config(family)
+    config = with_values(Config(), {"training.gradient_checkpointing": True, "data.max_length": 48,
+                                    "training.per_device_train_batch_size": 2} | values)  # fmt: skip
+    run = resolve(config, model, target.type, dtype), model, shape or BatchShape.assumed(config, model), dtype
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predicting, "traced_on_meta", _unable)
+        fake = predict(*run, target=target)
+    return traced_on_meta(*run, None, target), fake
+
+
+def _unable(*_: object) -> Trace:
+    raise NotImplementedError
+
+
+# The mean and deviation of a layer norm, fp32 on CUDA, are 16 bits wide on a CPU's fake tensors: in fp32 there is one.
+@pytest.mark.parametrize("shape", [None, BatchShape.full(2, 48), PADDED], ids=["assumed", "full", "padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_event_is_that_of_fake_tensors(family, shape):
+    number = FAMILIES.index(family) + (shape is not None) + (shape is PADDED)
+    for target in (CARD, CPU):
+        one, other = both(family, SETTINGS[number % len(SETTINGS)], target, shape, torch.float32)
+        assert same(one, other, "model.layers")
+
+
+@pytest.mark.parametrize("values", SETTINGS, ids=str)
+def test_each_setting_in_16_bits_on_a_card(values):
+    assert same(*both("llama", values, CARD, None, torch.bfloat16), "model.layers")
+
+
+def test_statistics_of_layer_norms():
+    """fp32 of each row on a card, as its kernel has them; what a CPU has in 16 bits is left to fake tensors."""
+    trace, _ = both("gpt2", {}, CARD, None, torch.bfloat16)
+    norms = {storage.nbytes for storage in trace.storages if storage.operator == "aten::native_layer_norm"}
+    tokens, width = 96, 64
+    assert norms == {tokens * width * 2, tokens * 4}
+    with pytest.raises(NotImplementedError):
+        both("gpt2", {}, CPU, None, torch.bfloat16)
+
+
+def test_what_meta_tensors_cannot_do_fake_ones_do(monkeypatch):
+    """A model that asks on which device it is, and one whose code looks at values."""
+    model, config, shape = tiny_config("llama"), Config(), BatchShape.full(1, 16)
+    forward = torch.nn.Embedding.forward
+
+    def asks(self, ids):
+        if ids.device.type != "cpu":
+            raise ValueError("only on a CPU")
+        return forward(self, ids)
+
+    expected = predict(config, model, shape, torch.float32)
+    monkeypatch.setattr(torch.nn.Embedding, "forward", asks)
+    assert same(predict(config, model, shape, torch.float32), expected, "model.layers")
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda self, ids: forward(self, ids) * ids.sum().item())
+    with pytest.raises(Untraceable, match="embed_tokens"):
+        predict(config, model, shape, torch.float32)
