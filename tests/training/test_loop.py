@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -255,7 +256,7 @@ def test_a_disk_that_fills_up_while_anything_else_is_written(config, tmp_path, m
 
 
 def test_a_folder_that_cannot_be_renamed_leaves_the_earlier_ones(config, tmp_path, monkeypatch):
-    def refuse(source, target, *, replace=loop.replacing_folder.__globals__["os"].replace):
+    def refuse(source, target, *, replace=os.replace):
         if Path(target).name == "step-000004":
             raise OSError(errno.EDQUOT, "Disk quota exceeded")
         replace(source, target)
