@@ -41,6 +41,7 @@ from qlora_tool.training.processes import as_it_was, refuse_disagreement, resume
 from qlora_tool.training.progress import DiskWaits, LiveLine, Metrics, Speed, memory_in_words, peak_memory_bytes
 from qlora_tool.training.read_late import LateNumbers, StepNumbers
 from qlora_tool.training.resume import checkpoint_at, refuse_another_run, refuse_changes
+from qlora_tool.training.rows_note import note_rows
 from qlora_tool.training.run import Run, Watcher
 from qlora_tool.training.run_data import RunData
 from qlora_tool.training.schedule import learning_rate, warmup_length
@@ -154,6 +155,7 @@ def _train(
                  "(training.save_steps)" if checkpoint is None else
                  f"start it again with the same launcher: it goes on from {checkpoint.path}")  # fmt: skip
     world.on_main(partial(folder.write_config, config))
+    world.on_main(partial(note_rows, run))
     if run.progress.step == 0:
         run.progress.untuned = {"loss": _loss_of_the_base(run)} | _evaluate(run, logger.info)
     _fit(run, watcher)
