@@ -107,14 +107,15 @@ class Bar:
         self._last = now
         if terminal:
             drawn.draw()
-        else:
+        elif done < self.total:
             self.said = True
             logger.info("%s: %s", self.what, self._how_far())
 
     def end(self) -> None:
-        """It is over; where it was told by plain lines, that is too."""
-        if self.said:
-            logger.info("%s: done in %s", self.what, clock(time.monotonic() - self.began))
+        """It is over; without a terminal that is said of what took long."""
+        seconds = time.monotonic() - self.began
+        if seconds >= SHOWN_FROM and not drawn.is_terminal and not drawn.quiet:
+            logger.info("%s: done in %s", self.what, clock(seconds))
 
     def text(self, columns: int) -> str:
         """The line for a terminal; empty until there is anything to wait for."""

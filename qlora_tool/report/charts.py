@@ -77,6 +77,12 @@ def area_chart(
         if any(levels):
             plot += f'<path d="M{upper[1:]}{lower}Z" fill="{colour}"/>'
         below = above
+    totals = below
+    if totals:
+        highest = max(range(len(totals)), key=totals.__getitem__)
+        x = _x((positions[highest] + right[highest]) / 2, 0, end)
+        plot += f'<path class="peak" d="M{x} {_SIDE}V{_y(totals[highest], ticks)}"/>'
+        plot += f'<path class="dot peak" d="M{x} {_y(totals[highest], ticks)}h0"/>'
     for _, begin, _ in spans[1:]:
         plot += f'<path class="begin" d="M{_x(begin, 0, end)} 0V{_SIDE}"/>'
     named = [(name, (begin + stop) / 2 / end) for name, begin, stop in spans if (stop - begin) / end > 0.12]

@@ -102,13 +102,14 @@ def _over_a_step(found: Found, step: dict[str, Any]) -> str:
     totals = [sum(levels) for levels in zip(*(levels for _, levels in layers), strict=True)]
     peak = max(totals)
     unit = GIB if peak >= GIB else MIB
-    ticks = [unit * tick for tick in ticks_between(0, peak / unit)]
+    ticks = [unit * tick for tick in ticks_between(0, peak / unit, 6)]
     labels = [f"{tick / unit:g}{f' {_unit_name(unit)}' if tick == ticks[-1] else ''}" for tick in ticks]
     spans = [(span["phase"], span["start"], span["stop"]) for span in step["spans"]]
     shown = [part for part in reversed(PARTS) if any(parts[part])]
     at_peak = totals.index(peak)
     words = ", ".join(f"{names[part]} {binary_size(parts[part][at_peak])}" for part in shown if parts[part][at_peak])
-    title = f"Memory over step {number(step['step'])}, from allocation to allocation"
+    title = (f"Memory over step {number(step['step'])}, from allocation to allocation; the dot: "
+             f"{binary_size(peak)} at the peak")  # fmt: skip
     chart = area_chart(title, f"Peak {binary_size(peak)}: {words}", positions, end, layers, ticks, labels, spans)
     return chart + '<ul class="legend">' + "".join(_legend(shown, names)) + "</ul>"
 
