@@ -73,6 +73,8 @@ def memory(found: Found) -> str:
     if found.memory is not None and found.memory.breakdowns:
         lines = [f"{name}: {full_size(one.peak_bytes)} at the peak, in {one.peak_phase}"
                  for name, one in found.memory.breakdowns.items()]  # fmt: skip
+        if len(lines) > 1:
+            lines.append("Predicted is the run's largest batch, measured one early step with a batch of its own.")
         body.append("<p>" + "<br>".join(map(escaped, lines)) + "</p>")
         body.append(f'<div class="scrolls">{"".join(breakdown_table(found.memory, None, ""))}</div>')
         body.append("<p>To explore a step, byte by byte: " + command("profile-memory", str(found.folder.config_file),

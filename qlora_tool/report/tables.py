@@ -162,9 +162,9 @@ _FIGURES = (
     ("mean_kl", "KL divergence, mean", "{:.4g} nats"),
     ("worst_kl", "KL divergence, worst", "{:.4g} nats"),
     ("argmax_agreement", "same likeliest token", "{:.2%}"),
-    ("untuned_loss", "loss, untuned", "{:.4f}"),
-    ("live_loss", "loss, trained", "{:.4f}"),
-    ("exported_loss", "loss, exported", "{:.4f}"),
+    ("untuned_loss", "loss, untuned", "{:.4g}"),
+    ("live_loss", "loss, trained", "{:.4g}"),
+    ("exported_loss", "loss, exported", "{:.4g}"),
     ("gain_kept", "kept of what training gained", "{:.1%}"),
 )
 _OF_UPDATE = (("kept", "update kept", "{:.2%}"), ("error", "rounding error, of its size", "{:.2%}"))

@@ -171,7 +171,7 @@ def test_an_export_is_shown_while_its_adapter_is_there(copied: Path, tmp_path: P
     exported = export_merged(copied, tmp_path / "merged", dtype="float32")
     page = Page(report(copied).file)
     found = exported.facts["verification"]
-    assert f"{found['mean_kl']:.4g} nats" in page.text and f"{found['exported_loss']:.4f}" in page.text
+    assert f"{found['mean_kl']:.4g} nats" in page.text and f"{found['exported_loss']:.4g}" in page.text
     assert str(tmp_path / "merged") in page.text and not any("exported" in line for line in page.missing)
     config = copied / "adapter" / "adapter_config.json"
     config.write_text(config.read_text() + "\n")
