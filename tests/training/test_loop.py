@@ -41,7 +41,8 @@ def partial_files(folder: Path) -> list[Path]:
 def test_what_a_run_leaves_behind(config, tmp_path):
     run = train(config(training__save_steps=4, training__warmup_steps=2, training__lr_scheduler_type="linear"))
     folder = tmp_path / "run"
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "checkpoints", "config.yaml", "metrics.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "checkpoints", "config.yaml", "metrics.jsonl",
+                                                              "report"]  # fmt: skip
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
     names = {path.name for path in (folder / "adapter").iterdir()}
     assert names >= {"adapter_config.json", "adapter_model.safetensors", "qlora_tool.json", "tokenizer_config.json"}

@@ -1,4 +1,4 @@
-"""The pages that the tool writes, opened in a headless Chromium: errors, requests, width, and pictures of them.
+"""Pages that the tool writes, in a headless Chromium: errors, requests, width, and pictures of them.
 
 Each page is opened at 400 and 1400 pixels, light and dark. It passes where its console shows no error, nothing but the
 page itself is asked for, and nothing is wider than the window. Look at the pictures: whether a page can be read no
