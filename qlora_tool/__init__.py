@@ -14,13 +14,14 @@ from qlora_tool._version import __version__
 from qlora_tool.errors import MachineError, UserError
 
 if TYPE_CHECKING:
-    from qlora_tool.api import evaluate, export_merged, generate, inspect, preview, profile_memory, train
+    from qlora_tool.api import evaluate, export_merged, generate, inspect, preview, profile_memory, report, train
     from qlora_tool.config import Config
     from qlora_tool.export.write import ExportResult
     from qlora_tool.inference.generate import GenerateResult
     from qlora_tool.inference.score import EvaluateResult
     from qlora_tool.inspection.inspect import InspectResult
     from qlora_tool.memory.profile_run import MemoryProfile
+    from qlora_tool.report.page import ReportResult
     from qlora_tool.training.interrupt import Interrupted
     from qlora_tool.training.preview import PreviewResult
     from qlora_tool.training.result import TrainResult
@@ -35,6 +36,7 @@ __all__ = [
     "MachineError",
     "MemoryProfile",
     "PreviewResult",
+    "ReportResult",
     "TrainResult",
     "UserError",
     "__version__",
@@ -44,6 +46,7 @@ __all__ = [
     "inspect",
     "preview",
     "profile_memory",
+    "report",
     "train",
 ]
 
@@ -54,6 +57,7 @@ _HOMES = {
     "inspect": "api",
     "preview": "api",
     "profile_memory": "api",
+    "report": "api",
     "train": "api",
     "Config": "config",
     "EvaluateResult": "inference.score",
@@ -63,6 +67,7 @@ _HOMES = {
     "Interrupted": "training.interrupt",
     "MemoryProfile": "memory.profile_run",
     "PreviewResult": "training.preview",
+    "ReportResult": "report.page",
     "TrainResult": "training.result",
 }
 

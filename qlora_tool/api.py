@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from qlora_tool.inference.score import EvaluateResult
     from qlora_tool.inspection.inspect import InspectResult
     from qlora_tool.memory.profile_run import MemoryProfile
+    from qlora_tool.report.page import ReportResult
     from qlora_tool.training.preview import PreviewResult
     from qlora_tool.training.result import TrainResult
 
-__all__ = ["evaluate", "export_merged", "generate", "inspect", "preview", "profile_memory", "train"]
+__all__ = ["evaluate", "export_merged", "generate", "inspect", "preview", "profile_memory", "report", "train"]
 
 AnyPath = str | os.PathLike[str]
 AnyConfig = AnyPath | Mapping[str, Any] | Config
@@ -87,7 +88,12 @@ def train(
         configuration, resume=os.fspath(resume), extend=extend, overwrite=overwrite, dry_run=dry_run,
         watcher=RunMemory(), allow_changes=allow_changes,
     )  # fmt: skip
-    return TrainResult.of(run, time.perf_counter() - started, finished=not dry_run)
+    result = TrainResult.of(run, time.perf_counter() - started, finished=not dry_run)
+    if dry_run or not run.world.is_main:
+        return result
+    from qlora_tool.report.page import report_of_finished
+
+    return replace(result, report=report_of_finished(result.folder))
 
 
 def preview(
@@ -294,6 +300,10 @@ def export_merged(
         ),
     )  # fmt: skip
     _write_json(json, result.facts)
+    if not adapter:
+        from qlora_tool.report.exported import note_export
+
+        note_export(Path(run_or_adapter), result)
     if on_written is not None:
         on_written(result)
     return replace(result, uploaded=upload(result.folder, push_to_hub)) if push_to_hub else result
@@ -484,6 +494,27 @@ def inspect(
 
         write_png(Path(plot), result.inspection)
     return result
+
+
+def report(run: AnyPath, *, output: AnyPath | None = None) -> ReportResult:
+    """Write the page about a run: its losses, memory, rows, ranks, exports and configuration.
+
+    `train` writes one at its end; after an export, say, it is made again by this. It is one file that loads nothing.
+
+    Args:
+        run: a run's folder, finished or not.
+        output: the file to write; None: `report.html` in the run's folder.
+
+    Raises:
+        UserError: no run lies there, or a folder to write into is not there.
+        MachineError: the disk refuses.
+    """
+    from qlora_tool.files.atomic import refuse_no_folder
+    from qlora_tool.report.page import write_report
+
+    if output is not None:
+        refuse_no_folder(Path(output))
+    return write_report(Path(run).expanduser(), None if output is None else Path(output).expanduser())
 
 
 def _with_output_dir(overrides: Overrides, output_dir: AnyPath | None) -> Overrides:

@@ -15,6 +15,8 @@ from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import disk_errors, remove_leftovers, write_text
 
 STATE, MANIFEST, PROVENANCE = "state.json", "manifest.json", "qlora_tool.json"
+ROWS, STEP_MEMORY, EXPORTS = NOTES = "rows.json", "step_memory.json", "exports.json"
+"""What the report's folder holds: rows as they are trained, the memory over one step, the exports of the adapter."""
 _CHECKPOINT = re.compile(r"step-\d{6,}")
 _REPLACED, _SET_ASIDE = "replaced", "set-aside"
 
@@ -40,6 +42,16 @@ class RunFolder:
     @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The page about the run."""
+        return self.path / "report.html"
+
+    @property
+    def notes(self) -> Path:
+        """The folder of what that page is made of besides; see `NOTES`."""
+        return self.path / "report"
 
     def holds_run(self) -> bool:
         return self.config_file.exists()
@@ -104,8 +116,8 @@ class RunFolder:
 
     def _own(self) -> list[tuple[Path, bool]]:
         """What a run writes, and whether it is a folder; its configuration last."""
-        files = (self.metrics_file, self.path / "memory.json", self.config_file)
-        return [(self.adapter, True), (self.checkpoints, True), *((path, False) for path in files)]
+        files = (self.metrics_file, self.path / "memory.json", self.report, self.config_file)
+        return [(self.adapter, True), (self.checkpoints, True), (self.notes, True), *((path, False) for path in files)]
 
     def put_aside(self) -> Path:
         """Move the run that another one is to replace into a folder of its own: its files, and nothing else.
@@ -144,9 +156,10 @@ class RunFolder:
                 remove_listed(folder.adapter, MANIFEST)
             if folder.config_file.is_file() and _is_written_here(folder.config_file):
                 folder.config_file.unlink()
-            for path in (folder.metrics_file, folder.path / "memory.json"):
+            notes = (folder.notes / name for name in NOTES)
+            for path in (folder.metrics_file, folder.path / "memory.json", folder.report, *notes):
                 path.unlink(missing_ok=True)
-            for path in (folder.checkpoints, folder.path):
+            for path in (folder.checkpoints, folder.notes, folder.path):
                 with contextlib.suppress(OSError):
                     path.rmdir()
         return self.replaced()

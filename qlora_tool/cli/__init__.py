@@ -47,6 +47,7 @@ COMMANDS = {
     "generate": Entry(USE, "qlora_tool.cli.generate:generate", "Answer prompts with a run or a model."),
     "evaluate": Entry(USE, "qlora_tool.cli.evaluate:evaluate", "Loss and exact match of a run or a model on a file."),
     "inspect": Entry(USE, "qlora_tool.cli.inspect_adapter:inspect", "What an adapter learned, and if its rank fits."),
+    "report": Entry(USE, "qlora_tool.cli.report:report", "Write the page about a run, which opens offline."),
     "recipes": Entry(AROUND, "qlora_tool.cli.recipes:recipes", "List, copy and import configurations."),
     "doctor": Entry(AROUND, "qlora_tool.cli.doctor:doctor", "What this machine has: versions, devices, dtypes, disk."),
 }
@@ -81,9 +82,24 @@ class Terminated(BaseException):
     """SIGTERM arrived. Not an Exception, so that only what cleans up sees it on its way out."""
 
 
-def _debug_option() -> click.Option:
-    # Taken before and after the command's name; `ToolGroup.main` looks for it, as parsing itself can fail.
-    return click.Option(["--debug"], is_flag=True, expose_value=False, help="Show tracebacks.")
+OUTPUT = "Output"
+
+
+def _output_options() -> list[click.Option]:
+    """What is shown; taken before and after the command's name. `cli/logs.py` reads them from the context's `meta`."""
+    # `ToolGroup.main` looks for --debug in the words themselves, as parsing can fail.
+    given = [(["-q", "--quiet"], "Show errors, warnings and results alone."),
+             (["-v", "--verbose"], "Also show what is chosen and why, with times."),
+             (["--debug"], "Show tracebacks, too.")]  # fmt: skip
+    return [click.Option(names, is_flag=True, expose_value=False, help=about, callback=_note_output)
+            for names, about in given]  # fmt: skip
+
+
+def _note_output(ctx: click.Context, option: click.Parameter, given: bool) -> None:
+    if given:
+        ctx.meta[f"qlora_tool.{option.name}"] = True
+    if ctx.meta.get("qlora_tool.quiet") and ctx.meta.get("qlora_tool.verbose"):
+        raise click.UsageError("--quiet and --verbose contradict one another: give one of the two", ctx)
 
 
 def _write_examples(formatter: click.HelpFormatter, examples: str | None) -> None:
@@ -95,7 +111,8 @@ def _write_examples(formatter: click.HelpFormatter, examples: str | None) -> Non
 
 
 class ToolCommand(click.Command):
-    """A command whose help ends with worked examples, and which takes `--debug`.
+    """A command whose help ends with worked examples, and which takes `--quiet`,
+    `--verbose` and `--debug`.
 
         @click.command(cls=ToolCommand, examples="qlora-tool doctor", groups={"Sampling": ("temperature", "top_p")})
 
@@ -109,8 +126,8 @@ class ToolCommand(click.Command):
     ):
         super().__init__(*args, **kwargs)
         self.examples = examples
-        self.groups = dict(groups or {})
-        self.params.append(_debug_option())
+        self.groups = dict(groups or {}) | {OUTPUT: ("quiet", "verbose", "debug")}
+        self.params += _output_options()
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -120,7 +137,8 @@ class ToolCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         titles = {name: title for title, parameters in self.groups.items() for name in parameters}
-        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in [*self.groups, "Options"]}
+        own = [title for title in self.groups if title != OUTPUT]
+        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in [*own, "Options", OUTPUT]}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
@@ -142,7 +160,7 @@ class ExampleGroup(click.Group):
     def __init__(self, *args: Any, examples: str | None = None, **settings: Any):
         super().__init__(*args, **settings)
         self.examples = examples
-        self.params.append(_debug_option())
+        self.params += _output_options()
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         name, valid = args[0], self.list_commands(ctx)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import click
@@ -49,9 +50,16 @@ def train(config: str, **options: Any) -> None:
         click.echo("dry run: everything is in order; nothing was written")
     elif not result.learned:
         click.echo(f"adapter: {result.adapter}, which learned nothing: see the warning")
+        _show_report(result.report)
     else:
         best = ""
         if result.config.training.load_best_model_at_end:
             best = f" (the best: step {result.adapter_step} of {result.steps})"
         click.echo(f"adapter: {result.adapter}{best}")
+        _show_report(result.report)
         click.echo(f"next: qlora-tool export-merged {result.folder} --output-dir {result.folder}-merged")
+
+
+def _show_report(file: Path | None) -> None:
+    if file is not None:
+        click.echo(f"report: {file}")

@@ -4,10 +4,7 @@ of them goes to the disk.
 
 from __future__ import annotations
 
-import logging
 import re
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,21 +26,19 @@ from qlora_tool.data.sources import Part, skipped_files, source_parts
 from qlora_tool.data.store import open_store, store_folder, write_store, write_temporary
 from qlora_tool.data.template import install_chat_template, read_chat_template
 from qlora_tool.data.workers import Chunk, encode_all, processes_for
-from qlora_tool.errors import MachineError, UserError
+from qlora_tool.errors import MachineError, UserError, printable
 from qlora_tool.files.atomic import REFUSALS
 from qlora_tool.files.cache import tell_unwritable
+from qlora_tool.terminal import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qlora_tool.config import DataConfig
 
-logger = logging.getLogger(__name__)
-
 KEPT_FROM = 4 << 20  # bytes of a source: what is tokenized in a second or two is not kept on the disk
 ROWS_AT_A_TIME = 500
 HELD_OUT = re.compile(r"(test|eval|evaluation|valid|validation|val|dev)([._-]|$)", re.IGNORECASE)
-SAID_EVERY = 10.0  # seconds
 
 
 class OneSource:
@@ -137,18 +132,17 @@ class OneSource:
 
     def _blocks(self, size: int) -> Iterator[Block]:
         """The examples as they are made, by several processes where there is enough to do."""
-        progress = _Progress(self.path, size, self.read)
         chunks = self._chunks(ROWS_AT_A_TIME)
         first = next(chunks, None)  # finds the format, so that the template is installed before processes start
         given = [first] if first is not None else []
         blank = replace(self.report, unused_columns={}, columns={}, notes=Counter())
-        for encoded in encode_all(self._encoder, chain(given, chunks), blank, processes_for(size)):
-            self.report.add(encoded.report)
-            self.faults.take(encoded.faults)
-            self.faults.raise_any()
-            progress.say(self.report.rows)
-            yield encoded.block
-        progress.end()
+        with progress(f"tokenizing {printable(self.path, 60)}", size / 1e6, "MB") as bar:
+            for encoded in encode_all(self._encoder, chain(given, chunks), blank, processes_for(size)):
+                self.report.add(encoded.report)
+                self.faults.take(encoded.faults)
+                self.faults.raise_any()
+                bar.reach(self.read.bytes_read / 1e6)
+                yield encoded.block
         self._finish()
 
     def _finish(self) -> None:
@@ -226,32 +220,3 @@ def _held_out(file: Path, source: Path) -> bool:
     inside = file.relative_to(source.expanduser()).parts if file.is_relative_to(source.expanduser()) else ()
     return any(map(HELD_OUT.match, inside or (file.name,)))
 
-
-class _Progress:
-    """How far rows are tokenized: one line that changes on a terminal, elsewhere a line now and then."""
-
-    def __init__(self, name: str, size: int, faults: RowFaults):
-        self.name, self.size, self.faults = name, size, faults
-        self.terminal = sys.stderr.isatty()
-        self.began = self.said = time.monotonic()
-
-    def say(self, rows: int) -> None:
-        """Say it where it is time to."""
-        now = time.monotonic()
-        if now - self.said < (0.5 if self.terminal else SAID_EVERY):
-            return
-        self.said = now
-        share = min(self.faults.bytes_read / self.size, 1)
-        left = f" ({share:.0%}, {(now - self.began) * (1 / share - 1):.0f} s left)" if share else ""
-        line = f"tokenizing {self.name}: {rows} rows{left}, {rows / (now - self.began):.0f} a second"
-        if self.terminal:
-            sys.stderr.write(f"\r{line}\x1b[K")
-            sys.stderr.flush()
-        else:
-            logger.info("%s", line)
-
-    def end(self) -> None:
-        """Take the line away."""
-        if self.terminal and self.said > self.began:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()

@@ -48,6 +48,7 @@ from qlora_tool.model.slots import (
 from qlora_tool.model.taken_weights import takes_weight
 from qlora_tool.model.text_part import is_outside, outside_text
 from qlora_tool.once import log_once
+from qlora_tool.terminal import progress
 from qlora_tool.weights.quantized import QuantizedTensor, disk_group, from_disk
 
 _SAMPLE = 1 << 16  # values of a matrix in which float16's rounding is measured
@@ -219,10 +220,12 @@ class MergedModel:
     def stream_from(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """The checkpoint tensors by name, in the order of `specs` and then `copied_specs`, from the one with this index
         on."""
-        for group, specs in zip(self.groups, self.specs(), strict=True):
-            if index < len(specs):
-                yield from list(self.tensors(group).items())[index:]
-            index = max(0, index - len(specs))
+        with progress("merging", len(self.groups), "tensors") as bar:
+            for group, specs in zip(self.groups, self.specs(), strict=True):
+                if index < len(specs):
+                    yield from list(self.tensors(group).items())[index:]
+                index = max(0, index - len(specs))
+                bar.advance()
         for name in self.source.unused[index:]:
             yield name, self.source.read_unused(name)
 

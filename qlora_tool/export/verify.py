@@ -16,6 +16,7 @@ from torch import Tensor
 from qlora_tool.data.batches import Batch, collate
 from qlora_tool.data.labels import IGNORED
 from qlora_tool.model.causal_lm import CausalLM, logits_transform
+from qlora_tool.terminal import progress
 
 if TYPE_CHECKING:
     from qlora_tool.data.tokenize import Example
@@ -148,7 +149,11 @@ def predict(model: CausalLM, rows: Rows) -> Predictions:
     """
     device = torch.device("cpu") if model.device.type == "meta" else model.device
     forward = model.hidden_states if model.chunked_loss else model.logits
-    found = [forward(batch.to(device))[_there(batch).to(device)].float().cpu() for batch in rows.batches]
+    found = []
+    with progress("verifying", rows.tokens, "tokens") as bar:
+        for batch in rows.batches:
+            found.append(forward(batch.to(device))[_there(batch).to(device)].float().cpu())
+            bar.advance(len(found[-1]))
     if not model.chunked_loss:
         return Predictions(torch.cat(found), lambda logits: logits, full_logits=True)
     # Of the model only the output layer lives on: the closure must not hold the rest.
@@ -162,16 +167,18 @@ def compare(live: Predictions, exported: Predictions, rows: Rows) -> Agreement:
     kl_sum, worst, agreed = 0.0, 0.0, 0
     taken = torch.empty(2, rows.tokens, dtype=torch.float64)  # (live, exported) × the loss of each token
     start, stop = 0, 1  # the first chunk, of one token, tells the size of the vocabulary
-    while start < rows.tokens:
-        part = slice(start, min(stop, rows.tokens))
-        expected, found = live.log_probabilities(part), exported.log_probabilities(part)  # (n, vocabulary)
-        kl = (expected.exp() * (expected - found)).sum(-1)  # (n,)
-        kl_sum, worst = kl_sum + float(kl.sum()), max(worst, float(kl.max()))
-        agreed += int((expected.argmax(-1) == found.argmax(-1)).sum())
-        targets = rows.targets[part].clamp(min=0).unsqueeze(-1)
-        for row, predicted in enumerate((expected, found)):
-            taken[row, part] = -predicted.gather(-1, targets).squeeze(-1)
-        start, stop = part.stop, part.stop + max(1, _CHUNK // expected.shape[-1])
+    with progress("comparing", rows.tokens, "tokens") as bar:
+        while start < rows.tokens:
+            part = slice(start, min(stop, rows.tokens))
+            expected, found = live.log_probabilities(part), exported.log_probabilities(part)  # (n, vocabulary)
+            kl = (expected.exp() * (expected - found)).sum(-1)  # (n,)
+            kl_sum, worst = kl_sum + float(kl.sum()), max(worst, float(kl.max()))
+            agreed += int((expected.argmax(-1) == found.argmax(-1)).sum())
+            targets = rows.targets[part].clamp(min=0).unsqueeze(-1)
+            for row, predicted in enumerate((expected, found)):
+                taken[row, part] = -predicted.gather(-1, targets).squeeze(-1)
+            start, stop = part.stop, part.stop + max(1, _CHUNK // expected.shape[-1])
+            bar.reach(part.stop)
     followed = rows.targets != IGNORED
     return Agreement(
         rows.tokens, kl_sum / rows.tokens, worst, agreed / rows.tokens, int(rows.trained.sum()),

@@ -17,7 +17,7 @@ from qlora_tool.files.atomic import disk_errors, write_json
 logger = logging.getLogger(__name__)
 
 CACHED = ("predictions", "bases", "demo", "products.json", "bandwidths.json", "cuda.json", "hashes.json",
-          "packing.json", "datasets")  # fmt: skip
+          "packing.json", "datasets", "training_speeds.json")  # fmt: skip
 
 
 def cache_folder() -> Path:

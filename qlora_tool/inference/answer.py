@@ -17,6 +17,7 @@ from qlora_tool.inference.ends import answer_ends, generation_settings
 from qlora_tool.inference.sampling import Sampling
 from qlora_tool.model.open import positions_of
 from qlora_tool.ops.free_memory import free_bytes
+from qlora_tool.terminal import progress
 from qlora_tool.weights.handles import WeightHandle
 
 if TYPE_CHECKING:
@@ -75,13 +76,14 @@ def answer(
     model.module.eval()
     model.checkpoint_layers(False)
     texts, tokens, started, answered = [""] * len(prompts), 0, time.perf_counter(), 0
-    with dense_weights(model):
+    with dense_weights(model), progress("answering", len(prompts), "prompts") as bar:
         for chosen, room in _batches([len(prompt.input_ids) for prompt in prompts], sampling, limit):
             answers = _answer_batch(model, [prompts[index].input_ids for index in chosen], sampling, ends, room)
             for index, ids in zip(chosen, answers, strict=True):
                 texts[index] = tokenizer.decode(ids, skip_special_tokens=True)
                 tokens += len(ids)
             answered += len(chosen)
+            bar.reach(answered)
             done(answered)
     return Answers(texts, time.perf_counter() - started, tokens)
 

@@ -10,6 +10,7 @@ import torch
 
 from qlora_tool.data.batches import collate
 from qlora_tool.data.examples import Examples, as_examples
+from qlora_tool.terminal import progress
 from qlora_tool.world import ALONE, World
 
 if TYPE_CHECKING:
@@ -47,14 +48,16 @@ def evaluate_loss(
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     starts = range(0, len(by_length), batch_size)
     total, tokens = 0.0, 0
-    for turn in range(0, len(starts), world.size):
-        # A process without a batch of its own goes through the first one, as weights may come from all of them.
-        counts = turn + world.rank < len(starts)
-        start = starts[turn + world.rank if counts else 0]
-        rows = [[examples[index]] for index in by_length[start : start + batch_size]]
-        batch = collate(rows, pad_token_id=pad_token_id, packing=False).to(model.device)
-        total += counts * float(model.loss_sum(batch))
-        tokens += counts * batch.trained_tokens
+    with progress("evaluating", len(by_length), "rows") as bar:
+        for turn in range(0, len(starts), world.size):
+            # A process without a batch of its own goes through the first one, as weights may come from all of them.
+            counts = turn + world.rank < len(starts)
+            start = starts[turn + world.rank if counts else 0]
+            rows = [[examples[index]] for index in by_length[start : start + batch_size]]
+            batch = collate(rows, pad_token_id=pad_token_id, packing=False).to(model.device)
+            total += counts * float(model.loss_sum(batch))
+            tokens += counts * batch.trained_tokens
+            bar.advance(len(rows) * world.size)
     model.module.train(training)
     total, tokens = world.sums([total, tokens])
     return EvaluationResult(total / tokens, int(tokens))

@@ -160,18 +160,20 @@ class Inspection:
         }
 
 
-def inspect_adapter(artifact: Artifact, every_module: bool = False) -> Inspection:
+def inspect_adapter(artifact: Artifact, every_module: bool = False, *, with_base: bool = True) -> Inspection:
     """Look at what an adapter learned.
 
     Args:
         artifact: a run or an adapter.
         every_module: a row for each module, not for each kind.
+        with_base: read the base's weights for their norms, where they are here; without them the adapter alone is
+            read, in a moment.
 
     Raises:
         UserError: no adapter, an adapter for another base, or one without an update of any weight.
     """
     stored = adapter_of(artifact)
-    opened = open_adapter(artifact)
+    opened = open_adapter(artifact, with_base)
     with torch.no_grad():
         modules = tuple(_updates(stored, opened))
     return Inspection(
@@ -215,14 +217,14 @@ class Opened:
     model_type: str = ""
 
 
-def open_adapter(artifact: Artifact) -> Opened:
+def open_adapter(artifact: Artifact, with_base: bool = True) -> Opened:
     """The adapter of a run or a folder; nothing is fetched for it.
 
     Raises:
         UserError: no adapter, one for another base, or one whose sizes only its base knows, which is not here.
     """
     stored = adapter_of(artifact)
-    merged, no_base = _base(artifact)
+    merged, no_base = _base(artifact) if with_base else (None, "it is not looked at")
     layers = {name: found[0] for name, found in merged.layers.items()} if merged else stored.layers(torch.float32)
     sizes = {name: stored.sizes(name)[0] for name in layers}
     known = adaptable_shapes(merged.skeleton) if merged else sizes

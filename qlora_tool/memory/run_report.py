@@ -31,6 +31,7 @@ from qlora_tool.memory.trace.predict import BatchShape, TracerWatch, Untraceable
 from qlora_tool.memory.trace.small_steps import NotMeasured, estimate
 from qlora_tool.memory.trace.tracer import Tracer
 from qlora_tool.model.streamed_base import weights_elsewhere
+from qlora_tool.run_folder import STEP_MEMORY
 from qlora_tool.training.run import Decided
 from qlora_tool.world import World
 
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from qlora_tool.training.step import During
 
 logger = logging.getLogger(__name__)
+
+_POINTS = 800  # of the drawing of a step
 
 class RunMemory:
     """A `Watcher` of a run: refuses what will not fit, and writes `memory.json`."""
@@ -150,7 +153,7 @@ class RunMemory:
             watched = seen.watch(run.model, run.adapters, run.optimizer)
             with watched as history, _recomputing(run, history.recomputation):
                 yield partial(history.during, run.optimizer, step)
-            measured = seen.breakdown
+            measured, line = seen.breakdown, seen.timeline
         else:
             logger.info("memory: this step is traced, and so is slower")
             with Tracer() as tracer, _recomputing(run, tracer.recomputation):
@@ -162,13 +165,15 @@ class RunMemory:
                 yield partial(watch.during, run.optimizer, step)
                 for hook in hooks:
                     hook.remove()
-            measured = timeline(tracer.trace).breakdown()
-        assert measured is not None
+            line = timeline(tracer.trace)
+            measured = line.breakdown()
+        assert measured is not None and line is not None
         measured = replace(measured, elsewhere=weights_elsewhere(run.model.module))
         run.tensor_bytes = measured.peak_bytes
         report = MemoryReport(run.model.device.type, run.config.model_dump(mode="json"), self.predicted, measured,
                               self.estimated, run.world.size)  # fmt: skip
         write_json(run.folder.path / "memory.json", report.to_json())
+        write_json(run.folder.notes / STEP_MEMORY, {"step": step, **line.to_json(_POINTS)})
 
 
 def _start_tokens(setup: Setup, start: Start | None) -> int | None:

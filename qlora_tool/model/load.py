@@ -32,6 +32,7 @@ from qlora_tool.model.slots import (
     quantize_parameter,
 )
 from qlora_tool.model.stored import StoredAs
+from qlora_tool.terminal import progress
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import FrozenEmbedding, FrozenLinear
 from qlora_tool.weights.quantized import QuantizedTensor
@@ -159,9 +160,13 @@ def load_base(
         checkpoint=checkpoint, open_source=open_source, prepare=prepare,
     )  # fmt: skip
     apart = streams(loading) if streams else None
-    for name in loading.source.names:
-        if apart is None or not apart.place(name):
-            loading.place(name)
+    names = list(loading.source.names)
+    with progress("quantizing" if loading.slots and checkpoint is None else "reading weights", len(names),
+                  "tensors") as bar:  # fmt: skip
+        for name in names:
+            if apart is None or not apart.place(name):
+                loading.place(name)
+            bar.advance()
     if apart is not None:
         apart.finish()
     return loading.finish()

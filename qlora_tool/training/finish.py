@@ -5,8 +5,14 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from qlora_tool.adapters.as_written import list_files
+from qlora_tool.adapters.peft_files import save_adapter
+from qlora_tool.adapters.starts import ELSEWHERE, readme
+from qlora_tool.files.atomic import replacing_folder, write_json, write_text
+from qlora_tool.model.tokenizer_files import save_tokenizer
 from qlora_tool.training.best import describe_best, load_best
 from qlora_tool.training.outcome import judge
+from qlora_tool.training.prepare import provenance
 from qlora_tool.training.run import Run
 
 if TYPE_CHECKING:
@@ -47,3 +53,20 @@ def start_trackers(run: Run) -> Accelerator | None:
             for section, values in run.config.model_dump().items() for key, value in values.items()}  # fmt: skip
     accelerator.init_trackers("qlora-tool", flat)
     return accelerator
+
+
+def save_trained(run: Run) -> None:
+    """The adapter in PEFT's format, with the tokenizer and our provenance beside it."""
+    base = run.config.model.name_or_path
+    with replacing_folder(run.folder.adapter) as temporary:
+        save_tokenizer(run.data.tokenizer, run.data.tokenizer_folder, temporary)
+        save_adapter(
+            temporary, run.adapters, run.config.adapter, run.model.module,
+            str(run.model.folder) if base == "demo" else base, run.config.model.revision,
+        )  # fmt: skip
+        facts = provenance(run.config, run.model, run.data) | {"step": run.kept_step}
+        write_json(temporary / "qlora_tool.json", facts)
+        if text := readme(run.config.adapter, run.config.model.quantization):
+            write_text(temporary / "README.md", text)
+            logger.warning(ELSEWHERE, run.config.adapter.init_lora_weights)  # type: ignore[attr-defined]
+        list_files(temporary)

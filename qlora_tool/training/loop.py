@@ -15,36 +15,33 @@ from typing import Any
 import numpy
 import torch
 
-from qlora_tool.adapters.as_written import list_files
-from qlora_tool.adapters.peft_files import save_adapter
-from qlora_tool.adapters.starts import ELSEWHERE, readme
 from qlora_tool.build.build import Start
 from qlora_tool.build.setup import Setup
 from qlora_tool.config import Config
 from qlora_tool.data.batches import Batch, collate
 from qlora_tool.data.preview import first_row
 from qlora_tool.errors import MachineError
-from qlora_tool.files.atomic import replacing_folder, write_json, write_text
 from qlora_tool.inference.evaluation import EvaluationResult, evaluate_loss
 from qlora_tool.model.devices import choose_device
 from qlora_tool.model.streamed_base import disk_of
-from qlora_tool.model.tokenizer_files import save_tokenizer
 from qlora_tool.ops.determinism import full_determinism
 from qlora_tool.ops.products import use_products
 from qlora_tool.run_folder import RunFolder
 from qlora_tool.training.belonging import belongs_to, made_by
 from qlora_tool.training.best import best_so_far, metric_of, note_evaluation
 from qlora_tool.training.checkpoints import save_checkpoint
-from qlora_tool.training.finish import finish, start_trackers
+from qlora_tool.training.finish import finish, save_trained, start_trackers
+from qlora_tool.training.how_long import note_speed
 from qlora_tool.training.interrupt import Interrupted, StopRequest
 from qlora_tool.training.optimizers import LOSS_SCALE_FLOOR, make_optimizer, parameter_groups
 from qlora_tool.training.plan import StepPlan, epoch_batches
 from qlora_tool.training.preconditions import refuse_at_once, refuse_dtype
-from qlora_tool.training.prepare import describe, prepare_data, provenance
+from qlora_tool.training.prepare import choices_made, describe, prepare_data, run_lines
 from qlora_tool.training.processes import as_it_was, refuse_disagreement, resumed, share_out
 from qlora_tool.training.progress import DiskWaits, LiveLine, Metrics, Speed, memory_in_words, peak_memory_bytes
 from qlora_tool.training.read_late import LateNumbers, StepNumbers
 from qlora_tool.training.resume import checkpoint_at, refuse_another_run, refuse_changes
+from qlora_tool.training.rows_note import note_rows
 from qlora_tool.training.run import Run, Watcher
 from qlora_tool.training.run_data import RunData
 from qlora_tool.training.schedule import learning_rate, warmup_length
@@ -95,6 +92,7 @@ def _train(
     config: Config, world: World, resume: str | Path, extend: bool, overwrite: bool, dry_run: bool,
     watcher: Watcher | None, allow_changes: bool,
 ) -> Run:  # fmt: skip
+    asked = config
     if not isinstance(resume, str):
         world.on_main(partial(checkpoint_at, resume))
     setup = world.locally_first(partial(Setup.of, config))
@@ -134,13 +132,16 @@ def _train(
     elif config.training.sharding != "none":
         logger.warning("training.sharding: %s, but this is one process: nothing is shared out",
                        config.training.sharding)  # fmt: skip
-    for line in describe(built, config.adapter.init_from):
+    for line in choices_made(asked, config):
+        logger.debug(line)
+    for line in describe(built, config.adapter):
         logger.info(line)
     for remark in built.remarks:
         logger.warning(remark)
     optimizer = make_optimizer(config.training, parameter_groups(adapters))
     run = Run(config, folder, data, model, adapters, optimizer, plan, setup.padding_free, world=world)
-    logger.info("run: %s into %s", plan.describe(), folder.path)
+    for line in run_lines(run, 0 if checkpoint is None else checkpoint.progress.step):
+        logger.info(line)
     logger.info(first_row(data.train, next(plan.steps(0))[0][0], data.tokenizer))
     for warning in [plan.too_short(), *plan.without_effect()]:
         if warning is not None:
@@ -154,11 +155,12 @@ def _train(
                  "(training.save_steps)" if checkpoint is None else
                  f"start it again with the same launcher: it goes on from {checkpoint.path}")  # fmt: skip
     world.on_main(partial(folder.write_config, config))
+    world.on_main(partial(note_rows, run))
     if run.progress.step == 0:
         run.progress.untuned = {"loss": _loss_of_the_base(run)} | _evaluate(run, logger.info)
     _fit(run, watcher)
     finish(run)
-    world.on_main(partial(_save_adapter, run))
+    world.on_main(partial(save_trained, run))
     world.on_main(partial(remove_replaced, folder))
     return run
 
@@ -206,21 +208,23 @@ def _largest_batch(plan: StepPlan, data: RunData, padding_free: bool) -> Batch:
 def _fit(run: Run, watcher: Watcher | None) -> None:
     """All steps that are left, with what is written and shown around them."""
     run.accelerator = start_trackers(run)
-    total = run.plan.total_steps
+    total, speed = run.plan.total_steps, Speed()
     try:
         with StopRequest() as stop, LiveLine(total, run.progress.step, shown=run.world.is_main) as line:
-            _take_steps(run, stop, line, watcher)
+            _take_steps(run, stop, line, speed, watcher)
     except MachineError as error:
         if isinstance(error.__cause__, OSError) and (saved := run.folder.checkpoint_folders()):
             error.lines = [f"{line}; the same command then goes on from {saved[-1]}" for line in error.lines]
         raise
     finally:
+        if run.world.is_main:
+            note_speed(run.config, run.model.device, run.world.size, speed)
         if run.accelerator is not None:
             run.accelerator.end_training()
 
 
-def _take_steps(run: Run, stop: StopRequest, line: LiveLine, watcher: Watcher | None) -> None:
-    metrics, speed, late, world = Metrics(run.folder.metrics_file), Speed(), LateNumbers(), run.world
+def _take_steps(run: Run, stop: StopRequest, line: LiveLine, speed: Speed, watcher: Watcher | None) -> None:
+    metrics, late, world = Metrics(run.folder.metrics_file), LateNumbers(), run.world
     run.model.module.train()
     settings, waits = StepSettings.of(run.training), DiskWaits(disk_of(run.model.module))
     total, first = run.plan.total_steps, run.progress.step
@@ -341,20 +345,3 @@ def _refuse_no_number(run: Run, numbers: StepNumbers) -> None:
         f"last good checkpoint is {saved[-1] if saved else 'none yet'}; lower training.learning_rate, or set "
         "training.max_grad_norm"
     )
-
-
-def _save_adapter(run: Run) -> None:
-    """The adapter in PEFT's format, with the tokenizer and our provenance beside it."""
-    base = run.config.model.name_or_path
-    with replacing_folder(run.folder.adapter) as temporary:
-        save_tokenizer(run.data.tokenizer, run.data.tokenizer_folder, temporary)
-        save_adapter(
-            temporary, run.adapters, run.config.adapter, run.model.module,
-            str(run.model.folder) if base == "demo" else base, run.config.model.revision,
-        )  # fmt: skip
-        facts = provenance(run.config, run.model, run.data) | {"step": run.kept_step}
-        write_json(temporary / "qlora_tool.json", facts)
-        if text := readme(run.config.adapter, run.config.model.quantization):
-            write_text(temporary / "README.md", text)
-            logger.warning(ELSEWHERE, run.config.adapter.init_lora_weights)  # type: ignore[attr-defined]
-        list_files(temporary)

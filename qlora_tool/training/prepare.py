@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from qlora_tool._version import __version__
 from qlora_tool.adapters.starts import start_facts
 from qlora_tool.build.build import Built
 from qlora_tool.build.setup import Setup
-from qlora_tool.config import Config, with_values
+from qlora_tool.config import AdapterConfig, Config, with_values
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.source import resolve as resolve_model
+from qlora_tool.training.how_long import describe_length, measured_speed
 from qlora_tool.training.run_data import RunData, read_run_data
+from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.quantized import BLOCK_SIZE
+
+if TYPE_CHECKING:
+    from qlora_tool.training.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +44,7 @@ def prepare_data(setup: Setup) -> tuple[RunData, Setup]:
     return data, replace(setup, config=decided)
 
 
-def describe(built: Built, init_from: str | None) -> list[str]:
+def describe(built: Built, adapter: AdapterConfig) -> list[str]:
     """What is frozen and what is trained, in bytes, for the log."""
     model, adapters = built.model, built.adapters
     plain = model.unquantized_bytes()
@@ -52,11 +61,57 @@ def describe(built: Built, init_from: str | None) -> list[str]:
     return [
         f"model: {model.config.model_type}, {kind} {model.quantized_bytes() / 1e6:.1f} MB; unquantized "
         f"{sum(plain.values()) / 1e6:.1f} MB ({largest}{', ...' if len(plain) > 3 else ''})",
-        f"adapter: {adapters.places}, {sum(p.numel() for p in trained) / 1e6:.2f} M trained "
-        f"weights in {dtype}; matrix products in {str(model.compute_dtype).removeprefix('torch.')} on {model.device}",
-        *([f"adapter: starts from {init_from}"] if init_from else []),
+        f"adapter: {_method(adapter)} on {adapters.places}, {_trained(model, trained)} in {dtype}; matrix products in "
+        f"{str(model.compute_dtype).removeprefix('torch.')} on {model.device}",
+        *([f"adapter: starts from {adapter.init_from}"] if adapter.init_from else []),
         *([f"kernels: {model.fused} of the family's own"] if model.device.type == "cuda" else []),
     ]
+
+
+def _method(adapter: AdapterConfig) -> str:
+    """The method, with the settings that it has of rank and scale: `lora, r 16, lora_alpha 32,`."""
+    settings = [f"{name} {value:g}" for name in ("r", "lora_alpha") if isinstance(value := getattr(adapter, name, None),
+                                                                                  int | float)]  # fmt: skip
+    return f"{', '.join([adapter.method, *settings])}{',' if settings else ''}"
+
+
+def _trained(model: CausalLM, trained: Sequence[Tensor]) -> str:
+    """How many weights are trained, and of how many: those of the base and of the adapter."""
+    handles = [module for module in model.module.modules() if isinstance(module, WeightHandle)]
+    inside = {id(tensor) for handle in handles for tensor in handle.parameters()}
+    others = sum(p.numel() for p in model.module.parameters() if id(p) not in inside)
+    number = sum(p.numel() for p in trained)
+    every = others + sum(math.prod(handle.shape) for handle in handles)
+    return f"{number / 1e6:.2f} M of {every / 1e6:,.1f} M weights trained ({number / every:.2%})"
+
+
+def run_lines(run: Run, done: int) -> list[str]:
+    """How much is trained on, for how long, and where it goes, for the log.
+
+    Args:
+        done: steps that lie behind.
+    """
+    training, evaluations = run.training, run.data.evaluations
+    speed = measured_speed(run.config, run.model.device, run.world.size)
+    named = ", ".join(f"{name} {len(dataset.examples):,}" for name, dataset in evaluations.items())
+    rows = f"rows: {len(run.data.train.examples):,} examples of {sum(run.data.train.lengths):,} tokens"
+    step = training.per_device_train_batch_size * training.gradient_accumulation_steps * run.world.size
+    return [
+        f"{rows}, a step takes {step} rows of up to {run.config.data.max_length:,}"
+        + (f"; evaluated on: {named}" if named else ""),
+        f"run: {run.plan.describe()} into {run.folder.path}",
+        f"how long: {describe_length(run.plan, done, speed, bool(evaluations))}",
+        "files there: adapter, metrics.jsonl, memory.json, report.html; a checkpoint every "
+        f"{training.save_steps} steps",
+    ]
+
+
+def choices_made(given: Config, decided: Config) -> list[str]:
+    """What became of settings that were left open, for `--verbose`."""
+    before, after = given.model_dump(mode="json"), decided.model_dump(mode="json")
+    return [f"chosen: {section}.{key}: auto is {after[section][key]}"
+            for section, values in before.items() for key, value in values.items()
+            if value == "auto" and key in after[section] and after[section][key] != "auto"]  # fmt: skip
 
 
 def provenance(config: Config, model: CausalLM, data: RunData) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +16,9 @@ import torch
 
 from qlora_tool.errors import MachineError
 from qlora_tool.files.atomic import disk_errors
+from qlora_tool.terminal import clock, drawn, progress_bar
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
     from qlora_tool.weights.streamed import DiskStream
 
 
@@ -86,11 +84,16 @@ def last_record(metrics: Path) -> dict[str, Any]:
 
 class Speed:
     """Tokens per second between two logged steps. The run's first step, which warms everything up, is left out, and so
-    are steps that are watched."""
+    are steps that are watched.
+
+    Attributes:
+        steps, tokens, seconds: of all steps that count.
+    """
 
     def __init__(self):
         self._tokens, self._since, self._steps = 0, time.perf_counter(), 0
         self._last = self._since
+        self.steps, self.tokens, self.seconds = 0, 0, 0.0
 
     def step_done(self, tokens: int, counted: bool = True) -> None:
         now = time.perf_counter()
@@ -99,6 +102,9 @@ class Speed:
             self._since = now
         elif counted:
             self._tokens += tokens
+            self.steps += 1
+            self.tokens += tokens
+            self.seconds += now - self._last
         else:
             self._since += now - self._last
         self._last = now
@@ -159,79 +165,60 @@ class DiskWaits:
         )
 
 
-@contextlib.contextmanager
-def _unheard() -> Iterator[None]:
-    """Go on where stderr is closed or full: a run is worth more than the lines about it."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        logger.debug("nothing can be shown: %s", error)
-
-
 class LiveLine:
-    """One line on stderr with loss, speed, memory and time left: redrawn in a terminal, else printed a logged step."""
+    """One line on stderr with loss, speed, memory and time left: drawn over on a terminal, else printed a logged step.
+
+    Args:
+        total_steps, first_step: of the run, and how many of them lie behind.
+        shown: by one of several processes.
+    """
 
     def __init__(self, total_steps: int, first_step: int, shown: bool = True):
-        from rich.console import Console
-
-        self.shown = shown  # by one of several processes
-        self.console = Console(stderr=True)
-        self.total, self.first = total_steps, first_step
+        self.shown = shown
+        self.total, self.first, self.now = total_steps, first_step, first_step
         self.started = time.perf_counter()
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
+        self._numbers = ""
+        self._line = contextlib.ExitStack()
 
     def __enter__(self) -> LiveLine:
-        if self.console.is_terminal and self.shown:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-            self._progress = progress = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"),
-                console=self.console,
-            )  # fmt: skip
-            self._task = progress.add_task("", total=self.total, completed=self.first, text="")
-            progress.start()
+        if self.shown:
+            self._line.enter_context(drawn.line(self._text))
+            drawn.draw()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            with _unheard():
-                self._progress.stop()
+        self._line.close()
 
     def step(self, step: int, record: dict[str, Any] | None, memory: str) -> None:
         """Show step `step`; `record` is what was logged, None between logged steps; `memory` is in words."""
-        if self._progress is not None:
-            text = {} if record is None else {"text": self._text(step, record, memory)}
-            with _unheard():
-                self._progress.update(self._task, completed=step, **text)
+        self.now = step
+        if record is not None:
+            self._numbers = _in_words(record, memory)
+        if drawn.is_terminal:
+            if self.shown:
+                drawn.draw()
         elif record is not None:
-            self._print(f"step {step}/{self.total}  {self._text(step, record, memory)}")
+            self.say(self._text(0))
 
     def say(self, text: str) -> None:
         """A line of its own that stays."""
-        if self._progress is not None:
-            with _unheard():
-                self._progress.console.print(text, highlight=False)
-        else:
-            self._print(text)
+        if self.shown and not drawn.quiet:
+            drawn.stay(text)
 
-    def _print(self, text: str) -> None:
-        if self.shown and sys.stderr is not None:
-            with _unheard():
-                print(text, file=sys.stderr, flush=True)
-
-    def _text(self, step: int, record: dict[str, Any], memory: str) -> str:
-        parts = [f"loss {record['loss']:.4f}", f"lr {record['learning_rate']:.2e}"]
-        if record.get("tokens_per_second"):
-            parts.append(f"{record['tokens_per_second']:.0f} tokens/s")
-        parts.append(memory)
-        done = step - self.first
-        left = (time.perf_counter() - self.started) / max(1, done) * (self.total - step)
-        parts.append(f"{_clock(left)} left")
-        return "  ".join(parts)
+    def _text(self, columns: int) -> str:
+        """The line; with a bar where there are so many columns that it leaves room."""
+        bar = f"{progress_bar((self.now - self.first) / max(1, self.total - self.first))} " if columns >= WIDE else ""
+        done = self.now - self.first
+        each = (time.perf_counter() - self.started) / max(1, done)
+        left = f"  {clock(each * (self.total - self.now))} left" if done else ""
+        return f"{bar}step {self.now}/{self.total}{self._numbers}{left}"
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+WIDE = 110  # columns
+
+
+def _in_words(record: dict[str, Any], memory: str) -> str:
+    parts = [f"loss {record['loss']:.4f}", f"lr {record['learning_rate']:.2e}"]
+    if record.get("tokens_per_second"):
+        parts.append(f"{record['tokens_per_second']:.0f} tokens/s")
+    return "".join(f"  {part}" for part in [*parts, memory])

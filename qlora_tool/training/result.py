@@ -34,6 +34,7 @@ class TrainResult:
             without evaluations.
         learned: whether the adapter changes anything and the loss on training rows fell; None after a dry run.
         warnings: why not, and which evaluation loss is not below the untuned model's, in sentences.
+        report: the page about the run; None after a dry run, and in other processes than the first.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class TrainResult:
     best_metric: float | None = None
     learned: bool | None = None
     warnings: tuple[str, ...] = ()
+    report: Path | None = None
 
     @classmethod
     def of(cls, run: Run, seconds: float, *, finished: bool) -> TrainResult:

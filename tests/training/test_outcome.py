@@ -105,7 +105,10 @@ def test_the_command_does_not_offer_an_export_of_nothing(config, tmp_path):
     file.write_text(config_to_yaml(config(training__learning_rate=1e-30)))
     result = CliRunner().invoke(main, ["train", str(file)])
     assert result.exit_code == 0
-    assert result.stdout == f"adapter: {tmp_path / 'run' / 'adapter'}, which learned nothing: see the warning\n"
+    assert result.stdout.splitlines() == [
+        f"adapter: {tmp_path / 'run' / 'adapter'}, which learned nothing: see the warning",
+        f"report: {tmp_path / 'run' / 'report.html'}",
+    ]
     assert "nothing was learned" in result.stderr
 
 

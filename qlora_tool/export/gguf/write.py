@@ -30,6 +30,7 @@ from qlora_tool.export.grids.block_types import BLOCK_TYPES, BlockType
 from qlora_tool.export.grids.coded import Coded, coded_blocks
 from qlora_tool.export.grids.fit import fit
 from qlora_tool.export.grids.threads import on_every_core
+from qlora_tool.terminal import progress
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -169,11 +170,13 @@ def _write_tensors(
     writer, encoder: Encoder, merged: MergedModel, names: TensorNames, plan: Plan, gguf_type: str
 ) -> None:
     expected, broken, overflow = iter(plan.items()), [], []
-    for group in merged.groups:
-        encoded = _EncodedGroup(encoder, merged, names, group)
-        no_numbers, too_large = _write_group(writer, encoded, expected)
-        broken += no_numbers
-        overflow += too_large
+    with progress(f"exporting {gguf_type}", len(merged.groups), "tensors") as bar:
+        for group in merged.groups:
+            encoded = _EncodedGroup(encoder, merged, names, group)
+            no_numbers, too_large = _write_group(writer, encoded, expected)
+            broken += no_numbers
+            overflow += too_large
+            bar.advance()
     for found, said in ((broken, "NaN or infinity in {}; the base or the adapter is broken: copy or train it again"),
                         (overflow, "values beyond float16's 65504 in {}; choose bf16")):  # fmt: skip
         if found:

@@ -68,7 +68,7 @@ def write_html(
         "title": html.escape(title or f"Memory of a training step on {report.device}"),
         "style": style.strip(),
         "headlines": "\n".join(_headlines(report, budget, budget_name)),
-        "table": "\n".join(_table(report, budget, budget_name)),
+        "table": "\n".join(breakdown_table(report, budget, budget_name)),
         "modules": "\n".join(_modules(unquantized or {})),
         "config": html.escape(yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True).strip()),
         "data": _inside_script(data),
@@ -116,8 +116,8 @@ def _headlines(report: MemoryReport, budget: int | None, budget_name: str) -> It
         yield f"  <p>{name}: <strong>{peak}</strong>{said}</p>"
 
 
-def _table(report: MemoryReport, budget: int | None, budget_name: str) -> Iterator[str]:
-    """The breakdown's sections, each a body of one table."""
+def breakdown_table(report: MemoryReport, budget: int | None, budget_name: str) -> Iterator[str]:
+    """The breakdown's sections, each a body of one table, line by line. For the arguments see `write_html`."""
     names = list(report.breakdowns)
     compared = len(names) == 2
     yield '    <table class="breakdown"><thead>'

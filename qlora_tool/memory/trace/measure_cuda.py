@@ -26,6 +26,7 @@ from qlora_tool.memory.allocator.operators import cublas_workspace
 from qlora_tool.memory.breakdown import Breakdown
 from qlora_tool.memory.trace.classify import timeline, weights_by_category
 from qlora_tool.memory.trace.predict import BatchShape, Watch, trial_run
+from qlora_tool.memory.trace.timeline import Timeline
 from qlora_tool.memory.trace.tracer import Storage, Trace
 
 if TYPE_CHECKING:
@@ -167,13 +168,14 @@ class RunningStep:
     """One step of a run that goes on, watched by the allocator; what was there before is named as it lies there.
 
     Attributes:
-        breakdown: of the step, once the context is left.
+        breakdown, timeline: of the step, once the context is left.
         history: what to tell phases and recomputation to.
     """
 
     def __init__(self, device: torch.device):
         self._device = torch.cuda.current_device() if device.index is None else device.index
         self.breakdown: Breakdown | None = None
+        self.timeline: Timeline | None = None
 
     @contextmanager
     def watch(self, model: CausalLM, adapters: AdapterSet, optimizer: Optimizer) -> Iterator[History]:
@@ -203,7 +205,8 @@ class RunningStep:
         trace = trace_of(snapshot["device_traces"][device], history, [workspace], before)
         # Memory of other programs on the card cannot be told from the context; more than any has is none.
         context = context if 0 <= context <= LARGEST_CONTEXT else None
-        found = timeline(trace).breakdown(reserved_bytes=reserved, context_bytes=context)
+        self.timeline = timeline(trace)
+        found = self.timeline.breakdown(reserved_bytes=reserved, context_bytes=context)
         self.breakdown = with_remainder(found, allocated)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -175,6 +175,16 @@ class Timeline:
         kept = list(dict.fromkeys(kept))
         even = np.linspace(0, len(self) - 1, n - len(kept)).round().astype(np.int64)
         return self._only(np.union1d(np.array(kept, np.int64), even))
+
+    def to_json(self, n: int) -> dict[str, Any]:
+        """At most `n` of the events, and the phases, by the numbers of events, for JSON."""
+        thin = self.thin(n)
+        return {
+            "events": len(self),
+            "positions": thin.positions.tolist(),
+            "parts": {part: thin.part_bytes[:, number].tolist() for number, part in enumerate(PARTS)},
+            "spans": [{"phase": span.phase, "start": span.start, "stop": span.stop} for span in self.phase_spans()],
+        }
 
     def _landmarks(self) -> list[int]:
         """The events that thinning keeps first, the most important first."""
