@@ -264,7 +264,7 @@ def predict(
     if shape.processes == 1 and config.model.weights not in ("host", "disk"):
         try:
             return traced_on_meta(*run, target)
-        except Exception:  # noqa: S110 -- whatever it is, fake tensors show it too, or have no trouble with it
+        except Exception:  # whatever it is, fake tensors show it too, or have no trouble with it
             pass
     tracer = Tracer(has_data=False)
     try:

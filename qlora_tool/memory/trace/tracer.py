@@ -363,8 +363,8 @@ class Tracer(TorchDispatchMode):
 
 
 def _shared(storage: torch.UntypedStorage, operator: str, args: tuple) -> bool:
-    """Whether a meta result is nothing new: its storage that of an argument, or a copy of something real. (What
-    `lift_fresh` is given nobody saw made.)"""
+    """Whether a meta result is nothing new: its storage that of an argument, or a copy of something real. What
+    `lift_fresh` is given nobody saw made."""
     given = [arg for arg in args if isinstance(arg, torch.Tensor)]
     if operator == "aten::_to_copy":
         return not given[0].is_meta
