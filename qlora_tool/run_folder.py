@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qlora_tool.config import Config, config_to_yaml, load_config
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import disk_errors, remove_leftovers, write_text
+from qlora_tool.files.reading import is_regular, refuse_other_than_file
+
+logger = logging.getLogger(__name__)
 
 STATE, MANIFEST, PROVENANCE = "state.json", "manifest.json", "qlora_tool.json"
 ROWS, STEP_MEMORY, EXPORTS = NOTES = "rows.json", "step_memory.json", "exports.json"
@@ -42,6 +47,15 @@ class RunFolder:
     @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of `metrics.jsonl`, in order; what is none is left out."""
+        found = []
+        if is_regular(self.metrics_file):
+            for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, RecursionError):  # half a line, which a power failure leaves
+                    found.append(json.loads(line))
+        return [record for record in found if isinstance(record, dict)]
 
     @property
     def report(self) -> Path:
@@ -104,6 +118,8 @@ class RunFolder:
             if path.exists() and path.is_dir() != is_folder:
                 found, wanted = ("a file", "a folder") if is_folder else ("a folder", "a file")
                 raise UserError(f"{path}: {found}, where a run has {wanted}; {cure}")
+            if path.exists() and not is_folder:
+                refuse_other_than_file(path, cure)
         there = [path for path, _ in self._own() if path.exists() and path != self.config_file]
         if there and not self.holds_run():
             raise UserError(f"{there[0]}: no run wrote it, as no config.yaml lies beside it, and a run would replace "
@@ -182,10 +198,22 @@ class RunFolder:
                 for path in later:
                     os.replace(path, aside / path.name)
         remove_leftovers(self.checkpoints, _CHECKPOINT)
-        if self.metrics_file.exists():
-            lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
-            write_text(self.metrics_file, "".join(f"{line}\n" for line in lines if _logged_step(line) <= step))
+        self._rewind_metrics(step)
         return aside
+
+    def _rewind_metrics(self, step: int) -> None:
+        lines = []
+        if is_regular(self.metrics_file):
+            lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        steps = [_logged_step(line) for line in lines]
+        kept = [line for line, logged in zip(lines, steps, strict=True) if logged is not None and logged <= step]
+        if broken := steps.count(None) - (bool(steps) and steps[-1] is None):  # half a line is what a power cut leaves
+            logger.warning("%s: %d lines of it are no records of a step; they are left out", self.metrics_file, broken)
+        if not kept and self.holds_run() and step >= self.config().training.logging_steps:
+            logger.warning("%s: has no records of the %d steps that were done; it begins after them",
+                           self.metrics_file, step)  # fmt: skip
+        if lines:
+            write_text(self.metrics_file, "".join(f"{line}\n" for line in kept))
 
     def _free_name(self, stem: str) -> Path:
         """The first of `stem-1`, `stem-2`, … that is not taken."""
@@ -194,12 +222,14 @@ class RunFolder:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder looks like a checkpoint, whole or not."""
-    return path.is_dir() and any((path / name).exists() for name in (STATE, MANIFEST))
+    """Whether a folder looks like a checkpoint, whole or not. What a link leads to lies elsewhere, and is no run's."""
+    return not path.is_symlink() and path.is_dir() and any((path / name).exists() for name in (STATE, MANIFEST))
 
 
 def remove_own(checkpoint: Path) -> None:
     """Remove a checkpoint: the files that its manifest lists, or that version 0.1 wrote; what else lies there stays."""
+    if checkpoint.is_symlink():
+        return
     if (checkpoint / MANIFEST).exists():
         remove_listed(checkpoint, MANIFEST)
         return
@@ -211,7 +241,9 @@ def remove_own(checkpoint: Path) -> None:
 
 def remove_listed(folder: Path, listing: str) -> None:
     """Remove the files that a file of the folder lists under `files`, and that file; then the folder, where nothing
-    else is in it. Of a list that is broken or not there nothing is removed."""
+    else is in it. Of a list that is broken or not there nothing is removed, nor of what a link leads to."""
+    if folder.is_symlink() or not is_regular(folder / listing):
+        return
     try:
         names = [*json.loads((folder / listing).read_text(encoding="utf-8"))["files"], listing]
     except (OSError, ValueError, KeyError, TypeError):
@@ -237,10 +269,10 @@ def _order(checkpoint: Path) -> tuple[int, str]:
     return len(checkpoint.name), checkpoint.name
 
 
-def _logged_step(line: str) -> float:
-    """The step of a line of `metrics.jsonl`; infinity for half a line, which a power failure leaves."""
+def _logged_step(line: str) -> int | None:
+    """The step of a line of `metrics.jsonl`; None where it is no record."""
     try:
-        step: float = json.loads(line)["step"]
-        return step
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None

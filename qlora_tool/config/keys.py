@@ -22,7 +22,7 @@ from qlora_tool.config.types import (
     Training,
 )
 from qlora_tool.methods import method_keys
-from qlora_tool.methods.keys import WHOLE, Count, Keys, Mark, MethodKeys, NotEmpty, NotNegative, Positive, Share
+from qlora_tool.methods.keys import WHOLE, Count, Keys, Mark, MethodKeys, NotEmpty, NotNegative, Positive, Rank, Share
 
 _K = TypeVar("_K", bound=MethodKeys)
 _BY_MODULE = Field(title="a mapping from module names to numbers")
@@ -84,7 +84,7 @@ class AdapterKeys(Keys):
 
     method: str = "lora"
     """The adapter method."""
-    r: Count = 16
+    r: Rank = 16
     """Rank of the update."""
     lora_alpha: Positive = 32
     """The update is scaled by lora_alpha / r."""
@@ -102,7 +102,7 @@ class AdapterKeys(Keys):
     """Modules of which every weight is trained, and saved with the adapter."""
     bias: Literal["none", "lora_only", "all"] = "none"
     """Which biases are trained."""
-    rank_pattern: Annotated[dict[Pattern, Count], _BY_MODULE] = Field(default_factory=dict)
+    rank_pattern: Annotated[dict[Pattern, Rank], _BY_MODULE] = Field(default_factory=dict)
     """Ranks of their own, by module name or by a regular expression that names end in."""
     alpha_pattern: Annotated[dict[Pattern, Positive], _BY_MODULE] = Field(default_factory=dict)
     """Values of lora_alpha of their own, in the same way."""

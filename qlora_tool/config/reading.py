@@ -22,6 +22,8 @@ from qlora_tool.methods.keys import Keys
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+_ADVISED = 20  # unknown keys: the closest known one is looked for of no more of them
+
 
 def load_config(
     source: str | os.PathLike[str] | Mapping[str, Any] | Config, overrides: Sequence[str] | Mapping[str, Any] = ()
@@ -99,6 +101,10 @@ class _Draft:
         start = f"--set {key}" if key in self.overridden else f"{self.source}: {key}"
         self.faults.append(f"{start}: {message}")
 
+    def _unknown(self, key: str) -> str:
+        """What to say of a key that does not exist. The closest one is looked for of the first of them alone."""
+        return _unknown_key(key) if len(self.faults) < _ADVISED else "unknown key"
+
     def take(self, config: Config) -> None:
         """Take in a configuration: the keys that somebody set."""
         sections = {name: getattr(config, name) for name in SECTIONS}
@@ -155,7 +161,7 @@ class _Draft:
                 value = {**(entries if isinstance(entries, dict) else {}), key[len(mapping) + 1 :]: value}
                 self.overridden.add(mapping)
         if section not in SECTIONS:
-            self.fault(key, _unknown_key(key))
+            self.fault(key, self._unknown(key))
         elif not name:
             self.fault(key, f"a section; name one of its keys, such as {section}.{_keys(section)[0]}")
         else:
@@ -198,7 +204,7 @@ class _Draft:
                     by_key.setdefault(problem["loc"][0], []).append(problem)
                 for key, problems in by_key.items():
                     known = key in section.model_fields
-                    said = message(problems, schemas_of(section)[str(key)]) if known else _unknown_key(f"{name}.{key}")
+                    said = message(problems, schemas_of(section)[str(key)]) if known else self._unknown(f"{name}.{key}")
                     self.fault(f"{name}.{key}", said)
                 faulty |= {f"{name}.{key}" for key in by_key}
                 sections[name] = section.model_validate({key: values[key] for key in values if key not in by_key})

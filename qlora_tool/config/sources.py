@@ -18,6 +18,7 @@ COLUMNS = (
 )  # fmt: skip
 _KEYS = ("path", "weight", "rows", "repeat", "format", "columns")
 _SHARES = ("weight", "rows", "repeat")
+MOST_ROWS, MOST_TIMES = 10**8, 10**4  # rows that a file may give, and times that each may come
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,12 @@ def _path(name: str, value: Any) -> str:
 
 def _check_share(name: str, key: str, value: Any) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if key == "rows" and not (is_number and isinstance(value, int) and value >= 1):
-        raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+    if key == "rows" and not (is_number and isinstance(value, int) and 1 <= value <= MOST_ROWS):
+        raise ValueError(f"{name} is {value!r}, expected a whole number from 1 to {MOST_ROWS:,}")
     if key == "weight" and not (is_number and value >= 0):
         raise ValueError(f"{name} is {value!r}, expected a number of at least 0")
-    if key == "repeat" and not (is_number and value > 0):
-        raise ValueError(f"{name} is {value!r}, expected a number above 0")
+    if key == "repeat" and not (is_number and 0 < value <= MOST_TIMES):
+        raise ValueError(f"{name} is {value!r}, expected a number above 0, {MOST_TIMES:,} at most")
 
 
 def check_columns(value: Any) -> Any:

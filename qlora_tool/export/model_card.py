@@ -351,9 +351,7 @@ def _warm_up(steps: float) -> str:
 
 
 def _losses(run: Path) -> list[tuple[str, Any]]:
-    file = RunFolder(run).metrics_file
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    records = [json.loads(line) for line in lines]
+    records = [record for record in RunFolder(run).records() if {"step", "loss"} <= record.keys()]
     if not records:
         return []
     evaluated = [record["eval_loss"] for record in records if isinstance(record.get("eval_loss"), float)]

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,7 +72,7 @@ def locked_in_turn(file: Path, waiting: str) -> Iterator[None]:
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 while True:
-                    stream = held.enter_context(file.open("a+", encoding="utf-8"))
+                    stream = held.enter_context(_opened(file))
                     try:
                         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     except BlockingIOError:
@@ -108,7 +109,7 @@ def _held(file: Path, busy: str) -> IO[str]:
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            stream = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")
+            stream = _opened(file)
         except FileNotFoundError:  # another process finished and removed the folder just now
             continue
         try:
@@ -124,6 +125,24 @@ def _held(file: Path, busy: str) -> IO[str]:
         except BaseException:
             stream.close()
             raise
+
+
+def _opened(file: Path) -> IO[str]:
+    """The file of a lock, made where there is none.
+
+    Raises:
+        UserError: a link, a pipe or a device is in its place.
+    """
+    try:
+        number = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{file}: a link, where a lock is to be; remove it") from error
+        raise
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise UserError(f"{file}: a pipe or a device, where a lock is to be; remove it")
+    return os.fdopen(number, "r+", encoding="utf-8")
 
 
 def _refuse_held(stream: IO[str], file: Path, busy: str) -> None:

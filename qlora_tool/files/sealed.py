@@ -11,6 +11,7 @@ from typing import Any
 
 from qlora_tool.files.atomic import write_text
 from qlora_tool.files.hashes import sha256
+from qlora_tool.files.reading import LARGEST, is_regular
 
 _KEY, _BLANK = "sha256", "0" * 64
 
@@ -32,6 +33,10 @@ def read_sealed(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
         ValueError: it is no such file, or a bit of it has changed.
     """
+    if not is_regular(path):
+        raise ValueError(f"{path.name} is no file" if path.exists() or path.is_symlink() else f"{path.name} is missing")
+    if (size := path.stat().st_size) > LARGEST:
+        raise ValueError(f"{path.name} has {size:,} bytes, and {LARGEST:,} at most were written")
     content = path.read_bytes()
     value: dict[str, Any] = json.loads(content.decode())
     found = value.pop(_KEY, None) if isinstance(value, dict) else None

@@ -19,6 +19,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WrapValidato
 
 # YAML 1.1 reads `2e-4`, which has no dot, as text.
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_DIGITS = 4000  # Python reads no more of them
+MOST, MOST_RANK = 2**31 - 1, 2**16  # of what is counted; of columns of A, which no layer is wider than
 
 
 class Mark(Enum):
@@ -66,8 +68,9 @@ def to_number(value: Any) -> Any:
     """Text that is a finite number (`2e-4`, `16`) as that number, anything else as it is."""
     if not isinstance(value, str) or not _NUMBER.fullmatch(text := value.strip()):
         return value
-    number = int(text) if text.lstrip("+-").isdigit() else float(text)
-    return number if math.isfinite(number) else value
+    if text.lstrip("+-").isdigit():
+        return int(text) if len(text) <= _DIGITS else value
+    return number if math.isfinite(number := float(text)) else value
 
 
 def _to_whole(value: Any) -> Any:
@@ -83,7 +86,8 @@ def _as_written(value: Any, check: Callable[[Any], float]) -> float:
 
 
 WHOLE, AS_WRITTEN = BeforeValidator(_to_whole), WrapValidator(_as_written)
-Count = Annotated[int, Field(ge=1), WHOLE]
+Count = Annotated[int, Field(ge=1, le=MOST), WHOLE]
+Rank = Annotated[int, Field(ge=1, le=MOST_RANK), WHOLE]
 Positive = Annotated[float, Field(gt=0), AS_WRITTEN]
 NotNegative = Annotated[float, Field(ge=0), AS_WRITTEN]
 NotEmpty = Annotated[str, Field(pattern=r"\S")]

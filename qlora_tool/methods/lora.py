@@ -38,7 +38,7 @@ _STARTS_READ = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "pis
 
 
 TokenId = Annotated[int, Field(ge=0), WHOLE]
-_Start = starts.Named | Annotated[str, Field(pattern=rf"^{starts.NITER}[1-9]\d*$", title="pissa_niter_N")]
+_Start = starts.Named | Annotated[str, Field(pattern=rf"^{starts.NITER}[1-9]\d{{0,2}}$", title="pissa_niter_N")]
 
 
 def _to_start(value: Any) -> Any:

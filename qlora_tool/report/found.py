@@ -18,7 +18,7 @@ from qlora_tool.memory.breakdown import MemoryReport
 from qlora_tool.run_folder import EXPORTS, MANIFEST, ROWS, STATE, STEP_MEMORY, RunFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    pass
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def find(path: Path) -> Found:
     if not folder.holds_run():
         raise UserError(f"{path}: no run lies there, as it has no config.yaml; expected a folder that `qlora-tool "
                         "train` wrote")  # fmt: skip
-    records = list(_records(folder.metrics_file))
+    records = folder.records()
     state, made_by = _last_checkpoint(folder)
     ranks, no_ranks = _ranks(folder)
     exports, earlier = _exports(folder)
@@ -114,20 +114,6 @@ def _json(file: Path) -> dict[str, Any] | None:
         return None
     return found if isinstance(found, dict) else None
 
-
-def _records(file: Path) -> Iterable[dict[str, Any]]:
-    """The whole lines of `metrics.jsonl`."""
-    try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:  # half a line, which a power failure leaves
-            continue
-        if isinstance(record, dict):
-            yield record
 
 
 def _memory(file: Path) -> MemoryReport | None:

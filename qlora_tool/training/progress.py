@@ -76,12 +76,6 @@ def folder_gone(folder: Path) -> MachineError:
                         "command goes on from its last checkpoint, or begins anew where there is none")  # fmt: skip
 
 
-def last_record(metrics: Path) -> dict[str, Any]:
-    """The last line of `metrics.jsonl`: a run logs its last step, and evaluates after it."""
-    record: dict[str, Any] = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])
-    return record
-
-
 class Speed:
     """Tokens per second between two logged steps. The run's first step, which warms everything up, is left out, and so
     are steps that are watched.

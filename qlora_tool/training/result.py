@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_tool.training.progress import last_record
-
 if TYPE_CHECKING:
     from qlora_tool.config import Config
     from qlora_tool.training.run import Run
@@ -57,7 +55,7 @@ class TrainResult:
     def of(cls, run: Run, seconds: float, *, finished: bool) -> TrainResult:
         """The result of a run, which took `seconds`."""
         written = finished and run.world.is_main
-        last: dict[str, Any] = last_record(run.folder.metrics_file) if written else {}
+        last: dict[str, Any] = next(iter(run.folder.records()[-1:]), {}) if written else {}
         losses = run.kept_losses() if written else {}
         names = list(run.data.evaluations)
         keys = ["eval_loss"] if len(names) == 1 else [f"eval_{name}_loss" for name in names]

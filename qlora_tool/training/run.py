@@ -21,7 +21,6 @@ from qlora_tool.training.checkpoints import Best, Progress
 from qlora_tool.training.optimizers import Optimizer
 from qlora_tool.training.outcome import Outcome, sampled_loss
 from qlora_tool.training.plan import StepPlan
-from qlora_tool.training.progress import last_record
 from qlora_tool.training.run_data import RunData
 from qlora_tool.training.step import During
 from qlora_tool.world import World
@@ -110,7 +109,7 @@ class Run:
         """The losses, by their names in `metrics.jsonl`, of the evaluation of the adapter that is kept."""
         if self.kept:
             return dict(self.kept.losses)
-        last = last_record(self.folder.metrics_file)
+        last = next(iter(self.folder.records()[-1:]), {})
         return {name: value for name, value in last.items() if name.startswith("eval_")}
 
 

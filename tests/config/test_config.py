@@ -519,3 +519,41 @@ def test_the_schema_lists_every_key_and_forbids_others():
         assert set(schema["properties"]) - other_names == set(section.model_fields)
         assert schema["additionalProperties"] is False
         assert all("description" in key for key in schema["properties"].values())
+
+
+def _numbers() -> list[str]:
+    return [f"{name}.{key}" for name, section in SECTIONS.items() for key, field in section.model_fields.items()
+            if isinstance(field.default, int | float) and not isinstance(field.default, bool)]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["9" * 20, "9" * 400, "9" * 3000, "9" * 5000, ".nan", ".inf", "1e400", "-1e400"])
+def test_every_number_has_an_end(value):
+    """No key takes what no run can have, or fails of it: it is refused, in a line of its own."""
+    keys = _numbers()
+    assert {"adapter.r", "training.seed", "training.learning_rate"} <= set(keys)
+    for key in keys:
+        try:
+            config = load_config({}, [f"{key}={value}"])
+        except UserError as error:
+            assert len(error.lines) == 1 and key in error.lines[0]
+            continue
+        section, name = key.split(".")
+        assert type(getattr(config, section)).model_fields[name].annotation is float, key  # a rate may be large
+
+
+@pytest.mark.parametrize("setting", [
+    "adapter.r=1000000000", "adapter.init_lora_weights=pissa_niter_99999999999",
+    "data.train=[{path: a.jsonl, rows: 100000000000}]", "data.train=[{path: a.jsonl, repeat: 1000000000000}]",
+    "training.max_steps=3000000000", "adapter.rank_pattern={q_proj: 1000000}",
+])  # fmt: skip
+def test_what_would_never_end_is_refused(setting):
+    with pytest.raises(UserError, match=setting.partition("=")[0]):
+        load_config({}, [setting])
+
+
+def test_many_unknown_keys_are_refused_at_once():
+    """The closest known key is looked for of the first ones alone: 5,000 would take a second and more."""
+    with pytest.raises(UserError) as error:
+        load_config({"training": {f"lerning_rate_{number}": 1 for number in range(5000)}})
+    assert len(error.value.lines) == 5000
+    assert sum("did you mean" in line for line in error.value.lines) == 20

@@ -11,7 +11,7 @@ import pytest
 
 from qlora_tool.errors import UserError
 from qlora_tool.files import lock
-from qlora_tool.files.lock import locked, refuse_locked
+from qlora_tool.files.lock import locked, locked_in_turn, refuse_locked
 
 BUSY = "run: {holder} trains into it"
 
@@ -61,4 +61,20 @@ def test_locks_that_are_left_behind(tmp_path: Path, monkeypatch):
         pass
     held_by(file, process=1, started=lock._start(1))
     with pytest.raises(UserError, match="process 1 on"), locked(file, BUSY):
+        pass
+
+
+def test_a_link_or_a_pipe_is_no_lock(tmp_path: Path):
+    """What a link leads to is neither written over nor made."""
+    precious, file = tmp_path / "precious", tmp_path / "lock"
+    precious.write_text("mine")
+    for target in (precious, tmp_path / "not there"):
+        file.symlink_to(target)
+        for hold in (locked, locked_in_turn):
+            with pytest.raises(UserError, match=f"{file}: a link, where a lock is to be; remove it"), hold(file, BUSY):
+                pass
+        file.unlink()
+    assert precious.read_text() == "mine" and not (tmp_path / "not there").exists()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match="a pipe or a device"), locked(file, BUSY):
         pass

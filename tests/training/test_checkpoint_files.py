@@ -416,3 +416,61 @@ def test_a_failing_disk_says_where_the_run_goes_on(config, tmp_path, monkeypatch
     assert "step-000004: Input/output error; the disk fails" in line
     assert line.endswith(f"; the same command then goes on from {saved}")
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
+
+
+ODD = {
+    "a pipe": os.mkfifo, "a link to an endless device": lambda path: path.symlink_to("/dev/zero"),
+    "a folder": os.mkdir, "a link to nothing": lambda path: path.symlink_to("nowhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "adapter.safetensors", "optimizer.safetensors"])
+def test_no_file_of_a_checkpoint_is_read_that_is_none(run, name, odd):
+    """Nor waited for: a pipe nobody writes into, a device without an end. The checkpoint before it is taken."""
+    folder, _ = run
+    file = folder / "checkpoints" / "step-000003" / name
+    file.unlink()
+    ODD[odd](file)
+    with pytest.raises(UserError, match="this checkpoint is broken"):
+        Checkpoint.read(file.parent)
+
+
+def test_what_a_link_leads_to_is_never_removed(run, tmp_path):
+    """A checkpoint that lies elsewhere: the run goes on from the one before, and the files stay."""
+    folder, config = run
+    newest, elsewhere = folder / "checkpoints" / "step-000003", tmp_path / "elsewhere"
+    newest.rename(elsewhere)
+    newest.symlink_to(elsewhere)
+    before = {path.name: path.read_bytes() for path in elsewhere.iterdir()}
+    train(config)
+    train(config, overwrite=True)
+    assert {path.name: path.read_bytes() for path in elsewhere.iterdir()} == before
+
+
+@pytest.mark.parametrize("text, broken", [
+    ("[1]\n", 1), ('{"step": "x"}\n' * 2, 2), ('{"step": 1e999}\n{}\n', 2), ("garbage\n", 1), ("[" * 10**5 + "\n", 1),
+], ids=str)  # fmt: skip
+def test_records_that_are_none_are_counted(run, text, broken, caplog):
+    folder, config = run
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(text + metrics.read_text())
+    train(config)
+    assert [record["step"] for record in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
+    assert f"{metrics}: {broken} lines of it are no records of a step; they are left out" in caplog.messages
+
+
+def test_records_that_are_gone_are_told(run, caplog):
+    folder, config = run
+    (folder / "metrics.jsonl").unlink()
+    train(config)
+    assert f"{folder / 'metrics.jsonl'}: has no records of the 3 steps that were done; it begins after them" \
+        in caplog.messages  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "memory.json", "report.html", "config.yaml", ".lock"])
+def test_a_pipe_in_the_place_of_a_runs_file_is_refused(run, name):
+    folder, config = run
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert str(folder / name) in line_of(config)
