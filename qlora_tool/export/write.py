@@ -333,7 +333,9 @@ def _proof(
         proof = replace(proof, update=None)  # codes make good one another's errors: single weights tell nothing
     elif loss is not None and loss["adapted_weights"]:
         proof = replace(proof, update=proof.update or Update(loss["update_kept"], loss["relative_error"]))
-    return replace(proof, finer_base=loss is not None and finer_base(job.artifact, job.base_folder))
+    if loss is None:
+        return proof
+    return replace(proof, finer_base=finer_base(job.artifact, job.base_folder), unquantized=loss["left_unquantized"])
 
 
 def _proven(
