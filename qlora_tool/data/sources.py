@@ -189,10 +189,26 @@ def source_files(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if not path.is_dir():
         return [path] if path.exists() else []
+    _refuse_model(path)
     files = [file for file in _inside(path) if _kind(file) in READERS and not _is_beside(file)]
     if not files:
         raise UserError(f"{source}: a folder without data files; expected {_kinds()} files in it")
     return files
+
+
+def _refuse_model(folder: Path) -> None:
+    """Refuse a folder of a model, an adapter or a run, whose settings and figures would be read as rows."""
+    found = "an adapter's" if (folder / "adapter_config.json").exists() else None
+    found = "a run's" if (folder / "adapter" / "adapter_config.json").exists() else found
+    settings = folder / "config.json"
+    try:
+        config = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else None
+    except (OSError, ValueError):
+        config = None
+    if isinstance(config, dict) and "model_type" in config:
+        found = "a model's"
+    if found:
+        raise UserError(f"{folder}: {found} folder, not one of data; name a file of rows, or a folder of such files")
 
 
 def _is_beside(file: Path) -> bool:

@@ -18,6 +18,7 @@ from qlora_tool.errors import UserError
 from qlora_tool.export.beside import write_config
 from qlora_tool.export.encoding import Encoder
 from qlora_tool.export.grids.coded import Coded, coded_4bit
+from qlora_tool.export.read_by_bitsandbytes import is_read_everywhere, why_left
 from qlora_tool.export.shards import write_at_once
 from qlora_tool.files.tensors import TensorSpec
 from qlora_tool.model.names import SaveGroup
@@ -95,8 +96,14 @@ class _Writer:
 
         Experts are not modules of their own, and what is fused on loading cannot be so in four bits; a weight that was
         fully trained is not quantized, nor one that was left unquantized for training, nor one that transformers leaves
-        as it is or that the family's code multiplies with by itself.
+        as it is or that the family's code multiplies with by itself, or whose rows not every reader finds.
         """
+        return self._could_quantize(group, specs) and is_read_everywhere(
+            self._matrix(group, specs), self.kind, self.double_quant
+        )
+
+    def _could_quantize(self, group: SaveGroup, specs: list[TensorSpec]) -> bool:
+        """The same, whatever its shape."""
         name = group.names[0]
         return (
             len(group.names) == len(specs) == 1
@@ -114,10 +121,20 @@ class _Writer:
             if not self.quantizes(group, specs):
                 result += specs
                 continue
-            out, width = specs[0].shape[:: -1 if self.merged.slots[group.names[0]].transposed else 1]
-            meta = quantize(torch.empty(out, width, dtype=self.dtype, device="meta"), self.kind, self.double_quant)
+            empty = torch.empty(self._matrix(group, specs), dtype=self.dtype, device="meta")
+            meta = quantize(empty, self.kind, self.double_quant)
             result += [TensorSpec(name, *form) for name, form in disk_specs(specs[0].name, meta).items()]
         return result + self.merged.copied_specs()
+
+    def _matrix(self, group: SaveGroup, specs: list[TensorSpec]) -> tuple[int, int]:
+        """The shape (out, in) of a group's one weight."""
+        out, width = specs[0].shape[:: -1 if self.merged.slots[group.names[0]].transposed else 1]
+        return out, width
+
+    def left(self) -> list[tuple[int, int]]:
+        """The shapes (out, in) of the weights that stay as they are for their shapes alone."""
+        return [self._matrix(group, specs) for group, specs in zip(self.merged.groups, self.merged.specs(), strict=True)
+                if self._could_quantize(group, specs) and not self.quantizes(group, specs)]  # fmt: skip
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for group, specs in zip(self.merged.groups, self.merged.specs(), strict=True):
@@ -182,8 +199,8 @@ def write_requantized(
         max_shard_size: bytes of a file at most.
 
     Returns:
-        files, bytes, quantized and unquantized weight matrices, and the loss: `relative_error`, `update_kept` (see
-        `UpdateLoss.figures`).
+        files, bytes, quantized and unquantized weight matrices, `left_unquantized` (which not every reader would read
+        rightly, in words, or None), and the loss: `relative_error`, `update_kept` (see `UpdateLoss.figures`).
 
     Raises:
         UserError: there is nothing in the model that transformers would load in 4 bits.
@@ -191,6 +208,11 @@ def write_requantized(
     writer, merged = _Writer.of(artifact, encoder, kind), encoder.merged
     quantized = {group.names[0] for group, specs in zip(merged.groups, merged.specs(), strict=True)
                  if writer.quantizes(group, specs)}  # fmt: skip
+    left = writer.left()
+    why = why_left(left, kind, writer.double_quant) if left else None
+    if not quantized and left:
+        raise UserError(f"--format {kind}: no weight would be read as it was trained: {why}; choose --format "
+                        "safetensors")  # fmt: skip
     if not quantized:
         raise UserError(
             f"--format {kind}: transformers quantizes no weight of a {merged.skeleton.config.model_type} model; choose "
@@ -204,6 +226,7 @@ def write_requantized(
         "bytes": sum(spec.nbytes for spec in specs),
         "quantized_weights": len(quantized),
         "unquantized_weights": len(merged.slots) - len(quantized),
+        "left_unquantized": f"{len(left)} of {len(left) + len(quantized)} weights: {why}" if left else None,
         **writer.loss.figures(),
     }
 

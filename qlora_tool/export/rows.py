@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_tool.artifacts import Artifact, base_folder
@@ -18,9 +20,12 @@ from qlora_tool.errors import ToolError, UserError
 from qlora_tool.inference.open import tokenizer_folder
 from qlora_tool.model.open import open_tokenizer, positions_of
 from qlora_tool.model.source import read_model_config
+from qlora_tool.once import log_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 MOST_TOKENS, LENGTH = 1 << 14, 512  # of the calibration rows, and of the blocks that they are cut into
 FEWEST_TOKENS = 1024  # that tell anything of a layer's inputs
@@ -68,7 +73,7 @@ def find_rows(
     if artifact.run is None:
         return [], f"the adapter comes without its run, and so without rows; give some with {key} FILE"
     try:
-        return _rows_of_run(settings, tokenizer, artifact.run.training.seed)
+        return _rows_of_run(artifact, settings, tokenizer, artifact.run.training.seed)
     except ToolError as error:
         return [], f"the run's data cannot be read ({error}); give rows with {key} FILE"
 
@@ -101,10 +106,10 @@ def calibration_rows(artifact: Artifact, asked: str) -> CalibrationRows | str:
         return found
     assert artifact.run is not None
     try:
-        examples = _trained_rows(settings, tokenizer, artifact.run.training.seed)
+        examples, source = _trained_rows(artifact, settings, tokenizer, artifact.run.training.seed)
     except ToolError as error:
         return f"the run's data cannot be read ({error}); give rows with --calibration FILE"
-    found = _in_blocks(examples, length, f"{told(settings.train)} (trained on)")
+    found = _in_blocks(examples, length, source)
     if found.tokens < FEWEST_TOKENS:
         return (f"the run's rows hold {found.tokens:,} tokens, too few to tell what layers are given "
                 f"({FEWEST_TOKENS:,} at least); give rows with --calibration FILE")  # fmt: skip
@@ -123,24 +128,62 @@ def _settings(artifact: Artifact) -> tuple[DataConfig, PreTrainedTokenizerBase]:
 
 
 def _rows_of_run(
-    settings: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+    artifact: Artifact, settings: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> tuple[Sequence[Example], str]:
     if settings.eval is None:
-        examples = build_dataset(settings.train, settings, tokenizer, seed=seed).examples
-        return examples, f"{told(settings.train)} (trained on: the run has no evaluation rows)"
+        train = build_dataset(settings.train, settings, tokenizer, seed=seed)
+        return train.examples, _called(told(settings.train), "trained on", _changed(artifact, train.report.files, None),
+                                       "the run has no evaluation rows")  # fmt: skip
     splits_off = not evaluation_sources(settings)
     train = build_dataset(settings.train, settings, tokenizer, seed=seed) if splits_off else None
     _, sets = build_evaluation_sets(settings, tokenizer, train, seed=seed)
     found = Selection([as_examples(dataset.examples) for dataset in sets.values()])
-    return found, ", ".join(f"{dataset.report.source} (evaluation)" for dataset in sets.values())
+    return found, ", ".join(
+        _called(dataset.report.source, "evaluation", _changed(artifact, dataset.report.files, name))
+        for name, dataset in sets.items()
+    )
 
 
-def _trained_rows(settings: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Sequence[Example]:
-    """Without those that are split off for evaluation."""
+def _trained_rows(
+    artifact: Artifact, settings: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[Sequence[Example], str]:
+    """Without those that are split off for evaluation; and what to call them."""
     train = build_dataset(settings.train, settings, tokenizer, seed=seed)
+    source = _called(told(settings.train), "trained on", _changed(artifact, train.report.files, None))
     if settings.eval is not None and not evaluation_sources(settings):
         train, _ = build_evaluation_sets(settings, tokenizer, train, seed=seed)
-    return train.examples
+    return train.examples, source
+
+
+def _changed(artifact: Artifact, files: Mapping[str, str], evaluation: str | None) -> bool:
+    """Whether files of a run are others than those that the adapter's provenance names, which is said once.
+
+    Args:
+        files: SHA-256 by file, as they are now.
+        evaluation: the evaluation set that they are; None: the training files.
+    """
+    assert artifact.adapter is not None
+    known = (artifact.adapter.provenance or {}).get("data") or {}
+    known = known.get("train") if evaluation is None else (known.get("eval") or {}).get(evaluation)
+    if not known or sorted(known.values()) == sorted(files.values()):
+        return False
+    other = [name for name, digest in files.items() if digest not in known.values()]
+    here = {Path(name).name for name in files}
+    gone = [name for name in known if Path(name).name not in here]
+    said = [f"{', '.join(names[:3])}{' …' if names[3:] else ''} {how}" for names, how in (
+        (other, f"not as when {artifact.name} was trained (SHA-256 differs)"),
+        (gone, "no longer among the files"),
+    ) if names] or ["files are no longer read as often as then"]  # fmt: skip
+    use = "the trained rows" if evaluation is None else "the evaluation rows of the run"
+    log_once(logger, logging.WARNING, f"{'; '.join(said)}: what is read now are not {use}")
+    return True
+
+
+def _called(source: str, what: str, changed: bool, why: str = "") -> str:
+    """`d.jsonl (trained on)`; `d.jsonl (changed since training)`."""
+    if changed:
+        what = f"{'evaluation, ' if what == 'evaluation' else ''}changed since training"
+    return f"{source} ({what}{f': {why}' if why else ''})"
 
 
 def _in_blocks(examples: Sequence[Example], most: int, source: str) -> CalibrationRows:

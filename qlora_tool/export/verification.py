@@ -45,6 +45,7 @@ class Proof:
         left_out: why verification was left out, else None. `update` may be known all the same.
         failed: whether it was left out because the files could not be run.
         live: what it was held against, in words.
+        unquantized: which weights a file of few bits holds as they are, and why, in words.
         finer_base: whether `--base original` would merge onto finer weights than the 4-bit values trained against.
     """
 
@@ -56,6 +57,7 @@ class Proof:
     left_out: str | None = None
     failed: bool = False
     finer_base: bool = False
+    unquantized: str | None = None
     live: str = "the trained model (quantized base with its adapter)"
 
     def as_dict(self) -> dict[str, Any]:
@@ -72,6 +74,7 @@ class Proof:
     def lines(self) -> list[str]:
         """For the terminal."""
         kept = [f"  update kept {self.update}"] if self.update else []
+        kept += [f"  not quantized: {self.unquantized}"] if self.unquantized else []
         if self.left_out is not None:
             return [f"not verified: {self.left_out}", *kept]
         found = self.agreement
@@ -105,6 +108,8 @@ class Proof:
                 facts.append(("kept of what training gained", f"{found.gain_kept:.1%} ({gained})"))
         if self.update:
             facts.append(("update kept", str(self.update)))
+        if self.unquantized:
+            facts.append(("not quantized", self.unquantized))
         return facts
 
     def _losses(self) -> list[tuple[float, float, str]]:
@@ -117,23 +122,23 @@ class Proof:
         """What is bad about the figures, each with the better choice."""
         found, faults = self.agreement, []
         coarse = self.dtype in GGUF_TYPES[:-2] or self.dtype in FEW_BITS
-        if coarse and found and found.gain_kept is not None:  # what counts of a coarse rounding
-            if found.gain_kept >= GAIN_KEPT:
-                return []
-            return [f"of what training gained the file keeps {found.gain_kept:.1%} (below {GAIN_KEPT:.0%}); "
-                    f"{self._better()}"]  # fmt: skip
+        gain = found.gain_kept if coarse and found else None  # what counts first of a coarse rounding
+        if gain is not None and not gain >= GAIN_KEPT:
+            faults.append(f"of what training gained it keeps {gain:.1%} (below {GAIN_KEPT:.0%})")
         if found and not found.mean_kl <= MEAN_KL:  # no number at all is bad too
             faults.append(f"mean KL {found.mean_kl:.2g} (above {MEAN_KL:g})")
         if found and not found.argmax_agreement >= ARGMAX_AGREEMENT:
             faults.append(f"the same likeliest token at {found.argmax_agreement:.1%} (below {ARGMAX_AGREEMENT:.0%})")
-        if self.update and not self.update.error <= UPDATE_ERROR:
+        if self.update and gain is None and not self.update.error <= UPDATE_ERROR:
             faults.append(f"a rounding error of {self.update.error:.2g} times the update's size (above "
                           f"{UPDATE_ERROR:g})")  # fmt: skip
         failed = [self.left_out] if self.failed else []
         if not faults:
             return failed
         found = "the exported model is not quite the one that was trained"
-        if self.update and self.dtype in KINDS:
+        if gain is not None and gain >= GAIN_KEPT:
+            found = f"the exported model keeps {gain:.1%} of what training gained, but is not quite the trained one"
+        elif self.update and self.dtype in KINDS:
             found = f"update kept {self.update.kept:.1%} through rounding to {self.dtype} again"
         return [*failed, f"{found}: {', '.join(faults)}; {self._better()}"]
 

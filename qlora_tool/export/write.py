@@ -39,6 +39,7 @@ from qlora_tool.files.atomic import write_json, write_text
 from qlora_tool.files.tensors import Checkpoint
 from qlora_tool.inference.ends import generation_settings
 from qlora_tool.model.cached_base import cached_base
+from qlora_tool.model.checkpointing import decoder_layers
 from qlora_tool.model.load import build_skeleton
 from qlora_tool.model.slots import Quantization
 from qlora_tool.model.source import read_model_config
@@ -242,7 +243,7 @@ def _calibration_rows(artifact: Artifact, options: ExportOptions) -> Calibration
 
 def _say_how(job: Job, options: ExportOptions, calibration: CalibrationRows | str) -> None:
     """What the codes are made with, before the work starts; and where nothing helps them, what that costs."""
-    if job.encoder.calibration is None and not isinstance(calibration, str):
+    if not isinstance(calibration, str) and not decoder_layers(job.merged.skeleton):
         calibration = "no decoder layers are found in this family's models"
     if not isinstance(calibration, str):
         logger.info("codes are made with %s tokens of %s", f"{calibration.tokens:,}", calibration.source)
@@ -333,7 +334,9 @@ def _proof(
         proof = replace(proof, update=None)  # codes make good one another's errors: single weights tell nothing
     elif loss is not None and loss["adapted_weights"]:
         proof = replace(proof, update=proof.update or Update(loss["update_kept"], loss["relative_error"]))
-    return replace(proof, finer_base=loss is not None and finer_base(job.artifact, job.base_folder))
+    if loss is None:
+        return proof
+    return replace(proof, finer_base=finer_base(job.artifact, job.base_folder), unquantized=loss["left_unquantized"])
 
 
 def _proven(

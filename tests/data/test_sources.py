@@ -210,6 +210,19 @@ def test_a_folder_without_data_files(tmp_path):
     )
 
 
+def test_the_folder_of_a_model_an_adapter_or_a_run_is_not_read_as_data(tmp_path):
+    write(tmp_path, "model/config.json", '{"model_type": "llama"}')
+    write(tmp_path, "one/adapter_config.json", "{}")
+    write(tmp_path, "run/adapter/adapter_config.json", "{}")
+    write(tmp_path, "run/metrics.jsonl", '{"step": 1}')
+    for name, what in (("model", "a model's"), ("one", "an adapter's"), ("run", "a run's")):
+        assert faults(str(tmp_path / name)) == [
+            f"{tmp_path / name}: {what} folder, not one of data; name a file of rows, or a folder of such files"
+        ]
+    write(tmp_path, "rows/config.json", '[{"text": "1"}]')
+    assert [row.fields for row in read_rows(str(tmp_path / "rows"))] == [{"text": "1"}]
+
+
 def test_a_missing_file_is_answered_with_the_closest_name(tmp_path):
     write(tmp_path, "train.jsonl", "{}")
     assert faults(str(tmp_path / "trian.jsonl")) == [

@@ -19,7 +19,7 @@ from qlora_tool.export import proof
 from qlora_tool.export.encoding import Calibration, Encoder, Kept, best
 from qlora_tool.export.grids.coded import coded_4bit
 from qlora_tool.export.options import ExportOptions
-from qlora_tool.export.rows import MOST_TOKENS, calibration_rows
+from qlora_tool.export.rows import MOST_TOKENS, calibration_rows, find_rows
 from qlora_tool.export.verify import Agreement, compare
 from qlora_tool.export.write import export_merged
 from qlora_tool.weights.quantized import disk_group, from_disk, quantize
@@ -178,9 +178,37 @@ def test_rows_of_the_run_are_those_it_trained_on(base, tmp_path):
     more = write_rows(tmp_path / "more.jsonl", 450)
     data = artifact.run.data.model_copy(update={"train": str(more)})
     found = calibration_rows(replace(artifact, run=artifact.run.model_copy(update={"data": data})), "auto")
-    assert found.tokens == MOST_TOKENS and "(trained on)" in found.source
+    assert found.tokens == MOST_TOKENS and found.source == f"{more} (changed since training)"
     assert all(batch.attention_mask is None for batch in found.batches)
     assert sum(batch.input_ids.numel() for batch in found.batches) == found.tokens
+
+
+def test_rows_that_were_edited_are_not_called_those_of_the_run(base, tmp_path, caplog):
+    """Both by the SHA-256 in the adapter's qlora_tool.json, each told once; moved or renamed files are the same."""
+    evaluation = write_rows(tmp_path / "eval.jsonl", 3)
+    run = write_run(tmp_path / "run", base, data={"train": str(write_rows(tmp_path / "t.jsonl", 60)),
+                                                  "eval": str(evaluation)})  # fmt: skip
+    caplog.clear()
+    artifact, file = artifact_of(run), tmp_path / "t.jsonl"
+    assert calibration_rows(artifact, "auto").source == f"{file} (trained on)"
+    assert find_rows(artifact, None)[1] == f"{evaluation} (evaluation)" and not caplog.records
+    moved = file.rename(tmp_path / "moved.jsonl")
+    data = artifact.run.data.model_copy(update={"train": str(moved)})
+    elsewhere = replace(artifact, run=artifact.run.model_copy(update={"data": data}))
+    assert calibration_rows(elsewhere, "auto").source == f"{moved} (trained on)" and not caplog.records
+    write_rows(file, 61)
+    write_rows(evaluation, 4)
+    for _ in range(2):
+        assert calibration_rows(artifact, "auto").source == f"{file} (changed since training)"
+        assert find_rows(artifact, None)[1] == f"{evaluation} (evaluation, changed since training)"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path} not as when {run} was trained (SHA-256 differs): what is read now are not {which}"
+        for path, which in ((file, "the trained rows"), (evaluation, "the evaluation rows of the run"))
+    ]
+    caplog.clear()
+    without = artifact.run.data.model_copy(update={"eval": None})
+    found = find_rows(replace(artifact, run=artifact.run.model_copy(update={"data": without})), None)
+    assert found[1] == f"{file} (changed since training: the run has no evaluation rows)" and not caplog.records
 
 
 def test_an_adapter_without_its_run_is_made_without_rows_and_says_so(base, adapter, tmp_path, caplog):
@@ -285,7 +313,8 @@ def test_values_that_are_no_numbers_are_refused(name, calibrated, rows, tmp_path
 def test_a_family_whose_layers_are_not_known_is_made_without_rows(rows, tmp_path, caplog, monkeypatch):
     base = write_chat_base("llama", tmp_path / "base", num_hidden_layers=1)
     artifact = artifact_of(write_adapter(tmp_path / "adapter", base))
-    monkeypatch.setattr("qlora_tool.export.moments.decoder_layers", lambda model: {})
+    for module in ("moments", "write"):
+        monkeypatch.setattr(f"qlora_tool.export.{module}.decoder_layers", lambda model: {})
     found = calibration_rows(artifact, str(rows))
     monkeypatch.setattr("qlora_tool.export.rows.calibration_rows", lambda *_: found)
     with caplog.at_level("WARNING"):
@@ -316,15 +345,17 @@ def test_where_no_type_keeps_enough_the_one_that_keeps_most_is_made(adapter, row
     assert "| q6_k, tried |" in card and "keeps 90.0%" in card
 
 
-def test_a_share_without_a_type_is_looked_for_among_all(rows, tmp_path):
+def test_a_share_without_a_type_is_looked_for_among_all(rows, tmp_path, caplog):
     """And the types that have codes are made with rows, as when one of them is named."""
     asked = ExportOptions(format="gguf", min_kept=0.9)
     assert [one.gguf_type for one in asked.candidates][:2] == ["q4_0", "iq4_nl"]
     assert asked.candidates[-1].gguf_type == "f16" and asked.has_codes and not asked.candidates[-1].has_codes
     base = write_chat_base("llama", tmp_path / "base", num_hidden_layers=1)
     run = write_run(tmp_path / "run", base, learning_rate=2e-2, max_steps=8)
-    result = export_merged(artifact_of(run), tmp_path / "out", options(
-        rows, format="gguf", min_kept=0.01, verify=True, verify_data=str(tmp_path / "run.jsonl")))  # fmt: skip
+    with caplog.at_level("INFO"):
+        result = export_merged(artifact_of(run), tmp_path / "out", options(
+            rows, format="gguf", min_kept=0.01, verify=True, verify_data=str(tmp_path / "run.jsonl")))  # fmt: skip
+    assert "the nearest ones" not in caplog.text and f"codes are made with 3,200 tokens of {rows}" in caplog.text
     assert result.dtype == "q4_0" and result.facts["encoding"]["calibrated_weights"] == 7
 
 

@@ -262,20 +262,27 @@ def test_each_bad_figure_is_a_warning_with_a_better_choice(base, dtype, better):
         assert named in warning and better in warning and "--base original" not in warning
 
 
-def test_what_is_kept_of_the_gain_decides_for_coarse_files():
-    """4.0 untuned, 2.0 live: 2.1 keeps 95 % and 2.3 85 %, whatever the KL."""
-    coarse = dataclasses.replace(GOOD, mean_kl=0.07, argmax_agreement=0.9, live_loss=2.0, untuned_loss=4.0)
-    for dtype, finer in (("q4_k_m", "q5_k_m"), ("q4_0", "iq4_nl"), ("q8_0", "")):
+def test_what_is_kept_of_the_gain_comes_first_for_coarse_files():
+    """4.0 untuned, 2.0 live: 2.1 keeps 95 % and 2.3 85 %. A KL above the limit is a warning all the same: a file that
+    is misread can keep nearly all of the gain."""
+    coarse = dataclasses.replace(GOOD, mean_kl=9e-4, argmax_agreement=0.96, live_loss=2.0, untuned_loss=4.0)
+    for dtype, finer in (("q4_k_m", "--gguf-type q5_k_m is the next finer"), ("q4_0", "--gguf-type iq4_nl is"),
+                         ("q8_0", "--gguf-type bf16"), ("nf4", "--format safetensors")):  # fmt: skip
         kept = Proof("dequantized", dtype, "rows", dataclasses.replace(coarse, exported_loss=2.1), Update(0.9, 8.0))
         assert "of what training gained (loss 4.00 → 2.00) the files keep 95.0%" in "\n".join(kept.lines())
         assert kept.as_dict()["gain_kept"] == pytest.approx(0.95)
         lost = dataclasses.replace(kept, agreement=dataclasses.replace(coarse, exported_loss=2.3))
         none = dataclasses.replace(kept, agreement=dataclasses.replace(coarse, exported_loss=float("nan")))
-        if finer:
-            assert kept.warnings() == []
-            (warning,) = lost.warnings()
-            assert "keeps 85.0% (below 90%)" in warning and f"--gguf-type {finer} is the next finer" in warning
-            assert none.warnings()
+        assert kept.warnings() == []
+        (warning,) = lost.warnings()
+        assert "keeps 85.0% (below 90%)" in warning and "KL" not in warning and finer in warning
+        assert none.warnings()
+        figures = (({"mean_kl": 0.094}, "mean KL 0.094 (above 0.001)"),
+                   ({"argmax_agreement": 0.89}, "the same likeliest token at 89.0% (below 95%)"))  # fmt: skip
+        for figure, told in figures:
+            far = dataclasses.replace(coarse, exported_loss=2.1, **figure)
+            (warning,) = dataclasses.replace(kept, agreement=far).warnings()
+            assert "keeps 95.0% of what training gained" in warning and told in warning and finer in warning
     small = dataclasses.replace(coarse, untuned_loss=2.04, exported_loss=3.0)
     assert small.gain_kept is None and dataclasses.replace(coarse, untuned_loss=None).gain_kept is None
 
@@ -313,6 +320,14 @@ def test_without_space_to_read_it_back_a_file_is_written_unverified(runs, tmp_pa
     options = ExportOptions(format="gguf", verify=True)
     result = export_merged(artifact_of(runs["llama"]), tmp_path / "out", options)
     assert "1 GB are free" in result.not_verified and (tmp_path / "out" / "out.gguf").exists()
+
+
+def test_what_was_left_unquantized_is_told_with_the_figures():
+    left = Proof("dequantized", "nf4", "rows", GOOD, unquantized="4 of 14 weights: rows of 96 are misread")
+    assert left.lines()[-1] == f"  not quantized: {left.unquantized}"
+    assert left.table()[-1] == ("not quantized", left.unquantized) and not left.warnings()
+    unverified = dataclasses.replace(left, agreement=None, left_out="not asked for")
+    assert unverified.lines()[-1] == f"  not quantized: {left.unquantized}"
 
 
 def test_what_nf4_keeps_of_the_update_comes_first():

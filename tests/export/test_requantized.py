@@ -14,9 +14,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from qlora_tool.errors import UserError
+from qlora_tool.export import read_by_bitsandbytes
 from qlora_tool.export.encoding import Encoder
+from qlora_tool.export.read_by_bitsandbytes import is_read_everywhere, is_read_here, why_left
 from qlora_tool.export.requantized import UpdateLoss, _becomes_4bit, write_requantized
 from qlora_tool.model.slots import is_linear
+from qlora_tool.ops.quantization import code_values
 from qlora_tool.weights.quantized import quantize
 
 
@@ -72,6 +75,58 @@ def test_transformers_and_bitsandbytes_load_it(family, kind, changes, tmp_path):
     ours = read_tiny(folder, kind, True)
     assert relative_error(found, ours(input_ids=IDS, use_cache=False).logits) < 1e-5
     assert said["unquantized_weights"] == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_rows_that_are_no_whole_blocks_stay_as_they_are(kind, tmp_path):
+    """What plain transformers reads is what was written: bitsandbytes 0.50 misreads rows of 160 on some CPUs."""
+    folder, said, _, _ = requantized(tmp_path, kind=kind, intermediate_size=160)
+    assert said["unquantized_weights"] == 2 and said["quantized_weights"] == 12
+    assert said["left_unquantized"].startswith("2 of 14 weights: rows of 160 are ")
+    config = json.loads((folder / "config.json").read_text())
+    skipped = config["quantization_config"]["llm_int8_skip_modules"]
+    assert [name for name in skipped if name != "lm_head"] == [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+    ours = read_tiny(folder, kind, True)
+    assert relative_error(logits_by_bitsandbytes(folder), ours(input_ids=IDS, use_cache=False).logits) < 1e-5
+
+
+def test_no_row_of_whole_blocks_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"^--format nf4: no weight .* rows of 36 and 45 are .* choose --format safe"):
+        requantized(tmp_path, "llama-odd")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_what_bitsandbytes_misreads_shows_as_measured(kind, monkeypatch):
+    """With a reader that counts the blocks of each row anew, as 0.50 does on CPUs with AVX-512, whatever the CPU."""
+    def by_rows(written):
+        out, width = written.shape
+        dense, scales = written.dequantize(), dequantized_scales(written)
+        row, column = torch.meshgrid(torch.arange(out), torch.arange(width), indexing="ij")
+        right, wrong = (row * width + column) // 64, row * (width // 64) + column // 64
+        return dense / scales[right] * scales[wrong]
+
+    monkeypatch.setattr(read_by_bitsandbytes, "read", by_rows)
+    read_by_bitsandbytes._is_read.cache_clear()
+    for double_quant in (False, True):
+        found = [width for width in (48, 64, 96, 128, 160, 192) if is_read_here((96, width), kind, double_quant)]
+        assert found == [64, 128, 192]
+    assert "rows of 96 and 160 are misread by bitsandbytes 0" in why_left([(64, 160), (96, 96)], kind, True)
+    monkeypatch.setattr(read_by_bitsandbytes, "read", lambda written: written.dequantize() + 1)
+    read_by_bitsandbytes._is_read.cache_clear()
+    assert not is_read_everywhere((64, 64), kind, True)  # whole blocks, and misread all the same
+    monkeypatch.setattr(read_by_bitsandbytes, "read", lambda written: written.dequantize())
+    read_by_bitsandbytes._is_read.cache_clear()
+    assert "rows of 96 are no whole blocks of 64 weights" in why_left([(96, 96)], kind, True)
+    assert not is_read_everywhere((96, 96), kind, True)  # not on other CPUs
+    read_by_bitsandbytes._is_read.cache_clear()
+
+
+def dequantized_scales(written) -> torch.Tensor:
+    if written.nested_scales is None:
+        return written.scales
+    values = code_values("nested", torch.device("cpu"))[written.scales.long()]
+    return values * written.nested_scales.repeat_interleave(256)[: values.numel()] + written.nested_offset
 
 
 @torch.no_grad()
