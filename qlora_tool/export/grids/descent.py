@@ -20,7 +20,7 @@ from torch import Tensor
 CLEARLY = 3  # standard deviations
 DAMPING = 0.01  # of the moments' mean diagonal, added to the diagonal
 BLOCK, INNER = 256, 32  # columns
-ROWS = 4096  # at a time: bounds what is held beside the matrix
+ROWS = 2048  # at a time: bounds what is held beside the matrix
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def damped(moments: Tensor) -> Tensor:
 
 def weighted_error(difference: Tensor, moments: Tensor) -> float:
     """tr(D·H·Dᵀ) of a difference (out, in)."""
-    return _dot(difference @ moments, difference)
+    return sum(_dot(difference[part] @ moments, difference[part]) for part in _parts(difference))
 
 
 def descend(target: Tensor, moments: Tensor, grid: Grid, start: Tensor, sweeps: int) -> Tensor:
@@ -93,12 +93,20 @@ def descend(target: Tensor, moments: Tensor, grid: Grid, start: Tensor, sweeps: 
         start: values on the grid, (out, in).
         sweeps: over all columns.
     """
-    found = torch.empty(target.shape)  # of its own, whatever the target is a view of
-    for first in range(0, len(target), ROWS):  # each row by itself has its least
-        part = slice(first, first + ROWS)
-        own = replace(grid, a=grid.a[part], b=None if grid.b is None else grid.b[part])
-        found[part] = _descended(target[part], moments, own, start[part], sweeps)
+    found = start.clone()  # of its own, whatever the start is a view of
+    for part in _parts(target):  # each row by itself has its least
+        _descend_rows(target[part], moments, grid, found, part, sweeps)
     return found
+
+
+def _parts(matrix: Tensor) -> list[slice]:
+    return [slice(first, first + ROWS) for first in range(0, len(matrix), ROWS)]
+
+
+def _descend_rows(target: Tensor, moments: Tensor, grid: Grid, values: Tensor, part: slice, sweeps: int) -> None:
+    """`descend` on some rows of `values`, in place, towards their `target`."""
+    own = replace(grid, a=grid.a[part], b=None if grid.b is None else grid.b[part])
+    values[part] = _descended(target, moments, own, values[part], sweeps)
 
 
 def descend_keeping(
@@ -116,25 +124,31 @@ def descend_keeping(
         trained, update: W and Δ, (out, in) fp32.
         moments, grid, start, sweeps: see `descend`.
     """
-    weighted = update @ moments
-    size, more = _dot(weighted, update), 0.0  # more: g - 1
+    size, more = weighted_error(update, moments), 0.0  # more: g - 1
     values = descend(trained, moments, grid, start, 1)
     for sweep in range(1, sweeps):
         if size:
-            away = values - trained
-            missing = -_dot(weighted, away) / size
-            if sweep == 1 and not CLEARLY * _by_chance(away, moments) < missing * size**0.5 <= size**0.5:
+            missing = -_weighted_dot(update, moments, values, trained) / size
+            chance = _by_chance(values, trained, moments) if sweep == 1 else 0.0
+            if sweep == 1 and not CLEARLY * chance < missing * size**0.5 <= size**0.5:
                 return descend(trained, moments, grid, values, sweeps - 1)
             more += missing
-        values = descend(torch.add(trained, update, alpha=more), moments, grid, values, 1)
+        for part in _parts(values):
+            _descend_rows(torch.add(trained[part], update[part], alpha=more), moments, grid, values, part, 1)
     return values
 
 
-def _by_chance(away: Tensor, moments: Tensor) -> float:
+def _weighted_dot(update: Tensor, moments: Tensor, values: Tensor, trained: Tensor) -> float:
+    """⟨(Q − W)·H, Δ⟩."""
+    return sum(_dot(update[part] @ moments, values[part] - trained[part]) for part in _parts(values))
+
+
+def _by_chance(values: Tensor, trained: Tensor, moments: Tensor) -> float:
     """How long the part of an error (out, in) is that lies along any one direction by chance, as H measures it: its
     length over the root of the number of directions that H tells apart, out · (tr H)² / ‖H‖²."""
-    directions = len(away) * float(moments.trace()) ** 2 / _dot(moments, moments)
-    return (weighted_error(away, moments) / directions) ** 0.5
+    directions = len(values) * float(moments.trace()) ** 2 / _dot(moments, moments)
+    error = sum(weighted_error(values[part] - trained[part], moments) for part in _parts(values))
+    return (error / directions) ** 0.5
 
 
 def _dot(one: Tensor, other: Tensor) -> float:
