@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,18 @@ def lines_are_said_anew() -> None:
     from qlora_tool.once import log_once
 
     log_once.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def logs_as_found() -> Iterator[None]:
+    """A command says what is logged and how; the next test begins without that."""
+    from qlora_tool.terminal import drawn
+
+    log = logging.getLogger("qlora_tool")
+    before = log.handlers, log.propagate, log.level, drawn.quiet
+    yield
+    (log.handlers, log.propagate), drawn.quiet = before[:2], before[3]
+    log.setLevel(before[2])
 
 
 @pytest.fixture(scope="session")
