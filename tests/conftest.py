@@ -29,15 +29,13 @@ def lines_are_said_anew() -> None:
 
 
 @pytest.fixture(autouse=True)
-def logs_as_found() -> Iterator[None]:
-    """A command says what is logged and how; the next test begins without that."""
+def logs_by_default() -> None:
+    """What a command says of logging ends before the next test, whichever test or fixture called it."""
     from qlora_tool.terminal import drawn
 
     log = logging.getLogger("qlora_tool")
-    before = log.handlers, log.propagate, log.level, drawn.quiet
-    yield
-    (log.handlers, log.propagate), drawn.quiet = before[:2], before[3]
-    log.setLevel(before[2])
+    log.handlers, log.propagate, drawn.quiet = [], True, False
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
