@@ -31,6 +31,7 @@ from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.sealed import read_sealed, write_sealed
 from qlora_tool.once import log_once
+from qlora_tool.run_folder import RunFolder
 from qlora_tool.training import belonging, loop
 from qlora_tool.training.checkpoints import Checkpoint
 from qlora_tool.training.loop import train
@@ -434,6 +435,32 @@ def test_no_file_of_a_checkpoint_is_read_that_is_none(run, name, odd):
     ODD[odd](file)
     with pytest.raises(UserError, match="this checkpoint is broken"):
         Checkpoint.read(file.parent)
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", ["state.json", "adapter.safetensors", "optimizer.pt"])
+def test_nor_one_of_an_earlier_version(run, name, odd):
+    checkpoint = run[0] / "checkpoints" / "step-000003"
+    as_version_0_1(checkpoint)
+    (checkpoint / name).unlink()
+    ODD[odd](checkpoint / name)
+    with pytest.raises(UserError, match="this checkpoint is broken"):
+        Checkpoint.read(checkpoint)
+
+
+@pytest.mark.parametrize("linked", ["", "checkpoints", "checkpoints/step-000003", "checkpoints/step-000003/state.json",
+                                    "report", "report/rows.json", "metrics.jsonl", "config.yaml"])  # fmt: skip
+def test_a_run_that_is_replaced_keeps_what_its_links_lead_to(run, tmp_path, linked):
+    """The folder of the earlier run, or anything in it, lies elsewhere: all of that stays."""
+    folder, _ = run
+    aside, elsewhere = RunFolder(folder).put_aside(), tmp_path / "elsewhere"
+    assert (aside / linked).exists()
+    (aside / linked).rename(elsewhere)
+    (aside / linked).symlink_to(elsewhere)
+    paths = [elsewhere, *elsewhere.rglob("*")]
+    before = {path: path.read_bytes() for path in paths if path.is_file()}
+    RunFolder(folder).remove_replaced()
+    assert before and {path: path.read_bytes() for path in before if path.exists()} == before
 
 
 def test_what_a_link_leads_to_is_never_removed(run, tmp_path):
