@@ -102,7 +102,7 @@ class _Draft:
 
     def refuse_faulty(self) -> None:
         """Raises:
-            UserError: there are faults; those after the first hundred are counted.
+        UserError: there are faults; those after the first hundred are counted.
         """
         if len(self.faults) > _TOLD:
             raise UserError([*self.faults[:_TOLD], f"{self.source}: {len(self.faults) - _TOLD:,} more faults"])
