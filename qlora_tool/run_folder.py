@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora_tool.config import Config, config_to_yaml, load_config
 from qlora_tool.errors import UserError
-from qlora_tool.files.atomic import disk_errors, remove_leftovers, write_text
+from qlora_tool.files.atomic import disk_errors, refuse_no_place, remove_leftovers, write_text
 from qlora_tool.files.reading import is_regular, refuse_other_than_file
 
 logger = logging.getLogger(__name__)
@@ -111,6 +111,7 @@ class RunFolder:
             raise UserError(f"training.output_dir: {self.path} is a file; expected a folder")
         if self.path.is_symlink() and not self.path.exists():
             raise UserError(f"training.output_dir: {self.path} is a link to a folder that is not there; {cure}")
+        refuse_no_place(self.path, "training.output_dir")
         for path, is_folder in self._own():
             if path.is_symlink():
                 raise UserError(f"{path}: a link, which a run would replace; expected a "

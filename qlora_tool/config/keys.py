@@ -44,10 +44,17 @@ _Reporter = Literal["tensorboard", "wandb"]
 
 
 def _to_reporters(value: Any) -> Any:
-    """A single one as a list; `none` as an empty one."""
+    """A single one as a list; `none` as an empty one.
+
+    Raises:
+        ValueError: none is one of several.
+    """
     if value is None or value == "none":
         return []
-    return list(value) if isinstance(value, list | tuple) else [value]
+    several = list(value) if isinstance(value, list | tuple) else [value]
+    if "none" in several:
+        raise ValueError("none stands alone; leave it out of the list")
+    return several
 
 
 def _other_name(name: str, key: str, schema: dict[str, Any]) -> ConfigDict:

@@ -73,7 +73,7 @@ def _advice(value: Any, schema: Schema) -> str:
     if isinstance(value, str) and value in ("true", "false", "null") and re.search(rf"\b{value}\b", expected(schema)):
         return "; write it without quotes"
     if names:
-        return did_you_mean(value.lower(), names) if isinstance(value, str) else ""
+        return did_you_mean(value.lower(), names, value) if isinstance(value, str) else ""
     most = [option["maximum"] for option in options_of(schema) if "maximum" in option]
     number = to_number(value)
     if isinstance(number, int | float) and not isinstance(number, bool) and most and number > max(most):

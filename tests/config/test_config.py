@@ -26,6 +26,7 @@ from qlora_tool.config import (
 )
 from qlora_tool.config.keys import AdapterKeys, adapter_config
 from qlora_tool.config.recipes import recipe_names, recipes_folder
+from qlora_tool.config.schema import choices_of, schemas_of
 from qlora_tool.errors import UserError
 from qlora_tool.methods import method_keys
 from qlora_tool.methods.keys import MethodKeys, Share
@@ -589,3 +590,19 @@ def test_many_unknown_keys_are_refused_at_once():
             load_config(content)
         assert len(error.value.lines) == 101 and error.value.lines[-1] == "configuration: 4,900 more faults"
         assert sum("did you mean" in line for line in error.value.lines) == 20
+
+
+def test_what_was_given_is_never_suggested():
+    """Of every key that has choices: a wrong list of one of them, and a choice in capitals."""
+    with pytest.raises(UserError) as error:
+        load_config({}, ["training.report_to=[none, wandb]"])
+    assert "none stands alone" in str(error.value) and "did you mean" not in str(error.value)
+    for name, section in SECTIONS.items():
+        for key in section.model_fields:
+            listed = choices_of(schemas_of(section)[key]) or ()
+            for choice in listed:
+                for value in ([choice, "x"], choice.upper() if isinstance(choice, str) else "x"):
+                    try:
+                        load_config({name: {key: value}})
+                    except UserError as error:
+                        assert f"found '{choice}'; did you mean '{choice}'" not in str(error)

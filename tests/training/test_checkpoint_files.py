@@ -501,3 +501,16 @@ def test_a_pipe_in_the_place_of_a_runs_file_is_refused(run, name):
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
     assert str(folder / name) in line_of(config)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize("place, reason", [
+    ("/proc/x/run", "/proc is the system's own"), ("/dev/null/run", "/dev/null is no folder"),
+    ("{model}", "lies in the model's own folder"), ("{model}/deep/run", "lies in the model's own folder"),
+])  # fmt: skip
+def test_a_place_where_no_run_can_be_is_refused_by_a_dry_run_too(inputs, place, reason, dry_run):
+    model = inputs[0]
+    before = sorted(model.iterdir())
+    line = line_of(run_config(*inputs, Path(place.format(model=model))), dry_run=dry_run)
+    assert line.startswith("training.output_dir: ") and reason in line
+    assert sorted(model.iterdir()) == before
