@@ -27,6 +27,7 @@ from tiny_runs import (
     sealed_again,
 )
 
+from qlora_tool import api
 from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.sealed import read_sealed, write_sealed
@@ -514,3 +515,20 @@ def test_a_place_where_no_run_can_be_is_refused_by_a_dry_run_too(inputs, place, 
     line = line_of(run_config(*inputs, Path(place.format(model=model))), dry_run=dry_run)
     assert line.startswith("training.output_dir: ") and reason in line
     assert sorted(model.iterdir()) == before
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_no_file_of_a_finished_run_is_waited_for(inputs, tmp_path, odd):
+    """Every file that the report reads, one at a time: what is none is as good as not there, or refused in a line."""
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    train(run_config(*inputs, run, {"training.max_steps": 2, "training.save_steps": 1}))
+    files = [file.relative_to(run) for file in run.rglob("*") if file.is_file()]
+    assert len(files) > 12
+    for file in files:
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(run, copy)
+        (copy / file).unlink()
+        ODD[odd](copy / file)
+        with contextlib.suppress(UserError, MachineError):
+            api.report(copy, output=tmp_path / "page.html")
+            assert (tmp_path / "page.html").stat().st_size > 1000
