@@ -47,9 +47,14 @@ class MachineError(ToolError):
     exit_code = 1
 
 
-def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """`; did you mean 'x'?` where a valid name is close to `name`, else an empty string."""
-    close = difflib.get_close_matches(name, list(valid), n=1)
+def did_you_mean(name: str, valid: Iterable[str], given: str | None = None) -> str:
+    """`; did you mean 'x'?` where a valid name is close to `name`, else an empty string.
+
+    Args:
+        given: as it was written, which is never suggested; None: `name`.
+    """
+    written = name if given is None else given
+    close = difflib.get_close_matches(name, [one for one in valid if one != written], n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora_tool.config import Config, config_to_yaml, load_config
 from qlora_tool.errors import UserError
-from qlora_tool.files.atomic import disk_errors, remove_leftovers, write_text
+from qlora_tool.files.atomic import disk_errors, refuse_no_place, remove_leftovers, write_text
 from qlora_tool.files.reading import is_regular, refuse_other_than_file
 
 logger = logging.getLogger(__name__)
@@ -111,6 +111,7 @@ class RunFolder:
             raise UserError(f"training.output_dir: {self.path} is a file; expected a folder")
         if self.path.is_symlink() and not self.path.exists():
             raise UserError(f"training.output_dir: {self.path} is a link to a folder that is not there; {cure}")
+        refuse_no_place(self.path, "training.output_dir")
         for path, is_folder in self._own():
             if path.is_symlink():
                 raise UserError(f"{path}: a link, which a run would replace; expected a "
@@ -154,10 +155,11 @@ class RunFolder:
         if not self.path.is_dir():
             return []
         named = re.compile(rf"{_REPLACED}-\d+")
-        return sorted(path for path in self.path.iterdir() if path.is_dir() and named.fullmatch(path.name))
+        found = (path for path in self.path.iterdir() if named.fullmatch(path.name))
+        return sorted(path for path in found if path.is_dir() and not path.is_symlink())
 
     def remove_replaced(self, aside: Path | None = None) -> list[Path]:
-        """Remove what the runs wrote that this one replaces.
+        """Remove what the runs wrote that this one replaces, but nothing that a link leads to.
 
         Args:
             aside: the one that is removed; None: all.
@@ -166,15 +168,17 @@ class RunFolder:
             What is left of all, as no run wrote it.
         """
         for folder in map(RunFolder, self.replaced() if aside is None else [aside]):
-            for checkpoint in folder.checkpoint_folders():
-                remove_own(checkpoint)
+            if not folder.checkpoints.is_symlink():
+                for checkpoint in folder.checkpoint_folders():
+                    remove_own(checkpoint)
             if folder.adapter.is_dir():
                 remove_listed(folder.adapter, MANIFEST)
             if folder.config_file.is_file() and _is_written_here(folder.config_file):
                 folder.config_file.unlink()
-            notes = (folder.notes / name for name in NOTES)
+            notes = [] if folder.notes.is_symlink() else [folder.notes / name for name in NOTES]
             for path in (folder.metrics_file, folder.path / "memory.json", folder.report, *notes):
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(IsADirectoryError, PermissionError):  # a folder: no run wrote it
+                    path.unlink(missing_ok=True)
             for path in (folder.checkpoints, folder.notes, folder.path):
                 with contextlib.suppress(OSError):
                     path.rmdir()

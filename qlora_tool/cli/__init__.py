@@ -254,6 +254,8 @@ def describe_failure(error: BaseException, args: Sequence[str] = ()) -> tuple[li
         return [f"error: {line}" for line in _usage_lines(error)], 2
     if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as `| head` does
         return [], 1
+    if isinstance(error, OSError) and not error.filename and _is_of_stdout(error):
+        return [f"error: standard output cannot be written: {error.strerror}; what was written to files is there"], 1
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" for {error.filename}" if error.filename else ""
         return [f"error: no space left on the disk{where}; free some, or choose another folder"], 1
@@ -264,6 +266,12 @@ def describe_failure(error: BaseException, args: Sequence[str] = ()) -> tuple[li
     message = " ".join(str(error).split())
     hint = "" if "--debug" in args else " (run again with --debug for the traceback)"
     return [f"error: {type(error).__name__}{': ' if message else ''}{message}{hint}"], 1
+
+
+def _is_of_stdout(error: OSError) -> bool:
+    """Whether it was raised where results are shown, rather than where a file is written: it names neither."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_code is click.echo.__code__ and frames[-1].f_locals["file"] is sys.stdout
 
 
 def _process() -> str:

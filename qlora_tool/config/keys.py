@@ -12,6 +12,7 @@ from qlora_tool.choices import ComputeDtype, DataFormat, Device, Quantization
 from qlora_tool.config.schema import choices_of, expected, json_schema, name_of, schemas_of
 from qlora_tool.config.types import (
     Columns,
+    Epochs,
     Evaluation,
     LayerNumbers,
     ModuleNames,
@@ -22,7 +23,19 @@ from qlora_tool.config.types import (
     Training,
 )
 from qlora_tool.methods import method_keys
-from qlora_tool.methods.keys import WHOLE, Count, Keys, Mark, MethodKeys, NotEmpty, NotNegative, Positive, Rank, Share
+from qlora_tool.methods.keys import (
+    MOST,
+    WHOLE,
+    Count,
+    Keys,
+    Mark,
+    MethodKeys,
+    NotEmpty,
+    NotNegative,
+    Positive,
+    Rank,
+    Share,
+)
 
 _K = TypeVar("_K", bound=MethodKeys)
 _BY_MODULE = Field(title="a mapping from module names to numbers")
@@ -31,10 +44,17 @@ _Reporter = Literal["tensorboard", "wandb"]
 
 
 def _to_reporters(value: Any) -> Any:
-    """A single one as a list; `none` as an empty one."""
+    """A single one as a list; `none` as an empty one.
+
+    Raises:
+        ValueError: none is one of several.
+    """
     if value is None or value == "none":
         return []
-    return list(value) if isinstance(value, list | tuple) else [value]
+    several = list(value) if isinstance(value, list | tuple) else [value]
+    if "none" in several:
+        raise ValueError("none stands alone; leave it out of the list")
+    return several
 
 
 def _other_name(name: str, key: str, schema: dict[str, Any]) -> ConfigDict:
@@ -66,7 +86,7 @@ class ModelConfig(Keys):
     """Cache the quantized base on disk, so that the next run starts in seconds."""
     weights: Annotated[Literal["auto", "resident", "host", "disk"], Mark.FREE_ON_RESUME] = "auto"
     """Where the base's layers lie: on the device, in host memory or on the disk; auto: elsewhere what does not fit."""
-    resident_layers: Annotated[int, Field(ge=0), WHOLE, Mark.FREE_ON_RESUME] = 0
+    resident_layers: Annotated[int, Field(ge=0, le=MOST), WHOLE, Mark.FREE_ON_RESUME] = 0
     """With weights: host or disk: how many of the first layers are on the device all the same."""
     skip_modules: Literal["as-peft"] | ModuleNames = Field(default_factory=list)
     """Not quantized: names as in bitsandbytes' llm_int8_skip_modules; as-peft: what bitsandbytes leaves under PEFT."""
@@ -211,7 +231,7 @@ class TrainingConfig(Keys):
 
     output_dir: Annotated[Text, Field(title="a folder"), Mark.NOT_IN_MEMORY, Mark.FREE_ON_RESUME] = "runs/my-model"
     """The run's folder, relative to the current folder."""
-    num_train_epochs: Annotated[Literal["auto"] | Positive, SerializeAsAny(), Mark.NOT_IN_MEMORY] = "auto"
+    num_train_epochs: Annotated[Literal["auto"] | Epochs, SerializeAsAny(), Mark.NOT_IN_MEMORY] = "auto"
     """Passes over the training data; auto: 1, or where rows are few as many as make some 100 optimizer steps."""
     max_steps: Annotated[Count | Literal[-1], WHOLE, Mark.NOT_IN_MEMORY] = -1
     """Stop after this many optimizer steps; -1: num_train_epochs decides."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_tool.config.schema import Schema, choices_of, expected, name_of, options_of
 from qlora_tool.errors import did_you_mean, printable
+from qlora_tool.methods.keys import to_number
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -72,7 +73,11 @@ def _advice(value: Any, schema: Schema) -> str:
     if isinstance(value, str) and value in ("true", "false", "null") and re.search(rf"\b{value}\b", expected(schema)):
         return "; write it without quotes"
     if names:
-        return did_you_mean(value.lower(), names) if isinstance(value, str) else ""
+        return did_you_mean(value.lower(), names, value) if isinstance(value, str) else ""
+    most = [option["maximum"] for option in options_of(schema) if "maximum" in option]
+    number = to_number(value)
+    if isinstance(number, int | float) and not isinstance(number, bool) and most and number > max(most):
+        return f"; {max(most)} at most"
     types = {option.get("type") for option in options_of(schema)}
     if isinstance(value, str) and "array" in types and "string" not in types:
         return f"; write [{value}]"

@@ -22,7 +22,7 @@ from qlora_tool.methods.keys import Keys
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-_ADVISED = 20  # unknown keys: the closest known one is looked for of no more of them
+_ADVISED, _TOLD = 20, 100  # faults: the closest known key is looked for, and a line is shown, of no more of them
 
 
 def load_config(
@@ -36,7 +36,8 @@ def load_config(
             dotted keys to values.
 
     Raises:
-        UserError: with one line for every fault found, each naming the file (or `--set`) and the key.
+        UserError: with one line for every fault found, each naming the file (or `--set`) and the key; a hundred at
+            most, and the others counted.
     """
     if not isinstance(source, str | os.PathLike | Mapping | Config):
         raise UserError(
@@ -59,8 +60,7 @@ def load_config(
             draft.override(str(override))
     draft.read_other_names()
     config = draft.check()
-    if draft.faults:
-        raise UserError(draft.faults)
+    draft.refuse_faulty()
     return config
 
 
@@ -75,8 +75,7 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     for key, value in values.items():
         draft.set(key, value)
     changed = draft.check()
-    if draft.faults:
-        raise UserError(draft.faults)
+    draft.refuse_faulty()
     return changed
 
 
@@ -100,6 +99,15 @@ class _Draft:
         key = self.given_as.get(key, key)
         start = f"--set {key}" if key in self.overridden else f"{self.source}: {key}"
         self.faults.append(f"{start}: {message}")
+
+    def refuse_faulty(self) -> None:
+        """Raises:
+        UserError: there are faults; those after the first hundred are counted.
+        """
+        if len(self.faults) > _TOLD:
+            raise UserError([*self.faults[:_TOLD], f"{self.source}: {len(self.faults) - _TOLD:,} more faults"])
+        if self.faults:
+            raise UserError(self.faults)
 
     def _unknown(self, key: str) -> str:
         """What to say of a key that does not exist. The closest one is looked for of the first of them alone."""
@@ -125,7 +133,7 @@ class _Draft:
         """Take in a mapping of sections. A section with nothing in it is one of defaults."""
         for name, section in content.items():
             if name not in SECTIONS:
-                self.fault(str(name), _unknown_key(str(name)))
+                self.fault(str(name), self._unknown(str(name)))
             elif isinstance(section, Keys):
                 self.values[name] = {key: getattr(section, key) for key in section.model_fields_set}
             elif isinstance(section, Mapping):

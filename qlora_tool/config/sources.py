@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from qlora_tool.choices import DataFormat
 from qlora_tool.errors import did_you_mean
-from qlora_tool.methods.keys import to_number
+from qlora_tool.methods.keys import MOST, to_number
 
 # What a column of a file may be read as; see `data.formats`.
 COLUMNS = (
@@ -111,11 +111,15 @@ def _path(name: str, value: Any) -> str:
 def _check_share(name: str, key: str, value: Any) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if key == "rows" and not (is_number and isinstance(value, int) and 1 <= value <= MOST_ROWS):
-        raise ValueError(f"{name} is {value!r}, expected a whole number from 1 to {MOST_ROWS:,}")
-    if key == "weight" and not (is_number and value >= 0):
-        raise ValueError(f"{name} is {value!r}, expected a number of at least 0")
+        raise ValueError(f"{name} is {_shown(value)}, expected a whole number from 1 to {MOST_ROWS:,}")
+    if key == "weight" and not (is_number and 0 <= value <= MOST):
+        raise ValueError(f"{name} is {_shown(value)}, expected a number of at least 0, {MOST:,} at most")
     if key == "repeat" and not (is_number and 0 < value <= MOST_TIMES):
-        raise ValueError(f"{name} is {value!r}, expected a number above 0, {MOST_TIMES:,} at most")
+        raise ValueError(f"{name} is {_shown(value)}, expected a number above 0, {MOST_TIMES:,} at most")
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:40]}…"
 
 
 def check_columns(value: Any) -> Any:

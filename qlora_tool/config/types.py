@@ -15,10 +15,11 @@ from qlora_tool.config.messages import found
 from qlora_tool.config.patterns import check_pattern
 from qlora_tool.config.sources import check_columns, check_sources
 from qlora_tool.errors import UserError
-from qlora_tool.methods.keys import AS_WRITTEN, WHOLE, NotEmpty, to_number
+from qlora_tool.methods.keys import AS_WRITTEN, MOST, WHOLE, NotEmpty, to_number
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", re.IGNORECASE)
 _SIZE_UNITS = {"": 1, "B": 1}
+_MOST_BYTES = 2**63 - 1
 for _power, _letter in enumerate("KMGT", start=1):
     _SIZE_UNITS[f"{_letter}B"] = 1000**_power
     _SIZE_UNITS[f"{_letter}IB"] = 1024**_power
@@ -28,14 +29,14 @@ def parse_size(value: str | int) -> int:
     """A size in bytes: `24GB` is 24·10⁹, `22GiB` 22·2³⁰, `512MB`, `800MiB`; a whole number is bytes.
 
     Raises:
-        UserError: `value` is not one of these, or is not more than zero.
+        UserError: `value` is not one of these, not more than zero, or more than 64 bits count.
     """
     size = 0
     if isinstance(value, int) and not isinstance(value, bool):
         size = value
     elif isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
-        size = int(float(match[1]) * _SIZE_UNITS[(match[2] or "").upper()])
-    if size <= 0:
+        size = int(min(float(match[1]) * _SIZE_UNITS[(match[2] or "").upper()], 2.0 * _MOST_BYTES))
+    if not 0 < size <= _MOST_BYTES:
         raise UserError(
             "expected a size such as 24GB (10^9 bytes each), 22GiB (2^30 bytes each) or a whole number of bytes, "
             f"found {found(value)}"
@@ -67,8 +68,10 @@ def _to_list(value: Any) -> Any:
 
 Text = Annotated[NotEmpty, AfterValidator(_expand_home)]
 Pattern = Annotated[str, AfterValidator(check_pattern), Field(title="one regular expression")]
+Epochs = Annotated[float, Field(gt=0, le=MOST), AS_WRITTEN]
+_LayerNumber = Annotated[int, Field(ge=0, le=MOST), WHOLE]
 LayerNumbers = Annotated[
-    Annotated[int, Field(ge=0), WHOLE] | Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(min_length=1)],
+    _LayerNumber | Annotated[list[_LayerNumber], Field(min_length=1)],
     BeforeValidator(_to_list),
     Field(title="a layer's number, counted from 0, or a list of such"),
 ]
@@ -79,7 +82,7 @@ Size = (
         AfterValidator(_check_size),
         Field(title="a size such as 24GB (10^9 bytes each) or 22GiB (2^30 bytes each)"),
     ]
-    | Annotated[int, Field(gt=0, title="a whole number of bytes")]
+    | Annotated[int, Field(gt=0, le=_MOST_BYTES, title="a whole number of bytes")]
 )
 Fraction = Annotated[float, Field(gt=0, lt=1, title="a fraction above 0 and below 1"), AS_WRITTEN]
 Mixture = Annotated[
@@ -104,7 +107,7 @@ Evaluation = Annotated[
 ]
 StepsOrShare = Annotated[
     float,
-    Field(ge=0, title="a number of at least 0 (below 1 a share, from 1 on a whole number)"),
+    Field(ge=0, le=MOST, title="a number of at least 0 (below 1 a share, from 1 on a whole number)"),
     AfterValidator(_share_or_count),
     AS_WRITTEN,
 ]

@@ -16,6 +16,7 @@ import yaml
 from qlora_tool.config.messages import found, shortened
 from qlora_tool.config.places import missing_config, refuse_as_config
 from qlora_tool.config.recipes import find_recipe
+from qlora_tool.config.schema import name_of
 from qlora_tool.errors import UserError
 from qlora_tool.files.reading import has_half, read_text
 
@@ -173,6 +174,8 @@ def _another(written: str, made: float) -> str:
     """What number YAML makes of a word that people read otherwise; empty where there is none."""
     if _BASE_60.fullmatch(written):
         return f"{made:g} (base 60)" if abs(made) < 1e300 else "a number in base 60"
+    if "__" in written or written.endswith("_"):
+        return name_of(made) if abs(made) < 1e300 else "a number of many digits"
     if _OCTAL.fullmatch(written) and made not in (0, 0.0):
         return f"{made:g} (base 8)" if abs(made) < 1e300 else "a number in base 8"
     if isinstance(made, float) and math.isinf(made) and "inf" not in written.lower():

@@ -20,6 +20,10 @@ from qlora_tool.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Of a longer text the beginning is tokenized alone, where that has more than twice max_length tokens: at a megabyte a
+# second the rest would only cost time.
+SURELY_TOKENIZED, CHARACTERS_A_TOKEN = 1 << 18, 32
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -91,7 +95,13 @@ class Encoder:
     def _example(self, row: RenderedRow, report: DataReport) -> Example | None:
         """The row's tokens, within max_length; None where nothing is left to train."""
         check_characters(row.text)
-        ids, labels = label_answers(self.tokenizer, row, self._renderer.special, self.max_length)
+        ids, labels = [], []
+        if len(row.text) > (enough := max(SURELY_TOKENIZED, CHARACTERS_A_TOKEN * self.max_length)):
+            cut = _beginning(row, enough)
+            ids, labels = label_answers(self.tokenizer, cut, self._renderer.special, self.max_length)
+            row = cut if len(ids) > 2 * self.max_length else row  # what lies far behind max_length changes nothing
+        if len(ids) <= 2 * self.max_length:
+            ids, labels = label_answers(self.tokenizer, row, self._renderer.special, self.max_length)
         if not self._renderer.every_answer:
             labels = list(ids)
         if row.not_trained:
@@ -119,6 +129,13 @@ class Encoder:
                   for begin, end in cuts]  # fmt: skip
         return [Example(ids[begin:end], ids[begin:end], where)
                 for (begin, end), where in zip(cuts, places, strict=True)]  # fmt: skip
+
+
+def _beginning(row: RenderedRow, end: int) -> RenderedRow:
+    """The first characters of a row, with its answers as far as they lie in them."""
+    answers, not_trained = ([(begin, min(stop, end)) for begin, stop in spans if begin < end]
+                            for spans in (row.answers, row.not_trained))  # fmt: skip
+    return replace(row, text=row.text[:end], answers=answers, not_trained=not_trained)
 
 
 def refuse_without_end(tokenizer: PreTrainedTokenizerBase, source: str) -> None:

@@ -13,6 +13,8 @@ from fractions import Fraction
 
 from qlora_tool.errors import UserError
 
+MOST_ROWS, MOST_REPEATED = 20_000_000, 10  # of a mixture: so many, or so many times those that there are
+
 
 @dataclass(frozen=True)
 class Share:
@@ -36,7 +38,8 @@ def rows_of_each(shares: Sequence[Share], available: Sequence[int]) -> list[int]
     larger share than that is gone through more than once, one with a smaller share not to its end.
 
     Raises:
-        UserError: every weight is 0.
+        UserError: every weight is 0; or far more rows are asked for than there are: their numbers alone fill the
+            memory.
     """
     if any(share.weight is not None for share in shares):
         weights = [Fraction(str(share.weight or 0)) for share in shares]
@@ -48,6 +51,9 @@ def rows_of_each(shares: Sequence[Share], available: Sequence[int]) -> list[int]
     for share, count in zip(shares, available, strict=True):
         repeated = round(count * Fraction(str(1 if share.repeat is None else share.repeat)))
         counts.append(share.rows if share.rows is not None else max(1, repeated) if count else 0)
+    if sum(counts) > (most := max(MOST_ROWS, MOST_REPEATED * sum(available))):
+        raise UserError(f"data.train: {sum(counts):,} rows are asked for by rows and repeat, of {sum(available):,} "
+                        f"that there are; {most:,} at most; lower them, and raise training.num_train_epochs instead")
     return counts
 
 

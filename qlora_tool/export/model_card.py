@@ -14,6 +14,7 @@ from yaml import YAMLError
 from qlora_tool._version import __version__
 from qlora_tool.artifacts import Artifact
 from qlora_tool.config.sources import told
+from qlora_tool.files.reading import is_regular
 from qlora_tool.model.config_file import read_config_file
 from qlora_tool.model.tokenizer_files import has_tokenizer
 from qlora_tool.run_folder import RunFolder
@@ -364,11 +365,22 @@ def _losses(run: Path) -> list[tuple[str, Any]]:
 
 def _memory(run: Path) -> list[tuple[str, Any]]:
     """The peaks of a training step, from `memory.json`."""
-    file = run / "memory.json"
-    report = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    report = _object(run / "memory.json")
     named = {"predicted": "predicted for the largest batch", "measured": "measured in one step"}
-    peaks = [f"{report[kind]['peak_bytes'] / 1e9:.2f} GB {text}" for kind, text in named.items() if report.get(kind)]
-    return [("memory of a training step", f"{', '.join(peaks)} on {report['device']}")] if peaks else []
+    try:
+        peaks = [f"{report[one]['peak_bytes'] / 1e9:.2f} GB {text}" for one, text in named.items() if report.get(one)]
+        return [("memory of a training step", f"{', '.join(peaks)} on {report['device']}")] if peaks else []
+    except (LookupError, TypeError):  # no run wrote it
+        return []
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """What a file of a run holds; an empty one where it is none, as the card can do without."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if is_regular(file) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _table(facts: Iterable[tuple[str, Any]]) -> str:

@@ -13,7 +13,7 @@ from qlora_tool.adapters.peft_reading import is_adapter
 from qlora_tool.artifacts import Artifact, changed_base
 from qlora_tool.errors import MachineError, UserError, did_you_mean
 from qlora_tool.export.staging import REPORT
-from qlora_tool.files.atomic import existing_parent
+from qlora_tool.files.atomic import existing_parent, refuse_no_place
 from qlora_tool.model.config_file import read_config_file
 from qlora_tool.run_folder import RunFolder
 
@@ -32,7 +32,7 @@ def refuse_no_adapter(artifact: Artifact) -> None:
     if path.exists():
         found = "a model without an adapter"
     else:
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
         found = f"no such folder{did_you_mean(path.name, siblings)}"
     raise UserError(f"{artifact.name}: {found}; expected a run's folder or an adapter's")
 
@@ -75,6 +75,7 @@ def refuse_unmeasurable(artifact: Artifact, asked: str, rows: tuple[Sequence[Any
 def refuse_taken(output: Path, overwrite: bool) -> None:
     """Refuse to write over anything, or with `overwrite` over anything that is neither a model nor an adapter."""
     if not output.exists():
+        refuse_no_place(output, "--output-dir")
         return
     if not output.is_dir():
         raise UserError(f"{output}: a file, where --output-dir expects a folder that does not exist yet")

@@ -22,6 +22,7 @@ from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import disk_errors, sync
 from qlora_tool.files.hashes import sha256
 from qlora_tool.files.lock import locked
+from qlora_tool.files.reading import is_inside, is_regular
 from qlora_tool.files.sealed import first_change, read_sealed, write_sealed
 from qlora_tool.once import log_once
 
@@ -55,10 +56,13 @@ def staged_folder(output: Path, inputs: Mapping[str, Any]) -> Iterator[Staging]:
         inputs: all that the finished files depend on, as JSON; other inputs start anew, and a line says so.
 
     Raises:
-        UserError: another process exports to the same place.
+        UserError: another process exports to the same place, or a link is where it is to grow.
         MachineError: the disk refuses.
     """
     root = staging_root(output)
+    for path in (root, root / _FOLDER, _previous(output)):
+        if path.is_symlink():  # what it leads to would be emptied
+            raise UserError(f"{path}: a link, where an export is to grow; remove it")
     busy = f"{output}: {{holder}} is exporting to it; wait for that export, or give another --output-dir"
     with disk_errors(output), locked(root / _LOCK, busy):
         staging = Staging(root, inputs)
@@ -162,8 +166,9 @@ class Staging:
                 del done[name]
         known = {_PLAN, _LOCK, _FOLDER}
         if growing:
-            self._digest = _digest_of_first(self.root / growing["name"], growing["bytes"])
-            if self._digest.hexdigest() == growing["sha256"]:
+            path = self.root / growing["name"]
+            self._digest = _digest_of_first(path, growing["bytes"])
+            if not path.is_symlink() and self._digest.hexdigest() == growing["sha256"]:
                 known.add(growing["name"])
             else:
                 logger.warning("%s: %s is not as it was written so far; it is begun again", self.root, growing["name"])
@@ -178,7 +183,7 @@ class Staging:
             if file.is_file():
                 sync(file)
         sync(self.folder)
-        previous = output.with_name(f".{output.name}.previous")
+        previous = _previous(output)
         if output.exists():
             _clear_away(previous, output)  # of an export that was killed right here
             os.replace(output, previous)
@@ -220,22 +225,32 @@ class GrowingFile:
 
 def written_by_export(folder: Path) -> list[str] | None:
     """The files that the export wrote that made a folder, by their paths in it; None where none says so."""
+    if not is_regular(folder / REPORT):
+        return None
     try:
         names = json.loads((folder / REPORT).read_text(encoding="utf-8"))["written"]
         return [str(name) for name in names]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
+def _previous(output: Path) -> Path:
+    """Where what lies in `output` is until the new one is there."""
+    return output.with_name(f".{output.name}.previous")
+
+
 def _clear_away(previous: Path, output: Path) -> None:
-    """Remove the export that another one has replaced, and bring what else lay in its folder into the new one."""
+    """Remove the export that another one has replaced, but nothing that a link in it leads to, and bring what else lay
+    in its folder into the new one."""
     names = written_by_export(previous)
     if names is None:  # of an earlier version, which did not say what it wrote
         shutil.rmtree(previous, ignore_errors=True)
         return
     for name in names:
-        if not {"..", "/", ""} & {*Path(name).parts}:
-            (previous / name).unlink(missing_ok=True)
+        path = previous / name
+        if is_inside(name) and path.parent.resolve().is_relative_to(previous.resolve()):
+            with contextlib.suppress(IsADirectoryError, PermissionError, NotADirectoryError):  # no export wrote that
+                path.unlink(missing_ok=True)
     for folder in sorted((path for path in previous.rglob("*") if path.is_dir()), reverse=True):
         with contextlib.suppress(OSError):
             folder.rmdir()

@@ -21,6 +21,7 @@ REFUSALS = (*_FULL, *_FORBIDDEN)
 """What `disk_errors` makes a `MachineError` of."""
 
 _calls = itertools.count()
+_OF_SYSTEM = ("/proc", "/sys")  # where nobody can make a folder
 _FAILING = {getattr(errno, name) for name in ("EIO", "ENXIO", "ENODEV", "ESTALE", "ENOTCONN", "EREMOTEIO", "EFBIG",
                                               "ENOTDIR", "ELOOP", "ENAMETOOLONG") if hasattr(errno, name)}  # fmt: skip
 
@@ -55,6 +56,24 @@ def refuse_no_folder(file: Path) -> None:
     """
     if not file.expanduser().absolute().parent.is_dir():
         raise UserError(f"{file}: there is no folder {file.parent}; make it first, or name another file")
+
+
+def refuse_no_place(folder: Path, named: str) -> None:
+    """Refuse a folder that cannot be made: below a file, or in a tree that the system itself makes.
+
+    Args:
+        named: what a line calls it.
+
+    Raises:
+        UserError: naming what is above it.
+    """
+    above = existing_parent(folder)
+    if not above.is_dir():
+        raise UserError(f"{named}: {folder} cannot be made: {above} is no folder; give another")
+    if not folder.exists():
+        for root in map(Path, _OF_SYSTEM):
+            if root.is_mount() and above.stat().st_dev == root.stat().st_dev:
+                raise UserError(f"{named}: {folder} cannot be made: {root} is the system's own; give another")
 
 
 def existing_parent(path: Path) -> Path:

@@ -92,7 +92,7 @@ def refuse_locked(file: Path, busy: str) -> None:
     Raises:
         UserError: another process holds the lock.
     """
-    with contextlib.suppress(OSError), file.open("r+", encoding="utf-8") as stream:
+    with contextlib.suppress(OSError), _opened(file, make=False) as stream:
         _refuse_held(stream, file, busy)
 
 
@@ -127,14 +127,14 @@ def _held(file: Path, busy: str) -> IO[str]:
             raise
 
 
-def _opened(file: Path) -> IO[str]:
+def _opened(file: Path, make: bool = True) -> IO[str]:
     """The file of a lock, made where there is none.
 
     Raises:
         UserError: a link, a pipe or a device is in its place.
     """
     try:
-        number = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        number = os.open(file, os.O_RDWR | os.O_CREAT * make | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise UserError(f"{file}: a link, where a lock is to be; remove it") from error

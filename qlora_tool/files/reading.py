@@ -26,6 +26,13 @@ def is_regular(file: Path) -> bool:
         return False
 
 
+def why_no_file(file: Path) -> str | None:
+    """What is in the place of a file that is to be read, by its name; None where there is one that ends."""
+    if is_regular(file):
+        return None
+    return f"{file.name} is {'no file' if os.path.lexists(file) else 'missing'}"
+
+
 def refuse_other_than_file(file: Path, cure: str) -> os.stat_result:
     """Refuse what is no regular file, before it is opened: a pipe would wait for ever, a device has no end.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from qlora_tool.files.atomic import write_text
 from qlora_tool.files.hashes import sha256
-from qlora_tool.files.reading import LARGEST, is_regular
+from qlora_tool.files.reading import LARGEST, why_no_file
 
 _KEY, _BLANK = "sha256", "0" * 64
 
@@ -33,8 +33,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
         ValueError: it is no such file, or a bit of it has changed.
     """
-    if not is_regular(path):
-        raise ValueError(f"{path.name} is no file" if path.exists() or path.is_symlink() else f"{path.name} is missing")
+    if reason := why_no_file(path):
+        raise ValueError(reason)
     if (size := path.stat().st_size) > LARGEST:
         raise ValueError(f"{path.name} has {size:,} bytes, and {LARGEST:,} at most were written")
     content = path.read_bytes()

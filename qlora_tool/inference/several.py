@@ -148,9 +148,10 @@ def _base_name(name: str, options: BaseOptions) -> str:
 def _adapter(given: Given, options: BaseOptions, base_named: bool) -> Artifact:
     path = Path(given.folder).expanduser()
     if not path.is_dir():
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+        missing = "a file" if path.exists() else f"no such folder{did_you_mean(path.name, siblings)}"
         raise UserError(
-            f"--adapter {given.name}={given.folder}: no such folder{did_you_mean(path.name, siblings)}; expected a "
+            f"--adapter {given.name}={given.folder}: {missing}; expected a "
             "run's folder or an adapter's"
         )
     artifact = find_artifact(given.folder, options)

@@ -21,6 +21,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WrapValidato
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _DIGITS = 4000  # Python reads no more of them
 MOST, MOST_RANK = 2**31 - 1, 2**16  # of what is counted; of columns of A, which no layer is wider than
+MOST_RATE = 1e30  # of what is multiplied by: a float of 32 bits holds it, and some room is left
+_EXACT = 2**53  # whole numbers up to here are floats, too
 
 
 class Mark(Enum):
@@ -79,16 +81,16 @@ def _to_whole(value: Any) -> Any:
 
 
 def _as_written(value: Any, check: Callable[[Any], float]) -> float:
-    """32 stays 32, and is written back so, where a float is as good."""
+    """32 stays 32, and is written back so, where a float is as good; what no 64 bits hold is a float."""
     value = to_number(value)
     checked = check(value)
-    return value if isinstance(value, int) else checked
+    return value if isinstance(value, int) and abs(value) <= _EXACT else checked
 
 
 WHOLE, AS_WRITTEN = BeforeValidator(_to_whole), WrapValidator(_as_written)
 Count = Annotated[int, Field(ge=1, le=MOST), WHOLE]
 Rank = Annotated[int, Field(ge=1, le=MOST_RANK), WHOLE]
-Positive = Annotated[float, Field(gt=0), AS_WRITTEN]
-NotNegative = Annotated[float, Field(ge=0), AS_WRITTEN]
+Positive = Annotated[float, Field(gt=0, le=MOST_RATE), AS_WRITTEN]
+NotNegative = Annotated[float, Field(ge=0, le=MOST_RATE), AS_WRITTEN]
 NotEmpty = Annotated[str, Field(pattern=r"\S")]
 Share = Annotated[float, Field(ge=0, lt=1), AS_WRITTEN]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from qlora_tool.methods.keys import WHOLE, MethodKeys
+from qlora_tool.methods.keys import MOST, WHOLE, MethodKeys
 from qlora_tool.methods.method import Adapter, Method, SavedWith, Settings, keys_of_file, number_in, refuse_keys
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class LokrKeys(MethodKeys):
 
     decompose_both: bool = False
     """LoKr: the small factor is a product of rank r too, where r is below half of its size."""
-    decompose_factor: Annotated[int, Field(ge=-1), WHOLE, BeforeValidator(_to_factor)] = -1
+    decompose_factor: Annotated[int, Field(ge=-1, le=MOST), WHOLE, BeforeValidator(_to_factor)] = -1
     """LoKr: the size of the small factor, as far as it divides the weight's; -1: near the square root."""
     init_weights: Annotated[
         _Start, BeforeValidator(_to_start, json_schema_input_type=_Start | Literal[True])

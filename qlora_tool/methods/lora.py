@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from qlora_tool.errors import UserError
 from qlora_tool.methods import starts
-from qlora_tool.methods.keys import WHOLE, Count, Mark, MethodKeys, NotEmpty, Positive
+from qlora_tool.methods.keys import MOST, WHOLE, Count, Mark, MethodKeys, NotEmpty, Positive
 from qlora_tool.methods.method import Adapter, Method, PeftForm, SavedWith, Settings, refuse_keys
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _NOT_READ = dict.fromkeys(
 _STARTS_READ = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "pissa")
 
 
-TokenId = Annotated[int, Field(ge=0), WHOLE]
+TokenId = Annotated[int, Field(ge=0, le=MOST), WHOLE]
 _Start = starts.Named | Annotated[str, Field(pattern=rf"^{starts.NITER}[1-9]\d{{0,2}}$", title="pissa_niter_N")]
 
 

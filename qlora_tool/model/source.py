@@ -40,8 +40,10 @@ def resolve(name_or_path: str, revision: str | None = None, *, weights: bool = T
             raise UserError(f"{path}: no config.json in it, so it is not a model folder; {cure}")
         refuse_odd_files(path, "download the model again")
         return path
+    if path.exists():
+        raise UserError(f"model {name_or_path}: not a folder; expected a model folder, a hub id (owner/name), or demo")
     if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
         raise UserError(
             f"model {name_or_path}: no such folder{did_you_mean(path.name, siblings)}; expected a model folder, a hub "
             "id (owner/name), or demo"

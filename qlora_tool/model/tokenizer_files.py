@@ -6,6 +6,7 @@ not read (a `tokenizer_class: TokenizersBackend`, say); what was not changed is 
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -44,8 +45,9 @@ def copy_files(source: Path, patterns: Iterable[str], folder: Path, leave_out: I
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer that can be opened by itself."""
-    return (folder / SETTINGS).exists()
+    """Whether a folder holds a tokenizer that can be opened by itself. A link to nothing counts, and is refused then:
+    another tokenizer would be taken in its place."""
+    return os.path.lexists(folder / SETTINGS)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, source: Path, folder: Path) -> None:

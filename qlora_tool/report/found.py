@@ -13,6 +13,7 @@ from qlora_tool.artifacts import BaseOptions, find_artifact
 from qlora_tool.config import Config
 from qlora_tool.errors import ToolError, UserError
 from qlora_tool.files.hashes import sha256
+from qlora_tool.files.reading import is_regular
 from qlora_tool.inspection.updates import Inspection, inspect_adapter
 from qlora_tool.memory.breakdown import MemoryReport
 from qlora_tool.run_folder import EXPORTS, MANIFEST, ROWS, STATE, STEP_MEMORY, RunFolder
@@ -108,9 +109,11 @@ def _numbers(value: Any) -> dict[str, float]:
 
 
 def _json(file: Path) -> dict[str, Any] | None:
+    if not is_regular(file):
+        return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -74,7 +74,7 @@ def take_best_along(progress: Progress, config: Config, checkpoint: Path, folder
             why = f"has no checkpoint left ({source})"
         elif not folder.holds(source):
             with replacing_folder(folder.checkpoint(best.step)) as temporary:
-                shutil.copytree(source, temporary, dirs_exist_ok=True)
+                shutil.copytree(source, temporary, symlinks=True, dirs_exist_ok=True)
     if why is not None:
         logger.warning("the best evaluation so far, %s %.4f after step %d, %s: the best counts anew from here on",
                        best.metric, best.value, best.step, why)  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import replacing_folder, write_json
+from qlora_tool.files.reading import why_no_file
 from qlora_tool.files.sealed import first_change, listing, read_sealed, write_sealed
 from qlora_tool.files.tensors import read_all, write_all
 from qlora_tool.ops.speeds import ONEDNN, PYTORCH
@@ -88,6 +89,8 @@ class Progress:
         Raises:
             UserError: it is broken.
         """
+        if reason := why_no_file(checkpoint / STATE):
+            raise broken(checkpoint, reason)
         try:
             found = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
             found.pop("optimizer", None)
@@ -276,6 +279,8 @@ def checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: it is broken.
     """
+    if reason := why_no_file(path / ADAPTER):
+        raise broken(path, reason)
     try:
         tensors = read_all(path / ADAPTER)
     except (UserError, OSError, RuntimeError, ValueError) as error:
@@ -303,6 +308,8 @@ def read_pickled(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is broken.
     """
+    if reason := why_no_file(path / EARLIER):
+        raise broken(path, reason)
     try:
         found: dict[str, Any] = torch.load(path / EARLIER, map_location="cpu", weights_only=True)
         return found

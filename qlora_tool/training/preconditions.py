@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def refuse_at_once(config: Config) -> None:
-    """Refuse what several processes cannot do, missing trackers, and a chat template that cannot be read.
+    """Refuse what several processes cannot do, missing trackers, a run in its model's folder, and a chat template that
+    cannot be read.
 
     Raises:
         UserError: with a line for each.
@@ -38,6 +39,11 @@ def _faults(config: Config) -> Iterator[str]:
     elif missing := _missing_trackers(config.training.report_to):
         install = f"`pip install {' '.join(missing)}` or leave out"
         yield f"training.report_to: {', '.join(missing)}: not installed; {install}"
+    model = Path(config.model.name_or_path).expanduser().resolve()
+    output = Path(config.training.output_dir).resolve()
+    if (model / "config.json").exists() and model in (output, *output.parents):
+        yield f"training.output_dir: {config.training.output_dir} lies in the model's own folder " \
+              f"({config.model.name_or_path}); give another"  # fmt: skip
     if config.data.chat_template is not None:
         try:
             read_chat_template(Path(config.data.chat_template))

@@ -154,6 +154,15 @@ def test_three_mistakes_in_a_configuration_are_three_error_lines(command, tmp_pa
     assert all(line.startswith(f"error: {path}: ") for line in lines)
 
 
+def test_a_standard_output_that_is_full_is_not_called_a_disk():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "qlora_tool", "recipes"], stdout=full, stderr=subprocess.PIPE,
+                              text=True, check=False)  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "error: standard output cannot be written: No space left on device; what was written to " \
+        "files is there\n"  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("error", "code", "lines"),
     [

@@ -26,6 +26,7 @@ from qlora_tool.config import (
 )
 from qlora_tool.config.keys import AdapterKeys, adapter_config
 from qlora_tool.config.recipes import recipe_names, recipes_folder
+from qlora_tool.config.schema import choices_of, schemas_of
 from qlora_tool.errors import UserError
 from qlora_tool.methods import method_keys
 from qlora_tool.methods.keys import MethodKeys, Share
@@ -539,12 +540,41 @@ def test_every_number_has_an_end(value):
             continue
         section, name = key.split(".")
         assert type(getattr(config, section)).model_fields[name].annotation is float, key  # a rate may be large
+        assert isinstance(getattr(getattr(config, section), name), float), key  # but no integer of more than 64 bits
+
+
+def test_every_number_of_the_schema_has_a_largest_value():
+    """In lists, mappings and choices, too."""
+    left, found = [("", config_schema())], []
+    while left:
+        path, schema = left.pop()
+        if isinstance(schema, list):
+            left += [(path, part) for part in schema]
+        elif isinstance(schema, dict):
+            if schema.get("type") in ("integer", "number"):
+                found.append(path)
+                assert {"maximum", "exclusiveMaximum", "enum", "const"} & schema.keys(), f"{path} has no largest value"
+            left += [(f"{path}.{key}" if key not in ("properties", "anyOf") else path, part)
+                     for key, part in schema.items() if key not in ("default", "description")]  # fmt: skip
+    assert len(found) > 30
+
+
+def test_a_number_that_is_too_large_is_told_the_largest():
+    with pytest.raises(UserError, match=r"adapter\.r: .*, found 1000000000; 65536 at most"):
+        load_config({}, ["adapter.r=1000000000"])
+
+
+@pytest.mark.parametrize("setting", ["training.seed=18446744073709551615", "training.max_steps=-1", "adapter.r=65536",
+                                     "training.max_steps=1_000", "training.max_grad_norm=1e30"])  # fmt: skip
+def test_large_numbers_that_are_meant_are_taken(setting):
+    load_config({}, [setting])
 
 
 @pytest.mark.parametrize("setting", [
     "adapter.r=1000000000", "adapter.init_lora_weights=pissa_niter_99999999999",
     "data.train=[{path: a.jsonl, rows: 100000000000}]", "data.train=[{path: a.jsonl, repeat: 1000000000000}]",
-    "training.max_steps=3000000000", "adapter.rank_pattern={q_proj: 1000000}",
+    "data.train=[{path: a.jsonl, weight: .inf}]", "data.train=[{path: a.jsonl, weight: .nan}]",
+    "training.max_steps=3000000000", "training.max_steps=1__0_", "adapter.rank_pattern={q_proj: 1000000}",
 ])  # fmt: skip
 def test_what_would_never_end_is_refused(setting):
     with pytest.raises(UserError, match=setting.partition("=")[0]):
@@ -552,8 +582,27 @@ def test_what_would_never_end_is_refused(setting):
 
 
 def test_many_unknown_keys_are_refused_at_once():
-    """The closest known key is looked for of the first ones alone: 5,000 would take a second and more."""
+    """The closest known key is looked for of the first ones alone, 5,000 would take a second and more; the others are
+    counted."""
+    for content in ({"training": {f"lerning_rate_{number}": 1 for number in range(5000)}},
+                    {f"trainin{number}": 1 for number in range(5000)}):  # fmt: skip
+        with pytest.raises(UserError) as error:
+            load_config(content)
+        assert len(error.value.lines) == 101 and error.value.lines[-1] == "configuration: 4,900 more faults"
+        assert sum("did you mean" in line for line in error.value.lines) == 20
+
+
+def test_what_was_given_is_never_suggested():
+    """Of every key that has choices: a wrong list of one of them, and a choice in capitals."""
     with pytest.raises(UserError) as error:
-        load_config({"training": {f"lerning_rate_{number}": 1 for number in range(5000)}})
-    assert len(error.value.lines) == 5000
-    assert sum("did you mean" in line for line in error.value.lines) == 20
+        load_config({}, ["training.report_to=[none, wandb]"])
+    assert "none stands alone" in str(error.value) and "did you mean" not in str(error.value)
+    for name, section in SECTIONS.items():
+        for key in section.model_fields:
+            listed = choices_of(schemas_of(section)[key]) or ()
+            for choice in listed:
+                for value in ([choice, "x"], choice.upper() if isinstance(choice, str) else "x"):
+                    try:
+                        load_config({name: {key: value}})
+                    except UserError as error:
+                        assert f"found '{choice}'; did you mean '{choice}'" not in str(error)

@@ -10,6 +10,7 @@ import pytest
 from tokenizers_for_tests import CHATML, byte_level
 
 from qlora_tool.config import DataConfig, load_config
+from qlora_tool.data.mixture import Share, rows_of_each
 from qlora_tool.data.tokenize import build_dataset, build_evaluation_sets
 from qlora_tool.errors import UserError
 
@@ -79,6 +80,14 @@ def test_rows_and_repeats(files, tokenizer):
     assert by_file(more) == {"b.csv": 23, "a.jsonl": 30}
 
 
+def test_far_more_rows_than_there_are_are_refused(files, tokenizer):
+    """Their numbers alone would fill the memory."""
+    for share in ({"rows": 20_000_001}, {"rows": 100_000_000}):
+        with pytest.raises(UserError, match=f"{share['rows']:,} rows are asked for by rows and repeat, of 30 that"):
+            build([{"path": files["a.jsonl"], **share}], tokenizer)
+    assert rows_of_each([Share(repeat=10.0)], [30_000_000]) == [300_000_000]
+
+
 def test_a_row_of_several_examples_is_taken_whole(files, tokenizer):
     whole = places(build(files["c.txt"], tokenizer))
     assert len(whole) > 1
@@ -137,7 +146,7 @@ def test_a_list_for_evaluation(files, tokenizer):
         ([{"path": "a", "weight": 1}, "b"], "entry 1 has a weight and entry 2 has none"),
         ([{"path": "a", "weight": 1, "rows": 5}], "entry 1 has weight and rows; give one of them"),
         ([{"path": "a", "repeat": 0}], "entry 1: repeat is 0, expected a number above 0"),
-        ([{"path": "a", "rows": 0}], "entry 1: rows is 0, expected a whole number of at least 1"),
+        ([{"path": "a", "rows": 0}], "entry 1: rows is 0, expected a whole number from 1 to 100,000,000"),
         ([{"weight": 1}], "entry 1 has no path"),
         ([{"path": "a", "wieght": 1}], "entry 1 has the unknown key 'wieght'; did you mean 'weight'?"),
         ([{"path": "a", "format": "alpacca"}], "entry 1: format is 'alpacca'"),

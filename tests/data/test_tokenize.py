@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 
 import pytest
 from tokenizers_for_tests import CHATML, LLAMA_2, REWRITING, WITHOUT_END, byte_level, metaspace, trained_texts
 
 from qlora_tool.config import DataConfig
+from qlora_tool.data import encoding
 from qlora_tool.data.tokenize import build_dataset, build_evaluation_sets
 from qlora_tool.errors import UserError
 
@@ -293,3 +295,31 @@ class TestEvaluation:
             self.split(source, eval={"other": other})
         with pytest.raises(UserError, match=r"^data.eval: nothing to learn from"):
             self.split(source, eval=other)
+
+
+@pytest.mark.parametrize("train_on", ["completion", "all"])
+@pytest.mark.parametrize("make, template", [(byte_level, CHATML), (metaspace, LLAMA_2), (byte_level, REWRITING)])
+def test_what_lies_far_behind_max_length_need_not_be_tokenized(tmp_path, monkeypatch, make, template, train_on):
+    """The same examples, labels and counts come of the beginnings of long rows: of words, of one word without an end,
+    of texts that tokens are few of; answers before, at and behind max_length."""
+    draw, tokenizer = random.Random(3), make(template)
+    words = ["hello ", "a", "\u00e9", "boats and ", "\n\n", "<|im_end|>", " 12"]
+    rows = []
+    for _ in range(60):
+        word = draw.choice(words)
+        text = [draw.choice([word, draw.choice(words)]) for _ in range(draw.choice([1, 30, 300, 900]))]
+        cut = sorted(draw.randrange(len(text) + 1) for _ in range(3))
+        parts = ["".join(text[begin:end]) or "no" for begin, end in zip([0, *cut], [*cut, len(text)], strict=True)]
+        roles = ["user", "assistant"] * 2
+        rows.append({"messages": [{"role": role, "content": part} for role, part in zip(roles, parts, strict=True)]})
+    source = write(tmp_path / "rows.jsonl", *rows)
+    whole = dataset(source, tokenizer, max_length=40, train_on=train_on)
+    longest = []
+    monkeypatch.setattr(encoding, "SURELY_TOKENIZED", 100)
+    monkeypatch.setattr(encoding, "CHARACTERS_A_TOKEN", 6)
+    label = encoding.label_answers
+    monkeypatch.setattr(encoding, "label_answers", lambda *given: longest.append(len(given[1].text)) or label(*given))
+    beginnings = dataset(source, tokenizer, max_length=40, train_on=train_on)
+    assert longest.count(240) > 20
+    assert list(beginnings.examples) == list(whole.examples)
+    assert beginnings.report == whole.report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tool.errors import UserError
+from qlora_tool.errors import MachineError, UserError
 from qlora_tool.export import staging
 from qlora_tool.export.staging import staged_folder, staging_root, written_so_far
 
@@ -204,3 +205,48 @@ def test_a_flipped_bit_anywhere_in_a_half_made_export_is_found(tmp_path: Path, m
         write_all(output)
         assert [record for record in caplog.records if str(root) in record.getMessage()], (file, bit)
         assert_whole(output)
+
+
+@pytest.mark.parametrize("place", [".out.partial", ".out.partial/model", ".out.previous"])
+def test_a_link_where_an_export_grows_is_refused(tmp_path: Path, place):
+    """What it leads to would be emptied, as whatever no plan names is."""
+    elsewhere, link = tmp_path / "elsewhere", tmp_path / place
+    elsewhere.mkdir()
+    (elsewhere / "mine.txt").write_text("mine")
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(elsewhere)
+    with pytest.raises(UserError, match=f"{link}: a link, where an export is to grow; remove it"):
+        write_all(tmp_path / "out")
+    assert (elsewhere / "mine.txt").read_text() == "mine"
+
+
+def test_a_growing_file_is_not_written_through_a_link(tmp_path: Path):
+    output, elsewhere = tmp_path / "out", tmp_path / "elsewhere.bin"
+    with pytest.raises(MachineError, match="stop"), staged_folder(output, INPUTS) as stage, stage.grow("a.bin") as file:
+        file.write(b"first")
+        file.save()
+        raise OSError(5, "stop")
+    grown = staging_root(output) / "a.bin"
+    grown.rename(elsewhere)
+    grown.symlink_to(elsewhere)
+    write_all(output)
+    assert elsewhere.read_bytes() == b"first" and (output / "a.bin").read_bytes() == b"".join(PIECES["a.bin"])
+
+
+def test_an_export_that_is_replaced_keeps_what_its_links_lead_to(tmp_path: Path):
+    """The earlier one says that it wrote sub/a.txt, and sub lies elsewhere by now."""
+    output, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    output.mkdir()
+    (elsewhere / "a.txt").write_text("mine")
+    (output / "sub").symlink_to(elsewhere)
+    (output / staging.REPORT).write_text(json.dumps({"written": ["sub/a.txt", "../elsewhere/a.txt", staging.REPORT]}))
+    write_all(output)
+    assert (elsewhere / "a.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("odd", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir,
+                                 lambda path: path.write_text("[" * 10**5)])  # fmt: skip
+def test_a_report_that_is_none_is_not_read(tmp_path: Path, odd):
+    odd(tmp_path / staging.REPORT)
+    assert staging.written_by_export(tmp_path) is None

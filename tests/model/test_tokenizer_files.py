@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from qlora_tool.errors import UserError
 from qlora_tool.model.open import open_tokenizer
-from qlora_tool.model.tokenizer_files import copy_tokenizer, read_templates, save_tokenizer
+from qlora_tool.model.tokenizer_files import copy_tokenizer, has_tokenizer, read_templates, save_tokenizer
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -160,3 +160,14 @@ def test_a_tokenizer_that_cannot_be_read_is_one_line_with_what_mends_it(files, s
         open_tokenizer(tmp_path)
     (line,) = raised.value.lines
     assert line.startswith(str(tmp_path)) and said in line and "\n" not in line
+
+
+def test_a_link_to_nothing_is_refused_rather_than_passed_over(tmp_path):
+    """Another folder's tokenizer would be taken without a word."""
+    byte_level(CHATML).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert not has_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").symlink_to("nowhere")
+    assert has_tokenizer(tmp_path)
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: cannot be read: No such file"):
+        open_tokenizer(tmp_path)

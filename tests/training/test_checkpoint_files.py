@@ -27,10 +27,12 @@ from tiny_runs import (
     sealed_again,
 )
 
+from qlora_tool import api
 from qlora_tool.adapters.peft_reading import read_adapter
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.sealed import read_sealed, write_sealed
 from qlora_tool.once import log_once
+from qlora_tool.run_folder import RunFolder
 from qlora_tool.training import belonging, loop
 from qlora_tool.training.checkpoints import Checkpoint
 from qlora_tool.training.loop import train
@@ -436,6 +438,32 @@ def test_no_file_of_a_checkpoint_is_read_that_is_none(run, name, odd):
         Checkpoint.read(file.parent)
 
 
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", ["state.json", "adapter.safetensors", "optimizer.pt"])
+def test_nor_one_of_an_earlier_version(run, name, odd):
+    checkpoint = run[0] / "checkpoints" / "step-000003"
+    as_version_0_1(checkpoint)
+    (checkpoint / name).unlink()
+    ODD[odd](checkpoint / name)
+    with pytest.raises(UserError, match="this checkpoint is broken"):
+        Checkpoint.read(checkpoint)
+
+
+@pytest.mark.parametrize("linked", ["", "checkpoints", "checkpoints/step-000003", "checkpoints/step-000003/state.json",
+                                    "report", "report/rows.json", "metrics.jsonl", "config.yaml"])  # fmt: skip
+def test_a_run_that_is_replaced_keeps_what_its_links_lead_to(run, tmp_path, linked):
+    """The folder of the earlier run, or anything in it, lies elsewhere: all of that stays."""
+    folder, _ = run
+    aside, elsewhere = RunFolder(folder).put_aside(), tmp_path / "elsewhere"
+    assert (aside / linked).exists()
+    (aside / linked).rename(elsewhere)
+    (aside / linked).symlink_to(elsewhere)
+    paths = [elsewhere, *elsewhere.rglob("*")]
+    before = {path: path.read_bytes() for path in paths if path.is_file()}
+    RunFolder(folder).remove_replaced()
+    assert before and {path: path.read_bytes() for path in before if path.exists()} == before
+
+
 def test_what_a_link_leads_to_is_never_removed(run, tmp_path):
     """A checkpoint that lies elsewhere: the run goes on from the one before, and the files stay."""
     folder, config = run
@@ -474,3 +502,33 @@ def test_a_pipe_in_the_place_of_a_runs_file_is_refused(run, name):
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
     assert str(folder / name) in line_of(config)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize("place, reason", [
+    ("/proc/x/run", "/proc is the system's own"), ("/dev/null/run", "/dev/null is no folder"),
+    ("{model}", "lies in the model's own folder"), ("{model}/deep/run", "lies in the model's own folder"),
+])  # fmt: skip
+def test_a_place_where_no_run_can_be_is_refused_by_a_dry_run_too(inputs, place, reason, dry_run):
+    model = inputs[0]
+    before = sorted(model.iterdir())
+    line = line_of(run_config(*inputs, Path(place.format(model=model))), dry_run=dry_run)
+    assert line.startswith("training.output_dir: ") and reason in line
+    assert sorted(model.iterdir()) == before
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_no_file_of_a_finished_run_is_waited_for(inputs, tmp_path, odd):
+    """Every file that the report reads, one at a time: what is none is as good as not there, or refused in a line."""
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    train(run_config(*inputs, run, {"training.max_steps": 2, "training.save_steps": 1}))
+    files = [file.relative_to(run) for file in run.rglob("*") if file.is_file()]
+    assert len(files) > 12
+    for file in files:
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(run, copy)
+        (copy / file).unlink()
+        ODD[odd](copy / file)
+        with contextlib.suppress(UserError, MachineError):
+            api.report(copy, output=tmp_path / "page.html")
+            assert (tmp_path / "page.html").stat().st_size > 1000
