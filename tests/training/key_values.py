@@ -21,7 +21,7 @@ from tokenizers_for_tests import CHATML
 from qlora_tool.config import SECTIONS
 from qlora_tool.config.schema import choices_of, options_of, schemas_of
 from qlora_tool.methods import method_keys
-from qlora_tool.methods.keys import MOST, MOST_RANK
+from qlora_tool.methods.keys import MOST, MOST_RANK, MOST_RATE
 
 METHODS_KEYS = method_keys()
 KEYS = [f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys.model_fields]
@@ -94,7 +94,7 @@ def values_of(key: str) -> list[Any]:
             assert option["type"] in ("integer", "number") and key in TYPICAL, f"{key} needs values here for {option}"
             found += TYPICAL[key]
             found.append(option.get("minimum", TYPICAL[key][0] / 1000))
-            too_many = (MOST, MOST_RANK)  # of steps or columns for a test to go through
+            too_many = (MOST, MOST_RANK, MOST_RATE)  # of steps or columns for a test, or a rate that no loss survives
             found += [option["maximum"]] if option.get("maximum", MOST) not in too_many else []
             found += [option["exclusiveMaximum"] - 0.001] if "exclusiveMaximum" in option else []
     return [value for value in found if (key, value) not in REFUSED]
