@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_adapters import (
     FP32,
     artifact_of,
@@ -211,7 +212,10 @@ def test_several_adapters_are_refused(tmp_path):
 
 def test_values_beyond_the_files_are_refused(tmp_path):
     base = write_chat_base("llama", tmp_path / "base")
-    folder = write_adapter(tmp_path / "adapter", base, alpha_pattern={"v_proj": 1e41})
+    folder = write_adapter(tmp_path / "adapter", base, alpha_pattern={"v_proj": 1e30})
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({name: tensor * 1e12 for name, tensor in tensors.items()}, folder / "adapter_model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
     with pytest.raises(UserError, match=r"adapter of blk\.0\.attn_v\.weight has values that float32 does not hold"):
         export_merged(artifact_of(folder), tmp_path / "out", ExportOptions(format="gguf-adapter"))
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()

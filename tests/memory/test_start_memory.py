@@ -69,7 +69,7 @@ def test_what_a_start_is_made_of():
 
     assert [assumed(start) for start in ("default", "gaussian", "symmetric", "pissa", "loftq")] == [None] * 3 + [0] * 2
     assert assumed("calibrated", calibration_rows=7) == 7 * 30
-    assert assumed("calibrated", calibration_rows=10**12) == MOST_TOKENS
+    assert assumed("calibrated", calibration_rows=2**31 - 1) == MOST_TOKENS
 
 
 @pytest.fixture
