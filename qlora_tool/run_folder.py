@@ -57,6 +57,11 @@ class RunFolder:
                     found.append(json.loads(line))
         return [record for record in found if isinstance(record, dict)]
 
+    def last_record(self) -> dict[str, Any]:
+        """The last of them: a run logs its last step, and evaluates after it. Empty where there is none."""
+        records = self.records()
+        return records[-1] if records else {}
+
     @property
     def report(self) -> Path:
         """The page about the run."""

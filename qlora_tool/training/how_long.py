@@ -27,7 +27,7 @@ MANY_STEPS = 20
 
 # Of a configuration, what a step's speed does not depend on, or what is known by other keys.
 _MODEL_ANYWAY = ("keep_quantized", "trust_remote_code")
-_ADAPTER_ANYWAY = ("lora_alpha", "lora_dropout", "init_lora_weights", "init_from", "use_rslora", "loraplus_lr_ratio")
+_ADAPTER_ANYWAY = ("lora_alpha", "init_lora_weights", "init_from", "use_rslora", "loraplus_lr_ratio")
 _DATA = ("max_length", "packing", "padding_free", "train_on")
 _TRAINING = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_memory",
              "optim", "optimizer_in_backward", "tiled_mlp", "sharding", "full_determinism")  # fmt: skip

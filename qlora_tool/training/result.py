@@ -55,7 +55,7 @@ class TrainResult:
     def of(cls, run: Run, seconds: float, *, finished: bool) -> TrainResult:
         """The result of a run, which took `seconds`."""
         written = finished and run.world.is_main
-        last: dict[str, Any] = next(iter(run.folder.records()[-1:]), {}) if written else {}
+        last: dict[str, Any] = run.folder.last_record() if written else {}
         losses = run.kept_losses() if written else {}
         names = list(run.data.evaluations)
         keys = ["eval_loss"] if len(names) == 1 else [f"eval_{name}_loss" for name in names]

@@ -109,7 +109,7 @@ class Run:
         """The losses, by their names in `metrics.jsonl`, of the evaluation of the adapter that is kept."""
         if self.kept:
             return dict(self.kept.losses)
-        last = next(iter(self.folder.records()[-1:]), {})
+        last = self.folder.last_record()
         return {name: value for name, value in last.items() if name.startswith("eval_")}
 
 
