@@ -134,7 +134,7 @@ class Encoder:
         return None if self.calibration is None else self.calibration.of(names)
 
     def encode(
-        self, code: Code[Form], trained: Tensor, starts: Mapping[str, Tensor], untuned: Tensor | None,
+        self, code: Code[Form], trained: Tensor, starts: dict[str, Tensor], update: Tensor | None,
         moments: Tensor | None,
     ) -> Form:
         """One weight as a file holds it.
@@ -142,33 +142,41 @@ class Encoder:
         Args:
             code: puts a weight on the file's grid.
             trained: (out, in) fp32.
-            starts: by base, of the same shape.
-            untuned: what was trained against; None where nothing was, nor is there a base to choose.
+            starts: by base, of the same shape; each is let go of as soon as it is on the grid.
+            update: `trained` less what was trained against; None where nothing was, nor is there a base to choose.
             moments: damped; see `Calibration.of`.
         """
         self.calibrated += moments is not None
         self.plain += moments is None
-        update = None if untuned is None else trained - untuned
-        made: dict[str, tuple[Coded[Form], Tensor]] = {}
+        made: dict[str, tuple[Callable[[Tensor], Form], Tensor]] = {}
         kept = {base: Kept() for base in starts}
-        for base, start in starts.items():
-            coded = code(start, None if moments is None else moments.diagonal())
-            values = coded.values
-            if moments is not None and update is not None:
-                values = descend_keeping(trained, update, moments, coded.grid, values, SWEEPS)
-            elif moments is not None:
-                values = descend(trained, moments, coded.grid, values, SWEEPS)
-            if update is not None and len(starts) > 1:
-                # By what is missing before it is made up for, which the other rows of a task miss in part all the same.
-                judged = values if moments is None else descend(trained, moments, coded.grid, coded.values, SWEEPS)
-                kept[base].add(judged, trained.reshape_as(judged), update.reshape_as(judged), moments)
-                self._kept[base].join(kept[base])
-            made[base] = coded, values
+        for base in kept:
+            finish, values = self._coded(code(starts.pop(base), None if moments is None else moments.diagonal()),
+                                         trained, update, moments, kept[base] if len(kept) > 1 else None)  # fmt: skip
+            self._kept[base].join(kept[base])
+            made[base] = finish, values
         taken = best(kept, self._weights)
-        if len(starts) > 1:
+        if len(kept) > 1:
             self._tried[taken] += 1
-        coded, values = made[taken]
-        return coded.finish(values)
+        finish, values = made.pop(taken)
+        made.clear()
+        return finish(values)
+
+    def _coded(
+        self, coded: Coded[Form], trained: Tensor, update: Tensor | None, moments: Tensor | None, kept: Kept | None
+    ) -> tuple[Callable[[Tensor], Form], Tensor]:
+        """What finishes a weight on the grid, and its values; `kept`, if given, counts what they keep of the update."""
+        values = coded.values
+        if update is not None and kept is not None:
+            # By what is missing before it is made up for, which the other rows of a task miss in part all the same.
+            judged = values if moments is None else descend(trained, moments, coded.grid, values.clone(), SWEEPS)
+            kept.add(judged, trained.reshape_as(judged), update.reshape_as(judged), moments)
+            del judged
+        if moments is not None and update is not None:
+            descend_keeping(trained, update, moments, coded.grid, values, SWEEPS)
+        elif moments is not None:
+            descend(trained, moments, coded.grid, values, SWEEPS)
+        return coded.finish, values
 
     def close(self) -> None:
         if self.calibration is not None:

@@ -47,12 +47,12 @@ class UpdateLoss:
     update: float = 0.0
     weights: int = 0
 
-    def add(self, quantized: Tensor, trained: Tensor, base: Tensor) -> None:
+    def add(self, quantized: Tensor, trained: Tensor, update: Tensor) -> None:
         """Count one weight; all three fp32, (out, in)."""
-        delta = trained - base
-        self.error += float((quantized - trained).square().sum(dtype=torch.float64))
-        self.kept += float(((quantized - base) * delta).sum(dtype=torch.float64))
-        self.update += float(delta.square().sum(dtype=torch.float64))
+        away = quantized - trained
+        self.error += float(away.square().sum(dtype=torch.float64))
+        self.kept += float(((away + update) * update).sum(dtype=torch.float64))
+        self.update += float(update.square().sum(dtype=torch.float64))
         self.weights += 1
 
     def figures(self) -> dict[str, float | None]:
@@ -154,10 +154,10 @@ class _Writer:
         adapted = group.names[0].removesuffix(".weight") in self.merged.layers
         starts = {base: trained if (model := encoder.model(base)) is encoder.trained else self._weight(model, group)
                   for base in encoder.candidates(adapted)}  # fmt: skip
-        untuned = self._weight(encoder.untuned, group) if adapted else None
-        quantized = encoder.encode(self._code, trained, starts, untuned, encoder.moments(group.names))
-        if untuned is not None:
-            self.loss.add(quantized.dequantize(), trained, untuned)
+        update = trained - self._weight(encoder.untuned, group) if adapted else None
+        quantized = encoder.encode(self._code, trained, starts, update, encoder.moments(group.names))
+        if update is not None:
+            self.loss.add(quantized.dequantize(), trained, update)
         return quantized
 
     def _refuse_no_number(self, name: str, tensor: Tensor) -> None:

@@ -8,13 +8,22 @@ import gguf
 import pytest
 import torch
 
+from qlora_tool.export.grids import descent
 from qlora_tool.export.grids.block_types import BLOCK_TYPES
 from qlora_tool.export.grids.coded import coded_4bit, coded_blocks
-from qlora_tool.export.grids.descent import BLOCK, damped, descend, descend_keeping, weighted_error
+from qlora_tool.export.grids.descent import BLOCK, damped, weighted_error
 from qlora_tool.weights.quantized import quantize
 
 KINDS = [("nf4", False), ("nf4", True), ("fp4", True), *((name, False) for name in BLOCK_TYPES)]
 IDS = [f"{kind}{'-double' if double else ''}" for kind, double in KINDS]
+
+
+def descend(target, moments, grid, start, sweeps):
+    return descent.descend(target, moments, grid, start.clone(), sweeps)
+
+
+def descend_keeping(trained, update, moments, grid, start, sweeps):
+    return descent.descend_keeping(trained, update, moments, grid, start.clone(), sweeps)
 
 
 def a_matrix(out: int, columns: int, seed: int = 0) -> torch.Tensor:

@@ -148,7 +148,7 @@ def test_without_an_update_there_is_nothing_to_choose_by(base, adapter):
     encoder = Encoder(merged, ["dequantized", "original"])
     weight = torch.randn(8, 64)
     encoder.encode(lambda one, _: coded_4bit(quantize(one, "nf4", False)), weight,
-                   {"dequantized": weight, "original": weight + 1}, weight, None)  # fmt: skip
+                   {"dequantized": weight, "original": weight + 1}, torch.zeros_like(weight), None)  # fmt: skip
     assert encoder.base == "dequantized"
 
 

@@ -167,8 +167,8 @@ def test_a_small_update_is_rounded_away_and_a_lossless_one_is_not():
     loss, exact = UpdateLoss(), UpdateLoss()
     grid = quantize(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), "nf4", False).dequantize()
     small = torch.full_like(grid, 1e-4)
-    loss.add(quantize(grid + small, "nf4", False).dequantize(), grid + small, grid)
-    exact.add(grid + small, grid + small, grid)
+    loss.add(quantize(grid + small, "nf4", False).dequantize(), grid + small, small)
+    exact.add(grid + small, grid + small, small)
     assert loss.figures()["update_kept"] < 0.2 and loss.figures()["relative_error"] > 0.9
     assert exact.figures() == {"relative_error": 0.0, "update_kept": 1.0, "adapted_weights": 1}
     assert UpdateLoss().figures()["update_kept"] is None

@@ -223,24 +223,27 @@ class _EncodedGroup:
         if moments is not None and len(moments) != tensor.shape[1]:
             moments = None
         adapted = any(one.removesuffix(".weight") in encoder.merged.layers for one in self._group.names)
-        starts = {base: tensor if base == encoder.merged.base else self._made_by(encoder.model(base), name)
-                  for base in encoder.candidates(adapted)}  # fmt: skip
-        if moments is None and len(starts) == 1:
+        bases = encoder.candidates(adapted)
+        if moments is None and len(bases) == 1:
             encoder.plain += 1
-            return block_bytes(next(iter(starts.values())).float(), own)
+            own_base = bases[0] == encoder.merged.base
+            return block_bytes((tensor if own_base else self._made_by(encoder.model(bases[0]), name)).float(), own)
         trained = tensor if self._trained else self._made_by(encoder.trained, name)
-        untuned = self._made_by(encoder.untuned, name) if adapted else None
+        made = {encoder.merged.base: tensor, "dequantized": trained}
+        starts = {base: made[base] if base in made else self._made_by(encoder.model(base), name) for base in bases}
+        del made, tensor
+        update = trained - self._made_by(encoder.untuned, name) if adapted else None
 
         def code(weight: Tensor, importance: Tensor | None) -> Coded[Tensor]:
             return coded_blocks(own, weight.reshape(-1, weight.shape[-1]).float(), importance)
 
-        return encoder.encode(code, trained, starts, untuned, moments).numpy()
+        return encoder.encode(code, trained, starts, update, moments).numpy()
 
     def _made_by(self, model: MergedModel, name: str) -> Tensor:
-        """The tensor as another model has it; the group's others are kept for as long as the group is written."""
-        if id(model) not in self._of:
+        """The tensor as another model has it; the group's others are kept until they are asked for."""
+        if name not in self._of.get(id(model), ()):
             self._of[id(model)] = self._names.convert(model.tensors(self._group))
-        return self._of[id(model)][name]
+        return self._of[id(model)].pop(name)
 
 
 def _encoded(tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:

@@ -20,7 +20,7 @@ from torch import Tensor
 CLEARLY = 3  # standard deviations
 DAMPING = 0.01  # of the moments' mean diagonal, added to the diagonal
 BLOCK, INNER = 256, 32  # columns
-ROWS = 2048  # at a time: bounds what is held beside the matrix
+ROWS = 1024  # at a time: bounds what is held beside the matrix
 
 
 @dataclass(frozen=True)
@@ -83,20 +83,19 @@ def weighted_error(difference: Tensor, moments: Tensor) -> float:
     return sum(_dot(difference[part] @ moments, difference[part]) for part in _parts(difference))
 
 
-def descend(target: Tensor, moments: Tensor, grid: Grid, start: Tensor, sweeps: int) -> Tensor:
-    """Values on the grid, (out, in) fp32, that are nearer to a target in what products with the inputs make of them.
+def descend(target: Tensor, moments: Tensor, grid: Grid, values: Tensor, sweeps: int) -> Tensor:
+    """Bring values on a grid, in place, nearer to a target in what products with the inputs make of them.
 
     Args:
         target: W, (out, in) fp32.
         moments: H, (in, in) fp32, `damped`.
-        grid: where the result lies.
-        start: values on the grid, (out, in).
+        grid: where the values lie.
+        values: to start from, (out, in) fp32; they are changed and returned.
         sweeps: over all columns.
     """
-    found = start.clone()  # of its own, whatever the start is a view of
     for part in _parts(target):  # each row by itself has its least
-        _descend_rows(target[part], moments, grid, found, part, sweeps)
-    return found
+        _descend_rows(target[part], moments, grid, values, part, sweeps)
+    return values
 
 
 def _parts(matrix: Tensor) -> list[slice]:
@@ -110,7 +109,7 @@ def _descend_rows(target: Tensor, moments: Tensor, grid: Grid, values: Tensor, p
 
 
 def descend_keeping(
-    trained: Tensor, update: Tensor, moments: Tensor, grid: Grid, start: Tensor, sweeps: int
+    trained: Tensor, update: Tensor, moments: Tensor, grid: Grid, values: Tensor, sweeps: int
 ) -> Tensor:
     """`descend` towards trained weights W = W₀ + Δ, so that none of the update Δ is missing.
 
@@ -122,10 +121,10 @@ def descend_keeping(
 
     Args:
         trained, update: W and Δ, (out, in) fp32.
-        moments, grid, start, sweeps: see `descend`.
+        moments, grid, values, sweeps: see `descend`; the values are changed here too.
     """
     size, more = weighted_error(update, moments), 0.0  # more: g - 1
-    values = descend(trained, moments, grid, start, 1)
+    descend(trained, moments, grid, values, 1)
     for sweep in range(1, sweeps):
         if size:
             missing = -_weighted_dot(update, moments, values, trained) / size
