@@ -9,6 +9,7 @@ one layer in fp32, the moments of its modules, and every batch's hidden states.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -43,15 +44,17 @@ class Moments:
         one = next(iter(first)) if len(first) == 1 else None
         return None if one is None else self._sums[one]
 
-    def add(self, module: str, x: Tensor, seen: dict[str, Tensor]) -> None:
-        """Count an input (…, in). `seen`: those of this batch so far, by module."""
-        known = self._of.get(module) or next((name for name, other in seen.items() if other is x), module)
+    def add(self, module: str, x: Tensor, seen: dict[str, weakref.ref[Tensor]]) -> None:
+        """Count an input (…, in). `seen`: those of this batch so far, by module; they are not kept alive by it."""
+        known = self._of.get(module) or next((name for name, other in seen.items() if other() is x), module)
         self._of[module] = known
-        seen[module] = x
+        seen[module] = weakref.ref(x)
         if known != module:
             return
         flat = x.reshape(-1, x.shape[-1])
-        total = self._sums.setdefault(module, flat.new_zeros(flat.shape[1], flat.shape[1], dtype=torch.float32))
+        if module not in self._sums:
+            self._sums[module] = flat.new_zeros(flat.shape[1], flat.shape[1], dtype=torch.float32)
+        total = self._sums[module]
         for part in flat.split(_CHUNK):
             part = part.float()
             total.addmm_(part.T, part)
@@ -103,7 +106,7 @@ class LayerPass:
         self._running: int | None = None
         self._failed: BaseException | None = None
         self._stopped = False
-        self._moments, self._seen = Moments(), {}  # type: Moments, dict[str, Tensor]
+        self._moments, self._seen = Moments(), {}  # type: Moments, dict[str, weakref.ref[Tensor]]
         self._add_hooks()
 
     def _add_hooks(self) -> None:
