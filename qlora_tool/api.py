@@ -13,19 +13,19 @@ from __future__ import annotations
 import json as _json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qlora_tool.config import Config, ModelConfig, load_config, parse_size, with_values
 from qlora_tool.config.places import refuse_as_model
 from qlora_tool.errors import OptionError, UserError
 
 if TYPE_CHECKING:
-    from qlora_tool.artifacts import BaseOptions
+    from qlora_tool.artifacts import Artifact, BaseOptions
     from qlora_tool.export.write import ExportResult
-    from qlora_tool.inference.generate import GenerateResult
+    from qlora_tool.inference.generate import GenerateResult, PromptAnswer
     from qlora_tool.inference.score import EvaluateResult
     from qlora_tool.inspection.inspect import InspectResult
     from qlora_tool.memory.profile_run import MemoryProfile
@@ -314,8 +314,11 @@ def generate(
     *,
     prompt: str | Sequence[str] = (),
     prompts: AnyPath | None = None,
+    chat: Iterable[str] | Literal[False] = False,
+    system: str | None = None,
     adapter: Adapters = (),
     compare_base: bool = False,
+    json: AnyPath | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -328,6 +331,8 @@ def generate(
     double_quant: bool | None = None,
     device: str = "auto",
     compute_dtype: str = "auto",
+    on_text: Callable[[str], None] | None = None,
+    on_answer: Callable[[PromptAnswer], None] | None = None,
 ) -> GenerateResult:
     """Answer prompts with a run, an adapter, an exported model or any model.
 
@@ -335,9 +340,12 @@ def generate(
         run_or_model: a folder, a hub id, or demo.
         prompt: what to ask: one text or several.
         prompts: a data file, or a .txt with one prompt a line.
+        chat: the turns of one conversation, in the place of prompts; each is answered before the next is asked for.
+        system: a system turn before each prompt, or before the conversation.
         adapter: adapters on one base, all of which answer: `{"poems": "runs/poems"}`, or `["poems=runs/poems"]`. The
             base is `run_or_model`, or the base of it where it is a run or an adapter, which then answers too.
         compare_base: let the base answer first.
+        json: where to write the answers, one JSON object a line.
         max_new_tokens: of an answer at most.
         temperature: 0 is greedy.
         top_p, top_k: what sampling is restricted to; 1.0 and 0 restrict nothing.
@@ -347,6 +355,8 @@ def generate(
         model, quantization, double_quant: the base of an adapter that does not say it all.
         device: auto, cuda or cpu.
         compute_dtype: of the matrix products: auto, bfloat16, float16 or float32.
+        on_text: told an answer of a chat piece by piece, as it is written.
+        on_answer: told each answer of a chat before the next turn is asked for.
 
     Raises:
         UserError: nothing to ask, a prompt that is too long, a model that cannot be opened, an option at fault.
@@ -354,8 +364,7 @@ def generate(
     """
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     file = None if prompts is None else os.fspath(prompts)
-    if not texts and file is None:
-        raise OptionError("nothing to answer: give --prompt TEXT or --prompts FILE")
+    _refuse_together(chat is not False, texts, file, adapter, compare_base, system)
     from qlora_tool.inference.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, batch_size)
@@ -365,10 +374,37 @@ def generate(
         check_sources([file], need_answers=False, run=run_or_model)
     refuse_as_model(os.fspath(run_or_model), rows="--prompts")
     options = _base_options(model, quantization, double_quant, device, compute_dtype)
+    from qlora_tool.inference.chat import chat as talk
+    from qlora_tool.inference.generate import Questions
     from qlora_tool.inference.generate import generate as answer
     from qlora_tool.inference.named import find_named
 
-    return answer(find_named(run_or_model, options, chat_template_kwargs, adapter), texts, file, sampling, compare_base)
+    named = find_named(run_or_model, options, chat_template_kwargs, adapter)
+    if chat is False:
+        found = answer(named, Questions(texts, file, system), sampling, compare_base)
+    else:
+        found = talk(cast("Artifact", named), chat, sampling, system, on_text, on_answer)
+    _write_json_lines(json, [one.as_json() for one in found.answers])
+    return found
+
+
+def _refuse_together(
+    chat: bool, texts: Sequence[str], file: str | None, adapter: Adapters, compare_base: bool, system: str | None
+) -> None:
+    """Refuse options of `generate` that do not go together.
+
+    Raises:
+        OptionError: nothing to ask, or something beside a chat.
+    """
+    beside = [name for name, given in {"--prompt": texts, "--prompts": file, "--adapter": adapter,
+                                       "--compare-base": compare_base}.items() if given]  # fmt: skip
+    if chat and beside:
+        raise OptionError(f"--chat talks with one model, and {' and '.join(beside)} cannot go with it: leave one of "
+                          "the two out")  # fmt: skip
+    if not chat and not texts and file is None:
+        raise OptionError("nothing to answer: give --prompt TEXT or --prompts FILE, or --chat")
+    if system is not None and not system.strip():
+        raise OptionError("--system: expected a text, found an empty one")
 
 
 def evaluate(
@@ -546,6 +582,14 @@ def _base_options(
 
     base = None if model is None else os.fspath(model)
     return BaseOptions(base, quantization, double_quant, device, compute_dtype, quantization_else)
+
+
+def _write_json_lines(file: AnyPath | None, objects: Sequence[dict[str, Any]]) -> None:
+    if file is not None:
+        from qlora_tool.files.atomic import refuse_no_folder, write_text
+
+        refuse_no_folder(Path(file))
+        write_text(Path(file), "".join(f"{_json.dumps(one, ensure_ascii=False)}\n" for one in objects))
 
 
 def _write_json(file: AnyPath | None, content: dict[str, Any]) -> None:

@@ -58,9 +58,9 @@ class RunFolder:
         return [record for record in found if isinstance(record, dict)]
 
     def last_record(self) -> dict[str, Any]:
-        """The last of them: a run logs its last step, and evaluates after it. Empty where there is none."""
-        records = self.records()
-        return records[-1] if records else {}
+        """The last that is of a step, not of answers: a run logs its last step, and evaluates after it. Empty where
+        there is none."""
+        return next((record for record in reversed(self.records()) if "samples" not in record), {})
 
     @property
     def report(self) -> Path:

@@ -45,7 +45,7 @@ from qlora_tool.config import load_config, with_values
 from qlora_tool.memory import profile
 
 CPU = {"device": "cpu", "compute_dtype": "float32"}
-CALLBACKS = {"on_profile", "on_written"}
+CALLBACKS = {"on_profile", "on_written", "on_text", "on_answer"}
 
 
 @pytest.fixture(scope="module")

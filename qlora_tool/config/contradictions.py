@@ -11,6 +11,9 @@ from qlora_tool.methods.starts import OF_ERRORS
 
 # What most families call their input embeddings and output projection.
 _EMBEDDING_MODULES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+# Of prompts that are answered while a run trains.
+FROM_DISK = "but model.weights: disk would read the whole base for every token of an answer"
+ASK_LATER = "leave it out, and ask `qlora-tool generate` after the run"
 
 
 def evaluation_losses(config: Config) -> dict[str, str]:
@@ -95,11 +98,12 @@ def _of_training(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if data.format == "text" and data.train_on == "completion":
         message = "completion cannot go with data.format text, which is trained on every token; leave it out or set all"
         yield ("data.train_on", "data.format"), message
-    if training.eval_steps is not None and data.eval is None:
+    if training.eval_steps is not None and data.eval is None and not training.eval_prompts:
         message = f"{training.eval_steps}, but there is nothing to evaluate; set data.eval, or leave eval_steps out"
         yield ("training.eval_steps", "data.eval"), message
     yield from _of_sharding(config)
     yield from _of_evaluations(config)
+    yield from _of_prompts(config)
     if training.group_by_length and data.packing:
         message = "true, but packed rows are of one length already; set data.packing: false, or leave it out"
         yield ("training.group_by_length", "data.packing"), message
@@ -114,6 +118,18 @@ def _of_training(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("training.optimizer_in_backward", "training.max_grad_norm"), message
 
 
+def _of_prompts(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What answers to prompts while it trains need."""
+    prompts, key = config.training.eval_prompts, "training.eval_prompts"
+    if prompts and config.model.weights == "disk":
+        yield (key, "model.weights"), f"{found(prompts)}, {FROM_DISK}; {ASK_LATER}"
+    if isinstance(prompts, int) and config.data.eval is None:
+        yield (key, "data.eval"), f"{prompts}, but no rows are held out; set data.eval, or give prompts"
+    elif isinstance(prompts, int) and config.data.train_on == "all":
+        message = f"{prompts}, but with data.train_on: all no row says where its answer begins; give prompts"
+        yield (key, "data.train_on"), message
+
+
 def _of_sharding(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     """What is not shared out over processes."""
     if config.training.sharding == "none":
@@ -122,6 +138,10 @@ def _of_sharding(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if config.adapter.method == "full":
         message = "fsdp shares out the frozen base, and with method: full nothing is frozen; leave it out"
         yield (key, "adapter.method"), message
+    if config.training.eval_prompts:
+        message = ("fsdp, but answers to training.eval_prompts are written by one process with the whole base; set "
+                   "sharding: none, or leave the prompts out")  # fmt: skip
+        yield (key, "training.eval_prompts"), message
     if config.model.weights not in ("auto", "resident"):
         message = f"fsdp, but model.weights: {config.model.weights} keeps the base elsewhere; leave one of the two out"
         yield (key, "model.weights"), message

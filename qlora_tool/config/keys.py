@@ -17,6 +17,7 @@ from qlora_tool.config.types import (
     LayerNumbers,
     ModuleNames,
     Pattern,
+    Prompts,
     Size,
     StepsOrShare,
     Text,
@@ -286,6 +287,8 @@ class TrainingConfig(Keys):
     """What is lowest in the best evaluation: the loss on data.eval, on the first of several sets if none is named."""
     early_stopping_patience: Annotated[Count | None, Mark.NOT_IN_MEMORY, Mark.FREE_ON_RESUME] = None
     """Stop after this many evaluations, one after the other, that are no better than the best before; null: never."""
+    eval_prompts: Annotated[Prompts, Mark.NOT_IN_MEMORY, Mark.FREE_ON_RESUME] = Field(default_factory=list)
+    """Prompts, or how many rows of data.eval, to answer before the first step, at every evaluation and at the end."""
     sharding: Annotated[Literal["none", "fsdp"], Mark.FREE_ON_RESUME] = "none"
     """Of several processes: each holds the whole frozen base, or an equal share of every layer's."""
     report_to: Annotated[

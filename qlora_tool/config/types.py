@@ -66,6 +66,10 @@ def _to_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def _one_to_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else _to_list(value)
+
+
 Text = Annotated[NotEmpty, AfterValidator(_expand_home)]
 Pattern = Annotated[str, AfterValidator(check_pattern), Field(title="one regular expression")]
 Epochs = Annotated[float, Field(gt=0, le=MOST), AS_WRITTEN]
@@ -83,6 +87,12 @@ Size = (
         Field(title="a size such as 24GB (10^9 bytes each) or 22GiB (2^30 bytes each)"),
     ]
     | Annotated[int, Field(gt=0, le=_MOST_BYTES, title="a whole number of bytes")]
+)
+_Prompt = Annotated[NotEmpty, Field(max_length=4000)]
+_Prompts = Annotated[list[_Prompt], Field(max_length=8, title="a list of at most 8 texts of at most 4000 characters")]
+Prompts = (
+    Annotated[int, Field(ge=1, le=8, title="a number of held-out rows from 1 to 8"), WHOLE]
+    | Annotated[_Prompts, BeforeValidator(_one_to_list, json_schema_input_type=_Prompts | _Prompt)]
 )
 Fraction = Annotated[float, Field(gt=0, lt=1, title="a fraction above 0 and below 1"), AS_WRITTEN]
 Mixture = Annotated[

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_tool.artifacts import Artifact
 from qlora_tool.config import DataConfig
 from qlora_tool.data.prompts import Prompt, prompts_from_texts, read_prompts
 from qlora_tool.errors import UserError
-from qlora_tool.inference.answer import Answers, answer
+from qlora_tool.inference.answer import Answer, Answers, answer
 from qlora_tool.inference.open import open_artifact
 from qlora_tool.inference.peak import PeakMemory
 from qlora_tool.inference.sampling import Sampling
@@ -23,20 +23,66 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Questions:
+    """What is asked.
+
+    Attributes:
+        texts: prompts.
+        file: more of them; see `read_prompts`.
+        system: a system turn before each.
+    """
+
+    texts: Sequence[str]
+    file: str | None = None
+    system: str | None = None
+
+    def read(self, artifact: Artifact, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+        """The prompts as a tokenizer writes them: those given as texts, then those of the file."""
+        own, kwargs = artifact.run.data if artifact.run else DataConfig(), artifact.chat_template_kwargs
+        prompts = prompts_from_texts(self.texts, tokenizer, kwargs, self.system)
+        if self.file is not None:
+            prompts += read_prompts(self.file, "auto", tokenizer, kwargs, own.columns, self.system)
+        return prompts
+
+
+@dataclass(frozen=True)
 class PromptAnswer:
     """A prompt and what was answered.
 
     Attributes:
         prompt: the question as a person would write it: the last turn before the answer.
-        text: the answer, special tokens left out.
-        base_text: the base's, where that was asked for.
-        by_adapter: each adapter's by its name, where there are several; `text` is the first's.
+        answer: with its number of tokens and why it ends.
+        base: the base's, where that was asked for.
+        each: each adapter's by its name, where there are several; `answer` is the first's.
     """
 
     prompt: str
-    text: str
-    base_text: str | None = None
-    by_adapter: Mapping[str, str] = field(default_factory=dict)
+    answer: Answer
+    base: Answer | None = None
+    each: Mapping[str, Answer] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The answer, special tokens left out."""
+        return self.answer.text
+
+    @property
+    def base_text(self) -> str | None:
+        """The base's, where that was asked for."""
+        return self.base and self.base.text
+
+    @property
+    def by_adapter(self) -> dict[str, str]:
+        """Each adapter's by its name, where there are several; `text` is the first's."""
+        return {name: one.text for name, one in self.each.items()}
+
+    def as_json(self) -> dict[str, Any]:
+        found = {"prompt": self.prompt, **self.answer.as_json()}
+        if self.base is not None:
+            found["base"] = self.base.as_json()
+        if self.each:
+            found["by_adapter"] = {name: one.as_json() for name, one in self.each.items()}
+        return found
 
 
 @dataclass(frozen=True)
@@ -55,7 +101,7 @@ class Effort:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
+        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 @dataclass(frozen=True)
@@ -76,58 +122,56 @@ class GenerateResult:
 
 
 def generate(
-    artifact: Artifact | Several, texts: Sequence[str], file: str | None, sampling: Sampling, compare_base: bool = False
+    artifact: Artifact | Several, questions: Questions, sampling: Sampling, compare_base: bool = False
 ) -> GenerateResult:
     """Answer prompts.
 
     Args:
         artifact: what answers; of several adapters each, on one base that is read once.
-        texts: prompts.
-        file: more of them; see `read_prompts`.
         compare_base: let the model that `artifact` was made from answer first.
 
     Raises:
         UserError: it is not known what the artifact was made from; and see `read_prompts`, `open_artifact`, `answer`.
     """
     if isinstance(artifact, Several):
-        return _generate_several(artifact, texts, file, sampling, compare_base)
+        return _generate_several(artifact, questions, sampling, compare_base)
     if not compare_base:
-        prompts, answers, peak = _answers(artifact, texts, file, sampling)
-        pairs = zip(prompts, answers.texts, strict=True)
-        return GenerateResult(tuple(PromptAnswer(prompt.text, text) for prompt, text in pairs), _effort(answers, peak))
+        prompts, answers, peak = _answers(artifact, questions, sampling)
+        pairs = zip(prompts, answers.each, strict=True)
+        return GenerateResult(tuple(PromptAnswer(prompt.text, one) for prompt, one in pairs), effort_of(answers, peak))
     base = Artifact(_base_of(artifact).name_or_path, _base_of(artifact),
                     chat_template_kwargs=artifact.chat_template_kwargs)  # fmt: skip
-    _, before, base_peak = _answers(base, texts, file, sampling)
-    prompts, answers, peak = _answers(artifact, texts, file, sampling)
-    triples = zip(prompts, answers.texts, before.texts, strict=True)
+    _, before, base_peak = _answers(base, questions, sampling)
+    prompts, answers, peak = _answers(artifact, questions, sampling)
+    triples = zip(prompts, answers.each, before.each, strict=True)
     return GenerateResult(
-        tuple(PromptAnswer(prompt.text, text, base_text) for prompt, text, base_text in triples),
-        _effort(answers, peak), _effort(before, base_peak),
+        tuple(PromptAnswer(prompt.text, one, of_base) for prompt, one, of_base in triples),
+        effort_of(answers, peak), effort_of(before, base_peak),
     )  # fmt: skip
 
 
 def _generate_several(
-    several: Several, texts: Sequence[str], file: str | None, sampling: Sampling, compare_base: bool
+    several: Several, questions: Questions, sampling: Sampling, compare_base: bool
 ) -> GenerateResult:
     names = [*([BASE] if compare_base else []), *several.adapters]
-    answers: dict[str, list[str]] = {}
+    answers: dict[str, list[Answer]] = {}
     efforts: dict[str, Effort] = {}
     prompts: list[Prompt] = []
     with PeakMemory() as peak:
         opened = Opened(several)
         peak.watch(opened.model.device)
-        asked = {name: _prompts(opened.artifact(name), opened.tokenizers[name], texts, file) for name in names}
+        asked = {name: questions.read(opened.artifact(name), opened.tokenizers[name]) for name in names}
         for name in names:
             model, tokenizer = opened.use(name)
             prompts = asked[name]
             found = answer(model, tokenizer, prompts, sampling, ends=opened.ends[name])
-            answers[name], efforts[name] = found.texts, _effort(found, 0)
+            answers[name], efforts[name] = found.each, effort_of(found, 0)
     efforts = {name: replace(effort, peak_bytes=peak.bytes) for name, effort in efforts.items()}
-    base_effort, base_texts = efforts.pop(BASE, None), answers.pop(BASE, None)
+    base_effort, of_base = efforts.pop(BASE, None), answers.pop(BASE, None)
     first = next(iter(answers))
     return GenerateResult(
         tuple(
-            PromptAnswer(prompt.text, answers[first][index], base_texts[index] if base_texts else None,
+            PromptAnswer(prompt.text, answers[first][index], of_base[index] if of_base else None,
                          {name: found[index] for name, found in answers.items()})
             for index, prompt in enumerate(prompts)
         ),
@@ -142,26 +186,21 @@ def _base_of(artifact: Artifact) -> ModelConfig:
 
 
 def _answers(
-    artifact: Artifact, texts: Sequence[str], file: str | None, sampling: Sampling
+    artifact: Artifact, questions: Questions, sampling: Sampling
 ) -> tuple[list[Prompt], Answers, int]:
     """The prompts as this artifact's tokenizer writes them, its answers, and the peak of memory over its life."""
     with PeakMemory() as peak:
         model, tokenizer = open_artifact(artifact)
         peak.watch(model.device)
-        prompts = _prompts(artifact, tokenizer, texts, file)
+        prompts = questions.read(artifact, tokenizer)
         answers = answer(model, tokenizer, prompts, sampling)
     return prompts, answers, peak.bytes
 
 
-def _prompts(
-    artifact: Artifact, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], file: str | None
-) -> list[Prompt]:
-    own, kwargs = artifact.run.data if artifact.run else DataConfig(), artifact.chat_template_kwargs
-    prompts = prompts_from_texts(texts, tokenizer, kwargs)
-    if file is not None:
-        prompts += read_prompts(file, "auto", tokenizer, kwargs, own.columns)
-    return prompts
+def effort_of(answers: Answers, peak_bytes: int) -> Effort:
+    """What answers took.
 
-
-def _effort(answers: Answers, peak_bytes: int) -> Effort:
+    Args:
+        peak_bytes: of memory.
+    """
     return Effort(answers.tokens, answers.seconds, peak_bytes)

@@ -20,7 +20,7 @@ LONGEST_SAMPLE = 4000  # characters
 
 def summary(found: Found) -> str:
     """What the run was, and what came of it."""
-    config, last = found.config, found.records[-1] if found.records else {}
+    config, last = found.config, found.folder.last_record()
     losses, speeds = found.series("loss"), [speed for _, speed in found.series("tokens_per_second")]
     shape = [f"{key} {value:g}" for key in ("r", "lora_alpha")
              if isinstance(value := getattr(config.adapter, key, None), int | float)]  # fmt: skip
@@ -60,7 +60,8 @@ def samples(found: Found) -> str:
         told = "".join(f'<dt>{escaped(name)}</dt><dd class="said">{_said(answer.get("answer", ""))}</dd>'
                        for name, answer in zip(names[-len(answers) :], answers, strict=True))  # fmt: skip
         prompt = f'<dt>prompt</dt><dd class="said">{_said(sample.get("prompt", ""))}</dd>'
-        body.append(f'<dl class="sample">{prompt}{told}</dl>')
+        wanted = f'<dt>expected</dt><dd class="said">{_said(sample["expected"])}</dd>' if "expected" in sample else ""
+        body.append(f'<dl class="sample">{prompt}{wanted}{told}</dl>')
     return section("samples", title, body)
 
 

@@ -44,6 +44,7 @@ from qlora_tool.training.resume import checkpoint_at, refuse_another_run, refuse
 from qlora_tool.training.rows_note import note_rows
 from qlora_tool.training.run import Run, Watcher
 from qlora_tool.training.run_data import RunData
+from qlora_tool.training.samples import answer_samples, read_samples, refuse_from_disk
 from qlora_tool.training.schedule import learning_rate, warmup_length
 from qlora_tool.training.step import StepSettings, no_phases, train_step
 from qlora_tool.training.takeover import alone_in, refuse_nothing_left, remove_replaced, take_over
@@ -117,12 +118,14 @@ def _train(
         if extend:
             refuse_nothing_left(checkpoint, plan)
     largest = _largest_batch(plan, data, setup.padding_free)
+    samples = world.each(partial(read_samples, config, data, setup.model_config, largest.tokens))
     start = Start(data.train.examples, None if checkpoint is None else checkpoint.tensors)
     recomputation = None
     if watcher is not None:
         decided = world.on_main(lambda: watcher.check(setup, largest, start))
         recomputation, config = decided.recomputation, decided.config
         setup = replace(setup, config=config)
+        refuse_from_disk(config)
     build = partial(setup.build, recomputation=recomputation, start=start)
     kept = config.model.keep_quantized or config.model.weights == "disk"
     built = world.locally_first(build) if kept else world.each(build)
@@ -139,7 +142,8 @@ def _train(
     for remark in built.remarks:
         logger.warning(remark)
     optimizer = make_optimizer(config.training, parameter_groups(adapters))
-    run = Run(config, folder, data, model, adapters, optimizer, plan, setup.padding_free, world=world)
+    run = Run(config, folder, data, model, adapters, optimizer, plan, setup.padding_free, world=world,
+              samples=samples)  # fmt: skip
     for line in run_lines(run, 0 if checkpoint is None else checkpoint.progress.step):
         logger.info(line)
     logger.info(first_row(data.train, next(plan.steps(0))[0][0], data.tokenizer))
@@ -158,6 +162,7 @@ def _train(
     world.on_main(partial(note_rows, run))
     if run.progress.step == 0:
         run.progress.untuned = {"loss": _loss_of_the_base(run)} | _evaluate(run, logger.info)
+        answer_samples(run, logger.info)
     _fit(run, watcher)
     finish(run)
     world.on_main(partial(save_trained, run))
@@ -241,7 +246,8 @@ def _take_steps(run: Run, stop: StopRequest, line: LiveLine, speed: Speed, watch
         step = run.progress.step
         rows = [where for batch in batches for where in batch.where]
         late.add(step, result.loss, result.grad_norm, trained, run.optimizer.loss_scale, rows)
-        evaluated = _is_due(step, run.training.eval_steps, total) and run.data.evaluations
+        due = _is_due(step, run.training.eval_steps, total)
+        evaluated = due and run.data.evaluations
         logged = evaluated or step % run.training.logging_steps == 0 or step == total
         saving = step % run.training.save_steps == 0 or step == total
         # The first two steps are read at once for the sake of the speed, which leaves them out or counts from them.
@@ -260,6 +266,8 @@ def _take_steps(run: Run, stop: StopRequest, line: LiveLine, speed: Speed, watch
             metrics.write(record)
             if run.accelerator is not None:
                 run.accelerator.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=step)
+        if due:
+            answer_samples(run, line.say)
         line.step(step, record, memory_in_words(run.model.device, run.tensor_bytes) if logged else "")
         signal_number = int(world.highest(stop.signal_number or 0))
         if saving or signal_number:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from qlora_tool.model.checkpointing import Recomputation
+    from qlora_tool.training.samples import Samples
 
 
 @dataclass
@@ -37,7 +38,8 @@ class Run:
 
     `padding_free`: whether rows are laid one after the other, as asked for and as the family allows. `tensor_bytes`:
     what tensors take at the peak of a step, where a watcher has seen one. `outcome`: once all steps are done. `world`:
-    the processes that take the steps together, of which the first one writes.
+    the processes that take the steps together, of which the first one writes. `samples`: prompts that are answered
+    while it trains.
     """
 
     config: Config
@@ -53,6 +55,7 @@ class Run:
     tensor_bytes: int | None = None
     outcome: Outcome | None = None
     world: World = field(default_factory=World)
+    samples: Samples | None = None
 
     @property
     def training(self) -> TrainingConfig:

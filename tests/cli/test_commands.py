@@ -361,7 +361,7 @@ def test_sampling_options_reach_the_model(here: Path):
 
 def test_what_generate_refuses(here: Path):
     tail = " (in 'qlora-tool generate'; see 'qlora-tool generate --help')"
-    assert error(here, "generate", "run") == f"nothing to answer: give --prompt TEXT or --prompts FILE{tail}"
+    assert error(here, "generate", "run") == f"nothing to answer: give --prompt TEXT or --prompts FILE, or --chat{tail}"
     line = error(here, "generate", "run", "--prompt", "a", "--top-p", "0.9")
     assert line == f"--top-p and --top-k restrict sampling, and --temperature 0 takes no samples; raise it{tail}"
     line = error(here, "generate", "base", "--prompt", "a", "--compare-base")

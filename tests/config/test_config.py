@@ -56,7 +56,7 @@ training: {output_dir: runs/my-model, num_train_epochs: auto, max_steps: -1, per
   offload_boundaries: false, tiled_mlp: false, max_memory: null, seed: 0,
   full_determinism: false, logging_steps: 1, eval_steps: null,
   save_steps: 100, save_total_limit: 2, load_best_model_at_end: false, metric_for_best_model: loss,
-  early_stopping_patience: null, sharding: none, report_to: []}
+  early_stopping_patience: null, eval_prompts: [], sharding: none, report_to: []}
 """
 
 
@@ -467,7 +467,7 @@ def test_the_keys_that_may_differ_when_a_run_is_resumed():
         "training.offload_boundaries",
         *(f"training.{key}" for key in (
             "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "max_memory", "sharding",
-                "load_best_model_at_end", "metric_for_best_model", "early_stopping_patience",
+                "load_best_model_at_end", "metric_for_best_model", "early_stopping_patience", "eval_prompts",
         )),
     }  # fmt: skip
 

@@ -16,7 +16,7 @@ from qlora_tool.cli import main
 from qlora_tool.config import Config, DataConfig
 from qlora_tool.inference import generate as generating
 from qlora_tool.inference import score as scoring
-from qlora_tool.inference.answer import Answers
+from qlora_tool.inference.answer import Answer, Answers
 from qlora_tool.inference.sampling import Sampling
 
 # As Qwen3's: the switch closes the thought in the prompt.
@@ -47,7 +47,7 @@ def asked(monkeypatch):
 
     def answer(model, tokenizer, prompts, *rest):
         seen.extend(tokenizer.decode(prompt.input_ids) for prompt in prompts)
-        return Answers([prompt.expected or "" for prompt in prompts], 1.0, 1)
+        return Answers([Answer(prompt.expected or "", 1, "stop") for prompt in prompts], 1.0)
 
     monkeypatch.setattr(generating, "answer", answer)
     monkeypatch.setattr(scoring, "answer", answer)
@@ -59,7 +59,7 @@ def test_generate(base, asked, tmp_path, kwargs, end):
     questions = tmp_path / "questions.jsonl"
     questions.write_text(json.dumps({"prompt": "And you?"}) + "\n")
     artifact = run_of(base, chat_template_kwargs=kwargs)
-    generating.generate(artifact, ["hello"], str(questions), Sampling())
+    generating.generate(artifact, generating.Questions(["hello"], str(questions)), Sampling())
     assert len(asked) == 2
     assert all(prompt.endswith(f"<|im_start|>{end}") for prompt in asked)
 

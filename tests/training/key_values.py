@@ -55,6 +55,7 @@ TEXTS: dict[str, list[Any]] = {
     "data.chat_template": [None, "chat.jinja"],
     "training.output_dir": ["run"],
     "training.metric_for_best_model": ["loss", "eval_loss"],
+    "training.eval_prompts": [[], 2, ["What is 1 and 2?", "Paris"], "Who?"],
     "training.max_memory": [None, "2GB", 1_500_000_000],
     "training.report_to": [[], "none"],  # what is installed, or not, has a test of its own
 }  # fmt: skip
@@ -134,6 +135,8 @@ def with_company(key: str, value: Any) -> dict[str, Any]:
         return {key: value, "training.max_steps": 2}  # how many it stands for has a test of its own
     if key in ("training.load_best_model_at_end", "training.early_stopping_patience") and value:
         return {key: value, "data.eval": 0.2, "training.eval_steps": 1}
+    if key == "training.eval_prompts" and value == 2:
+        return {key: value, "data.eval": 0.2, "data.train_on": "completion"}
     if key == "training.eval_steps" and value is not None:
         return {key: value, "data.eval": 0.2}
     return {key: value}

@@ -126,6 +126,8 @@ def test_a_run(here: Path, number: int):
     assert result.exit_code == 0, (run, result.output, result.exception)
     folder = here / "run"
     records, steps = read_metrics(folder), run["training.max_steps"]
+    samples = [record for record in records if "samples" in record]
+    records = [record for record in records if "samples" not in record]
     if steps == -1:
         reached, wanted = records[-1]["epoch"], run["training.num_train_epochs"]
         assert reached >= wanted > reached - reached / records[-1]["step"] - 1e-4
@@ -134,6 +136,11 @@ def test_a_run(here: Path, number: int):
     every = run["training.eval_steps"]
     evaluated = [step for step in range(1, steps + 1) if step == steps or (every and step % every == 0)]
     evaluated = evaluated if run["data.eval"] is not None else []
+    if (prompts := run["training.eval_prompts"]) not in ([], OMITTED):
+        due = [step for step in range(steps + 1) if step in (0, steps) or (every and step % every == 0)]
+        assert [record["step"] for record in samples] == due
+        count = prompts if isinstance(prompts, int) else 1 if isinstance(prompts, str) else len(prompts)
+        assert {len(record["samples"]) for record in samples} == {count}
     assert [record["step"] for record in records] == sorted({*logged, *evaluated, steps})
     assert [record["step"] for record in records if "eval_loss" in record] == evaluated
     names = {"eval_one_loss", "eval_other_loss"} if isinstance(run["data.eval"], dict) else set()
