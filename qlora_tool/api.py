@@ -414,6 +414,7 @@ def evaluate(
     format: str = "auto",
     max_length: int | None = None,
     generate: bool = False,
+    show: int | None = None,
     max_new_tokens: int = 256,
     batch_size: int = 16,
     adapter: Adapters = (),
@@ -433,7 +434,8 @@ def evaluate(
         data: what to score: a file; several, each with the file's name or as NAME=FILE; or a mapping from names.
         format: how rows are read, as in `data.format`.
         max_length: tokens of a row at most; None: the run's, else 2048.
-        generate: also generate answers, greedily, and count the exact matches.
+        generate: also generate answers, greedily: the share of exact matches, and how like they are (token F1).
+        show: how many of them the result's `shown` gives of each set; None: 3. All of them are in its scores.
         max_new_tokens: of an answer at most.
         batch_size: rows at a time.
         adapter: adapters on one base, each of which is scored; see `generate`.
@@ -450,6 +452,9 @@ def evaluate(
     """
     from qlora_tool.inference.sampling import Sampling
 
+    if show is not None and (show < 0 or not generate):
+        raise OptionError(f"--show: expected at least 0, found {show}" if show < 0 else
+                          "--show is of answers, and none are generated: give --generate too")  # fmt: skip
     settings = with_values(Config(), {"data.format": format, **({"data.max_length": max_length} if max_length else {})})
     sampling = Sampling(max_new_tokens=max_new_tokens, batch_size=batch_size)
     from qlora_tool.data.check import check_sources, named_sources
@@ -470,7 +475,7 @@ def evaluate(
     result = score(found, sources, settings.data, max_length=max_length, sampling=sampling if generate else None,
                    batch_size=batch_size, compare_base=compare_base)  # fmt: skip
     _write_json(json, result.as_json())
-    return result
+    return result if show is None else replace(result, show=show)
 
 
 def inspect(

@@ -45,7 +45,7 @@ COMMANDS = {
     ),
     "export-merged": Entry(MAIN, "qlora_tool.cli.export_merged:export_merged", "Merge an adapter into its base."),
     "generate": Entry(USE, "qlora_tool.cli.generate:generate", "Answer prompts with a run or a model."),
-    "evaluate": Entry(USE, "qlora_tool.cli.evaluate:evaluate", "Loss and exact match of a run or a model on a file."),
+    "evaluate": Entry(USE, "qlora_tool.cli.evaluate:evaluate", "Scores and answers of a run or a model on a file."),
     "inspect": Entry(USE, "qlora_tool.cli.inspect_adapter:inspect", "What an adapter learned, and if its rank fits."),
     "report": Entry(USE, "qlora_tool.cli.report:report", "Write the page about a run, which opens offline."),
     "recipes": Entry(AROUND, "qlora_tool.cli.recipes:recipes", "List, copy and import configurations."),

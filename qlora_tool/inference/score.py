@@ -1,4 +1,4 @@
-"""What `evaluate` measures of data sets: the loss, and how many answers are right to the letter."""
+"""What `evaluate` measures of data sets: the loss, how many answers are right to the letter, and how like they are."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from qlora_tool.config import DataConfig
 from qlora_tool.data.prompts import Prompt, read_prompts
 from qlora_tool.data.tokenize import Dataset, build_dataset
 from qlora_tool.errors import UserError
-from qlora_tool.inference.answer import Answers, answer
+from qlora_tool.inference.answer import Answer, Answers, answer
 from qlora_tool.inference.evaluation import evaluate_loss
+from qlora_tool.inference.likeness import token_f1
 from qlora_tool.inference.open import open_artifact
 from qlora_tool.inference.sampling import Sampling
 from qlora_tool.inference.several import BASE, Opened, Several
@@ -26,6 +27,39 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SHOWN = 3  # answers beside the expected ones
+
+
+@dataclass(frozen=True)
+class ScoredAnswer:
+    """An answer beside the expected one.
+
+    Attributes:
+        where: the row.
+        prompt: the question as a person would write it: the last turn before the answer.
+        expected: what the row says, without outer white space.
+        answer: what was generated.
+        exact_match: whether that is the expected one, outer white space aside.
+        token_f1: how like they are; see `likeness`.
+    """
+
+    where: str
+    prompt: str
+    expected: str
+    answer: Answer
+    exact_match: bool
+    token_f1: float
+
+    @classmethod
+    def of(cls, prompt: Prompt, answer: Answer) -> ScoredAnswer:
+        expected = prompt.expected or ""
+        return cls(prompt.where, prompt.text, expected.strip(), answer, exact_match(answer.text, expected),
+                   token_f1(answer.text, expected))  # fmt: skip
+
+    def as_json(self) -> dict[str, Any]:
+        return {"where": self.where, "prompt": self.prompt, "expected": self.expected, **self.answer.as_json(),
+                "exact_match": self.exact_match, "token_f1": self.token_f1}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Score:
@@ -35,6 +69,8 @@ class Score:
         loss, perplexity, tokens: over its trained tokens.
         exact_match: share of answers that are right, None without generating.
         answers: what was generated, None without generating.
+        token_f1: how like the answers are to the expected ones, their mean; None without generating.
+        scored: every answer beside the expected one, in the order of the rows.
     """
 
     loss: float
@@ -42,9 +78,13 @@ class Score:
     tokens: int
     exact_match: float | None = None
     answers: Answers | None = None
+    token_f1: float | None = None
+    scored: tuple[ScoredAnswer, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("loss", "perplexity", "tokens", "exact_match")}
+        """The scores, and where answers were generated all of them."""
+        found = {key: getattr(self, key) for key in ("loss", "perplexity", "tokens", "exact_match", "token_f1")}
+        return found if self.answers is None else found | {"answers": [one.as_json() for one in self.scored]}
 
 
 @dataclass(frozen=True)
@@ -55,10 +95,19 @@ class EvaluateResult:
         scores: of what was evaluated; of several adapters, the first's.
         by_adapter: those of each adapter by its name, where there are several, and of the `base` where that was asked
             for.
+        show: how many answers of a data set `shown` gives.
     """
 
     scores: dict[str, Score]
     by_adapter: dict[str, dict[str, Score]] = field(default_factory=dict)
+    show: int = SHOWN
+
+    def shown(self, source: str) -> list[dict[str, ScoredAnswer]]:
+        """Some answers of a data set, those first that are not exact: of each row, all that answered by name."""
+        rows = sorted(range(len(self.scores[source].scored)),
+                      key=lambda row: self.scores[source].scored[row].exact_match)  # fmt: skip
+        models = self.by_adapter or {"answer": self.scores}
+        return [{name: scores[source].scored[row] for name, scores in models.items()} for row in rows[: self.show]]
 
     def as_json(self) -> dict[str, Any]:
         """The scores; by name where there are several sets, and by adapter where there are several of these."""
@@ -198,8 +247,9 @@ def score_asked(
         return Score(result.loss, result.perplexity, result.tokens)
     prompts = asked.prompts
     answers = answer(model, tokenizer, prompts, sampling, done, ends)
-    right = sum(exact_match(text, prompt.expected or "") for text, prompt in zip(answers.texts, prompts, strict=True))
-    return Score(result.loss, result.perplexity, result.tokens, right / len(prompts), answers)
+    scored = tuple(ScoredAnswer.of(prompt, one) for prompt, one in zip(prompts, answers.each, strict=True))
+    right, like = (sum(getattr(one, key) for one in scored) / len(scored) for key in ("exact_match", "token_f1"))
+    return Score(result.loss, result.perplexity, result.tokens, right, answers, like, scored)
 
 
 def _with_answers(source: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

@@ -24,6 +24,7 @@ from tiny_adapters import write_chat_base, write_peft_adapter, write_run
 
 from qlora_tool.cli import main
 from qlora_tool.config import choices
+from qlora_tool.errors import printable
 
 ROWS = [{"prompt": f"What is {n} and {n}?", "completion": f"It is {n + n}."} for n in range(20)]
 CPU = ("--device", "cpu", "--compute-dtype", "float32")
@@ -381,8 +382,8 @@ def test_scores_on_stdout_and_in_json(here: Path):
     assert result.exit_code == 0, result.stderr
     assert "good.jsonl: 20 rows (prompt_completion), 20 kept" in result.stderr
     scores = json.loads((here / "scores.json").read_text())
-    assert list(scores) == ["loss", "perplexity", "tokens", "exact_match"]
-    assert scores["exact_match"] is None
+    assert list(scores) == ["loss", "perplexity", "tokens", "exact_match", "token_f1"]
+    assert scores["exact_match"] is scores["token_f1"] is None
     assert result.stdout == (
         f"good: loss {scores['loss']:.4f}  perplexity {scores['perplexity']:.3f}  tokens {scores['tokens']}\n"
     )
@@ -395,11 +396,34 @@ def test_scores_of_several_sets_by_name(here: Path):
     out = run("evaluate", "run", *sets, "--json", "scores.json", *CPU)
     scores = json.loads((here / "scores.json").read_text())
     assert list(scores) == ["known", "other"]
-    assert list(scores["known"]) == list(scores["other"]) == ["loss", "perplexity", "tokens", "exact_match"]
+    names = ["loss", "perplexity", "tokens", "exact_match", "token_f1", "answers"]
+    assert list(scores["known"]) == list(scores["other"]) == names
+    assert [(one["where"], one["expected"], one["exact_match"]) for one in scores["known"]["answers"]] == [
+        ("known.jsonl, line 1", text.strip(), True), ("known.jsonl, line 2", "no", False)]  # fmt: skip
     assert (scores["known"]["exact_match"], scores["other"]["exact_match"]) == (0.5, 0.0)
-    first, second = out.splitlines()
-    assert first.startswith("known: loss ") and first.endswith("  exact match 50.0%")
-    assert second.startswith("other: loss ") and second.endswith("  exact match 0.0%")
+    *shown, first, second = out.splitlines()
+    assert first.startswith("known: loss ") and "  exact match 50.0%  token F1 " in first
+    assert second.startswith("other: loss ") and "  exact match 0.0%  token F1 " in second
+    assert shown[:4] == ["known: 2 of 2 answers, those first that are not exact", "", "known.jsonl, line 2",
+                         "  prompt:   yes?"]  # fmt: skip
+    assert shown[4] == "  expected: no" and shown.index("known.jsonl, line 1") > shown.index("known.jsonl, line 2")
+    assert any(line.endswith(" (exact, cut off after 6 tokens)") for line in shown)
+    assert "other: 3 of 20 answers, those first that are not exact" in shown
+
+
+def test_answers_beside_the_base_s(here: Path):
+    words = ("--data", "good.jsonl", "--generate", "--max-new-tokens", "4", "--compare-base", *CPU)
+    out = run("evaluate", "run", *words, "--show", "2", "--json", "scores.json")
+    scores = json.loads((here / "scores.json").read_text())
+    block = out.partition("\n\n")[2].partition("\n\n")[0]
+    form = r"(.*)\n  prompt:   (.*)\n  expected: (.*)\n  base:     (.*)\n  run:      (.*)"
+    found = re.fullmatch(form, block, re.DOTALL)
+    assert found and found.groups()[:3] == ("good.jsonl, line 1", ROWS[0]["prompt"], ROWS[0]["completion"])
+    for name, shown in zip(("base", "run"), found.groups()[3:], strict=True):
+        assert len(scores[name]["answers"]) == 20
+        assert shown.rpartition(" (token F1 ")[0].split() == printable(scores[name]["answers"][0]["answer"]).split()
+    assert [line.split(":")[0] for line in out.splitlines()[-2:]] == ["base", "run"]
+    assert not [line for line in run("evaluate", "run", *words, "--show", "0").splitlines() if "prompt" in line]
 
 
 def test_a_run_is_scored_as_it_was_trained(here: Path):
@@ -429,6 +453,8 @@ def test_what_evaluate_refuses(here: Path):
     (here / "text.txt").write_text("The capital of France is Paris.")
     line = error(here, "evaluate", "run", "--data", "text.txt", "--generate", *CPU)
     assert line == "text.txt: --generate compares answers, and no row has one; leave it out to get the loss"
+    line = error(here, "evaluate", "run", "--data", "good.jsonl", "--show", "2")
+    assert line.startswith("--show is of answers, and none are generated: give --generate too")
     assert error(here, "evaluate", "run").startswith("missing option '--data'")
     line = error(here, "evaluate", "run", "--data", "good.jsonl", "--json", "base")
     assert line.startswith("'--json': File 'base' is a directory")

@@ -16,9 +16,10 @@ from qlora_tool.data.prompts import read_prompts
 from qlora_tool.errors import UserError
 from qlora_tool.inference import score as module
 from qlora_tool.inference.answer import answer
+from qlora_tool.inference.likeness import token_f1
 from qlora_tool.inference.open import open_for_inference
 from qlora_tool.inference.sampling import Sampling
-from qlora_tool.inference.score import Score, exact_match, score
+from qlora_tool.inference.score import EvaluateResult, Score, exact_match, score
 
 DATA = DataConfig(max_length=128)
 ROWS = [
@@ -120,13 +121,19 @@ def test_exact_matches_of_answers_that_are_known(opened, tmp_path: Path):
     found = score(model, tokenizer, write_rows(tmp_path / "rows.jsonl", rows), DATA, sampling=greedy)
     assert found.exact_match == 2 / 4
     assert found.answers.texts == texts
+    assert [one.exact_match for one in found.scored] == [True, False, True, False]
+    assert [one.where for one in found.scored] == [f"{tmp_path}/rows.jsonl, line {line}" for line in range(1, 5)]
+    likes = [token_f1(text, row["completion"]) for text, row in zip(texts, rows, strict=False)]
+    assert found.token_f1 == pytest.approx(sum(likes) / 4) and likes[:3] == [1, 1, 1] and likes[3] < 1
+    shown = EvaluateResult({"rows": found}, show=3).shown("rows")
+    assert [one["answer"].where[-1] for one in shown] == ["2", "4", "1"]  # those that are not exact first
     assert found.loss == score(model, tokenizer, str(tmp_path / "rows.jsonl"), DATA).loss
 
 
-def test_json_has_four_keys():
+def test_json_has_five_keys_without_answers():
     values = {"loss": 1.0, "perplexity": 2.0, "tokens": 3}
-    assert json.dumps(Score(**values).as_json()) == json.dumps(values | {"exact_match": None})
-    assert Score(**values, exact_match=0.5).as_json() == values | {"exact_match": 0.5}
+    assert json.dumps(Score(**values).as_json()) == json.dumps(values | {"exact_match": None, "token_f1": None})
+    assert Score(**values, exact_match=0.5).as_json() == values | {"exact_match": 0.5, "token_f1": None}
 
 
 def test_without_answers_generating_is_refused_before_the_model_runs(opened, tmp_path: Path, monkeypatch):
