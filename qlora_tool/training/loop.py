@@ -44,7 +44,7 @@ from qlora_tool.training.resume import checkpoint_at, refuse_another_run, refuse
 from qlora_tool.training.rows_note import note_rows
 from qlora_tool.training.run import Run, Watcher
 from qlora_tool.training.run_data import RunData
-from qlora_tool.training.samples import answer_samples, read_samples, refuse_from_disk
+from qlora_tool.training.samples import read_samples, refuse_from_disk
 from qlora_tool.training.schedule import learning_rate, warmup_length
 from qlora_tool.training.step import StepSettings, no_phases, train_step
 from qlora_tool.training.takeover import alone_in, refuse_nothing_left, remove_replaced, take_over
@@ -162,7 +162,7 @@ def _train(
     world.on_main(partial(note_rows, run))
     if run.progress.step == 0:
         run.progress.untuned = {"loss": _loss_of_the_base(run)} | _evaluate(run, logger.info)
-        answer_samples(run, logger.info)
+        run.answer_samples(logger.info)
     _fit(run, watcher)
     finish(run)
     world.on_main(partial(save_trained, run))
@@ -267,7 +267,7 @@ def _take_steps(run: Run, stop: StopRequest, line: LiveLine, speed: Speed, watch
             if run.accelerator is not None:
                 run.accelerator.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=step)
         if due:
-            answer_samples(run, line.say)
+            run.answer_samples(line.say)
         line.step(step, record, memory_in_words(run.model.device, run.tensor_bytes) if logged else "")
         signal_number = int(world.highest(stop.signal_number or 0))
         if saving or signal_number:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +21,7 @@ from qlora_tool.training.checkpoints import Best, Progress
 from qlora_tool.training.optimizers import Optimizer
 from qlora_tool.training.outcome import Outcome, sampled_loss
 from qlora_tool.training.plan import StepPlan
+from qlora_tool.training.progress import Metrics
 from qlora_tool.training.run_data import RunData
 from qlora_tool.training.step import During
 from qlora_tool.world import World
@@ -83,6 +84,19 @@ class Run:
     def sampled_loss(self) -> float:
         """The loss on the rows of the first steps, as the model is now."""
         return sampled_loss(self.model, (self.collate(rows) for step in self.plan.steps(0) for rows in step))
+
+    def answer_samples(self, say: Callable[[str], None]) -> None:
+        """Answer the run's prompts as it stands, where it has any: written to `metrics.jsonl`, and shown.
+
+        The first of several processes answers, and the others wait.
+        """
+        samples, step = self.samples, self.progress.step
+        if samples is None:
+            return
+        answers = self.world.on_main(lambda: samples.answer(self.model, self.data))
+        if self.world.is_main:
+            Metrics(self.folder.metrics_file).write(samples.record(step, answers))
+            samples.show(step, answers, say)
 
     @property
     def is_over(self) -> bool:

@@ -25,12 +25,10 @@ from qlora_tool.inference.sampling import Sampling
 from qlora_tool.model.open import positions_of
 from qlora_tool.model.source import resolve as resolve_model
 from qlora_tool.terminal import progress
-from qlora_tool.training.progress import Metrics
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
     from qlora_tool.model.causal_lm import CausalLM
-    from qlora_tool.training.run import Run
     from qlora_tool.training.run_data import RunData
 
 KEY = "training.eval_prompts"
@@ -80,20 +78,6 @@ class Samples:
                 said = f"{said.removesuffix(' ...')} ..."
             asked = prompt.where if prompt.expected is not None else _line(prompt.text, _PROMPT)
             say(f"step {step}: {asked} => {said}")
-
-
-def answer_samples(run: Run, say: Callable[[str], None]) -> None:
-    """Answer the run's prompts as it stands, where it has any: written to `metrics.jsonl`, and shown.
-
-    The first of several processes answers, and the others wait.
-    """
-    samples, step = run.samples, run.progress.step
-    if samples is None:
-        return
-    answers = run.world.on_main(lambda: samples.answer(run.model, run.data))
-    if run.world.is_main:
-        Metrics(run.folder.metrics_file).write(samples.record(step, answers))
-        samples.show(step, answers, say)
 
 
 def read_samples(config: Config, data: RunData, model_config: Any, largest: int) -> Samples | None:

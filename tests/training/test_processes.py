@@ -105,6 +105,21 @@ def test_two_processes_train_as_one_and_resume_either_way(folder, alone, shardin
 
 
 @pytest.mark.slow  # two processes: 15 s
+def test_prompts_are_answered_by_one_for_all(folder):
+    """The steps of both are those without; each answer is there once."""
+    common = {PASSES: 2, "adapter.lora_dropout": 0.1, "training.max_steps": 4, "training.eval_steps": 2}
+    for name, more in {"unasked": {}, "asked": {"training.eval_prompts": 2}}.items():
+        _, file = configured(folder, name, **common | more)
+        outcome = finished(start(file, 2))
+        assert [code for code, _ in outcome] == [0, 0], outcome
+        assert outcome[1][1] == ""
+    records = read_metrics(folder / "asked")
+    said = {record["step"]: record["samples"] for record in records if "samples" in record}
+    assert list(said) == [0, 2, 4] and {len(samples) for samples in said.values()} == {2}
+    assert_same([record for record in records if "samples" not in record], read_metrics(folder / "unasked"))
+
+
+@pytest.mark.slow  # two processes: 15 s
 @pytest.mark.parametrize("values", [
     {}, {"model.embeddings": "int8"}, {"adapter.target_modules": ["q_proj", "lm_head"]},
 ])  # fmt: skip

@@ -12,7 +12,7 @@ from tiny_runs import adapter_bytes, assert_same_run, comparable, interrupted, r
 from qlora_tool.api import generate
 from qlora_tool.config import Config, with_values
 from qlora_tool.errors import UserError
-from qlora_tool.training import loop, samples
+from qlora_tool.training import samples
 from qlora_tool.training.loop import train
 from qlora_tool.training.run import Decided
 
@@ -163,4 +163,3 @@ def test_prompts_share_a_batch_only_within_half_of_the_largest(inputs, tmp_path:
                   "training.max_steps": 1}  # fmt: skip
         train(run_config(*inputs, tmp_path / name, values))
     assert sizes[0] == sizes[1] == 1 < sizes[2]
-    assert loop.answer_samples is samples.answer_samples
