@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qlora_tool.inference.generate import GenerateResult, PromptAnswer
     from qlora_tool.inference.score import EvaluateResult
     from qlora_tool.inspection.inspect import InspectResult
+    from qlora_tool.memory.allocator.cards import Budget
     from qlora_tool.memory.profile_run import MemoryProfile
     from qlora_tool.report.page import ReportResult
     from qlora_tool.training.preview import PreviewResult
@@ -172,9 +173,6 @@ def profile_memory(
         MachineError: the hub is out of reach.
     """
     configuration = load_config(config, set)
-    from qlora_tool.memory.allocator.available import budget_here
-    from qlora_tool.memory.allocator.cards import CARDS, parse_device_memory
-
     if device not in (None, "cuda", "cpu"):
         raise UserError(f"--device: expected cuda or cpu, found {device!r}")
     if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1:
@@ -182,12 +180,42 @@ def profile_memory(
     if processes > 1 and measure:
         raise OptionError("--measure runs one process, and not several; leave --processes out, or start the run itself "
                           "with torchrun: its memory.json has the measured bytes of one of them")  # fmt: skip
-    named = f"{device_memory}B" if isinstance(device_memory, int) else device_memory
-    budget = parse_device_memory(named) if named else None
     if plot is not None and Path(plot).suffix not in (".png", ".html"):
         raise OptionError(f"invalid value for --plot: {os.fspath(plot)}: expected a name that ends in .png or .html")
     device = device or ("cpu" if configuration.model.device == "cpu" else "cuda")
-    if plan and budget is None and configuration.training.max_memory is None:
+    from qlora_tool.workers import Workers, count_for
+
+    # On a card, as on a CPU each process would measure that for itself; they start while this one imports, too.
+    planning = count_for(1 << 30) - 1 if plan and device == "cuda" else 0
+    with Workers("qlora_tool.memory.plan.options:options_of", planning, "plans") as workers:
+        from qlora_tool.memory.profile_run import NothingFits, draw, planned, profile_run
+
+        profiled = profile_run(configuration, device, _budget(configuration, device, device_memory, plan),
+                               measure=measure, calibrate=calibrate, may_change=plan, processes=processes)  # fmt: skip
+        if on_profile is not None:
+            on_profile(profiled)
+        _write_json(json, profiled.to_json())
+        if plot is not None:
+            draw(Path(plot), profiled)
+        if not plan:
+            return profiled
+        try:
+            profiled = planned(profiled, workers)
+        except NothingFits as error:
+            _write_json(json, error.profile.to_json())
+            raise
+    _write_json(json, profiled.to_json())
+    return profiled
+
+
+def _budget(config: Config, device: str, device_memory: str | int | None, plan: bool) -> Budget | None:
+    """The device that must suffice; None: what is free on the one that is here, if any."""
+    from qlora_tool.memory.allocator.available import budget_here
+    from qlora_tool.memory.allocator.cards import CARDS, parse_device_memory
+
+    named = f"{device_memory}B" if isinstance(device_memory, int) else device_memory
+    budget = parse_device_memory(named) if named else None
+    if plan and budget is None and config.training.max_memory is None:
         budget = budget_here(device)
         if budget is None:
             raise OptionError("--plan needs to know what must suffice: no card is here; give --device-memory, such as "
@@ -197,24 +225,7 @@ def profile_memory(
             f"--device-memory {budget.name}: a card, but the prediction is for a CPU; give --device cuda, or a size "
             "such as 16GiB"
         )
-    from qlora_tool.memory.profile_run import NothingFits, draw, planned, profile_run
-
-    profiled = profile_run(configuration, device, budget, measure=measure, calibrate=calibrate, may_change=plan,
-                           processes=processes)  # fmt: skip
-    if on_profile is not None:
-        on_profile(profiled)
-    _write_json(json, profiled.to_json())
-    if plot is not None:
-        draw(Path(plot), profiled)
-    if not plan:
-        return profiled
-    try:
-        profiled = planned(profiled)
-    except NothingFits as error:
-        _write_json(json, error.profile.to_json())
-        raise
-    _write_json(json, profiled.to_json())
-    return profiled
+    return budget
 
 
 def export_merged(

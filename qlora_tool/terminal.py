@@ -32,6 +32,7 @@ class Drawn:
 
     def __init__(self) -> None:
         self.quiet = False
+        self.bars: list[Bar] = []
         self._open: list[Callable[[int], str]] = []
         self._columns = 0  # that are written on now
 
@@ -56,6 +57,15 @@ class Drawn:
         finally:
             self._open.remove(text)
             self.draw()
+
+    @contextlib.contextmanager
+    def hushed(self) -> Iterator[None]:
+        """What works meanwhile shows nothing: it is not what the person who waits has asked for."""
+        before, self.quiet = self.quiet, True
+        try:
+            yield
+        finally:
+            self.quiet = before
 
     def draw(self) -> None:
         """Draw the open line as it is now; without one, take away what was drawn."""
@@ -107,7 +117,7 @@ class Bar:
         self._last = now
         if terminal:
             drawn.draw()
-        elif done < self.total:
+        elif done < self.total or not self.total:
             self.said = True
             logger.info("%s: %s", self.what, self._how_far())
 
@@ -121,7 +131,7 @@ class Bar:
         """The line for a terminal; empty until there is anything to wait for."""
         if time.monotonic() - self.began < SHOWN_FROM:
             return ""
-        bar = f"{progress_bar(self._share)} " if columns >= _NARROW else ""
+        bar = f"{progress_bar(self._share)} " if columns >= _NARROW and self.total else ""
         return f"{self.what} {bar}{self._how_far()}"
 
     @property
@@ -130,6 +140,8 @@ class Bar:
 
     def _how_far(self) -> str:
         seconds = time.monotonic() - self.began
+        if not self.total:
+            return clock(seconds)
         left = f", {clock(seconds * (1 / self._share - 1))} left" if self._share else ""
         counted = f"{self.done:,.0f} of {self.total:,.0f} {self.unit} ({self._share:.0%})" if self.unit else \
             f"{self._share:.0%}"  # fmt: skip
@@ -142,13 +154,26 @@ def progress(what: str, total: float, unit: str = "") -> Iterator[Bar]:
 
     Args:
         what: goes on, such as `quantizing`.
-        total: how much there is to do.
+        total: how much there is to do; 0: that is not known, and the time that has gone is shown.
         unit: of that, in the plural; without one the share alone is shown.
     """
     bar = Bar(what, total, unit)
-    with drawn.line(bar.text):
+    if drawn.quiet:
         yield bar
+        return
+    drawn.bars.append(bar)
+    try:
+        with drawn.line(bar.text):
+            yield bar
+    finally:
+        drawn.bars.remove(bar)
     bar.end()
+
+
+def still_going() -> None:
+    """A part of what is waited for is done: the innermost open bar shows how long it has taken."""
+    if drawn.bars:
+        drawn.bars[-1].advance()
 
 
 def progress_bar(share: float) -> str:

@@ -63,8 +63,8 @@ def profile_memory(config: str, **options: Any) -> None:
 
 
 def _show(profiled: MemoryProfile, with_plan: bool, console: Console) -> None:
-    from qlora_tool.memory.show.legend import full_size
     from qlora_tool.memory.show.table import render_report
+    from qlora_tool.sizes import memory_size
 
     render_report(profiled.report, budget=profiled.budget_bytes, budget_name=profiled.budget_name,
                   unquantized=profiled.unquantized, console=console)  # fmt: skip
@@ -74,21 +74,21 @@ def _show(profiled: MemoryProfile, with_plan: bool, console: Console) -> None:
         console.print(f"estimated, not measured: {', '.join(profiled.estimated)}")
     if profiled.start_bytes is not None:
         console.print(f"init_lora_weights: {profiled.start}: while it is made, loading takes "
-                      f"{profiled.start_bytes / 1e6:.1f} MB beside what stays")  # fmt: skip
+                      f"{memory_size(profiled.start_bytes)} beside what stays")  # fmt: skip
     processes = profiled.report.processes
     if processes > 1 and profiled.report.device == "cpu" and profiled.report.predicted is not None:
-        together = full_size(processes * profiled.predicted.peak_bytes)
+        together = memory_size(processes * profiled.predicted.peak_bytes)
         console.print(f"{processes} processes on one machine take {together} together")
     if processes == 1 and profiled.config.training.sharding != "none":
         console.print(f"training.sharding: {profiled.config.training.sharding}: one process shares nothing out; give "
                       "--processes")  # fmt: skip
-    if profiled.fits is False and not with_plan:
-        console.print("it does not fit; run again with --plan to see what would")
+    if profiled.change and not with_plan:
+        console.print(f"what to change: {profiled.change}", soft_wrap=True)
     if profiled.allocator_peak is not None and profiled.report.predicted is None:
-        console.print(f"the allocator itself, without a tracer: {profiled.allocator_peak / 1e6:.1f} MB at the peak")
+        console.print(f"the allocator itself, without a tracer: {memory_size(profiled.allocator_peak)} at the peak")
     elif profiled.allocator_peak is not None:
         error = profiled.predicted.peak_bytes / profiled.allocator_peak - 1
-        console.print(f"the allocator itself, without a tracer: {profiled.allocator_peak / 1e6:.1f} MB at the peak; "
+        console.print(f"the allocator itself, without a tracer: {memory_size(profiled.allocator_peak)} at the peak; "
                       f"predicted {error:+.2%}")  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from qlora_tool.errors import UserError
 from qlora_tool.memory.allocator.target import CudaTarget, device_of, target_on
 from qlora_tool.memory.allocator.timeline import replay_on
 from qlora_tool.memory.breakdown import PARTS, Breakdown, MemoryReport
-from qlora_tool.memory.show.legend import full_size, limit
+from qlora_tool.memory.show.legend import limit
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.extrapolate import predict_deep
 from qlora_tool.memory.trace.measure import measure_categories, measure_peak
@@ -32,6 +32,7 @@ from qlora_tool.model.open import check_length, choose_dtype
 from qlora_tool.model.parameter_source import tied_names
 from qlora_tool.model.slots import Quantization, find_embedding_slots, find_slots, is_linear
 from qlora_tool.model.source import read_model_config, resolve
+from qlora_tool.sizes import memory_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -232,13 +233,16 @@ def refuse_small_budget(profiled: Profile, budget: int, budget_name: str = "") -
     weights = sum(held[part] for part in _BASE)
     context = profiled.report.predicted.context_bytes or 0
     if weights + context > budget:
-        beside = f" and the CUDA context {full_size(context)}" if context else ""
+        beside = f" and the CUDA context {memory_size(context)}" if context else ""
         kind = profiled.report.config["model"]["quantization"]
-        smaller = "a smaller model" if kind in ("nf4", "fp4") else "model.quantization: nf4, a smaller model"
+        less = [] if kind in ("nf4", "fp4") else ["model.quantization: nf4"]
+        if profiled.report.config["model"]["weights"] == "resident":
+            less.append("model.weights: auto, which streams what does not fit")
+        smaller = ", ".join([*less, "a smaller model"])
         source = budget_name if budget_name == "training.max_memory" else "--device-memory"
         raise UserError(
             f"{source}: {limit(budget, budget_name)}, but the base's weights ({kind}) alone take "
-            f"{full_size(weights)}{beside}; take {smaller}, or a larger device"
+            f"{memory_size(weights)}{beside}; take {smaller}, or a larger device"
         )
 
 

@@ -12,17 +12,21 @@ from qlora_tool.build.resolve import resolve
 from qlora_tool.config import Config, with_values
 from qlora_tool.errors import UserError
 from qlora_tool.memory.allocator.cards import Budget
-from qlora_tool.memory.plan.budget import choose_for_profile
+from qlora_tool.memory.plan.budget import Choice, choose_for_profile
+from qlora_tool.memory.plan.cure import cure
 from qlora_tool.memory.plan.limit import Limit, card_of, limit_on
 from qlora_tool.memory.plan.planner import plan
 from qlora_tool.memory.plan.result import Plan
 from qlora_tool.memory.plan.weights import Placed, place_weights
 from qlora_tool.memory.profile import Profile, compute_dtype_on, model_config_of, profile, refuse_small_budget
 from qlora_tool.memory.trace.predict import BatchShape
+from qlora_tool.sizes import memory_size
+from qlora_tool.terminal import progress
 
 if TYPE_CHECKING:
     from qlora_tool.memory.allocator.cards import Card
     from qlora_tool.memory.breakdown import Breakdown
+    from qlora_tool.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +40,16 @@ class MemoryProfile(Profile):
         budget: the device that must suffice, where one was named.
         limit: what the run may take: of the device all but what stays free on it, and `training.max_memory` at most;
             None where nothing limits it.
+        choice: what `gradient_checkpointing: auto` recomputes, where that was chosen to stay within the limit.
+        change: what to do, in words, where the run does not stay within it; empty where a plan is to say it.
         plan: what fits into that, where it was asked for.
     """
 
     config: Config
     budget: Budget | None = None
     limit: Limit | None = None
+    choice: Choice | None = None
+    change: str = ""
     plan: Plan | None = None
 
     @property
@@ -95,7 +103,7 @@ class NothingFits(UserError):
 
     def __init__(self, profile: MemoryProfile, misses_by: int):
         super().__init__(
-            f"--device-memory: the smallest configuration that was tried takes {misses_by / 1e6:.1f} MB too much; take "
+            f"--device-memory: the smallest configuration that was tried takes {memory_size(misses_by)} too much; take "
             "a smaller model, or a larger device"
         )
         self.profile = profile
@@ -127,6 +135,13 @@ def profile_run(
         from qlora_tool.memory.allocator.calibrate import calibrate as measure_card
 
         measure_card()
+    with progress("predicting memory", 0):
+        return _profiled(config, device, budget, measure=measure, may_change=may_change, processes=processes)
+
+
+def _profiled(
+    config: Config, device: str, budget: Budget | None, *, measure: bool, may_change: bool, processes: int
+) -> MemoryProfile:
     card, limit = card_of(budget), limit_on(config, device, budget, processes=processes)
     choice = choose_for_profile(config, device, card, limit, processes)
     if choice is None and config.training.gradient_checkpointing == "auto":
@@ -141,12 +156,25 @@ def profile_run(
         config, recomputation = placed.config, None
     if placed is not None or (measure and may_stream):
         found = profile(config, device, measure=measure, card=card, recomputation=recomputation, processes=processes)
-    profiled = MemoryProfile(**vars(found), config=config, budget=budget, limit=limit)
+    profiled = MemoryProfile(**vars(found), config=config, budget=budget, limit=limit, choice=choice)
     if limit is not None and not may_change:
         refuse_small_budget(profiled, limit.bytes, limit.name)
+        profiled = replace(profiled, change=_change(profiled, limit, card))
     if budget is not None and budget.estimated:
         profiled = replace(profiled, estimated=(*found.estimated, "what the driver keeps of the card"))
     return profiled
+
+
+def _change(profiled: MemoryProfile, limit: Limit, card: Card | None) -> str:
+    """What makes a run fit that does not; empty where it does, or nothing was traced to look with."""
+    config, report = profiled.config, profiled.report
+    if profiled.fits or report.predicted is None or "predicted" not in profiled.timelines:
+        return ""
+    model_config, dtype = model_config_of(config), compute_dtype_on(config, report.device, card)
+    config = resolve(config, model_config, report.device, dtype)
+    shape = BatchShape.assumed(config, model_config, report.processes)
+    given = profiled.budget.bytes // (report.processes if report.device == "cpu" else 1) if profiled.budget else None
+    return cure(config, model_config, dtype, profiled.target, shape, report.predicted, limit.bytes, given)
 
 
 def _placed(config: Config, found: Profile, limit: Limit, card: Card | None) -> Placed | None:
@@ -161,8 +189,11 @@ def _placed(config: Config, found: Profile, limit: Limit, card: Card | None) -> 
     return place_weights(config, model_config, shape, dtype, found.target, limit.bytes, here=False)
 
 
-def planned(profiled: MemoryProfile) -> MemoryProfile:
+def planned(profiled: MemoryProfile, workers: Workers | None = None) -> MemoryProfile:
     """The same with a plan: what fits into the limit, which there must be, and what to change where the run does not.
+
+    Args:
+        workers: see `plan`.
 
     Raises:
         NothingFits: no configuration does.
@@ -171,7 +202,7 @@ def planned(profiled: MemoryProfile) -> MemoryProfile:
     config, device = profiled.config, profiled.report.device
     dtype = compute_dtype_on(config, device, card_of(profiled.budget))
     found = plan(config, model_config_of(config), profiled.limit.bytes, dtype, profiled.target, margin=0.0,
-                 processes=profiled.report.processes)  # fmt: skip
+                 processes=profiled.report.processes, chosen=profiled.choice, workers=workers)  # fmt: skip
     found = replace(found, budget_name=profiled.limit.name)
     profiled = replace(profiled, plan=found)
     if not found.fits and found.change is None:

@@ -24,7 +24,6 @@ from qlora_tool.memory.plan.cure import cure
 from qlora_tool.memory.plan.limit import MAX_MEMORY, Limit, limit_on
 from qlora_tool.memory.plan.weights import place_weights
 from qlora_tool.memory.profile import Prediction
-from qlora_tool.memory.show.legend import full_size
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.extrapolate import predict_deep
 from qlora_tool.memory.trace.predict import BatchShape, TracerWatch, Untraceable
@@ -32,6 +31,7 @@ from qlora_tool.memory.trace.small_steps import NotMeasured, estimate
 from qlora_tool.memory.trace.tracer import Tracer
 from qlora_tool.model.streamed_base import weights_elsewhere
 from qlora_tool.run_folder import STEP_MEMORY
+from qlora_tool.sizes import memory_size
 from qlora_tool.training.run import Decided
 from qlora_tool.world import World
 
@@ -83,13 +83,14 @@ class RunMemory:
         needed, target = self.predicted.needed_bytes, target_on(device.type)
         limit = limit_on(setup.config, device.type, free=free) or Limit(free)
         logger.info("memory: %s predicted at the peak (rows of up to %d tokens); %s",
-                    full_size(needed), shape.length, limit)  # fmt: skip
+                    memory_size(needed), shape.length, limit)  # fmt: skip
         if target is not None and target.calibration is None:
             logger.info("memory: estimated in it: %s", about_estimated_context(target.capability))
         if needed > free:
             what = cure(setup.config, setup.model_config, setup.compute_dtype, target, shape, self.predicted,
                         limit.bytes, free)  # fmt: skip
-            line = f"this run needs {full_size(needed)} at its peak, and {full_size(free)} are free on {device}; {what}"
+            line = (f"this run needs {memory_size(needed)} at its peak, and {memory_size(free)} are free on {device}; "
+                    f"{what}")  # fmt: skip
             if device.type == "cuda":
                 raise UserError(line)
             logger.warning(line)
@@ -137,8 +138,9 @@ class RunMemory:
                            "on, and its second step is measured", failure)  # fmt: skip
             return
         needed, free = self.predicted.needed_bytes, available_bytes(setup.device, 0)
-        logger.warning("memory: about %.2f GB at the peak, estimated from small steps that were measured (rows of up "
-                       "to %d tokens); %.2f GB are free on %s%s", needed / 1e9, shape.length, free / 1e9, setup.device,
+        logger.warning("memory: about %s at the peak, estimated from small steps that were measured (rows of up "
+                       "to %d tokens); %s are free on %s%s", memory_size(needed), shape.length, memory_size(free),
+                       setup.device,
                        "; if it does not fit, lower training.per_device_train_batch_size or data.max_length"
                        if needed > free else "")  # fmt: skip
 

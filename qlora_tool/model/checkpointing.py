@@ -64,8 +64,11 @@ class Recomputation:
             key=lambda item: (item[0] == ALL_RECOMPUTED, item[0] != NOTHING_RECOMPUTED, item[0]),
         )
         said = [f"{count} {_said(recomputed)}" for recomputed, count in counts]
-        first, space, rest = said[0].partition(" ")
         kept = ["with their weights kept for backward"] if self.keeps_weights else []
+        if set(self.layers) in ({ALL_RECOMPUTED}, {NOTHING_RECOMPUTED}):
+            what = "everything" if ALL_RECOMPUTED in self.layers else "nothing"
+            return ", ".join([f"{what} recomputed", *kept])
+        first, space, rest = said[0].partition(" ")
         return ", ".join([f"{first} of {len(self.layers)} layers{space}{rest}", *said[1:], *kept])
 
 

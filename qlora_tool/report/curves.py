@@ -7,11 +7,12 @@ from typing import Any
 
 from qlora_tool.memory.breakdown import PARTS
 from qlora_tool.memory.show.html import breakdown_table
-from qlora_tool.memory.show.legend import COLOURS, GIB, MIB, binary_size, full_size, part_names
+from qlora_tool.memory.show.legend import COLOURS, part_names
 from qlora_tool.report.charts import Point, Series, area_chart, line_chart, number, ticks_between
 from qlora_tool.report.escape import escaped
 from qlora_tool.report.found import Found
 from qlora_tool.report.parts import command, missing, numbers_table, section
+from qlora_tool.sizes import GIB, MIB, memory_size
 
 MOST_POINTS = 600
 """Of a line; of more the lowest and the highest of each stretch are drawn."""
@@ -71,7 +72,7 @@ def memory(found: Found) -> str:
     else:
         body.append(missing("memory over a step was not seen: the second step of a run is watched", _train(found)))
     if found.memory is not None and found.memory.breakdowns:
-        lines = [f"{name}: {full_size(one.peak_bytes)} at the peak, in {one.peak_phase}"
+        lines = [f"{name}: {memory_size(one.peak_bytes)} at the peak, in {one.peak_phase}"
                  for name, one in found.memory.breakdowns.items()]  # fmt: skip
         if len(lines) > 1:
             lines.append("Predicted is the run's largest batch, measured one early step with a batch of its own.")
@@ -109,10 +110,10 @@ def _over_a_step(found: Found, step: dict[str, Any]) -> str:
     spans = [(span["phase"], span["start"], span["stop"]) for span in step["spans"]]
     shown = [part for part in reversed(PARTS) if any(parts[part])]
     at_peak = totals.index(peak)
-    words = ", ".join(f"{names[part]} {binary_size(parts[part][at_peak])}" for part in shown if parts[part][at_peak])
+    words = ", ".join(f"{names[part]} {memory_size(parts[part][at_peak])}" for part in shown if parts[part][at_peak])
     title = (f"Memory over step {number(step['step'])}, from allocation to allocation; the dot: "
-             f"{binary_size(peak)} at the peak")  # fmt: skip
-    chart = area_chart(title, f"Peak {binary_size(peak)}: {words}", positions, end, layers, ticks, labels, spans)
+             f"{memory_size(peak)} at the peak")  # fmt: skip
+    chart = area_chart(title, f"Peak {memory_size(peak)}: {words}", positions, end, layers, ticks, labels, spans)
     return chart + '<ul class="legend">' + "".join(_legend(shown, names)) + "</ul>"
 
 

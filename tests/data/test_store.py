@@ -10,8 +10,9 @@ import datasets
 import pytest
 from tokenizers_for_tests import CHATML, REWRITING, byte_level
 
+from qlora_tool import workers
 from qlora_tool.config import DataConfig
-from qlora_tool.data import one_source, store, workers
+from qlora_tool.data import one_source, store
 from qlora_tool.data.tokenize import build_dataset, build_evaluation_sets
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.cache import cache_folder, clear_cache
@@ -118,7 +119,7 @@ def test_faulty_rows_in_several_processes(kept, rows, tmp_path, monkeypatch):
 
 def test_a_process_that_dies_is_the_machines_fault(kept, rows, monkeypatch):
     monkeypatch.setattr(one_source, "processes_for", lambda size: 2)
-    monkeypatch.setattr(workers._Pool, "__enter__", lambda pool: _killed(pool))
+    monkeypatch.setattr(workers.Workers, "__enter__", lambda pool: _killed(pool))
     with pytest.raises(MachineError, match="a process that tokenizes ended early"):
         build_dataset(rows, DataConfig(), byte_level(CHATML))
     assert not folders()
@@ -131,8 +132,8 @@ def _killed(pool):
     for _ in range(pool.count):
         process = subprocess.Popen([sys.executable, "-c", "pass"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         process.wait()
-        pool.processes.append(process)
-        pool.idle.put(process)
+        pool._processes.append(process)
+        pool._idle.put(process)
     return pool
 
 

@@ -101,20 +101,20 @@ def test_no_name_breaks_out_of_its_place(tmp_path):
     assert made.data["timelines"][0]["names"][2] == "{{script}}"
     assert made.data["budget_name"] == WICKED
     assert made.text.count(WICKED) == 4  # the title, the heading, what fits where, and the configuration
-    assert [WICKED, "1.0", "0.00"] in made.rows
+    assert [WICKED, "1.0 MiB"] in made.rows
     assert "<!--" not in made.scripts[0] and "<!--" not in made.scripts[1]
 
 
 def test_the_table_says_what_the_terminal_does(tmp_path):
     report = step_report()
     made = page(tmp_path, {"predicted": step_timeline()}, report, budget=4 * GIB, unquantized={"lm_head": 262_144_000})
-    temporaries = report.predicted.at_peak["temporaries"] / 1e6
+    temporaries = report.predicted.at_peak["temporaries"]
     (row,) = [row for row in made.rows if row[0] == "temporaries"]
-    assert row[1] == f"{temporaries:.1f}"
-    assert row[5:] == ["-12.5", f"{-1250 / (temporaries + 12.5):.2f}"]
-    assert ["lm_head", "262.1", "0.24"] in made.rows
-    assert ["limit", "4295.0", "4.00", "4295.0", "4.00", "", ""] in made.rows
-    assert "does not fit by 2.43 GiB" in made.text
+    assert row[1] == f"{temporaries / GIB:.2f}"
+    assert row[3:] == ["-0.01", f"{-1250e6 / (temporaries + 12.5e6):.2f}"]
+    assert ["lm_head", "0.24 GiB"] in made.rows
+    assert ["limit", "4.00", "4.00", "", ""] in made.rows
+    assert "2.43 GiB too much" in made.text
     assert "quantization: nf4" in made.text
 
 

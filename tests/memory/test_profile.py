@@ -143,7 +143,7 @@ def test_a_budget_below_the_frozen_weights(tmp_path: Path):
 
 def test_weights_that_could_be_smaller(tmp_path: Path):
     profiled = profile(run_config(write_config(tmp_path), **{"model.quantization": "none"}), "cuda")
-    with pytest.raises(UserError, match=r"weights \(none\).* and the CUDA context 620.0 MB .*model.quantization: nf4"):
+    with pytest.raises(UserError, match=r"weights \(none\).* and the CUDA context 0.58 GiB.*model.quantization: nf4"):
         refuse_small_budget(profiled, 450_000_000)
 
 
@@ -210,7 +210,7 @@ def test_calibration_and_optimizer_reach_the_prediction(tmp_path: Path):
     resident = with_values(config, {"training.optim": "adamw_8bit"})
     whole = Prediction.of(predict(resident, sizes, shape, torch.bfloat16), None)
     assert 4 * weights < whole.breakdown.at_peak["optimizer_state"] < 4.1 * weights
-    assert any(line.startswith("the CUDA context, 905 MB") for line in plain.estimated)
+    assert any(line.startswith("the CUDA context, 0.84 GiB") for line in plain.estimated)
     measured = Prediction.of(trace, CudaTarget((9, 0), HERE, False))
     assert measured.breakdown.context_bytes == HERE.context_bytes
     assert "the CUDA context" not in str(measured.estimated)

@@ -28,8 +28,8 @@ from qlora_tool.memory.allocator.available import available_bytes
 from qlora_tool.memory.breakdown import CATEGORIES, MemoryReport
 from qlora_tool.memory.plan import cure as curing
 from qlora_tool.memory.run_report import RunMemory, predict_run
-from qlora_tool.memory.show.legend import full_size
 from qlora_tool.memory.trace.predict import BatchShape, predict
+from qlora_tool.sizes import memory_size
 
 _predict = once(predict)
 
@@ -122,7 +122,8 @@ def test_a_run_that_cannot_fit_is_refused_on_a_card(
     with caplog.at_level(logging.INFO, "qlora_tool"):
         memory.check(setup, batch(20, 12))
     told = [record.getMessage() for record in caplog.records]
-    context = [line for line in told if "estimated in it: the CUDA context, 620 MB (430 to 905 MB were seen" in line]
+    estimate = "estimated in it: the CUDA context, 0.58 GiB (0.40 GiB to 0.84 GiB were seen"
+    context = [line for line in told if estimate in line]
     assert len(context) == len([line for line in told if "predicted at the peak" in line]) > 0  # as often: once a check
     needed = memory.predicted.needed_bytes
     assert needed > memory.predicted.peak_bytes  # the context, and what the allocator holds
@@ -130,7 +131,7 @@ def test_a_run_that_cannot_fit_is_refused_on_a_card(
     memory.check(setup, batch(20, 12))
     monkeypatch.setattr(run_report, "available_bytes", lambda *_: needed - 1)
     monkeypatch.setattr(curing, "SECONDS_FOR_A_CHANGE", -1)
-    with pytest.raises(UserError, match=re.escape(f"this run needs {full_size(needed)} at its peak")) as caught:
+    with pytest.raises(UserError, match=re.escape(f"this run needs {memory_size(needed)} at its peak")) as caught:
         memory.check(setup, batch(20, 12))
     command = f"`qlora-tool profile-memory CONFIG --plan --device cuda --device-memory {needed - 1}B` shows what fits"
     assert caught.value.lines[0].endswith(command)
@@ -211,7 +212,7 @@ def test_a_run_that_cannot_fit_in_a_cpus_memory_is_warned_about(
     memory = RunMemory()
     memory.check(Setup.of(config), batch(20, 12))
     [warning] = {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
-    assert f"this run needs {full_size(memory.predicted.needed_bytes)} at its peak" in warning
+    assert f"this run needs {memory_size(memory.predicted.needed_bytes)} at its peak" in warning
     assert "nothing that was tried makes it fit" in warning and "--device cpu --device-memory 1B` shows" in warning
 
 
@@ -225,7 +226,7 @@ def test_the_refusal_comes_before_the_weights_and_leaves_nothing(config: Config,
     result = cli("train", file)
     assert result.exit_code == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "1.0 MB (1.0 MiB) are free on cuda" in errors[0]
+    assert len(errors) == 1 and "1.0 MiB are free on cuda" in errors[0]
     assert "model: llama" not in result.stderr  # said when the weights are there
     assert not Path(config.training.output_dir).exists()
 

@@ -11,8 +11,9 @@ from made_timelines import CONFIG, step_report, step_timeline
 from rich.console import Console
 
 from qlora_tool.memory.breakdown import ACTIVATIONS, CATEGORIES, PHASES, Breakdown, MemoryReport
-from qlora_tool.memory.show.legend import binary_size, full_size, group_modules, part_names
+from qlora_tool.memory.show.legend import group_modules, part_names
 from qlora_tool.memory.show.table import bar_cells, render_report
+from qlora_tool.sizes import memory_size
 
 GIB = 2**30
 
@@ -40,43 +41,44 @@ def row(text: str, name: str) -> list[str]:
     return line.strip().removeprefix(name).split()
 
 
-def test_sizes_in_both_units():
-    # 3340.8 MB are 3 340 800 000 / 1 073 741 824 = 3.1114 GiB; 80.4 MB are 80 400 000 / 1 048 576 = 76.68 MiB
-    assert full_size(3_340_800_000) == "3340.8 MB (3.11 GiB)"
-    assert full_size(80_400_000) == "80.4 MB (76.7 MiB)"
-    assert binary_size(0) == "0"
+def test_sizes_of_memory():
+    # 3 340 800 000 / 1 073 741 824 = 3.1114 GiB; 80 400 000 / 1 048 576 = 76.68 MiB
+    assert memory_size(3_340_800_000) == "3.11 GiB"
+    assert memory_size(80_400_000) == "76.7 MiB" and memory_size(-80_400_000) == "-76.7 MiB"
+    assert memory_size(0) == "0"
 
 
 def test_a_prediction_beside_a_measurement():
     predicted = made(base_weights=3_340_800_000, boundaries=500_000_000, saved=100_000_000, temporaries=300_000_000)
     measured = made(base_weights=3_340_800_000, boundaries=500_000_000, saved=80_000_000, temporaries=310_000_000)
     text = printed(MemoryReport("cpu", CONFIG, predicted, measured))
-    assert row(text, "base weights (4-bit codes)") == ["3340.8", "3.11", "3340.8", "3.11", "0"]
-    assert row(text, "activations") == ["600.0", "0.56", "580.0", "0.54", "+20.0", "+3.45"]  # 20 / 580
-    assert row(text, "saved for backward") == ["100.0", "0.09", "80.0", "0.07", "+20.0", "+25.00"]
-    assert row(text, "temporaries") == ["300.0", "0.28", "310.0", "0.29", "-10.0", "-3.23"]
-    assert row(text, "gradients") == ["0", "0", "0", "0", "0"]
-    assert row(text, "peak, allocated at once") == ["4240.8", "3.95", "4230.8", "3.94", "+10.0", "+0.24"]
-    assert row(text, "peak in backward")[:2] == ["4240.8", "3.95"]
+    assert row(text, "base weights (4-bit codes)") == ["3.11", "3.11", "0"]
+    assert row(text, "activations") == ["0.56", "0.54", "+0.02", "+3.45"]  # 20 / 580
+    assert row(text, "saved for backward") == ["0.09", "0.07", "+0.02", "+25.00"]
+    assert row(text, "temporaries") == ["0.28", "0.29", "-0.01", "-3.23"]
+    assert row(text, "gradients") == ["0", "0", "0"]
+    assert row(text, "peak, allocated at once") == ["3.95", "3.94", "+0.01", "+0.24"]
+    assert row(text, "peak in backward")[:1] == ["3.95"]
     first, second = text.splitlines()[:2]
-    assert first.strip() == "predicted: 4240.8 MB (3.95 GiB) at the peak, in backward"
-    assert second.startswith("measured:  4230.8 MB")
+    assert first.strip() == "predicted: 3.95 GiB at the peak, in backward"
+    assert second.startswith("measured:  3.94 GiB")
     assert "reserved" not in text and "CUDA" not in text  # a CPU has neither
 
 
 def test_what_is_needed_of_the_card_and_what_is_left():
-    text = printed(step_report(), budget=24 * GIB, budget_name="RTX 4090")
-    assert row(text, "reserved by the allocator")[:4] == ["6488.6", "6.04", "6282.0", "5.85"]  # 6188 and 5991 MiB
-    assert row(text, "needed in all")[0] == "6908.6"  # and 420.0 of context
-    assert row(text, "usable") == ["25769.8", "24.00", "25769.8", "24.00"]
-    assert row(text, "left") == ["18861.2", "17.57", "19067.8", "17.76"]
-    assert "fits, 17.57 GiB left: 6.43 GiB needed, 24.00 GiB usable (RTX 4090)" in text
+    whole = printed(step_report(), budget=24 * GIB, budget_name="RTX 4090")
+    text = whole.partition("\n\n")[2]
+    assert row(text, "reserved by the allocator")[:2] == ["6.04", "5.85"]  # 6188 and 5991 MiB
+    assert row(text, "needed in all")[0] == "6.43"  # and 420.0 MB of context
+    assert row(text, "usable") == ["24.00", "24.00"]
+    assert row(text, "left") == ["17.57", "17.76"]
+    assert "yes, it fits: 6.43 GiB needed, 24.00 GiB usable (RTX 4090), 17.57 GiB left" in " ".join(whole.split())
 
 
 def test_a_plan_that_does_not_fit_says_by_how_much():
     text = printed(step_report(), budget=4 * GIB)
-    assert "does not fit by 2.43 GiB: 6.43 GiB needed, the limit is 4.00 GiB" in text
-    assert row(text, "left")[0] == "-2613.6"
+    assert "no, it does not fit: 6.43 GiB needed, the limit is 4.00 GiB, 2.43 GiB too much" in " ".join(text.split())
+    assert row(text, "left")[0] == "-2.43"
     bars = text[text.index("\npredicted  B") :].splitlines()
     # the bar is 69 cells for 6.43 GiB: 4 GiB end in cell 43, below which the caret stands
     assert bars[3].index("^") == 11 + 43 - 1
@@ -98,7 +100,7 @@ def test_eighty_columns_without_colour_are_enough(encoding):
         text = printed(shown, encoding=encoding, budget=10 * GIB, budget_name="some card", unquantized=whole)
         assert "\x1b" not in text and "…" not in text and "?" not in text
         assert max(map(len, text.splitlines())) <= 80
-        assert str(round(shown.predicted.peak_bytes / 1e6, 1)) in text
+        assert f"{shown.predicted.peak_bytes / GIB:.2f}" in text
 
 
 def test_a_terminal_with_colours_gets_coloured_blocks_and_one_without_letters():
@@ -126,9 +128,9 @@ def test_cells_of_the_bar_by_hand():
 def test_modules_that_are_not_quantized_are_named_with_their_bytes():
     norms = {f"model.layers.{i}.input_layernorm": 8192 for i in range(32)}
     text = printed(step_report(), unquantized={"lm_head": 262_144_000, "odd[red]name": 1_000_000, **norms})
-    assert row(text, "lm_head") == ["262.1", "0.24"]
-    assert row(text, "model.layers.*.input_layernorm (32)") == ["0.3", "0.00"]  # 32 × 8192 = 262 144
-    assert row(text, "odd[red]name") == ["1.0", "0.00"]
+    assert row(text, "lm_head") == ["0.24", "GiB"]
+    assert row(text, "model.layers.*.input_layernorm (32)") == ["0.2", "MiB"]  # 32 × 8192 = 262 144, a quarter of one
+    assert row(text, "odd[red]name") == ["1.0", "MiB"]
     assert group_modules({"h.0": 1, "h.1": 2}) == [("h.* (2)", 3)]
     many = group_modules({f"part{i}x": 100 + i for i in range(20)})
     assert many[0] == ("part19x", 119) and len(many) == 9

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from qlora_tool.memory.allocator.blocks import MIB
 from qlora_tool.memory.trace.cpu_operators import ATTENTION, ATTENTION_BACKWARD, DECOMPOSITIONS
 from qlora_tool.memory.trace.tracer import Call
+from qlora_tool.sizes import memory_size
 
 CPU_ATTENTION, CPU_ATTENTION_BACKWARD = ATTENTION, ATTENTION_BACKWARD
 VARIABLE_LENGTH = "torch_attn::_varlen_attn"
@@ -51,9 +52,9 @@ def estimated_context(capability: tuple[int, int]) -> int:
 
 def about_estimated_context(capability: tuple[int, int]) -> str:
     """That estimate in words: how large, how far it may be off, and how to replace it."""
-    least, most = _CONTEXTS_SEEN_MB
+    least, most = (memory_size(size * 10**6) for size in _CONTEXTS_SEEN_MB)
     return (
-        f"the CUDA context, {estimated_context(capability) // 10**6} MB ({least} to {most} MB were seen on various "
+        f"the CUDA context, {memory_size(estimated_context(capability))} ({least} to {most} were seen on various "
         "cards; `qlora-tool profile-memory CONFIG --calibrate` on the card measures it)"
     )
 

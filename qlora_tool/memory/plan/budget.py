@@ -28,12 +28,12 @@ from qlora_tool.memory.plan.cached import cached
 from qlora_tool.memory.plan.cure import cure
 from qlora_tool.memory.plan.limit import MAX_MEMORY, Limit, limit_on
 from qlora_tool.memory.profile import Prediction, compute_dtype_on, model_config_of
-from qlora_tool.memory.show.legend import full_size
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.extrapolate import predict_deep
 from qlora_tool.memory.trace.predict import BatchShape, Untraceable
 from qlora_tool.memory.trace.recomputation_cost import Cost, Costs
 from qlora_tool.model.checkpointing import Recomputation
+from qlora_tool.sizes import memory_size
 
 if TYPE_CHECKING:
     from qlora_tool.build.setup import Setup
@@ -53,12 +53,14 @@ class Choice:
     Attributes:
         predicted: the memory of the run then, by a full prediction.
         budget_bytes: what it stays within.
+        share: of all operations that recomputing everything takes, those that this takes.
         prediction: that prediction itself, unless it was made earlier and only its sums are known.
     """
 
     recomputation: Recomputation
     predicted: Breakdown
     budget_bytes: int
+    share: float = 1.0
     prediction: Prediction | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -67,16 +69,18 @@ class Choice:
             "keeps_weights": self.recomputation.keeps_weights,
             "predicted": self.predicted.to_json(),
             "budget_bytes": self.budget_bytes,
+            "share": self.share,
         }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Choice:
         layers = tuple(tuple(str(child) for child in children) for children in values["recomputed"])
         recomputation = Recomputation(layers, bool(values["keeps_weights"]))
-        return cls(recomputation, Breakdown.from_json(values["predicted"]), int(values["budget_bytes"]))
+        predicted = Breakdown.from_json(values["predicted"])
+        return cls(recomputation, predicted, int(values["budget_bytes"]), float(values["share"]))
 
     def __str__(self) -> str:
-        peak, budget = (f"{size / 1e9:.2f} GB" for size in (self.predicted.needed_bytes, self.budget_bytes))
+        peak, budget = memory_size(self.predicted.needed_bytes), memory_size(self.budget_bytes)
         return f"gradient checkpointing: {self.recomputation}; predicted peak {peak} of {budget}"
 
 
@@ -92,7 +96,7 @@ class BudgetTooSmall(UserError):
 
     def __init__(self, least: Breakdown, how: str, limit: str, cure: str = ""):
         super().__init__(
-            f"training.gradient_checkpointing: auto: this run takes at least {full_size(least.needed_bytes)}, {how}: "
+            f"training.gradient_checkpointing: auto: this run takes at least {memory_size(least.needed_bytes)}, {how}: "
             f"{limit}{cure and '; '}{cure}"
         )
         self.least, self.how = least, how
@@ -153,7 +157,7 @@ def choose_for_profile(
     try:
         choice = choose(config, model_config, shape, dtype, limit.bytes, target)
     except BudgetTooSmall as error:
-        logger.warning("%s", BudgetTooSmall(error.least, error.how, str(limit)))
+        logger.info("%s", BudgetTooSmall(error.least, error.how, str(limit)))
         return None
     except Untraceable:  # which `profile` tells
         return None
@@ -208,14 +212,14 @@ class _Chooser:
                 break  # nothing better than what is known to fit
             predicted = self._predict(chosen)
             if predicted.breakdown.needed_bytes <= self.budget_bytes:
-                best, flops = self._choice(_policy(chosen), predicted), sum(cost.flops for cost in chosen)
+                best, flops = self._choice(chosen, predicted), sum(cost.flops for cost in chosen)
             elif chosen == self.costs.least:
                 self._refuse(predicted.breakdown)
         if best is None:
             predicted = self._predict(self.costs.least)
             if predicted.breakdown.needed_bytes > self.budget_bytes:
                 self._refuse(predicted.breakdown)
-            best = self._choice(_policy(self.costs.least), predicted)
+            best = self._choice(self.costs.least, predicted)
         return self._with_kept_weights(best)
 
     def _with_kept_weights(self, best: Choice) -> Choice:
@@ -224,10 +228,14 @@ class _Chooser:
             return best
         keeping = replace(best.recomputation, keeps_weights=True)
         predicted = self._full_prediction(keeping)
-        return self._choice(keeping, predicted) if predicted.breakdown.needed_bytes <= self.budget_bytes else best
+        if predicted.breakdown.needed_bytes > self.budget_bytes:
+            return best
+        return replace(best, recomputation=keeping, predicted=predicted.breakdown, prediction=predicted)
 
-    def _choice(self, recomputation: Recomputation, predicted: Prediction) -> Choice:
-        return Choice(recomputation, predicted.breakdown, self.budget_bytes, predicted)
+    def _choice(self, chosen: Sequence[Cost], predicted: Prediction) -> Choice:
+        everything = sum(cost.flops for cost in self.costs.least)
+        share = sum(cost.flops for cost in chosen) / everything if everything else 0.0
+        return Choice(_policy(chosen), predicted.breakdown, self.budget_bytes, share, predicted)
 
     def _within_budget(self) -> list[Cost]:
         """The dearest recomputation per byte saved first; of a layer for which the budget has not enough left, less."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from qlora_tool.adapters.calibration import start_tokens
 from qlora_tool.memory.plan.search import change_that_fits
-from qlora_tool.memory.show.legend import full_size
+from qlora_tool.sizes import memory_size
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,7 @@ def cure(
         return f"{command} shows what fits"
     if change is None:
         return f"nothing that was tried makes it fit; {command} shows what each takes. Take a smaller model"
-    return f"{change.line} makes it fit, in {full_size(change.peak_bytes)} (estimated)"
+    return f"{change.line} makes it fit, in {memory_size(change.peak_bytes)} (estimated)"
 
 
 def _of_the_start(config: Config, predicted: Breakdown, limit_bytes: int) -> str | None:
@@ -69,4 +69,4 @@ def _of_the_start(config: Config, predicted: Breakdown, limit_bytes: int) -> str
     steps = beside + max(size for phase, size in predicted.phase_peak_bytes.items() if phase != "load")
     if predicted.peak_phase != "load" or start_tokens(config, ()) is None or steps > limit_bytes:
         return None
-    return f"that is while adapter.init_lora_weights: {start} is made, the steps take {full_size(steps)}; {less}"
+    return f"that is while adapter.init_lora_weights: {start} is made, the steps take {memory_size(steps)}; {less}"

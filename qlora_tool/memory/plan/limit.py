@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from qlora_tool.config import parse_size
 from qlora_tool.memory.allocator.available import margin_on, usable
 from qlora_tool.memory.allocator.cards import CARDS, Budget, Card
-from qlora_tool.memory.show.legend import binary_size, limit
+from qlora_tool.memory.show.legend import limit
+from qlora_tool.sizes import memory_size
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
@@ -60,7 +61,7 @@ def limit_on(
     share = f"{1 - margin:.0%} of " if margin else ""
     limits = []
     if budget is not None:
-        size = binary_size(budget.bytes)
+        size = memory_size(budget.bytes)
         if card_of(budget):
             name = f"{share}{budget.name}'s {size}"
         elif budget.estimated:
@@ -73,7 +74,7 @@ def limit_on(
         limits.append(Limit(usable_bytes, name))
     elif free is not None:
         step = _FREE_STEP if steady else 1
-        name = f"{share or 'all of '}the {binary_size(free)} free on {device}"
+        name = f"{share or 'all of '}the {memory_size(free)} free on {device}"
         limits.append(Limit(usable(free, margin) // step * step, name))
     left_to_it = "auto" in (config.training.gradient_checkpointing, config.model.weights)
     if config.training.max_memory is not None and left_to_it:

@@ -42,18 +42,22 @@ ALTERNATIVES: dict[str, list[dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def relative_speed(config: Config, asked: Config) -> float:
+def relative_speed(config: Config, asked: float) -> float:
     """How fast a configuration is against the asked one, in tokens per second. A model, not a measurement.
 
     A frozen base needs a forward pass and the gradients of its inputs, which cost as much; checkpointing computes the
     forward pass once more: 3 passes for 2. Everything else (adapters, ranks, dequantization, the optimizer, the size of
     the batch) is counted as free.
+
+    Args:
+        asked: passes of the asked one.
     """
+    return asked / passes_of(config)
 
-    def passes(which: Config) -> int:
-        return 3 if which.training.gradient_checkpointing else 2
 
-    return passes(asked) / passes(config)
+def passes_of(config: Config) -> float:
+    """Passes through the model in a step, as `relative_speed` counts them."""
+    return 3 if config.training.gradient_checkpointing else 2
 
 
 def option_of(search: Search, group: str, settings: dict[str, Any]) -> Option:
@@ -62,25 +66,28 @@ def option_of(search: Search, group: str, settings: dict[str, Any]) -> Option:
     needed = search.needed(settings)
     return Option(
         group, settings, config.training.per_device_train_batch_size, config.data.max_length, needed,
-        needed <= search.limit, relative_speed(config, search.config), config == search.config,
+        needed <= search.limit, relative_speed(config, search.passes), config == search.config,
         search.streaming(settings),
     )  # fmt: skip
 
 
-def all_options(search: Search, asked: Option) -> Iterator[Option]:
-    """All rows of the table, but for those that the model does not allow."""
-    for checkpointing in (True, False):
-        if search.possible({CHECKPOINTING: checkpointing}):
-            yield from _lengths(search, checkpointing)
-    for group, choices in ALTERNATIVES.items():
-        options = [option_of(search, group, settings) for settings in choices if search.possible(settings)]
-        if group == SAVINGS:  # not what is there already, or does nothing for this run
-            yield from (option for option in options if option.asked or option.peak_bytes < asked.peak_bytes)
-            continue
-        if not any(option.asked for option in options):
-            section, _, key = group.partition(".")
-            yield option_of(search, group, {group: getattr(getattr(search.config, section), key)})
-        yield from options
+def parts() -> list[tuple[str, bool]]:
+    """Of the table: a group, and for lengths whether with checkpointing. Each can be made apart from the others."""
+    return [("length", True), ("length", False), *((group, True) for group in ALTERNATIVES)]
+
+
+def options_of(search: Search, group: str, checkpointing: bool) -> list[Option]:
+    """One of `parts`, but for what the model does not allow."""
+    if group == "length":
+        return list(_lengths(search, checkpointing)) if search.possible({CHECKPOINTING: checkpointing}) else []
+    options = [option_of(search, group, settings) for settings in ALTERNATIVES[group] if search.possible(settings)]
+    if group == SAVINGS:  # not what is there already, or does nothing for this run
+        least = search.needed({})
+        return [option for option in options if option.asked or option.peak_bytes < least]
+    if not any(option.asked for option in options):
+        section, _, key = group.partition(".")
+        options.insert(0, option_of(search, group, {group: getattr(getattr(search.config, section), key)}))
+    return options
 
 
 def _lengths(search: Search, checkpointing: bool) -> Iterator[Option]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +11,18 @@ import torch
 from qlora_tool.build.resolve import resolve as resolve_run
 from qlora_tool.memory.allocator.available import margin_on, usable
 from qlora_tool.memory.allocator.target import device_of
-from qlora_tool.memory.plan.changes import CHECKPOINTING, LENGTH
-from qlora_tool.memory.plan.options import all_options, option_of
-from qlora_tool.memory.plan.result import Plan
+from qlora_tool.memory.plan.changes import CHECKPOINTING, LENGTH, ROWS
+from qlora_tool.memory.plan.options import option_of, options_of, parts, passes_of
+from qlora_tool.memory.plan.result import Change, Option, Plan
 from qlora_tool.memory.plan.search import Search
 from qlora_tool.memory.trace.predict import BatchShape
+from qlora_tool.terminal import progress, still_going
+from qlora_tool.workers import Workers
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
     from qlora_tool.memory.allocator.target import CudaTarget
+    from qlora_tool.memory.plan.budget import Choice
 
 
 def plan(
@@ -32,6 +36,8 @@ def plan(
     shape: BatchShape | None = None,
     processes: int = 1,
     confirm: bool = True,
+    chosen: Choice | None = None,
+    workers: Workers | None = None,
 ) -> Plan:
     """What fits into `budget_bytes`.
 
@@ -45,6 +51,8 @@ def plan(
         shape: the kind of batch that is asked for; by default what training would make of full rows.
         processes: that train together, where `shape` does not say it.
         confirm: trace the answer at the model's full depth. Takes as long as a prediction.
+        chosen: what `gradient_checkpointing: auto` recomputes of what was asked for, where that was chosen.
+        workers: that call `options.options_of`, to make the table; None: it is made here.
 
     Raises:
         UserError: the model cannot be traced as it is asked for.
@@ -56,17 +64,20 @@ def plan(
     shape = shape or replace(BatchShape.full(config.training.per_device_train_batch_size, config.data.max_length),
                              processes=processes)  # fmt: skip
     search = Search.of_run(config, model_config, usable(budget_bytes, margin), compute_dtype, target, shape)
-    search.assumed = assumed
+    search.assumed, search.passes = assumed, 2 + chosen.share if chosen else passes_of(search.config)
     if target is not None:
         search.traced({})
     config, asked = search.config, option_of(search, "asked", {})
-    options = tuple(all_options(search, asked))
+    if chosen is not None:
+        needed = chosen.predicted.needed_bytes
+        asked = replace(asked, peak_bytes=needed, fits=needed <= search.limit, speed=1.0)
+    options = _table(search, workers)
     longest = faster = change = None
     smallest = 0
     if asked.fits:
         settings: dict[str, Any] = {}
-        without, length = {CHECKPOINTING: False}, search.longest({})
-        if config.training.gradient_checkpointing and search.fits(without):
+        without, length = {CHECKPOINTING: False}, _longest(search, options)
+        if config.training.gradient_checkpointing and chosen is None and search.fits(without):
             faster = search.confirmed(without, confirm)
         if length > shape.length:
             longest = search.confirmed({LENGTH: length}, confirm)
@@ -76,6 +87,38 @@ def plan(
             change = search.confirmed(settings, confirm)
         else:
             smallest = search.needed(settings)
+    known = [found for found in (longest, faster, change) if found is not None and found.confirmed]
     return Plan(
-        target, budget_bytes, margin, asked, options, longest, faster, change, smallest, search.weights(settings)
+        target, budget_bytes, margin, asked, tuple(_as_known(search, option, known) for option in options), longest,
+        faster, change, smallest, search.weights(settings), recomputation=str(chosen.recomputation) if chosen else "",
     )  # fmt: skip
+
+
+def _table(search: Search, workers: Workers | None) -> list[Option]:
+    """All rows of the table, in order."""
+    works = [(search, *part) for part in parts()]
+    found: list[Option] = []
+    with progress("planning", 0):
+        made = (options_of(*work) for work in works) if workers is None else workers.map(works)
+        for options in made:
+            found += options
+            still_going()
+    return found
+
+
+def _longest(search: Search, options: Sequence[Option]) -> int:
+    """The longest rows that fit of as many as are asked for, as the table has it."""
+    wanted = {CHECKPOINTING: search.config.training.gradient_checkpointing, ROWS: search.shape.rows}
+    return max((option.length for option in options
+                if option.group == "length" and option.settings.items() >= wanted.items()), default=0)  # fmt: skip
+
+
+def _as_known(search: Search, option: Option, known: Sequence[Change]) -> Option:
+    """A row of the table with what a full trace showed of it: the same figure wherever it is told."""
+    for change in known:
+        same_length = {**option.settings, LENGTH: change.settings.get(LENGTH, search.shape.length)}
+        at = same_length if option.group == "length" else option.settings
+        if search.of(at) == search.of(change.settings):
+            length = search.of(change.settings).data.max_length
+            return replace(option, settings=at, length=length, peak_bytes=change.peak_bytes)
+    return option

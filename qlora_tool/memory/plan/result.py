@@ -74,6 +74,8 @@ class Plan:
         budget_bytes: what the device has.
         margin: the share of it that is kept free.
         budget_name: what it is, in words; see `limit.Limit`.
+        recomputation: what `gradient_checkpointing: auto` recomputes of the asked configuration, in words; then what
+            else there is is told with everything recomputed.
         asked: the asked configuration.
         options: what else there is, group by group.
         longest: the asked configuration with the longest rows that fit, where it fits itself and there are longer ones.
@@ -95,6 +97,7 @@ class Plan:
     smallest_bytes: int = 0
     weights_bytes: int = 0
     budget_name: str = ""
+    recomputation: str = ""
 
     @property
     def device(self) -> str:
@@ -130,6 +133,7 @@ class Plan:
             "usable_bytes": self.usable_bytes,
             "usable": self.budget_name or None,
             "fits": self.fits,
+            "recomputation": self.recomputation or None,
             "asked": asdict(self.asked),
             "options": [asdict(option) for option in self.options],
             **{name: found and {**asdict(found), "line": found.line} for name, found in changes.items()},

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +23,8 @@ from qlora_tool.memory.plan.length import longest_length, step_of
 from qlora_tool.memory.plan.result import Change
 from qlora_tool.memory.plan.streaming import Rates, Streaming
 from qlora_tool.memory.profile import Prediction
-from qlora_tool.memory.trace.extrapolate import Estimate, estimate_peak, resized
-from qlora_tool.memory.trace.predict import BatchShape, predict
+from qlora_tool.memory.trace.extrapolate import Estimate, estimate_peak, predict_deep, resized
+from qlora_tool.memory.trace.predict import BatchShape
 from qlora_tool.model.open import positions_of
 from qlora_tool.weights.schedule import brought_in_a_step
 
@@ -80,6 +81,7 @@ class Search:
         share: bytes that it holds for every one that is allocated; seen in full traces.
         assumed: whether the batch is what training would make of full rows, or of the kind that `shape` is.
         deadline: of `time.monotonic`; after it TimeoutError ends the search.
+        passes: through the model in a step of the asked configuration; see `options.relative_speed`.
     """
 
     config: Config
@@ -92,8 +94,12 @@ class Search:
     share: float = 1.0
     assumed: bool = False
     deadline: float = math.inf
+    passes: float = 3
     _slopes: dict[bool, float] = field(default_factory=dict)  # bytes a token, by checkpointing
-    _rates: Rates | None = None
+
+    @cached_property
+    def rates(self) -> Rates:
+        return Rates.of(self.target, self.compute_dtype)
 
     @classmethod
     def of_run(
@@ -135,10 +141,8 @@ class Search:
         moved = batches * brought_in_a_step(found.layer_bytes)
         if config.model.weights not in ("host", "disk") or not moved:
             return None
-        if self._rates is None:
-            self._rates = Rates.of(self.target, self.compute_dtype)
-        products = batches * found.flops / self._rates.products if self._rates.products else 0.0
-        rate = self._rates.disk if config.model.weights == "disk" else self._rates.host
+        products = batches * found.flops / self.rates.products if self.rates.products else 0.0
+        rate = self.rates.disk if config.model.weights == "disk" else self.rates.host
         return Streaming(config.model.weights, moved, rate, products)
 
     def possible(self, settings: Mapping[str, Any]) -> bool:
@@ -152,7 +156,7 @@ class Search:
     def traced(self, settings: Mapping[str, Any]) -> int:
         """What the device has to give, from a full trace; estimates follow it from here on."""
         config = self.of(settings)
-        trace = predict(
+        trace = predict_deep(
             config, self.model_config, self._shape(config), self.compute_dtype, target=device_of(self.target)
         )  # fmt: skip
         seen = Prediction.of(trace, self.target).breakdown

@@ -21,12 +21,12 @@ from qlora_tool.memory.breakdown import Breakdown
 from qlora_tool.memory.plan.cached import cached
 from qlora_tool.memory.plan.changes import CHECKPOINTING, RESIDENT, WEIGHTS
 from qlora_tool.memory.profile import Prediction
-from qlora_tool.memory.show.legend import full_size
 from qlora_tool.memory.trace.extrapolate import predict_deep
 from qlora_tool.memory.trace.predict import BatchShape, Untraceable
 from qlora_tool.model.layer_stack import layer_stack
 from qlora_tool.model.slots import Quantization
 from qlora_tool.ops.free_memory import free_bytes
+from qlora_tool.sizes import memory_size
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
@@ -65,7 +65,7 @@ class Placed:
         place = "host memory" if model.weights == "host" else "the disk"
         return (
             f"model.weights: auto: not all of the base fits, so {self.layers - model.resident_layers} of {self.layers} "
-            f"layers come from {place}, {full_size(self.moved_bytes)} in each pass (forward, backward); to choose it "
+            f"layers come from {place}, {memory_size(self.moved_bytes)} in each pass (forward, backward); to choose it "
             f"yourself: --set {WEIGHTS}={model.weights} --set {RESIDENT}={model.resident_layers}"
         )
 
@@ -132,7 +132,7 @@ class _Place:
             return ""
         free = int(free_bytes(torch.device("cpu")) * (1 - SPARE))
         if (needed := least.elsewhere["host_bytes"]) > free:
-            return f"that takes {full_size(needed)} of host memory, of which {full_size(free)} are free"
+            return f"that takes {memory_size(needed)} of host memory, of which {memory_size(free)} are free"
         if self.place == "host" or base_is_kept(self.config, self.model_config, self.compute_dtype):
             return ""
         # The file holds what stays on the device, too.

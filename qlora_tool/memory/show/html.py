@@ -18,7 +18,7 @@ from qlora_tool.memory.breakdown import PARTS, MemoryReport
 from qlora_tool.memory.show.legend import (
     COLOURS,
     Row,
-    both_units,
+    Unit,
     difference,
     fit,
     group_modules,
@@ -26,6 +26,7 @@ from qlora_tool.memory.show.legend import (
     report_rows,
 )
 from qlora_tool.memory.trace.timeline import Timeline
+from qlora_tool.sizes import memory_size
 
 _POINTS = 2000
 
@@ -110,10 +111,10 @@ def _encoded(name: str, timeline: Timeline, report: MemoryReport) -> dict[str, A
 
 def _headlines(report: MemoryReport, budget: int | None, budget_name: str) -> Iterator[str]:
     for name, breakdown in report.breakdowns.items():
-        peak, verdict = fit(breakdown, budget, budget_name, report.processes)
+        verdict, peak = fit(breakdown, budget, budget_name, report.processes)
         over = ' class="over"' if budget is not None and breakdown.needed_bytes > budget else ""
-        said = f"; <span{over}>{html.escape(verdict)}</span>" if verdict else ""
-        yield f"  <p>{name}: <strong>{peak}</strong>{said}</p>"
+        said = f"<strong{over}>{html.escape(verdict)}</strong>; " if verdict else ""
+        yield f"  <p>{name}: {said}{peak}</p>"
 
 
 def breakdown_table(report: MemoryReport, budget: int | None, budget_name: str) -> Iterator[str]:
@@ -121,24 +122,25 @@ def breakdown_table(report: MemoryReport, budget: int | None, budget_name: str) 
     names = list(report.breakdowns)
     compared = len(names) == 2
     yield '    <table class="breakdown"><thead>'
-    heads = "".join(f'<th colspan="2">{name}</th>' for name in [*names, *(["difference"] if compared else [])])
+    heads = "".join(f"<th>{name}</th>" for name in names) + '<th colspan="2">difference</th>' * compared
     yield f"      <tr><th></th>{heads}</tr>"
-    units = "<th>MB</th><th>GiB</th>" * len(names) + ("<th>MB</th><th>%</th>" if compared else "")
+    unit = Unit.of(report)
+    units = f"<th>{unit.name}</th>" * len(names) + f"<th>{unit.name}</th><th>%</th>" * compared
     yield f"      <tr><th></th>{units}</tr></thead>"
     for section in report_rows(report, budget=budget, budget_name=budget_name):
         yield "    <tbody>"
-        yield from (f"      {_row(row, compared)}" for row in section)
+        yield from (f"      {_row(row, unit, compared)}" for row in section)
         yield "    </tbody>"
     yield "    </table>"
     note = "; difference: predicted less measured" if compared else ""
-    yield f'    <p class="note">MB = 10⁶ bytes, GiB = 2³⁰ bytes{note}</p>'
+    yield f'    <p class="note">1 GiB is 2³⁰ bytes{note}</p>'
 
 
-def _row(row: Row, compared: bool) -> str:
+def _row(row: Row, unit: Unit, compared: bool) -> str:
     kind = ' class="strong"' if row.strong else ' class="part"' if row.part_of else ""
-    cells = [cell for value in row.sizes.values() for cell in both_units(value)]
+    cells = [unit.told(value) for value in row.sizes.values()]
     if compared:
-        cells += difference(row)
+        cells += difference(row, unit)
     return f"<tr{kind}><td>{html.escape(row.name)}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
@@ -146,8 +148,7 @@ def _modules(unquantized: Mapping[str, int]) -> Iterator[str]:
     if not unquantized:
         return
     yield '  <section aria-label="Modules that are not quantized">\n    <h2>Left unquantized</h2>'
-    yield '    <table class="breakdown"><thead><tr><th>module</th><th>MB</th><th>GiB</th></tr></thead><tbody>'
+    yield '    <table class="breakdown"><thead><tr><th>module</th><th></th></tr></thead><tbody>'
     for name, size in group_modules(unquantized):
-        cells = "".join(f"<td>{cell}</td>" for cell in both_units(size))
-        yield f"      <tr><td>{html.escape(name)}</td>{cells}</tr>"
+        yield f"      <tr><td>{html.escape(name)}</td><td>{memory_size(size)}</td></tr>"
     yield "    </tbody></table>\n  </section>"

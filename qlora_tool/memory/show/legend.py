@@ -6,13 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlora_tool.memory.breakdown import ACTIVATIONS, CATEGORIES, PHASES, Breakdown, MemoryReport
-
-MB = 10**6
-MIB = 2**20
-GIB = 2**30
+from qlora_tool.sizes import GIB, MIB, memory_size
 
 COLOURS = {
     "base_weights": "#0b51a3",
@@ -60,18 +57,6 @@ def part_names(config: Mapping[str, Any]) -> dict[str, str]:
     if model.get("embeddings") == "int8" and codes != _CODES["int8"]:
         codes = f"{codes}, int8 embeddings" if codes else "int8 embeddings"
     return _NAMES | ({"base_weights": f"base weights ({codes})"} if codes else {})
-
-
-def binary_size(size: int) -> str:
-    """A size as `3.11 GiB` (2^30 bytes each), below a tenth of that as `12.5 MiB` (2^20 bytes each)."""
-    if not size:
-        return "0"
-    return f"{size / GIB:.2f} GiB" if abs(size) >= GIB / 10 else f"{size / MIB:.1f} MiB"
-
-
-def full_size(size: int) -> str:
-    """A size in both kinds of unit: `3340.8 MB (3.11 GiB)`."""
-    return f"{size / MB:.1f} MB ({binary_size(size)})"
 
 
 @dataclass(frozen=True)
@@ -129,39 +114,54 @@ def report_rows(report: MemoryReport, *, budget: int | None = None, budget_name:
     return [section for section in (parts, device, apart, phases) if section]
 
 
-def both_units(size: int | None) -> tuple[str, str]:
-    """A size in MB and in GiB, without the units; `0` is nothing at all, `0.0` a little, empty: it does not apply."""
-    if not size:
-        return ("", "") if size is None else ("0", "0")
-    return f"{size / MB:.1f}", f"{size / GIB:.2f}"
+class Unit(NamedTuple):
+    """What all sizes of one table are told in."""
+
+    name: str
+    bytes: int
+    digits: int
+
+    @classmethod
+    def of(cls, report: MemoryReport) -> Unit:
+        """GiB, but for a run that takes less than a tenth of one."""
+        most = max(breakdown.needed_bytes for breakdown in report.breakdowns.values())
+        return cls("GiB", GIB, 2) if most >= GIB / 10 else cls("MiB", MIB, 1)
+
+    def told(self, size: int | None, sign: str = "") -> str:
+        """A size without the unit; `0` is nothing at all, `0.00` a little, empty: it does not apply."""
+        if not size:
+            return "" if size is None else "0"
+        return f"{size / self.bytes:{sign}.{self.digits}f}"
 
 
-def difference(row: Row) -> tuple[str, str]:
-    """Predicted less measured, in MB and as percent of what was measured; empty where there is nothing to compare."""
+def difference(row: Row, unit: Unit) -> tuple[str, str]:
+    """Predicted less measured, in a unit and as percent of what was measured; empty where there is nothing to
+    compare."""
     predicted, measured = row.sizes.get("predicted"), row.sizes.get("measured")
     if predicted is None or measured is None or not row.compared:
         return "", ""
     if predicted == measured:
         return "0", ""
     share = f"{100 * (predicted - measured) / measured:+.2f}" if measured else ""
-    return f"{(predicted - measured) / MB:+.1f}", share
+    return unit.told(predicted - measured, "+"), share
 
 
 def fit(breakdown: Breakdown, budget: int | None, budget_name: str, processes: int = 1) -> tuple[str, str]:
-    """A breakdown in two phrases: its peak, of one of several processes, and whether it fits (empty without a
-    budget)."""
+    """A breakdown in two phrases: whether it fits (empty without a budget), and its peak, of one of several
+    processes."""
     each = f", per process, of {processes}" if processes > 1 else ""
-    peak = f"{full_size(breakdown.peak_bytes)} at the peak, in {breakdown.peak_phase}{each}"
+    peak = f"{memory_size(breakdown.peak_bytes)} at the peak, in {breakdown.peak_phase}{each}"
     if budget is None:
-        return peak, ""
+        return "", peak
     left = budget - breakdown.needed_bytes
-    verdict = f"fits, {binary_size(left)} left" if left >= 0 else f"does not fit by {binary_size(-left)}"
-    return peak, f"{verdict}: {binary_size(breakdown.needed_bytes)} needed, {limit(budget, budget_name)}"
+    verdict, rest = ("yes, it fits", "left") if left >= 0 else ("no, it does not fit", "too much")
+    needed = memory_size(breakdown.needed_bytes)
+    return f"{verdict}: {needed} needed, {limit(budget, budget_name)}, {memory_size(abs(left))} {rest}", peak
 
 
 def limit(budget: int, budget_name: str) -> str:
     """`22.34 GiB usable (95% of rtx-4090's 23.52 GiB)`; without a name, `the limit is 23.65 GiB`."""
-    size = binary_size(budget)
+    size = memory_size(budget)
     return f"{size} usable ({budget_name})" if budget_name else f"the limit is {size}"
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from qlora_tool.memory.plan.changes import CHECKPOINTING, costs_of
 from qlora_tool.memory.plan.result import Change, Option, Plan
-from qlora_tool.memory.show.legend import binary_size, full_size
+from qlora_tool.sizes import memory_size
 
 _NOTE = "peak: expected; speed: tokens/s against what was asked for, by counting passes, not measured\n"
 
@@ -40,10 +40,11 @@ def _headline(plan: Plan) -> str:
     kept = f", {plan.margin:.0%} of it kept free" if plan.margin else ""
     named = f", {plan.budget_name}" if plan.budget_name else ""
     card = f" ({plan.target})" if plan.target else ""
-    verdict = f"it fits, {binary_size(free)} left" if plan.fits else f"it does not fit by {binary_size(-free)}"
+    verdict = f"it fits, {memory_size(free)} left" if plan.fits else f"it does not fit, {memory_size(-free)} too much"
+    how = f", {plan.recomputation}" if plan.recomputation else ""
     return (
-        f"plan for {binary_size(plan.budget_bytes)} on {plan.device}{card}{named}{kept}\n"
-        f"asked for: {_batch(asked)} take {full_size(asked.peak_bytes)}: {verdict}"
+        f"plan for {memory_size(plan.budget_bytes)} on {plan.device}{card}{named}{kept}\n"
+        f"asked for: {_batch(asked)} take {memory_size(asked.peak_bytes)}{how}: {verdict}"
         + (f"; {asked.streaming}" if asked.streaming else "")
     )
 
@@ -71,20 +72,21 @@ def _lengths(plan: Plan) -> Table:
         before = checkpointing
         length = str(option.length) if option.length else "none fit"
         speed = f"{option.speed:.2f}" if option.length else ""
-        peak = binary_size(option.peak_bytes) if option.length else ""
+        peak = memory_size(option.peak_bytes) if option.length else ""
         style = "" if option.length else "dim"
         table.add_row(Text(name), str(option.rows), length, peak, speed, style=style)
     return table
 
 
 def _alternatives(plan: Plan) -> Table:
-    table = _plain_table(f"with {_batch(plan.asked)}", "peak", "", "speed")
+    how = ", everything recomputed" if plan.recomputation else ""
+    table = _plain_table(f"with {_batch(plan.asked)}{how}", "peak", "", "speed")
     table.add_column("")  # notes, which take several lines where there is no room for them on one
     for option in plan.options:
         if option.group == "length":
             continue
         fits = "fits" if option.fits else "too much"
-        cells = (_setting(option.settings), binary_size(option.peak_bytes), fits, f"{option.speed:.2f}")
+        cells = (_setting(option.settings), memory_size(option.peak_bytes), fits, f"{option.speed:.2f}")
         note = "asked for" if option.asked else "; ".join(_costs(option, plan))
         table.add_row(Text(cells[0]), *cells[1:], note)
     return table
@@ -102,10 +104,10 @@ def _answer(plan: Plan) -> str:
         return f"nothing has to change; the longest rows that fit: {_peak(plan.longest)}:"
     if plan.fits:
         return "nothing has to change, and no longer row fits"
-    weights = f"; the weights alone take {full_size(plan.weights_bytes)}" * (plan.weights_bytes > plan.usable_bytes)
+    weights = f"; the weights alone take {memory_size(plan.weights_bytes)}" * (plan.weights_bytes > plan.usable_bytes)
     return (
-        f"nothing makes it fit: the smallest that was tried takes {full_size(plan.smallest_bytes)}, "
-        f"{binary_size(plan.misses_by)} too much{weights}"
+        f"nothing makes it fit: the smallest that was tried takes {memory_size(plan.smallest_bytes)}, "
+        f"{memory_size(plan.misses_by)} too much{weights}"
     )
 
 
@@ -118,4 +120,4 @@ def _costs(choice: Option | Change, plan: Plan) -> list[str]:
 
 def _peak(change: Change) -> str:
     how = "traced at full depth" if change.confirmed else "estimated"
-    return f"{full_size(change.peak_bytes)} ({how})"
+    return f"{memory_size(change.peak_bytes)} ({how})"

@@ -11,8 +11,9 @@ import numpy as np
 
 from qlora_tool.files.atomic import replacing_file
 from qlora_tool.memory.breakdown import PARTS, MemoryReport
-from qlora_tool.memory.show.legend import COLOURS, GIB, MIB, binary_size, full_size, part_names
+from qlora_tool.memory.show.legend import COLOURS, part_names
 from qlora_tool.memory.trace.timeline import Timeline
+from qlora_tool.sizes import GIB, MIB, memory_size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,9 +105,9 @@ def _panel(name: str, timeline: Timeline, report: MemoryReport, budget: int | No
     context = (breakdown.context_bytes or 0) if breakdown else 0
     if budget is None:
         return _Panel(name, timeline, reserved, None, "")
-    taken_off = f" ({binary_size(budget)} less {binary_size(context)} of CUDA context)" if context else ""
+    taken_off = f" ({memory_size(budget)} less {memory_size(context)} of CUDA context)" if context else ""
     limit = budget - context
-    return _Panel(name, timeline, reserved, limit, f"{budget_name or 'limit'}: {binary_size(limit)}{taken_off}")
+    return _Panel(name, timeline, reserved, limit, f"{budget_name or 'limit'}: {memory_size(limit)}{taken_off}")
 
 
 def _set_scale(axes: Axes, top: float) -> None:
@@ -166,7 +167,7 @@ def _mark_lines(axes: Axes, panel: _Panel) -> None:
     right = panel.timeline.peak_index < 0.4 * len(panel.timeline)  # away from the label of the peak
     if panel.is_near(panel.reserved):
         axes.axhline(panel.reserved, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        _name_line(axes, panel.reserved, f"reserved by the allocator: {binary_size(panel.reserved)}", _MUTED, right)
+        _name_line(axes, panel.reserved, f"reserved by the allocator: {memory_size(panel.reserved)}", _MUTED, right)
     if panel.is_near(panel.limit):
         axes.axhline(panel.limit, color=_RED, linewidth=1.6)
         axes.axhspan(panel.limit, axes.get_ylim()[1], color=_RED, alpha=0.06, linewidth=0)
@@ -210,7 +211,7 @@ def _mark_peak(axes: Axes, panel: _Panel) -> None:
     side, corner = ("left", 0) if share < 0.3 else ("right", 1) if share > 0.7 else ("center", 0.5)
     axes.plot(peak + 0.5, height, "o", color=_INK, markersize=5, zorder=5, clip_on=False)
     axes.annotate(
-        f"peak {full_size(timeline.peak_bytes)}\n{_place(timeline, peak)}",
+        f"peak {memory_size(timeline.peak_bytes)}\n{_place(timeline, peak)}",
         (peak + 0.5, height),
         (peak + 0.5, foot),
         ha=side,
@@ -244,7 +245,7 @@ def _draw_peak(axes: Axes, timeline: Timeline, names: Mapping[str, str]) -> None
     axes.tick_params(length=0, labelcolor=_INK, left=False, labelleft=False)
     axes.spines[["left", "bottom"]].set_visible(False)
     shown = [part for number, part in enumerate(PARTS) if timeline.part_bytes[:, number].any()]
-    labels = {part: f"{names[part]}\n{binary_size(at_peak[part])}" for part in reversed(shown)}
+    labels = {part: f"{names[part]}\n{memory_size(at_peak[part])}" for part in reversed(shown)}
     axes.legend(
         handles=[Patch(color=COLOURS[part], label=label) for part, label in labels.items()],
         loc="lower left",

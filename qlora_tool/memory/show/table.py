@@ -11,8 +11,7 @@ from rich.text import Text
 from qlora_tool.memory.breakdown import PARTS, Breakdown, MemoryReport
 from qlora_tool.memory.show.legend import (
     COLOURS,
-    binary_size,
-    both_units,
+    Unit,
     difference,
     fit,
     group_modules,
@@ -20,6 +19,7 @@ from qlora_tool.memory.show.legend import (
     part_names,
     report_rows,
 )
+from qlora_tool.sizes import memory_size
 
 _LETTERS = dict(zip(PARTS, "BQWAGObsrTF", strict=True)) | {"unused": "u", "context": "C", "free": "."}
 _COLOURS = COLOURS | {"unused": "#c8ccd0", "context": "#5f6368", "free": "#5f6368"}
@@ -52,7 +52,7 @@ def render_report(
     console.print()
     console.print(_table(report, budget, budget_name))
     compared = "; difference: predicted less measured" if len(breakdowns) == 2 else ""
-    console.print(Text(f"on {report.device}; MB = 10^6 bytes, GiB = 2^30 bytes{compared}\n", style="dim"))
+    console.print(Text(f"on {report.device}; 1 GiB is 2^30 bytes{compared}\n", style="dim"))
     scale = max([budget or 0, *(breakdown.needed_bytes for breakdown in breakdowns.values())])
     bars = {name: bar_cells(breakdown, scale, console.width - _LABEL) for name, breakdown in breakdowns.items()}
     coloured = _shows_colours(console)
@@ -76,20 +76,19 @@ def _headlines(report: MemoryReport, budget: int | None, budget_name: str) -> Ta
 
 def _table(report: MemoryReport, budget: int | None, budget_name: str) -> Table:
     both = len(report.breakdowns) == 2
-    table = _plain_table("")
+    table, unit = _plain_table(""), Unit.of(report)
     for name in report.breakdowns:
-        table.add_column(f"{name}\nMB", justify="right", no_wrap=True)
-        table.add_column("\nGiB", justify="right", no_wrap=True)
+        table.add_column(f"{name}\n{unit.name}", justify="right", no_wrap=True)
     if both:
-        table.add_column("difference\nMB", justify="right", no_wrap=True)
+        table.add_column(f"difference\n{unit.name}", justify="right", no_wrap=True)
         table.add_column("\n%", justify="right", no_wrap=True)
     for number, section in enumerate(report_rows(report, budget=budget, budget_name=budget_name)):
         if number:
             table.add_row()
         for row in section:
             name = Text(f"  {row.name}" if row.part_of else row.name)
-            cells = [cell for value in row.sizes.values() for cell in both_units(value)]
-            table.add_row(name, *cells, *(difference(row) if both else ()), style="bold" if row.strong else "")
+            cells = [unit.told(value) for value in row.sizes.values()]
+            table.add_row(name, *cells, *(difference(row, unit) if both else ()), style="bold" if row.strong else "")
     return table
 
 
@@ -142,7 +141,7 @@ def _mark(part: str, count: int, coloured: bool) -> Text:
 def _scale_line(scale: int, budget: int | None, budget_name: str, width: int) -> str:
     """What the length of the bars stands for; where the limit is, if they go past it."""
     if budget is None:
-        return f"{'':<{_LABEL}}the whole bar: {binary_size(scale)}\n"
+        return f"{'':<{_LABEL}}the whole bar: {memory_size(scale)}\n"
     if budget == scale:
         return f"{'':<{_LABEL}}the whole bar: {limit(budget, budget_name)}\n"
     column, label = round(budget / scale * width), limit(budget, budget_name)
@@ -169,8 +168,7 @@ def _legend(bars: Mapping[str, Mapping[str, int]], names: Mapping[str, str], col
 
 def _whole_modules(unquantized: Mapping[str, int]) -> Table:
     table = _plain_table("left unquantized")
-    table.add_column("MB", justify="right", no_wrap=True)
-    table.add_column("GiB", justify="right", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
     for name, size in group_modules(unquantized):
-        table.add_row(Text(name), *both_units(size))
+        table.add_row(Text(name), memory_size(size))
     return table

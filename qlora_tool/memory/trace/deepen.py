@@ -19,7 +19,7 @@ import numpy as np
 from qlora_tool.memory.trace.tracer import Call, Storage, Trace
 
 BIRTH, DEATH, CALL = 1, -1, 0
-MOST_WORK = 100_000_000  # pairs that an alignment may compare
+MOST_WORK = 100_000_000  # pairs that an alignment may compare, of things at most so far apart as there are more
 
 
 class Item(NamedTuple):
@@ -98,37 +98,38 @@ def _aligned(first: Sequence[Hashable], second: Sequence[Hashable]) -> list[int 
     Raises:
         _Unlike: `second` is not `first` with more in it.
     """
-    if len(first) * len(second) > MOST_WORK:
+    more = len(second) - len(first)
+    if more < 0:
+        raise _Unlike("a shallower model has more in it")
+    if len(first) * (more + 1) > MOST_WORK:
         raise _Unlike("too much to compare")
     exact, sizeless = (_numbered(first, second, of) for of in (lambda token: token, _sizeless))
     (a, b), (c, d) = exact, sizeless
-    # cost[j]: of the things so far, the last of which is the j-th of `second`; far: as much as nothing can cost.
-    far, places = np.int64(1) << 40, np.arange(len(second))
-    came_from = np.empty((len(first), len(second)), np.int32)
-    cost = np.empty(0, np.int64)
+    # cost[n]: of the things so far, n of `second` having been added before the last of them; far: more than any cost.
+    far, added = np.int64(1) << 40, np.arange(more + 1)
+    came_from = np.empty((len(first), more + 1), np.int32)
+    cost = (added > 0).astype(np.int64)
     for number in range(len(first)):
-        same = np.where(b == a[number], 0, np.where(d == c[number], _OTHER_SIZE, far))
-        if number == 0:
-            cost = same + (places > 0)
-            continue
-        # From right before, or with a stretch between: from the cheapest place further left, of equals the last one.
-        best = np.minimum.accumulate(cost)
-        where = np.maximum.accumulate(np.where(cost == best, places, 0))
-        next_to, after_gap = np.full_like(cost, far), np.full_like(cost, far)
-        next_to[1:], after_gap[2:] = cost[:-1], best[:-2] + 1
-        jumps = after_gap < next_to
-        came_from[number] = np.where(jumps, np.concatenate([[0, 0], where[:-2]])[: len(second)], places - 1)
-        cost = np.minimum(next_to, after_gap) + same
+        there = slice(number, number + more + 1)
+        if number:
+            # From right before, or with a stretch between: from the cheapest with less added, of equals the last one.
+            best = np.minimum.accumulate(cost)
+            where = np.maximum.accumulate(np.where(cost == best, added, 0))
+            after_gap, before_gap = np.full_like(cost, far), np.zeros_like(where)
+            after_gap[1:], before_gap[1:] = best[:-1] + 1, where[:-1]
+            came_from[number] = np.where(after_gap < cost, before_gap, added)
+            cost = np.minimum(cost, after_gap)
+        cost = cost + np.where(b[there] == a[number], 0, np.where(d[there] == c[number], _OTHER_SIZE, far))
     matched: list[int | None] = [None] * len(second)
     if not len(first):
         return matched
-    cost = cost + (places < len(second) - 1)
-    place = int(cost.argmin())
-    if cost[place] >= far:
+    cost = cost + (added < more)
+    shift = int(cost.argmin())
+    if cost[shift] >= far:
         raise _Unlike("a shallower model has more in it")
     for number in range(len(first) - 1, -1, -1):
-        matched[place] = number
-        place = int(came_from[number][place])
+        matched[number + shift] = number
+        shift = int(came_from[number][shift])
     return matched
 
 

@@ -34,6 +34,7 @@ from qlora_tool.model.experts import assuming_routing, even_shares
 from qlora_tool.model.streamed_base import streamed_layer_bytes, weights_elsewhere
 from qlora_tool.ops.declare import CPU, Target, meant_for
 from qlora_tool.ops.determinism import full_determinism
+from qlora_tool.terminal import drawn, still_going
 from qlora_tool.training.optimizers import Optimizer, make_optimizer, parameter_groups
 from qlora_tool.training.step import StepSettings, train_step
 
@@ -260,6 +261,16 @@ def predict(
     Raises:
         Untraceable: the model's code cannot run on fake tensors, as where it looks at values; the module is named.
     """
+    with drawn.hushed():
+        found = _predict(config, model_config, shape, compute_dtype, recomputation, target)
+    still_going()
+    return found
+
+
+def _predict(
+    config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype, recomputation: Recomputation | None,
+    target: Target,
+) -> Trace:  # fmt: skip
     run = config, model_config, shape, compute_dtype, recomputation
     if shape.processes == 1 and config.model.weights not in ("host", "disk"):
         try:
