@@ -29,10 +29,13 @@ def lines_are_said_anew() -> None:
 
 
 @pytest.fixture(autouse=True)
-def logs_by_default() -> None:
-    """What a command says of logging ends before the next test, whichever test or fixture called it."""
+def logs_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command says of logging ends before the next test, whichever test or fixture called it; and a slow machine
+    sees no more lines than a fast one."""
+    from qlora_tool import terminal
     from qlora_tool.terminal import drawn
 
+    monkeypatch.setattr(terminal, "SHOWN_FROM", 3600.0)
     log = logging.getLogger("qlora_tool")
     log.handlers, log.propagate, drawn.quiet = [], True, False
     log.setLevel(logging.NOTSET)

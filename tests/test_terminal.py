@@ -106,6 +106,7 @@ def long_work(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Four units of a second and a half each, by a clock that is moved."""
     now = [100.0]
     monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(terminal, "SHOWN_FROM", 2.0)
 
     def work() -> None:
         with progress("quantizing", 4, "tensors") as bar:

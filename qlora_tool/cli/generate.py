@@ -13,6 +13,7 @@ import click
 from qlora_tool.cli import ToolCommand
 from qlora_tool.cli.options import NewFile, adapter_option, base_options, device_options, template_option
 from qlora_tool.errors import UserError, printable
+from qlora_tool.sizes import memory_size
 
 if TYPE_CHECKING:
     from qlora_tool.inference.generate import Effort, GenerateResult, PromptAnswer
@@ -168,7 +169,7 @@ def _indented(text: str, width: int = len("  tuned: ")) -> str:
 def _speed(name: str, effort: Effort) -> str:
     return (
         f"{name}: {effort.seconds:.1f} s, {effort.tokens} tokens, {effort.tokens_per_second:.0f} tokens/s, "
-        f"peak memory {effort.peak_bytes / 1e9:.2f} GB"
+        f"peak memory {memory_size(effort.peak_bytes)}"
     )
 
 

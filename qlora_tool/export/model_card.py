@@ -18,6 +18,7 @@ from qlora_tool.files.reading import is_regular
 from qlora_tool.model.config_file import read_config_file
 from qlora_tool.model.tokenizer_files import has_tokenizer
 from qlora_tool.run_folder import RunFolder
+from qlora_tool.sizes import memory_size
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -368,7 +369,7 @@ def _memory(run: Path) -> list[tuple[str, Any]]:
     report = _object(run / "memory.json")
     named = {"predicted": "predicted for the largest batch", "measured": "measured in one step"}
     try:
-        peaks = [f"{report[one]['peak_bytes'] / 1e9:.2f} GB {text}" for one, text in named.items() if report.get(one)]
+        peaks = [f"{memory_size(report[one]['peak_bytes'])} {text}" for one, text in named.items() if report.get(one)]
         return [("memory of a training step", f"{', '.join(peaks)} on {report['device']}")] if peaks else []
     except (LookupError, TypeError):  # no run wrote it
         return []

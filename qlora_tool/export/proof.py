@@ -33,6 +33,7 @@ from qlora_tool.model.positions import rotate_by_example
 from qlora_tool.model.slots import Quantization, find_embedding_slots, find_slots
 from qlora_tool.model.source import read_model_config
 from qlora_tool.ops.free_memory import free_bytes
+from qlora_tool.sizes import memory_size
 from qlora_tool.weights.modules import Adaptable, FrozenLinear
 from qlora_tool.weights.quantized import KINDS, QuantizedTensor
 
@@ -117,7 +118,7 @@ def _shortage(artifact: Artifact) -> str | None:
     if needed <= free:
         return None
     return (
-        f"the live model needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free; free some, and "
+        f"the live model needs {memory_size(needed)}, and {memory_size(free)} of memory are free; free some, and "
         "export again with --overwrite"
     )
 

@@ -12,6 +12,7 @@ from qlora_tool.files.direct_reads import PAGE
 from qlora_tool.model.load import Loading
 from qlora_tool.model.streamed_base import layer_weights, note_stream
 from qlora_tool.ops.free_memory import free_bytes
+from qlora_tool.sizes import memory_size
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.on_card import HostStream, Queues
 from qlora_tool.weights.quantized import QuantizedTensor
@@ -99,5 +100,5 @@ def _refuse_little_memory(needed: int) -> None:
     """
     free = int(free_bytes(torch.device("cpu")) * (1 - KEPT_FREE))
     if needed > free:
-        raise MachineError(f"model.weights: host: the layers take {needed / 1e9:.1f} GB of host memory, and "
-                           f"{free / 1e9:.1f} GB are free; set model.weights: disk")  # fmt: skip
+        raise MachineError(f"model.weights: host: the layers take {memory_size(needed)} of host memory, and "
+                           f"{memory_size(free)} are free; set model.weights: disk")  # fmt: skip

@@ -14,6 +14,7 @@ from qlora_tool.report.charts import bar, number
 from qlora_tool.report.escape import escaped
 from qlora_tool.report.found import Found
 from qlora_tool.report.parts import command, facts, missing, section, table
+from qlora_tool.sizes import memory_size
 
 LONGEST_SAMPLE = 4000  # characters
 
@@ -39,7 +40,7 @@ def summary(found: Found) -> str:
     if speeds:
         pairs.append(("speed", f"{sum(speeds) / len(speeds):,.0f} tokens/s on average"))
     if found.memory is not None and found.memory.measured is not None:
-        pairs.append(("peak of tensors", f"{found.memory.measured.peak_bytes / 1e6:,.1f} MB measured"))
+        pairs.append(("peak of tensors", f"{memory_size(found.memory.measured.peak_bytes)} measured"))
     state = "" if found.folder.is_finished() else missing("this run is not finished", command(
         "train", str(found.folder.config_file)))  # fmt: skip
     return f"{state}{facts(pairs)}"

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_tool.sizes import memory_size
+
 _ALIGNMENT = 256
 _ATTACH_GLOBAL = 1  # CU_MEM_ATTACH_GLOBAL
 _CONCURRENT_MANAGED_ACCESS = 89  # CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS
@@ -68,7 +70,7 @@ class _Block:
             if torch.cuda.mem_get_info(index)[0] < size:
                 torch.cuda.empty_cache()
             if (free := torch.cuda.mem_get_info(index)[0]) < size:
-                raise OSError(f"its state takes {size / 1e9:.2f} GB and the card has {free / 1e9:.2f} GB free")
+                raise OSError(f"its state takes {memory_size(size)} and the card has {memory_size(free)} free")
             self._driver = _driver()
             self._device, concurrent = ctypes.c_int(), ctypes.c_int()
             self._check("cuDeviceGet", ctypes.byref(self._device), index)

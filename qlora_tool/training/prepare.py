@@ -17,6 +17,7 @@ from qlora_tool.build.setup import Setup
 from qlora_tool.config import AdapterConfig, Config, with_values
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.source import resolve as resolve_model
+from qlora_tool.sizes import memory_size
 from qlora_tool.training.how_long import describe_length, measured_speed
 from qlora_tool.training.run_data import RunData, read_run_data
 from qlora_tool.weights.handles import WeightHandle
@@ -48,7 +49,7 @@ def describe(built: Built, adapter: AdapterConfig) -> list[str]:
     """What is frozen and what is trained, in bytes, for the log."""
     model, adapters = built.model, built.adapters
     plain = model.unquantized_bytes()
-    largest = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in list(plain.items())[:3])
+    largest = ", ".join(f"{name} {memory_size(size)}" for name, size in list(plain.items())[:3])
     kind = model.quantization.kind
     if kind in ("nf4", "fp4") and model.quantization.double_quant:
         kind += " with double quantization"
@@ -59,8 +60,8 @@ def describe(built: Built, adapter: AdapterConfig) -> list[str]:
     trained = adapters.parameters()
     dtype = str(trained[0].dtype).removeprefix("torch.")
     return [
-        f"model: {model.config.model_type}, {kind} {model.quantized_bytes() / 1e6:.1f} MB; unquantized "
-        f"{sum(plain.values()) / 1e6:.1f} MB ({largest}{', ...' if len(plain) > 3 else ''})",
+        f"model: {model.config.model_type}, {kind} {memory_size(model.quantized_bytes())}; unquantized "
+        f"{memory_size(sum(plain.values()))} ({largest}{', ...' if len(plain) > 3 else ''})",
         f"adapter: {_method(adapter)} on {adapters.places}, {_trained(model, trained)} in {dtype}; matrix products in "
         f"{str(model.compute_dtype).removeprefix('torch.')} on {model.device}",
         *([f"adapter: starts from {adapter.init_from}"] if adapter.init_from else []),

@@ -16,6 +16,7 @@ import torch
 
 from qlora_tool.errors import MachineError
 from qlora_tool.files.atomic import disk_errors
+from qlora_tool.sizes import memory_size
 from qlora_tool.terminal import clock, drawn, progress_bar
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ def memory_in_words(device: torch.device, tensor_bytes: int | None) -> str:
         tensor_bytes, held, holder = peak, torch.cuda.max_memory_reserved(device), "reserved"
     else:
         held, holder = peak, "process"
-    tensors = "" if tensor_bytes is None else f"tensors {tensor_bytes / 1e9:.2f} GB, "
-    return f"{tensors}{holder} {held / 1e9:.2f} GB"
+    tensors = "" if tensor_bytes is None else f"tensors {memory_size(tensor_bytes)}, "
+    return f"{tensors}{holder} {memory_size(held)}"
 
 
 class Metrics:

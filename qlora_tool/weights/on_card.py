@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qlora_tool.errors import MachineError
+from qlora_tool.sizes import memory_size
 from qlora_tool.weights.schedule import Schedule
 from qlora_tool.weights.streamed import Buffers, Check, DiskStream, Part, in_backward
 
@@ -106,7 +107,7 @@ def _unpin(copying: torch.cuda.Stream, pinned: list[Tensor]) -> None:
 def unpinnable(size: int, reason: str) -> MachineError:
     """What to say of host memory that cannot be pinned."""
     return MachineError(
-        f"model.weights: {size / 1e9:.2f} GB more of host memory cannot be pinned for copies to the card ({reason}); "
+        f"model.weights: {memory_size(size)} more of host memory cannot be pinned for copies to the card ({reason}); "
         "free memory or raise the limit of locked memory (ulimit -l); model.weights: disk pins two layers alone"
     )
 

@@ -316,7 +316,7 @@ def test_one_prompt_prints_its_answer_alone(here: Path):
     assert result.exit_code == 0
     assert result.stdout.strip()
     assert result.stderr.startswith("answers: ")
-    assert re.search(r" tokens/s, peak memory \d\.\d+ GB", result.stderr)
+    assert re.search(r" tokens/s, peak memory \d\.\d+ GiB", result.stderr)
     assert result.stdout == answer_of("run", "yes?") + "\n"
     run("export-merged", "run", "--output-dir", "merged")
     assert answer_of("merged", "yes?") == answer_of("run/adapter", "yes?") == answer_of("run", "yes?")
@@ -348,7 +348,7 @@ def test_the_base_beside_what_became_of_it(here: Path):
         assert second.split() == ["base:", *base.split()]
         assert third.split() == ["tuned:", *answer_of(model, "Who?").split()]
         assert [line.split(":")[0] for line in speeds] == ["base", "tuned"]
-        assert all(" tokens/s, peak memory " in line and line.endswith(" GB") for line in speeds)
+        assert all(" tokens/s, peak memory " in line and line.endswith(" GiB") for line in speeds)
 
 
 def test_sampling_options_reach_the_model(here: Path):

@@ -27,6 +27,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with a model's configuration in `m` and a run's in `run.yaml`, which commands run in. What they
     predict is traced once for each run."""
     monkeypatch.setattr(profile, "predict_deep", _predict)
+    monkeypatch.setattr("qlora_tool.workers.count_for", lambda each: 1)  # others would have the table's whole contents
     use_products(PYTORCH)  # as in tests/memory/conftest.py
     tiny_config("llama", dtype="float32").save_pretrained(tmp_path / "m")
     values = {
@@ -89,8 +90,8 @@ def test_a_cpu_from_the_configuration_alone(here: Path):
     assert list(predicted["phase_peak_bytes"]) == list(PHASES)
     assert max(predicted["phase_peak_bytes"].values()) == predicted["peak_bytes"]
     assert predicted["reserved_bytes"] is predicted["context_bytes"] is None
-    assert f"predicted: {predicted['peak_bytes'] / 1e6:.1f} MB" in output
-    assert "on cpu; MB = 10^6 bytes, GiB = 2^30 bytes" in output
+    assert f"predicted: {predicted['peak_bytes'] / 2**20:.1f} MiB" in output
+    assert "on cpu; 1 GiB is 2^30 bytes" in output
     assert "CUDA context" not in output
     assert "left unquantized" in output and "lm_head.weight" in output
 
@@ -114,9 +115,9 @@ def test_measured_beside_predicted(here: Path, stored: str | None):
         found = report.predicted.phase_peak_bytes[phase]
         assert found == pytest.approx(report.measured.phase_peak_bytes[phase], rel=0.01)
     said = re.search(
-        r"the allocator itself, without a tracer: ([\d.]+) MB at the peak; predicted ([+-][\d.]+)%", output
+        r"the allocator itself, without a tracer: ([\d.]+) MiB at the peak; predicted ([+-][\d.]+)%", output
     )
-    assert float(said[1]) == pytest.approx(report.measured.peak_bytes / 1e6, abs=0.06)  # shown to a tenth
+    assert float(said[1]) == pytest.approx(report.measured.peak_bytes / 2**20, abs=0.06)  # shown to a tenth
     assert abs(float(said[2])) <= 1
     assert "difference: predicted less measured" in output
 
@@ -149,8 +150,8 @@ def test_the_configuration_may_ask_for_a_cpu(here: Path):
 def test_a_card_by_name(here: Path):
     output = shown("--device-memory", "RTX 4090")
     # 5 % of 23.52 GiB stay free
-    assert re.search(r"fits, 2\d\.\d\d GiB left: .* 22\.34 GiB usable \(95% of rtx-4090's 23\.52 GiB\)",
-                     " ".join(output.split()))  # fmt: skip
+    assert re.search(r"predicted: yes, it fits: .* needed, 22\.34 GiB usable \(95% of rtx-4090's 23\.52 GiB\), "
+                     r"2\d\.\d\d GiB left", " ".join(output.split()))  # fmt: skip
     assert "what the driver keeps" not in output
 
 
@@ -166,9 +167,11 @@ def test_a_size_to_the_byte_that_does_not_suffice(here: Path):
     shown("--device", "cpu", "--json", "memory.json")
     report = json.loads((here / "memory.json").read_text())
     peak = report["predicted"]["peak_bytes"]
-    assert "fits, 0 left" in shown("--device", "cpu", "--device-memory", f"{peak}B")
+    output = shown("--device", "cpu", "--device-memory", f"{peak}B")
+    assert "yes, it fits: " in output and ", 0 left" in output
     output = shown("--device", "cpu", "--device-memory", f"{peak - 1000}B")
-    assert "does not fit by 0.0 MiB" in output and "run again with --plan" in output
+    assert "no, it does not fit: " in output and ", 0.0 MiB too much" in " ".join(output.split())
+    assert re.search(r"\nwhat to change: --set \S.* makes it fit, in 0\.\d MiB \(estimated\)\n", output)
 
 
 def test_a_plan(here: Path, monkeypatch: pytest.MonkeyPatch):
@@ -232,7 +235,7 @@ def test_a_plan_for_nothing_in_particular(here: Path):
 def test_a_budget_below_the_weights(here: Path):
     line = refused("--device", "cpu", "--device-memory", "50KiB")
     assert "--device-memory: the limit is " in line
-    assert "but the base's weights (nf4) alone take 0.1 MB" in line
+    assert "but the base's weights (nf4) alone take 0.1 MiB" in line
 
 
 def test_a_plan_that_cannot_fit(here: Path, monkeypatch: pytest.MonkeyPatch):
@@ -241,7 +244,7 @@ def test_a_plan_that_cannot_fit(here: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("qlora_tool.memory.plan.options.ALTERNATIVES", {})
     result = run("--device", "cpu", "--device-memory", "50KiB", "--plan", "--json", "plan.json")
     assert result.exit_code == 2
-    assert "nothing makes it fit" in result.stdout and "the weights alone take 0.1 MB" in result.stdout
+    assert "nothing makes it fit" in result.stdout and "the weights alone take 0.1 MiB" in result.stdout
     assert "error: --device-memory: the smallest configuration that was tried takes" in result.stderr
     found = json.loads((here / "plan.json").read_text())["plan"]
     assert (found["fits"], found["change"], found["line"]) == (False, None, "")

@@ -74,7 +74,7 @@ def test_a_run_tells_how_it_was_trained(base: Path, run: Path):
         "seed": "0",
         "steps": "3",
         "training loss": f"{records[0]['loss']:.3f} → {records[-1]['loss']:.3f}",
-        "memory of a training step": "1.41 GB predicted for the largest batch, 1.40 GB measured in one step on cpu",
+        "memory of a training step": "1.31 GiB predicted for the largest batch, 1.31 GiB measured in one step on cpu",
     }
     assert "The base states no licence" in card
     assert "## Verification" not in card

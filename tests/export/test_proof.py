@@ -186,7 +186,7 @@ def test_an_adapter_alone_has_no_rows(runs, tmp_path):
 def test_left_out_where_memory_is_short(runs, exported, monkeypatch):
     monkeypatch.setattr(proof, "free_bytes", lambda device: 1000)
     found = proven(artifact_of(runs["llama"]), exported)
-    assert "0.0 GB of memory are free" in found.left_out
+    assert "0.0 MiB of memory are free" in found.left_out
 
 
 def test_left_out_where_memory_runs_out(runs, exported, monkeypatch):

@@ -401,7 +401,7 @@ def test_without_a_terminal_a_line_is_printed_for_every_record(config, tmp_path,
     assert lines[0].startswith(f"step 3/6  loss {loss[0]:.4f}  lr ")
     assert lines[1].startswith("step 6: eval loss ")
     assert lines[2].startswith(f"step 6/6  loss {loss[1]:.4f}  lr ")
-    assert lines[2].endswith("GB  0:00 left")
+    assert lines[2].endswith("GiB  0:00 left")
 
 
 def test_in_a_terminal_one_line_is_redrawn(config, tmp_path, capsys, monkeypatch):

@@ -178,7 +178,7 @@ def test_memory_that_cannot_be_pinned_is_told(tmp_path, monkeypatch):
     queues = object.__new__(CudaQueues)
     queues._pinned = []
     monkeypatch.setattr(torch.cuda, "cudart", Cudart)
-    with pytest.raises(MachineError, match=r"0\.01 GB more of host memory cannot be pinned .*error 2.*weights: disk"):
+    with pytest.raises(MachineError, match=r"9\.5 MiB more of host memory cannot be pinned .*error 2.*weights: disk"):
         HostStream(1, CPU, queues).hold(0, torch.zeros(10_000_000, dtype=torch.uint8))
     assert not queues._pinned
     assert "two layers alone" in str(unpinnable(1, "no"))

@@ -19,6 +19,7 @@ from qlora_tool.export.merge import MergedModel
 from qlora_tool.export.shards import write_at_once
 from qlora_tool.files.tensors import TensorSpec
 from qlora_tool.model.names import SaveGroup
+from qlora_tool.sizes import memory_size
 
 _SHARD = 5 * 10**9
 
@@ -57,7 +58,7 @@ def write_as_model(
     needed, free = sum(spec.nbytes for spec in specs), shutil.disk_usage(folder).free
     if needed > free:
         raise MachineError(
-            f"to read the file back takes {needed / 1e9:.2f} GB beside it for a while, and {free / 1e9:.2f} GB are free"
+            f"to read the file back takes {memory_size(needed)} beside it for a while, and {memory_size(free)} are free"
         )
     write_at_once(specs, _tensors(merged, of_group, groups), folder, _SHARD)
     write_config(merged, folder)

@@ -12,6 +12,7 @@ import torch
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.cache import cache_folder, write_cached
 from qlora_tool.ops.precision import choose_compute_dtype
+from qlora_tool.sizes import memory_size
 
 LARGEST_CONTEXT = 1_500_000_000  # bytes; more than any context known: someone else's memory
 _SIDE = 64
@@ -55,7 +56,7 @@ def calibrate(device: int = 0) -> Calibration:
         context = context_bytes(device)
     if context > LARGEST_CONTEXT:
         raise MachineError(
-            f"{context / 1e9:.2f} GB of {name} are in use beside this process's tensors, more than a CUDA context "
+            f"{memory_size(context)} of {name} are in use beside this process's tensors, more than a CUDA context "
             "takes: end the other programs that use it, then calibrate again"
         )
     measured = Calibration(name, context, forward, backward)

@@ -23,6 +23,7 @@ from qlora_tool.memory.trace.measure import measure_categories
 from qlora_tool.memory.trace.predict import BatchShape
 from qlora_tool.model.layer_stack import layer_stack, with_layers
 from qlora_tool.model.load import build_skeleton
+from qlora_tool.sizes import memory_size
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
@@ -77,7 +78,7 @@ def _refuse_large(model_config, config: Config) -> None:
     needed = 2 * sum(parameter.numel() for parameter in skeleton.parameters())
     free = available_bytes(torch.device("cpu"), 0)
     if needed > MOST_OF_HOST * free:
-        raise MemoryError(f"the weights of a few layers take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+        raise MemoryError(f"the weights of a few layers take {memory_size(needed)}, and {memory_size(free)} are free")
 
 
 def _cut(shape: BatchShape, tokens: int) -> BatchShape:
