@@ -72,6 +72,12 @@ def train(
         UserError: the configuration, the data or the model is at fault, or the run will not fit.
         MachineError: the disk, the network or the device is, or the loss is not a number.
         Interrupted: SIGINT or SIGTERM asked to stop; a checkpoint was saved, and its `lines` say how to go on.
+
+    Example:
+        >>> from qlora_tool import train
+        >>> result = train("my-run.yaml", set={"training.max_steps": 4}, output_dir="my-run", overwrite=True)
+        >>> result.steps, result.adapter.name
+        (4, 'adapter')
     """
     configuration = load_config(config, _with_output_dir(set, output_dir))
     if extend and (overwrite or os.fspath(resume) == "never"):
@@ -119,6 +125,12 @@ def preview(
     Raises:
         UserError: the configuration, the data or the tokenizer is at fault.
         MachineError: the hub is out of reach.
+
+    Example:
+        >>> from qlora_tool import preview
+        >>> found = preview("my-run.yaml", rows=1)
+        >>> len(found.rows), found.max_length
+        (1, 64)
     """
     configuration = load_config(config, set)
     if rows < 0:
@@ -171,6 +183,12 @@ def profile_memory(
             `device_memory`.
         NothingFits: nothing that the plan tried fits; a `UserError`.
         MachineError: the hub is out of reach.
+
+    Example:
+        >>> from qlora_tool import profile_memory
+        >>> found = profile_memory("my-run.yaml", device="cuda", device_memory="24GB")
+        >>> found.fits, found.predicted.peak_bytes < found.predicted.needed_bytes <= found.budget_bytes
+        (True, True)
     """
     configuration = load_config(config, set)
     if device not in (None, "cuda", "cpu"):
@@ -280,6 +298,12 @@ def export_merged(
     Raises:
         UserError: nothing to merge, an existing folder, an adapter for another base, an option at fault.
         MachineError: not enough space, or the hub is out of reach; the folder stays then.
+
+    Example:
+        >>> from qlora_tool import export_merged
+        >>> result = export_merged("my-run", "my-model", verify_data="rows.jsonl", overwrite=True)
+        >>> result.files, result.proof.agreement.argmax_agreement
+        (('model.safetensors',), 1.0)
     """
     try:
         size = parse_size(max_shard_size)
@@ -372,6 +396,12 @@ def generate(
     Raises:
         UserError: nothing to ask, a prompt that is too long, a model that cannot be opened, an option at fault.
         MachineError: the hub is out of reach.
+
+    Example:
+        >>> from qlora_tool import generate
+        >>> answered = generate("my-run", prompt="What is the first letter?", max_new_tokens=4)
+        >>> len(answered.answers), answered.answers[0].answer.tokens <= 4
+        (1, True)
     """
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     file = None if prompts is None else os.fspath(prompts)
@@ -460,6 +490,13 @@ def evaluate(
     Raises:
         UserError: data that cannot be read, a model that cannot be opened, an option at fault.
         MachineError: the hub is out of reach.
+
+    Example:
+        >>> import math
+        >>> from qlora_tool import evaluate
+        >>> score = evaluate("my-run", "rows.jsonl").scores["rows"]
+        >>> score.loss > 0, round(math.log(score.perplexity) - score.loss, 6)
+        (True, 0.0)
     """
     from qlora_tool.inference.sampling import Sampling
 
@@ -519,6 +556,12 @@ def inspect(
     Raises:
         UserError: no adapter there, nothing to cut, an option at fault.
         MachineError: the disk, or the hub where the loss of a cut adapter is measured.
+
+    Example:
+        >>> from qlora_tool import inspect
+        >>> found = inspect("my-run")
+        >>> len(found.rows) > 0
+        True
     """
     if (truncate is None) != (output_dir is None):
         raise OptionError("--truncate R and --output-dir DIR go together: the cut adapter, and where it is written")
@@ -560,6 +603,11 @@ def report(run: AnyPath, *, output: AnyPath | None = None) -> ReportResult:
     Raises:
         UserError: no run lies there, or a folder to write into is not there.
         MachineError: the disk refuses.
+
+    Example:
+        >>> from qlora_tool import report
+        >>> report("my-run").file.name
+        'report.html'
     """
     from qlora_tool.files.atomic import refuse_no_folder
     from qlora_tool.report.page import write_report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import inspect
 import json
 import logging
@@ -71,6 +72,25 @@ def trained(settings: dict[str, Any]) -> TrainResult:
 
 
 # ------------------------------------------------------------------------------------------------ a whole program
+
+
+def test_every_functions_example_runs(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In the order of the module, in one folder, as someone would who reads them one after the other."""
+    monkeypatch.chdir(tmp_path)
+    rows = write_rows(tmp_path / "rows.jsonl")
+    values = {**settings, "data": {"train": str(rows), "max_length": 64}, "training": {"output_dir": "a-run"}}
+    values["model"] = {**settings["model"], "name_or_path": str(settings["model"]["name_or_path"])}
+    Path("my-run.yaml").write_text(yaml.safe_dump(values))
+    public = [getattr(api, name) for name in qlora_tool.__all__ if inspect.isfunction(getattr(api, name, None))]
+    public.sort(key=lambda function: function.__code__.co_firstlineno)
+    assert len(public) == 8
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    for function in public:
+        (found,) = doctest.DocTestFinder(recurse=False).find(function, function.__name__, globs={})
+        assert found.examples, f"{function.__name__} has no example"
+        runner = doctest.DocTestRunner(optionflags=flags)
+        told: list[str] = []
+        assert runner.run(found, out=told.append).failed == 0, "".join(told)
 
 
 def test_ten_lines_train_predict_export_and_generate(settings: dict[str, Any], tmp_path: Path):

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -36,9 +35,6 @@ from qlora_tool.ops.free_memory import free_bytes
 from qlora_tool.sizes import memory_size
 from qlora_tool.weights.modules import Adaptable, FrozenLinear
 from qlora_tool.weights.quantized import KINDS, QuantizedTensor
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_tool.artifacts import BaseOptions, find_artifact
 from qlora_tool.config import Config
@@ -17,9 +17,6 @@ from qlora_tool.files.reading import is_regular
 from qlora_tool.inspection.updates import Inspection, inspect_adapter
 from qlora_tool.memory.breakdown import MemoryReport
 from qlora_tool.run_folder import EXPORTS, MANIFEST, ROWS, STATE, STEP_MEMORY, RunFolder
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
