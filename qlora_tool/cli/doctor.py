@@ -14,9 +14,17 @@ import click
 
 from qlora_tool._version import __version__
 from qlora_tool.cli import ToolCommand
+from qlora_tool.sizes import memory_size
 
 REQUIRED = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors")
 OPTIONAL = ("peft", "triton", "gguf")
+# What packages beyond those that every run needs are for: the ability, the package, the extra that brings it.
+ABILITIES = (
+    ("the model demo", "gguf", "demo"),
+    ("GGUF files", "gguf", "gguf"),
+    ("llama.cpp beside an export", "llama_cpp_python", "llama-cpp"),
+    ("Triton kernels on a card", "triton", "triton"),
+)
 
 
 @click.command(
@@ -57,15 +65,23 @@ def doctor(measure: bool, clear_cache: bool) -> None:
     _show("Compute dtype that auto chooses", _compute_dtypes())
     kernels, fault = _kernels()
     _show("Kernels", kernels)
+    _show("Abilities", _abilities(), width=30)
     _show("Disk", [("cache", _free_disk())])
     if fault:
         raise MachineError(fault)
 
 
-def _show(title: str, rows: Any) -> None:
+def _show(title: str, rows: Any, width: int = 14) -> None:
     click.echo(title)
     for name, value in rows:
-        click.echo(f"  {name:<14}{value}")
+        click.echo(f"  {name:<{width}}{value}")
+
+
+def _abilities() -> Iterator[tuple[str, str]]:
+    """What can be done here of what takes a package of its own, or what to install for it."""
+    for ability, package, extra in ABILITIES:
+        version = _version(package)
+        yield ability, f"yes ({package} {version})" if version else f"no: pip install 'qlora-tool[{extra}]'"
 
 
 def _version(package: str) -> str | None:
@@ -80,7 +96,7 @@ def _devices() -> Iterator[tuple[str, str]]:
 
     memory = ""
     if hasattr(os, "sysconf"):
-        memory = f", {_gigabytes(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))} of memory"
+        memory = f", {memory_size(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))} of memory"
     capability = torch.backends.cpu.get_cpu_capability()
     yield "cpu", f"{platform.machine()} {capability}, {torch.get_num_threads()} threads{memory}"
     if not torch.cuda.is_available():
@@ -88,7 +104,7 @@ def _devices() -> Iterator[tuple[str, str]]:
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
-        memory = f"{_gigabytes(total)} of memory, {_gigabytes(free)} free"
+        memory = f"{memory_size(total)} of memory, {memory_size(free)} free"
         yield f"cuda:{index}", f"{card.name}, compute capability {card.major}.{card.minor}, {memory}"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 import pytest
+import tomllib
 from child_process import child_environment
 from click.testing import CliRunner
 
@@ -278,6 +279,16 @@ def test_recipes_are_listed_shown_and_copied(tmp_path: Path):
     assert result.stderr.endswith("did you mean 'demo'?\n")
 
 
+def test_doctors_extras_are_those_that_can_be_installed():
+    from qlora_tool.cli.doctor import ABILITIES
+
+    with open(Path(__file__).parents[2] / "pyproject.toml", "rb") as stream:
+        extras = tomllib.load(stream)["project"]["optional-dependencies"]
+    for _, package, extra in ABILITIES:
+        assert any(one.replace("-", "_").startswith(package) for one in extras[extra])
+    assert {extra for *_, extra in ABILITIES} == extras.keys() - {"test", "docs"}
+
+
 def test_doctor_reports_this_machine(monkeypatch: pytest.MonkeyPatch):
     import torch
 
@@ -295,6 +306,11 @@ def test_doctor_reports_this_machine(monkeypatch: pytest.MonkeyPatch):
 
     dated = next(line for line in result.stdout.splitlines() if line.startswith("  measured"))
     assert re.fullmatch(r"  measured      \d{4}-\d\d-\d\dT\d\d:\d\d UTC, \d+ threads(; the machine was .*)?", dated)
+
+    monkeypatch.setattr(doctor, "ABILITIES", (("wings", "no-such-package", "flight"), ("products", "torch", "torch")))
+    lines = invoke("doctor").stdout.splitlines()
+    assert f"  {'wings':<30}no: pip install 'qlora-tool[flight]'" in lines
+    assert f"  {'products':<30}yes (torch {torch.__version__.partition('+')[0]}" in "".join(lines)
 
     monkeypatch.setattr(doctor, "REQUIRED", ("torch", "no-such-package"))
     result = invoke("doctor")
