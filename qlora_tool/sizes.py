@@ -13,5 +13,5 @@ def memory_size(size: int) -> str:
     ('3.00 GiB', '12.5 MiB')
     """
     if not size:
-        return "0"
+        return "0 MiB"
     return f"{size / GIB:.2f} GiB" if abs(size) >= GIB / 10 else f"{size / MIB:.1f} MiB"

@@ -168,7 +168,7 @@ def test_a_size_to_the_byte_that_does_not_suffice(here: Path):
     report = json.loads((here / "memory.json").read_text())
     peak = report["predicted"]["peak_bytes"]
     output = shown("--device", "cpu", "--device-memory", f"{peak}B")
-    assert "yes, it fits: " in output and ", 0 left" in output
+    assert "yes, it fits: " in output and ", 0 MiB left" in " ".join(output.split())
     output = shown("--device", "cpu", "--device-memory", f"{peak - 1000}B")
     assert "no, it does not fit: " in output and ", 0.0 MiB too much" in " ".join(output.split())
     assert re.search(r"\nwhat to change: --set \S.* makes it fit, in 0\.\d MiB \(estimated\)\n", output)

@@ -45,7 +45,7 @@ def test_sizes_of_memory():
     # 3 340 800 000 / 1 073 741 824 = 3.1114 GiB; 80 400 000 / 1 048 576 = 76.68 MiB
     assert memory_size(3_340_800_000) == "3.11 GiB"
     assert memory_size(80_400_000) == "76.7 MiB" and memory_size(-80_400_000) == "-76.7 MiB"
-    assert memory_size(0) == "0"
+    assert memory_size(0) == "0 MiB"
 
 
 def test_a_prediction_beside_a_measurement():
