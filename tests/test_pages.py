@@ -21,7 +21,6 @@ import yaml
 from click.testing import CliRunner
 from making.support_tickets import COLUMNS, rows
 
-import qlora_tool
 from qlora_tool.cli import main
 from qlora_tool.config import Config, load_config
 
@@ -29,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 NOT_RUN = yaml.safe_load((ROOT / "tests" / "pages_not_run.yaml").read_text(encoding="utf-8"))
-PROGRAMS = r"(qlora-tool|tools/[\w-]+|pip|pipx|uv|python3?|ollama|llama-[\w-]+|vllm|torchrun|accelerate|docker)"
+PROGRAMS = r"(qlora-tool|tools/[\w-]+|pip|pipx|uv|python3?|ollama|llama-[\w-]+|vllm|torchrun|accelerate|curl)"
 TAKE_A_CONFIGURATION = ("train", "preview", "profile-memory")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -43,7 +42,7 @@ def commands(page: Path) -> list[str]:
     """Every line of a page's code blocks that is typed into a shell, a comment at its end left out."""
     lines = "".join(blocks(page, "", "bash", "console")).replace("\\\n", " ").splitlines()
     lines = [re.sub(r"\s+#( .*)?$", "", line.removeprefix("$ ")) for line in lines]
-    return [line.strip() for line in lines if re.match(rf"{PROGRAMS}( |$)(?!.*: )", line)]
+    return [line.strip() for line in lines if re.match(rf"{PROGRAMS}( |$)", line)]
 
 
 def why_not_run(command: str) -> str | None:
@@ -68,7 +67,7 @@ def test_what_is_told_not_to_run_is_on_a_page():
 def test_yaml_is_a_configuration(page: Path, tmp_path: Path):
     for text in blocks(page, "yaml"):
         file = tmp_path / "page.yaml"
-        values = {"model": {"name_or_path": "demo"}, "data": {"train": "my.csv"}}
+        values = {"model": {"name_or_path": "demo"}, "data": {"train": "my.csv", "eval": 0.05}}
         for section, keys in yaml.safe_load(text).items():
             values[section] = values.get(section, {}) | keys
         file.write_text(yaml.safe_dump(values), encoding="utf-8")
@@ -163,7 +162,7 @@ def as_run(command: str, folder: Path) -> list[str]:
         sets = [f"model.name_or_path={folder / 'model'}", "model.compute_dtype=float32", "data.max_length=128"]
         if words[0] == "train":
             sets += ["model.device=cpu", "training.max_steps=2", "training.save_steps=2"]
-            words += [] if {"--dry-run", "--extend"} & set(words) else ["--overwrite"]
+            words += [] if "--extend" in words else ["--overwrite"]
         words += [word for item in sets for word in ("--set", item)]
     elif words[0] in ("generate", "evaluate") and "--max-new-tokens" not in words:
         words += ["--max-new-tokens", "4"] if words[0] == "generate" or "--generate" in words else []
@@ -181,10 +180,14 @@ def run_command(command: str, folder: Path) -> str:
     return done.output
 
 
-def run_python(text: str) -> None:
-    """Run a block of Python, which has to raise nothing."""
-    names = re.sub(r"\"training\.max_steps\": \d+", '"training.max_steps": 2', text)
-    exec(compile(names, "page", "exec"), {"__name__": "page", "qlora_tool": qlora_tool})
+def run_python(texts: list[str]) -> None:
+    """Run a page's blocks of Python one after the other, as in a notebook; they have to raise nothing."""
+    names = {"__name__": "page"}
+    for text in texts:
+        if "train(" in text:
+            shutil.rmtree("runs/my-run", ignore_errors=True)  # of another configuration
+        short = re.sub(r"\"training\.max_steps\": \d+", '"training.max_steps": 2', text)
+        exec(compile(short, "page", "exec"), names)
 
 
 @pytest.mark.slow
@@ -194,8 +197,7 @@ def test_what_a_page_shows_runs(page: Path, folder: Path, filled: Path):
         if not why_not_run(command):
             run_command(command, folder)
     shutil.copy(filled / "my-run.yaml", folder)  # a command may have put a recipe there
-    for text in blocks(page, "python"):
-        run_python(text)
+    run_python(blocks(page, "python"))
 
 
 @pytest.mark.slow
@@ -203,6 +205,36 @@ def test_what_a_page_shows_runs(page: Path, folder: Path, filled: Path):
 def test_a_command_that_fails_is_found(command: str, folder: Path):
     with pytest.raises(AssertionError, match="error:"):
         run_command(command, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "lines"), [
+    ("train my-run.yaml --set training.learning_rate=1e30 --set training.max_grad_norm=0 --set training.max_steps=5",
+     ["the loss is nan, on rows my.jsonl, line ",
+      "the last good checkpoint is none yet; lower training.learning_rate, or set training.max_grad_norm"]),
+    ("train my-run.yaml --set training.learning_rate=1e-9 --set data.eval=null",
+     ["warning: nothing was learned: the loss on training rows is ",
+      "before the first step; change training.learning_rate, or train for longer",
+      "warning: this run has 2 optimizer steps, and of fewer than 30 little is learned: as a try that will do; "
+      "else leave training.max_steps out"]),
+    ("train my-run.yaml --set training.max_memory=1MB",
+     ["error: training.gradient_checkpointing: auto: this run takes at least ", "makes it fit, in 0.8 M"]),
+    ("preview my-run.yaml --set data.max_length=32",
+     ["error: data.train: nothing to learn from: my.jsonl: 12 rows (prompt_completion), 0 kept; 0 tokens, 0 of them "
+      "trained; the longest has 0; chat template: the model's; trained: the answers; 12 rows dropped: data.max_length "
+      "32 leaves nothing of the answer; each row needs an answer that begins within data.max_length"]),
+    ("preview my-run.yaml --set data.max_length=60", ["12 rows cut at data.max_length 60"]),
+    ("preview my-run.yaml --set data.train=names.csv",
+     ["error: names.csv, line 2: the columns (Name, Age) are those of no format; needed are messages: "]),
+])  # fmt: skip
+def test_symptoms_show_the_lines_of_the_page(command: str, lines: list[str], folder: Path):
+    (folder / "names.csv").write_text("Name,Age\nHi,4\nHo,5\n", encoding="utf-8")
+    with_device = ["--set", "model.device=cpu", "--set", "model.compute_dtype=float32"]
+    more = ["--overwrite", *with_device] if command.startswith("train") else []
+    printed = CliRunner().invoke(main, [*shlex.split(command), *more]).output
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    assert [line for line in lines if line not in printed] == []
+    assert [line for line in lines if line not in page] == []
 
 
 @pytest.mark.slow
