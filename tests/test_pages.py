@@ -21,6 +21,7 @@ import yaml
 from click.testing import CliRunner
 from making.support_tickets import COLUMNS, rows
 
+from qlora_tool import preview
 from qlora_tool.cli import main
 from qlora_tool.config import Config, load_config
 
@@ -84,6 +85,23 @@ def test_the_rows_that_the_tutorial_shows_are_of_its_spreadsheet():
     text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
     shown = re.findall(r"^\| (.+?) \| (\[.+) \|$", text, re.MULTILINE)
     assert len(rows()) == 60 and len(shown) == 3 and set(shown) <= set(rows())
+
+
+@pytest.mark.parametrize("text", blocks(ROOT / "docs" / "data.md", "jsonl", "csv"))
+def test_examples_of_data_are_read_whole(text: str, tmp_path: Path):
+    """Every row of every format that the page shows is kept, and something of it is trained."""
+    from tokenizers_for_tests import CHATML, byte_level
+
+    base = tmp_path / "model"
+    base.mkdir()
+    byte_level(CHATML).save_pretrained(base)
+    (base / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 4096}))
+    file = tmp_path / ("rows.jsonl" if text.startswith("{") else "rows.csv")
+    file.write_text(text, encoding="utf-8")
+    keys = {"model": {"name_or_path": str(base)}, "data": {"train": str(file), "max_length": 2048, "eval": None}}
+    found = preview(keys).counts.report
+    count = len(text.splitlines()) - (file.suffix == ".csv")
+    assert (found.rows, found.kept) == (count, count) and found.trained_tokens > 0
 
 
 # ----------------------------------------------------------------------------------------------------- slow: it is run

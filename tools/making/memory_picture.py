@@ -34,7 +34,7 @@ PARTS = (  # what is shown as one, its colour, and the parts of `at_peak` in it
     ("activations", "#5a9e6f", ("activations",)),
     ("working memory, CUDA", "#9a9a9a", ()),  # all else that the card has to hold
 )
-WIDTH, LEFT, BAR, GAP, TOP = 860, 200, 34, 22, 64
+WIDTH, LEFT, BAR, GAP, TOP = 860, 215, 34, 22, 64
 
 
 def predicted(folder: Path, keys: dict[str, Any]) -> tuple[list[float], float]:
