@@ -87,6 +87,18 @@ def test_the_rows_that_the_tutorial_shows_are_of_its_spreadsheet():
     assert len(rows()) == 60 and len(shown) == 3 and set(shown) <= set(rows())
 
 
+def test_what_fits_on_a_card_is_what_was_predicted():
+    """The table of docs/choosing.md; its figures change with `tools/make recipe-predictions`."""
+    text = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| (\d+) GB \| `([\w.-]+)` \| .* \| ([\d.]+) GiB \| ([\d.]+) GiB \|$", text, re.MULTILINE)
+    known = json.loads((ROOT / "tests" / "memory" / "recipe_predictions.json").read_text())
+    assert len(table) > 10
+    for card, name, needed, limit in table:
+        assert name.endswith(f"-{card}gb")
+        found = [f"{known[name][key] / 2**30:.1f}" for key in ("needed_bytes", "limit_bytes")]
+        assert [needed, limit] == found, name
+
+
 @pytest.mark.parametrize("text", blocks(ROOT / "docs" / "data.md", "jsonl", "csv"))
 def test_examples_of_data_are_read_whole(text: str, tmp_path: Path):
     """Every row of every format that the page shows is kept, and something of it is trained."""
