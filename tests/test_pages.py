@@ -178,6 +178,9 @@ def folder(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """A copy to work in; the current folder, too."""
     copy = tmp_path / "page"
     shutil.copytree(filled, copy)
+    for file in copy.glob("runs/*/config.yaml"):  # a run goes on in the copy
+        text = file.read_text(encoding="utf-8")
+        file.write_text(text.replace(f"output_dir: {filled}", f"output_dir: {copy}"), encoding="utf-8")
     monkeypatch.chdir(copy)
     return copy
 
@@ -216,6 +219,8 @@ def run_python(texts: list[str]) -> None:
     for text in texts:
         if "train(" in text:
             shutil.rmtree("runs/my-run", ignore_errors=True)  # of another configuration
+        if "export_merged(" in text:
+            shutil.rmtree("merged", ignore_errors=True)
         short = re.sub(r"\"training\.max_steps\": \d+", '"training.max_steps": 2', text)
         exec(compile(short, "page", "exec"), names)
 
