@@ -1,4 +1,4 @@
-"""A spreadsheet as a small shop would have one: 60 tickets and their replies, for `docs/tutorial.md`.
+"""A spreadsheet as a small shop has one: 60 tickets and their replies, for `docs/tutorial.md`.
 
 Every reply names the team that takes the ticket, answers in a sentence or two, and ends with the shop's name. All of
 them were written for this file by hand; no shop or customer is meant.
