@@ -104,7 +104,7 @@ def test_a_workspace_for_each_thread_at_its_first_product():
 def test_measured_figures_take_the_place_of_estimates():
     trace = made_trace(("a", MIB), call("aten::mm", 1), call("aten::mm", 1, in_backward=True))
     [context] = [line for line in cuda_timeline(trace).estimated if line.startswith("the CUDA context")]
-    assert context.startswith("the CUDA context, 620 MB (430 to 905 MB were seen") and "--calibrate" in context
+    assert context.startswith("the CUDA context, 0.58 GiB (0.40 GiB to 0.84 GiB were seen") and "--calibrate" in context
     found = cuda_timeline(trace, calibration=Calibration("card", 432_100_000, 4 * MIB, 0))
     assert found.context_bytes == 432_100_000 and found.workspace_bytes == 4 * MIB and not found.estimated
     assert found.breakdown().context_bytes == 432_100_000
