@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qlora_tool.inference.score import EvaluateResult
     from qlora_tool.inspection.inspect import InspectResult
     from qlora_tool.memory.profile_run import MemoryProfile
-    from qlora_tool.report.page import ReportResult
+    from qlora_tool.reporting.page import ReportResult
     from qlora_tool.training.interrupt import Interrupted
     from qlora_tool.training.preview import PreviewResult
     from qlora_tool.training.result import TrainResult
@@ -67,7 +67,7 @@ _HOMES = {
     "Interrupted": "training.interrupt",
     "MemoryProfile": "memory.profile_run",
     "PreviewResult": "training.preview",
-    "ReportResult": "report.page",
+    "ReportResult": "reporting.page",
     "TrainResult": "training.result",
 }
 

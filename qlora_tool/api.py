@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qlora_tool.inspection.inspect import InspectResult
     from qlora_tool.memory.allocator.cards import Budget
     from qlora_tool.memory.profile_run import MemoryProfile
-    from qlora_tool.report.page import ReportResult
+    from qlora_tool.reporting.page import ReportResult
     from qlora_tool.training.preview import PreviewResult
     from qlora_tool.training.result import TrainResult
 
@@ -98,7 +98,7 @@ def train(
     result = TrainResult.of(run, time.perf_counter() - started, finished=not dry_run)
     if dry_run or not run.world.is_main:
         return result
-    from qlora_tool.report.page import report_of_finished
+    from qlora_tool.reporting.page import report_of_finished
 
     return replace(result, report=report_of_finished(result.folder))
 
@@ -336,7 +336,7 @@ def export_merged(
     )  # fmt: skip
     _write_json(json, result.facts)
     if not adapter:
-        from qlora_tool.report.exported import note_export
+        from qlora_tool.reporting.exported import note_export
 
         note_export(Path(run_or_adapter), result)
     if on_written is not None:
@@ -610,7 +610,7 @@ def report(run: AnyPath, *, output: AnyPath | None = None) -> ReportResult:
         'report.html'
     """
     from qlora_tool.files.atomic import refuse_no_folder
-    from qlora_tool.report.page import write_report
+    from qlora_tool.reporting.page import write_report
 
     if output is not None:
         refuse_no_folder(Path(output))

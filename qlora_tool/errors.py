@@ -32,7 +32,16 @@ class ToolError(Exception):
 
 
 class UserError(ToolError):
-    """The configuration, an option, a data file or a model folder is at fault: exit code 2."""
+    """The configuration, an option, a data file or a model folder is at fault: exit code 2.
+
+    Example:
+        >>> from qlora_tool import UserError, preview
+        >>> try:
+        ...     preview("my-run.yaml", set={"data.max_lenght": 128})
+        ... except UserError as error:
+        ...     print(error.lines[0])
+        --set data.max_lenght: unknown key; did you mean 'max_length'?
+    """
 
     exit_code = 2
 
@@ -42,7 +51,16 @@ class OptionError(UserError):
 
 
 class MachineError(ToolError):
-    """The disk, the device or the network is at fault, or the loss is not a number: exit code 1."""
+    """The disk, the device or the network is at fault, or the loss is not a number: exit code 1.
+
+    Example:
+        >>> from qlora_tool import MachineError
+        >>> try:
+        ...     raise MachineError("my-run: the disk is full; free 1.2 GB and run the same command again")
+        ... except MachineError as error:
+        ...     print(error.exit_code, *error.lines)
+        1 my-run: the disk is full; free 1.2 GB and run the same command again
+    """
 
     exit_code = 1
 

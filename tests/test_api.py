@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -74,23 +75,31 @@ def trained(settings: dict[str, Any]) -> TrainResult:
 # ------------------------------------------------------------------------------------------------ a whole program
 
 
-def test_every_functions_example_runs(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """In the order of the module, in one folder, as someone would who reads them one after the other."""
+def test_every_example_runs(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Functions in the order of the module, then classes, in one folder, as someone would who reads them all."""
     monkeypatch.chdir(tmp_path)
     rows = write_rows(tmp_path / "rows.jsonl")
     values = {**settings, "data": {"train": str(rows), "max_length": 64}, "training": {"output_dir": "a-run"}}
     values["model"] = {**settings["model"], "name_or_path": str(settings["model"]["name_or_path"])}
     Path("my-run.yaml").write_text(yaml.safe_dump(values))
-    public = [getattr(api, name) for name in qlora_tool.__all__ if inspect.isfunction(getattr(api, name, None))]
-    public.sort(key=lambda function: function.__code__.co_firstlineno)
-    assert len(public) == 8
+    public = {name: getattr(qlora_tool, name) for name in qlora_tool.__all__ if name != "__version__"}
+    functions = {name: one for name, one in public.items() if inspect.isfunction(one)}
+    order = sorted(functions, key=lambda name: functions[name].__code__.co_firstlineno)
+    classes = [name for name, one in public.items() if inspect.isclass(one)]
+    assert len(order) == 8 and len(order) + len(classes) == len(public)
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    for function in public:
-        (found,) = doctest.DocTestFinder(recurse=False).find(function, function.__name__, globs={})
-        assert found.examples, f"{function.__name__} has no example"
+    for name in order + classes:
+        (found,) = doctest.DocTestFinder(recurse=False).find(public[name], name, globs={})
+        assert found.examples, f"{name} has no example"
         runner = doctest.DocTestRunner(optionflags=flags)
         told: list[str] = []
         assert runner.run(found, out=told.append).failed == 0, "".join(told)
+
+
+def test_no_public_name_is_also_a_modules():
+    """Else `from qlora_tool import name` would give the module, once that has been imported."""
+    modules = {module.name for module in pkgutil.iter_modules(qlora_tool.__path__)}
+    assert {"api", "training"} <= modules and set(qlora_tool.__all__).isdisjoint(modules)
 
 
 def test_ten_lines_train_predict_export_and_generate(settings: dict[str, Any], tmp_path: Path):

@@ -14,6 +14,7 @@ import click
 
 from qlora_tool._version import __version__
 from qlora_tool.cli import ToolCommand
+from qlora_tool.extras import install_command
 from qlora_tool.sizes import memory_size
 
 REQUIRED = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors")
@@ -81,7 +82,7 @@ def _abilities() -> Iterator[tuple[str, str]]:
     """What can be done here of what takes a package of its own, or what to install for it."""
     for ability, package, extra in ABILITIES:
         version = _version(package)
-        yield ability, f"yes ({package} {version})" if version else f"no: pip install 'qlora-tool[{extra}]'"
+        yield ability, f"yes ({package} {version})" if version else f"no: {install_command(extra)}"
 
 
 def _version(package: str) -> str | None:

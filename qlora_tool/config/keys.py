@@ -301,7 +301,14 @@ class TrainingConfig(Keys):
 
 
 class Config(Keys):
-    """The whole configuration of a run."""
+    """The whole configuration of a run.
+
+    Example:
+        >>> from qlora_tool import Config
+        >>> config = Config(data={"train": "rows.jsonl"}, training={"max_steps": 4})
+        >>> config.training.max_steps, config.adapter.method, config.model.quantization
+        (4, 'lora', 'nf4')
+    """
 
     model: ModelConfig = Field(default_factory=ModelConfig)
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
@@ -327,6 +334,7 @@ def config_schema() -> dict[str, Any]:
     """The JSON schema of a configuration file, for editors."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **json_schema(Config)}
     schema["title"] = "qlora-tool configuration"
+    schema["description"] = schema["description"].partition("\n")[0]  # without the example, which is Python's
     return schema
 
 

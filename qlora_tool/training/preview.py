@@ -40,6 +40,14 @@ class PreviewResult:
         packing: whether a row may hold several examples.
         counts: what became of the training data.
         evaluations: of each evaluation set, by name.
+
+    Example:
+        >>> from qlora_tool import preview
+        >>> found = preview("my-run.yaml", rows=2)
+        >>> [len(row.input_ids) <= found.max_length for row in found.rows]
+        [True, True]
+        >>> sum(label != -100 for label in found.rows[0].labels) < len(found.rows[0].labels)  # the answers alone
+        True
     """
 
     rows: tuple[PreviewRow, ...]

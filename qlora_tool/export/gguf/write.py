@@ -30,6 +30,7 @@ from qlora_tool.export.grids.block_types import BLOCK_TYPES, BlockType
 from qlora_tool.export.grids.coded import Coded, coded_blocks
 from qlora_tool.export.grids.fit import fit
 from qlora_tool.export.grids.threads import on_every_core
+from qlora_tool.extras import install_command
 from qlora_tool.terminal import progress
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def refuse_unwritable(config) -> None:
         UserError: either is not so.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise UserError("--format gguf: the package gguf is missing; run pip install 'qlora-tool[gguf]'")
+        raise UserError(f"--format gguf: the package gguf is missing; run {install_command('gguf')}")
     find_family(config)
 
 

@@ -10,9 +10,9 @@ from importlib import resources
 from pathlib import Path
 
 from qlora_tool.files.atomic import write_text
-from qlora_tool.report import curves, tables
-from qlora_tool.report.escape import escaped
-from qlora_tool.report.found import Found, find
+from qlora_tool.reporting import curves, tables
+from qlora_tool.reporting.escape import escaped
+from qlora_tool.reporting.found import Found, find
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,12 @@ class ReportResult:
     Attributes:
         file: the page.
         missing: what is not in it, in a line each, with the command that makes it.
+
+    Example:
+        >>> from qlora_tool import report
+        >>> made = report("my-run", output="page.html")
+        >>> made.file.name, made.file.stat().st_size > 0
+        ('page.html', True)
     """
 
     file: Path
@@ -85,7 +91,7 @@ def report_of_finished(run: Path) -> Path | None:
 
 def page_of(found: Found) -> str:
     """The page, which loads nothing from elsewhere and runs nothing."""
-    style = resources.files("qlora_tool.report").joinpath("page.css").read_text(encoding="utf-8")
+    style = resources.files("qlora_tool.reporting").joinpath("page.css").read_text(encoding="utf-8")
     main = "\n".join(make(found) for make in _SECTIONS)
     return _PAGE.format(title=escaped(f"Run {found.name}", 200), style=style.strip(), summary=tables.summary(found),
                         main=main)  # fmt: skip

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from qlora_tool.errors import ToolError
 from qlora_tool.files.atomic import write_json
 from qlora_tool.ops.measured import today
-from qlora_tool.report.found import adapter_hashes, notes_of_exports
+from qlora_tool.reporting.found import adapter_hashes, notes_of_exports
 from qlora_tool.run_folder import EXPORTS, RunFolder
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import pytest
 from tiny_runs import read_metrics, run_config, write_model, write_rows
 
 from qlora_tool import TrainResult, UserError, export_merged, report, train
-from qlora_tool.report.charts import ticks_between
-from qlora_tool.report.curves import MOST_POINTS, thinned
+from qlora_tool.reporting.charts import ticks_between
+from qlora_tool.reporting.curves import MOST_POINTS, thinned
 
 WICKED = '</pre><script>alert(1)</script>"\'><img src=x onerror=y> &amp; \x1b[31m\u202e{title}'
 SECTIONS = ["loss", "speed", "memory", "samples", "rows", "ranks", "exports", "configuration", "versions"]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from qlora_tool.report.escape import escaped
+from qlora_tool.reporting.escape import escaped
 
 Point = tuple[float, float]
 _SIDE = 1000  # units of an SVG's side, whatever its shape on the screen

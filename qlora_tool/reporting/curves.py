@@ -8,10 +8,10 @@ from typing import Any
 from qlora_tool.memory.breakdown import PARTS
 from qlora_tool.memory.show.html import breakdown_table
 from qlora_tool.memory.show.legend import COLOURS, part_names
-from qlora_tool.report.charts import Point, Series, area_chart, line_chart, number, ticks_between
-from qlora_tool.report.escape import escaped
-from qlora_tool.report.found import Found
-from qlora_tool.report.parts import command, missing, numbers_table, section
+from qlora_tool.reporting.charts import Point, Series, area_chart, line_chart, number, ticks_between
+from qlora_tool.reporting.escape import escaped
+from qlora_tool.reporting.found import Found
+from qlora_tool.reporting.parts import command, missing, numbers_table, section
 from qlora_tool.sizes import GIB, MIB, memory_size
 
 MOST_POINTS = 600

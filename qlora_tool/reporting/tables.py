@@ -10,10 +10,10 @@ from typing import Any
 from qlora_tool._version import __version__
 from qlora_tool.config import config_to_yaml
 from qlora_tool.data.spans import UNICODE, visible
-from qlora_tool.report.charts import bar, number
-from qlora_tool.report.escape import escaped
-from qlora_tool.report.found import Found
-from qlora_tool.report.parts import command, facts, missing, section, table
+from qlora_tool.reporting.charts import bar, number
+from qlora_tool.reporting.escape import escaped
+from qlora_tool.reporting.found import Found
+from qlora_tool.reporting.parts import command, facts, missing, section, table
 from qlora_tool.sizes import memory_size
 
 LONGEST_SAMPLE = 4000  # characters

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from qlora_tool.report.escape import escaped
+from qlora_tool.reporting.escape import escaped
 
 MOST_ROWS = 400
 """Of a table of numbers; of more every so manieth is shown."""
