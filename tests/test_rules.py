@@ -99,3 +99,9 @@ def test_types_and_a_planted_wrong_one(copy: Path):
     assert done.returncode == 1 and len(errors) == 2, done.stdout + done.stderr
     assert any("compare.py" in line and "[return-value]" in line for line in errors)
     assert any("hashes.py" in line and "[no-untyped-def]" in line for line in errors)
+
+
+def test_no_two_test_files_have_one_name():
+    """Which pytest needs, as tests are no package."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})
