@@ -29,10 +29,10 @@ from qlora_tool.memory.plan.cure import cure
 from qlora_tool.memory.plan.limit import MAX_MEMORY, Limit, limit_on
 from qlora_tool.memory.profile import Prediction, compute_dtype_on, model_config_of
 from qlora_tool.memory.trace.classify import timeline
-from qlora_tool.memory.trace.extrapolate import predict_deep
+from qlora_tool.memory.trace.extrapolate import estimate_peak, predict_deep
 from qlora_tool.memory.trace.predict import BatchShape, Untraceable
 from qlora_tool.memory.trace.recomputation_cost import Cost, Costs
-from qlora_tool.model.checkpointing import Recomputation
+from qlora_tool.model.checkpointing import NOTHING_RECOMPUTED, Recomputation
 from qlora_tool.sizes import memory_size
 
 if TYPE_CHECKING:
@@ -205,6 +205,8 @@ class _Chooser:
     error: int = 0
 
     def choose(self) -> Choice:
+        if (everything_kept := self._keeping_everything()) is not None:
+            return everything_kept
         best, flops = None, math.inf
         for _ in range(CONFIRMATIONS):
             chosen = self._within_budget()
@@ -221,6 +223,23 @@ class _Chooser:
                 self._refuse(predicted.breakdown)
             best = self._choice(self.costs.least, predicted)
         return self._with_kept_weights(best)
+
+    def _keeping_everything(self) -> Choice | None:
+        """Nothing recomputed, where that fits: without a look at what else there is. None where it does not, or is not
+        expected to."""
+        without = with_values(self.config, {"training.gradient_checkpointing": False})
+        run = self.model_config, self.shape, self.compute_dtype
+        expected = estimate_peak(without, *run, self.target)
+        if len(expected.traced_layers) < 2 or expected.peak_bytes > self.budget_bytes:
+            return None  # a model that is traced whole takes as long as a look at what else there is
+        recomputation = Recomputation((NOTHING_RECOMPUTED,) * self.model_config.get_text_config().num_hidden_layers)
+        try:
+            predicted = self._full_prediction(recomputation)
+        except Untraceable:  # not as many layers as its configuration says can be recomputed
+            return None
+        if predicted.breakdown.needed_bytes > self.budget_bytes:
+            return None
+        return Choice(recomputation, predicted.breakdown, self.budget_bytes, 0.0, predicted)
 
     def _with_kept_weights(self, best: Choice) -> Choice:
         """The same with the weights of recomputed layers kept for their gradients, where the budget has room."""
