@@ -129,9 +129,9 @@ def test_a_page_that_would_mislead_fails(tmp_path: Path, text: str):
 
 
 def known_options() -> set[str]:
-    """Every long option of a command or a tool, and those of llama.cpp that pages name."""
+    """Every long option of a command or a tool, and those of llama.cpp, pip and uv that pages name."""
     context = click.Context(main)
-    found = {"--help", "--lora", "--lora-scaled"}
+    found = {"--help", "--lora", "--lora-scaled", "--no-deps", "--python", "--torch-backend"}
     for name in main.list_commands(context):
         command = main.get_command(context, name)
         found |= {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
