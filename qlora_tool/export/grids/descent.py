@@ -20,6 +20,7 @@ from torch import Tensor
 CLEARLY = 3  # standard deviations
 DAMPING = 0.01  # of the moments' mean diagonal, added to the diagonal
 BLOCK, INNER = 256, 32  # columns
+FEW_ROWS = 512  # that tell how large the error of all of them is
 ROWS = 1024  # at a time: bounds what is held beside the matrix
 
 
@@ -123,11 +124,12 @@ def descend_keeping(
         trained, update: W and Δ, (out, in) fp32.
         moments, grid, values, sweeps: see `descend`; the values are changed here too.
     """
-    size, more = weighted_error(update, moments), 0.0  # more: g - 1
+    weighted, more = update @ moments, 0.0  # more: g - 1
+    size = _dot(weighted, update)
     descend(trained, moments, grid, values, 1)
     for sweep in range(1, sweeps):
         if size:
-            missing = -_weighted_dot(update, moments, values, trained) / size
+            missing = -sum(_dot(weighted[part], values[part] - trained[part]) for part in _parts(values)) / size
             chance = _by_chance(values, trained, moments) if sweep == 1 else 0.0
             if sweep == 1 and not CLEARLY * chance < missing * size**0.5 <= size**0.5:
                 return descend(trained, moments, grid, values, sweeps - 1)
@@ -137,17 +139,14 @@ def descend_keeping(
     return values
 
 
-def _weighted_dot(update: Tensor, moments: Tensor, values: Tensor, trained: Tensor) -> float:
-    """⟨(Q − W)·H, Δ⟩."""
-    return sum(_dot(update[part] @ moments, values[part] - trained[part]) for part in _parts(values))
-
-
 def _by_chance(values: Tensor, trained: Tensor, moments: Tensor) -> float:
     """How long the part of an error (out, in) is that lies along any one direction by chance, as H measures it: its
-    length over the root of the number of directions that H tells apart, out · (tr H)² / ‖H‖²."""
-    directions = len(values) * float(moments.trace()) ** 2 / _dot(moments, moments)
-    error = sum(weighted_error(values[part] - trained[part], moments) for part in _parts(values))
-    return (error / directions) ** 0.5
+    length over the root of the number of directions that H tells apart, out · (tr H)² / ‖H‖². Of many rows, some tell
+    it: each has an error of its own."""
+    every = max(1, len(values) // FEW_ROWS)
+    away = values[::every] - trained[::every]
+    directions = len(away) * float(moments.trace()) ** 2 / _dot(moments, moments)
+    return (weighted_error(away, moments) / directions) ** 0.5
 
 
 def _dot(one: Tensor, other: Tensor) -> float:
