@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 KERNELS = "qlora_tool/ops/kernels/"  # whose modules are imported where Triton is
-FOR_TESTS = {"test", "dev", "llama-cpp"}  # extras of which the package itself imports nothing
+FOR_TESTS = {"test", "docs", "llama-cpp"}  # extras of which the package itself imports nothing
 
 
 def normalized(name: str) -> str:
@@ -106,6 +106,14 @@ def test_every_dependency_has_a_pinned_version():
     pins = [line for line in (ROOT / "tools" / "constraints.txt").read_text().splitlines() if "==" in line]
     extras = [line for name, lines in EXTRAS.items() if name != "llama-cpp" for line in lines]  # its users compile it
     assert distributions([*PROJECT["dependencies"], *extras]) <= distributions(pins)
+
+
+def test_the_extras_that_doctor_names_can_be_installed():
+    from qlora_tool.cli.doctor import ABILITIES
+
+    for _, package, extra in ABILITIES:
+        assert normalized(package) in distributions(EXTRAS[extra])
+    assert {extra for *_, extra in ABILITIES} == EXTRAS.keys() - {"test", "docs"}
 
 
 def test_the_oldest_versions_that_are_tested_are_the_oldest_that_are_allowed():

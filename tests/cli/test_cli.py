@@ -13,7 +13,6 @@ from pathlib import Path
 
 import click
 import pytest
-import tomllib
 from child_process import child_environment
 from click.testing import CliRunner
 
@@ -277,16 +276,6 @@ def test_recipes_are_listed_shown_and_copied(tmp_path: Path):
     result = invoke("recipes", "show", "dmeo")
     assert result.exit_code == 2
     assert result.stderr.endswith("did you mean 'demo'?\n")
-
-
-def test_doctors_extras_are_those_that_can_be_installed():
-    from qlora_tool.cli.doctor import ABILITIES
-
-    with open(Path(__file__).parents[2] / "pyproject.toml", "rb") as stream:
-        extras = tomllib.load(stream)["project"]["optional-dependencies"]
-    for _, package, extra in ABILITIES:
-        assert any(one.replace("-", "_").startswith(package) for one in extras[extra])
-    assert {extra for *_, extra in ABILITIES} == extras.keys() - {"test", "docs"}
 
 
 def test_doctor_reports_this_machine(monkeypatch: pytest.MonkeyPatch):

@@ -4,19 +4,25 @@ Each page is opened at 400 and 1400 pixels, light and dark. It passes where its 
 page itself is asked for, and nothing is wider than the window. Look at the pictures: whether a page can be read no
 figure says. On Debian `apt-get install chromium` brings one; another is given by --chromium.
 
+A folder is a site: it is served on this machine, each of its pages is opened, and they may ask for what it holds.
+
     tools/measure pages runs/my-model/report.html --work /tmp/pages
+    mkdocs build --strict -d /tmp/site && tools/measure pages /tmp/site --work /tmp/pages
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import functools
+import http.server
 import itertools
 import json
 import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +35,8 @@ TALLEST = 16_000  # pixels of a picture; more does Chromium not draw
 
 
 def add_options(parser) -> None:
-    parser.add_argument("pages", nargs="+", type=Path, help="HTML files, such as a run's report.html")
+    parser.add_argument("pages", nargs="+", type=Path, metavar="PAGE",
+                        help="an HTML file, such as a run's report.html, or the folder of a site")  # fmt: skip
     parser.add_argument("--chromium", default=None, help="the program; by default the one that is installed")
     parser.add_argument("--work", type=Path, default=None, help="where pictures and PDFs go; by default nowhere")
     parser.add_argument("--json", type=Path, default=None, help="where to write the results")
@@ -43,10 +50,13 @@ def run(options) -> dict[str, Any]:
     if options.work is not None:
         options.work.mkdir(parents=True, exist_ok=True)
     seen = []
-    with browser(program) as pipe:
-        for page in options.pages:
-            for width, scheme in itertools.product(WIDTHS, SCHEMES):
-                seen.append(look(pipe, page.resolve(), width, scheme, options.work))
+    with browser(program) as pipe, contextlib.ExitStack() as servers:
+        for named in options.pages:
+            own = servers.enter_context(served(named)) if named.is_dir() else None
+            for page in sorted(named.rglob("*.html")) if own else [named]:
+                url = own + page.relative_to(named).as_posix() if own else page.resolve().as_uri()
+                for width, scheme in itertools.product(WIDTHS, SCHEMES):
+                    seen.append(look(pipe, page.resolve(), url, own or url, width, scheme, options.work))
     return {"seen": seen, "passed": all(not (one["errors"] or one["requests"] or one["overflow"]) for one in seen)}
 
 
@@ -56,6 +66,22 @@ def show(results) -> None:
                   *([f"{one['overflow']} pixels wider than the window"] if one["overflow"] else [])]  # fmt: skip
         window = f"{one['width']} px, {one['scheme']}, {one['height']} px high"
         print(f"{one['page']}, {window}: {'; '.join(faults) or 'ok'}")
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder, without a line for each."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address of a folder on this machine, as long as the context lasts."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
 
 
 class Pipe:
@@ -116,9 +142,12 @@ def browser(program: str) -> Iterator[Pipe]:
             os.close(back)
 
 
-def look(pipe: Pipe, page: Path, width: int, scheme: str, work: Path | None) -> dict[str, Any]:
-    """Open a page in a window so wide, and say what was wrong with it."""
-    target = pipe.ask("Target.createTarget", url="about:blank")["targetId"]
+def look(
+    pipe: Pipe, page: Path, url: str, own: str, width: int, scheme: str, work: Path | None
+) -> dict[str, Any]:
+    """Open a page in a window so wide, and say what was wrong with it; it may ask for what begins with `own`."""
+    context = pipe.ask("Target.createBrowserContext")["browserContextId"]  # nothing stays of what a page before chose
+    target = pipe.ask("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
     session = pipe.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
     for domain in ("Page", "Runtime", "Log", "Network"):
         pipe.ask(f"{domain}.enable", session)
@@ -126,7 +155,7 @@ def look(pipe: Pipe, page: Path, width: int, scheme: str, work: Path | None) -> 
              mobile=width < 600)  # fmt: skip
     pipe.ask("Emulation.setEmulatedMedia", session, features=[{"name": "prefers-color-scheme", "value": scheme}])
     pipe.events.clear()
-    pipe.ask("Page.navigate", session, url=page.as_uri())
+    pipe.ask("Page.navigate", session, url=url)
     time.sleep(SETTLED)
     size = "[document.documentElement.scrollWidth, window.innerWidth, document.documentElement.scrollHeight]"
     wide, window, height = pipe.ask("Runtime.evaluate", session, expression=size, returnByValue=True)["result"]["value"]
@@ -139,9 +168,9 @@ def look(pipe: Pipe, page: Path, width: int, scheme: str, work: Path | None) -> 
             printed = pipe.ask("Page.printToPDF", session, printBackground=True, preferCSSPageSize=True)
             (work / f"{name}.pdf").write_bytes(base64.b64decode(printed["data"]))
     events = [event for event in pipe.events if event.get("sessionId") == session]
-    pipe.ask("Target.closeTarget", targetId=target)
+    pipe.ask("Target.disposeBrowserContext", browserContextId=context)
     return {"page": str(page), "width": width, "scheme": scheme, "height": height, "overflow": max(0, wide - window),
-            "errors": list(_errors(events)), "requests": list(_requests(events, page.as_uri()))}  # fmt: skip
+            "errors": list(_errors(events)), "requests": list(_requests(events, own))}  # fmt: skip
 
 
 def _errors(events: list[dict[str, Any]]) -> Iterator[str]:
@@ -160,5 +189,5 @@ def _requests(events: list[dict[str, Any]], own: str) -> Iterator[str]:
     for event in events:
         if event.get("method") == "Network.requestWillBeSent":
             url = event["params"]["request"]["url"]
-            if url != own and not url.startswith("data:"):
+            if not url.startswith((own, "data:", "blob:")):
                 yield url
