@@ -26,7 +26,7 @@ from qlora_tool.cli import main
 from qlora_tool.config import Config, load_config
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 NOT_RUN = yaml.safe_load((ROOT / "tests" / "pages_not_run.yaml").read_text(encoding="utf-8"))
 PROGRAMS = r"(qlora-tool|tools/[\w-]+|pip|pipx|uv|python3?|ollama|llama-[\w-]+|vllm|torchrun|accelerate|curl)"

@@ -34,7 +34,7 @@ PARTS = (  # what is shown as one, its colour, and the parts of `at_peak` in it
     ("activations", "#5a9e6f", ("activations",)),
     ("working memory, CUDA", "#9a9a9a", ()),  # all else that the card has to hold
 )
-WIDTH, LEFT, BAR, GAP, TOP = 860, 215, 34, 22, 64
+WIDTH, SHOWN, BAR = 560, 660, 30  # units of the drawing, pixels where there is room for them, units
 
 
 def predicted(folder: Path, keys: dict[str, Any]) -> tuple[list[float], float]:
@@ -49,34 +49,33 @@ def predicted(folder: Path, keys: dict[str, Any]) -> tuple[list[float], float]:
 
 
 def drawing(bars: list[tuple[str, list[float]]], card: float) -> str:
-    """The SVG: one bar a run, the card as a line."""
-    most = max(sum(parts) for _, parts in bars)
-    scale = (WIDTH - LEFT - 90) / most
-    height = TOP + len(bars) * (BAR + GAP) + 20
+    """The SVG: one bar a run under its name, the card as a line; narrow enough to be read on a phone."""
+    scale = (WIDTH - 80) / max(sum(parts) for _, parts in bars)
+    top, each = 96, BAR + 34
+    height = top + len(bars) * each
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{SHOWN}" role="img" '
         'aria-labelledby="title" font-family="system-ui, sans-serif" font-size="15">',
         '<title id="title">Memory of a training step of Llama 3.1 8B: '
         + "; ".join(f"{escape(name)}: {sum(parts):.1f} GiB" for name, parts in bars) + "</title>",
         "<style>text{fill:#1f2328} .card{stroke:#c0392b} .of-card{fill:#c0392b} "
         "@media (prefers-color-scheme: dark){text{fill:#e6edf3} .card{stroke:#ff7b72} .of-card{fill:#ff7b72}}</style>",
     ]  # fmt: skip
-    x = LEFT
-    for name, colour, _ in PARTS:
-        lines.append(f'<rect x="{x}" y="6" width="12" height="12" fill="{colour}"/>')
-        lines.append(f'<text x="{x + 18}" y="17" font-size="13">{escape(name)}</text>')
-        x += 34 + 7 * len(name)
+    for number, (name, colour, _) in enumerate(PARTS):
+        x, y = number % 2 * WIDTH // 2, 18 + number // 2 * 24
+        lines.append(f'<rect x="{x}" y="{y - 12}" width="13" height="13" fill="{colour}"/>')
+        lines.append(f'<text x="{x + 20}" y="{y}">{escape(name)}</text>')
     for row, (name, parts) in enumerate(bars):
-        y, x = TOP + row * (BAR + GAP), float(LEFT)
-        lines.append(f'<text x="{LEFT - 12}" y="{y + 22}" text-anchor="end">{escape(name)}</text>')
+        y, x = top + row * each, 0.0
+        lines.append(f'<text x="0" y="{y - 7}">{escape(name)}</text>')
         for part, (_, colour, _) in zip(parts, PARTS, strict=True):
             lines.append(f'<rect x="{x:.1f}" y="{y}" width="{part * scale:.1f}" height="{BAR}" fill="{colour}"/>')
             x += part * scale
-        lines.append(f'<text x="{x + 8:.1f}" y="{y + 22}">{sum(parts):.1f} GiB</text>')
-    x = LEFT + card * scale
-    lines.append(f'<line class="card" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 12}" y2="{height - 18}" stroke-width="2" '
+        lines.append(f'<text x="{x + 8:.1f}" y="{y + 20}">{sum(parts):.1f} GiB</text>')
+    x = card * scale
+    lines.append(f'<line class="card" x1="{x:.1f}" x2="{x:.1f}" y1="{top - 20}" y2="{height - 26}" stroke-width="2" '
                  'stroke-dasharray="6 4"/>')  # fmt: skip
-    lines.append(f'<text class="of-card" x="{x:.1f}" y="{TOP - 18}" text-anchor="middle" font-size="13">'
+    lines.append(f'<text class="of-card" x="{x:.1f}" y="{top - 26}" text-anchor="middle">'
                  "what a run may use of a 12 GB card</text>")  # fmt: skip
     return "\n".join([*lines, "</svg>", ""])
 
