@@ -156,7 +156,7 @@ def look(
     pipe.ask("Emulation.setEmulatedMedia", session, features=[{"name": "prefers-color-scheme", "value": scheme}])
     pipe.events.clear()
     pipe.ask("Page.navigate", session, url=url)
-    time.sleep(SETTLED)
+    _wait_until_loaded(pipe, session)
     size = "[document.documentElement.scrollWidth, window.innerWidth, document.documentElement.scrollHeight]"
     wide, window, height = pipe.ask("Runtime.evaluate", session, expression=size, returnByValue=True)["result"]["value"]
     if work is not None:
@@ -171,6 +171,21 @@ def look(
     pipe.ask("Target.disposeBrowserContext", browserContextId=context)
     return {"page": str(page), "width": width, "scheme": scheme, "height": height, "overflow": max(0, wide - window),
             "errors": list(_errors(events)), "requests": list(_requests(events, own))}  # fmt: skip
+
+
+def _wait_until_loaded(pipe: Pipe, session: str) -> None:
+    """Return once all that a page asks for on loading is there, and it had time to draw itself.
+
+    Raises:
+        TimeoutError: it is not there after `SECONDS`.
+    """
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        state = pipe.ask("Runtime.evaluate", session, expression="document.readyState", returnByValue=True)["result"]
+        time.sleep(SETTLED)
+        if state.get("value") == "complete":
+            return
+    raise TimeoutError("a page did not load")
 
 
 def _errors(events: list[dict[str, Any]]) -> Iterator[str]:
