@@ -98,7 +98,8 @@ class Workers:
         return self._threads.submit(self._run, pickle.dumps(("work", work), pickle.HIGHEST_PROTOCOL))
 
     def map(self, works: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-        """What the function makes of each, in their order; this process takes its share of them."""
+        """What the function makes of each, in their order; this process takes its share of them, and whatever another
+        one could not read or died of."""
         futures: dict[int, Future[Any]] = {}
         with contextlib.suppress(pickle.PicklingError, TypeError, AttributeError):  # a model's own code, as it may be
             futures = {index: self.submit(*work) for index, work in enumerate(works)} if self.count else {}
@@ -107,7 +108,10 @@ class Workers:
             if index not in futures or futures[index].cancel():
                 made[index] = _function(self.function)(*works[index])
         for index in range(len(works)):
-            yield made[index] if index in made else futures[index].result()
+            try:
+                yield made[index] if index in made else futures[index].result()
+            except MachineError:  # that process ended: this one has what it lacked
+                yield _function(self.function)(*works[index])
 
     @contextlib.contextmanager
     def _alive(self, process: subprocess.Popen[bytes]) -> Iterator[None]:
@@ -161,7 +165,7 @@ def serve(place: str) -> None:
     while True:
         try:
             kind, message = pickle.loads(_receive(receive))
-        except EOFError:
+        except (EOFError, ImportError, AttributeError):  # nothing comes any more, or of a module that is not here
             return
         if kind == "told":
             told = message

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
+import types
 
 import pytest
 
@@ -58,6 +61,33 @@ def test_faults_are_told_as_what_they_are(found_here):
 def test_what_cannot_be_sent_is_made_here(found_here):
     with Workers("test_workers:is_callable", 1, "looks") as workers:
         assert list(workers.map([(lambda: 1,), (2,)])) == [True, False]
+
+
+def test_what_a_process_dies_of_is_made_here(found_here):
+    works = [(os.getpid(), number) for number in range(6)]
+    with Workers("test_workers:only_in", 1, "counts") as workers:
+        assert list(workers.map(works)) == list(range(6))
+
+
+def only_in(process: int, number: int) -> int:
+    if os.getpid() != process:
+        os._exit(7)
+    time.sleep(0.5)  # so that the other one takes some, too
+    return number
+
+
+class Unreadable:
+    """Of a module that the other process does not have."""
+
+
+def test_what_another_process_cannot_read_is_made_here(found_here, capfd, monkeypatch):
+    monkeypatch.setattr(Unreadable, "__module__", "module_of_this_process")
+    module = types.ModuleType("module_of_this_process")
+    module.Unreadable = Unreadable
+    monkeypatch.setitem(sys.modules, "module_of_this_process", module)
+    with Workers("test_workers:is_callable", 1, "looks") as workers:
+        assert list(workers.map([(Unreadable,), (Unreadable(),)])) == [True, False]
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def is_callable(value: object) -> bool:
