@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qlora_tool.config import Config, ModelConfig, load_config, parse_size, with_values
 from qlora_tool.config.places import refuse_as_model
-from qlora_tool.errors import OptionError, UserError
+from qlora_tool.errors import AlreadyFinished, OptionError, UserError
 
 if TYPE_CHECKING:
     from qlora_tool.artifacts import Artifact, BaseOptions
@@ -88,18 +88,22 @@ def train(
 
     check_data(configuration.data)
     from qlora_tool.memory.run_report import RunMemory
+    from qlora_tool.reporting.page import complete_finished, report_of_finished
     from qlora_tool.training.loop import train as run_training
     from qlora_tool.training.result import TrainResult
 
-    run = run_training(
-        configuration, resume=os.fspath(resume), extend=extend, overwrite=overwrite, dry_run=dry_run,
-        watcher=RunMemory(), allow_changes=allow_changes,
-    )  # fmt: skip
+    try:
+        run = run_training(
+            configuration, resume=os.fspath(resume), extend=extend, overwrite=overwrite, dry_run=dry_run,
+            watcher=RunMemory(), allow_changes=allow_changes,
+        )  # fmt: skip
+    except AlreadyFinished as error:
+        if not dry_run and not error.told_elsewhere:
+            complete_finished(Path(configuration.training.output_dir))
+        raise
     result = TrainResult.of(run, time.perf_counter() - started, finished=not dry_run)
     if dry_run or not run.world.is_main:
         return result
-    from qlora_tool.reporting.page import report_of_finished
-
     return replace(result, report=report_of_finished(result.folder))
 
 

@@ -46,6 +46,10 @@ class UserError(ToolError):
     exit_code = 2
 
 
+class AlreadyFinished(UserError):
+    """The output folder holds the run that was asked for, and it is finished."""
+
+
 class OptionError(UserError):
     """Options that contradict one another, or one that is missing; on the command line it points to `--help`."""
 

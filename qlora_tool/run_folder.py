@@ -176,6 +176,7 @@ class RunFolder:
             if not folder.checkpoints.is_symlink():
                 for checkpoint in folder.checkpoint_folders():
                     remove_own(checkpoint)
+                remove_leftovers(folder.checkpoints, _CHECKPOINT)
             if folder.adapter.is_dir():
                 remove_listed(folder.adapter, MANIFEST)
             if folder.config_file.is_file() and _is_written_here(folder.config_file):
@@ -184,6 +185,7 @@ class RunFolder:
             for path in (folder.metrics_file, folder.path / "memory.json", folder.report, *notes):
                 with contextlib.suppress(IsADirectoryError, PermissionError):  # a folder: no run wrote it
                     path.unlink(missing_ok=True)
+                remove_leftovers(path.parent, re.compile(re.escape(path.name)))
             for path in (folder.checkpoints, folder.notes, folder.path):
                 with contextlib.suppress(OSError):
                     path.rmdir()

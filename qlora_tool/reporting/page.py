@@ -13,6 +13,8 @@ from qlora_tool.files.atomic import write_text
 from qlora_tool.reporting import curves, tables
 from qlora_tool.reporting.escape import escaped
 from qlora_tool.reporting.found import Found, find
+from qlora_tool.run_folder import RunFolder
+from qlora_tool.training.takeover import remove_replaced
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +89,15 @@ def report_of_finished(run: Path) -> Path | None:
         logger.debug("no report", exc_info=True)
         logger.warning("no report was written: %s; `qlora-tool report %s` tries again", error, run)
         return None
+
+
+def complete_finished(run: Path) -> None:
+    """Do what a run still does after its adapter is there, where it was killed in between: the run that it replaced is
+    removed, and its page written."""
+    folder = RunFolder(run)
+    remove_replaced(folder)
+    if not folder.report.exists() and (file := report_of_finished(run)) is not None:
+        logger.info("%s: was missing, as the run ended before it was written; it is there now", file)
 
 
 def page_of(found: Found) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tool.config import Config, Mark, differences, marked
-from qlora_tool.errors import UserError
+from qlora_tool.errors import AlreadyFinished, UserError
 from qlora_tool.run_folder import RunFolder, is_checkpoint
 from qlora_tool.training.belonging import changes, other_machine, other_version
 from qlora_tool.training.checkpoints import Checkpoint
@@ -70,7 +70,7 @@ def checkpoint_to_resume(
     if not folder.is_finished():
         return checkpoints[-1] if checkpoints else None
     if not extend:
-        raise UserError(
+        raise AlreadyFinished(
             f"{folder.path}: holds this run, finished; give --overwrite to run it again, another --output-dir, or "
             "--extend with more training.max_steps or training.num_train_epochs to train it for longer"
         )

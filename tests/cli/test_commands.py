@@ -241,9 +241,38 @@ def test_an_output_folder_that_holds_another_run(here: Path):
     assert line.startswith("run: holds another run (")
     assert line.endswith("); give another --output-dir, or --overwrite to replace it")
     again = ("train", "run/config.yaml", "--output-dir", "run")
+    run("report", "run")  # which it lacks, and would be given
     assert error(here, *again).startswith("run: holds this run, finished; give --overwrite to run it again")
     assert error(here, *again, "--resume", "never").startswith("run: holds a run; give --overwrite to replace it")
     assert error(here, "train", "good.yaml", "--resume", "nowhere").startswith("--resume nowhere: no checkpoint; ")
+
+
+def test_a_run_killed_after_its_adapter_was_there_is_completed(here: Path):
+    """Its page was half-written, and the run that it replaced not removed yet."""
+    run("report", "run")
+    page = (here / "run/report.html").read_text(encoding="utf-8")
+    killed = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from qlora_tool.files.atomic import replacing_file\n"
+        "with replacing_file(Path('run/report.html')) as temporary:\n"
+        "    temporary.write_text('<html')\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    subprocess.run([sys.executable, "-c", killed], env=child_environment(), check=False)
+    (here / "run/report.html").unlink()
+    (here / "run/replaced-1").mkdir()
+    [half] = (here / "run").glob(".report.html.*")
+    adapter = (here / "run/adapter/adapter_model.safetensors").read_bytes()
+    again = ("train", "run/config.yaml", "--output-dir", "run")
+    assert "error: run: holds this run, finished" in invoke(*again, "--dry-run").stderr
+    assert half.exists() and not (here / "run/report.html").exists()
+    told = invoke(*again).stderr
+    assert "run/report.html: was missing, as the run ended before it was written; it is there now" in told
+    assert told.splitlines()[-1].startswith("error: run: holds this run, finished")
+    assert len((here / "run/report.html").read_text(encoding="utf-8")) == len(page)  # the time in it is another
+    assert not half.exists() and not (here / "run/replaced-1").exists()
+    assert (here / "run/adapter/adapter_model.safetensors").read_bytes() == adapter
 
 
 # ------------------------------------------------------------------------------------------------- export-merged

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from child_process import child_environment
 
 from qlora_tool.config import Config
 from qlora_tool.errors import UserError
@@ -93,6 +96,33 @@ def test_a_replaced_run_is_kept_aside_and_then_removed_but_for_what_it_did_not_w
     inside = "replaced-1/checkpoints"
     assert left == ["notes.txt", "replaced-1", inside, f"{inside}/step-000004", f"{inside}/step-000004-good",
                     f"{inside}/step-000004/notes.txt"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name"), [
+    ("folder", "checkpoints/step-000001"), ("file", "report/rows.json"), ("file", "memory.json"),
+    ("file", "metrics.jsonl"),
+])  # fmt: skip
+def test_what_a_killed_run_left_half_written_goes_with_it(tmp_path, kind, name):
+    folder = RunFolder(tmp_path / "run")
+    folder.write_config(Config())
+    killed = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        f"from qlora_tool.files.atomic import replacing_{kind} as replacing\n"
+        "with replacing(Path(sys.argv[1])) as temporary:\n"
+        "    (temporary / 'state.json' if temporary.is_dir() else temporary).write_text('{}')\n"
+        "    os.kill(os.getpid(), 15)\n"
+    )
+    half = folder.path / name
+    subprocess.run([sys.executable, "-c", killed, half], env=child_environment(), check=False)
+    (folder.notes / "mine").mkdir(parents=True)
+    aside = folder.put_aside()
+    if half.parent == folder.path:  # hidden, and no file of a run: it goes when the file is written again
+        [left] = folder.path.glob(".*.tmp")
+        left.rename(aside / left.name)
+    assert len(list(aside.rglob(".*.tmp"))) == 1
+    assert folder.remove_replaced() == [aside]
+    assert [str(path.relative_to(aside)) for path in aside.rglob("*")] == ["report", "report/mine"]
 
 
 @pytest.mark.parametrize(("name", "content"), [
