@@ -18,7 +18,7 @@ from qlora_tool.files.hashes import file_hashes
 from qlora_tool.files.reading import read_object
 from qlora_tool.files.tensors import Checkpoint
 from qlora_tool.model.source import resolve
-from qlora_tool.run_folder import RunFolder
+from qlora_tool.run_folder import PROVENANCE, RunFolder
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
@@ -91,10 +91,11 @@ def find_artifact(name: str, options: BaseOptions) -> Artifact:
                 f"{path}: this run is not finished; finish it with `qlora-tool train {run.config_file}`, which goes on "
                 "from its last checkpoint"
             )
-        config = run.config()
+        config, stored = run.config(), read_adapter(run.adapter)
+        _refuse_other_configuration(run, config, stored)
         base = _override(config.model, options, trained=True)
         named, kwargs = options.model is not None, config.data.chat_template_kwargs
-        return Artifact(name, base, read_adapter(run.adapter), config, base, named, kwargs)
+        return Artifact(name, base, stored, config, base, named, kwargs)
     if path.is_dir() and is_adapter(path):
         stored = read_adapter(path)
         base = _base_of(stored, options)
@@ -159,6 +160,28 @@ def _override(model: ModelConfig, options: BaseOptions, trained: bool = False) -
     return model.model_copy(
         update=changed | {"device": options.device, "compute_dtype": options.compute_dtype, "keep_quantized": False}
     )
+
+
+def _refuse_other_configuration(run: RunFolder, config: Config, stored: StoredAdapter) -> None:
+    """Refuse a run whose configuration was changed since in what its adapter belongs to: another model would be opened.
+
+    Raises:
+        UserError: naming the keys.
+    """
+    known = stored.provenance or {}
+    says = {"model.quantization": config.model.quantization, "model.double_quant": config.model.double_quant,
+            "model.embeddings": config.model.embeddings, "model.skip_modules": config.model.skip_modules,
+            "adapter.method": config.adapter.method,
+            "data.chat_template_kwargs": config.data.chat_template_kwargs}  # fmt: skip
+    trained = {key: known[name] for key in says if (name := key.partition(".")[2]) in known}
+    lines = [
+        f"{run.config_file}: {key}: {says[key]!r}, but the adapter beside it was trained with {value!r} "
+        f"({stored.folder / PROVENANCE}); the file was changed or damaged since: write {value!r} there "
+        "again, or give the adapter's folder in the place of the run's"
+        for key, value in trained.items() if says[key] != value
+    ]  # fmt: skip
+    if lines:
+        raise UserError(lines)
 
 
 def _base_of(stored: StoredAdapter, options: BaseOptions) -> ModelConfig:

@@ -112,6 +112,24 @@ def test_an_unfinished_run_says_how_to_finish_it(run: Path, tmp_path: Path):
         artifact_of(unfinished)
 
 
+@pytest.mark.parametrize(("line", "other", "key"), [
+    ("  quantization: fp4", "  quantization: nf4", "model.quantization: 'nf4', but .* with 'fp4'"),
+    ("  double_quant: false", "  double_quant: true", "model.double_quant: True, but .* with False"),
+    ("  embeddings: as_stored", "  embeddings: int8", "model.embeddings: 'int8', but .* with 'as_stored'"),
+    ("  skip_modules: []", "  skip_modules: [q_proj]", r"model.skip_modules: \['q_proj'\], but .* with \[\]"),
+    ("  method: lora", "  method: dora", "adapter.method: 'dora', but .* with 'lora'"),
+    ("  chat_template_kwargs: {}", "  chat_template_kwargs: {thinking: true}", "data.chat_template_kwargs: {'think"),
+])  # fmt: skip
+def test_a_run_whose_configuration_is_no_longer_its_adapters_is_refused(run: Path, tmp_path: Path, line, other, key):
+    changed = tmp_path / "run"
+    shutil.copytree(run, changed)
+    text = (changed / "config.yaml").read_text()
+    assert text.count(f"{line}\n") == 1, text
+    (changed / "config.yaml").write_text(text.replace(f"{line}\n", f"{other}\n"))
+    with pytest.raises(UserError, match=rf"{changed}/config.yaml: {key}"):
+        artifact_of(changed)
+
+
 def test_broken_provenance_is_named(base: Path, tmp_path: Path):
     adapter = write_adapter(tmp_path / "adapter", base)
     (adapter / "qlora_tool.json").write_text('{"quantization": "nf4"}')

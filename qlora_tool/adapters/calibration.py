@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -26,6 +28,7 @@ from qlora_tool.data.examples import Example
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.atomic import replacing_folder
 from qlora_tool.files.cache import cache_folder, telling_unwritable
+from qlora_tool.files.sealed import first_change, listing, read_sealed, write_sealed
 from qlora_tool.files.tensors import SINGLE_NAME, read_all, write_all
 from qlora_tool.methods import METHODS
 from qlora_tool.methods.method import Method, Settings
@@ -40,6 +43,9 @@ if TYPE_CHECKING:
     from qlora_tool.config import AdapterConfig, Config
     from qlora_tool.model.causal_lm import CausalLM
 
+logger = logging.getLogger(__name__)
+
+_LIST_NAME = "manifest.json"
 MOST_TOKENS = 1 << 14  # of all rows together: four to thirty times the width of a layer
 LENGTH = 512  # tokens of a block at most
 CHUNK = 2048  # tokens that are brought to fp32 at a time
@@ -117,8 +123,8 @@ def calibrated(
     settings, batch = _settings(model, config), _batch(config, examples)
     kept = _kept(model, model.device, config, settings, batch) if keep and config.model.keep_quantized else None
     found: dict[str, dict[str, Tensor]] = {}
-    if kept is not None and (kept / SINGLE_NAME).exists():
-        for key, tensor in read_all(kept / SINGLE_NAME).items():
+    if kept is not None and (start := _read_kept(kept)) is not None:
+        for key, tensor in start.items():
             module, _, name = key.rpartition(".")
             found.setdefault(module, {})[name] = tensor.to(model.device)
         return found, [name for name in settings if name not in found]
@@ -142,6 +148,7 @@ def calibrated(
         with telling_unwritable(), replacing_folder(kept) as temporary:
             made = {f"{module}.{name}": tensor for module, own in found.items() for name, tensor in own.items()}
             write_all(temporary / SINGLE_NAME, made, {"format": "pt"})
+            write_sealed(temporary / _LIST_NAME, {"files": listing(temporary)})
     return found, [name for name in settings if name not in found]
 
 
@@ -174,6 +181,21 @@ def _kept(
                config.training.seed, modules, batch.input_ids.tolist()]  # fmt: skip
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "bases" / f"calibrated-{digest[:32]}"
+
+
+def _read_kept(kept: Path) -> dict[str, Tensor] | None:
+    """The tensors of a kept start; None where none is kept, or, with a warning, not as it was written."""
+    if not kept.exists():
+        return None
+    try:
+        changed = first_change(kept, read_sealed(kept / _LIST_NAME)["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        changed = f"{_LIST_NAME}: {error}"
+    if changed is None:
+        return read_all(kept / SINGLE_NAME)
+    logger.warning("the start that is kept in %s is not as it was written (%s); it is made again", kept, changed)
+    shutil.rmtree(kept, ignore_errors=True)
+    return None
 
 
 def _moments(x: Tensor) -> Tensor:

@@ -40,9 +40,10 @@ _OTHERS = {"quantization_config", "text_config", "vision_config", "audio_config"
 
 
 def base_identity(folder: Path) -> str:
-    """A digest of a model folder's files by name, size and time of change: cheap, and new when any of them changes."""
+    """A digest of a model folder's files by name, size and times of change: cheap, and new when any of them changes."""
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
-    seen = [(path.name, (stat := path.resolve().stat()).st_size, stat.st_mtime_ns) for path in files]
+    # The second time is the file system's own, which no copying sets back (see `files.hashes`).
+    seen = [(path.name, (stat := path.resolve().stat()).st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path in files]
     return hashlib.sha256(json.dumps([str(folder.resolve()), seen]).encode()).hexdigest()
 
 

@@ -165,3 +165,27 @@ def test_a_start_is_kept_with_the_base_for_the_same_model_data_and_settings(tmp_
                             ({"adapter.target_modules": ["q_proj"]}, rows)):  # fmt: skip
         with pytest.raises(AssertionError):
             again(changes, others)
+
+
+@pytest.mark.parametrize("where", ["header", "values", "manifest", "cut", "no manifest"])
+def test_a_kept_start_that_is_not_as_it_was_written_is_made_again(tmp_path, monkeypatch, caplog, where):
+    monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
+    folder, rows = write_tiny("llama", tmp_path / "base"), tokens(rows=3, length=24)
+    config = with_values(config_of(folder), {"model.keep_quantized": True})
+    _, first, left = started(folder, config, rows)
+    [kept] = (tmp_path / "cache/bases").glob("calibrated-*")
+    file = kept / ("manifest.json" if "manifest" in where else "model.safetensors")
+    content = bytearray(file.read_bytes())
+    if where == "no manifest":
+        file.unlink()
+    elif where == "cut":
+        file.write_bytes(content[:-8])
+    else:
+        content[{"header": 12, "values": len(content) - 5, "manifest": 30}[where]] ^= 1
+        file.write_bytes(content)
+    _, second, still_left = started(folder, config, rows)
+    assert "is not as it was written" in caplog.text and "it is made again" in caplog.text
+    assert still_left == left and second.keys() == first.keys()
+    for name, tensors in first.items():
+        assert all(torch.equal(second[name][key], tensor) for key, tensor in tensors.items())
+    assert kept.exists()

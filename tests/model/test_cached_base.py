@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -115,11 +116,20 @@ def touch(path) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
 
 
+def other_bytes_of_the_same_time(path) -> None:
+    """As an archive with fixed times leaves them, or `cp -p`."""
+    stat = path.stat()
+    time.sleep(0.02)  # some file systems count by ticks
+    path.write_bytes(path.read_bytes()[:-4] + b"1234")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda folder: touch(folder / "model.safetensors"),
         lambda folder: touch(folder / "config.json"),
+        lambda folder: other_bytes_of_the_same_time(folder / "model.safetensors"),
         lambda folder: (folder / "added.safetensors").write_bytes(b"12345678"),
         lambda folder: (folder / "generation_config.json").unlink(),
     ],
