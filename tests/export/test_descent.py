@@ -168,6 +168,32 @@ def test_without_an_update_nothing_is_added():
     torch.testing.assert_close(found, descend(base, moments, on.grid, on.values, 3), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("rank", "few"), [(4, True), (32, True), (33, True), (130, True), (300, False), (0, False)])
+def test_an_updates_product_with_the_moments_is_that_of_its_few_directions(rank, few, monkeypatch):
+    """Of LoRA's ranks, of one beyond all that are looked for, and of an update of full rank, as DoRA's."""
+    out, columns = 600, 640
+    moments = moments_of(columns)
+    left, right = a_matrix(out, rank or out, 1), a_matrix(rank or out, columns, 2)
+    trained = a_matrix(out, columns) + left @ right
+    update = trained - a_matrix(out, columns)  # as it is had: with what fp32 loses of a small difference
+    products, wide = [], torch.Tensor.__matmul__
+
+    def counted(one, other):
+        if other is moments:
+            products.append(len(one))
+        return wide(one, other)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", counted)
+    found = descent._weighted(update, moments)
+    assert products == ([40 if rank <= 40 else 136] if few else [out])
+    exact = update.double() @ moments.double()
+    # Left out is at most the root of LEFT_OUT of Δ, along any direction of H: so by the largest of its singular values.
+    most = float(torch.linalg.matrix_norm(moments.double(), 2)) * float(update.norm()) * descent.LEFT_OUT**0.5
+    assert float((found - exact).norm()) <= most
+    sizes = [float((one.double() * update.double()).sum()) for one in (found, exact)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=2e-3)
+
+
 def test_with_inputs_that_do_not_hang_together_codes_are_the_nearest():
     """A diagonal matrix of moments parts the columns: wherever it starts, each weight ends on its nearest value."""
     target = a_matrix(8, 128)

@@ -13,6 +13,7 @@ from tiny_models import read_by_transformers
 from qlora_tool.data.batches import collate
 from qlora_tool.data.tokenize import Example
 from qlora_tool.errors import UserError
+from qlora_tool.export import moments
 from qlora_tool.export.moments import LayerPass
 from qlora_tool.export.options import ExportOptions
 from qlora_tool.export.write import export_merged
@@ -50,16 +51,18 @@ def by_hooks(folder, batches) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
-def test_they_are_those_of_the_whole_merged_model(family, tmp_path):
+@pytest.mark.parametrize("strip", [moments._STRIP, 24])
+def test_they_are_those_of_the_whole_merged_model(family, strip, tmp_path, monkeypatch):
+    monkeypatch.setattr(moments, "_STRIP", strip)
     base = write_chat_base(family, tmp_path / "base")
     artifact = artifact_of(write_adapter(tmp_path / "adapter", base))
     export_merged(artifact, tmp_path / "merged", ExportOptions(dtype="float32"))
     batches = batches_of(3)
     expected = by_hooks(tmp_path / "merged", batches)
     walk, seen = LayerPass(merged_of(artifact, base), batches), set()
-    for layer, moments in walk:
+    for layer, gathered in walk:
         for name in (name for name in expected if name.startswith(f"{layer}.")):
-            found = moments.shared([name])
+            found = gathered.shared([name])
             size = float(expected[name].norm())
             # Activations and sums in fp32: 2⁻²⁴ a rounding, some dozens of them on the way through a tiny model.
             assert float((found.double() - expected[name]).norm()) < 2e-5 * size, name
@@ -70,11 +73,11 @@ def test_they_are_those_of_the_whole_merged_model(family, tmp_path):
 def test_modules_of_one_input_share_it_and_others_do_not(tmp_path):
     base = write_chat_base("llama", tmp_path / "base")
     merged = merged_of(artifact_of(write_adapter(tmp_path / "adapter", base)), base)
-    layer, moments = next(iter(LayerPass(merged, batches_of(2))))
+    layer, gathered = next(iter(LayerPass(merged, batches_of(2))))
     qkv = [f"{layer}.self_attn.{part}_proj" for part in "qkv"]
-    assert moments.shared(qkv) is moments.shared(qkv[:1])
-    assert moments.shared([*qkv, f"{layer}.mlp.down_proj"]) is None
-    assert moments.shared([f"{layer}.input_layernorm"]) is None
+    assert gathered.shared(qkv) is gathered.shared(qkv[:1])
+    assert gathered.shared([*qkv, f"{layer}.mlp.down_proj"]) is None
+    assert gathered.shared([f"{layer}.input_layernorm"]) is None
 
 
 def test_only_one_layer_has_weights(tmp_path):
@@ -110,5 +113,5 @@ def test_what_breaks_in_the_model_is_told_and_nothing_waits_for_ever(tmp_path):
 def test_experts_have_no_moments_of_their_own(tmp_path):
     base = write_chat_base("mixtral", tmp_path / "base")
     merged = merged_of(artifact_of(write_adapter(tmp_path / "adapter", base)), base)
-    layer, moments = next(iter(LayerPass(merged, batches_of(2))))
-    assert moments.shared([f"{layer}.mlp.experts.gate_up_proj"]) is None
+    layer, gathered = next(iter(LayerPass(merged, batches_of(2))))
+    assert gathered.shared([f"{layer}.mlp.experts.gate_up_proj"]) is None

@@ -17,9 +17,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qlora_tool.ops.products import matmul
+
 CLEARLY = 3  # standard deviations
 DAMPING = 0.01  # of the moments' mean diagonal, added to the diagonal
 BLOCK, INNER = 256, 32  # columns
+FEW_DIRECTIONS = 40, 136  # that the updates of ranks up to 32 and 128 are looked for in
+LEFT_OUT = 1e-5  # of an update's squares: what fp32 loses where a small one is the difference of two large matrices
 FEW_ROWS = 512  # that tell how large the error of all of them is
 ROWS = 1024  # at a time: bounds what is held beside the matrix
 
@@ -124,7 +128,7 @@ def descend_keeping(
         trained, update: W and Δ, (out, in) fp32.
         moments, grid, values, sweeps: see `descend`; the values are changed here too.
     """
-    weighted, more = update @ moments, 0.0  # more: g - 1
+    weighted, more = _weighted(update, moments), 0.0  # more: g - 1
     size = _dot(weighted, update)
     descend(trained, moments, grid, values, 1)
     for sweep in range(1, sweeps):
@@ -137,6 +141,20 @@ def descend_keeping(
         for part in _parts(values):
             _descend_rows(torch.add(trained[part], update[part], alpha=more), moments, grid, values, part, 1)
     return values
+
+
+def _weighted(update: Tensor, moments: Tensor) -> Tensor:
+    """Δ·H, by the few directions that the rows of an update have, where they are few, as those of LoRA are: Δ = Q·QᵀΔ,
+    Q being an orthonormal base of what Δ makes of random directions (Halko et al. 2011, arXiv 0909.4061)."""
+    for most in FEW_DIRECTIONS:
+        if 4 * most > min(update.shape):
+            break
+        drawn = torch.randn(update.shape[1], most, generator=torch.Generator().manual_seed(0))
+        base = torch.linalg.qr(update @ drawn).Q
+        inside = base.T @ update
+        if _dot(inside, inside) >= (1 - LEFT_OUT) * _dot(update, update):
+            return base @ (inside @ moments)
+    return update @ moments
 
 
 def _by_chance(values: Tensor, trained: Tensor, moments: Tensor) -> float:
@@ -160,7 +178,7 @@ def _descended(target: Tensor, moments: Tensor, grid: Grid, start: Tensor, sweep
     for _ in range(sweeps):
         for begin in range(0, len(chosen), BLOCK):
             end = min(begin + BLOCK, len(chosen))
-            slope = moments[begin:end] @ difference  # G, (columns, out)
+            slope = matmul(moments[begin:end], difference)  # G, (columns, out)
             for first in range(begin, end, INNER):
                 last = min(first + INNER, end)
                 before = chosen[first:last].clone()
