@@ -137,7 +137,7 @@ class LayerPass:
                 if is_linear(module):
                     module.register_forward_pre_hook(self._noting(f"{name}.{inner}"))
                 if type(module) is nn.Linear:
-                    module.forward = partial(_linear, module)  # type: ignore[method-assign]
+                    module.forward = partial(_linear, module)
         self._model.get_submodule(self.layers[-1]).register_forward_hook(self._finish)
         for name, module in self._model.named_modules():
             if module not in inside and any(True for _ in module.parameters(recurse=False)):

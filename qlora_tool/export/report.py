@@ -16,6 +16,7 @@ from qlora_tool.artifacts import Artifact
 from qlora_tool.export.options import ExportOptions
 from qlora_tool.files.hashes import file_hashes, sha256
 from qlora_tool.model.slots import Quantization
+from qlora_tool.ops.products import products_choice
 
 if TYPE_CHECKING:
     from qlora_tool.data.tokenize import Example
@@ -37,7 +38,7 @@ def inputs_of(
         "base": file_hashes(folder),
         "quantization": asdict(Quantization.of(artifact.model)),
         "options": asked,
-        "calibration": None if isinstance(calibration, str) else calibration.digest(),
+        "calibration": None if isinstance(calibration, str) else [calibration.digest(), products_choice()],
         "rows": _digest(rows[0]) if rows and len(options.candidates) > 1 else None,  # by which a type is chosen
     }
 

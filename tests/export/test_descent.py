@@ -168,6 +168,16 @@ def test_without_an_update_nothing_is_added():
     torch.testing.assert_close(found, descend(base, moments, on.grid, on.values, 3), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (5, 20), (4096, 4096), (11008, 4096), (4096, 11008), (3, 1 << 25)])
+def test_rows_go_in_parts_of_about_one_size(shape):
+    parts = descent._parts(torch.empty(shape, device="meta"))
+    rows = [row for part in parts for row in range(*part.indices(shape[0]))]
+    assert rows == list(range(shape[0]))
+    sizes = [len(range(*part.indices(shape[0]))) for part in parts]
+    assert all(size == 1 or size * shape[1] <= descent.AT_A_TIME for size in sizes)
+    assert not sizes or max(sizes) - min(sizes) < len(sizes)
+
+
 @pytest.mark.parametrize(("rank", "few"), [(4, True), (32, True), (33, True), (130, True), (300, False), (0, False)])
 def test_an_updates_product_with_the_moments_is_that_of_its_few_directions(rank, few, monkeypatch):
     """Of LoRA's ranks, of one beyond all that are looked for, and of an update of full rank, as DoRA's."""

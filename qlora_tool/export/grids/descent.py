@@ -12,7 +12,9 @@ a start, as CDQuant (Nair, Suggala 2024, arXiv 2406.17542) and QuantEase (Behdin
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,7 +27,8 @@ BLOCK, INNER = 256, 32  # columns
 FEW_DIRECTIONS = 40, 136  # that the updates of ranks up to 32 and 128 are looked for in
 LEFT_OUT = 1e-5  # of an update's squares: what fp32 loses where a small one is the difference of two large matrices
 FEW_ROWS = 512  # that tell how large the error of all of them is
-ROWS = 1024  # at a time: bounds what is held beside the matrix
+AT_A_TIME = 11 << 20  # weights: bounds what is held beside the matrix
+MOST_ROWS = 4096  # at a time: of more the columns leave a core's cache
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,16 @@ class Grid:
     b: Tensor | None
     width: int
 
+    @cached_property
+    def ends(self) -> tuple[float, float]:
+        """The least and the largest level."""
+        return float(self.levels[0]), float(self.levels[-1])
+
+    @cached_property
+    def between(self) -> Tensor:
+        """Half-way between each level and the next one."""
+        return (self.levels[1:] + self.levels[:-1]) / 2
+
     def values(self, index: Tensor) -> Tensor:
         """What indices (out, in) of levels stand for, fp32."""
         found = self.levels[index.int()].unflatten(1, (-1, self.width)) * self.a.unsqueeze(-1)
@@ -55,26 +68,28 @@ class Grid:
     def columns(self, index: int) -> _Columns:
         """The values of the columns that share a and b, the index-th of such runs."""
         a, b = (None if part is None else part[:, index].contiguous() for part in (self.a, self.b))
-        return _Columns(self, torch.where(a == 0, 0, 1 / a), a, b)
+        return _Columns(self, a, b)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Columns:
     grid: Grid
-    inverse: Tensor  # (out,) each
-    a: Tensor
+    a: Tensor  # (out,) each
     b: Tensor | None
+
+    def __post_init__(self) -> None:
+        self.inverse = torch.where(self.a == 0, 0, 1 / self.a)
+        self.offset = None if self.b is None else -self.b * self.inverse
 
     def nearest(self, values: Tensor) -> Tensor:
         """The value of the grid nearest to each of a column's."""
-        levels = self.grid.levels
-        found = values.mul_(self.inverse) if self.b is None else values.sub_(self.b).mul_(self.inverse)
+        b, offset = self.b, self.offset
+        found = values.mul_(self.inverse) if offset is None else torch.addcmul(offset, values, self.inverse)
         if self.grid.uniform:
-            found = found.round_().clamp_(float(levels[0]), float(levels[-1]))
+            found = found.round_().clamp_(*self.grid.ends)
         else:
-            found = levels[torch.bucketize(found, (levels[1:] + levels[:-1]) / 2, out_int32=True)]
-        found = found.mul_(self.a)
-        return found if self.b is None else found.add_(self.b)
+            found = self.grid.levels[torch.bucketize(found, self.grid.between, out_int32=True)]
+        return found.mul_(self.a) if b is None else torch.addcmul(b, found, self.a)
 
 
 def damped(moments: Tensor) -> Tensor:
@@ -104,7 +119,9 @@ def descend(target: Tensor, moments: Tensor, grid: Grid, values: Tensor, sweeps:
 
 
 def _parts(matrix: Tensor) -> list[slice]:
-    return [slice(first, first + ROWS) for first in range(0, len(matrix), ROWS)]
+    rows = min(MOST_ROWS, max(1, AT_A_TIME // matrix.shape[1]))
+    size = math.ceil(len(matrix) / math.ceil(max(1, len(matrix)) / rows)) or 1  # all of about one size
+    return [slice(first, first + size) for first in range(0, len(matrix), size)]
 
 
 def _descend_rows(target: Tensor, moments: Tensor, grid: Grid, values: Tensor, part: slice, sweeps: int) -> None:
@@ -174,26 +191,29 @@ def _dot(one: Tensor, other: Tensor) -> float:
 def _descended(target: Tensor, moments: Tensor, grid: Grid, start: Tensor, sweeps: int) -> Tensor:
     chosen = start.T.contiguous()  # (in, out): the weights of a column lie in one piece
     difference = chosen - target.T
-    width, diagonal = grid.width, moments.diagonal().tolist()
+    width, inverse = grid.width, 1 / moments.diagonal().unsqueeze(1)
     for _ in range(sweeps):
         for begin in range(0, len(chosen), BLOCK):
             end = min(begin + BLOCK, len(chosen))
-            slope = matmul(moments[begin:end], difference)  # G, (columns, out)
+            slope = matmul(moments[begin:end], difference)  # G, (columns, out), each column by its H_kk
+            slope.mul_(inverse[begin:end])
+            own_moments = moments[begin:end, begin:end] * inverse[begin:end]
             for first in range(begin, end, INNER):
                 last = min(first + INNER, end)
                 before = chosen[first:last].clone()
                 own = slope[first - begin : last - begin]
-                for k in range(first, last):
+                inner = own_moments[first - begin : last - begin, first - begin : last - begin].T.contiguous()
+                both = zip(chosen[first:last].unbind(), own.unbind(), strict=True)
+                for k, (row, its_slope) in enumerate(both, first):
                     if k == first or k % width == 0:
                         columns = grid.columns(k // width)
-                    row = chosen[k]
-                    best = columns.nearest(torch.add(row, own[k - first], alpha=-1 / diagonal[k]))
+                    best = columns.nearest(row - its_slope)
                     change = best - row
                     row.copy_(best)
                     if k + 1 < last:
-                        own[k + 1 - first :].addr_(moments[k + 1 : last, k], change)
+                        own[k + 1 - first :].addr_(inner[k - first, k + 1 - first :], change)
                 changes = chosen[first:last] - before
                 difference[first:last] += changes
                 if last < end:
-                    slope[last - begin :].addmm_(moments[last:end, first:last], changes)
+                    slope[last - begin :].addmm_(own_moments[last - begin :, first - begin : last - begin], changes)
     return chosen.T
