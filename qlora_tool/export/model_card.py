@@ -14,7 +14,7 @@ from yaml import YAMLError
 from qlora_tool._version import __version__
 from qlora_tool.artifacts import Artifact
 from qlora_tool.config.sources import told
-from qlora_tool.files.reading import is_regular
+from qlora_tool.files.reading import LARGEST, is_regular
 from qlora_tool.model.config_file import read_config_file
 from qlora_tool.model.tokenizer_files import has_tokenizer
 from qlora_tool.run_folder import RunFolder
@@ -259,7 +259,7 @@ def _licence(folder: Path) -> str | None:
 
     card = folder / "README.md"
     try:
-        header = metadata_load(card) if card.exists() else None
+        header = metadata_load(card) if is_regular(card) and card.stat().st_size <= LARGEST else None
     except (ValueError, YAMLError):  # not UTF-8, not YAML or no mapping: as good as none
         header = None
     if isinstance(found := (header or {}).get("license"), str):

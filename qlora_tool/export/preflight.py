@@ -75,6 +75,8 @@ def refuse_unmeasurable(artifact: Artifact, asked: str, rows: tuple[Sequence[Any
 def refuse_taken(output: Path, overwrite: bool) -> None:
     """Refuse to write over anything, or with `overwrite` over anything that is neither a model nor an adapter."""
     if not output.exists():
+        if output.is_symlink():
+            raise UserError(f"{output}: a link to a folder that is not there; remove it, or give another --output-dir")
         refuse_no_place(output, "--output-dir")
         return
     if not output.is_dir():

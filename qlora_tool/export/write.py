@@ -15,6 +15,7 @@ import torch
 from qlora_tool.adapters.resized import fitting_config
 from qlora_tool.artifacts import Artifact, base_folder
 from qlora_tool.errors import MachineError, UserError
+from qlora_tool.export.beside import MODEL_FILES
 from qlora_tool.export.dtypes import Choice, Unfit, choices, refuse_unfit
 from qlora_tool.export.encoding import Calibration, Encoder
 from qlora_tool.export.formats import FORMATS, Job
@@ -44,7 +45,7 @@ from qlora_tool.model.load import build_skeleton
 from qlora_tool.model.slots import Quantization
 from qlora_tool.model.source import read_model_config
 from qlora_tool.model.tokenizer_check import is_misread
-from qlora_tool.model.tokenizer_files import read_templates
+from qlora_tool.model.tokenizer_files import files_to_copy, read_templates
 
 if TYPE_CHECKING:
     from qlora_tool.data.tokenize import Example
@@ -113,6 +114,7 @@ def export_merged(artifact: Artifact, output: Path, options: ExportOptions) -> E
     adapters = {f"the adapter {one.name}": one.stored.folder for one in artifact.stack}
     refuse_inputs(output, {"the base": folder, **(adapters or {"the adapter": artifact.adapter.folder})})
     generation_settings(folder)  # a fault of the file is told before anything is written
+    files_to_copy(folder, MODEL_FILES)
     rows, calibration = _rows(artifact, options), _calibration_rows(artifact, options)
     changed = refuse_changed_base(artifact, folder)
     asked, options = options, options.candidates[-1]  # the largest, for what is to be refused

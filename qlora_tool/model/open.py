@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,11 +12,13 @@ import torch
 from qlora_tool.errors import UserError, printable
 from qlora_tool.model.tokenizer_check import read_as_written
 from qlora_tool.model.tokenizer_files import check_tokenizer_files
+from qlora_tool.once import log_once
 from qlora_tool.ops.precision import COMPUTE_DTYPES, choose_compute_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "spm", "source.spm", "tekken")
 """How the names of files begin that hold tokenizers; classes of their own have others, and say more."""
@@ -44,6 +47,10 @@ def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
         raise BrokenTokenizer(error.lines) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if getattr(tokenizer, "split_special_tokens", False):
+            log_once(logger, logging.WARNING, f"{folder}: its tokenizer_config.json has split_special_tokens: true: "
+                     "special tokens are split like other words, a chat template's too, so that no end of a turn is "
+                     "trained as the model knows it; take the key out unless that is meant")  # fmt: skip
         return read_as_written(tokenizer, folder)
     except UserError:
         raise

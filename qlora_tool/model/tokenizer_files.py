@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_tool.errors import UserError, printable
 from qlora_tool.files.atomic import write_json, write_text
-from qlora_tool.files.reading import read_object, read_text, refuse_odd_files
+from qlora_tool.files.reading import LARGEST, read_object, read_text, refuse_odd_files, refuse_other_than_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,13 +35,32 @@ Templates = str | dict[str, str] | None
 
 
 def copy_files(source: Path, patterns: Iterable[str], folder: Path, leave_out: Iterable[str] = ()) -> None:
-    """Copy what fits one of `patterns`, folders as a whole, but for the names in `leave_out`."""
-    found = {path for pattern in patterns for path in source.glob(pattern) if path.name not in set(leave_out)}
-    for path in sorted(found):
+    """Copy what fits one of `patterns`, folders as a whole, but for the names in `leave_out`.
+
+    Raises:
+        UserError: see `files_to_copy`.
+    """
+    for path in files_to_copy(source, patterns, leave_out):
         if path.is_dir():
             shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
         else:
             shutil.copyfile(path, folder / path.name)
+
+
+def files_to_copy(source: Path, patterns: Iterable[str], leave_out: Iterable[str] = ()) -> list[Path]:
+    """What fits one of `patterns`, files and folders.
+
+    Raises:
+        UserError: one of them, or something in a folder, is no file that ends, or larger than any such file is.
+    """
+    found = {path for pattern in patterns for path in source.glob(pattern) if path.name not in set(leave_out)}
+    for path in sorted(found):
+        for file in [path] if not path.is_dir() else (inner for inner in path.rglob("*") if not inner.is_dir()):
+            size = refuse_other_than_file(file, _CURE).st_size
+            if size > LARGEST:
+                raise UserError(f"{file}: {size:,} bytes, expected {LARGEST:,} at most of what lies beside the "
+                                f"weights; {_CURE}")  # fmt: skip
+    return sorted(found)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -105,6 +124,7 @@ def check_tokenizer_files(folder: Path) -> None:
         UserError: naming the file, and the key of its settings.
     """
     refuse_odd_files(folder, _CURE)
+    files_to_copy(folder, TOKENIZER_FILES)  # what is made of the model has them beside it
     for name in (SETTINGS, "special_tokens_map.json", "added_tokens.json"):
         if (folder / name).exists():
             _check_settings(folder / name, _read_json(folder / name))

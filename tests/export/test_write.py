@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -278,6 +280,41 @@ def test_an_interruption_leaves_the_earlier_export_and_goes_on(adapter: Path, tm
     for name in contents(output).keys() - {"README.md"}:  # which names the folder
         assert contents(output)[name] == contents(tmp_path / "undisturbed")[name], name
     assert sorted(tmp_path.iterdir()) == beside
+
+
+@pytest.mark.parametrize("name", [
+    "LICENSE", "preprocessor_config.json", "own_code.py", "README.md", "tokenizer.model.v3",
+    "chat_templates/tools.jinja",
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["pipe", "endless", "large", "gone"])
+def test_what_has_no_end_beside_the_weights_is_refused_before_anything_is_written(
+    adapter: Path, base: Path, tmp_path: Path, name, kind
+):  # fmt: skip
+    folder = tmp_path / "base"
+    shutil.copytree(base, folder)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).parent.mkdir(exist_ok=True)
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    elif kind == "large":
+        with (folder / name).open("wb") as file:
+            file.truncate(1 << 40)  # a hole: no byte of it is on the disk
+    else:
+        (folder / name).symlink_to("/dev/zero" if kind == "endless" else "nowhere")
+    artifact = find_artifact(str(adapter), BaseOptions(model=str(folder)))
+    if name == "README.md":  # of which a line is taken, where it has one
+        export_merged(artifact, tmp_path / "merged", ExportOptions())
+        return
+    with pytest.raises(UserError, match=re.escape(str(folder / name))):
+        export_merged(artifact, tmp_path / "merged", ExportOptions())
+    assert {path.name for path in tmp_path.iterdir()} <= {"base", "adapter"}
+
+
+def test_a_link_to_a_folder_that_is_not_there_is_refused(adapter: Path, tmp_path: Path):
+    (tmp_path / "merged").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=f"{tmp_path / 'merged'}: a link to a folder that is not there; remove it"):
+        export_merged(artifact_of(adapter), tmp_path / "merged", ExportOptions())
+    assert {path.name for path in tmp_path.iterdir()} <= {"merged", "adapter"}
 
 
 def test_a_fault_of_the_input_leaves_nothing(adapter: Path, tmp_path: Path, monkeypatch):

@@ -62,6 +62,14 @@ def test_nothing_is_told_where_they_agree(tmp_path: Path, caplog):
     assert not caplog.messages
 
 
+def test_special_tokens_that_are_split_are_told(tmp_path: Path, caplog):
+    folder = saved(byte_level(CHATML), tmp_path, split_special_tokens=True)
+    tokenizer = open_tokenizer(folder)
+    (line,) = caplog.messages
+    assert line.startswith(f"{folder}: its tokenizer_config.json has split_special_tokens: true")
+    assert len(tokenizer("<|im_end|>", add_special_tokens=False).input_ids) > 1  # what is told is so
+
+
 def test_the_end_that_only_the_class_names_stays(tmp_path: Path):
     folder = saved(sentencepiece(), tmp_path, tokenizer_class="LlamaTokenizer", backend=None, eos_token=None)
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
