@@ -180,7 +180,7 @@ def _write(
     folder: RunFolder, progress: Progress, adapters: AdapterSet, optimizer: Optimizer, training: TrainingConfig,
     random: Sequence[dict[str, torch.Tensor]], facts: Mapping[str, Any],
 ) -> Path:  # fmt: skip
-    if not folder.path.is_dir():
+    if not folder.holds_run():  # another folder may be in its place
         raise folder_gone(folder.path)
     path = folder.checkpoint(progress.step)
     limit, keep_best = training.save_total_limit, training.load_best_model_at_end

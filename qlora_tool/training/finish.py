@@ -13,6 +13,7 @@ from qlora_tool.model.tokenizer_files import save_tokenizer
 from qlora_tool.training.best import describe_best, load_best
 from qlora_tool.training.outcome import judge
 from qlora_tool.training.prepare import provenance
+from qlora_tool.training.progress import folder_gone
 from qlora_tool.training.run import Run
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def start_trackers(run: Run) -> Accelerator | None:
 def save_trained(run: Run) -> None:
     """The adapter in PEFT's format, with the tokenizer and our provenance beside it."""
     base = run.config.model.name_or_path
+    if not run.folder.holds_run():
+        raise folder_gone(run.folder.path)
     with replacing_folder(run.folder.adapter) as temporary:
         save_tokenizer(run.data.tokenizer, run.data.tokenizer_folder, temporary)
         save_adapter(

@@ -370,21 +370,27 @@ def test_a_flipped_bit_of_an_adapter_is_found(config, tmp_path, caplog, tries):
 # ------------------------------------------------------------------------------------------------ what a machine does
 
 
-def test_a_folder_that_is_removed_while_it_is_trained_into(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("empty", "save_steps"), [(False, 2), (True, 2), (True, 100)])
+def test_a_folder_that_is_removed_while_it_is_trained_into(config, tmp_path, monkeypatch, empty, save_steps):
+    """With another, empty one in its place or none, seen at the next checkpoint or, at last, at the end."""
     folder, moved = tmp_path / "run", tmp_path / "moved"
 
     def step(*arguments, train_step=loop.train_step):
-        if (folder / "checkpoints" / "step-000002").exists():
+        begun = folder / ("metrics.jsonl" if save_steps > 2 else "checkpoints/step-000002")
+        if begun.exists() and not moved.exists():
             folder.rename(moved)
+            if empty:
+                folder.mkdir()
         return train_step(*arguments)
 
     monkeypatch.setattr(loop, "train_step", step)
     with pytest.raises(MachineError, match=f"{folder}: was removed or moved while the run trained into it; put"):
-        train(config(training__save_steps=2))
+        train(config(training__save_steps=save_steps))
     monkeypatch.undo()
-    assert not folder.exists()
+    assert not (folder / "adapter").exists() and not (folder / "checkpoints").exists()
+    shutil.rmtree(folder, ignore_errors=True)
     moved.rename(folder)
-    train(config(training__save_steps=2))
+    train(config(training__save_steps=save_steps))
     train(config("whole"))
     assert_same_run(folder, tmp_path / "whole")
 
