@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import disk_errors, sync
-from qlora_tool.files.hashes import sha256
+from qlora_tool.files.digest import sha256
 from qlora_tool.files.lock import locked
 from qlora_tool.files.reading import is_inside, is_regular
 from qlora_tool.files.sealed import first_change, read_sealed, write_sealed

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qlora_tool.errors import UserError
-from qlora_tool.files.hashes import sha256
+from qlora_tool.files.digest import sha256
 from qlora_tool.files.sealed import read_sealed, write_sealed
 from qlora_tool.files.tensors import SINGLE_NAME, Checkpoint
 
