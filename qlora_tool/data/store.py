@@ -119,12 +119,12 @@ class StoredExamples(Examples):
         return example
 
     def _check(self, number: int, columns: Iterable[pyarrow.Array]) -> None:
-        """Refuse a chunk that has changed since the file was opened, when it is first read. That ends the run, as what
-        comes next may be half read already; the next one finds the folder gone."""
+        """Refuse a chunk that has changed since the file was opened, when it is first read. That ends the run; the next
+        one makes the folder anew."""
         if _crc_of_columns(columns) != self._crc[number]:
             shutil.rmtree(self.folder, ignore_errors=True)
-            raise MachineError(f"{self.folder}: tokenized data were changed on the disk while they were used; they were "
-                               "removed: start again to make them anew, and go on from the last checkpoint")  # fmt: skip
+            raise MachineError(f"{self.folder}: tokenized data were changed on the disk while they were used, and are "
+                               "removed; start again to make them anew and go on from the last checkpoint")  # fmt: skip
         self._seen[number] = 1
         self._read += 6 * len(self._chunks[0][number].values)
 
