@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool.data.ends import generation_stops
-from qlora_tool.files.hashes import sha256
+from qlora_tool.files.digest import sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

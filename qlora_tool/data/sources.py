@@ -21,7 +21,8 @@ from qlora_tool.data.readers.rows import MOST_COLUMNS, Row
 from qlora_tool.data.readers.spreadsheet import read_spreadsheet
 from qlora_tool.data.readers.streams import COMPRESSIONS
 from qlora_tool.errors import MachineError, UserError, did_you_mean
-from qlora_tool.files.hashes import kept_hash, kept_hashes, sha256
+from qlora_tool.files.digest import sha256
+from qlora_tool.files.hashes import kept_hash, kept_hashes
 from qlora_tool.files.reading import refuse_other_than_file
 
 __all__ = ["READERS", "Part", "Row", "Rows", "hashes", "read_rows", "skipped_files", "source_files", "source_parts"]

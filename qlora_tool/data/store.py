@@ -1,14 +1,15 @@
 """Tokenized examples on the disk, in Arrow files that `datasets` reads, mapped into memory and not read into it.
 
 A folder of the cache holds one source, tokenized: `examples.arrow` has tokens, masks and places; `numbers.npz` the
-lengths and what else is asked of all examples at once; `meta.json` the report, and by what the rest is known to be
-whole. The folder gets its name when it is complete, and the name is a fingerprint of everything that made it.
+lengths and what else is asked of all examples at once; `meta.json`, sealed, the report, and by what the rest is known
+to be as it was written: all of it when the folder is opened, so that what has changed is made again, and a part once
+more when it is first used. The folder gets its name when it is complete, and the name is a fingerprint of everything
+that made it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import mmap
 import os
@@ -29,6 +30,8 @@ from qlora_tool.data.report import DataReport
 from qlora_tool.errors import MachineError
 from qlora_tool.files.atomic import disk_errors, replacing_folder
 from qlora_tool.files.cache import cache_folder, tell_unwritable
+from qlora_tool.files.reading import why_no_file
+from qlora_tool.files.sealed import read_sealed, write_sealed
 
 if TYPE_CHECKING:
     import numpy
@@ -36,7 +39,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of the files
+ARROW, NUMBERS, META = "examples.arrow", "numbers.npz", "meta.json"
+VERSION = 2  # of the files
 KEPT_BYTES = 20 * 10**9  # of all sources together; those used longest ago go first
 GIVEN_BACK_AFTER = 64 << 20  # bytes mapped until they are given back
 MAPPED_BY_EXAMPLE = 6 << 16  # bytes: Linux maps 64 KiB around what is touched, here in six places
@@ -47,7 +51,7 @@ class StoredExamples(Examples):
     """Examples of a folder that `write_store` wrote. Of the file there is in memory what is being read.
 
     Raises:
-        ValueError: the folder is not whole.
+        ValueError: the folder is not whole, or not as it was written.
         OSError: it cannot be read.
     """
 
@@ -57,10 +61,16 @@ class StoredExamples(Examples):
         import pyarrow
 
         self.folder = folder
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        arrow, numbers = folder / "examples.arrow", folder / "numbers.npz"
-        if meta["version"] != VERSION or arrow.stat().st_size != meta["bytes"] or _crc_of(numbers) != meta["numbers"]:
-            raise ValueError("not whole")
+        meta = read_sealed(folder / META)
+        if meta["version"] != VERSION:
+            raise ValueError("of another version")
+        arrow, numbers = folder / ARROW, folder / NUMBERS
+        for file in (arrow, numbers):
+            if reason := why_no_file(file):
+                raise ValueError(reason)
+            size, crc = meta["files"][file.name]
+            if file.stat().st_size != size or _crc_of(file) != crc:
+                raise ValueError(f"{file.name} is not as it was written")
         self.report = _report(meta["report"])
         self.highest = meta["highest"]
         self._crc, self._seen = meta["crc"], bytearray(len(meta["crc"]))
@@ -88,7 +98,7 @@ class StoredExamples(Examples):
     def digests(self) -> numpy.ndarray[Any, Any]:
         import numpy
 
-        with numpy.load(self.folder / "numbers.npz") as stored:
+        with numpy.load(self.folder / NUMBERS) as stored:
             found: numpy.ndarray[Any, Any] = stored["digests"]
             return found
 
@@ -109,10 +119,12 @@ class StoredExamples(Examples):
         return example
 
     def _check(self, number: int, columns: Iterable[pyarrow.Array]) -> None:
-        """Refuse a chunk whose bytes are not those that were written, when it is first read."""
+        """Refuse a chunk that has changed since the file was opened, when it is first read. That ends the run; the next
+        one makes the folder anew."""
         if _crc_of_columns(columns) != self._crc[number]:
             shutil.rmtree(self.folder, ignore_errors=True)
-            raise MachineError(f"{self.folder}: tokenized data were changed on the disk; start again to make them anew")
+            raise MachineError(f"{self.folder}: tokenized data were changed on the disk while they were used, and are "
+                               "removed; start again to make them anew and go on from the last checkpoint")  # fmt: skip
         self._seen[number] = 1
         self._read += 6 * len(self._chunks[0][number].values)
 
@@ -134,8 +146,8 @@ def open_store(folder: Path) -> StoredExamples | None:
         return None
     try:
         stored = StoredExamples(folder)
-    except (OSError, ValueError, KeyError, TypeError, zlib.error) as error:
-        logger.warning("%s: tokenized data that are not whole (%s); they are made again", folder, error)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s: tokenized data that are not as they were written (%s); they are made again", folder, error)
         return None
     with contextlib.suppress(OSError):
         os.utime(folder)  # used last
@@ -189,7 +201,7 @@ def _write(folder: Path, blocks: Iterable[Block], report: DataReport) -> None:
     )  # fmt: skip
     numbers: dict[str, list[Any]] = {name: [] for name in ("lengths", "trained", "answers", "rows", "digests")}
     crc, rows, highest = [], 0, 0
-    with pyarrow.OSFile(str(folder / "examples.arrow"), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
+    with pyarrow.OSFile(str(folder / ARROW), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
         for block in _larger(blocks):
             batch = _batch(block, schema)
             writer.write_batch(batch)
@@ -199,15 +211,13 @@ def _write(folder: Path, blocks: Iterable[Block], report: DataReport) -> None:
             rows += int(block.rows[-1]) + 1
             highest = max(highest, int(block.tokens.max()))
     kinds = {"digests": numpy.uint64}
-    numpy.savez(folder / "numbers.npz", **{
+    numpy.savez(folder / NUMBERS, **{
         name: numpy.concatenate(parts) if parts else numpy.zeros(0, kinds.get(name, numpy.int32))
         for name, parts in numbers.items()
     })  # fmt: skip
-    meta = {
-        "version": VERSION, "bytes": (folder / "examples.arrow").stat().st_size, "crc": crc, "highest": highest,
-        "numbers": _crc_of(folder / "numbers.npz"), "report": {**vars(report), "parts": []},
-    }  # fmt: skip
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    files = {name: [(folder / name).stat().st_size, _crc_of(folder / name)] for name in (ARROW, NUMBERS)}
+    write_sealed(folder / META, {"version": VERSION, "files": files, "crc": crc, "highest": highest,
+                                 "report": {**vars(report), "parts": []}})  # fmt: skip
 
 
 def _larger(blocks: Iterable[Block]) -> Iterator[Block]:

@@ -14,7 +14,8 @@ import torch
 from qlora_tool._version import __version__
 from qlora_tool.artifacts import Artifact
 from qlora_tool.export.options import ExportOptions
-from qlora_tool.files.hashes import file_hashes, sha256
+from qlora_tool.files.digest import sha256
+from qlora_tool.files.hashes import file_hashes
 from qlora_tool.model.slots import Quantization
 from qlora_tool.ops.products import products_choice
 

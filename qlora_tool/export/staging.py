@@ -1,5 +1,6 @@
 """The folder in which an export grows beside its output: hidden until it is whole, and found again after a kill.
 
+.NAME.partial/of-qlora-tool   says whose folder it is: one without it is not touched
 .NAME.partial/plan.json   what is exported from what, and how far it has come
 .NAME.partial/lock        held by the process at work
 .NAME.partial/model/      finished files; it becomes NAME
@@ -14,13 +15,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import disk_errors, sync
-from qlora_tool.files.hashes import sha256
+from qlora_tool.files.digest import sha256
 from qlora_tool.files.lock import locked
 from qlora_tool.files.reading import is_inside, is_regular
 from qlora_tool.files.sealed import first_change, read_sealed, write_sealed
@@ -30,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 SAVE_EVERY = 256 << 20  # bytes of a growing file between two flushes: what a kill costs at most
 REPORT = "export.json"  # in a finished export
-_PLAN, _LOCK, _FOLDER = "plan.json", "lock", "model"
+_PLAN, _LOCK, _FOLDER, _MARK = "plan.json", "lock", "model", "of-qlora-tool"
+_MARKED = "An export that is under way, or was interrupted: the same command goes on from here.\n"
 
 
 def staging_root(output: Path) -> Path:
@@ -56,22 +58,25 @@ def staged_folder(output: Path, inputs: Mapping[str, Any]) -> Iterator[Staging]:
         inputs: all that the finished files depend on, as JSON; other inputs start anew, and a line says so.
 
     Raises:
-        UserError: another process exports to the same place, or a link is where it is to grow.
+        UserError: another process exports to the same place, or a link, or what no export wrote, is where it is to
+            grow.
         MachineError: the disk refuses.
     """
     root = staging_root(output)
     for path in (root, root / _FOLDER, _previous(output)):
         if path.is_symlink():  # what it leads to would be emptied
             raise UserError(f"{path}: a link, where an export is to grow; remove it")
+    _refuse_others(root, _previous(output))
     busy = f"{output}: {{holder}} is exporting to it; wait for that export, or give another --output-dir"
     with disk_errors(output), locked(root / _LOCK, busy):
+        (root / _MARK).write_text(_MARKED, encoding="utf-8")
         staging = Staging(root, inputs)
         try:
             yield staging
             staging.publish(output)
         except BaseException as error:
             if isinstance(error, UserError) and not staging.keep:
-                shutil.rmtree(root, ignore_errors=True)
+                _remove(root)
             else:
                 logger.warning("%s keeps what was written; the same command goes on from there", root)
             raise
@@ -164,7 +169,7 @@ class Staging:
             if changed := first_change(self.folder, {name: done[name]}):
                 logger.warning("%s: %s; it is made again", self.folder, changed)
                 del done[name]
-        known = {_PLAN, _LOCK, _FOLDER}
+        known = {_PLAN, _LOCK, _FOLDER, _MARK}
         if growing:
             path = self.root / growing["name"]
             self._digest = _digest_of_first(path, growing["bytes"])
@@ -195,7 +200,7 @@ class Staging:
             raise
         sync(output.parent)
         _clear_away(previous, output)
-        shutil.rmtree(self.root, ignore_errors=True)
+        _remove(self.root)
 
 
 class GrowingFile:
@@ -234,6 +239,42 @@ def written_by_export(folder: Path) -> list[str] | None:
         return None
 
 
+def _refuse_others(root: Path, previous: Path) -> None:
+    """Refuse to export where a folder that is going to be emptied, or removed, is one that no export wrote.
+
+    Raises:
+        UserError: naming it.
+    """
+    if _holds_something(root, {_LOCK}) and not is_regular(root / _MARK) and not _is_plan(root / _PLAN):
+        raise UserError(f"{root}: no export wrote it, and one is to grow there; move it away, or give another "
+                        "--output-dir")  # fmt: skip
+    if _holds_something(previous) and written_by_export(previous) is None:
+        raise UserError(f"{previous}: no export wrote it, and what is replaced is to go there; move it away, or give "
+                        "another --output-dir")  # fmt: skip
+
+
+def _holds_something(folder: Path, beside: Collection[str] = ()) -> bool:
+    """Whether a folder holds more than some names, or is something else."""
+    if folder.is_dir():
+        return any(path.name not in beside for path in folder.iterdir())
+    return os.path.lexists(folder)
+
+
+def _remove(root: Path) -> None:
+    """Remove a folder in which an export grew, last what tells whose it is."""
+    with contextlib.suppress(OSError):
+        _remove_others(root, {_MARK, _LOCK})
+    shutil.rmtree(root, ignore_errors=True)
+
+
+def _is_plan(file: Path) -> bool:
+    """Whether an export wrote it: those of early versions wrote no mark."""
+    try:
+        return {"inputs", "done"} <= read_sealed(file).keys()
+    except (OSError, ValueError):
+        return False
+
+
 def _previous(output: Path) -> Path:
     """Where what lies in `output` is until the new one is there."""
     return output.with_name(f".{output.name}.previous")
@@ -246,7 +287,7 @@ def _clear_away(previous: Path, output: Path) -> None:
     if names is None:  # of an earlier version, which did not say what it wrote
         shutil.rmtree(previous, ignore_errors=True)
         return
-    for name in names:
+    for name in (*(name for name in names if name != REPORT), REPORT):  # last what tells whose folder it is
         path = previous / name
         if is_inside(name) and path.parent.resolve().is_relative_to(previous.resolve()):
             with contextlib.suppress(IsADirectoryError, PermissionError, NotADirectoryError):  # no export wrote that

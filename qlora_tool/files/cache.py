@@ -7,12 +7,14 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora_tool.errors import MachineError
-from qlora_tool.files.atomic import disk_errors, write_json
+from qlora_tool.files.atomic import disk_errors
+from qlora_tool.files.sealed import read_sealed, write_sealed
+from qlora_tool.once import log_once
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +31,22 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qlora-tool"
 
 
-def write_cached(file: Path, value: Any) -> None:
-    """Write JSON into the cache; where that cannot be done nothing but time is lost, which is said once."""
+def write_cached(file: Path, value: Mapping[str, Any]) -> None:
+    """Write an object as JSON into the cache; where that cannot be done only time is lost, which is said once."""
     with telling_unwritable():
-        write_json(file, value)
+        write_sealed(file, value)
+
+
+def read_cached(file: Path) -> dict[str, Any]:
+    """The object that `write_cached` wrote. What is not as it was written counts as empty, which is said."""
+    if not os.path.lexists(file):
+        return {}
+    try:
+        return read_sealed(file)
+    except (OSError, ValueError) as error:
+        log_once(logger, logging.WARNING, f"{file}: not as it was written ({' '.join(str(error).split())}); what it "
+                                          "kept is made again")  # fmt: skip
+        return {}
 
 
 def lacking_room(needed: int) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from qlora_tool.files.cache import cache_folder, write_cached
+from qlora_tool.files.cache import cache_folder, read_cached, write_cached
+from qlora_tool.files.digest import sha256
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
@@ -39,22 +39,11 @@ def _kept_file() -> Path:
 
 
 def _kept() -> dict[str, str]:
-    try:
-        return dict(json.loads(_kept_file().read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}  # nothing cached yet, or unreadable
+    return {key: digest for key, digest in read_cached(_kept_file()).items()
+            if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)}  # fmt: skip
 
 
 def _key(path: Path) -> str:
     stat = path.resolve().stat()
     # The second time is the file system's own, which no copying sets back (on Windows it is that of creation).
     return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
-
-
-def sha256(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tool.files.atomic import write_text
-from qlora_tool.files.hashes import sha256
+from qlora_tool.files.digest import sha256
 from qlora_tool.files.reading import LARGEST, why_no_file
 
 _KEY, _BLANK = "sha256", "0" * 64
@@ -23,6 +23,7 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
         MachineError: the disk refuses.
     """
     text = json.dumps({**value, _KEY: _BLANK}, indent=2, ensure_ascii=False) + "\n"
+    text = text.encode("utf-8", "backslashreplace").decode()  # of a path that is not UTF-8: as JSON escapes it
     write_text(path, _with_hash(text, _BLANK, hashlib.sha256(text.encode()).hexdigest()))
 
 
@@ -38,7 +39,10 @@ def read_sealed(path: Path) -> dict[str, Any]:
     if (size := path.stat().st_size) > LARGEST:
         raise ValueError(f"{path.name} has {size:,} bytes, and {LARGEST:,} at most were written")
     content = path.read_bytes()
-    value: dict[str, Any] = json.loads(content.decode())
+    try:
+        value: dict[str, Any] = json.loads(content.decode())
+    except RecursionError:
+        raise ValueError(f"{path.name} has lists and objects in one another too deep") from None
     found = value.pop(_KEY, None) if isinstance(value, dict) else None
     if not isinstance(found, str):
         raise ValueError(f"{path.name} has no {_KEY} of its own")

@@ -27,7 +27,7 @@ from qlora_tool.export.adapter_only import plain_config
 from qlora_tool.export.preflight import inside, refuse_taken
 from qlora_tool.export.rows import find_rows
 from qlora_tool.files.atomic import replacing_folder, write_json
-from qlora_tool.files.hashes import sha256
+from qlora_tool.files.digest import sha256
 from qlora_tool.files.tensors import write_all
 from qlora_tool.inference.evaluation import evaluate_loss
 from qlora_tool.inspection.spectrum import best_factors

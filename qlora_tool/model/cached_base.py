@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,11 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import replacing_folder
 from qlora_tool.files.cache import cache_folder
 from qlora_tool.files.tensors import SINGLE_NAME, TensorSpec, read_all, write_all, write_tensors
-from qlora_tool.model.kept_hashes import KeptBase, hashed, write_hashes
+from qlora_tool.model.kept_hashes import DamagedBase, KeptBase, hashed, write_hashes
 from qlora_tool.model.parameter_source import tied_names
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import FrozenLinear
@@ -71,12 +71,12 @@ def cached_base(
         start: what the adapters' start that was made of its weights depends on besides; empty where none was.
     """
     path = kept_folder(folder, quantization, compute_dtype, start)
-    if not (path / SINGLE_NAME).exists():
+    if not os.path.lexists(path):
         return None
     try:
         return KeptBase(path)
-    except UserError:
-        logger.warning("the base that is kept in %s is cut off or broken; it is made again", path)
+    except DamagedBase as error:
+        logger.warning(str(error).replace("the same command makes it anew", "it is made anew"))
         return None
 
 

@@ -25,7 +25,7 @@ from qlora_tool.errors import MachineError, ToolError, UserError
 from qlora_tool.extras import install_command
 from qlora_tool.files.atomic import disk_errors, replacing_folder
 from qlora_tool.files.cache import cache_folder
-from qlora_tool.files.hashes import sha256
+from qlora_tool.files.digest import sha256
 from qlora_tool.model.tokenizer_files import make_readable
 
 NAME = "SmolLM2-135M-Instruct"

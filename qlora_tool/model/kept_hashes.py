@@ -11,15 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlora_tool.errors import UserError
-from qlora_tool.files.hashes import sha256
-from qlora_tool.files.sealed import read_sealed, write_sealed
+from qlora_tool.errors import MachineError, UserError
+from qlora_tool.files.reading import why_no_file
+from qlora_tool.files.sealed import first_change, listing, read_sealed, write_sealed
 from qlora_tool.files.tensors import SINGLE_NAME, Checkpoint
 
 HASHES_NAME = "hashes.json"
+_LONGEST_HEADER = 100_000_000  # bytes that the library takes
 
 
-class DamagedBase(UserError):
+class DamagedBase(MachineError):
     """A kept base is not as it was written. It has been removed: it can be made again."""
 
     def __init__(self, folder: Path, what: str):
@@ -51,7 +52,7 @@ def write_hashes(folder: Path, hashes: Mapping[str, str], others: Iterable[str] 
     Raises:
         MachineError: the disk refuses.
     """
-    files = {name: sha256(folder / name) for name in others if (folder / name).exists()}
+    files = listing(folder, others)
     write_sealed(folder / HASHES_NAME, {"header": _of_header(folder / SINGLE_NAME), "files": files,
                                         "tensors": dict(hashes)})  # fmt: skip
 
@@ -59,30 +60,30 @@ def write_hashes(folder: Path, hashes: Mapping[str, str], others: Iterable[str] 
 def _of_header(file: Path) -> str:
     with file.open("rb") as stream:
         start = stream.read(8)
-        return hashlib.sha256(start + stream.read(int.from_bytes(start, "little"))).hexdigest()
+        length = min(int.from_bytes(start, "little"), _LONGEST_HEADER)
+        return hashlib.sha256(start + stream.read(length)).hexdigest()
 
 
 class KeptBase(Checkpoint):
-    """A kept base, whose tensors are held against their hashes when they are read first. One of an earlier version has
-    none, and is read as it is.
+    """A kept base, whose tensors are held against their hashes when they are read first.
 
     Raises:
-        UserError: see `Checkpoint`; or its header or its list of hashes has changed.
+        DamagedBase: there is no list of hashes, as in those of early versions, or it or the header has changed.
     """
 
     def __init__(self, folder: Path):
-        super().__init__(folder)
-        self._hashes: dict[str, str] = {}
-        self._files: dict[str, str] = {}
-        if not (folder / HASHES_NAME).exists():
-            return
         try:
+            if reason := why_no_file(folder / SINGLE_NAME):
+                raise ValueError(reason)
             found = read_sealed(folder / HASHES_NAME)
             header, self._files, self._hashes = found["header"], dict(found["files"]), dict(found["tensors"])
+            if _of_header(folder / SINGLE_NAME) != header:
+                raise ValueError("the header of its file")
+            super().__init__(folder)
+        except UserError as error:  # its cure is of a model's files, which are downloaded
+            raise DamagedBase(folder, f"{SINGLE_NAME} is cut off") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / HASHES_NAME}: {error}") from error
-        if _of_header(folder / SINGLE_NAME) != header:
-            raise UserError(f"{folder / SINGLE_NAME}: its header is not as it was written")
+            raise DamagedBase(folder, str(error)) from error
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """See `Checkpoint.read`.
@@ -92,7 +93,10 @@ class KeptBase(Checkpoint):
         """
         if (expected := self._hashes.pop(name, None)) is None:
             return super().read(name, device)
-        tensor = super().read(name)
+        try:
+            tensor = super().read(name)
+        except (OSError, UserError) as error:
+            raise DamagedBase(self.folder, f"{name} cannot be read") from error
         if _of_tensor(tensor) != expected:
             raise DamagedBase(self.folder, name)
         return tensor.to(device)
@@ -103,8 +107,8 @@ class KeptBase(Checkpoint):
         Raises:
             DamagedBase: it is not as it was written.
         """
-        if name in self._files and sha256(self.folder / name) != self._files[name]:
-            raise DamagedBase(self.folder, name)
+        if changed := first_change(self.folder, {name: self._files.get(name)}):
+            raise DamagedBase(self.folder, changed)
 
     def check_of(self, names: Sequence[str], start: int) -> Callable[[memoryview], None] | None:
         """What holds bytes of the file against the hashes of tensors; None where there are none.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qlora_tool.files.cache import write_cached
+from qlora_tool.files.cache import read_cached, write_cached
 
 Measured = TypeVar("Measured")
 
@@ -17,18 +16,14 @@ VALID, VALID_IF_DOUBTFUL = timedelta(days=28), timedelta(hours=1)
 
 
 def read_measured(file: Path, from_json: Callable[[Any], Measured]) -> dict[str, Measured]:
-    """By what each holds for; what cannot be read is left out.
+    """By what each holds for; what is none, or not as it was written, is left out.
 
     Args:
         file: that `write_measured` wrote.
         from_json: makes one of them; raises ValueError, KeyError, TypeError or AttributeError where it is none.
     """
-    try:
-        cached = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
     found = {}
-    for machine, data in cached.items() if isinstance(cached, dict) else ():
+    for machine, data in read_cached(file).items():
         try:
             found[machine] = from_json(data)
         except (ValueError, KeyError, TypeError, AttributeError):

@@ -12,7 +12,7 @@ from typing import Any
 from qlora_tool.artifacts import BaseOptions, find_artifact
 from qlora_tool.config import Config
 from qlora_tool.errors import ToolError, UserError
-from qlora_tool.files.hashes import sha256
+from qlora_tool.files.digest import sha256
 from qlora_tool.files.reading import is_regular
 from qlora_tool.inspection.updates import Inspection, inspect_adapter
 from qlora_tool.memory.breakdown import MemoryReport

@@ -6,14 +6,13 @@ Only that a model packs is kept: where it does not, the trial runs anew and says
 from __future__ import annotations
 
 import hashlib
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import qlora_tool.model
 from qlora_tool.config import Config
-from qlora_tool.files.cache import cache_folder, write_cached
+from qlora_tool.files.cache import cache_folder, read_cached, write_cached
 
 
 def packs_as_known(config: Config, model_config: Any) -> bool:
@@ -25,17 +24,14 @@ def packs_as_known(config: Config, model_config: Any) -> bool:
     if not config.data.packing:
         return False
     file, key = cache_folder() / "packing.json", _key(config, model_config)
-    try:
-        known = list(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        known = []  # nothing cached yet, or unreadable
-    if key in known:
+    known = read_cached(file)
+    if known.get(key) is True:
         return True
     from qlora_tool.build.resolve import packs
 
     found = packs(config, model_config)
     if found:
-        write_cached(file, [*known, key])
+        write_cached(file, {**known, key: True})
     return found
 
 

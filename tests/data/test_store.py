@@ -214,6 +214,12 @@ class TestWhatItDependsOn:
         monkeypatch.undo()
 
 
+def flip(file, bit: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
+
+
 class TestDamage:
     def damaged(self, rows, expected):
         made = build_dataset(rows, DataConfig(), byte_level(CHATML))
@@ -229,14 +235,37 @@ class TestDamage:
         (folder / name).unlink()
         self.damaged(rows, expected)
 
-    def test_bytes_that_changed(self, kept, rows):
+    @pytest.mark.parametrize("name", ["examples.arrow", "numbers.npz", "meta.json"])
+    def test_a_bit_that_changed_anywhere(self, kept, rows, name, caplog):
+        """They are made again, with a line."""
+        expected, draw = facts(build_dataset(rows, DataConfig(), byte_level(CHATML))), random.Random(0)
+        (folder,) = folders()
+        for _ in range(8):
+            flip(folder / name, draw.randrange(8 * (folder / name).stat().st_size))
+            caplog.clear()
+            self.damaged(rows, expected)
+            assert f"{folder}: tokenized data that are not as they were written" in caplog.text
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes and /dev/zero")
+    @pytest.mark.parametrize("name", ["examples.arrow", "numbers.npz", "meta.json"])
+    @pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path), os.mkdir])
+    def test_what_is_no_file(self, kept, rows, name, make):
         expected = facts(build_dataset(rows, DataConfig(), byte_level(CHATML)))
         (folder,) = folders()
-        file = folder / "examples.arrow"
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
+        (folder / name).unlink()
+        make(folder / name)
+        self.damaged(rows, expected)
+
+    def test_bytes_that_change_while_they_are_used(self, kept, rows):
+        """The run ends, as a part of them may have been used, and the next one makes them again."""
+        expected = facts(build_dataset(rows, DataConfig(), byte_level(CHATML)))
         made = build_dataset(rows, DataConfig(), byte_level(CHATML))
+        (folder,) = folders()
+        with open(folder / "examples.arrow", "r+b") as stream:  # the same file, which is mapped
+            stream.seek(place := (folder / "examples.arrow").stat().st_size // 2)
+            (byte,) = stream.read(1)
+            stream.seek(place)
+            stream.write(bytes([byte ^ 1]))
         with pytest.raises(MachineError, match="start again to make them anew"):
             list(made.examples)
         assert facts(build_dataset(rows, DataConfig(), byte_level(CHATML))) == expected

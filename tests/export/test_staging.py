@@ -207,6 +207,38 @@ def test_a_flipped_bit_anywhere_in_a_half_made_export_is_found(tmp_path: Path, m
         assert_whole(output)
 
 
+@pytest.mark.parametrize("place", [".out.partial", ".out.previous"])
+@pytest.mark.parametrize("name", ["mine.txt", "plan.json", "model/mine.txt", "lock", ""])
+def test_a_folder_that_no_export_wrote_is_refused_as_it_is(tmp_path: Path, place, name):
+    output, taken = tmp_path / "here" / "out", tmp_path / "here" / place
+    mine = taken / name
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text('{"inputs": {}, "notes": {}, "done": {}, "growing": null}')
+    before = mine.read_text()
+    if (place, name) == (".out.partial", "lock"):
+        pytest.skip("all that an export wrote that was killed at once")
+    output.mkdir()
+    (output / staging.REPORT).write_text(json.dumps({"written": [staging.REPORT]}))
+    with pytest.raises(UserError, match=f"{taken}: no export wrote it, .*; move it away"):
+        write_all(output)
+    assert mine.read_text() == before
+    taken.rename(tmp_path / "away")
+    write_all(output)
+    assert_whole(output)
+
+
+def test_what_an_early_version_left_is_gone_on_from(tmp_path: Path):
+    """It wrote no mark."""
+    output = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), staged_folder(output, INPUTS) as stage:
+        with stage.whole("b.bin") as path:
+            path.write_bytes(b"".join(PIECES["b.bin"]))
+        raise KeyboardInterrupt
+    (staging_root(output) / staging._MARK).unlink()
+    assert not any(line.startswith("b.bin") for line in write_all(output))
+    assert_whole(output)
+
+
 @pytest.mark.parametrize("place", [".out.partial", ".out.partial/model", ".out.previous"])
 def test_a_link_where_an_export_grows_is_refused(tmp_path: Path, place):
     """What it leads to would be emptied, as whatever no plan names is."""

@@ -6,13 +6,13 @@ No device is needed: what torch.cuda says is made up.
 from __future__ import annotations
 
 import contextlib
-import json
 
 import pytest
 import torch
 
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files.cache import cache_folder
+from qlora_tool.files.sealed import read_sealed
 from qlora_tool.memory.allocator import calibrate as calibration
 from qlora_tool.memory.allocator.calibrate import Calibration, cached_calibration, calibrate
 
@@ -64,7 +64,7 @@ def test_each_device_and_version_is_kept_apart(device: dict[str, int], monkeypat
     second = calibrate()
     assert second.context_bytes == first.context_bytes + 40_000_000
     assert cached_calibration(NAME) == second
-    assert len(json.loads((cache_folder() / "cuda.json").read_text())) == 2
+    assert len(read_sealed(cache_folder() / "cuda.json")) == 2
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"x": 3}'])

@@ -22,6 +22,7 @@ from qlora_tool.data.batches import collate
 from qlora_tool.data.tokenize import Example
 from qlora_tool.errors import UserError
 from qlora_tool.files.cache import cache_folder
+from qlora_tool.files.sealed import read_sealed
 from qlora_tool.memory import run_report
 from qlora_tool.memory.allocator import available
 from qlora_tool.memory.allocator.available import available_bytes
@@ -107,7 +108,7 @@ def test_a_broken_cached_prediction_is_made_again(config: Config, content: str):
     [file] = (cache_folder() / "predictions").iterdir()
     file.write_text(content)
     assert predict_run(Setup.of(config), shape) == first
-    assert json.loads(file.read_text()) == first.to_json()
+    assert read_sealed(file) == first.to_json()
 
 
 # --------------------------------------------------------------------------------------- a run that does not fit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import shutil
 import threading
@@ -15,10 +16,11 @@ from tiny_models import write_tiny
 from qlora_tool.build.tensors import FromFiles
 from qlora_tool.config import ModelConfig
 from qlora_tool.files.lock import locked_in_turn
+from qlora_tool.files.sealed import read_sealed
 from qlora_tool.files.tensors import SINGLE_NAME
 from qlora_tool.model import kept_hashes
-from qlora_tool.model.cached_base import cached_base, kept_folder
-from qlora_tool.model.kept_hashes import HASHES_NAME, DamagedBase, KeptBase
+from qlora_tool.model.cached_base import START_NAME, cached_base, kept_folder
+from qlora_tool.model.kept_hashes import HASHES_NAME, DamagedBase, KeptBase, write_hashes
 from qlora_tool.model.slots import Quantization
 from qlora_tool.model.source import read_model_config
 
@@ -81,11 +83,45 @@ def test_each_tensor_is_hashed_once_in_a_process(base, monkeypatch):
     assert len(counted) == len(cached)
 
 
-def test_a_kept_base_of_an_earlier_version_is_read_as_it_is(base):
+@pytest.mark.parametrize("name", [SINGLE_NAME, HASHES_NAME])
+@pytest.mark.parametrize("damage", ["gone", "a pipe", "what has no end", "a folder", "text", "cut off", "deep"])
+def test_what_is_no_such_file_is_made_again(base, caplog, name, damage):
+    """A base without hashes too, as one of an early version: nothing says that it is as it was written."""
     load, kept = base
-    expected = outputs(load())
-    (kept / HASHES_NAME).unlink()
-    assert torch.equal(outputs(load()), expected)
+    expected, file = outputs(load()), kept / name
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "cut off":
+        file.write_bytes(content[:-100])
+    elif damage in ("text", "deep"):
+        file.write_text("text" if damage == "text" else "[" * 100_000)
+    elif damage == "a folder":
+        file.mkdir()
+    elif damage != "gone":
+        if not hasattr(os, "mkfifo"):
+            pytest.skip("needs pipes and /dev/zero")
+        os.mkfifo(file) if damage == "a pipe" else file.symlink_to("/dev/zero")
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(outputs(load()), expected)
+    if (name, damage) != (SINGLE_NAME, "gone"):
+        assert f"{kept}: the base that is kept there is not as it was written" in caplog.text
+    assert "download" not in caplog.text
+    assert KeptBase(kept)
+
+
+@pytest.mark.parametrize("damage", ["gone", "a flipped bit", "a folder"])
+def test_a_start_that_has_changed_is_refused(base, damage):
+    _, kept = base
+    file = kept / START_NAME
+    file.write_bytes(b"a start")
+    write_hashes(kept, read_sealed(kept / HASHES_NAME)["tensors"], [START_NAME])
+    KeptBase(kept).check_file(START_NAME)
+    flip(file, 5) if damage == "a flipped bit" else file.unlink()
+    if damage == "a folder":
+        file.mkdir()
+    with pytest.raises(DamagedBase, match=START_NAME):
+        KeptBase(kept).check_file(START_NAME)
+    assert not kept.exists()
 
 
 def test_two_processes_do_not_make_the_same_base_at_once(tmp_path, caplog):

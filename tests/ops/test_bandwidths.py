@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ import torch
 from child_process import child_environment
 
 from qlora_tool.files import direct_reads
+from qlora_tool.files.sealed import read_sealed, write_sealed
 from qlora_tool.ops import bandwidths
 from qlora_tool.ops.bandwidths import Bandwidths, known_bandwidths, measure_anew
 
@@ -68,8 +68,8 @@ def measured(cache, monkeypatch) -> list[Bandwidths]:
 
 def rewrite(cache: Path, **changes) -> None:
     file = cache / "bandwidths.json"
-    [(machine, data)] = json.loads(file.read_text()).items()
-    file.write_text(json.dumps({machine: data | changes}))
+    [(machine, data)] = read_sealed(file).items()
+    write_sealed(file, {machine: data | changes})
 
 
 # ---------------------------------------------------------------------------------------------------- when
@@ -124,7 +124,7 @@ def test_another_machine_card_or_disk_is_measured_apart_and_what_is_old_goes(cac
         patch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
         assert known_bandwidths().disk == 1e9 + 3
     assert known_bandwidths().disk == 1e9
-    kept = json.loads((cache / "bandwidths.json").read_text())
+    kept = read_sealed(cache / "bandwidths.json")
     assert sorted(one["disk"] - 1e9 for one in kept.values()) == [0, 2, 3]  # not that of 40 days ago
 
 

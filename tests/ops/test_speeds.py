@@ -13,6 +13,7 @@ from datetime import datetime, timedelta, timezone
 import pytest
 import torch
 
+from qlora_tool.files.sealed import read_sealed, write_sealed
 from qlora_tool.ops import speeds
 from qlora_tool.ops.speeds import ONEDNN, PYTORCH, Speeds, compare_with_training, known_speeds, measure_anew
 
@@ -40,8 +41,8 @@ def measured(file, monkeypatch):
 
 
 def rewrite(file, **changes) -> None:
-    [(machine, data)] = json.loads(file.read_text()).items()
-    file.write_text(json.dumps({machine: data | changes}))
+    [(machine, data)] = read_sealed(file).items()
+    write_sealed(file, {machine: data | changes})
 
 
 # ---------------------------------------------------------------------------------------------------- when
@@ -80,7 +81,7 @@ def test_other_threads_instructions_or_torch_are_measured_apart(file, measured, 
     known_speeds()
     monkeypatch.setattr(torch, "__version__", "1.0")
     known_speeds()
-    machines = json.loads(file.read_text())
+    machines = read_sealed(file)
     assert len(machines) == 4 and any("97 threads" in machine for machine in machines)
 
 
@@ -102,7 +103,7 @@ def test_the_file_of_earlier_versions_is_measured_over(file, measured):
     gflops = {"float32": 1.0, "float32 oneDNN": 2.0, "bfloat16": 3.0}
     file.write_text(json.dumps({"machine": "x86_64 AVX512 torch 2.13.0", "gflops": gflops}))
     assert known_speeds().ratio == 1.5
-    assert len(json.loads(file.read_text())) == 1  # and nothing of it stays
+    assert len(read_sealed(file)) == 1  # and nothing of it stays
 
 
 # --------------------------------------------------------------------------------------------------- the choice

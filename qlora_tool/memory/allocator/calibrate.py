@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import gc
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qlora_tool.errors import MachineError, UserError
-from qlora_tool.files.cache import cache_folder, write_cached
+from qlora_tool.files.cache import cache_folder
+from qlora_tool.ops.measured import read_measured, write_measured
 from qlora_tool.ops.precision import choose_compute_dtype
 from qlora_tool.sizes import memory_size
 
@@ -33,6 +34,18 @@ class Calibration:
     context_bytes: int
     workspace_forward: int
     workspace_backward: int
+
+    @classmethod
+    def from_json(cls, data: Any) -> Calibration:
+        """
+        Raises:
+            ValueError, TypeError: it is none.
+        """
+        found = cls(**data)
+        sizes = (found.context_bytes, found.workspace_forward, found.workspace_backward)
+        if not isinstance(found.device_name, str) or not all(type(size) is int and size >= 0 for size in sizes):
+            raise ValueError("no calibration")
+        return found
 
 
 def calibrate(device: int = 0) -> Calibration:
@@ -60,17 +73,15 @@ def calibrate(device: int = 0) -> Calibration:
             "takes: end the other programs that use it, then calibrate again"
         )
     measured = Calibration(name, context, forward, backward)
-    write_cached(_file(), {**_kept(), _key(name): asdict(measured)})
+    known = read_measured(_file(), Calibration.from_json)
+    write_measured(_file(), known | {_key(name): measured})
     return measured
 
 
 def cached_calibration(device_name: str) -> Calibration | None:
     """What `calibrate` found on a device of this name with the version of torch that is at work; None if it never
     ran."""
-    try:
-        return Calibration(**_kept()[_key(device_name)])
-    except (KeyError, TypeError):
-        return None
+    return read_measured(_file(), Calibration.from_json).get(_key(device_name))
 
 
 def context_bytes(device: int = 0) -> int:
@@ -119,11 +130,3 @@ def _file() -> Path:
 
 def _key(device_name: str) -> str:
     return f"{device_name}, torch {torch.__version__}"
-
-
-def _kept() -> dict[str, dict]:
-    try:
-        kept = json.loads(_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # nothing cached yet, or unreadable: measure again
-    return kept if isinstance(kept, dict) else {}

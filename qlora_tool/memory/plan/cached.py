@@ -12,7 +12,7 @@ import torch
 
 from qlora_tool._version import __version__
 from qlora_tool.config import memory_settings
-from qlora_tool.files.cache import cache_folder, write_cached
+from qlora_tool.files.cache import cache_folder, read_cached, write_cached
 from qlora_tool.ops.products import products_choice
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ def cached(
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
     file = cache_folder() / "predictions" / f"{kind.__name__.lower()}-{digest}.json"
     try:
-        return kind.from_json(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError):
-        pass  # not made yet, or not readable
+        return kind.from_json(read_cached(file))
+    except (ValueError, TypeError, KeyError):
+        pass  # not made yet, or not as it was written
     found = make()
     write_cached(file, found.to_json())
     return found
