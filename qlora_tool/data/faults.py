@@ -27,6 +27,7 @@ class RowFaults:
         count: how many there are.
         remarks: what the user should know of files that were read all the same, a line each.
         bytes_read: of files of text, unpacked.
+        row_at: how many of them had been read when the last row was made.
     """
 
     skip: bool = False
@@ -34,6 +35,7 @@ class RowFaults:
     count: int = 0
     remarks: list[str] = field(default_factory=list)
     bytes_read: int = 0
+    row_at: int = 0
 
     def add(self, where: str, message: object) -> None:
         """Note a faulty row."""

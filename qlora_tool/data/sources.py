@@ -114,14 +114,14 @@ class FilePart(Part):
 
     def rows(self, faults: RowFaults) -> Iterator[Row]:
         reader = _reader(self.file)
-        before, empty = faults.count, True
+        before, empty, faults.row_at = faults.count, True, faults.bytes_read
         rows = read_spreadsheet(self.file, faults, self.sheet) if self.sheet else reader(self.file, faults)
         try:
             for row in rows:
                 if len(row.fields) > MOST_COLUMNS:
                     raise UserError(f"{row.where}: {len(row.fields):,} columns, expected {MOST_COLUMNS:,} at most; "
                                     "leave out those that are not trained on")  # fmt: skip
-                empty = False
+                empty, faults.row_at = False, faults.bytes_read
                 yield row
         except OSError as error:
             raise UserError(f"{self.file}: cannot be read: {error.strerror or error}") from error

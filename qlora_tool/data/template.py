@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_tool.data.faults import RowFault
 from qlora_tool.data.messages import Message
-from qlora_tool.data.template_trial import CURE, MEMORY, try_template
+from qlora_tool.data.template_trial import CURE, MEMORY, Refusals, try_template
 from qlora_tool.data.time_limit import TimeIsUp, TooMuch, time_limit
 from qlora_tool.errors import UserError, did_you_mean
 from qlora_tool.files.reading import read_text
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now")
 LARGEST = 4 << 20  # bytes: the longest ones have a hundredth of it
+_refusals: dict[str, Refusals] = {}  # by template
 SECONDS = 5.0  # for one rendering: a thousand turns take a hundredth of it
 MODEL_TEMPLATE, PLAIN_TEMPLATE = "the model's", "plain"
 PLAIN_TEMPLATE_TEXT = """\
@@ -157,11 +159,13 @@ def render(
 
     Raises:
         RowFault: the template refuses these turns (no system role, roles that must alternate, …).
-        UserError: the template itself is broken, or takes too long.
+        UserError: the template itself is broken, takes too long, or is slow to refuse one after the other.
     """
     import jinja2
 
     try_template(template_sources(tokenizer), messages, kwargs or {})
+    refusals = _refusals.setdefault("\n".join(template_sources(tokenizer)), Refusals())
+    begin = time.monotonic()
     try:
         with time_limit(SECONDS, MEMORY):
             text = tokenizer.apply_chat_template(
@@ -181,6 +185,8 @@ def render(
         ) from error
     except Exception as error:  # a template is a program: it may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
+        refusals.refused(time.monotonic() - begin, reason)
         raise RowFault(f"the chat template refuses this conversation: {reason}") from error
     assert isinstance(text, str)
+    refusals.written()
     return text

@@ -30,6 +30,32 @@ _GROWING = {"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format
 _GENERATION = re.compile(r"{%-?\s*(end)?generation\s*-?%}")  # transformers' own statement
 _TRIAL = Path(__file__).with_name("template_render.py")
 _tried: set[str] = set()
+PATIENCE = 2.0  # seconds that may go into refusals one after the other, where they are slow
+_SLOW = 0.02  # seconds for one: what a template raises on purpose takes a hundredth of it
+
+
+class Refusals:
+    """Counts how often a template refuses one after the other, and how long that takes: one that fails slowly on every
+    row is not tried on a million of them."""
+
+    def __init__(self) -> None:
+        self.count, self.seconds = 0, 0.0
+
+    def written(self) -> None:
+        """It wrote a conversation."""
+        self.count, self.seconds = 0, 0.0
+
+    def refused(self, seconds: float, reason: str) -> None:
+        """It refused one, and took so long for that.
+
+        Raises:
+            UserError: the last ones were many, and slow.
+        """
+        self.count += 1
+        self.seconds += seconds
+        if self.seconds > max(PATIENCE, _SLOW * self.count):
+            raise UserError(f"the chat template failed on {self.count} conversations one after the other, and took "
+                            f"{self.seconds:.1f} seconds for it ({reason}); {CURE}")  # fmt: skip
 
 
 def try_template(sources: Sequence[str], messages: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from qlora_tool.data.faults import RowFault, RowFaults
 from qlora_tool.data.readers.json_values import read_values
-from qlora_tool.data.readers.rows import Row, fields_of, is_turn, not_json
+from qlora_tool.data.readers.rows import Decoder, Row, fields_of, is_turn, not_json
 from qlora_tool.data.readers.streams import Line, blocks, lines
 
 
 def read_json_lines(file: Path, faults: RowFaults) -> Iterator[Row]:
     """A row a line; blank lines are none. A file whose values go over several lines is read as `read_json` does."""
-    begun = False
+    begun, decoder = False, Decoder()
     for line in lines(file, faults):
         if not line.text.strip():
             continue
@@ -22,7 +22,7 @@ def read_json_lines(file: Path, faults: RowFaults) -> Iterator[Row]:
             yield from read_values(file, faults)
             return
         begun = True
-        if row := _row(file, line, faults):
+        if row := _row(file, line, decoder, faults):
             yield row
 
 
@@ -51,13 +51,13 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _row(file: Path, line: Line, faults: RowFaults) -> Row | None:
+def _row(file: Path, line: Line, decoder: Decoder, faults: RowFaults) -> Row | None:
     """The row of a line; None where it is faulty, which `faults` is told."""
     where = f"{file}, line {line.number}"
     try:
         if line.fault:
             raise RowFault(line.fault)
-        return Row(fields_of(json.loads(line.text)), where)
+        return Row(fields_of(decoder.decode(line.text)), where)
     except json.JSONDecodeError as error:
         faults.add(where, not_json(error))
     except (RowFault, RecursionError) as error:

@@ -17,18 +17,20 @@ long integers and makes `?` of half a surrogate pair, json-stream 2.5 misses a l
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qlora_tool.data.faults import RowFault, RowFaults
 from qlora_tool.data.names import is_known
-from qlora_tool.data.readers.rows import Row, fields_of, json_kind, not_json
+from qlora_tool.data.readers.rows import Decoder, Row, fields_of, json_kind, not_json, twice
 from qlora_tool.data.readers.streams import blocks
 from qlora_tool.errors import UserError
 
 # What a list of rows is called in an object around it. Such a list is read an item at a time.
 LISTS = ("data", "rows", "train", "examples", "items", "instances", "samples", "records")
+_NO_SPACE = re.compile(r"\S")
 
 
 def read_values(file: Path, faults: RowFaults) -> Iterator[Row]:
@@ -75,13 +77,18 @@ def _objects(values: _Values, file: Path, faults: RowFaults) -> Iterator[Row]:
         if content:
             values.take(",", "Expecting ',' delimiter")
         name, line = _name(values), values.line
+        if name in content and name != read:
+            raise UserError(f"{file}, line {line}: {twice(name)}")
         if name in LISTS and values.peek() == "[" and values.begins_list_of_objects():
             if read:
                 raise UserError(f"{file}, line {line}: a second list of rows, '{name}' beside '{read}'; keep one")
             read, content[name] = name, None
             yield from _items(values, file, faults)
         else:
-            content[name] = values.next()
+            try:
+                content[name] = values.next()
+            except RowFault as fault:
+                raise UserError(f"{file}, line {line}, in '{name}': {fault}") from fault
     values.take("}")
     if read:
         if others := [name for name, value in content.items() if _is_list_of(value, dict) and value]:
@@ -103,7 +110,7 @@ def _objects(values: _Values, file: Path, faults: RowFaults) -> Iterator[Row]:
 def _name(values: _Values) -> str:
     if values.peek() != '"':
         raise values.fault("Expecting property name enclosed in double quotes")
-    name = values.next()
+    name: str = values.next()
     values.peek()
     values.take(":", "Expecting ':' delimiter")
     return name
@@ -160,7 +167,7 @@ class _Values:
     def __init__(self, file: Path, faults: RowFaults):
         self.file = file
         self.blocks = blocks(file, faults)
-        self.decoder = json.JSONDecoder()
+        self.decoder = Decoder()
         self.text, self.place = "", 0
         self.line, self.counted = 1, 0  # lines are counted up to here in `text`
         self.line_begins = 0  # in `text`; below zero where that was let go
@@ -168,11 +175,11 @@ class _Values:
     def peek(self) -> str:
         """The next character that is no white space; empty at the end."""
         while True:
-            while self.place < len(self.text):
-                if not self.text[self.place].isspace():
-                    self._count()
-                    return self.text[self.place]
-                self.place += 1
+            if found := _NO_SPACE.search(self.text, self.place):
+                self.place = found.start()
+                self._count()
+                return found.group()
+            self.place = len(self.text)
             if not self._more():
                 return ""
 
@@ -183,13 +190,18 @@ class _Values:
         self.place += 1
 
     def next(self) -> Any:
-        """The value that comes next."""
+        """The value that comes next.
+
+        Raises:
+            RowFault: a key stands twice in it.
+        """
         self.peek()
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.place)
                 if end < len(self.text) or not self._more():
                     self.place = end
+                    self.decoder.refuse_twice()
                     return value
             except json.JSONDecodeError as error:
                 # Only where the text may go on: a fault far from its end is one whatever follows.

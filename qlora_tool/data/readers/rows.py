@@ -9,6 +9,7 @@ from typing import Any
 from qlora_tool.data.faults import RowFault
 
 MOST_COLUMNS = 10_000
+LONGEST = 128 << 20  # bytes or characters of a line, and of what a packed file unpacks to without a row
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,54 @@ def fields_of(value: Any) -> dict[str, Any]:
     if isinstance(value, list) and value and all(is_turn(turn) for turn in value):
         return {"messages": value}
     raise RowFault(f'{json_kind(value)}, expected an object such as {{"prompt": "…", "completion": "…"}}')
+
+
+class Decoder:
+    """JSON's, by the standard library, that does not let the last of two equal keys win.
+
+    Attributes:
+        twice: such a key in the value that was decoded last, else None.
+    """
+
+    def __init__(self) -> None:
+        self.twice: str | None = None
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
+
+    def decode(self, text: str) -> Any:
+        """The value of a text.
+
+        Raises:
+            RowFault: a key stands twice in one of its objects.
+        """
+        self.twice = None
+        value = self._decoder.decode(text)
+        self.refuse_twice()
+        return value
+
+    def raw_decode(self, text: str, place: int) -> tuple[Any, int]:
+        """The value that begins at a place, and where it ends; see `refuse_twice`."""
+        self.twice = None
+        return self._decoder.raw_decode(text, place)
+
+    def refuse_twice(self) -> None:
+        """
+        Raises:
+            RowFault: a key stood twice in one of the objects of the value that was decoded last.
+        """
+        if self.twice is not None:
+            raise RowFault(twice(self.twice))
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            self.twice = next(name for name in names if names.count(name) > 1)
+        return found
+
+
+def twice(name: str) -> str:
+    """What is said of a key that stands twice."""
+    return f"the key '{name[:60]}' stands twice in one object; keep one"
 
 
 def is_turn(value: Any) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from qlora_tool.data.faults import RowFaults
+from qlora_tool.data.readers.damaged import decoded, decoding
 from qlora_tool.data.readers.rows import Row, name_index
+from qlora_tool.data.readers.spreadsheet_archive import Archive
 from qlora_tool.errors import UserError, did_you_mean
 
 
@@ -22,23 +24,32 @@ def read_spreadsheet(file: Path, faults: RowFaults, sheet: str | None = None) ->
     Raises:
         UserError: no .xlsx file, several sheets with rows, or two columns of one name.
     """
-    import openpyxl
-
-    try:
-        computed, written = (openpyxl.load_workbook(file, read_only=True, data_only=only) for only in (True, False))
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError, openpyxl.utils.exceptions.InvalidFileException) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{file}: not an .xlsx file, or one with a password ({reason}); save it as .xlsx without one, or as .csv"
-        ) from error
-    try:
+    with contextlib.ExitStack() as opened:
+        with decoding(file, "not an .xlsx file, or one with a password", "save it as .xlsx without one, or as .csv"):
+            computed, written = (opened.enter_context(_open(file, data_only=only)) for only in (True, False))
         name = _sheet(file, computed, sheet)
         # The formulas are there in the second one only, their results in the first.
-        both = zip(computed[name].iter_rows(), written[name].iter_rows(), strict=False)
+        both = zip(_cells(file, computed[name]), _cells(file, written[name]), strict=False)
         yield from _rows(file, name if len(computed.sheetnames) > 1 else None, both, faults)
-    finally:
-        computed.close()
-        written.close()
+
+
+@contextlib.contextmanager
+def _open(file: Path, *, data_only: bool) -> Iterator[Any]:
+    """What `openpyxl.load_workbook` gives, out of an archive that is watched."""
+    from openpyxl.reader.excel import ExcelReader
+
+    with Archive(file) as archive:
+        reader = ExcelReader(file, read_only=True, data_only=data_only)
+        reader.archive.close()
+        reader.archive = archive
+        reader.read()
+        for sheet in reader.wb.worksheets:
+            sheet.reset_dimensions()  # what a file says of its size may be wrong, and rows beyond it would be left out
+        yield reader.wb
+
+
+def _cells(file: Path, sheet: Any) -> Iterator[Any]:
+    return decoded(sheet.iter_rows(), file, "damaged", "open it in Excel and save it again, or as .csv")
 
 
 def _sheet(file: Path, book: Any, wanted: str | None) -> str:
@@ -48,7 +59,9 @@ def _sheet(file: Path, book: Any, wanted: str | None) -> str:
             close = did_you_mean(wanted, names) or f"; its sheets are {', '.join(names)}"
             raise UserError(f"{file}: no sheet '{wanted}'{close}")
         return wanted
-    filled = [name for name in names if _has_rows(book[name])]
+    if not names:
+        raise UserError(f"{file}: no sheet in it; expected one with rows")
+    filled = [name for name in names if _has_rows(file, book[name])]
     if len(filled) > 1:
         raise UserError(
             f"{file}: rows on {len(filled)} sheets ({', '.join(filled)}); name one as {file}:{filled[0]}, or list "
@@ -57,8 +70,8 @@ def _sheet(file: Path, book: Any, wanted: str | None) -> str:
     return filled[0] if filled else names[0]
 
 
-def _has_rows(sheet: Any) -> bool:
-    filled = (row for row in sheet.iter_rows(values_only=True) if any(_text(value).strip() for value in row))
+def _has_rows(file: Path, sheet: Any) -> bool:
+    filled = (row for row in _cells(file, sheet) if any(_text(cell.value).strip() for cell in row))
     next(filled, None)
     return next(filled, None) is not None
 
@@ -76,6 +89,7 @@ def _rows(file: Path, sheet: str | None, pairs: Iterable[tuple[Any, Any]], fault
         if not names:
             names = _names(where, texts)
             continue
+        texts += [""] * (len(names) - len(texts))
         if fault := _fault(names, texts, cells, computed):
             faults.add(where, fault)
             continue

@@ -11,16 +11,19 @@ import codecs
 import gzip
 import io
 import lzma
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from qlora_tool.data.faults import RowFaults
+from qlora_tool.data.readers.rows import LONGEST
 from qlora_tool.errors import UserError
 
 BLOCK = 1 << 20  # bytes
+UNPACKED = 20  # times its size: what a file may unpack to without a row where that is more than `LONGEST`
+MOST_LINES = 600_000  # without a row
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",  # before UTF-16's, with which one begins
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig",
@@ -42,20 +45,23 @@ def lines(file: Path, faults: RowFaults) -> Iterator[Line]:
         faults: is told of a file that is not UTF-8.
 
     Raises:
-        UserError: the file cannot be read, or its compressed form is broken.
+        UserError: the file cannot be read, its compressed form is broken, a line is longer than `LONGEST`, or there is
+            no row in `MOST_LINES`, or in what a packed file unpacks to.
     """
     with _reading(file) as (stream, place):
+        bound = _Bound(file, faults)
         encoding = _marked_encoding(stream)
         if encoding not in (None, "utf-8-sig"):
             text = io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline="\n")
-            for place[0], line in enumerate(text, start=1):
+            for place[0], line in enumerate(iter(partial(text.readline, LONGEST + 1), ""), start=1):
+                bound.line(place[0], len(line))
                 yield Line(place[0], line, _undecoded(line, encoding))
             return
         if encoding:
             stream.read(len(codecs.BOM_UTF8))
         decoder = _EightBit(file, faults, decided=bool(encoding))
-        for place[0], raw in enumerate(stream, start=1):
-            faults.bytes_read += len(raw)
+        for place[0], raw in enumerate(iter(partial(stream.readline, LONGEST + 1), b""), start=1):
+            bound.line(place[0], len(raw))
             yield Line(place[0], *decoder.decode(raw, stream, place[0]))
 
 
@@ -66,13 +72,14 @@ def blocks(file: Path, faults: RowFaults) -> Iterator[str]:
         UserError: as `lines`; or a byte is no letter of the encoding.
     """
     with _reading(file) as (stream, place):
+        bound = _Bound(file, faults)
         encoding = _marked_encoding(stream)
         decoder = None if encoding is None else codecs.getincrementaldecoder(encoding)()
         place[0] = 1
         block = b"-"
         while block:
             block = stream.read(BLOCK)
-            faults.bytes_read += len(block)
+            bound.read(len(block))
             if decoder is None and not block.isascii():
                 found = _eight_bit(block, stream)
                 _say_windows(file, faults, found, block, place[0])
@@ -90,6 +97,44 @@ def blocks(file: Path, faults: RowFaults) -> Iterator[str]:
 def whole_text(file: Path, faults: RowFaults) -> str:
     """All of a file's text; see `blocks`."""
     return "".join(blocks(file, faults))
+
+
+class _Bound:
+    """Counts what is read, and refuses what has no end in sight: a packed file of a megabyte may unpack to gigabytes of
+    blanks."""
+
+    def __init__(self, file: Path, faults: RowFaults):
+        self.file, self.faults = file, faults
+        self.size = file.stat().st_size
+        self.most = max(LONGEST, UNPACKED * self.size)
+        self.lines, self.row_at = 0, faults.row_at  # lines since the last row, and where that was
+
+    def line(self, number: int, size: int) -> None:
+        """A line was read."""
+        faults = self.faults
+        faults.bytes_read += size
+        if faults.row_at != self.row_at:
+            self.lines, self.row_at = 0, faults.row_at
+        self.lines += 1
+        if size > LONGEST:
+            raise self._refusal(f"line {number} has more than {LONGEST >> 20} MiB; expected a row a line (a list of "
+                                "rows in one line is read from a .json file)")  # fmt: skip
+        if self.lines > MOST_LINES:
+            raise self._refusal(f"{MOST_LINES:,} lines without a row up to line {number} (blank ones, or a quote left "
+                                "open?); expected one sooner")  # fmt: skip
+        if faults.bytes_read - faults.row_at > self.most:
+            self.read(0)
+
+    def read(self, size: int) -> None:
+        """Some bytes were read."""
+        self.faults.bytes_read += size
+        if self.faults.bytes_read - self.faults.row_at > self.most:
+            raise self._refusal(f"{self.most >> 20} MiB without a row, unpacked from {self.size:,} bytes; expected one "
+                                "sooner, or the file unpacked")  # fmt: skip
+
+    def _refusal(self, found: str) -> UserError:
+        faulty = [] if self.faults.skip else self.faults.shown()
+        return UserError([*faulty, f"{self.file}: {found}"])
 
 
 class _EightBit:
@@ -200,8 +245,13 @@ def _reading(file: Path) -> Iterator[tuple[io.BufferedReader, list[int]]]:
         with open_bytes(file) as stream, io.BufferedReader(stream, BLOCK) as buffered:
             _refuse_other_kinds(file, buffered.peek(8)[:8])
             yield buffered, place
-    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        if file.suffix.lower() not in COMPRESSIONS or getattr(error, "errno", None):
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # of a decompressor: whatever it came upon
+        packed = file.suffix.lower() in COMPRESSIONS
+        if not packed and not isinstance(error, OSError):
+            raise
+        if not packed or getattr(error, "errno", None):
             raise UserError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
         after = f" after line {place[0]}" if place[0] else ""
         cut = isinstance(error, EOFError) or "runcated" in str(error)
