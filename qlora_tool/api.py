@@ -20,7 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qlora_tool.config import Config, ModelConfig, load_config, parse_size, with_values
 from qlora_tool.config.places import refuse_as_model
+from qlora_tool.config.sources import sources_of
 from qlora_tool.errors import AlreadyFinished, OptionError, UserError
+from qlora_tool.files import results
+from qlora_tool.files.results import Read, new_file
 
 if TYPE_CHECKING:
     from qlora_tool.artifacts import Artifact, BaseOptions
@@ -139,13 +142,14 @@ def preview(
     configuration = load_config(config, set)
     if rows < 0:
         raise OptionError(f"--rows: expected at least 0, found {rows}")
+    file = new_file("--json", json, results.PREVIEW, _read_by(config, configuration))
     from qlora_tool.data.check import check_data
 
     check_data(configuration.data, seconds=0.2)  # the rows that are shown are read again, with the same checks
     from qlora_tool.training.preview import preview as look
 
     result = look(configuration, rows, every_row=all)
-    _write_json(json, result.as_json())
+    _write_json(file, result.as_json())
     return result
 
 
@@ -204,6 +208,9 @@ def profile_memory(
                           "with torchrun: its memory.json has the measured bytes of one of them")  # fmt: skip
     if plot is not None and Path(plot).suffix not in (".png", ".html"):
         raise OptionError(f"invalid value for --plot: {os.fspath(plot)}: expected a name that ends in .png or .html")
+    read = _read_by(config, configuration)
+    file = new_file("--json", json, results.MEMORY, read)
+    picture = new_file("--plot", plot, results.MEMORY_PLOT, read.and_file("--json", file))
     device = device or ("cpu" if configuration.model.device == "cpu" else "cuda")
     from qlora_tool.workers import Workers, count_for
 
@@ -216,17 +223,17 @@ def profile_memory(
                                measure=measure, calibrate=calibrate, may_change=plan, processes=processes)  # fmt: skip
         if on_profile is not None:
             on_profile(profiled)
-        _write_json(json, profiled.to_json())
-        if plot is not None:
-            draw(Path(plot), profiled)
+        _write_json(file, profiled.to_json())
+        if picture is not None:
+            draw(picture, profiled)
         if not plan:
             return profiled
         try:
             profiled = planned(profiled, workers)
         except NothingFits as error:
-            _write_json(json, error.profile.to_json())
+            _write_json(file, error.profile.to_json())
             raise
-    _write_json(json, profiled.to_json())
+    _write_json(file, profiled.to_json())
     return profiled
 
 
@@ -318,6 +325,9 @@ def export_merged(
 
         refuse_bad_name(push_to_hub)
     rows = None if verify_data is None else os.fspath(verify_data)
+    data = {"the data of --verify-data": rows, "the data of --calibration": calibration}
+    read = Read(data, {"the folder of --output-dir": output_dir, **_models(run_or_adapter, model, adapter)})
+    file = new_file("--json", json, results.EXPORTED, read)
     if rows is not None:
         from qlora_tool.data.check import check_sources
 
@@ -338,7 +348,7 @@ def export_merged(
             "none" if calibration is None else os.fspath(calibration), min_kept,
         ),
     )  # fmt: skip
-    _write_json(json, result.facts)
+    _write_json(file, result.facts)
     if not adapter:
         from qlora_tool.reporting.exported import note_export
 
@@ -410,6 +420,8 @@ def generate(
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     file = None if prompts is None else os.fspath(prompts)
     _refuse_together(chat is not False, texts, file, adapter, compare_base, system)
+    read = Read({"the data of --prompts": file}, _models(run_or_model, model, adapter))
+    answers = new_file("--json", json, results.ANSWERS, read)
     from qlora_tool.inference.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, batch_size)
@@ -429,7 +441,7 @@ def generate(
         found = answer(named, Questions(texts, file, system), sampling, compare_base)
     else:
         found = talk(cast("Artifact", named), chat, sampling, system, on_text, on_answer)
-    _write_json_lines(json, [one.as_json() for one in found.answers])
+    _write_json_lines(answers, [one.as_json() for one in found.answers])
     return found
 
 
@@ -517,6 +529,9 @@ def evaluate(
         sources = named_sources([data] if isinstance(data, str | os.PathLike) else data)
     if not sources:
         raise OptionError("nothing to score: give --data FILE")
+    read = Read({f"the data of --data {source}": source for source in sources.values()},
+                _models(run_or_model, model, adapter))  # fmt: skip
+    file = new_file("--json", json, results.SCORES, read)
     check_sources(sources.values(), format, run=run_or_model)
     refuse_as_model(os.fspath(run_or_model), rows="--data")
     options = _base_options(model, quantization, double_quant, device, compute_dtype)
@@ -526,7 +541,7 @@ def evaluate(
     found = find_named(run_or_model, options, chat_template_kwargs, adapter, several=compare_base)
     result = score(found, sources, settings.data, max_length=max_length, sampling=sampling if generate else None,
                    batch_size=batch_size, compare_base=compare_base)  # fmt: skip
-    _write_json(json, result.as_json())
+    _write_json(file, result.as_json())
     return result if show is None else replace(result, show=show)
 
 
@@ -574,6 +589,10 @@ def inspect(
     if plot is not None and Path(plot).suffix != ".png":
         raise OptionError(f"invalid value for --plot: {os.fspath(plot)}: expected a name that ends in .png")
     rows = None if data is None else os.fspath(data)
+    read = Read({"the data of --data": rows},
+                {"the folder of --output-dir": output_dir, **_models(run_or_adapter, model)})  # fmt: skip
+    file = new_file("--json", json, results.UPDATES, read)
+    picture = new_file("--plot", plot, results.UPDATES_PLOT, read.and_file("--json", file))
     if rows is not None:
         from qlora_tool.data.check import check_sources
 
@@ -587,11 +606,11 @@ def inspect(
     artifact = find_artifact(os.fspath(run_or_adapter), options)
     result = look(artifact, every_module=all, r=truncate, output=None if output_dir is None else Path(output_dir),
                   data=rows, overwrite=overwrite)  # fmt: skip
-    _write_json(json, result.as_json())
-    if plot is not None:
+    _write_json(file, result.as_json())
+    if picture is not None:
         from qlora_tool.inspection.plot import write_png
 
-        write_png(Path(plot), result.inspection)
+        write_png(picture, result.inspection)
     return result
 
 
@@ -613,12 +632,12 @@ def report(run: AnyPath, *, output: AnyPath | None = None) -> ReportResult:
         >>> report("my-run").file.name
         'report.html'
     """
-    from qlora_tool.files.atomic import refuse_no_folder
     from qlora_tool.reporting.page import write_report
 
-    if output is not None:
-        refuse_no_folder(Path(output))
-    return write_report(Path(run).expanduser(), None if output is None else Path(output).expanduser())
+    folder = Path(run).expanduser()
+    if output is not None and Path(output).expanduser().absolute() == (folder / "report.html").absolute():
+        output = None
+    return write_report(folder, new_file("--output", output, results.PAGE, Read(parts=_models(run))))
 
 
 def _with_output_dir(overrides: Overrides, output_dir: AnyPath | None) -> Overrides:
@@ -652,17 +671,33 @@ def _base_options(
     return BaseOptions(base, quantization, double_quant, device, compute_dtype, quantization_else)
 
 
-def _write_json_lines(file: AnyPath | None, objects: Sequence[dict[str, Any]]) -> None:
+def _read_by(given: AnyConfig, config: Config) -> Read:
+    """What a configuration names, and its own file."""
+    from qlora_tool.data.tokenize import evaluation_sources
+
+    named = {"train": config.data.train, **evaluation_sources(config.data)}
+    data = {f"the data {source.path}": source.path for value in named.values() for source in sources_of(value)}
+    file = given if isinstance(given, str | os.PathLike) else None
+    folders = _models(config.model.name_or_path, config.adapter.init_from)
+    return Read({"the configuration": file, "data.chat_template": config.data.chat_template, **data},
+                {**folders, "the run's folder": config.training.output_dir})  # fmt: skip
+
+
+def _models(run_or_model: AnyPath, model: AnyPath | None = None, adapters: Adapters = ()) -> dict[str, AnyPath | None]:
+    """The folders that a call names."""
+    given = adapters.values() if isinstance(adapters, Mapping) else [one.partition("=")[2] or one for one in adapters]
+    return {str(one): one for one in (run_or_model, model, *given) if one is not None}
+
+
+def _write_json_lines(file: Path | None, objects: Sequence[dict[str, Any]]) -> None:
     if file is not None:
-        from qlora_tool.files.atomic import refuse_no_folder, write_text
+        from qlora_tool.files.atomic import write_text
 
-        refuse_no_folder(Path(file))
-        write_text(Path(file), "".join(f"{_json.dumps(one, ensure_ascii=False)}\n" for one in objects))
+        write_text(file, "".join(f"{_json.dumps(one, ensure_ascii=False)}\n" for one in objects))
 
 
-def _write_json(file: AnyPath | None, content: dict[str, Any]) -> None:
+def _write_json(file: Path | None, content: dict[str, Any]) -> None:
     if file is not None:
-        from qlora_tool.files.atomic import refuse_no_folder, write_json
+        from qlora_tool.files.atomic import write_json
 
-        refuse_no_folder(Path(file))
-        write_json(Path(file), content)
+        write_json(file, content)

@@ -15,3 +15,17 @@ def memory_size(size: int) -> str:
     if not size:
         return "0 MiB"
     return f"{size / GIB:.2f} GiB" if abs(size) >= GIB / 10 else f"{size / MIB:.1f} MiB"
+
+
+def file_size(size: int) -> str:
+    """Of files: `3.11 GB` (10^9 bytes each), below a tenth of that `12.5 MB` (10^6 bytes each), and so on: a figure is
+    always shown.
+
+    >>> file_size(3 * 10**9), file_size(12_500_000), file_size(12_500), file_size(12)
+    ('3.00 GB', '12.5 MB', '12.5 kB', '12 bytes')
+    """
+    if size < 1000:
+        return f"{size} byte{'' if size == 1 else 's'}"
+    if size < MB / 10:
+        return f"{size / 1000:.1f} kB"
+    return f"{size / GB:.2f} GB" if size >= GB / 10 else f"{size / MB:.1f} MB"

@@ -28,6 +28,7 @@ _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 _LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+_PORTS = ("MASTER_PORT",)
 _BUCKET = 2**23  # numbers that are summed at a time, 32 MiB
 JOINING_SECONDS = 120  # that processes have to find one another
 _NEVER = timedelta(days=30)  # of an operation: an end of a process is noticed otherwise, and a pause is no fault
@@ -59,6 +60,7 @@ class World:
             UserError: it makes no sense.
         """
         size, rank = _first_number(_SIZES, 1) or 1, _first_number(_RANKS, None)
+        local_rank, local_size = _first_number(_LOCAL_RANKS, None), _first_number(_LOCAL_SIZES, None)
         if rank is None and size > 1:
             raise UserError(f"WORLD_SIZE is {size}, but RANK is not set; start {size} processes with `torchrun "
                             f"--nproc_per_node {size} -m qlora_tool train CONFIG`, or unset WORLD_SIZE")  # fmt: skip
@@ -66,7 +68,10 @@ class World:
         if rank >= size:
             raise UserError(f"RANK is {rank}, but WORLD_SIZE is {size}; ranks go from 0 to {size - 1}: see "
                             "that every launcher is given the same numbers")  # fmt: skip
-        return cls(rank, size, _first_number(_LOCAL_RANKS, rank) or 0, _first_number(_LOCAL_SIZES, size) or 1)
+        if size > 1 and not 1 <= (port := _first_number(_PORTS, 29500) or 0) < 2**16:
+            raise UserError(f"MASTER_PORT is {port} in the environment, expected 1 to 65535; give torchrun another "
+                            "--master_port")  # fmt: skip
+        return cls(rank, size, rank if local_rank is None else local_rank, local_size or size)
 
     @classmethod
     def join(cls, device: str = "cpu") -> World:
@@ -331,8 +336,16 @@ def _buckets(numbers: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]
 
 
 def _first_number(names: tuple[str, ...], default: int | None) -> int | None:
+    """The first of some variables that is set.
+
+    Raises:
+        UserError: it is no whole number, or one of more digits than there are processes.
+    """
     for name in names:
-        if (value := os.environ.get(name, "")).isdecimal():
+        if value := os.environ.get(name, "").strip():
+            if not (value.isascii() and value.isdecimal() and len(value) <= 9):
+                raise UserError(f"{name} is {value[:40]!r} in the environment, expected a whole number of at least 0; "
+                                f"unset {name}, or start with torchrun")  # fmt: skip
             return int(value)
     return default
 

@@ -177,6 +177,41 @@ def test_files_are_written_as_the_commands_write_them(trained: TrainResult, sett
     assert plot.read_text(encoding="utf-8").lower().startswith("<!doctype html>")
 
 
+def test_a_result_replaces_its_like_and_nothing_that_a_command_reads(
+    trained: TrainResult, settings: dict[str, Any], tmp_path: Path
+):
+    rows, model = Path(settings["data"]["train"]), Path(settings["model"]["name_or_path"])
+    config, adapter = trained.folder / "config.yaml", trained.adapter
+    set_rows = {"data.eval": None}
+    calls = {
+        "answers.jsonl": lambda file: generate(trained.folder, prompts=rows, max_new_tokens=1, json=file, **CPU),
+        "scores.json": lambda file: evaluate(trained.folder, {"a": rows, "b": rows}, json=file, **CPU),
+        "preview.json": lambda file: api.preview(config, set=set_rows, json=file),
+        "memory.json": lambda file: profile_memory(config, device="cpu", json=file),
+        "memory.html": lambda file: profile_memory(config, device="cpu", plot=file),
+        "memory.png": lambda file: profile_memory(config, device="cpu", plot=file),
+        "updates.json": lambda file: api.inspect(trained.folder, json=file),
+        "updates.png": lambda file: api.inspect(trained.folder, plot=file),
+        "done.json": lambda file: export_merged(trained.folder, tmp_path / "out", format="adapter", overwrite=True,
+                                                json=file),
+        "report.html": lambda file: api.report(trained.folder, output=file),
+    }  # fmt: skip
+    inputs = [rows, config, model / "config.json", model / "model.safetensors", adapter / "adapter_model.safetensors",
+              adapter / "adapter_config.json", trained.folder / "memory.json", trained.folder / "metrics.jsonl"]
+    before = {file: file.read_bytes() for file in inputs}
+    for name, call in calls.items():
+        for _ in range(2):
+            call(tmp_path / name)
+        for file in inputs:
+            link = tmp_path / f"link{Path(name).suffix}"  # of a name that a plot takes
+            link.unlink(missing_ok=True)
+            link.symlink_to(file)
+            with pytest.raises(UserError, match="name another"):
+                call(link)
+    assert {file: file.read_bytes() for file in inputs} == before
+    assert api.report(trained.folder, output=trained.folder / "report.html").file == trained.folder / "report.html"
+
+
 def test_what_fits_into_a_budget(trained: TrainResult, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(profile, "predict_deep", once(profile.predict_deep))
     needed = profile_memory(trained.config, device="cpu").predicted.needed_bytes

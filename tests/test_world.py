@@ -64,6 +64,26 @@ def test_a_launcher_that_makes_no_sense(monkeypatch: pytest.MonkeyPatch, rank: i
         World.launched()
 
 
+@pytest.mark.parametrize("value", ["x", "-1", "1.5", "²", "9" * 5000])
+@pytest.mark.parametrize("name", [*(name for names in LAUNCHERS for name in names), "LOCAL_RANK", "LOCAL_WORLD_SIZE",
+                                  "MASTER_PORT"])  # fmt: skip
+def test_what_is_no_number_is_one_line(monkeypatch: pytest.MonkeyPatch, name: str, value: str):
+    for other, number in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        if name.rpartition("_")[2] != other.rpartition("_")[2] or name.startswith("LOCAL"):
+            monkeypatch.setenv(other, number)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^{name} is '{value[:40]}' in the environment, expected a whole number"):
+        World.launched()
+
+
+@pytest.mark.parametrize("port", ["0", "65536"])
+def test_a_port_that_there_is_not(monkeypatch: pytest.MonkeyPatch, port: str):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"MASTER_PORT is {port} in the environment, expected 1 to 65535"):
+        World.launched()
+
+
 def test_others_that_never_come_are_told(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("qlora_tool.world.JOINING_SECONDS", 1)
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_PORT": free_port()}.items():

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import click
 
 from qlora_tool._version import __version__
-from qlora_tool.errors import LONGEST, OptionError, ToolError, did_you_mean, printable
+from qlora_tool.errors import LONGEST, OptionError, ToolError, UserError, did_you_mean, printable
+from qlora_tool.files.reading import has_half
 from qlora_tool.training.interrupt import Interrupted
 
 
@@ -204,10 +205,12 @@ class ToolGroup(ExampleGroup):
             args: the words after the program's name; None: the process's own.
         """
         args = list(sys.argv[1:] if args is None else args)
+        _open_closed_streams()
         settings["standalone_mode"] = False
         # On a CPU with bf16 instructions it asks for an optional kernel package, which nothing here needs.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:
+            _refuse_other_than_text(args)
             with _sigterm_raises():
                 code = super().main(args, prog_name or "qlora-tool", **settings)
         except (Exception, KeyboardInterrupt, Terminated) as error:
@@ -217,6 +220,27 @@ class ToolGroup(ExampleGroup):
             for line in lines:
                 click.echo(printable(" ".join(line.splitlines()), LONGEST), err=True)
         sys.exit(code or 0)
+
+
+def _open_closed_streams() -> None:
+    """Where the process was started without one of its three streams (`<&-`), an empty one takes its place: nothing is
+    read or shown, as with /dev/null."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            nothing = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 -- open as long as the process runs
+            setattr(sys, name, nothing)
+
+
+def _refuse_other_than_text(words: Sequence[str]) -> None:
+    """Refuse a command line that is not UTF-8: paths of it stand in JSON and pages that are written.
+
+    Raises:
+        UserError: naming the word.
+    """
+    for word in words:
+        if has_half(word):
+            shown = word.encode(errors="backslashreplace").decode()
+            raise UserError(f"{shown}: not UTF-8; write it in UTF-8, or rename what it names")
 
 
 @contextlib.contextmanager
@@ -271,7 +295,11 @@ def describe_failure(error: BaseException, args: Sequence[str] = ()) -> tuple[li
 def _is_of_stdout(error: OSError) -> bool:
     """Whether it was raised where results are shown, rather than where a file is written: it names neither."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(frames) and frames[-1].f_code is click.echo.__code__ and frames[-1].f_locals["file"] is sys.stdout
+    if not frames:
+        return False
+    last = frames[-1]
+    return last.f_globals.get("__name__") == "rich.console" or \
+        (last.f_code is click.echo.__code__ and last.f_locals["file"] is sys.stdout)  # fmt: skip
 
 
 def _process() -> str:

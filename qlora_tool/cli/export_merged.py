@@ -9,6 +9,7 @@ import click
 from qlora_tool.choices import ComputeDtype, ExportBase, ExportFormat, GgufType
 from qlora_tool.cli import ToolCommand
 from qlora_tool.cli.options import NewFile, adapter_option, base_options
+from qlora_tool.sizes import file_size
 
 if TYPE_CHECKING:
     from qlora_tool.export.write import ExportResult
@@ -85,14 +86,14 @@ def _report(result: ExportResult) -> list[str]:
              "adapter-portable": "an adapter",
              "gguf-adapter": f"an adapter{f' and its base in {result.dtype}' if result.dtype else ''}"}  # fmt: skip
     kind = kinds.get(result.format, result.dtype)
-    lines = [f"{result.folder}: {result.bytes / 1e9:.2f} GB of {kind} in {len(result.files)} file(s), "
+    lines = [f"{result.folder}: {file_size(result.bytes)} of {kind} in {len(result.files)} file(s), "
              f"{result.seconds:.0f} s"]  # fmt: skip
     if result.format == "safetensors":
         lines.append(f"dtype {result.dtype}: {result.dtype_reason}")
     if result.format == "gguf-adapter":
         lines += _of_gguf_adapter(result)
     for tried in result.facts.get("candidates", ()):
-        lines.append(f"{tried['gguf_type']:>8}  {tried['bytes'] / 1e9:.2f} GB  keeps {tried['gain_kept']:.1%}  KL "
+        lines.append(f"{tried['gguf_type']:>8}  {file_size(tried['bytes'])}  keeps {tried['gain_kept']:.1%}  KL "
                      f"{tried['mean_kl']:.2g}")  # fmt: skip
     if found := result.facts.get("encoding"):
         lines.append(_encoding(found))

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from qlora_tool.choices import DataFormat
 from qlora_tool.errors import did_you_mean
+from qlora_tool.files.reading import why_no_path
 from qlora_tool.methods.keys import MOST, to_number
 
 # What a column of a file may be read as; see `data.formats`.
@@ -105,6 +106,8 @@ def _check_entry(name: str, entry: Any) -> Any:
 def _path(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name}: the path is {value!r}, expected a file, a folder or a hub id")
+    if reason := why_no_path(value):
+        raise ValueError(f"{name}: the path {value!r} {reason}")
     return str(Path(value).expanduser()) if value.startswith("~/") else value
 
 

@@ -15,6 +15,7 @@ from qlora_tool.config.messages import found
 from qlora_tool.config.patterns import check_pattern
 from qlora_tool.config.sources import check_columns, check_sources
 from qlora_tool.errors import UserError
+from qlora_tool.files.reading import why_no_path
 from qlora_tool.methods.keys import AS_WRITTEN, MOST, WHOLE, NotEmpty, to_number
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", re.IGNORECASE)
@@ -44,7 +45,9 @@ def parse_size(value: str | int) -> int:
     return size
 
 
-def _expand_home(path: str) -> str:
+def _path(path: str) -> str:
+    if reason := why_no_path(path):
+        raise ValueError(f"it {reason}")
     return str(Path(path).expanduser()) if path.startswith("~/") else path
 
 
@@ -70,7 +73,7 @@ def _one_to_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else _to_list(value)
 
 
-Text = Annotated[NotEmpty, AfterValidator(_expand_home)]
+Text = Annotated[NotEmpty, AfterValidator(_path)]
 Pattern = Annotated[str, AfterValidator(check_pattern), Field(title="one regular expression")]
 Epochs = Annotated[float, Field(gt=0, le=MOST), AS_WRITTEN]
 _LayerNumber = Annotated[int, Field(ge=0, le=MOST), WHOLE]

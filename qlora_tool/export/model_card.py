@@ -18,7 +18,7 @@ from qlora_tool.files.reading import LARGEST, is_regular
 from qlora_tool.model.config_file import read_config_file
 from qlora_tool.model.tokenizer_files import has_tokenizer
 from qlora_tool.run_folder import RunFolder
-from qlora_tool.sizes import memory_size
+from qlora_tool.sizes import file_size, memory_size
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -306,7 +306,7 @@ def _facts(artifact: Artifact, result: dict[str, Any]) -> list[tuple[str, Any]]:
 def _tried(result: dict[str, Any]) -> list[tuple[str, str]]:
     """What each type that was tried keeps."""
     return [
-        (f"{one['gguf_type']}, tried", f"{one['bytes'] / 1e9:.2f} GB, keeps {one['gain_kept']:.1%}, mean KL "
+        (f"{one['gguf_type']}, tried", f"{file_size(one['bytes'])}, keeps {one['gain_kept']:.1%}, mean KL "
                                        f"{one['mean_kl']:.2g}")
         for one in result.get("candidates", ())
     ]  # fmt: skip

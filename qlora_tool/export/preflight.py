@@ -14,8 +14,10 @@ from qlora_tool.artifacts import Artifact, changed_base
 from qlora_tool.errors import MachineError, UserError, did_you_mean
 from qlora_tool.export.staging import REPORT
 from qlora_tool.files.atomic import existing_parent, refuse_no_place
+from qlora_tool.files.reading import refuse_no_path
 from qlora_tool.model.config_file import read_config_file
 from qlora_tool.run_folder import RunFolder
+from qlora_tool.sizes import file_size
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ def refuse_unmeasurable(artifact: Artifact, asked: str, rows: tuple[Sequence[Any
 
 def refuse_taken(output: Path, overwrite: bool) -> None:
     """Refuse to write over anything, or with `overwrite` over anything that is neither a model nor an adapter."""
+    refuse_no_path(output, "--output-dir")
     if not output.exists():
         if output.is_symlink():
             raise UserError(f"{output}: a link to a folder that is not there; remove it, or give another --output-dir")
@@ -146,8 +149,8 @@ def refuse_full_disk(output: Path, needed: int, there: int) -> None:
     """Refuse a result of `needed` bytes where they are not free, `there` of them being written already."""
     free = shutil.disk_usage(existing_parent(output)).free
     if needed - there > free:
-        rest = f", {there / 1e9:.2f} GB of it written" if there else ""
+        rest = f", {file_size(there)} of it written" if there else ""
         raise MachineError(
-            f"{output}: the model takes {needed / 1e9:.2f} GB{rest}, and {free / 1e9:.2f} GB are free there; free "
+            f"{output}: the model takes {file_size(needed)}{rest}, and {file_size(free)} are free there; free "
             "some, or choose another --output-dir"
         )

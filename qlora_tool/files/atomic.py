@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tool.errors import MachineError, UserError
+from qlora_tool.sizes import file_size
 
 _FULL, _FORBIDDEN = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS, errno.EACCES, errno.EPERM)
 REFUSALS = (*_FULL, *_FORBIDDEN)
@@ -38,7 +39,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             except OSError:
                 free = 0
             raise MachineError(
-                f"no space left for {path}: {free / 1e9:.2f} GB are free there; free some, or choose another folder"
+                f"no space left for {path}: {file_size(free)} are free there; free some, or choose another folder"
             ) from error
         if error.errno in _FORBIDDEN:
             raise MachineError(f"cannot write {path}: {error.strerror}; choose a folder you may write to") from error

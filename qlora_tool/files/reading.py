@@ -115,6 +115,26 @@ def found_as(value: Any) -> str:
     return kinds.get(type(value), "a number")
 
 
+def why_no_path(text: str) -> str | None:
+    """Why a text that a user gives cannot be a path, in words; None where it can."""
+    if "\0" in text:
+        return "has a NUL character, which no path has"
+    return "is not UTF-8; rename what it names" if has_half(text) else None
+
+
+def refuse_no_path(path: Path, named: str) -> None:
+    """Refuse what can be no path, whatever lies there.
+
+    Args:
+        named: what a line calls it.
+
+    Raises:
+        UserError: it can be none.
+    """
+    if reason := why_no_path(str(path)):
+        raise UserError(f"{named}: {str(path)!r} {reason}")
+
+
 def is_inside(name: str) -> bool:
     """Whether a name that stands in a file leads to something in that file's folder, on every system."""
     if not name or len(name) > 255 or not name.isprintable() or "\\" in name or PureWindowsPath(name).drive:

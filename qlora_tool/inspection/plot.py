@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qlora_tool.files.atomic import replacing_file
+from qlora_tool.files.results import MARKS
 from qlora_tool.inspection.updates import SHARE, Inspection, ModuleUpdate
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def write_png(path: Path, found: Inspection) -> None:
         _draw_layers(right, groups)
         figure.suptitle(f"{found.name}: {found.method} on {found.base}", x=0.012, ha="left", fontsize=12)
         with replacing_file(path) as temporary:
-            figure.savefig(temporary, format="png")
+            figure.savefig(temporary, format="png", metadata={"Software": MARKS["inspect"]})
 
 
 def _draw_kept(axes: Axes, groups: dict[str, list[ModuleUpdate]]) -> None:

@@ -34,6 +34,7 @@ from qlora_tool.inspection.spectrum import best_factors
 from qlora_tool.inspection.updates import Inspection, Opened, adapter_of, open_adapter, update_factors
 from qlora_tool.methods import METHODS
 from qlora_tool.model.tokenizer_files import copy_tokenizer, has_tokenizer
+from qlora_tool.sizes import file_size
 
 _BATCH = 8  # rows of a forward pass
 
@@ -84,7 +85,7 @@ class Truncation:
 
     def lines(self) -> list[str]:
         lines = [f"{self.folder}: cut to rank {self.r}: {self.kept:.2%} of the update kept (Frobenius, squared); "
-                 f"{self.bytes / 1e6:.1f} MB, {self.bytes_before / 1e6:.1f} MB before"]  # fmt: skip
+                 f"{file_size(self.bytes)}, {file_size(self.bytes_before)} before"]  # fmt: skip
         lines += [f"{self.folder}: {self.not_in_peft}"] if self.not_in_peft else []
         if self.losses is None:
             return [*lines, f"loss not measured: {self.no_losses}"]

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from qlora_tool.files.atomic import write_text
+from qlora_tool.files.results import MARKS
 from qlora_tool.reporting import curves, tables
 from qlora_tool.reporting.escape import escaped
 from qlora_tool.reporting.found import Found, find
@@ -22,6 +23,7 @@ _PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="generator" content="{generator}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -105,7 +107,7 @@ def page_of(found: Found) -> str:
     style = resources.files("qlora_tool.reporting").joinpath("page.css").read_text(encoding="utf-8")
     main = "\n".join(make(found) for make in _SECTIONS)
     return _PAGE.format(title=escaped(f"Run {found.name}", 200), style=style.strip(), summary=tables.summary(found),
-                        main=main)  # fmt: skip
+                        main=main, generator=MARKS["report"])  # fmt: skip
 
 
 def _missing(page: str) -> list[str]:

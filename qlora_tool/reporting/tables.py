@@ -14,7 +14,7 @@ from qlora_tool.reporting.charts import bar, number
 from qlora_tool.reporting.escape import escaped
 from qlora_tool.reporting.found import Found
 from qlora_tool.reporting.parts import command, facts, missing, section, table
-from qlora_tool.sizes import memory_size
+from qlora_tool.sizes import file_size, memory_size
 
 LONGEST_SAMPLE = 4000  # characters
 
@@ -136,7 +136,7 @@ def exports(found: Found) -> str:
     for folder, one in found.exports.items():
         about = [str(one[key]) for key in ("format", "gguf_type", "dtype", "base") if one.get(key)]
         size = one.get("bytes")
-        told = [("what", ", ".join(about)), *([("size", f"{size / 1e9:.2f} GB")] if isinstance(size, int) else []),
+        told = [("what", ", ".join(about)), *([("size", file_size(size))] if isinstance(size, int) else []),
                 ("when", str(one.get("date", ""))), *_proof(one.get("verification"))]  # fmt: skip
         body.append(f"<h3>{escaped(folder)}</h3>{facts(told)}")
     return section("exports", title, [*body, *earlier])

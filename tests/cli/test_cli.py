@@ -163,6 +163,59 @@ def test_a_standard_output_that_is_full_is_not_called_a_disk():
         "files is there\n"  # fmt: skip
 
 
+@pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
+@pytest.mark.parametrize("words", [["recipes"], ["recipes", "show", "demo"], ["--version"], ["train", "--help"],
+                                   ["try"]])  # fmt: skip
+def test_a_standard_output_that_takes_nothing_is_a_line_and_exit_code_1(words, tmp_path: Path):
+    program = (
+        "import resource, sys, click\n"
+        "from rich.console import Console\n"
+        "from qlora_tool.cli import ToolCommand, main\n"
+        "@main.command('try', cls=ToolCommand)\n"
+        "def shown():\n"
+        "    Console().print('what a table is')\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        f"main({words})\n"
+    )
+    with (tmp_path / "out").open("w") as out:
+        done = subprocess.run([sys.executable, "-c", program], stdout=out, stderr=subprocess.PIPE, text=True,
+                              check=False)  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "error: standard output cannot be written: File too large; what was written to files is " \
+        "there\n"  # fmt: skip
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell of POSIX")
+@pytest.mark.parametrize("stream", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_an_empty_one(stream):
+    program = (
+        "import sys, click\n"
+        "from qlora_tool.cli import ToolCommand, main\n"
+        "@main.command('try', cls=ToolCommand)\n"
+        "def read():\n"
+        "    click.echo(sys.stdin.read() or 'nothing')\n"
+        "    click.echo('told', err=True)\n"
+        "    sys.stdout.flush(), sys.stdout.isatty(), sys.stderr.isatty()\n"
+        "main(['try'])\n"
+    )
+    command = ["sh", "-c", f'exec "$0" -c "$1" {stream}', sys.executable, program]
+    done = subprocess.run(command, input="typed", text=True, capture_output=True, check=False)
+    assert done.returncode == 0
+    shown = "nothing\n" if "<" in stream else "typed\n"
+    assert (done.stdout, done.stderr) == ("" if " >" in f" {stream}" else shown, "" if "2>" in stream else "told\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bytes of any kind in a command line")
+@pytest.mark.parametrize("words", [[b"report", b"a\xff"], [b"train", b"demo", b"--output-dir", b"a/\xff"],
+                                   [b"generate", b"demo", b"--prompt", b"\xff"]])  # fmt: skip
+def test_a_command_line_that_is_not_utf_8_is_refused(words):
+    done = subprocess.run([sys.executable, "-m", "qlora_tool", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == \
+        [f"error: {words[-1].decode(errors='surrogateescape').encode(errors='backslashreplace').decode()}: not UTF-8; "
+         "write it in UTF-8, or rename what it names"]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("error", "code", "lines"),
     [

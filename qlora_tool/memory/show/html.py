@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from qlora_tool.files.atomic import write_text
+from qlora_tool.files.results import MARKS
 from qlora_tool.memory.breakdown import PARTS, MemoryReport
 from qlora_tool.memory.show.legend import (
     COLOURS,
@@ -66,6 +67,7 @@ def write_html(
         folder.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
     )
     filled = {
+        "generator": MARKS["profile-memory"],
         "title": html.escape(title or f"Memory of a training step on {report.device}"),
         "style": style.strip(),
         "headlines": "\n".join(_headlines(report, budget, budget_name)),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora_tool.files.atomic import replacing_file
+from qlora_tool.files.results import MARKS
 from qlora_tool.memory.breakdown import PARTS, MemoryReport
 from qlora_tool.memory.show.legend import COLOURS, part_names
 from qlora_tool.memory.trace.timeline import Timeline
@@ -96,7 +97,7 @@ def write_png(
         axes.set_xlabel("allocations and frees, in the order in which they happen")
         figure.suptitle(title or f"Memory of a training step on {report.device}", x=0.012, ha="left", fontsize=13)
         with replacing_file(Path(path)) as temporary:
-            figure.savefig(temporary, format="png")
+            figure.savefig(temporary, format="png", metadata={"Software": MARKS["profile-memory"]})
 
 
 def _panel(name: str, timeline: Timeline, report: MemoryReport, budget: int | None, budget_name: str) -> _Panel:
