@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import logging
 import os
 import re
@@ -15,7 +14,7 @@ from typing import Any
 from qlora_tool.config import Config, config_to_yaml, load_config
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import disk_errors, refuse_no_place, remove_leftovers, write_text
-from qlora_tool.files.reading import is_regular, refuse_other_than_file
+from qlora_tool.files.reading import is_regular, json_value, refuse_other_than_file
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +52,8 @@ class RunFolder:
         found = []
         if is_regular(self.metrics_file):
             for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, RecursionError):  # half a line, which a power failure leaves
-                    found.append(json.loads(line))
+                with contextlib.suppress(ValueError):  # half a line, which a power failure leaves
+                    found.append(json_value(line))
         return [record for record in found if isinstance(record, dict)]
 
     def last_record(self) -> dict[str, Any]:
@@ -256,7 +255,7 @@ def remove_listed(folder: Path, listing: str) -> None:
     if folder.is_symlink() or not is_regular(folder / listing):
         return
     try:
-        names = [*json.loads((folder / listing).read_text(encoding="utf-8"))["files"], listing]
+        names = [*json_value((folder / listing).read_text(encoding="utf-8"))["files"], listing]
     except (OSError, ValueError, KeyError, TypeError):
         return
     for name in names:
@@ -283,7 +282,7 @@ def _order(checkpoint: Path) -> tuple[int, str]:
 def _logged_step(line: str) -> int | None:
     """The step of a line of `metrics.jsonl`; None where it is no record."""
     try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        step = json_value(line)["step"]
+    except (ValueError, KeyError, TypeError):
         return None
     return step if isinstance(step, int) and not isinstance(step, bool) else None

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import click
 
 from qlora_tool._version import __version__
 from qlora_tool.cli import ToolCommand
+from qlora_tool.errors import printable
 from qlora_tool.extras import install_command
 from qlora_tool.sizes import memory_size
 
@@ -49,7 +50,8 @@ def doctor(measure: bool, clear_cache: bool) -> None:
     if clear_cache:
         from qlora_tool.files.cache import clear_cache as clear
 
-        click.echo(f"cache: {_megabytes(clear())} deleted", err=True)
+        cleared = clear()
+        click.echo(f"cache: {_megabytes(cleared.nbytes)} deleted{_left(cleared.left)}", err=True)
     versions = {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
     own = {"qlora-tool": __version__, "python": platform.python_version()}
     _show("Versions", [(name, version or "not installed") for name, version in (own | versions).items()])
@@ -185,6 +187,14 @@ def _free_disk() -> str:
     while not existing.exists():
         existing = existing.parent
     return f"{folder}, {_gigabytes(shutil.disk_usage(existing).free)} free"
+
+
+def _left(files: Sequence[Path]) -> str:
+    """Which files of others lie among what is cached, for a line; empty where none do."""
+    if not files:
+        return ""
+    more = f" and {len(files) - 3:,} more" if len(files) > 3 else ""
+    return f"; left what qlora-tool did not write: {', '.join(printable(str(file), 200) for file in files[:3])}{more}"
 
 
 def _gigabytes(count: int) -> str:

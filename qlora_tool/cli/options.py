@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -12,6 +11,7 @@ import click
 from qlora_tool.choices import ComputeDtype, Device, Quantization
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import refuse_no_folder
+from qlora_tool.files.reading import json_value
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -66,7 +66,7 @@ class JsonMapping(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
         try:
-            found = json.loads(value) if isinstance(value, str) else value
+            found = json_value(value) if isinstance(value, str) else value
         except ValueError:
             found = None
         if not isinstance(found, dict):

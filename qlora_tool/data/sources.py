@@ -23,7 +23,7 @@ from qlora_tool.data.readers.streams import COMPRESSIONS
 from qlora_tool.errors import MachineError, UserError, did_you_mean
 from qlora_tool.files.digest import sha256
 from qlora_tool.files.hashes import kept_hash, kept_hashes
-from qlora_tool.files.reading import refuse_other_than_file
+from qlora_tool.files.reading import json_value, refuse_other_than_file
 
 __all__ = ["READERS", "Part", "Row", "Rows", "hashes", "read_rows", "skipped_files", "source_files", "source_parts"]
 
@@ -203,7 +203,7 @@ def _refuse_model(folder: Path) -> None:
     found = "a run's" if (folder / "adapter" / "adapter_config.json").exists() else found
     settings = folder / "config.json"
     try:
-        config = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else None
+        config = json_value(settings.read_text(encoding="utf-8")) if settings.is_file() else None
     except (OSError, ValueError):
         config = None
     if isinstance(config, dict) and "model_type" in config:

@@ -29,7 +29,7 @@ from qlora_tool.data.labels import IGNORED
 from qlora_tool.data.report import DataReport
 from qlora_tool.errors import MachineError
 from qlora_tool.files.atomic import disk_errors, replacing_folder
-from qlora_tool.files.cache import cache_folder, tell_unwritable
+from qlora_tool.files.cache import cache_folder, forget, is_written, tell_unwritable
 from qlora_tool.files.reading import why_no_file
 from qlora_tool.files.sealed import read_sealed, write_sealed
 
@@ -272,11 +272,11 @@ def _forget_oldest(newest: Path) -> None:
         if total > KEPT_BYTES:
             logger.info("%s: tokenized data used longest ago, deleted to keep the cache below %d GB", folder,
                         KEPT_BYTES // 10**9)  # fmt: skip
-            shutil.rmtree(folder, ignore_errors=True)
+            forget(folder)
 
 
 def _folders(parent: Path) -> Iterator[Path]:
-    yield from (entry for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    yield from (entry for entry in parent.iterdir() if entry.is_dir() and is_written(entry))
 
 
 def _used(folder: Path) -> float:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_tool.data.faults import RowFault, kind_of
+from qlora_tool.files.reading import json_value
 
 Message = dict[str, Any]
 
@@ -64,7 +65,7 @@ def calls_in_text(text: str) -> list[Any]:
     """The calls that a text consists of (an object with `name` and `arguments` as JSON, or a list of them); none where
     it is something else."""
     try:
-        value = json.loads(text)
+        value = json_value(text)
     except json.JSONDecodeError:
         return []
     calls = value if isinstance(value, list) else [value]
@@ -94,7 +95,7 @@ def _parsed(value: Any, name: str, kind: type, expected: str) -> Any:
     """A value of this kind, perhaps written as JSON."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json_value(value)
         except json.JSONDecodeError as error:
             raise RowFault(f"{name} is a string that is not JSON ({error.msg}), expected {expected}") from error
     if not isinstance(value, kind):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -14,7 +13,7 @@ from yaml import YAMLError
 from qlora_tool._version import __version__
 from qlora_tool.artifacts import Artifact
 from qlora_tool.config.sources import told
-from qlora_tool.files.reading import LARGEST, is_regular
+from qlora_tool.files.reading import LARGEST, is_regular, json_value
 from qlora_tool.model.config_file import read_config_file
 from qlora_tool.model.tokenizer_files import has_tokenizer
 from qlora_tool.run_folder import RunFolder
@@ -378,8 +377,8 @@ def _memory(run: Path) -> list[tuple[str, Any]]:
 def _object(file: Path) -> dict[str, Any]:
     """What a file of a run holds; an empty one where it is none, as the card can do without."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8")) if is_regular(file) else {}
-    except (OSError, ValueError, RecursionError):
+        found = json_value(file.read_text(encoding="utf-8")) if is_regular(file) else {}
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

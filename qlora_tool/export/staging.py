@@ -23,7 +23,7 @@ from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import disk_errors, sync
 from qlora_tool.files.digest import sha256
 from qlora_tool.files.lock import locked
-from qlora_tool.files.reading import is_inside, is_regular
+from qlora_tool.files.reading import is_inside, is_regular, json_value
 from qlora_tool.files.sealed import first_change, read_sealed, write_sealed
 from qlora_tool.once import log_once
 
@@ -233,9 +233,9 @@ def written_by_export(folder: Path) -> list[str] | None:
     if not is_regular(folder / REPORT):
         return None
     try:
-        names = json.loads((folder / REPORT).read_text(encoding="utf-8"))["written"]
+        names = json_value((folder / REPORT).read_text(encoding="utf-8"))["written"]
         return [str(name) for name in names]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
@@ -307,7 +307,7 @@ def _clear_away(previous: Path, output: Path) -> None:
 
 def _as_json(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """As they come back from a file: tuples are lists."""
-    return json.loads(json.dumps(inputs))
+    return json_value(json.dumps(inputs))
 
 
 def _read_plan(file: Path) -> dict[str, Any] | None:

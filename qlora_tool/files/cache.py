@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,17 @@ from qlora_tool.once import log_once
 
 logger = logging.getLogger(__name__)
 
-CACHED = ("predictions", "bases", "demo", "products.json", "bandwidths.json", "cuda.json", "hashes.json",
-          "packing.json", "datasets", "training_speeds.json")  # fmt: skip
+TORCHS = "torchinductor"  # which torch makes, and fills as it likes
+_FILES = r"(products|bandwidths|cuda|hashes|packing|training_speeds)\.json"
+_FOLDERS = {
+    "predictions": (r"[a-z]+-[0-9a-f]{24}\.json",),
+    "datasets": (r"[0-9a-f]{32}", r"examples\.arrow|numbers\.npz|meta\.json"),
+    "bases": (r"[0-9a-f]{24}-[\w-]+-\d+|calibrated-[0-9a-f]{32}",
+              r"model\.safetensors|(hashes|manifest)\.json|adapter_start\.bin"),
+    "demo": (r"SmolLM2-135M-Instruct", r"[a-z_]+\.(json|safetensors|jinja|txt)|README\.md"),
+}  # fmt: skip
+"""What is written here, by the names of each level: all else is a user's, and stays."""
+_ON_THE_WAY = re.compile(r"\.(.+)\.(\w+-\d+-\d+\.(tmp|previous)|lock)")  # to its name; see `atomic` and `lock`
 
 
 def cache_folder() -> Path:
@@ -90,27 +101,76 @@ def _warn(folder: Path, reason: str) -> None:
                    "set QLORA_TOOL_CACHE to a folder that you may write to (%s)", folder, reason)  # fmt: skip
 
 
-def clear_cache() -> int:
-    """Delete what this project cached; other files in the folder stay.
+@dataclass(frozen=True)
+class Cleared:
+    """What became of the cache.
 
-    Returns:
-        The bytes that were deleted.
+    Attributes:
+        nbytes: that were deleted.
+        left: files and links that lie where this project caches, and that it did not write.
+    """
+
+    nbytes: int
+    left: list[Path]
+
+
+def clear_cache() -> Cleared:
+    """Delete what this project cached; other files stay.
 
     Raises:
         MachineError: some of it cannot be deleted.
     """
-    if cache_folder().exists() and not cache_folder().is_dir():
-        raise MachineError(f"the cache {cache_folder()} is a file; set QLORA_TOOL_CACHE to a folder")
-    with disk_errors(cache_folder()):
-        return sum(_delete(cache_folder() / name) for name in CACHED)
+    root, nbytes = cache_folder(), 0
+    left: list[Path] = []
+    if root.exists() and not root.is_dir():
+        raise MachineError(f"the cache {root} is a file; set QLORA_TOOL_CACHE to a folder")
+    with disk_errors(root):
+        for path in list(root.iterdir()) if root.exists() else ():
+            if path.name in (*_FOLDERS, TORCHS) and path.is_dir() and not path.is_symlink():
+                found = _clear_folder(path)
+                nbytes, left = nbytes + found.nbytes, left + found.left
+            elif path.name in _FOLDERS:
+                left.append(path)
+            elif is_written(path):
+                nbytes += _delete(path)
+    return Cleared(nbytes, left)
 
 
-def _delete(path: Path) -> int:
-    """The bytes that a file, or the files of a folder, had; 0 where there is nothing."""
-    if path.is_dir() and not path.is_symlink():
-        size = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
-        shutil.rmtree(path)
-        return size
-    size = path.lstat().st_size if path.is_file() else 0
-    path.unlink(missing_ok=True)
+def is_written(path: Path) -> bool:
+    """Whether something in the cache has the place and the name of what this project writes, and is no link or pipe."""
+    names = [found[1] if (found := _ON_THE_WAY.fullmatch(name)) else name
+             for name in path.relative_to(cache_folder()).parts]  # fmt: skip
+    if path.is_symlink() or not (path.is_file() or path.is_dir()):
+        return False
+    if names[0] == TORCHS or len(names) == 1:
+        return names[0] in (*_FOLDERS, TORCHS) or re.fullmatch(_FILES, names[0]) is not None
+    levels = _FOLDERS[names[0]]
+    return len(names) <= len(levels) + 1 and all(map(re.fullmatch, levels, names[1:]))
+
+
+def forget(folder: Path) -> None:
+    """Delete what this project wrote of a folder in the cache, as far as that can be done."""
+    with contextlib.suppress(OSError):
+        _clear_folder(folder)
+
+
+def _clear_folder(top: Path) -> Cleared:
+    nbytes, left = 0, []
+    for name, folders, files in os.walk(top, topdown=False):
+        for path in (Path(name, file) for file in sorted(files)):
+            if is_written(path):
+                nbytes += _delete(path)
+            else:
+                left.append(path)
+        left += [Path(name, folder) for folder in folders if os.path.islink(Path(name, folder))]
+        if is_written(Path(name)):
+            with contextlib.suppress(OSError):  # something is left in it
+                os.rmdir(name)
+    return Cleared(nbytes, left)
+
+
+def _delete(file: Path) -> int:
+    """The bytes that it had."""
+    size = file.lstat().st_size
+    file.unlink(missing_ok=True)
     return size

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import disk_errors
+from qlora_tool.files.reading import json_value
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ def _is_still(stream: IO[str], file: Path) -> bool:
 def _holder(stream: IO[str]) -> dict[str, Any]:
     try:
         stream.seek(0)
-        found = json.loads(stream.read(4096))
+        found = json_value(stream.read(4096))
         return found if isinstance(found, dict) else {}
     except (OSError, ValueError):
         return {}

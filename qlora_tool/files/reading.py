@@ -88,6 +88,25 @@ def read_text(file: Path, cure: str, largest: int = LARGEST) -> str:
         raise UserError(f"{file}: byte {error.start} (0x{found:02x}) is not UTF-8; {cure}") from error
 
 
+def json_value(text: str | bytes) -> Any:
+    """What a text of JSON says. All that may come from elsewhere is read with it: of what is nested deeply Python's
+    own makes a RecursionError, which nobody expects.
+
+    Raises:
+        JSONDecodeError: a ValueError; it is no JSON, nested too deeply, or has a number of too many digits.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise json.JSONDecodeError("lists and objects in one another too deep", "", 0) from None
+    except UnicodeDecodeError:
+        raise
+    except ValueError:
+        raise json.JSONDecodeError("a number of too many digits", "", 0) from None
+
+
 def read_json(file: Path, cure: str) -> Any:
     """What a JSON file holds.
 

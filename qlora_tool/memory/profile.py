@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from qlora_tool.adapters.initial import started_from
 from qlora_tool.adapters.resized import fitting_config
 from qlora_tool.build.resolve import resolve as resolve_run
 from qlora_tool.errors import UserError
+from qlora_tool.files.reading import json_value
 from qlora_tool.memory.allocator.target import CudaTarget, device_of, target_on
 from qlora_tool.memory.allocator.timeline import replay_on
 from qlora_tool.memory.breakdown import PARTS, Breakdown, MemoryReport
@@ -122,7 +122,7 @@ def _check_sizes(file: Path, model_config: PreTrainedConfig) -> None:
     """
     if model_config.get_text_config() is not model_config:
         return
-    given = json.loads(file.read_text(encoding="utf-8"))
+    given = json_value(file.read_text(encoding="utf-8"))
     missing = [
         name for name, earlier in _SIZES.items()
         if hasattr(model_config, name)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qlora_tool.files.atomic import replacing_folder
 from qlora_tool.files.cache import cache_folder
+from qlora_tool.files.reading import json_value
 from qlora_tool.files.tensors import SINGLE_NAME, TensorSpec, read_all, write_all, write_tensors
 from qlora_tool.model.kept_hashes import DamagedBase, KeptBase, hashed, write_hashes
 from qlora_tool.model.parameter_source import tied_names
@@ -57,7 +58,7 @@ def kept_folder(folder: Path, quantization: Quantization, compute_dtype: torch.d
     skips = f"-without_{hashlib.sha256(named.encode()).hexdigest()[:12]}" if skipped else ""
     changed = f"-start_{hashlib.sha256(start.encode()).hexdigest()[:16]}" if start else ""
     kind = f"{quantization.kind}{double}{embeddings}{skips}{changed}"
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json_value((folder / "config.json").read_text(encoding="utf-8"))
     version = FORMAT if _OTHERS & config.keys() or skipped else PLAIN_FORMAT
     return cache_folder() / "bases" / f"{base_identity(folder)[:24]}-{kind}-{dtype}-{version}"
 

@@ -19,13 +19,15 @@ _CURE = "correct it, or download the model again"
 
 
 class _Rule(NamedTuple):
-    """What fields have whose names fit `names`; `least` is for the model that is read, its other parts may have 0."""
+    """What fields have whose names fit `names`; `least` is for the model that is read, its other parts may have 0,
+    except `everywhere`."""
 
     names: re.Pattern[str]
     least: int
     most: int
     whole: bool = True
     lists: bool = True  # a number a layer
+    everywhere: bool = False
 
 
 _RULES = (
@@ -34,11 +36,16 @@ _RULES = (
           MOST_LAYERS, lists=False),
     _Rule(re.compile(r"(vocab_size|hidden_size|intermediate_size|n_embd|d_model|num_attention_heads|n_heads?"
                      r"|num_key_value_heads|num_heads)"), 1, 2**31 - 1),
-    _Rule(re.compile(r"head_dim|n_inner|ffn_dim"), 0, 2**31 - 1),
+    _Rule(re.compile(r"head_dim"), 1, 2**31 - 1),
+    _Rule(re.compile(r"n_inner|ffn_dim"), 0, 2**31 - 1),
+    _Rule(re.compile(r"(\w+_)?token_id"), -1, 2**31 - 1),
+    _Rule(re.compile(r"(\w+_)?rope_theta|rotary_emb_base|rope_local_base_freq"), 1, 2**63, whole=False,
+          everywhere=True),
     _Rule(re.compile(r"(max_position_embeddings|n_positions|n_ctx|max_seq_len)"), -1, 2**31 - 1, whole=False),
     _Rule(re.compile(r"\w*(_eps|_epsilon)"), 0, 1, whole=False),
     _Rule(re.compile(r"(\w+_dropout|\w+_pdrop|dropout)"), 0, 1, whole=False),
 )  # fmt: skip
+_DTYPES = re.compile(r"(torch\.)?(bfloat16|float16|float32|float64|half|float|double|float8_\w+|auto)")
 _MAY_BE_FLAGS = re.compile(r"\w*(dropout|pdrop)")
 _LARGEST = 2**64
 
@@ -63,16 +70,35 @@ def _faults(where: str, values: Mapping[str, Any], prefix: str = "", main: bool 
     for name, value in values.items():
         shown = f"{where}: {printable(prefix + str(name), 80)} is {printable(repr(value), 80)}"
         rule = next((rule for rule in _RULES if rule.names.fullmatch(str(name))), None)
-        if isinstance(value, dict) and rule is None:
+        if main and name in ("dtype", "torch_dtype") and not _is_dtype(value):
+            yield f"{shown}, expected the name of a dtype of weights, such as 'bfloat16'; {_CURE}"
+        elif isinstance(value, dict) and rule is None:
             yield from _faults(where, value, f"{prefix}{name}.", main and name in ("text_config", "llm_config"))
         elif lacking := _no_number(value):
             yield f"{shown}, {lacking}; {_CURE}"
+        elif main and str(name).endswith("_config") and not isinstance(value, dict | type(None)):
+            yield f"{shown}, expected an object; {_CURE}"
         elif rule is not None:
-            least = rule.least if main else min(rule.least, 0)
+            least = rule.least if main or rule.everywhere else min(rule.least, 0)
             several = isinstance(value, list) and value and rule.lists
             if not all(_fits(str(name), one, rule, least) for one in (value if several else [value])):
                 kind = "a whole number" if rule.whole else "a number"
                 yield f"{shown}, expected {kind} from {least} to {rule.most:,}; {_CURE}"
+
+
+def _is_dtype(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and bool(_DTYPES.fullmatch(value)))
+
+
+def keys_holding(values: Mapping[str, Any], value: Any, prefix: str = "") -> list[str]:
+    """The dotted names of the fields that have a value: a family's code tells the value alone."""
+    found = []
+    for name, one in values.items():
+        if isinstance(one, dict):
+            found += keys_holding(one, value, f"{prefix}{name}.")
+        elif type(one) is type(value) and one == value:
+            found.append(f"{prefix}{name}")
+    return found
 
 
 def _no_number(value: Any) -> str:

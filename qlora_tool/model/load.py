@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from qlora_tool.errors import UserError
+from qlora_tool.errors import UserError, printable
 from qlora_tool.files.tensors import Checkpoint
+from qlora_tool.model.config_file import NAME, keys_holding
 from qlora_tool.model.experts import is_expert_weight, is_experts_module, use_expert_handles
 from qlora_tool.model.parameter_source import ParameterSource, TensorSource, tied_names
 from qlora_tool.model.slots import (
@@ -76,6 +77,21 @@ class _NeverDropped:
         return False
 
 
+def _no_model(config: Any, error: Exception) -> str:
+    """The line on a configuration that a family's code fails with."""
+    folder = getattr(config, "name_or_path", "")
+    file = Path(folder) / NAME if folder else NAME
+    start = f"{file}, model type {config.model_type!r}: no causal language model can be made of it: "
+    value = error.args[0] if isinstance(error, KeyError) and error.args else None
+    if value is not None and (keys := keys_holding(config.to_dict(), value)):
+        reason = f"{' and '.join(keys[:3])} is {value!r}, which transformers does not know"
+    elif "padding_idx" in str(error).lower():  # torch's name for it
+        reason = f"pad_token_id is {config.pad_token_id}, which is beyond its vocab_size"
+    else:
+        reason = " ".join(printable(str(error), 300).split()) or type(error).__name__
+    return f"{start}{reason}; correct it, or download the model again"
+
+
 def build_skeleton(config, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model with its parameters on meta and its computed buffers (rotary frequencies, say) real.
 
@@ -107,10 +123,7 @@ def build_skeleton(config, trust_remote_code: bool = False, dtype: torch.dtype |
                 config, trust_remote_code=trust_remote_code, dtype=dtype or config.dtype, **attention_options(config)
             )
     except (ArithmeticError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"config.json, model type {config.model_type!r}: no causal language model can be made of it: {reason}"
-        ) from error
+        raise UserError(_no_model(config, error)) from error
     model.stored_as = stored
     for module in model.modules():
         if vars(module).get("layerdrop") == 0:

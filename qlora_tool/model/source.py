@@ -109,7 +109,11 @@ def read_model_config(folder: Path, trust_remote_code: bool = False):
             f"{did_you_mean(str(model_type), CONFIG_MAPPING) or '; a newer transformers may know it'}"
         )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        if isinstance(text, dict):
+            raise ValueError("its text_config, or another part of it, is one that such a model does not have")
+        return config
     except Exception as error:  # what a family's own checks and code raise, whatever it is
         reason = printable(" ".join(str(error).split()), 300) or type(error).__name__
         raise UserError(

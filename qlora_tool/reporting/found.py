@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from qlora_tool.artifacts import BaseOptions, find_artifact
 from qlora_tool.config import Config
 from qlora_tool.errors import ToolError, UserError
 from qlora_tool.files.digest import sha256
-from qlora_tool.files.reading import is_regular
+from qlora_tool.files.reading import is_regular, json_value
 from qlora_tool.inspection.updates import Inspection, inspect_adapter
 from qlora_tool.memory.breakdown import MemoryReport
 from qlora_tool.run_folder import EXPORTS, MANIFEST, ROWS, STATE, STEP_MEMORY, RunFolder
@@ -109,8 +108,8 @@ def _json(file: Path) -> dict[str, Any] | None:
     if not is_regular(file):
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = json_value(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
 

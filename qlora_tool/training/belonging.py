@@ -15,6 +15,7 @@ import torch
 
 from qlora_tool._version import __version__
 from qlora_tool.files.hashes import file_hashes
+from qlora_tool.files.reading import json_value
 from qlora_tool.model.source import resolve as resolve_model
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def belongs_to(config: Config, data: RunData) -> dict[str, Any]:
     files.pop("config.json", None)
     return {
         "base": files,
-        "model_config": json.loads((folder / "config.json").read_text(encoding="utf-8")),
+        "model_config": json_value((folder / "config.json").read_text(encoding="utf-8")),
         "data": {"train": _of_files(data.train),
                  "eval": {name: _of_files(dataset) for name, dataset in data.evaluations.items()}},
         "template": _digest(str(getattr(data.tokenizer, "chat_template", None)).encode()),

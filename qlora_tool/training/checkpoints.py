@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ import torch
 
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import replacing_folder, write_json
-from qlora_tool.files.reading import why_no_file
+from qlora_tool.files.reading import json_value, why_no_file
 from qlora_tool.files.sealed import first_change, listing, read_sealed, write_sealed
 from qlora_tool.files.tensors import read_all, write_all
 from qlora_tool.ops.speeds import ONEDNN, PYTORCH
@@ -92,7 +91,7 @@ class Progress:
         if reason := why_no_file(checkpoint / STATE):
             raise broken(checkpoint, reason)
         try:
-            found = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+            found = json_value((checkpoint / STATE).read_text(encoding="utf-8"))
             found.pop("optimizer", None)
             if (checkpoint / MANIFEST).exists() and (missing := {one.name for one in fields(cls)} - found.keys()):
                 raise ValueError(f"{STATE}: no {', '.join(sorted(missing))}")
@@ -296,7 +295,7 @@ def _state(path: Path, has_manifest: bool) -> dict[str, Any]:
     if not has_manifest:
         return read_pickled(path)
     try:
-        numbers = json.loads((path / STATE).read_text(encoding="utf-8"))["optimizer"]
+        numbers = json_value((path / STATE).read_text(encoding="utf-8"))["optimizer"]
         return read_optimizer(path / OPTIMIZER, numbers)
     except (UserError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise broken(path, error) from error

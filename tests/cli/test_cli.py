@@ -425,12 +425,37 @@ def test_doctor_deletes_what_was_cached_and_nothing_else(tmp_path: Path, monkeyp
     (model / "config.json").write_text("{}")
     file_hashes(model)
     assert invoke("doctor").exit_code == 0  # measures
-    for name in ("predictions/one.json", "demo/m/model.safetensors", "bases/b/x", "notes.txt"):
+    base, digest = f"bases/{'0' * 24}-nf4-double-float32-2", "0123456789ab"
+    ours = (
+        f"predictions/choice-{2 * digest}.json", "demo/SmolLM2-135M-Instruct/model.safetensors",
+        f"{base}/model.safetensors", ".hashes.json.host-1-2.tmp",
+        f"bases/.calibrated-{'a' * 32}.h-1-2.tmp/model.safetensors",
+        f"datasets/{'b' * 32}/examples.arrow", "torchinductor/x/y.py",
+    )  # fmt: skip
+    others = (
+        "notes.txt", "bases/mine.txt", "bases/mine/model.safetensors", f"{base}/mine.txt", "datasets/mine/meta.json",
+        f"datasets/{'b' * 32}/more/meta.json", "predictions/mine.json", "demo/mine/config.json",
+    )  # fmt: skip
+    for name in (*ours, *others):
         file = tmp_path / "cache" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"x" * 1_000_000)
     result = invoke("doctor", "--clear-cache")
     assert result.exit_code == 0, result.stderr
-    assert result.stderr == "cache: 3.0 MB deleted\n" and (model / "config.json").exists()
+    assert result.stderr.startswith("cache: 7.0 MB deleted; left what qlora-tool did not write: ")
+    assert result.stderr.endswith(" and 4 more\n") and result.stderr.count("\n") == 1
+    assert (model / "config.json").exists()
     left = {str(file.relative_to(tmp_path / "cache")) for file in (tmp_path / "cache").rglob("*") if file.is_file()}
-    assert left == {"notes.txt", "products.json", "bandwidths.json"}  # measured again, as it is shown
+    assert left == {*others, "products.json", "bandwidths.json"}  # measured again, as it is shown
+
+
+def test_doctor_deletes_through_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
+    kept = tmp_path / "elsewhere" / f"calibrated-{'0' * 32}" / "model.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    (tmp_path / "cache" / "datasets").mkdir(parents=True)
+    for link in (tmp_path / "cache" / "bases", tmp_path / "cache" / "datasets" / ("0" * 32)):
+        link.symlink_to(tmp_path / "elsewhere")
+    result = invoke("doctor", "--clear-cache")
+    assert kept.exists() and "cache/bases, " in result.stderr and f"datasets/{'0' * 32}" in result.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from qlora_tool.config.imports.peft import PEFT, PROGRAM_DEFAULTS
 from qlora_tool.config.imports.unsloth import UNSLOTH
 from qlora_tool.config.yaml_file import LARGEST, parse_mapping
 from qlora_tool.errors import UserError
-from qlora_tool.files.reading import read_text
+from qlora_tool.files.reading import json_value, read_text
 
 FORMATS = (PEFT, AXOLOTL, UNSLOTH, LLAMA_FACTORY)
 _CURE = ("expected a configuration of PEFT (adapter_config.json), Axolotl, Unsloth or LLaMA-Factory: .yaml, .json, .py "
@@ -96,9 +95,9 @@ def _of_program(file: Path, tool: str | None) -> tuple[Format, dict[str, Any], M
 def _cells(text: str) -> str:
     """The code of a notebook, without the lines that are the notebook's own commands."""
     try:
-        cells = json.loads(text)["cells"]
+        cells = json_value(text)["cells"]
         code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise ValueError("not a notebook") from None
     lines = "\n".join(part for part in code if not part.startswith("%%")).split("\n")
     return "\n".join("pass" if line.lstrip().startswith(("%", "!")) else line for line in lines if line.strip())

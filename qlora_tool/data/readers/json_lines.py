@@ -60,8 +60,10 @@ def _row(file: Path, line: Line, decoder: Decoder, faults: RowFaults) -> Row | N
         return Row(fields_of(decoder.decode(line.text)), where)
     except json.JSONDecodeError as error:
         faults.add(where, not_json(error))
-    except (RowFault, RecursionError) as error:
-        faults.add(where, error)
+    except RowFault as fault:
+        faults.add(where, fault)
+    except RecursionError:
+        faults.add(where, "nested too deeply")
     except ValueError:  # Python's limit for what it makes a number of
         faults.add(where, "a number of more than 4,300 digits; put it in quotes")
     return None
