@@ -8,7 +8,7 @@ import re
 import pytest
 
 from qlora_tool.config.imports.reading import _cells
-from qlora_tool.data.faults import RowFault, RowFaults
+from qlora_tool.data.faults import RowFault
 from qlora_tool.data.sources import read_rows
 from qlora_tool.data.tool_calls import _parsed, calls_in_text
 from qlora_tool.errors import UserError
@@ -76,7 +76,7 @@ def test_it_is_a_fault_of_a_row(tmp_path, text):
     for name, content in (("rows.jsonl", f'{{"a": {text}}}\n'), ("rows.json", f'[{{"a": {text}}}]')):
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match=f"{name}, line 1"):
-            list(read_rows(str(tmp_path / name), RowFaults()))
+            list(read_rows(str(tmp_path / name)))
 
 
 @odd
