@@ -134,15 +134,24 @@ def changed_base(artifact: Artifact, folder: Path) -> str | None:
         artifact: with an adapter.
         folder: the base's.
     """
-    trained_on = ((artifact.adapter.provenance or {}).get("base") or {}).get("files")
+    return changed_base_of(artifact.adapter, artifact.name, folder)
+
+
+def changed_base_of(stored: StoredAdapter, name: str, folder: Path) -> str | None:
+    """The same of an adapter alone.
+
+    Args:
+        name: what a line calls it.
+    """
+    trained_on = ((stored.provenance or {}).get("base") or {}).get("files")
     if not trained_on:
         return None
     files = [file.name for file in Checkpoint(folder).files]
     hashes = file_hashes(folder)
-    changed = [name for name in files if hashes[name] != trained_on.get(name)]
+    changed = [file for file in files if hashes[file] != trained_on.get(file)]
     if not changed:
         return None
-    return f"{folder}: {', '.join(changed[:3])} not as when {artifact.name} was trained on it (SHA-256 differs)"
+    return f"{folder}: {', '.join(changed[:3])} not as when {name} was trained on it (SHA-256 differs)"
 
 
 def _override(model: ModelConfig, options: BaseOptions, trained: bool = False) -> ModelConfig:

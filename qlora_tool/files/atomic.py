@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ _FULL, _FORBIDDEN = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS, errno.EACCES, er
 REFUSALS = (*_FULL, *_FORBIDDEN)
 """What `disk_errors` makes a `MachineError` of."""
 
+_IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
+
 _calls = itertools.count()
 _OF_SYSTEM = ("/proc", "/sys")  # where nobody can make a folder
 _FAILING = {getattr(errno, name) for name in ("EIO", "ENXIO", "ENODEV", "ESTALE", "ENOTCONN", "EREMOTEIO", "EFBIG",
-                                              "ENOTDIR", "ELOOP", "ENAMETOOLONG") if hasattr(errno, name)}  # fmt: skip
+                                              "ELOOP", "ENAMETOOLONG") if hasattr(errno, name)}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -43,10 +46,22 @@ def disk_errors(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in _FORBIDDEN:
             raise MachineError(f"cannot write {path}: {error.strerror}; choose a folder you may write to") from error
+        if error.errno in _IN_THE_WAY:
+            raise MachineError(f"cannot write {path}: {_in_the_way(Path(error.filename2 or error.filename or path))}, "
+                               "where something else is expected; move it away, and run the same command "
+                               "again") from error  # fmt: skip
         if error.errno in _FAILING:
             raise MachineError(f"cannot write {path}: {error.strerror}; the disk fails, or is no longer there; choose "
                                "another folder") from error  # fmt: skip
         raise
+
+
+def _in_the_way(path: Path) -> str:
+    """What lies in a place, or closest above it, in words."""
+    path = path if os.path.lexists(path) else existing_parent(path)
+    mode = path.lstat().st_mode
+    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISREG, "a file"), (stat.S_ISLNK, "a link"))
+    return f"{path} is {next((name for is_it, name in kinds if is_it(mode)), 'no file')}"
 
 
 def refuse_no_folder(file: Path) -> None:
@@ -135,6 +150,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
                 if file.is_file():
                     sync(file)
             sync(temporary)
+            if os.path.lexists(path) and not path.is_dir():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
             _move_folder(temporary, path, previous)
             shutil.rmtree(previous, ignore_errors=True)
         except BaseException:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy
 import torch
 
+from qlora_tool.adapters.initial import started_from
+from qlora_tool.artifacts import changed_base_of
 from qlora_tool.build.build import Start
 from qlora_tool.build.setup import Setup
 from qlora_tool.config import Config
@@ -141,6 +143,8 @@ def _train(
         logger.info(line)
     for remark in built.remarks:
         logger.warning(remark)
+    if (other := world.on_main(partial(_another_base, config, model.folder))) is not None:
+        logger.warning("adapter.init_from: %s: it starts on another base than its own", other)
     optimizer = make_optimizer(config.training, parameter_groups(adapters))
     run = Run(config, folder, data, model, adapters, optimizer, plan, setup.padding_free, world=world,
               samples=samples)  # fmt: skip
@@ -168,6 +172,13 @@ def _train(
     world.on_main(partial(save_trained, run))
     world.on_main(partial(remove_replaced, folder))
     return run
+
+
+def _another_base(config: Config, folder: Path) -> str | None:
+    """That the adapter which a run starts from was trained on other weights than those in `folder`, in words."""
+    if (stored := started_from(config.adapter)) is None:
+        return None
+    return changed_base_of(stored, str(stored.folder), folder)
 
 
 def _loss_of_the_base(run: Run) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 
 import pytest
 
+from qlora_tool.errors import MachineError
 from qlora_tool.files.atomic import replacing_file, replacing_folder, write_json
 
 # Writes one letter many times, into a file or into both files of a folder, 200 times over.
@@ -103,3 +105,30 @@ def test_a_failure_leaves_what_was_there(tmp_path, replacing):
             assert fails
     assert (path / "it" if replacing is replacing_folder else path).read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("replacing", [replacing_file, replacing_folder])
+@pytest.mark.parametrize(("there", "found"), [
+    ("file above", "parent is a file"), ("file far above", "parent is a file"), ("link above", "parent is a link"),
+    ("folder", "name is a folder"), ("file", "name is a file"),
+])  # fmt: skip
+def test_what_is_in_the_way_is_named_and_stays(tmp_path, replacing, there, found):
+    parent = tmp_path / "parent"
+    path = parent / "between" / "name" if there == "file far above" else parent / "name"
+    if there in ("file above", "file far above"):
+        parent.write_text("mine")
+    elif there == "link above":
+        parent.symlink_to("nowhere")
+    else:
+        path.parent.mkdir()
+        path.mkdir() if there == "folder" else path.write_text("mine")
+    before = sorted((one, one.is_dir()) for one in tmp_path.rglob("*"))
+    is_replaced = there == ("folder" if replacing is replacing_folder else "file")
+    with contextlib.nullcontext() if is_replaced else pytest.raises(MachineError) as raised, replacing(path) as made:
+        if replacing is replacing_file:
+            made.write_text("new")
+    if not is_replaced:
+        (line,) = raised.value.lines
+        assert line.startswith(f"cannot write {path}: {tmp_path / 'parent'}")
+        assert f"{found}, where something else is expected; move it away" in line
+    assert sorted((one, one.is_dir()) for one in tmp_path.rglob("*")) == before

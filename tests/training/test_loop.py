@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_adapters import write_peft_adapter
 from tiny_models import read_by_transformers
 from tiny_runs import adapter_bytes, comparable, read_metrics, run_config, write_model, write_rows
@@ -474,6 +474,23 @@ def test_a_run_that_starts_from_an_adapter_goes_on_with_its_kind(inputs, tmp_pat
     assert float((logits[0] - logits[1]).abs().max()) < 1e-5
     train(load_config(str(tmp_path / "run" / "config.yaml"), [f"training.output_dir={tmp_path / 'again'}"]))
     assert adapter_bytes(tmp_path / "again") == adapter_bytes(tmp_path / "run")
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_an_adapter_of_another_base_is_told(inputs, tmp_path, caplog, dry_run):
+    train(run_config(*inputs, tmp_path / "first", {"training.max_steps": 1}))
+    other = shutil.copytree(inputs[0], tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: weight + 0.01 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    for base, told in ((inputs[0], 0), (other, 1)):
+        caplog.clear()
+        values = {"adapter.init_from": str(tmp_path / "first" / "adapter"), "training.max_steps": 1}
+        config = run_config(base, inputs[1], tmp_path / f"from-{base.name}", values)
+        train(config.model_copy(update={"adapter": type(config.adapter)(init_from=config.adapter.init_from)}),
+              dry_run=dry_run)  # fmt: skip
+        lines = [line for line in caplog.messages if "it starts on another base than its own" in line]
+        assert len(lines) == told
+        assert all(line.startswith(f"adapter.init_from: {other}: model.safetensors not as when ") for line in lines)
 
 
 def test_what_is_recomputed_is_chosen_for_a_run_that_starts_from_an_adapter(inputs, tmp_path):
