@@ -19,7 +19,7 @@ from typing import Any
 from qlora_tool.errors import UserError
 
 SECONDS = 5.0
-MEMORY = 2 << 30  # bytes
+MEMORY = 512 << 20  # bytes: a list that doubles goes beyond it by several times before it can be stopped
 CURE = "mend it, or name another with data.chat_template"
 
 _LARGE = 100_000
@@ -73,13 +73,16 @@ def try_template(sources: Sequence[str], messages: Sequence[Any], kwargs: Mappin
 
 
 def may_run_away(source: str) -> bool:
-    """Whether a single step of a template may make a large text or number: a product, a power, a format, a width."""
+    """Whether a few steps of a template may make a large text or number: a product, a power, a format, a width, a sum
+    of a thing with itself."""
     import jinja2
     from jinja2 import nodes
 
     try:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", source))
         if any(_grows_text(node) for node in tree.find_all((nodes.Call, nodes.Filter))):
+            return True
+        if any(_doubles(node) for node in tree.find_all((nodes.Add, nodes.Concat))):
             return True
         for node in tree.find_all((nodes.Mul, nodes.Pow, nodes.Const, nodes.Filter, nodes.Getattr, nodes.Name)):
             if isinstance(node, nodes.Mul | nodes.Pow):
@@ -109,6 +112,23 @@ def _grows_text(node: Any) -> bool:
     return not known or len(texts[1]) > 8 * max(1, len(texts[0]))
 
 
+def _doubles(sum_: Any) -> bool:
+    """Whether it adds a thing to itself: in a loop that is a power of two."""
+    from jinja2 import nodes
+
+    seen: list[Any] = []
+    waiting = [sum_]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, nodes.Add | nodes.Concat):
+            waiting += node.nodes if isinstance(node, nodes.Concat) else [node.left, node.right]
+        elif not isinstance(node, nodes.Literal):
+            if node in seen:
+                return True
+            seen.append(node)
+    return False
+
+
 def _is_large(value: Any) -> bool:
     if isinstance(value, str):
         return bool(_DIGITS.search(value))
@@ -130,6 +150,6 @@ def _try(source: str, messages: Sequence[Any], kwargs: Mapping[str, Any]) -> Non
         return
     if done.stdout.strip() == b"memory" or done.returncode < 0:
         raise UserError(
-            f"the chat template makes more of a conversation of {len(messages)} turns than {MEMORY >> 30} GiB hold; "
+            f"the chat template makes more of a conversation of {len(messages)} turns than {MEMORY >> 20} MiB hold; "
             f"{CURE}"
         )

@@ -9,6 +9,8 @@ import threading
 import time
 from collections.abc import Iterator
 
+_FRESH = 0.05  # seconds
+
 
 class TimeIsUp(BaseException):
     """The time is up. No `Exception`, so that the code that is stopped does not catch it as one of its own."""
@@ -26,17 +28,19 @@ class _Watch:
         self.deadlines: dict[int, float] = {}  # by thread
         self.fired: set[int] = set()
         self.growth: dict[int, tuple[int, int]] = {}  # bytes, by thread: before, and how many more there may be
-        self.held = 0  # bytes, when they were last asked for
+        self.held, self.asked = 0, 0.0  # bytes, and when they were asked for: reading them takes longer than most texts
         self.process: int | None = None  # threads do not live on in a forked process
 
     def begin(self, thread: int, seconds: float, memory: int) -> None:
         with self.lock:
             if self.process != os.getpid():
                 self.process, self.deadlines, self.fired = os.getpid(), {}, set()
-                self.growth, self.held = {}, _held()
+                self.growth, self.asked = {}, 0.0
                 threading.Thread(target=self._run, name="time limit", daemon=True).start()
             self.deadlines[thread] = time.monotonic() + seconds
             if memory:
+                if time.monotonic() - self.asked > _FRESH:
+                    self._ask()
                 self.growth[thread] = self.held, memory
 
     def end(self, thread: int) -> None:
@@ -47,6 +51,9 @@ class _Watch:
                 self.fired.discard(thread)
                 _raise_in(thread, None)  # what was done in the very last moment counts
 
+    def _ask(self) -> None:
+        self.held, self.asked = _held(), time.monotonic()
+
     def _run(self) -> None:
         idle = 0
         while True:
@@ -56,7 +63,8 @@ class _Watch:
                 if idle == 50:  # ten seconds: let the process be
                     self.process = None
                     return
-                self.held = _held() if self.growth else self.held
+                if self.growth:
+                    self._ask()
                 for thread, deadline in list(self.deadlines.items()):
                     before, more = self.growth.get(thread, (0, 0))
                     grown = bool(more) and self.held - before > more
