@@ -17,6 +17,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep what is cached during the tests in a folder that goes away with them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QLORA_TOOL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("torchinductor")))
         yield
 
 

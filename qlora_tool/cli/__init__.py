@@ -131,6 +131,9 @@ class ToolCommand(click.Command):
         self.params += _output_options()
 
     def invoke(self, ctx: click.Context) -> Any:
+        from qlora_tool.files.cache import place_torchs_cache
+
+        place_torchs_cache()
         try:
             return super().invoke(ctx)
         except OptionError as error:

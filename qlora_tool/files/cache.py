@@ -21,6 +21,7 @@ from qlora_tool.once import log_once
 logger = logging.getLogger(__name__)
 
 TORCHS = "torchinductor"  # which torch makes, and fills as it likes
+_TORCH_NEEDS = 1 << 20  # bytes free, to make its folders
 _FILES = r"(products|bandwidths|cuda|hashes|packing|training_speeds)\.json"
 _FOLDERS = {
     "predictions": (r"[a-z]+-[0-9a-f]{24}\.json",),
@@ -58,6 +59,16 @@ def read_cached(file: Path) -> dict[str, Any]:
         log_once(logger, logging.WARNING, f"{file}: not as it was written ({' '.join(str(error).split())}); what it "
                                           "kept is made again")  # fmt: skip
         return {}
+
+
+def place_torchs_cache() -> None:
+    """Let torch, once it is imported, make its cache in this one, not in the folder of temporary files; where this one
+    cannot be written, or is nearly full, torch keeps its own place."""
+    folder = cache_folder().absolute()
+    above = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
+    with contextlib.suppress(OSError, ValueError):
+        if above.is_dir() and os.access(above, os.W_OK | os.X_OK) and shutil.disk_usage(above).free > _TORCH_NEEDS:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / TORCHS))
 
 
 def lacking_room(needed: int) -> str:
