@@ -23,11 +23,12 @@ class _Rule(NamedTuple):
     except `everywhere`."""
 
     names: re.Pattern[str]
-    least: int
+    least: float
     most: int
     whole: bool = True
     lists: bool = True  # a number a layer
     everywhere: bool = False
+    minus_one: bool = False  # which says that there is no limit
 
 
 _RULES = (
@@ -41,7 +42,13 @@ _RULES = (
     _Rule(re.compile(r"(\w+_)?token_id"), -1, 2**31 - 1),
     _Rule(re.compile(r"(\w+_)?rope_theta|rotary_emb_base|rope_local_base_freq"), 1, 2**63, whole=False,
           everywhere=True),
-    _Rule(re.compile(r"(max_position_embeddings|n_positions|n_ctx|max_seq_len)"), -1, 2**31 - 1, whole=False),
+    _Rule(re.compile(r"(max_position_embeddings|n_positions|n_ctx|max_seq_len)"), 1, 2**31 - 1, whole=False,
+          minus_one=True),
+    _Rule(re.compile(r"(short|long)_factor"), 0.001, 10**6, whole=False, everywhere=True),
+    _Rule(re.compile(r"((low_freq_|high_freq_|attention_)?factor|beta_fast|beta_slow)"), 0.001, 10**6, whole=False,
+          lists=False, everywhere=True),
+    _Rule(re.compile(r"original_max_position_embeddings"), 1, 2**31 - 1, whole=False, everywhere=True),
+    _Rule(re.compile(r"partial_rotary_factor"), 0, 1, whole=False, everywhere=True),
     _Rule(re.compile(r"\w*(_eps|_epsilon)"), 0, 1, whole=False),
     _Rule(re.compile(r"(\w+_dropout|\w+_pdrop|dropout)"), 0, 1, whole=False),
 )  # fmt: skip
@@ -114,8 +121,8 @@ def _infinite(value: Any) -> bool:
     return isinstance(value, float) and math.isinf(value)
 
 
-def _fits(name: str, value: Any, rule: _Rule, least: int) -> bool:
-    if value is None:
+def _fits(name: str, value: Any, rule: _Rule, least: float) -> bool:
+    if value is None or (rule.minus_one and value == -1):
         return True
     if isinstance(value, bool):
         return bool(_MAY_BE_FLAGS.fullmatch(name))

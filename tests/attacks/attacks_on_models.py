@@ -27,6 +27,13 @@ OTHERS = ("hidden_act", "tie_word_embeddings", "torch_dtype", "dtype", "rope_par
 NEVER_A_SIZE: tuple[Any, ...] = (0, -1, -(10**20), 10**20, 1.5, float("nan"), float("inf"), "64", "x", [64],
                                  {"a": 1}, True, 1e300)
 NEVER_A_NUMBER: tuple[Any, ...] = (float("nan"), float("inf"), -float("inf"), "x", [1], {"a": 1}, 10**400, None)
+NEVER_A_FACTOR: tuple[Any, ...] = (0, -1, float("nan"), float("inf"), "x", {"a": 1}, 1e300, True)
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 2.0}, "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 64},
+    "llama3": {"factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    "longrope": {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64},
+}
 ANYTHING: tuple[Any, ...] = (0, -1, 10**20, 1.5, float("nan"), float("inf"), "x", "\ud800", "\x1b[2J", [], [[1]],
                              {"a": {"b": 1}},
                              {}, True, None, ["a"], "a" * 10_000)  # fmt: skip
@@ -48,6 +55,12 @@ def on_model_configs(chosen: random.Random) -> Iterator[Attack]:
     for field in OTHERS:
         for value in chosen.sample(ANYTHING, 4):
             yield _with(field, value, DRY, ANY)
+    for kind, fields in ROPES.items():
+        for field in fields:
+            for value in chosen.sample(NEVER_A_FACTOR, 3):
+                rope = {field: value, "rope_type": kind} | fields | {field: value, "rope_theta": 1e4}
+                yield _with("rope_parameters", rope, chosen.choice((DRY, MEMORY)), ONLY)
+    yield _with("max_position_embeddings", 0, DRY, ONLY)
     for name, text in {"empty": "", "a list": "[]", "null": "null", "a word": '"x"',
                        "cut": '{"model_type": "llama",', "deep": '{"a":' * 5000,
                        "deep and whole": "[" * 5000 + "]" * 5000, "no model_type": "{}",
