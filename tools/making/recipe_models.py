@@ -1,4 +1,4 @@
-"""The configurations of the models that the recipes name, by hub id: what a prediction needs of them, and no more.
+"""The configurations of models that recipes and measurements name, by hub id: what a prediction needs, and no more.
 
 The figures are those of each model's own config.json.
 """
@@ -64,5 +64,33 @@ MODELS: dict[str, dict[str, Any]] = {
                         "original_max_position_embeddings": 4096},
        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": [
            "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]},
+       "dtype": "bfloat16"},
+    "Qwen/Qwen2.5-7B-Instruct": _size(3584, 18944, 28, 28)
+    | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-6,
+       "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768, "rope_theta": 1000000.0,
+       "tie_word_embeddings": False, "use_sliding_window": False, "dtype": "bfloat16"},
+    "mistralai/Mistral-7B-Instruct-v0.3": _size(4096, 14336, 32, 32)
+    | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-5,
+       "num_key_value_heads": 8, "vocab_size": 32768, "max_position_embeddings": 32768, "rope_theta": 1000000.0,
+       "sliding_window": None, "tie_word_embeddings": False, "dtype": "bfloat16"},
+    "google/gemma-2-9b-it": _size(3584, 14336, 42, 16)
+    | {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "hidden_activation": "gelu_pytorch_tanh",
+       "rms_norm_eps": 1e-6, "num_key_value_heads": 8, "head_dim": 256, "vocab_size": 256000,
+       "max_position_embeddings": 8192, "sliding_window": 4096, "query_pre_attn_scalar": 256,
+       "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "dtype": "bfloat16"},
+    "google/gemma-3-4b-it": {
+        "model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "mm_tokens_per_image": 256,
+        "dtype": "bfloat16", "text_config": _size(2560, 10240, 34, 8)
+        | {"model_type": "gemma3_text", "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
+           "max_position_embeddings": 131072, "sliding_window": 1024,
+           "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        "vision_config": _size(1152, 4304, 27, 16)
+        | {"model_type": "siglip_vision_model", "image_size": 896, "patch_size": 14, "vision_use_head": False}},
+    "microsoft/Phi-4-mini-instruct": _size(3072, 8192, 32, 24)
+    | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-5,
+       "num_key_value_heads": 8, "vocab_size": 200064, "max_position_embeddings": 131072, "rope_theta": 10000.0,
+       "partial_rotary_factor": 0.75, "original_max_position_embeddings": 4096, "sliding_window": 262144,
+       "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
+       "tie_word_embeddings": True, "eos_token_id": 199999, "bos_token_id": 199999, "pad_token_id": 199999,
        "dtype": "bfloat16"},
 }  # fmt: skip

@@ -8,5 +8,5 @@ random-model FOLDER --shape llama-2-7b` makes the 7B.
 SUBJECTS = (
     "benchmark", "peft", "prediction", "long-context", "load", "training-memory", "streamed", "streamed-card", "export",
     "export-stream", "exact-match", "memory-cuda", "step-profile", "step-count", "kernels", "longest", "cuda",
-    "families", "starts", "methods", "grids", "few-bits", "gguf-stream", "torture", "pages",
+    "families", "starts", "methods", "grids", "few-bits", "gguf-stream", "torture", "pages", "answers",
 )  # fmt: skip
