@@ -23,6 +23,7 @@ from qlora_tool.export.grids.descent import descend, descend_keeping
 from qlora_tool.export.merge import MergedModel
 from qlora_tool.export.moments import LayerPass, Moments
 from qlora_tool.export.rows import CalibrationRows
+from qlora_tool.ops.precision import choose_compute_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,11 @@ class Calibration:
         self._stream.close()  # type: ignore[attr-defined]  # a generator
 
 
+def slopes_dtype() -> torch.dtype:
+    """Of the descent's larger products: bf16 where the processor multiplies faster in it."""
+    return choose_compute_dtype(torch.device("cpu"))
+
+
 class Encoder:
     """What each weight of a file is made from: the weights as they were trained, and what to start from.
 
@@ -98,6 +104,7 @@ class Encoder:
         self._kept, self._weights = {base: Kept() for base in bases}, max(1, len(merged.layers))
         self._tried = dict.fromkeys(bases, 0)  # the first weights, by the base that each of them took
         self._models: dict[str, MergedModel] = {}
+        self._slopes = torch.float32 if calibration is None else slopes_dtype()
 
     @property
     def base(self) -> str:
@@ -169,13 +176,15 @@ class Encoder:
         values = coded.values
         if update is not None and kept is not None:
             # By what is missing before it is made up for, which the other rows of a task miss in part all the same.
-            judged = values if moments is None else descend(trained, moments, coded.grid, values.clone(), SWEEPS)
+            judged = values
+            if moments is not None:
+                judged = descend(trained, moments, coded.grid, values.clone(), SWEEPS, self._slopes)
             kept.add(judged, trained.reshape_as(judged), update.reshape_as(judged), moments)
             del judged
         if moments is not None and update is not None:
-            descend_keeping(trained, update, moments, coded.grid, values, SWEEPS)
+            descend_keeping(trained, update, moments, coded.grid, values, SWEEPS, self._slopes)
         elif moments is not None:
-            descend(trained, moments, coded.grid, values, SWEEPS)
+            descend(trained, moments, coded.grid, values, SWEEPS, self._slopes)
         return coded.finish, values
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from qlora_tool._version import __version__
 from qlora_tool.artifacts import Artifact
+from qlora_tool.export.encoding import slopes_dtype
 from qlora_tool.export.options import ExportOptions
 from qlora_tool.files.digest import sha256
 from qlora_tool.files.hashes import file_hashes
@@ -39,9 +40,14 @@ def inputs_of(
         "base": file_hashes(folder),
         "quantization": asdict(Quantization.of(artifact.model)),
         "options": asked,
-        "calibration": None if isinstance(calibration, str) else [calibration.digest(), products_choice()],
+        "calibration": None if isinstance(calibration, str) else [calibration.digest(), *made_by()],
         "rows": _digest(rows[0]) if rows and len(options.candidates) > 1 else None,  # by which a type is chosen
     }
+
+
+def made_by() -> list[str]:
+    """What the last digits of codes that are made with rows depend on, beside their inputs."""
+    return [products_choice(), str(slopes_dtype()).removeprefix("torch.")]
 
 
 def _digest(rows: Sequence[Example]) -> str:

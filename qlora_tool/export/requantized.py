@@ -148,14 +148,14 @@ class _Writer:
         yield from self.merged.copied()
 
     def _encoded(self, group: SaveGroup) -> QuantizedTensor:
-        encoder = self.encoder
+        encoder, moments = self.encoder, self.encoder.moments(group.names)  # before any weight is made
         trained = self._weight(encoder.trained, group)
         self._refuse_no_number(group.names[0], trained)
         adapted = group.names[0].removesuffix(".weight") in self.merged.layers
         starts = {base: trained if (model := encoder.model(base)) is encoder.trained else self._weight(model, group)
                   for base in encoder.candidates(adapted)}  # fmt: skip
         update = trained - self._weight(encoder.untuned, group) if adapted else None
-        quantized = encoder.encode(self._code, trained, starts, update, encoder.moments(group.names))
+        quantized = encoder.encode(self._code, trained, starts, update, moments)
         if update is not None:
             self.loss.add(quantized.dequantize(), trained, update)
         return quantized

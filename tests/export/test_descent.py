@@ -194,13 +194,16 @@ def test_an_updates_product_with_the_moments_is_that_of_its_few_directions(rank,
         return wide(one, other)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", counted)
-    found = descent._weighted(update, moments)
+    weighted = descent._Weighted.of(update, moments)
+    base = torch.eye(out) if weighted.base is None else weighted.base
+    found = base.mm(weighted.product)
     assert products == ([40 if rank <= 40 else 136] if few else [out])
     exact = update.double() @ moments.double()
     # Left out is at most the root of LEFT_OUT of Δ, along any direction of H: so by the largest of its singular values.
     most = float(torch.linalg.matrix_norm(moments.double(), 2)) * float(update.norm()) * descent.LEFT_OUT**0.5
     assert float((found - exact).norm()) <= most
-    sizes = [float((one.double() * update.double()).sum()) for one in (found, exact)]
+    sizes = [sum(weighted.dot(part, update[part]) for part in (slice(0, 100), slice(100, None))),
+             float((exact * update.double()).sum())]  # fmt: skip
     assert sizes[0] == pytest.approx(sizes[1], rel=2e-3)
 
 

@@ -211,6 +211,8 @@ class _EncodedGroup:
     def __init__(self, encoder: Encoder, merged: MergedModel, names: TensorNames, group: SaveGroup):
         self._encoder, self._names, self._group = encoder, names, group
         self._trained = merged.base == "dequantized"
+        if any(len(merged.source.shapes[name]) == 2 for name in group.names):
+            encoder.moments(group.names)  # a layer is gone through before any of its weights is made
         self.tensors = names.convert(merged.tensors(group))
         self._of: dict[int, dict[str, Tensor]] = {}  # by the model's id
 

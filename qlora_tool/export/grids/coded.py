@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlora_tool.export.grids.block_types import Blocks, BlockType
 from qlora_tool.export.grids.descent import Grid
-from qlora_tool.export.grids.fit import fit, index_of, nearest
+from qlora_tool.export.grids.fit import fit, index_of, joined, nearest
 from qlora_tool.ops.quantization import code_values
 from qlora_tool.weights.quantized import QuantizedTensor
 
@@ -73,10 +73,7 @@ def fitted(kind: BlockType, weight: Tensor, importance: Tensor | None = None) ->
     for rows in weight.split(step):
         own = None if importance is None else importance.expand_as(rows).reshape(-1, kind.weights)
         parts.append(fit(kind, rows.reshape(-1, kind.weights), own))
-    return Blocks(*(
-        None if parts[0].__dict__[name] is None else torch.cat([getattr(part, name) for part in parts])
-        for name in ("index", "d", "m", "scales", "mins")
-    ))  # fmt: skip
+    return joined(parts)
 
 
 def packed(kind: BlockType, blocks: Blocks, rows: int) -> Tensor:

@@ -13,12 +13,14 @@ a start, as CDQuant (Nair, Suggala 2024, arXiv 2406.17542) and QuantEase (Behdin
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from qlora_tool.export.grids.threads import on_every_core
 from qlora_tool.ops.products import matmul
 
 CLEARLY = 3  # standard deviations
@@ -27,8 +29,9 @@ BLOCK, INNER = 256, 32  # columns
 FEW_DIRECTIONS = 40, 136  # that the updates of ranks up to 32 and 128 are looked for in
 LEFT_OUT = 1e-5  # of an update's squares: what fp32 loses where a small one is the difference of two large matrices
 FEW_ROWS = 512  # that tell how large the error of all of them is
-AT_A_TIME = 11 << 20  # weights: bounds what is held beside the matrix
-MOST_ROWS = 4096  # at a time: of more the columns leave a core's cache
+AT_A_TIME = 11 << 20  # weights of a part: bounds what each core holds beside the matrix
+MOST_ROWS = 2048  # of a part: of more the columns leave a core's cache
+WORTH_PARTS = 2048  # rows; of fewer a column takes as long as its operations take to be called, whatever its length
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,9 @@ def weighted_error(difference: Tensor, moments: Tensor) -> float:
     return sum(_dot(difference[part] @ moments, difference[part]) for part in _parts(difference))
 
 
-def descend(target: Tensor, moments: Tensor, grid: Grid, values: Tensor, sweeps: int) -> Tensor:
+def descend(
+    target: Tensor, moments: Tensor, grid: Grid, values: Tensor, sweeps: int, slopes: torch.dtype = torch.float32
+) -> Tensor:
     """Bring values on a grid, in place, nearer to a target in what products with the inputs make of them.
 
     Args:
@@ -112,26 +117,52 @@ def descend(target: Tensor, moments: Tensor, grid: Grid, values: Tensor, sweeps:
         grid: where the values lie.
         values: to start from, (out, in) fp32; they are changed and returned.
         sweeps: over all columns.
+        slopes: dtype of the products that G is made anew by. In bf16 what is left of the sum differed by less than
+            5e-4 of it.
     """
-    for part in _parts(target):  # each row by itself has its least
-        _descend_rows(target[part], moments, grid, values, part, sweeps)
+    _descend(target, None, 0.0, moments, grid, values, sweeps, slopes)
     return values
 
 
 def _parts(matrix: Tensor) -> list[slice]:
+    """Rows of about one number, whatever the number of cores: an even one, where that pays."""
     rows = min(MOST_ROWS, max(1, AT_A_TIME // matrix.shape[1]))
-    size = math.ceil(len(matrix) / math.ceil(max(1, len(matrix)) / rows)) or 1  # all of about one size
+    count = max(1, math.ceil(len(matrix) / rows))
+    if len(matrix) >= WORTH_PARTS:
+        count = 2 * math.ceil(count / 2)
+    size = math.ceil(len(matrix) / count) or 1
     return [slice(first, first + size) for first in range(0, len(matrix), size)]
 
 
-def _descend_rows(target: Tensor, moments: Tensor, grid: Grid, values: Tensor, part: slice, sweeps: int) -> None:
-    """`descend` on some rows of `values`, in place, towards their `target`."""
-    own = replace(grid, a=grid.a[part], b=None if grid.b is None else grid.b[part])
-    values[part] = _descended(target, moments, own, values[part], sweeps)
+def _descend(
+    trained: Tensor, update: Tensor | None, more: float, moments: Tensor, grid: Grid, values: Tensor, sweeps: int,
+    slopes: torch.dtype,
+) -> None:
+    """`descend` towards W + more · Δ, some rows at a time: each has its least by itself."""
+
+    def work(part: slice) -> None:
+        own = replace(grid, a=grid.a[part], b=None if grid.b is None else grid.b[part])
+
+        def target(columns: slice) -> Tensor:
+            if update is None or not more:
+                return trained[part, columns].T
+            return torch.add(trained[part, columns], update[part, columns], alpha=more).T
+
+        chosen = values[part].T.contiguous()  # (in, out): the weights of a column lie in one piece
+        difference = torch.empty_like(chosen, dtype=slopes)
+        for first in range(0, len(chosen), BLOCK):
+            columns = slice(first, first + BLOCK)
+            difference[columns] = chosen[columns] - target(columns)
+        for _ in range(sweeps):
+            _sweep(chosen, difference, target, moments, own)
+        values[part] = chosen.T
+
+    on_every_core(work, _parts(values))
 
 
 def descend_keeping(
-    trained: Tensor, update: Tensor, moments: Tensor, grid: Grid, values: Tensor, sweeps: int
+    trained: Tensor, update: Tensor, moments: Tensor, grid: Grid, values: Tensor, sweeps: int,
+    slopes: torch.dtype = torch.float32,
 ) -> Tensor:
     """`descend` towards trained weights W = W₀ + Δ, so that none of the update Δ is missing.
 
@@ -143,35 +174,52 @@ def descend_keeping(
 
     Args:
         trained, update: W and Δ, (out, in) fp32.
-        moments, grid, values, sweeps: see `descend`; the values are changed here too.
+        moments, grid, values, sweeps, slopes: see `descend`; the values are changed here too.
     """
-    weighted, more = _weighted(update, moments), 0.0  # more: g - 1
-    size = _dot(weighted, update)
-    descend(trained, moments, grid, values, 1)
+    weighted, more = _Weighted.of(update, moments), 0.0  # more: g - 1
+    size = sum(weighted.dot(part, update[part]) for part in _parts(update))
+    descend(trained, moments, grid, values, 1, slopes)
     for sweep in range(1, sweeps):
         if size:
-            missing = -sum(_dot(weighted[part], values[part] - trained[part]) for part in _parts(values)) / size
+            missing = -sum(weighted.dot(part, values[part] - trained[part]) for part in _parts(values)) / size
             chance = _by_chance(values, trained, moments) if sweep == 1 else 0.0
             if sweep == 1 and not CLEARLY * chance < missing * size**0.5 <= size**0.5:
-                return descend(trained, moments, grid, values, sweeps - 1)
+                return descend(trained, moments, grid, values, sweeps - 1, slopes)
             more += missing
-        for part in _parts(values):
-            _descend_rows(torch.add(trained[part], update[part], alpha=more), moments, grid, values, part, 1)
+        _descend(trained, update, more, moments, grid, values, 1, slopes)
     return values
 
 
-def _weighted(update: Tensor, moments: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class _Weighted:
     """Δ·H, by the few directions that the rows of an update have, where they are few, as those of LoRA are: Δ = Q·QᵀΔ,
-    Q being an orthonormal base of what Δ makes of random directions (Halko et al. 2011, arXiv 0909.4061)."""
-    for most in FEW_DIRECTIONS:
-        if 4 * most > min(update.shape):
-            break
-        drawn = torch.randn(update.shape[1], most, generator=torch.Generator().manual_seed(0))
-        base = torch.linalg.qr(update @ drawn).Q
-        inside = base.T @ update
-        if _dot(inside, inside) >= (1 - LEFT_OUT) * _dot(update, update):
-            return base @ (inside @ moments)
-    return update @ moments
+    Q being an orthonormal base of what Δ makes of random directions (Halko et al. 2011, arXiv 0909.4061).
+
+    Attributes:
+        base: Q, (out, directions); None where they are not few.
+        product: QᵀΔ·H, (directions, in), or else Δ·H.
+    """
+
+    base: Tensor | None
+    product: Tensor
+
+    @classmethod
+    def of(cls, update: Tensor, moments: Tensor) -> _Weighted:
+        for most in FEW_DIRECTIONS:
+            if 4 * most > min(update.shape):
+                break
+            drawn = torch.randn(update.shape[1], most, generator=torch.Generator().manual_seed(0))
+            base = torch.linalg.qr(update @ drawn).Q
+            inside = base.T @ update
+            if _dot(inside, inside) >= (1 - LEFT_OUT) * _dot(update, update):
+                return cls(base, inside @ moments)
+        return cls(None, update @ moments)
+
+    def dot(self, part: slice, other: Tensor) -> float:
+        """⟨Δ·H, D⟩ over some rows, D being theirs."""
+        if self.base is None:
+            return _dot(self.product[part], other)
+        return _dot(self.product, self.base[part].T @ other)
 
 
 def _by_chance(values: Tensor, trained: Tensor, moments: Tensor) -> float:
@@ -188,32 +236,33 @@ def _dot(one: Tensor, other: Tensor) -> float:
     return float(torch.linalg.vecdot(one, other).sum(dtype=torch.float64))
 
 
-def _descended(target: Tensor, moments: Tensor, grid: Grid, start: Tensor, sweeps: int) -> Tensor:
-    chosen = start.T.contiguous()  # (in, out): the weights of a column lie in one piece
-    difference = chosen - target.T
+def _sweep(
+    chosen: Tensor, difference: Tensor, target: Callable[[slice], Tensor], moments: Tensor, grid: Grid
+) -> None:
+    """Once over all columns: `chosen` Q and `difference` Q - W, (in, out) each, are changed in place; `target` gives W
+    of some columns, and the dtype of the difference is that of the products that G is made by."""
     width, inverse = grid.width, 1 / moments.diagonal().unsqueeze(1)
-    for _ in range(sweeps):
-        for begin in range(0, len(chosen), BLOCK):
-            end = min(begin + BLOCK, len(chosen))
-            slope = matmul(moments[begin:end], difference)  # G, (columns, out), each column by its H_kk
-            slope.mul_(inverse[begin:end])
-            own_moments = moments[begin:end, begin:end] * inverse[begin:end]
-            for first in range(begin, end, INNER):
-                last = min(first + INNER, end)
-                before = chosen[first:last].clone()
-                own = slope[first - begin : last - begin]
-                inner = own_moments[first - begin : last - begin, first - begin : last - begin].T.contiguous()
-                both = zip(chosen[first:last].unbind(), own.unbind(), strict=True)
-                for k, (row, its_slope) in enumerate(both, first):
-                    if k == first or k % width == 0:
-                        columns = grid.columns(k // width)
-                    best = columns.nearest(row - its_slope)
-                    change = best - row
-                    row.copy_(best)
-                    if k + 1 < last:
-                        own[k + 1 - first :].addr_(inner[k - first, k + 1 - first :], change)
-                changes = chosen[first:last] - before
-                difference[first:last] += changes
-                if last < end:
-                    slope[last - begin :].addmm_(own_moments[last - begin :, first - begin : last - begin], changes)
-    return chosen.T
+    for begin in range(0, len(chosen), BLOCK):
+        end = min(begin + BLOCK, len(chosen))
+        # G, (columns, out), each column by its H_kk.
+        slope = matmul(moments[begin:end].to(difference.dtype), difference).float()
+        slope.mul_(inverse[begin:end])
+        own_moments = moments[begin:end, begin:end] * inverse[begin:end]
+        for first in range(begin, end, INNER):
+            last = min(first + INNER, end)
+            before = chosen[first:last].clone()
+            own = slope[first - begin : last - begin]
+            inner = own_moments[first - begin : last - begin, first - begin : last - begin].T.contiguous()
+            both = zip(chosen[first:last].unbind(), own.unbind(), strict=True)
+            for k, (row, its_slope) in enumerate(both, first):
+                if k == first or k % width == 0:
+                    columns = grid.columns(k // width)
+                best = columns.nearest(row - its_slope)
+                change = best - row
+                row.copy_(best)
+                if k + 1 < last:
+                    own[k + 1 - first :].addr_(inner[k - first, k + 1 - first :], change)
+            changes = chosen[first:last] - before
+            difference[first:last] = chosen[first:last] - target(slice(first, last))
+            if last < end:
+                slope[last - begin :].addmm_(own_moments[last - begin :, first - begin : last - begin], changes)

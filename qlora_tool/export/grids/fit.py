@@ -7,13 +7,16 @@ In the k-types a and b are then rounded to whole numbers times the block's d and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from qlora_tool.export.grids.block_types import Blocks, BlockType
 from qlora_tool.export.grids.columns import Columns, Scales, inverse_of, levels_of
+from qlora_tool.export.grids.threads import on_every_core
 
-AT_A_TIME = 1 << 17  # weights: what is worked on stays in a core's cache
+AT_A_TIME = 1 << 19  # weights: what is worked on stays in the caches, and an operation takes longer than its call
 # Guesses of a and b, as shares of those that take in the largest and the smallest weight: smaller ones cut them, larger
 # ones leave levels unused, negative ones put the largest weight on the other end. Chosen one after the other from 60
 # such pairs, each the one that lowers the error most beside those before it: of normal weights, of weights with long
@@ -41,11 +44,19 @@ def fit(kind: BlockType, weights: Tensor, importance: Tensor | None = None) -> B
         importance: of each weight's squared error, of the same shape or (1, …); by default all count alike.
     """
     step = max(1, AT_A_TIME // kind.weights)
-    parts = []
-    for start in range(0, len(weights), step):
+    parts: dict[int, Blocks] = {}
+
+    def work(start: int) -> None:
         part = slice(start, start + step)
         own = importance if importance is None or len(importance) == 1 else importance[part]
-        parts.append(_fit(kind, weights[part], own))
+        parts[start] = _fit(kind, weights[part], own)
+
+    on_every_core(work, range(0, len(weights), step))
+    return joined([parts[start] for start in sorted(parts)])
+
+
+def joined(parts: Sequence[Blocks]) -> Blocks:
+    """Blocks, one after the other."""
     if len(parts) == 1:
         return parts[0]
     return Blocks(*(
@@ -73,7 +84,7 @@ def _fit(kind: BlockType, weights: Tensor, importance: Tensor | None) -> Blocks:
     x = Columns(kind, weights.float(), importance)
     a, b = _guessed(x)
     scales = _in_halves(x, a, b) if kind.steps is None else _in_steps(x, a, b)
-    index = index_of(kind, x.levels(*scales.coefficients())).permute(1, 2, 0).flatten(1)
+    index = index_of(kind, x.levels(*scales.coefficients())).permute(1, 2, 0).flatten(1).contiguous()
     d = scales.d.half()
     m = None if scales.m is None else scales.m.half()
     whole = (None if steps is None else steps.to(torch.int16) for steps in (scales.scales, scales.mins))
