@@ -207,6 +207,48 @@ def test_an_updates_product_with_the_moments_is_that_of_its_few_directions(rank,
     assert sizes[0] == pytest.approx(sizes[1], rel=2e-3)
 
 
+@pytest.mark.parametrize("shape", [(4096, 256), (2048, 300), (2047, 256), (3, 256)])
+def test_parts_of_rows_come_out_alike_on_one_core_and_on_several(shape):
+    target, moments = a_matrix(*shape), moments_of(shape[1])
+    grid = coded_4bit(quantize(a_matrix(*shape, seed=1), "nf4", False)).grid if shape[1] % 64 == 0 else descent.Grid(
+        torch.arange(16.0), True, torch.full((shape[0], 1), 0.01), torch.full((shape[0], 1), -0.08), shape[1])
+    start = grid.values(torch.zeros(shape, dtype=torch.uint8))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(descend(target, moments, grid, start, 2))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+    first = descend(target[:5], moments, descent.Grid(grid.levels, grid.uniform, grid.a[:5],
+                                                      None if grid.b is None else grid.b[:5], grid.width), start[:5], 2)
+    changed = (first - found[0][:5]).abs() > 1e-6  # products of other sizes: a tie may fall otherwise
+    assert changed.float().mean() < 0.01
+
+
+@pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("Q4_K", False), ("Q6_K", False)])
+def test_slopes_in_bf16_lead_as_low(kind, double):
+    """bf16 keeps 8 bits: single codes fall otherwise and lead to other least sums, which for so few rows lie some
+    tenths of a percent apart, above or below. Wrong slopes would leave much more: a sweep less leaves 7 %."""
+    target, moments = a_matrix(64, 512), moments_of(512)
+    target[:, 7] *= 30
+    on = coded(kind, double, target)
+    exact, coarse = on.values.clone(), on.values.clone()
+    descent.descend(target, moments, on.grid, exact, 3)
+    descent.descend(target, moments, on.grid, coarse, 3, torch.bfloat16)
+    left = [weighted_error(values - target, moments) for values in (on.values, exact, coarse)]
+    assert left[1] < 0.97 * left[0] and left[2] == pytest.approx(left[1], rel=0.01)
+    torch.testing.assert_close(decoded(kind, on.finish(coarse), target.shape), coarse, rtol=0, atol=0)
+    update = a_matrix(64, 8, 3) @ a_matrix(8, 512, 4)
+    one, other = (descent.descend_keeping(target, update, moments, on.grid, on.values.clone(), 3, dtype)
+                  for dtype in (torch.float32, torch.bfloat16))
+    ends = [weighted_error(values - target, moments) for values in (one, other)]
+    assert ends[1] == pytest.approx(ends[0], rel=0.01)
+
+
 def test_with_inputs_that_do_not_hang_together_codes_are_the_nearest():
     """A diagonal matrix of moments parts the columns: wherever it starts, each weight ends on its nearest value."""
     target = a_matrix(8, 128)

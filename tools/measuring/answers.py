@@ -1,4 +1,4 @@
-"""How soon profile-memory answers for eleven models of 4B to 70B: 10 s, and 30 s for its plan (10 minutes).
+"""How soon profile-memory answers for eleven models of 4B to 70B: 10 s, a plan 30 s (half an hour).
 
     tools/measure answers --json answers.json
     tools/measure answers --only Qwen3-8B --only gpt-oss-20b
