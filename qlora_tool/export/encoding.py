@@ -9,6 +9,7 @@ column after the other (`grids.descent`).
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,6 +81,7 @@ class Calibration:
         self._stream.close()  # type: ignore[attr-defined]  # a generator
 
 
+@functools.cache  # a process makes its choice once, whatever is measured later
 def slopes_dtype() -> torch.dtype:
     """Of the descent's larger products: bf16 where the processor multiplies faster in it."""
     return choose_compute_dtype(torch.device("cpu"))

@@ -64,9 +64,9 @@ def read_cached(file: Path) -> dict[str, Any]:
 def place_torchs_cache() -> None:
     """Let torch, once it is imported, make its cache in this one, not in the folder of temporary files; where this one
     cannot be written, or is nearly full, torch keeps its own place."""
-    folder = cache_folder().absolute()
-    above = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # no home, or the current folder is gone
+        folder = cache_folder().absolute()
+        above = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
         if above.is_dir() and os.access(above, os.W_OK | os.X_OK) and shutil.disk_usage(above).free > _TORCH_NEEDS:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / TORCHS))
 

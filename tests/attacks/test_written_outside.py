@@ -56,3 +56,22 @@ def test_torch_keeps_its_own_place_where_the_cache_cannot_take_it(tmp_path, monk
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
     place_torchs_cache()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+
+
+def test_without_a_home_or_a_current_folder_commands_go_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    monkeypatch.setenv("QLORA_TOOL_CACHE", "relative")
+    place_torchs_cache()
+    monkeypatch.delenv("QLORA_TOOL_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    place_torchs_cache()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ

@@ -1,6 +1,7 @@
 """The configurations of models that recipes and measurements name, by hub id: what a prediction needs, and no more.
 
-The figures are those of each model's own config.json.
+The figures are those of each model's own config.json, written by hand from what is public about it; the factors of
+Phi-4-mini's rotary embeddings alone are made up, as no prediction depends on them.
 """
 
 from __future__ import annotations
