@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from qlora_tool.collection import without_collection
 from qlora_tool.config import Config, ModelConfig, load_config, parse_size, with_values
 from qlora_tool.config.places import refuse_as_model
 from qlora_tool.config.sources import sources_of
@@ -90,10 +91,10 @@ def train(
     from qlora_tool.data.check import check_data
 
     check_data(configuration.data)
-    from qlora_tool.memory.run_report import RunMemory
-    from qlora_tool.reporting.page import complete_finished, report_of_finished
-    from qlora_tool.training.loop import train as run_training
-    from qlora_tool.training.result import TrainResult
+    with without_collection():
+        from qlora_tool.memory.run_report import RunMemory
+        from qlora_tool.training.loop import train as run_training
+        from qlora_tool.training.result import TrainResult
 
     try:
         run = run_training(
@@ -102,11 +103,15 @@ def train(
         )  # fmt: skip
     except AlreadyFinished as error:
         if not dry_run and not error.told_elsewhere:
+            from qlora_tool.reporting.page import complete_finished
+
             complete_finished(Path(configuration.training.output_dir))
         raise
     result = TrainResult.of(run, time.perf_counter() - started, finished=not dry_run)
     if dry_run or not run.world.is_main:
         return result
+    from qlora_tool.reporting.page import report_of_finished
+
     return replace(result, report=report_of_finished(result.folder))
 
 
@@ -146,7 +151,8 @@ def preview(
     from qlora_tool.data.check import check_data
 
     check_data(configuration.data, seconds=0.2)  # the rows that are shown are read again, with the same checks
-    from qlora_tool.training.preview import preview as look
+    with without_collection():
+        from qlora_tool.training.preview import preview as look
 
     result = look(configuration, rows, every_row=all)
     _write_json(file, result.as_json())
@@ -217,7 +223,8 @@ def profile_memory(
     # On a card, as on a CPU each process would measure that for itself; they start while this one imports, too.
     planning = count_for(1 << 30) - 1 if plan and device == "cuda" else 0
     with Workers("qlora_tool.memory.plan.options:options_of", planning, "plans") as workers:
-        from qlora_tool.memory.profile_run import NothingFits, draw, planned, profile_run
+        with without_collection():
+            from qlora_tool.memory.profile_run import NothingFits, draw, planned, profile_run
 
         profiled = profile_run(configuration, device, _budget(configuration, device, device_memory, plan),
                                measure=measure, calibrate=calibrate, may_change=plan, processes=processes)  # fmt: skip
@@ -337,9 +344,10 @@ def export_merged(
     from qlora_tool.inference.named import find_named
 
     artifact = find_named(run_or_adapter, options, adapter=adapter, weighted=True).summed()
-    from qlora_tool.export.options import ExportOptions
-    from qlora_tool.export.upload import push_to_hub as upload
-    from qlora_tool.export.write import export_merged as export
+    with without_collection():
+        from qlora_tool.export.options import ExportOptions
+        from qlora_tool.export.upload import push_to_hub as upload
+        from qlora_tool.export.write import export_merged as export
 
     result = export(
         artifact, Path(output_dir),
@@ -431,10 +439,11 @@ def generate(
         check_sources([file], need_answers=False, run=run_or_model)
     refuse_as_model(os.fspath(run_or_model), rows="--prompts")
     options = _base_options(model, quantization, double_quant, device, compute_dtype)
-    from qlora_tool.inference.chat import chat as talk
-    from qlora_tool.inference.generate import Questions
-    from qlora_tool.inference.generate import generate as answer
-    from qlora_tool.inference.named import find_named
+    with without_collection():
+        from qlora_tool.inference.chat import chat as talk
+        from qlora_tool.inference.generate import Questions
+        from qlora_tool.inference.generate import generate as answer
+        from qlora_tool.inference.named import find_named
 
     named = find_named(run_or_model, options, chat_template_kwargs, adapter)
     if chat is False:
@@ -535,8 +544,9 @@ def evaluate(
     check_sources(sources.values(), format, run=run_or_model)
     refuse_as_model(os.fspath(run_or_model), rows="--data")
     options = _base_options(model, quantization, double_quant, device, compute_dtype)
-    from qlora_tool.inference.named import find_named
-    from qlora_tool.inference.score import evaluate as score
+    with without_collection():
+        from qlora_tool.inference.named import find_named
+        from qlora_tool.inference.score import evaluate as score
 
     found = find_named(run_or_model, options, chat_template_kwargs, adapter, several=compare_base)
     result = score(found, sources, settings.data, max_length=max_length, sampling=sampling if generate else None,

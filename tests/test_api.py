@@ -406,6 +406,18 @@ def test_an_interrupted_run_raises_and_the_command_has_its_exit_code(
 # ---------------------------------------------------------------------------------------- what is not imported
 
 
+def test_operations_import_no_compiler():
+    """bitsandbytes lets torch compile two of its own as it is imported: 0.6 s of every start."""
+    code = (
+        "import os, sys\n"
+        "import qlora_tool.ops\n"
+        "assert 'bitsandbytes' in sys.modules and 'TORCHDYNAMO_DISABLE' not in os.environ\n"
+        "assert 'torch._inductor.compile_fx' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=child_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_importing_the_package_imports_nothing_heavy():
     code = (
         "import sys\n"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now")
 LARGEST = 4 << 20  # bytes: the longest ones have a hundredth of it
-_refusals: dict[str, Refusals] = {}  # by template
+_refusals: dict[tuple[str, ...], Refusals] = {}  # by template
 SECONDS = 5.0  # for one rendering: a thousand turns take a hundredth of it
 MODEL_TEMPLATE, PLAIN_TEMPLATE = "the model's", "plain"
 PLAIN_TEMPLATE_TEXT = """\
@@ -99,10 +99,10 @@ def check_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[st
             raise UserError(f"data.chat_template_kwargs: the chat template does not read '{name}'{close}")
 
 
-def template_sources(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def template_sources(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """The text of the template; several where a model has one for tools besides."""
     template = tokenizer.chat_template or ""
-    return list(template.values()) if isinstance(template, dict) else [template]
+    return tuple(template.values()) if isinstance(template, dict) else (template,)
 
 
 def _variables(source: str) -> set[str]:
@@ -163,8 +163,9 @@ def render(
     """
     import jinja2
 
-    try_template(template_sources(tokenizer), messages, kwargs or {})
-    refusals = _refusals.setdefault("\n".join(template_sources(tokenizer)), Refusals())
+    sources = template_sources(tokenizer)
+    try_template(sources, messages, kwargs or {})
+    refusals = _refusals.setdefault(sources, Refusals())
     begin = time.monotonic()
     try:
         with time_limit(SECONDS, MEMORY):
