@@ -12,6 +12,7 @@ from qlora_tool.adapters.lacking import further_targets
 from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.config import Config, ModelConfig, with_values
 from qlora_tool.model.behaviour import behaviour_of
+from qlora_tool.once import log_once
 
 if TYPE_CHECKING:
 
@@ -55,8 +56,8 @@ def resolve(
 def packs(config: Config, model_config: Any) -> bool:
     """Whether rows are packed: where that is asked for and the family can. Where it cannot, a warning says so."""
     if config.data.packing and not packs_apart(config, model_config):
-        logger.warning("data.packing: in a %s model packed examples would attend to one another; rows are padded "
-                       "instead", model_config.model_type)  # fmt: skip
+        log_once(logger, logging.WARNING, f"data.packing: in a {model_config.model_type} model packed examples would "
+                                          "attend to one another; rows are padded instead")  # fmt: skip
         return False
     return config.data.packing
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool.adapters.calibration import start_tokens
 from qlora_tool.build.resolve import resolve
+from qlora_tool.collection import without_collection
 from qlora_tool.config import Config, with_values
 from qlora_tool.errors import UserError
 from qlora_tool.memory.allocator.cards import Budget
@@ -143,7 +145,8 @@ def profile_run(
         from qlora_tool.memory.allocator.calibrate import calibrate as measure_card
 
         measure_card()
-    with progress("predicting memory", 0):
+    # What is measured on this machine is to be as it is in a run.
+    with progress("predicting memory", 0), nullcontext() if measure else without_collection():
         return _profiled(config, device, budget, measure=measure, may_change=may_change, processes=processes)
 
 

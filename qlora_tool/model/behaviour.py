@@ -23,9 +23,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_tool.data.batches import Batch, Segments
+from qlora_tool.errors import UserError
 from qlora_tool.model.by_example import is_mixer, keep_mixers_apart
 from qlora_tool.model.causal_lm import CausalLM, takes
 from qlora_tool.model.checkpointing import decoder_layers
+from qlora_tool.model.experts import is_experts_module
 from qlora_tool.model.layer_stack import layer_stack, with_layers
 from qlora_tool.model.load import build_skeleton
 from qlora_tool.model.positions import rotate_by_example
@@ -46,6 +48,8 @@ _SEEN = {
     "sliding_window": 3, "window_size": 3, "attention_window_size": 3, "local_attention": 4, "index_topk": 2,
     "index_block_size": 2, "index_topk_blocks": 1, "index_local_blocks": 1, "indexer_budget": 2,
 }  # fmt: skip
+NARROW = 64
+_EXPERT_WIDTHS = ("intermediate_size", "moe_intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,8 @@ class _LowRank(nn.Module):
 
 
 def behaviour_of(model_config: Any, trust_remote_code: bool = False) -> Behaviour:
-    """How a model can be run, by its configuration alone; the same configuration is tried once."""
-    return _behaviour_of(_ByText(model_config), trust_remote_code)
+    """How a model can be run, by its configuration alone; the same first layers are tried once, however deep it is."""
+    return _behaviour_of(_first_of(_ByText(model_config), trust_remote_code), trust_remote_code)
 
 
 class _ByText:
@@ -105,6 +109,35 @@ class _ByText:
 
     def __hash__(self) -> int:
         return hash(self.text)
+
+
+@lru_cache(maxsize=64)
+def _first_of(key: _ByText, trust_remote_code: bool) -> _ByText:
+    """A model's first layers, one of each kind that repeats, with little to see and to compute."""
+    with unset_fake_temporarily(), _disable_current_modes(), torch.device("cpu"):
+        stack = layer_stack(key.model_config, trust_remote_code)
+        depth = min(stack.layers, stack.first + stack.period) if stack.path else stack.layers
+        config = with_layers(copy.deepcopy(key.model_config), depth)
+        _see_little(config.get_text_config())
+        return _ByText(_with_narrow_experts(config, trust_remote_code))
+
+
+def _with_narrow_experts(config: Any, trust_remote_code: bool) -> Any:
+    """The same with few hidden units in each expert, where there are experts: their products, of real numbers, would
+    take seconds."""
+    if not any(map(is_experts_module, build_skeleton(config, trust_remote_code).modules())):
+        return config
+    narrow = copy.deepcopy(config)
+    text_config = narrow.get_text_config()
+    for name in _EXPERT_WIDTHS:
+        value = getattr(text_config, name, None)
+        if isinstance(value, int) and value > NARROW:
+            setattr(text_config, name, NARROW)
+    try:
+        build_skeleton(narrow, trust_remote_code)
+    except UserError:  # a width that others follow
+        return config
+    return narrow
 
 
 @lru_cache(maxsize=64)
@@ -136,12 +169,8 @@ def _tried(question: Callable[[CausalLM], Any], model: CausalLM, what: str) -> A
 
 
 def _first_layers(model_config: Any, trust_remote_code: bool) -> CausalLM:
-    """The first layers of a model, one of each kind that repeats, on random numbers in fp32."""
-    stack = layer_stack(model_config, trust_remote_code)
-    depth = min(stack.layers, stack.first + stack.period) if stack.path else stack.layers
-    config = with_layers(copy.deepcopy(model_config), depth)
-    _see_little(config.get_text_config())
-    module = build_skeleton(config, trust_remote_code, torch.float32).eval()
+    """The first layers of a model (`_first_of`) on random numbers in fp32."""
+    module = build_skeleton(copy.deepcopy(model_config), trust_remote_code, torch.float32).eval()
     if hasattr(module, "set_experts_implementation"):
         module.set_experts_implementation("eager")
     generator = torch.Generator().manual_seed(0)

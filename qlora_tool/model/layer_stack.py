@@ -82,10 +82,12 @@ def layer_stack(
     path, found = next(((name, module) for name, module in lists if len(module) == layers), ("", []))
     listed = [value for _, value in sorted(_layer_lists(text).items())]
     slots = find_slots(skeleton, quantization)
+    seen: dict[tuple, int] = {}  # kinds, numbered: they are compared often
     kinds = [
-        (_weights_of(layer, f"{path}.{number}.", slots), *(str(value[number]) for value in listed))
+        seen.setdefault((_weights_of(layer, f"{path}.{number}.", slots), *(str(value[number]) for value in listed)),
+                        len(seen))
         for number, layer in enumerate(found)
-    ]
+    ]  # fmt: skip
     if not kinds or told_apart or not _takes_depth(model_config, layers):
         return LayerStack(layers, "", 0, 1)
     choices = [(first, period) for first in range(layers) for period in range(1, layers - first + 1)]

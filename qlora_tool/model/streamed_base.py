@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_tool.files.direct_reads import PAGE
 from qlora_tool.files.tensors import Checkpoint, TensorEntry, write_as_they_come
@@ -280,7 +281,12 @@ class _ReadOnce(StreamedLayers):
 
 
 def _stored_form(loading: Loading, name: str) -> QuantizedTensor | Tensor:
-    """A weight as it is stored, on meta."""
+    """A weight as it is stored, on meta; under a prediction's modes it is none of what the run makes."""
+    with _disable_current_modes():
+        return _on_meta(loading, name)
+
+
+def _on_meta(loading: Loading, name: str) -> QuantizedTensor | Tensor:
     shape, slot = loading.source.shapes[name], loading.slots[name]
     shape = (*shape[:-2], *shape[-2:][::-1]) if slot.transposed else shape
     kind = slot.kind or loading.quantization.kind

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+from qlora_tool.memory.trace import extrapolate
 from qlora_tool.ops.products import PYTORCH, use_products
 
 
@@ -13,3 +14,9 @@ def own_products():
     use_products(PYTORCH)
     yield
     use_products(None)
+
+
+@pytest.fixture(autouse=True)
+def traced_anew():
+    """Which models are traced does not depend on the tests before; some put another `predict` there, too."""
+    extrapolate._trace.cache_clear()

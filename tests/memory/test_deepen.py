@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import tiny_config
@@ -83,7 +85,7 @@ def test_a_deep_model_is_predicted_from_shallow_ones(recomputed, monkeypatch):
 
 
 def test_where_layers_differ_the_whole_model_is_traced(monkeypatch):
-    """Some recomputed and some not; too few layers; an adapter that may be another in each layer; two buffers."""
+    """Some recomputed and some not; too few layers; an adapter that may be another in each layer; some streamed."""
     depths = []
     monkeypatch.setattr(extrapolate, "predict", lambda config, model, *run: depths.append(model.num_hidden_layers))
     config, shape = with_values(Config(), CHECKPOINTED), BatchShape.full(1, 64)
@@ -93,5 +95,36 @@ def test_where_layers_differ_the_whole_model_is_traced(monkeypatch):
     predict_deep(config, tiny_config("llama", num_hidden_layers=10), shape, torch.bfloat16, None, CARD)
     one_layer = with_values(config, {"adapter.rank_pattern": {"layers.3.self_attn.q_proj": 2}})
     predict_deep(one_layer, model, shape, torch.bfloat16, None, CARD)
-    predict_deep(with_values(config, {"model.weights": "host"}), model, shape, torch.bfloat16, None, CARD)
-    assert depths == [21, 10, 21, 21]
+    some_streamed = with_values(config, {"model.weights": "host", "model.resident_layers": 4})
+    predict_deep(some_streamed, tiny_config("llama", num_hidden_layers=41), shape, torch.bfloat16, None, CARD)
+    assert depths == [21, 10, 21, 41]
+
+
+@pytest.mark.parametrize("values", [
+    {"model.weights": "host"}, {"model.weights": "disk", "model.quantization": "int8"},
+    {"model.weights": "disk", "model.quantization": "none", "training.gradient_accumulation_steps": 2},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("layers", [40, 41])
+def test_streamed_layers_come_to_two_buffers_in_turn(values, layers, monkeypatch):
+    depths = []
+
+    def noted(config, model_config, *run):
+        depths.append(model_config.num_hidden_layers)
+        return predict(config, model_config, *run)
+
+    monkeypatch.setattr(extrapolate, "predict", noted)
+    model, config = tiny_config("llama", num_hidden_layers=layers), with_values(Config(), CHECKPOINTED | values)
+    run = config, model, BatchShape.full(1, 64), torch.float32, None, CARD
+    found, whole = predict_deep(*run), predict(*run)
+    assert depths == ([4, 6, 8] if layers == 40 else [3, 5, 7])
+    assert same(found, whole, PATH)
+    assert (found.elsewhere, found.layer_bytes) == (whole.elsewhere, whole.layer_bytes)
+    assert len(found.layer_bytes) == layers
+
+
+def test_what_lies_elsewhere_must_repeat_too():
+    three, five, seven = (traced("llama", layers, {"model.weights": "host"}) for layers in (3, 5, 7))
+    assert deepened([three, five, seven], PATH, (3, 5, 7), 41) is not None
+    assert deepened([three, five, replace(seven, layer_bytes=seven.layer_bytes[:-1])], PATH, (3, 5, 7), 41) is None
+    seven.elsewhere["host_bytes"] += 1
+    assert deepened([three, five, seven], PATH, (3, 5, 7), 41) is None

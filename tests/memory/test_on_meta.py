@@ -10,6 +10,7 @@ from qlora_tool.build.resolve import resolve
 from qlora_tool.config import Config, with_values
 from qlora_tool.memory.trace import predict as predicting
 from qlora_tool.memory.trace.deepen import same
+from qlora_tool.memory.trace.on_meta import _ELEMENTWISE, _IN_PLACE, LikeCpu, _elementwise, result_on_meta
 from qlora_tool.memory.trace.predict import BatchShape, Untraceable, predict, traced_on_meta
 from qlora_tool.memory.trace.tracer import Trace
 from qlora_tool.ops.declare import CPU, Target
@@ -21,6 +22,8 @@ SETTINGS: list[dict] = [
     {"training.gradient_accumulation_steps": 2, "adapter.lora_dropout": 0.1, "model.quantization": "int8"},
     {"adapter.method": "dora", "training.optimizer_in_backward": True, "training.max_grad_norm": 0.0},
     {"training.tiled_mlp": True, "model.embeddings": "int8", "training.offload_boundaries": True},
+    {"model.weights": "host"}, {"model.weights": "disk", "model.quantization": "int8"},
+    {"model.weights": "host", "model.quantization": "none", "model.resident_layers": 1},
 ]  # fmt: skip
 PADDED = BatchShape(2, 48, 90, padded=True)
 
@@ -83,3 +86,52 @@ def test_what_meta_tensors_cannot_do_fake_ones_do(monkeypatch):
     monkeypatch.setattr(torch.nn.Embedding, "forward", lambda self, ids: forward(self, ids) * ids.sum().item())
     with pytest.raises(Untraceable, match="embed_tokens"):
         predict(config, model, shape, torch.float32)
+
+
+ATEN = torch.ops.aten
+SIZES = [(), (1,), (4,), (3, 4), (2, 3, 4), (1, 3, 4), (2, 1, 4)]
+SAME_SHAPE = {name: getattr(ATEN, name.removeprefix("aten::")) for name in sorted(_ELEMENTWISE)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("name", SAME_SHAPE)
+def test_a_result_that_is_not_asked_for_is_pytorchs(name, dtype):
+    """Over all pairs of shapes, transposed ones among them, and numbers: shape, strides and dtype."""
+    given = [torch.empty(size, dtype=dtype, device="meta") for size in SIZES]
+    given += [tensor.transpose(-1, -2) for tensor in given if tensor.dim() > 1]
+    binary = name in ("aten::add", "aten::sub", "aten::mul")
+    operator = SAME_SHAPE[name].Tensor if binary else SAME_SHAPE[name].default
+    second = [*given, torch.empty(4, dtype=torch.float64, device="meta"), 2, 0.5] if binary else [None]
+    short = 0
+    for one in given:
+        for other in second:
+            args = (one,) if other is None else (one, other)
+            try:
+                expected = operator(*args)
+            except RuntimeError:  # shapes that do not go together, silu of whole numbers
+                with pytest.raises(RuntimeError):
+                    result_on_meta(operator, args, {})
+                continue
+            found = result_on_meta(operator, args, {})
+            short += _elementwise(args) is not None
+            assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), expected.dtype)
+    assert bool(short) is dtype.is_floating_point
+
+
+def test_what_is_written_into_is_the_result():
+    x, matrix = torch.empty(3, 3, device="meta"), torch.empty(3, 3, device="meta")
+    assert result_on_meta(ATEN.addmm_.default, (x, matrix, matrix), {"beta": 0.5}) is x
+    assert result_on_meta(ATEN.copy_.default, (x, matrix), {}) is x
+    for name in _IN_PLACE:
+        packet = getattr(ATEN, name.removeprefix("aten::"))
+        for overload in packet.overloads():
+            assert getattr(packet, overload)._schema.arguments[0].is_write, name
+
+
+def test_what_is_made_without_a_device_lies_on_meta_and_a_named_device_is_kept():
+    with LikeCpu():
+        assert torch.zeros(2).is_meta and torch.tensor([1.0]).is_meta and torch.empty(1, device=None).is_meta
+        assert torch.zeros(2, device="cpu").device.type == "cpu"
+        with torch.device("cpu"):
+            assert torch.zeros(2).device.type == "cpu"
+    assert torch.zeros(2).device.type == "cpu"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
 from qlora_tool.memory.trace.measure import allocations
@@ -105,13 +106,22 @@ def test_a_phase_goes_on_until_the_next_begins():
     assert weight.shape == batch.shape
 
 
+def test_random_states_of_trials_are_not_the_runs():
+    with Tracer() as tracer:
+        kept = torch.get_rng_state()
+        with _disable_current_modes():
+            tried = torch.get_rng_state()
+    assert [(storage.nbytes, storage.operator) for storage in tracer.trace.storages] == [(kept.nbytes, "get_rng_state")]
+    assert torch.equal(tried, kept)
+
+
 def test_the_end_of_the_process_is_no_part_of_the_run():
     with Tracer() as tracer:
         x = torch.ones(N)
         tracer.finish()
         del x
     [storage] = tracer.trace.storages
-    assert tracer.trace.events == [(storage, +1)] and storage.death == 1
+    assert tracer.trace.events == [(storage, +1)] and storage.death is None
 
 
 class Inner(nn.Module):

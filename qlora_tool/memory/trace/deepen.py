@@ -210,7 +210,7 @@ class Pattern:
     """
 
     def __init__(self, first: Trace, second: Trace, path: str, depths: tuple[int, int]):
-        self.path, self.depths, self.template = path, depths, second
+        self.path, self.depths, self.templates = path, depths, (first, second)
         one, two = _Sequence.of(first, path), _Sequence.of(second, path)
         if one.spans != two.spans:
             raise _Unlike("other phases")
@@ -263,17 +263,24 @@ class Pattern:
         Raises:
             _Unlike: it cannot be told.
         """
-        (less, more), made = self.depths, Trace(deterministic=self.template.deterministic)
+        (less, more), made = self.depths, Trace(deterministic=self.templates[1].deterministic)
         period = more - less
         times, left = divmod(layers - more, period)
         if left or times < 0:
             raise _Unlike("no whole number of repetitions")
+        made.elsewhere, made.layer_bytes = self._streamed(times)
         alive = _Alive()
         for span, (phase, step) in enumerate(self.two.spans):
             made.marks.append((len(made.events), phase, step))
             for index, turn in _turns(self.matched[span], times):
                 self._happen(span, index, turn, times, made, alive)
         return made
+
+    def _streamed(self, times: int) -> tuple[dict[str, int], tuple[int, ...]]:
+        """What lies elsewhere, and of each layer what is brought from there."""
+        (one, two), period = self.templates, self.depths[1] - self.depths[0]
+        elsewhere = {place: size + (size - one.elsewhere[place]) * times for place, size in two.elsewhere.items()}
+        return elsewhere, two.layer_bytes + two.layer_bytes[-period:] * times
 
     def _happen(self, span: int, index: int, turn: int, times: int, made: Trace, alive: _Alive) -> None:
         what, of = self.two.items[span][index]
@@ -335,11 +342,11 @@ def deepened(traces: Sequence[Trace], path: str, depths: Sequence[int], layers: 
         traces: of the same run with `depths` layers, each more than the one before by the same number.
         path: of the list of layers in the model, e.g. `model.layers`.
     """
-    if any(trace.elsewhere or trace.layer_bytes for trace in traces):
-        return None
     try:
         pattern = Pattern(traces[0], traces[1], path, (depths[0], depths[1]))
-        if not same(pattern.at_depth(depths[2]), traces[2], path):
+        third = pattern.at_depth(depths[2])
+        streamed = (third.elsewhere, third.layer_bytes) == (traces[2].elsewhere, traces[2].layer_bytes)
+        if not streamed or not same(third, traces[2], path):
             return None
         return pattern.at_depth(layers)
     except _Unlike:

@@ -11,6 +11,7 @@ the number of chunks of the loss, so that batches of more than LONG_BATCH tokens
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -27,7 +28,7 @@ from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.deepen import deepened
 from qlora_tool.memory.trace.flops import flops_of_step
 from qlora_tool.memory.trace.predict import STEPS, BatchShape, predict
-from qlora_tool.model.checkpointing import Recomputation
+from qlora_tool.model.checkpointing import ALL_RECOMPUTED, Recomputation
 from qlora_tool.model.layer_stack import LayerStack, layer_stack, with_layers
 from qlora_tool.model.slots import Quantization
 from qlora_tool.ops.declare import CPU
@@ -247,16 +248,21 @@ class _Case:
     target: Target
     stack: LayerStack
     depth: int
+    recomputation: Recomputation | None
     settings: str
     config: Config = field(compare=False)
 
     @classmethod
     def of(
         cls, config: Config, model_config, compute_dtype: torch.dtype, target: Target, stack: LayerStack,
-        shape: BatchShape, depth: int,
+        shape: BatchShape, depth: int, recomputation: Recomputation | None = None,
     ) -> _Case:  # fmt: skip
+        if config.training.gradient_checkpointing is True and recomputation == Recomputation.uniform(
+            ALL_RECOMPUTED, depth
+        ):
+            recomputation = None  # that is what the configuration says
         settings = json.dumps(memory_settings(config), sort_keys=True)
-        return cls(_text_of(model_config), shape, compute_dtype, target, stack, depth, settings, config)
+        return cls(_text_of(model_config), shape, compute_dtype, target, stack, depth, recomputation, settings, config)
 
 
 @lru_cache(maxsize=1024)
@@ -270,12 +276,13 @@ def _work(case: _Case) -> tuple[tuple[int, ...], int]:
     return trace.layer_bytes, flops_of_step(trace, STEPS) // batches
 
 
-@lru_cache(maxsize=2)  # of both depths, replayed and not
+@lru_cache(maxsize=4)  # of an estimate's two depths and of the full prediction after it, which begins with the same
 def _trace(case: _Case) -> Trace:
-    model_config = with_layers(case.model.model_config, case.depth)
-    # What an adapter to start from decides stands in the configuration; it is on layers that are not there.
-    config = with_values(case.config, {"adapter.init_from": None})
-    return predict(config, model_config, case.shape, case.compute_dtype, target=case.target)
+    config, model_config = case.config, with_layers(case.model.model_config, case.depth)
+    if case.depth != case.stack.layers:
+        # What an adapter to start from decides stands in the configuration; it is on layers that are not there.
+        config = with_values(config, {"adapter.init_from": None})
+    return predict(config, model_config, case.shape, case.compute_dtype, case.recomputation, case.target)
 
 
 def predict_deep(
@@ -288,20 +295,24 @@ def predict_deep(
     Raises:
         Untraceable: see `predict`.
     """
-    run = config, model_config, shape, compute_dtype
     stack = _layer_stack(_text_of(model_config), *_layer_kinds(config))
-    depths = [stack.traced[0] + turn * stack.period for turn in range(3)]
+    make = partial(_Case.of, config, model_config, compute_dtype, target, stack, shape)
+    # Streamed layers come to one of two buffers in turn.
+    period = math.lcm(stack.period, 2) if config.model.weights in ("host", "disk") else stack.period
+    start = next(depth for depth in range(stack.traced[0], stack.layers + 1, stack.period)
+                 if (stack.layers - depth) % period == 0)  # fmt: skip
+    depths = [start + turn * period for turn in range(3)]
     kinds = set(recomputation.layers) if recomputation else set()
     if (
         not stack.path or sum(depths) > WORTH_IT * stack.layers or len(kinds) > 1
-        or config.adapter.init_from is not None or config.model.weights in ("host", "disk")  # its buffers are no layers
+        or config.adapter.init_from is not None or config.model.resident_layers
     ):  # fmt: skip
-        return predict(*run, recomputation, target)
+        return _trace(make(stack.layers, recomputation))
     traces = []
     for depth in depths:
         uniform = recomputation and Recomputation.uniform(kinds.copy().pop(), depth, recomputation.keeps_weights)
-        traces.append(predict(config, with_layers(model_config, depth), shape, compute_dtype, uniform, target))
-    return deepened(traces, stack.path, depths, stack.layers) or predict(*run, recomputation, target)
+        traces.append(_trace(make(depth, uniform)))
+    return deepened(traces, stack.path, depths, stack.layers) or _trace(make(stack.layers, recomputation))
 
 
 def timeline_on(trace: Trace, target: CudaTarget | None) -> Timeline:

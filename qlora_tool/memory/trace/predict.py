@@ -22,6 +22,7 @@ from qlora_tool.adapters.calibration import start_tokens
 from qlora_tool.build.build import Start, build
 from qlora_tool.build.resolve import goes_without_padding, packs_apart
 from qlora_tool.build.tensors import Random
+from qlora_tool.collection import without_collection
 from qlora_tool.data.batches import Batch, Segments
 from qlora_tool.data.examples import Example
 from qlora_tool.errors import ToolError, UserError
@@ -261,7 +262,7 @@ def predict(
     Raises:
         Untraceable: the model's code cannot run on fake tensors, as where it looks at values; the module is named.
     """
-    with drawn.hushed():
+    with drawn.hushed(), without_collection():
         found = _predict(config, model_config, shape, compute_dtype, recomputation, target)
     still_going()
     return found
@@ -272,7 +273,7 @@ def _predict(
     target: Target,
 ) -> Trace:  # fmt: skip
     run = config, model_config, shape, compute_dtype, recomputation
-    if shape.processes == 1 and config.model.weights not in ("host", "disk"):
+    if shape.processes == 1:
         try:
             return traced_on_meta(*run, target)
         except Exception:  # whatever it is, fake tensors show it too, or have no trouble with it
@@ -303,7 +304,7 @@ def traced_on_meta(
         Exception: of any kind; fake tensors may do what meta tensors do not, being on a device.
     """
     tracer = Tracer(has_data=False, on_meta=True)
-    with torch.device("meta"), LikeCpu(), meant_for(target), assuming_routing(even_shares), tracer:
+    with LikeCpu(), meant_for(target), assuming_routing(even_shares), tracer:
         tracer.trace.deterministic = config.training.full_determinism
         trial_run(config, model_config, shape, compute_dtype, recomputation, watch=_MetaWatch(tracer), device="meta")
     return tracer.trace

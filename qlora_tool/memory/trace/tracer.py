@@ -18,11 +18,12 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from qlora_tool.memory.trace.cpu_operators import ATTENTION, ATTENTION_BACKWARD, DECOMPOSITIONS, taken_inside
+from qlora_tool.memory.trace.on_meta import result_on_meta
 from qlora_tool.model.sharding import local
 from qlora_tool.ops.declare import OPERATIONS, target_of
 
@@ -160,6 +161,11 @@ class Tracer(TorchDispatchMode):
         self._host_state, self._fork = torch.get_rng_state, torch.random.fork_rng
         self._resize = torch.UntypedStorage.resize_
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether PyTorch is to keep its compiler away from each call: nothing is compiled meanwhile."""
+        return False
+
     def __enter__(self) -> Tracer:
         torch.get_rng_state = self._random_state
         if self._on_meta:  # for which nothing is forked
@@ -192,9 +198,9 @@ class Tracer(TorchDispatchMode):
 
     def _random_state(self) -> torch.Tensor:
         """The state of random numbers that checkpointing keeps for what draws some, which no operator makes: 5 KB each
-        time, in the host's memory."""
+        time, in the host's memory. What is tried meanwhile, without modes, is none of the run's."""
         state = self._host_state()
-        if target_of(state).type == "cpu":
+        if _get_current_dispatch_mode() is not None and target_of(state).type == "cpu":
             self.adopt(state, "get_rng_state")
         return state
 
@@ -279,7 +285,8 @@ class Tracer(TorchDispatchMode):
             _check_statistics(args[0])
         operation = OPERATIONS.get(operator)
         workspace = self._take(_inside(operator, args), operator)
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = result_on_meta(func, args, kwargs) if self._on_meta else func(*args, **kwargs)
         if operation and operation.results_on_host:
             return result
         for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
@@ -356,10 +363,9 @@ class Tracer(TorchDispatchMode):
 
     def _died(self, life: Storage) -> None:
         life.holders -= 1
-        if life.holders == 0:
+        if life.holders == 0 and not self._finished:
             life.death, life.died_in, life.died_in_step = len(self.trace.events), self._phase, self._step
-            if not self._finished:
-                self.trace.events.append((life, -1))
+            self.trace.events.append((life, -1))
 
 
 def _shared(storage: torch.UntypedStorage, operator: str, args: tuple) -> bool:
