@@ -142,12 +142,15 @@ class _NothingDrawn(TorchFunctionMode):
     """Parameters on meta, which hold nothing, are not filled with random numbers: PyTorch takes a third of a
     millisecond for each."""
 
-    _DRAWS = frozenset({Tensor.normal_, Tensor.uniform_})
+    _DRAWS = frozenset({"normal_", "uniform_", "kaiming_uniform_"})  # PyTorch's, or what transformers puts there
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in self._DRAWS and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in self._DRAWS:
+            drawn = args[0] if args else kwargs["tensor"]
+            if drawn.is_meta:
+                return drawn
+        return func(*args, **kwargs)
 
 
 def load_base(

@@ -29,6 +29,7 @@ from qlora_tool.memory.plan.budget import BudgetTooSmall, Choice, choose, choose
 from qlora_tool.memory.plan.limit import limit_on
 from qlora_tool.memory.profile import model_config_of
 from qlora_tool.memory.profile_run import profile_run
+from qlora_tool.memory.trace import recomputation_cost
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.flops import flops_of
 from qlora_tool.memory.trace.measure import measure_peak
@@ -404,3 +405,15 @@ def test_profile_memory_predicts_the_choice(run: Config, tmp_path: Path, monkeyp
     assert calls == [(shape, torch.float32, 50 * MB, None)]
     assert "gradient checkpointing: 1 of 2 layers" in result.stderr
     assert json.loads(file.read_text())["predicted"] == expected(policy).to_json()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "opt"])
+@pytest.mark.parametrize("values", [{}, {"adapter.method": "dora", "training.tiled_mlp": True},
+                                    {"training.optimizer_in_backward": True, "training.max_grad_norm": 0.0}], ids=str)
+def test_one_step_tells_what_the_second_would(family, values, monkeypatch):
+    model, config = tiny_config(family), with_values(Config(), {"training.gradient_checkpointing": True} | values)
+    run = config, model, BatchShape.full(2, 48), torch.float32
+    found = Costs.of(*run)
+    monkeypatch.setattr(recomputation_cost, "predict", lambda *case: predict(*case[:6]))
+    both = Costs.of(*run)
+    assert (found.layers, found.least, found.steps, found.turns) == (both.layers, both.least, both.steps, both.turns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from qlora_tool.memory.allocator.calibrate import Calibration
 from qlora_tool.memory.allocator.cards import find_card
 from qlora_tool.memory.allocator.target import CudaTarget
 from qlora_tool.memory.breakdown import Breakdown
-from qlora_tool.memory.plan.length import longest_length
+from qlora_tool.memory.plan.length import longest_length, round_down, step_of
 from qlora_tool.memory.plan.options import passes_of, relative_speed
 from qlora_tool.memory.plan.planner import plan
 from qlora_tool.memory.plan.result import Change, Option, Plan
@@ -253,6 +254,28 @@ def test_the_search_finds_the_longest_length(limit, start, slope):
     assert needed(found) <= limit
     assert found <= best <= max(found + 63 if found >= 640 else found + 7, found * 1.1)
     assert len(looks) <= 12
+
+
+def test_the_search_looks_few_times_at_what_only_gets_steeper():
+    """Several moments, each linear or quadratic in the length, rounded as an allocator does."""
+    draw, looks, missed = random.Random(1), 0, 0
+    for _ in range(300):
+        lines = [(draw.uniform(0, 5e9), draw.uniform(1e4, 3e6)) for _ in range(draw.randint(1, 4))]
+        bend, limit = draw.choice([0, 0, draw.uniform(0, 200)]), draw.uniform(4e9, 40e9)
+        top = draw.choice([4096, 131072])
+        seen: dict[int, int] = {}
+
+        def needed(length: int, lines=lines, bend=bend, seen=seen) -> int:
+            size = max(start + slope * length for start, slope in lines) + bend * length**2
+            return seen.setdefault(length, int(size) // 2**21 * 2**21)
+
+        found, _ = longest_length(needed, int(limit), 64, top, start=draw.choice([512, 2048, 8192]),
+                                  slope=draw.choice([0.0, draw.uniform(1e4, 3e6)]))  # fmt: skip
+        looks += len(seen)
+        assert len(seen) <= 12 and (found == 0 or needed(found) <= limit)
+        longer = round_down(found + step_of(found), 64, top) if found else 64
+        missed += longer > found and needed(longer) <= limit
+    assert looks < 4 * 300 and missed <= 3
 
 
 def test_the_search_knows_when_nothing_fits():

@@ -198,7 +198,7 @@ class TracerWatch(Watch):
 
 def trial_run(
     config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype,
-    recomputation: Recomputation | None = None, *, watch: Watch, device: torch.device | str = "cpu",
+    recomputation: Recomputation | None = None, *, watch: Watch, device: torch.device | str = "cpu", steps: int = STEPS,
 ) -> None:  # fmt: skip
     """Load a model with random weights and run training steps on it; on CUDA by deterministic kernels where asked for.
 
@@ -207,15 +207,16 @@ def trial_run(
         recomputation: what is recomputed of each layer; by default what `gradient_checkpointing` says of all of them.
         watch: told what is going on.
         device: where it runs.
+        steps: how many.
     """
     device = torch.device(device)
     with full_determinism(config.training.full_determinism and device.type == "cuda"):
-        _trial_run(config, model_config, shape, compute_dtype, recomputation, watch, device)
+        _trial_run(config, model_config, shape, compute_dtype, recomputation, watch, device, steps)
 
 
 def _trial_run(
     config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype, recomputation: Recomputation | None,
-    watch: Watch, device: torch.device,
+    watch: Watch, device: torch.device, steps: int,
 ) -> None:  # fmt: skip
     with watch.phase("load", 0):
         built = build(
@@ -231,7 +232,7 @@ def _trial_run(
     watch.loaded(model, adapters)
     settings, world = StepSettings.of(config.training), AssumedWorld(size=shape.processes)
     batches = [shape.batch().to(device) for _ in range(min(2, config.training.gradient_accumulation_steps))]
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         train_step(model, optimizer, batches, settings, 1e-4, partial(watch.during, optimizer, step), world)
     watch.finished()
 
@@ -250,7 +251,7 @@ class Untraceable(UserError):
 
 def predict(
     config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype,
-    recomputation: Recomputation | None = None, target: Target = CPU,
+    recomputation: Recomputation | None = None, target: Target = CPU, steps: int = STEPS,
 ) -> Trace:  # fmt: skip
     """The memory of a run over time, without weights or data. Experts get an even share of tokens each.
 
@@ -258,31 +259,32 @@ def predict(
 
     Args:
         target: the device that it is predicted for; none of it need be here.
+        steps: how many are traced; optimizer state is there from the second on.
 
     Raises:
         Untraceable: the model's code cannot run on fake tensors, as where it looks at values; the module is named.
     """
     with drawn.hushed(), without_collection():
-        found = _predict(config, model_config, shape, compute_dtype, recomputation, target)
+        found = _predict(config, model_config, shape, compute_dtype, recomputation, target, steps)
     still_going()
     return found
 
 
 def _predict(
     config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype, recomputation: Recomputation | None,
-    target: Target,
+    target: Target, steps: int,
 ) -> Trace:  # fmt: skip
     run = config, model_config, shape, compute_dtype, recomputation
     if shape.processes == 1:
         try:
-            return traced_on_meta(*run, target)
+            return traced_on_meta(*run, target, steps)
         except Exception:  # whatever it is, fake tensors show it too, or have no trouble with it
             pass
     tracer = Tracer(has_data=False)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), meant_for(target), assuming_routing(even_shares), tracer:
             tracer.trace.deterministic = config.training.full_determinism
-            trial_run(*run, watch=TracerWatch(tracer))
+            trial_run(*run, watch=TracerWatch(tracer), steps=steps)
     except ToolError:
         raise
     except Exception as error:  # what an unknown architecture's code raises can be anything
@@ -296,7 +298,7 @@ def _predict(
 
 def traced_on_meta(
     config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype, recomputation: Recomputation | None,
-    target: Target,
+    target: Target, steps: int = STEPS,
 ) -> Trace:  # fmt: skip
     """The same trace from meta tensors, in a third of the time.
 
@@ -306,7 +308,8 @@ def traced_on_meta(
     tracer = Tracer(has_data=False, on_meta=True)
     with LikeCpu(), meant_for(target), assuming_routing(even_shares), tracer:
         tracer.trace.deterministic = config.training.full_determinism
-        trial_run(config, model_config, shape, compute_dtype, recomputation, watch=_MetaWatch(tracer), device="meta")
+        trial_run(config, model_config, shape, compute_dtype, recomputation, watch=_MetaWatch(tracer), device="meta",
+                  steps=steps)  # fmt: skip
     return tracer.trace
 
 

@@ -118,7 +118,9 @@ class Costs:
         seen: dict[Recomputed, _Seen] = {}
         for choice in dict.fromkeys([ALL_RECOMPUTED, *(choice for layer in choices for choice in layer)]):
             policy = Recomputation(tuple(choice if choice in layer else NOTHING_RECOMPUTED for layer in choices))
-            trace = predict(one_batch, shallow, steps_alone, compute_dtype, policy, device_of(target))
+            # One step tells it, but where that makes optimizer state in the midst of backward.
+            steps = 1 if seen and not config.training.optimizer_in_backward else STEPS
+            trace = predict(one_batch, shallow, steps_alone, compute_dtype, policy, device_of(target), steps)
             seen[choice] = _Seen.of(trace, names)
         costs = [[Cost(choice, seen[choice].kept_bytes[number], seen[choice].flops[number]) for choice in layer]
                  for number, layer in enumerate(choices)]  # fmt: skip
@@ -166,8 +168,10 @@ class _Seen:
             layers: names, in order.
         """
 
+        last = max(step for _, _, step in trace.marks)
+
         def begin(phase: str) -> int:
-            return next(event for event, name, step in trace.marks if (name, step) == (phase, STEPS))
+            return next(event for event, name, step in trace.marks if (name, step) == (phase, last))
 
         def layer_of(module: str) -> int | None:
             return next((n for n, name in enumerate(layers) if f"{module}.".startswith(f"{name}.")), None)
