@@ -121,7 +121,7 @@ def test_the_end_of_the_process_is_no_part_of_the_run():
         tracer.finish()
         del x
     [storage] = tracer.trace.storages
-    assert tracer.trace.events == [(storage, +1)] and storage.death is None
+    assert tracer.trace.events == [(storage, +1)] and storage.death == 1
 
 
 class Inner(nn.Module):

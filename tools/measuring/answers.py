@@ -84,9 +84,10 @@ def ask(config: Path, cache: Path, options: tuple[str, ...]) -> dict[str, Any]:
             first = first or time.perf_counter() - begin
             lines.append(line.rstrip())
     seconds = time.perf_counter() - begin
-    if process.returncode:
+    # A run of which the weights alone do not fit is refused in a line, which is an answer, too.
+    said = next((line for line in lines if line.startswith(("predicted: ", "error: --device-memory: "))), "")
+    if process.returncode and not said:
         say("\n".join(lines[-5:]))
-    said = next((line for line in lines if line.startswith("predicted: ")), "")
     return {"seconds": seconds, "first_line_seconds": first, "code": process.returncode, "said": said}
 
 

@@ -363,9 +363,10 @@ class Tracer(TorchDispatchMode):
 
     def _died(self, life: Storage) -> None:
         life.holders -= 1
-        if life.holders == 0 and not self._finished:
+        if life.holders == 0:
             life.death, life.died_in, life.died_in_step = len(self.trace.events), self._phase, self._step
-            self.trace.events.append((life, -1))
+            if not self._finished:
+                self.trace.events.append((life, -1))
 
 
 def _shared(storage: torch.UntypedStorage, operator: str, args: tuple) -> bool:
