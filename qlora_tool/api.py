@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qlora_tool.collection import without_collection
 from qlora_tool.config import Config, ModelConfig, load_config, parse_size, with_values
-from qlora_tool.config.places import refuse_as_model
+from qlora_tool.config.places import refuse_as_model, refuse_as_run
 from qlora_tool.config.sources import sources_of
 from qlora_tool.errors import AlreadyFinished, OptionError, UserError
 from qlora_tool.files import results
@@ -642,12 +642,14 @@ def report(run: AnyPath, *, output: AnyPath | None = None) -> ReportResult:
         >>> report("my-run").file.name
         'report.html'
     """
-    from qlora_tool.reporting.page import write_report
-
+    refuse_as_run(os.fspath(run))
     folder = Path(run).expanduser()
     if output is not None and Path(output).expanduser().absolute() == (folder / "report.html").absolute():
         output = None
-    return write_report(folder, new_file("--output", output, results.PAGE, Read(parts=_models(run))))
+    file = new_file("--output", output, results.PAGE, Read(parts=_models(run)))
+    from qlora_tool.reporting.page import write_report
+
+    return write_report(folder, file)
 
 
 def _with_output_dir(overrides: Overrides, output_dir: AnyPath | None) -> Overrides:

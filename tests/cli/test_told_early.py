@@ -1,0 +1,67 @@
+"""Mistakes that are told before anything heavy is imported: each in a process of its own, where importing it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from child_process import child_environment
+
+FILES = Path(__file__).parents[1] / "compatibility" / "files" / "0.1.0"
+HEAVY = ("torch", "transformers", "numpy", "accelerate")
+EXPORT = ("export-merged", "runs/done", "--output-dir", "out")
+
+# The command, and what its one line must say.
+MISTAKES = {
+    ("report", "runs/dnoe"): "no such folder; did you mean 'done'?; expected a run's folder",
+    ("report", "demo"): "`qlora-tool train demo` makes a run",
+    ("report", "data.csv"): "found a data file; name the run that was trained on it; runs here: runs/",
+    ("report", "merged"): "found a merged model; it was made from runs/done: `qlora-tool report runs/done`",
+    ("report", "base"): "found a model; runs here: runs/",
+    ("report", "runs/done/adapter"): "found the adapter of one: `qlora-tool report runs/done`",
+    ("report", "adapter"): "found an adapter alone; `qlora-tool inspect adapter` shows what it learned",
+    ("report", "ggufs"): "found a folder of models for llama.cpp; name the run that it was made from",
+    ("report", "runs"): "found a folder without config.yaml, so that no run lies there; runs here: runs/",
+}
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs, their base, an export, an adapter alone, GGUF files; and modules that fail when they are imported."""
+    folder = tmp_path_factory.mktemp("early")
+    for name in ("base", "data", "merged"):
+        shutil.copytree(FILES / name, folder / name)
+    shutil.copytree(FILES / "runs" / "finished", folder / "runs" / "done")
+    shutil.copytree(FILES / "runs" / "stopped", folder / "runs" / "half")
+    shutil.copytree(FILES / "runs" / "finished" / "adapter", folder / "adapter")
+    for name in ("ggufs", "bare", "failing", "full", "runs/done/report"):
+        (folder / name).mkdir()
+    for name in HEAVY:
+        (folder / "failing" / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported')\n")
+    (folder / "ggufs" / "a.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    (folder / "full" / "notes.txt").write_text("mine\n")
+    shutil.copy(folder / "base" / "config.json", folder / "bare")
+    (folder / "data.csv").write_text("prompt,completion\na,b\n")
+    config = folder / "runs" / "done" / "config.yaml"
+    config.write_text(config.read_text().replace("runs/finished", "runs/done"))
+    (folder / "runs" / "done" / "report.html").touch()
+    exports = {str((folder / "merged").resolve()): {"format": "safetensors"}}
+    (folder / "runs" / "done" / "report" / "exports.json").write_text(json.dumps(exports))
+    return folder
+
+
+@pytest.mark.parametrize(("words", "said"), MISTAKES.items(), ids=[" ".join(words) for words in MISTAKES])
+def test_a_mistake_is_told_before_anything_heavy_is_imported(things: Path, words: tuple[str, ...], said: str):
+    environment = child_environment(HF_HUB_OFFLINE=1)
+    environment["PYTHONPATH"] = os.pathsep.join([str(things / "failing"), environment["PYTHONPATH"]])
+    done = subprocess.run([sys.executable, "-m", "qlora_tool", *words], cwd=things, env=environment,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: ") and said in line
