@@ -25,6 +25,7 @@ from qlora_tool.config.sources import sources_of
 from qlora_tool.errors import AlreadyFinished, OptionError, UserError
 from qlora_tool.files import results
 from qlora_tool.files.results import Read, new_file
+from qlora_tool.inference.adapter_options import checked_adapters
 
 if TYPE_CHECKING:
     from qlora_tool.artifacts import Artifact, BaseOptions
@@ -331,6 +332,7 @@ def export_merged(
         from qlora_tool.export.upload import refuse_bad_name
 
         refuse_bad_name(push_to_hub)
+    checked_adapters(adapter, weighted=True)
     rows = None if verify_data is None else os.fspath(verify_data)
     data = {"the data of --verify-data": rows, "the data of --calibration": calibration}
     read = Read(data, {"the folder of --output-dir": output_dir, **_models(run_or_adapter, model, adapter)})
@@ -428,6 +430,7 @@ def generate(
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     file = None if prompts is None else os.fspath(prompts)
     _refuse_together(chat is not False, texts, file, adapter, compare_base, system)
+    checked_adapters(adapter)
     read = Read({"the data of --prompts": file}, _models(run_or_model, model, adapter))
     answers = new_file("--json", json, results.ANSWERS, read)
     from qlora_tool.inference.sampling import Sampling
@@ -530,6 +533,7 @@ def evaluate(
                           "--show is of answers, and none are generated: give --generate too")  # fmt: skip
     settings = with_values(Config(), {"data.format": format, **({"data.max_length": max_length} if max_length else {})})
     sampling = Sampling(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    checked_adapters(adapter)
     from qlora_tool.data.check import check_sources, named_sources
 
     if isinstance(data, Mapping):

@@ -68,9 +68,10 @@ def refuse_as_model(name: str, *, adapter: bool = False, rows: str = "") -> None
     path = Path(name)
     if kind == "missing":
         _refuse_missing(name, adapter)
+    refuse_unopenable(path.expanduser())
     if adapter and kind == "model":
         raise UserError(f"{name}: a model without an adapter; {_OF_RUN}")
-    if adapter and kind in ("folder", "empty") and not any(path.glob("*/adapter_config.json")):
+    if adapter and kind in ("folder", "empty"):
         raise UserError(f"{name}: neither a run nor an adapter in it; {_OF_RUN}{_runs()}")
     said = {
         "web": f"a web address; {'download the adapter, and name its folder' if adapter else 'give the hub id alone'}"
@@ -83,15 +84,31 @@ def refuse_as_model(name: str, *, adapter: bool = False, rows: str = "") -> None
         "pickle": f"pickled weights; name a folder with safetensors{_runs()}",
         "yaml": f"a configuration; train it, and name its run's folder (training.output_dir){_runs()}",
         "empty": f"an empty folder; name the run's own{_runs()}",
+        "folder": f"a folder with none of these in it{_runs()}",
         "file": f"a file; name a folder{_runs()}",
     }.get(kind)  # fmt: skip
     if said:
         raise UserError(f"{name}: {expected}, found {said}")
 
 
+def refuse_unopenable(path: Path) -> None:
+    """Refuse a run that has no adapter yet, and a folder around an adapter's.
+
+    Raises:
+        UserError: with what to do, or to name.
+    """
+    config_file, inside = path / "config.yaml", sorted(path.glob("*/adapter_config.json"))
+    if config_file.exists() and path / "adapter" / "adapter_config.json" not in inside:
+        raise UserError(f"{path}: this run is not finished; finish it with `qlora-tool train {config_file}`, which "
+                        "goes on from its last checkpoint")  # fmt: skip
+    known = (config_file, path / "adapter_config.json", path / "config.json")
+    if inside and not any(file.exists() for file in known):
+        raise UserError(f"{path}: no adapter_config.json in it; the adapter lies in {inside[0].parent}")
+
+
 def _refuse_missing(name: str, adapter: bool) -> None:
     """A name that is no path: a hub's id is left to those who ask the hub."""
-    if name == "demo" or (not adapter and "/" in name and not Path(name).expanduser().parent.is_dir()):
+    if not adapter and (name == "demo" or ("/" in name and not Path(name).expanduser().parent.is_dir())):
         return
     close = _close_to(name)
     if adapter:

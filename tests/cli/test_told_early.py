@@ -27,6 +27,20 @@ MISTAKES = {
     ("report", "adapter"): "found an adapter alone; `qlora-tool inspect adapter` shows what it learned",
     ("report", "ggufs"): "found a folder of models for llama.cpp; name the run that it was made from",
     ("report", "runs"): "found a folder without config.yaml, so that no run lies there; runs here: runs/",
+    ("generate", "base", "--prompt", "x", "--adapter", "runs/done"): "such as --adapter done=runs/done",
+    ("evaluate", "base", "--data", "data.csv", "--adapter", "runs/done/adapter"): "--adapter done=runs/done/adapter",
+    (*EXPORT, "--adapter", "runs/done"): "such as --adapter done=runs/done",
+    ("generate", "base", "--prompt", "x", "--adapter", "a=runs/dnoe"): "--adapter a=runs/dnoe: no such folder; did you",
+    ("generate", "base", "--prompt", "x", "--adapter", "a=runs/done:2"): "export-merged adds them up",
+    ("generate", "base", "--prompt", "x", "--adapter", "a=runs/half"): "runs/half: this run is not finished",
+    ("generate", "runs/half", "--prompt", "x"): "runs/half: this run is not finished",
+    ("generate", "runs", "--prompt", "x"): "found a folder with none of these in it; runs here: runs/",
+    ("evaluate", "runs", "--data", "data.csv"): "found a folder with none of these in it; runs here: runs/",
+    ("inspect", "runs/half"): "runs/half: this run is not finished",
+    ("inspect", "around"): "no adapter_config.json in it; the adapter lies in around/adapter",
+    ("export-merged", "demo", "--output-dir", "out"): "`qlora-tool train demo` makes a run",
+    ("export-merged", "runs/half", "--output-dir", "out"): "finish it with `qlora-tool train runs/half/config.yaml`",
+    ("export-merged", "around", "--output-dir", "out"): "the adapter lies in around/adapter",
 }
 
 
@@ -39,6 +53,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(FILES / "runs" / "finished", folder / "runs" / "done")
     shutil.copytree(FILES / "runs" / "stopped", folder / "runs" / "half")
     shutil.copytree(FILES / "runs" / "finished" / "adapter", folder / "adapter")
+    shutil.copytree(folder / "adapter", folder / "around" / "adapter")
     for name in ("ggufs", "bare", "failing", "full", "runs/done/report"):
         (folder / name).mkdir()
     for name in HEAVY:
