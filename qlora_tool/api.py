@@ -342,22 +342,24 @@ def export_merged(
 
         check_sources([rows], run=run_or_adapter)
     refuse_as_model(os.fspath(run_or_adapter), adapter=not adapter)
+    from qlora_tool.export.options import ExportOptions, refuse_options
+    from qlora_tool.export.place import refuse_taken
+
+    exporting = ExportOptions(
+        base, dtype, size, overwrite, format, gguf_type, verify, rows, with_base,
+        "none" if calibration is None else os.fspath(calibration), min_kept,
+    )  # fmt: skip
+    refuse_options(exporting)
+    refuse_taken(Path(output_dir), overwrite)
     options = _base_options(model, quantization, double_quant)
     from qlora_tool.inference.named import find_named
 
     artifact = find_named(run_or_adapter, options, adapter=adapter, weighted=True).summed()
     with without_collection():
-        from qlora_tool.export.options import ExportOptions
         from qlora_tool.export.upload import push_to_hub as upload
         from qlora_tool.export.write import export_merged as export
 
-    result = export(
-        artifact, Path(output_dir),
-        ExportOptions(
-            base, dtype, size, overwrite, format, gguf_type, verify, rows, with_base,
-            "none" if calibration is None else os.fspath(calibration), min_kept,
-        ),
-    )  # fmt: skip
+    result = export(artifact, Path(output_dir), exporting)
     _write_json(file, result.facts)
     if not adapter:
         from qlora_tool.reporting.exported import note_export

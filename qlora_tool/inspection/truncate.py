@@ -24,7 +24,8 @@ from qlora_tool.data.examples import as_examples
 from qlora_tool.data.tokenize import Example
 from qlora_tool.errors import OptionError, ToolError, UserError
 from qlora_tool.export.adapter_only import plain_config
-from qlora_tool.export.preflight import inside, refuse_taken
+from qlora_tool.export.place import refuse_taken
+from qlora_tool.export.preflight import inside
 from qlora_tool.export.rows import find_rows
 from qlora_tool.files.atomic import replacing_folder, write_json
 from qlora_tool.files.digest import sha256

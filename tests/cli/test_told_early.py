@@ -41,6 +41,16 @@ MISTAKES = {
     ("export-merged", "demo", "--output-dir", "out"): "`qlora-tool train demo` makes a run",
     ("export-merged", "runs/half", "--output-dir", "out"): "finish it with `qlora-tool train runs/half/config.yaml`",
     ("export-merged", "around", "--output-dir", "out"): "the adapter lies in around/adapter",
+    (*EXPORT, "--gguf-type", "q4_k_m"): "--gguf-type q4_k_m: is for --format gguf, not safetensors; give both, or none",
+    (*EXPORT, "--format", "gguf", "--dtype", "float16"): "--format gguf has dtypes of its own; give --gguf-type",
+    (*EXPORT, "--format", "gguf", "--min-kept", "95"): "--min-kept 95: expected a share of what training gained, above",
+    (*EXPORT, "--min-kept", "0.9"): "set --format gguf, or leave it out",
+    (*EXPORT, "--with-base"): "--with-base: is for --format gguf-adapter, not safetensors",
+    (*EXPORT, "--format", "nf4", "--calibration", "rows.jsonl"): "--calibration rows.jsonl: no such file",
+    (*EXPORT, "--format", "gguf", "--gguf-type", "auto", "--no-verify"): "leave out --no-verify",
+    ("export-merged", "runs/done", "--output-dir", "full"): "full: exists; give --overwrite to replace it, or another",
+    ("export-merged", "runs/done", "--output-dir", "full", "--overwrite"): "holds something other than an export",
+    ("export-merged", "runs/done", "--output-dir", "data.csv"): "data.csv: a file, where --output-dir expects a folder",
 }
 
 
