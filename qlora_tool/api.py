@@ -614,6 +614,12 @@ def inspect(
 
         check_sources([rows], run=run_or_adapter)
     refuse_as_model(os.fspath(run_or_adapter), adapter=True)
+    if truncate is not None and output_dir is not None:
+        from qlora_tool.export.place import refuse_taken
+        from qlora_tool.inspection.rank import refuse_rank
+
+        refuse_taken(Path(output_dir), overwrite)
+        refuse_rank(os.fspath(run_or_adapter), truncate)
     options = _base_options(model, quantization, double_quant,
                             quantization_else="none" if truncate is None else None)  # fmt: skip
     from qlora_tool.artifacts import find_artifact

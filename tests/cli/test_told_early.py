@@ -51,6 +51,9 @@ MISTAKES = {
     ("export-merged", "runs/done", "--output-dir", "full"): "full: exists; give --overwrite to replace it, or another",
     ("export-merged", "runs/done", "--output-dir", "full", "--overwrite"): "holds something other than an export",
     ("export-merged", "runs/done", "--output-dir", "data.csv"): "data.csv: a file, where --output-dir expects a folder",
+    ("inspect", "runs/done", "--truncate", "2", "--output-dir", "out"): "has updates of rank 2 at most; give a rank bel",
+    ("inspect", "adapter", "--truncate", "9", "--output-dir", "out"): "adapter has updates of rank 2 at most",
+    ("inspect", "runs/done", "--truncate", "1", "--output-dir", "full"): "full: exists; give --overwrite to replace it",
 }
 
 
