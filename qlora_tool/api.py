@@ -219,7 +219,10 @@ def profile_memory(
     file = new_file("--json", json, results.MEMORY, read)
     picture = new_file("--plot", plot, results.MEMORY_PLOT, read.and_file("--json", file))
     device = device or ("cpu" if configuration.model.device == "cpu" else "cuda")
+    from qlora_tool.memory.allocator.cards import named_budget
     from qlora_tool.workers import Workers, count_for
+
+    named = named_budget(device_memory, device)
 
     # On a card, as on a CPU each process would measure that for itself; they start while this one imports, too.
     planning = count_for(1 << 30) - 1 if plan and device == "cuda" else 0
@@ -227,7 +230,7 @@ def profile_memory(
         with without_collection():
             from qlora_tool.memory.profile_run import NothingFits, draw, planned, profile_run
 
-        profiled = profile_run(configuration, device, _budget(configuration, device, device_memory, plan),
+        profiled = profile_run(configuration, device, _budget(configuration, device, named, plan),
                                measure=measure, calibrate=calibrate, may_change=plan, processes=processes)  # fmt: skip
         if on_profile is not None:
             on_profile(profiled)
@@ -245,23 +248,16 @@ def profile_memory(
     return profiled
 
 
-def _budget(config: Config, device: str, device_memory: str | int | None, plan: bool) -> Budget | None:
+def _budget(config: Config, device: str, named: Budget | None, plan: bool) -> Budget | None:
     """The device that must suffice; None: what is free on the one that is here, if any."""
+    if named is not None or not plan or config.training.max_memory is not None:
+        return named
     from qlora_tool.memory.allocator.available import budget_here
-    from qlora_tool.memory.allocator.cards import CARDS, parse_device_memory
 
-    named = f"{device_memory}B" if isinstance(device_memory, int) else device_memory
-    budget = parse_device_memory(named) if named else None
-    if plan and budget is None and config.training.max_memory is None:
-        budget = budget_here(device)
-        if budget is None:
-            raise OptionError("--plan needs to know what must suffice: no card is here; give --device-memory, such as "
-                              "24GB or rtx-4090, or --device cpu")  # fmt: skip
-    if device == "cpu" and budget is not None and budget.name in {card.name for card in CARDS}:
-        raise OptionError(
-            f"--device-memory {budget.name}: a card, but the prediction is for a CPU; give --device cuda, or a size "
-            "such as 16GiB"
-        )
+    budget = budget_here(device)
+    if budget is None:
+        raise OptionError("--plan needs to know what must suffice: no card is here; give --device-memory, such as "
+                          "24GB or rtx-4090, or --device cpu")  # fmt: skip
     return budget
 
 

@@ -14,6 +14,7 @@ from child_process import child_environment
 
 FILES = Path(__file__).parents[1] / "compatibility" / "files" / "0.1.0"
 HEAVY = ("torch", "transformers", "numpy", "accelerate")
+PROFILE = ("profile-memory", "demo", "--device-memory")
 EXPORT = ("export-merged", "runs/done", "--output-dir", "out")
 
 # The command, and what its one line must say.
@@ -51,10 +52,16 @@ MISTAKES = {
     ("export-merged", "runs/done", "--output-dir", "full"): "full: exists; give --overwrite to replace it, or another",
     ("export-merged", "runs/done", "--output-dir", "full", "--overwrite"): "holds something other than an export",
     ("export-merged", "runs/done", "--output-dir", "data.csv"): "data.csv: a file, where --output-dir expects a folder",
-    ("inspect", "runs/done", "--truncate", "2", "--output-dir", "out"): "has updates of rank 2 at most; give a rank bel",
+    ("inspect", "runs/done", "--truncate", "2", "--output-dir", "out"): "of rank 2 at most; give a rank below 2",
     ("inspect", "adapter", "--truncate", "9", "--output-dir", "out"): "adapter has updates of rank 2 at most",
     ("inspect", "runs/done", "--truncate", "1", "--output-dir", "full"): "full: exists; give --overwrite to replace it",
-}
+    **{(*PROFILE, *words): said for words, said in {
+        ("24",): "'24' is neither a size nor a card: write 24GB", ("0",): "expected a size above 0, such as 24GB",
+        ("-1GB",): "expected a size above 0", ("rtx-4091",): "such as rtx-4090", ("huge",): "not in the table of cards",
+        ("rtx-3080",): "exists with 10 GB and 12 GB", ("m2 max",): "not one of NVIDIA's cards",
+        ("rtx-4090", "--device", "cpu"): "a card, but the prediction is for a CPU",
+    }.items()},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
