@@ -26,6 +26,7 @@ from qlora_tool.errors import AlreadyFinished, OptionError, UserError
 from qlora_tool.files import results
 from qlora_tool.files.results import Read, new_file
 from qlora_tool.inference.adapter_options import checked_adapters
+from qlora_tool.model.source import local_folder
 
 if TYPE_CHECKING:
     from qlora_tool.artifacts import Artifact, BaseOptions
@@ -89,24 +90,29 @@ def train(
         other = "--overwrite" if overwrite else "--resume never"
         raise OptionError(f"--extend goes on with a run and {other} replaces it: give one of the two")
     started = time.perf_counter()
+    local_folder(configuration.model.name_or_path)
     from qlora_tool.data.check import check_data
-
-    check_data(configuration.data)
-    with without_collection():
-        from qlora_tool.memory.run_report import RunMemory
-        from qlora_tool.training.loop import train as run_training
-        from qlora_tool.training.result import TrainResult
+    from qlora_tool.run_folder import RunFolder
+    from qlora_tool.training.going_on import refuse_to_start
 
     try:
+        refuse_to_start(configuration, os.fspath(resume), overwrite, extend, allow_changes)
+        check_data(configuration.data)
+        with without_collection():
+            from qlora_tool.memory.run_report import RunMemory
+            from qlora_tool.training.loop import train as run_training
+            from qlora_tool.training.result import TrainResult
+
         run = run_training(
             configuration, resume=os.fspath(resume), extend=extend, overwrite=overwrite, dry_run=dry_run,
             watcher=RunMemory(), allow_changes=allow_changes,
         )  # fmt: skip
     except AlreadyFinished as error:
-        if not dry_run and not error.told_elsewhere:
+        folder = RunFolder(Path(configuration.training.output_dir))
+        if not dry_run and not error.told_elsewhere and not folder.has_ended():
             from qlora_tool.reporting.page import complete_finished
 
-            complete_finished(Path(configuration.training.output_dir))
+            complete_finished(folder.path)
         raise
     result = TrainResult.of(run, time.perf_counter() - started, finished=not dry_run)
     if dry_run or not run.world.is_main:
@@ -149,6 +155,8 @@ def preview(
     if rows < 0:
         raise OptionError(f"--rows: expected at least 0, found {rows}")
     file = new_file("--json", json, results.PREVIEW, _read_by(config, configuration))
+    if not (Path(configuration.model.name_or_path).expanduser() / "tokenizer_config.json").exists():
+        local_folder(configuration.model.name_or_path)  # a tokenizer alone will do
     from qlora_tool.data.check import check_data
 
     check_data(configuration.data, seconds=0.2)  # the rows that are shown are read again, with the same checks
@@ -215,6 +223,7 @@ def profile_memory(
                           "with torchrun: its memory.json has the measured bytes of one of them")  # fmt: skip
     if plot is not None and Path(plot).suffix not in (".png", ".html"):
         raise OptionError(f"invalid value for --plot: {os.fspath(plot)}: expected a name that ends in .png or .html")
+    local_folder(configuration.model.name_or_path)
     read = _read_by(config, configuration)
     file = new_file("--json", json, results.MEMORY, read)
     picture = new_file("--plot", plot, results.MEMORY_PLOT, read.and_file("--json", file))

@@ -14,6 +14,7 @@ from child_process import child_environment
 
 FILES = Path(__file__).parents[1] / "compatibility" / "files" / "0.1.0"
 HEAVY = ("torch", "transformers", "numpy", "accelerate")
+TRAIN = ("train", "runs/done/config.yaml")
 PROFILE = ("profile-memory", "demo", "--device-memory")
 EXPORT = ("export-merged", "runs/done", "--output-dir", "out")
 
@@ -55,6 +56,24 @@ MISTAKES = {
     ("inspect", "runs/done", "--truncate", "2", "--output-dir", "out"): "of rank 2 at most; give a rank below 2",
     ("inspect", "adapter", "--truncate", "9", "--output-dir", "out"): "adapter has updates of rank 2 at most",
     ("inspect", "runs/done", "--truncate", "1", "--output-dir", "full"): "full: exists; give --overwrite to replace it",
+    TRAIN: "runs/done: holds this run, finished; give --overwrite to run it again, another --output-dir, or --extend",
+    (*TRAIN, "--resume", "never"): "runs/done: holds a run; give --overwrite to replace it, or another --output-dir",
+    (*TRAIN, "--set", "adapter.r=4"): "runs/done: holds another run (adapter.r: 2 there, 4 here)",
+    (*TRAIN, "--set", "training.max_steps=9"): "a shorter one; give --extend to go on from its last checkpoint",
+    (*TRAIN, "--resume", "nowhere"): "--resume nowhere: no checkpoint; expected a folder such as",
+    (*TRAIN, "--output-dir", "new", "--extend"): "--extend: new holds no run to go on with",
+    (*TRAIN, "--output-dir", "data.csv"): "training.output_dir: data.csv is a file; expected a folder",
+    (*TRAIN, "--output-dir", "foreign"): "no run wrote it, as no config.yaml lies beside it",
+    **{(command, "runs/done/config.yaml", "--set", f"model.name_or_path={name}"): said
+       for command in ("train", "preview", "profile-memory") for name, said in {
+        "runs/done": "it is a run: name its base, and start from it: --set model.name_or_path=base --set adapter.init_",
+        "around": "it is a run: name its base, and start from it: --set model.name_or_path=base --set",
+        "ggufs": "it holds models for llama.cpp, which are not trained; name the model that they were made from: --set",
+        "exported": "which are not trained; name the model that they were made from: --set model.name_or_path=base",
+        "ggufs/a.gguf": "a model for llama.cpp, which is not trained", "data.csv": "data.csv: not a folder; expected",
+        "full": "no config.json in it, so it is not a model folder; name one that has it, or download it again",
+        "./bsae": "no such folder; did you mean 'base'?",
+    }.items()},
     **{(*PROFILE, *words): said for words, said in {
         ("24",): "'24' is neither a size nor a card: write 24GB", ("0",): "expected a size above 0, such as 24GB",
         ("-1GB",): "expected a size above 0", ("rtx-4091",): "such as rtx-4090", ("huge",): "not in the table of cards",
@@ -74,11 +93,13 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(FILES / "runs" / "stopped", folder / "runs" / "half")
     shutil.copytree(FILES / "runs" / "finished" / "adapter", folder / "adapter")
     shutil.copytree(folder / "adapter", folder / "around" / "adapter")
-    for name in ("ggufs", "bare", "failing", "full", "runs/done/report"):
-        (folder / name).mkdir()
+    for name in ("ggufs", "exported", "foreign/adapter", "bare", "failing", "full", "runs/done/report"):
+        (folder / name).mkdir(parents=True)
     for name in HEAVY:
         (folder / "failing" / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported')\n")
-    (folder / "ggufs" / "a.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    for name in ("ggufs", "exported"):
+        (folder / name / "a.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    shutil.copy(folder / "merged" / "qlora_tool.json", folder / "exported")
     (folder / "full" / "notes.txt").write_text("mine\n")
     shutil.copy(folder / "base" / "config.json", folder / "bare")
     (folder / "data.csv").write_text("prompt,completion\na,b\n")
