@@ -74,9 +74,11 @@ def _instead(path: Path) -> str:
                f"{_SET}{made_from or 'OWNER/NAME'}"  # fmt: skip
     if kind in ("run", "adapter") or (path / "adapter").is_dir():
         folder = path if kind == "adapter" else path / "adapter"
+        if not (folder / "adapter_config.json").exists():
+            return f"it is a run, and not finished: `qlora-tool train {path / 'config.yaml'}` goes on with it"
         base = _said(folder / "adapter_config.json", "base_model_name_or_path")
-        return f"it is {'an adapter' if kind == 'adapter' else 'a run'}: name its base, and start from it: " \
-               f"{_SET}{base or 'BASE'} --set adapter.init_from={path}"  # fmt: skip
+        return f"it is {'an adapter' if folder == path else 'a run'}: name its base, and start from its adapter: " \
+               f"{_SET}{base or 'BASE'} --set adapter.init_from={folder}"  # fmt: skip
     return "name one that has it, or download it again"
 
 

@@ -66,8 +66,9 @@ MISTAKES = {
     (*TRAIN, "--output-dir", "foreign"): "no run wrote it, as no config.yaml lies beside it",
     **{(command, "runs/done/config.yaml", "--set", f"model.name_or_path={name}"): said
        for command in ("train", "preview", "profile-memory") for name, said in {
-        "runs/done": "it is a run: name its base, and start from it: --set model.name_or_path=base --set adapter.init_",
-        "around": "it is a run: name its base, and start from it: --set model.name_or_path=base --set",
+        "runs/done": "start from its adapter: --set model.name_or_path=base --set adapter.init_from=runs/done/adapter",
+        "around": "start from its adapter: --set model.name_or_path=base --set adapter.init_from=around/adapter",
+        "runs/half": "it is a run, and not finished: `qlora-tool train runs/half/config.yaml` goes on with it",
         "ggufs": "it holds models for llama.cpp, which are not trained; name the model that they were made from: --set",
         "exported": "which are not trained; name the model that they were made from: --set model.name_or_path=base",
         "ggufs/a.gguf": "a model for llama.cpp, which is not trained", "data.csv": "data.csv: not a folder; expected",
