@@ -25,7 +25,8 @@ from qlora_tool.config.sources import sources_of
 from qlora_tool.errors import AlreadyFinished, OptionError, UserError
 from qlora_tool.files import results
 from qlora_tool.files.results import Read, new_file
-from qlora_tool.inference.adapter_options import checked_adapters
+from qlora_tool.files.weight_files import refuse_no_weights
+from qlora_tool.inference.options import checked_adapters, refuse_together
 from qlora_tool.model.source import local_folder
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def train(
         raise OptionError(f"--extend goes on with a run and {other} replaces it: give one of the two")
     started = time.perf_counter()
     local_folder(configuration.model.name_or_path)
+    refuse_no_weights(configuration.model.name_or_path)
     from qlora_tool.data.check import check_data
     from qlora_tool.run_folder import RunFolder
     from qlora_tool.training.going_on import refuse_to_start
@@ -356,6 +358,8 @@ def export_merged(
     )  # fmt: skip
     refuse_options(exporting)
     refuse_taken(Path(output_dir), overwrite)
+    if model is not None and exporting.merges:
+        refuse_no_weights(os.fspath(model))
     options = _base_options(model, quantization, double_quant)
     from qlora_tool.inference.named import find_named
 
@@ -436,8 +440,7 @@ def generate(
     """
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     file = None if prompts is None else os.fspath(prompts)
-    _refuse_together(chat is not False, texts, file, adapter, compare_base, system)
-    checked_adapters(adapter)
+    refuse_together(chat is not False, texts, file, adapter, compare_base, system)
     read = Read({"the data of --prompts": file}, _models(run_or_model, model, adapter))
     answers = new_file("--json", json, results.ANSWERS, read)
     from qlora_tool.inference.sampling import Sampling
@@ -448,6 +451,8 @@ def generate(
 
         check_sources([file], need_answers=False, run=run_or_model)
     refuse_as_model(os.fspath(run_or_model), rows="--prompts")
+    refuse_no_weights(os.fspath(run_or_model))
+    refuse_no_weights(None if model is None else os.fspath(model))
     options = _base_options(model, quantization, double_quant, device, compute_dtype)
     with without_collection():
         from qlora_tool.inference.chat import chat as talk
@@ -462,25 +467,6 @@ def generate(
         found = talk(cast("Artifact", named), chat, sampling, system, on_text, on_answer)
     _write_json_lines(answers, [one.as_json() for one in found.answers])
     return found
-
-
-def _refuse_together(
-    chat: bool, texts: Sequence[str], file: str | None, adapter: Adapters, compare_base: bool, system: str | None
-) -> None:
-    """Refuse options of `generate` that do not go together.
-
-    Raises:
-        OptionError: nothing to ask, or something beside a chat.
-    """
-    beside = [name for name, given in {"--prompt": texts, "--prompts": file, "--adapter": adapter,
-                                       "--compare-base": compare_base}.items() if given]  # fmt: skip
-    if chat and beside:
-        raise OptionError(f"--chat talks with one model, and {' and '.join(beside)} cannot go with it: leave one of "
-                          "the two out")  # fmt: skip
-    if not chat and not texts and file is None:
-        raise OptionError("nothing to answer: give --prompt TEXT or --prompts FILE, or --chat")
-    if system is not None and not system.strip():
-        raise OptionError("--system: expected a text, found an empty one")
 
 
 def evaluate(
@@ -554,6 +540,8 @@ def evaluate(
     file = new_file("--json", json, results.SCORES, read)
     check_sources(sources.values(), format, run=run_or_model)
     refuse_as_model(os.fspath(run_or_model), rows="--data")
+    refuse_no_weights(os.fspath(run_or_model))
+    refuse_no_weights(None if model is None else os.fspath(model))
     options = _base_options(model, quantization, double_quant, device, compute_dtype)
     with without_collection():
         from qlora_tool.inference.named import find_named

@@ -59,6 +59,11 @@ class ExportOptions:
         )
 
     @property
+    def merges(self) -> bool:
+        """Whether the base's weights are read for what is made."""
+        return self.with_base or self.format not in ("adapter", "adapter-portable", "gguf-adapter")
+
+    @property
     def has_dtype(self) -> bool:
         """Whether the user may choose a dtype for its tensors."""
         return self.format in WITH_DTYPE

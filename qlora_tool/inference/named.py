@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from qlora_tool.artifacts import Artifact, BaseOptions, find_artifact
-from qlora_tool.inference.adapter_options import Adapters, AnyPath, as_options
+from qlora_tool.inference.options import Adapters, AnyPath, as_options
 from qlora_tool.inference.several import Several, find_several
 
 

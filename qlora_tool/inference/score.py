@@ -11,7 +11,7 @@ from qlora_tool.config import DataConfig
 from qlora_tool.data.prompts import Prompt, read_prompts
 from qlora_tool.data.tokenize import Dataset, build_dataset
 from qlora_tool.errors import UserError
-from qlora_tool.inference.adapter_options import BASE
+from qlora_tool.inference.options import BASE
 from qlora_tool.inference.answer import Answer, Answers, answer
 from qlora_tool.inference.evaluation import evaluate_loss
 from qlora_tool.inference.likeness import token_f1

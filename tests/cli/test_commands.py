@@ -189,8 +189,8 @@ def test_a_broken_model_folder(here: Path):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, here / "no-tensor" / "model.safetensors", {"format": "pt"})
     expected = {
-        "no-weights": "no-weights: no weights found; expected model.safetensors, or shards with "
-        "model.safetensors.index.json; download the model again",
+        "no-weights": "no-weights: no weights in it, where model.safetensors is expected, or shards with "
+        "model.safetensors.index.json; name a folder that has them, or download the model again",
         "truncated": "truncated/model.safetensors: truncated, or not a safetensors file (incomplete metadata, file not "
         f"fully covered; {size - 1000} bytes); download it again",
         "no-shard": "no-shard: 1 of 1 shards are missing (model-00001-of-00002.safetensors); download the model again",

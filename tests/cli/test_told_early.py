@@ -75,6 +75,11 @@ MISTAKES = {
         "full": "no config.json in it, so it is not a model folder; name one that has it, or download it again",
         "./bsae": "no such folder; did you mean 'base'?",
     }.items()},
+    (*EXPORT, "--model", "bare"): "bare: no weights in it, where model.safetensors is expected, or shards with model.",
+    (*EXPORT, "--model", "pickled"): "pickled: its weights are pickles (pytorch_model.bin)",
+    ("generate", "bare", "--prompt", "x"): "name a folder that has them, or download the model again",
+    ("evaluate", "runs/done", "--data", "data.csv", "--model", "bare"): "bare: no weights in it",
+    ("train", "runs/done/config.yaml", "--set", "model.name_or_path=bare"): "bare: no weights in it",
     **{(*PROFILE, *words): said for words, said in {
         ("24",): "'24' is neither a size nor a card: write 24GB", ("0",): "expected a size above 0, such as 24GB",
         ("-1GB",): "expected a size above 0", ("rtx-4091",): "such as rtx-4090", ("huge",): "not in the table of cards",
@@ -94,7 +99,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(FILES / "runs" / "stopped", folder / "runs" / "half")
     shutil.copytree(FILES / "runs" / "finished" / "adapter", folder / "adapter")
     shutil.copytree(folder / "adapter", folder / "around" / "adapter")
-    for name in ("ggufs", "exported", "foreign/adapter", "bare", "failing", "full", "runs/done/report"):
+    for name in ("ggufs", "exported", "foreign/adapter", "bare", "pickled", "failing", "full", "runs/done/report"):
         (folder / name).mkdir(parents=True)
     for name in HEAVY:
         (folder / "failing" / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported')\n")
@@ -102,7 +107,9 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name / "a.gguf").write_bytes(b"GGUF\x03\0\0\0")
     shutil.copy(folder / "merged" / "qlora_tool.json", folder / "exported")
     (folder / "full" / "notes.txt").write_text("mine\n")
-    shutil.copy(folder / "base" / "config.json", folder / "bare")
+    for name in ("bare", "pickled"):
+        shutil.copy(folder / "base" / "config.json", folder / name)
+    (folder / "pickled" / "pytorch_model.bin").touch()
     (folder / "data.csv").write_text("prompt,completion\na,b\n")
     config = folder / "runs" / "done" / "config.yaml"
     config.write_text(config.read_text().replace("runs/finished", "runs/done"))

@@ -1,4 +1,5 @@
-"""What `--adapter` names, as far as it is told without opening anything: nothing heavy is imported for it."""
+"""Options of `generate` and of those that take `--adapter`, as far as they are told without opening anything: nothing
+heavy is imported for it."""
 
 from __future__ import annotations
 
@@ -92,3 +93,23 @@ def checked_adapters(given: Adapters, weighted: bool = False) -> list[Given]:
             raise UserError(f"--adapter {one.name}={one.folder}: {missing}; expected a run's folder or an adapter's")
         refuse_unopenable(path)
     return parsed
+
+
+def refuse_together(
+    chat: bool, texts: Sequence[str], file: str | None, adapter: Adapters, compare_base: bool, system: str | None
+) -> None:
+    """Refuse options of `generate` that do not go together, and adapters that are none.
+
+    Raises:
+        UserError: nothing to ask, or something beside a chat; or see `checked_adapters`.
+    """
+    beside = [name for name, given in {"--prompt": texts, "--prompts": file, "--adapter": adapter,
+                                       "--compare-base": compare_base}.items() if given]  # fmt: skip
+    if chat and beside:
+        raise OptionError(f"--chat talks with one model, and {' and '.join(beside)} cannot go with it: leave one of "
+                          "the two out")  # fmt: skip
+    if not chat and not texts and file is None:
+        raise OptionError("nothing to answer: give --prompt TEXT or --prompts FILE, or --chat")
+    if system is not None and not system.strip():
+        raise OptionError("--system: expected a text, found an empty one")
+    checked_adapters(adapter)
