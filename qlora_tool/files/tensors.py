@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import logging
 import math
 import os
 import re
@@ -35,7 +34,6 @@ from qlora_tool.files.weight_files import INDEX_NAME as INDEX_NAME
 from qlora_tool.files.weight_files import SINGLE_NAME as SINGLE_NAME
 from qlora_tool.files.weight_files import weight_files
 
-logger = logging.getLogger(__name__)
 
 _TRIM_EVERY = 32 << 20  # bytes read
 

@@ -11,11 +11,11 @@ from qlora_tool.config import DataConfig
 from qlora_tool.data.prompts import Prompt, read_prompts
 from qlora_tool.data.tokenize import Dataset, build_dataset
 from qlora_tool.errors import UserError
-from qlora_tool.inference.options import BASE
 from qlora_tool.inference.answer import Answer, Answers, answer
 from qlora_tool.inference.evaluation import evaluate_loss
 from qlora_tool.inference.likeness import token_f1
 from qlora_tool.inference.open import open_artifact
+from qlora_tool.inference.options import BASE
 from qlora_tool.inference.sampling import Sampling
 from qlora_tool.inference.several import Opened, Several
 from qlora_tool.model.open import check_length, positions_of

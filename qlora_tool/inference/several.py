@@ -13,9 +13,9 @@ from qlora_tool.adapters.switch import Switch
 from qlora_tool.artifacts import Artifact, BaseOptions, base_folder, changed_base, find_artifact
 from qlora_tool.build.open import open_model
 from qlora_tool.errors import OptionError, UserError
-from qlora_tool.inference.options import BASE, Given, checked_adapters
 from qlora_tool.inference.ends import answer_ends, generation_settings
 from qlora_tool.inference.open import tokenizer_folder
+from qlora_tool.inference.options import BASE, Given, checked_adapters
 from qlora_tool.model.open import open_tokenizer
 
 if TYPE_CHECKING:
