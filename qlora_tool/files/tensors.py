@@ -34,7 +34,6 @@ from qlora_tool.files.weight_files import INDEX_NAME as INDEX_NAME
 from qlora_tool.files.weight_files import SINGLE_NAME as SINGLE_NAME
 from qlora_tool.files.weight_files import weight_files
 
-
 _TRIM_EVERY = 32 << 20  # bytes read
 
 _DTYPES = {
