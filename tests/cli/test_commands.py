@@ -209,7 +209,14 @@ def test_a_model_that_is_not_there(here: Path):
     assert error(here, "generate", "./bsae", "--prompt", "hello") == line
     line = train_error(here, "model.name_or_path=owner/name", code=1)
     assert line.startswith("model owner/name: no such folder, not in the hub's local cache, and the model hub is out")
-    assert error(here, "evaluate", "owner/name", "--data", "good.jsonl", code=1) == line
+    start = line.removesuffix("name a local folder (--set model.name_or_path=FOLDER), or the demo model: --set "
+                              "model.name_or_path=demo")  # fmt: skip
+    assert start.endswith("connect, or ")
+    named = ("--set", "model.name_or_path=owner/name")
+    for command in ("preview", "profile-memory"):
+        assert error(here, command, "good.yaml", *named, code=1) == line
+    found = error(here, "evaluate", "owner/name", "--data", "good.jsonl", code=1)
+    assert found == f"{start}name a local folder (or demo)"
 
 
 def test_an_adapter_in_the_place_of_a_model(here: Path):
