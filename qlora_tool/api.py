@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qlora_tool.collection import without_collection
 from qlora_tool.config import Config, ModelConfig, load_config, parse_size, with_values
-from qlora_tool.config.places import refuse_as_model
+from qlora_tool.config.places import refuse_as_model, refuse_as_run
 from qlora_tool.config.sources import sources_of
 from qlora_tool.errors import AlreadyFinished, OptionError, UserError
 from qlora_tool.files import results
 from qlora_tool.files.results import Read, new_file
+from qlora_tool.files.weight_files import refuse_no_weights
+from qlora_tool.inference.options import checked_adapters, refuse_together
+from qlora_tool.model.source import local_folder
 
 if TYPE_CHECKING:
     from qlora_tool.artifacts import Artifact, BaseOptions
@@ -88,24 +91,30 @@ def train(
         other = "--overwrite" if overwrite else "--resume never"
         raise OptionError(f"--extend goes on with a run and {other} replaces it: give one of the two")
     started = time.perf_counter()
+    local_folder(configuration.model.name_or_path)
+    refuse_no_weights(configuration.model.name_or_path)
     from qlora_tool.data.check import check_data
-
-    check_data(configuration.data)
-    with without_collection():
-        from qlora_tool.memory.run_report import RunMemory
-        from qlora_tool.training.loop import train as run_training
-        from qlora_tool.training.result import TrainResult
+    from qlora_tool.run_folder import RunFolder
+    from qlora_tool.training.going_on import refuse_to_start
 
     try:
+        refuse_to_start(configuration, os.fspath(resume), overwrite, extend, allow_changes)
+        check_data(configuration.data)
+        with without_collection():
+            from qlora_tool.memory.run_report import RunMemory
+            from qlora_tool.training.loop import train as run_training
+            from qlora_tool.training.result import TrainResult
+
         run = run_training(
             configuration, resume=os.fspath(resume), extend=extend, overwrite=overwrite, dry_run=dry_run,
             watcher=RunMemory(), allow_changes=allow_changes,
         )  # fmt: skip
     except AlreadyFinished as error:
-        if not dry_run and not error.told_elsewhere:
+        folder = RunFolder(Path(configuration.training.output_dir))
+        if not dry_run and not error.told_elsewhere and not folder.has_ended():
             from qlora_tool.reporting.page import complete_finished
 
-            complete_finished(Path(configuration.training.output_dir))
+            complete_finished(folder.path)
         raise
     result = TrainResult.of(run, time.perf_counter() - started, finished=not dry_run)
     if dry_run or not run.world.is_main:
@@ -148,6 +157,8 @@ def preview(
     if rows < 0:
         raise OptionError(f"--rows: expected at least 0, found {rows}")
     file = new_file("--json", json, results.PREVIEW, _read_by(config, configuration))
+    if not (Path(configuration.model.name_or_path).expanduser() / "tokenizer_config.json").exists():
+        local_folder(configuration.model.name_or_path)  # a tokenizer alone will do
     from qlora_tool.data.check import check_data
 
     check_data(configuration.data, seconds=0.2)  # the rows that are shown are read again, with the same checks
@@ -214,11 +225,15 @@ def profile_memory(
                           "with torchrun: its memory.json has the measured bytes of one of them")  # fmt: skip
     if plot is not None and Path(plot).suffix not in (".png", ".html"):
         raise OptionError(f"invalid value for --plot: {os.fspath(plot)}: expected a name that ends in .png or .html")
+    local_folder(configuration.model.name_or_path)
     read = _read_by(config, configuration)
     file = new_file("--json", json, results.MEMORY, read)
     picture = new_file("--plot", plot, results.MEMORY_PLOT, read.and_file("--json", file))
     device = device or ("cpu" if configuration.model.device == "cpu" else "cuda")
+    from qlora_tool.memory.allocator.cards import named_budget
     from qlora_tool.workers import Workers, count_for
+
+    named = named_budget(device_memory, device)
 
     # On a card, as on a CPU each process would measure that for itself; they start while this one imports, too.
     planning = count_for(1 << 30) - 1 if plan and device == "cuda" else 0
@@ -226,7 +241,7 @@ def profile_memory(
         with without_collection():
             from qlora_tool.memory.profile_run import NothingFits, draw, planned, profile_run
 
-        profiled = profile_run(configuration, device, _budget(configuration, device, device_memory, plan),
+        profiled = profile_run(configuration, device, _budget(configuration, device, named, plan),
                                measure=measure, calibrate=calibrate, may_change=plan, processes=processes)  # fmt: skip
         if on_profile is not None:
             on_profile(profiled)
@@ -244,23 +259,16 @@ def profile_memory(
     return profiled
 
 
-def _budget(config: Config, device: str, device_memory: str | int | None, plan: bool) -> Budget | None:
+def _budget(config: Config, device: str, named: Budget | None, plan: bool) -> Budget | None:
     """The device that must suffice; None: what is free on the one that is here, if any."""
+    if named is not None or not plan or config.training.max_memory is not None:
+        return named
     from qlora_tool.memory.allocator.available import budget_here
-    from qlora_tool.memory.allocator.cards import CARDS, parse_device_memory
 
-    named = f"{device_memory}B" if isinstance(device_memory, int) else device_memory
-    budget = parse_device_memory(named) if named else None
-    if plan and budget is None and config.training.max_memory is None:
-        budget = budget_here(device)
-        if budget is None:
-            raise OptionError("--plan needs to know what must suffice: no card is here; give --device-memory, such as "
-                              "24GB or rtx-4090, or --device cpu")  # fmt: skip
-    if device == "cpu" and budget is not None and budget.name in {card.name for card in CARDS}:
-        raise OptionError(
-            f"--device-memory {budget.name}: a card, but the prediction is for a CPU; give --device cuda, or a size "
-            "such as 16GiB"
-        )
+    budget = budget_here(device)
+    if budget is None:
+        raise OptionError("--plan needs to know what must suffice: no card is here; give --device-memory, such as "
+                          "24GB or rtx-4090, or --device cpu")  # fmt: skip
     return budget
 
 
@@ -331,6 +339,7 @@ def export_merged(
         from qlora_tool.export.upload import refuse_bad_name
 
         refuse_bad_name(push_to_hub)
+    checked_adapters(adapter, weighted=True)
     rows = None if verify_data is None else os.fspath(verify_data)
     data = {"the data of --verify-data": rows, "the data of --calibration": calibration}
     read = Read(data, {"the folder of --output-dir": output_dir, **_models(run_or_adapter, model, adapter)})
@@ -340,22 +349,26 @@ def export_merged(
 
         check_sources([rows], run=run_or_adapter)
     refuse_as_model(os.fspath(run_or_adapter), adapter=not adapter)
+    from qlora_tool.export.options import ExportOptions, refuse_options
+    from qlora_tool.export.place import refuse_taken
+
+    exporting = ExportOptions(
+        base, dtype, size, overwrite, format, gguf_type, verify, rows, with_base,
+        "none" if calibration is None else os.fspath(calibration), min_kept,
+    )  # fmt: skip
+    refuse_options(exporting)
+    refuse_taken(Path(output_dir), overwrite)
+    if model is not None and exporting.merges:
+        refuse_no_weights(os.fspath(model))
     options = _base_options(model, quantization, double_quant)
     from qlora_tool.inference.named import find_named
 
     artifact = find_named(run_or_adapter, options, adapter=adapter, weighted=True).summed()
     with without_collection():
-        from qlora_tool.export.options import ExportOptions
         from qlora_tool.export.upload import push_to_hub as upload
         from qlora_tool.export.write import export_merged as export
 
-    result = export(
-        artifact, Path(output_dir),
-        ExportOptions(
-            base, dtype, size, overwrite, format, gguf_type, verify, rows, with_base,
-            "none" if calibration is None else os.fspath(calibration), min_kept,
-        ),
-    )  # fmt: skip
+    result = export(artifact, Path(output_dir), exporting)
     _write_json(file, result.facts)
     if not adapter:
         from qlora_tool.reporting.exported import note_export
@@ -427,7 +440,7 @@ def generate(
     """
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     file = None if prompts is None else os.fspath(prompts)
-    _refuse_together(chat is not False, texts, file, adapter, compare_base, system)
+    refuse_together(chat is not False, texts, file, adapter, compare_base, system)
     read = Read({"the data of --prompts": file}, _models(run_or_model, model, adapter))
     answers = new_file("--json", json, results.ANSWERS, read)
     from qlora_tool.inference.sampling import Sampling
@@ -438,6 +451,8 @@ def generate(
 
         check_sources([file], need_answers=False, run=run_or_model)
     refuse_as_model(os.fspath(run_or_model), rows="--prompts")
+    refuse_no_weights(os.fspath(run_or_model))
+    refuse_no_weights(None if model is None else os.fspath(model))
     options = _base_options(model, quantization, double_quant, device, compute_dtype)
     with without_collection():
         from qlora_tool.inference.chat import chat as talk
@@ -452,25 +467,6 @@ def generate(
         found = talk(cast("Artifact", named), chat, sampling, system, on_text, on_answer)
     _write_json_lines(answers, [one.as_json() for one in found.answers])
     return found
-
-
-def _refuse_together(
-    chat: bool, texts: Sequence[str], file: str | None, adapter: Adapters, compare_base: bool, system: str | None
-) -> None:
-    """Refuse options of `generate` that do not go together.
-
-    Raises:
-        OptionError: nothing to ask, or something beside a chat.
-    """
-    beside = [name for name, given in {"--prompt": texts, "--prompts": file, "--adapter": adapter,
-                                       "--compare-base": compare_base}.items() if given]  # fmt: skip
-    if chat and beside:
-        raise OptionError(f"--chat talks with one model, and {' and '.join(beside)} cannot go with it: leave one of "
-                          "the two out")  # fmt: skip
-    if not chat and not texts and file is None:
-        raise OptionError("nothing to answer: give --prompt TEXT or --prompts FILE, or --chat")
-    if system is not None and not system.strip():
-        raise OptionError("--system: expected a text, found an empty one")
 
 
 def evaluate(
@@ -530,6 +526,7 @@ def evaluate(
                           "--show is of answers, and none are generated: give --generate too")  # fmt: skip
     settings = with_values(Config(), {"data.format": format, **({"data.max_length": max_length} if max_length else {})})
     sampling = Sampling(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    checked_adapters(adapter)
     from qlora_tool.data.check import check_sources, named_sources
 
     if isinstance(data, Mapping):
@@ -543,6 +540,8 @@ def evaluate(
     file = new_file("--json", json, results.SCORES, read)
     check_sources(sources.values(), format, run=run_or_model)
     refuse_as_model(os.fspath(run_or_model), rows="--data")
+    refuse_no_weights(os.fspath(run_or_model))
+    refuse_no_weights(None if model is None else os.fspath(model))
     options = _base_options(model, quantization, double_quant, device, compute_dtype)
     with without_collection():
         from qlora_tool.inference.named import find_named
@@ -608,6 +607,12 @@ def inspect(
 
         check_sources([rows], run=run_or_adapter)
     refuse_as_model(os.fspath(run_or_adapter), adapter=True)
+    if truncate is not None and output_dir is not None:
+        from qlora_tool.export.place import refuse_taken
+        from qlora_tool.inspection.rank import refuse_rank
+
+        refuse_taken(Path(output_dir), overwrite)
+        refuse_rank(os.fspath(run_or_adapter), truncate)
     options = _base_options(model, quantization, double_quant,
                             quantization_else="none" if truncate is None else None)  # fmt: skip
     from qlora_tool.artifacts import find_artifact
@@ -642,12 +647,14 @@ def report(run: AnyPath, *, output: AnyPath | None = None) -> ReportResult:
         >>> report("my-run").file.name
         'report.html'
     """
-    from qlora_tool.reporting.page import write_report
-
+    refuse_as_run(os.fspath(run))
     folder = Path(run).expanduser()
     if output is not None and Path(output).expanduser().absolute() == (folder / "report.html").absolute():
         output = None
-    return write_report(folder, new_file("--output", output, results.PAGE, Read(parts=_models(run))))
+    file = new_file("--output", output, results.PAGE, Read(parts=_models(run)))
+    from qlora_tool.reporting.page import write_report
+
+    return write_report(folder, file)
 
 
 def _with_output_dir(overrides: Overrides, output_dir: AnyPath | None) -> Overrides:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_tool.adapters.peft_names import CONFIG_NAME
-from qlora_tool.adapters.peft_reading import adapters_inside, is_adapter, read_adapter
+from qlora_tool.adapters.peft_reading import is_adapter, read_adapter
 from qlora_tool.adapters.stack import Weighted
 from qlora_tool.adapters.stored import StoredAdapter
 from qlora_tool.config import ModelConfig
+from qlora_tool.config.places import refuse_unopenable
 from qlora_tool.errors import ToolError, UserError
 from qlora_tool.files.hashes import file_hashes
 from qlora_tool.files.reading import read_object
@@ -84,13 +84,9 @@ def find_artifact(name: str, options: BaseOptions) -> Artifact:
         UserError: an unfinished run, an adapter whose base or quantization is not known.
     """
     path = Path(name).expanduser()
+    refuse_unopenable(path)
     run = RunFolder(path)
     if run.holds_run():
-        if not run.is_finished():
-            raise UserError(
-                f"{path}: this run is not finished; finish it with `qlora-tool train {run.config_file}`, which goes on "
-                "from its last checkpoint"
-            )
         config, stored = run.config(), read_adapter(run.adapter)
         _refuse_other_configuration(run, config, stored)
         base = _override(config.model, options, trained=True)
@@ -101,8 +97,6 @@ def find_artifact(name: str, options: BaseOptions) -> Artifact:
         base = _base_of(stored, options)
         kwargs = (stored.provenance or {}).get("chat_template_kwargs", {})
         return Artifact(name, base, stored, None, base, options.model is not None, kwargs)
-    if path.is_dir() and not (path / "config.json").exists() and (inside := adapters_inside(path)):
-        raise UserError(f"{path}: no {CONFIG_NAME} in it; the adapter lies in {inside[0]}")
     model = ModelConfig(**({"name_or_path": name, "quantization": "none"} | _own_quantization(name)))
     provenance = _provenance_of_export(path)
     return Artifact(

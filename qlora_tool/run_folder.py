@@ -94,6 +94,11 @@ class RunFolder:
     def is_finished(self) -> bool:
         return (self.adapter / "adapter_config.json").exists()
 
+    def has_ended(self) -> bool:
+        """Whether a finished run has done what comes after its adapter, too: the page about it is there, and no run
+        that it replaces is left."""
+        return self.is_finished() and self.report.exists() and not self.replaced()
+
     def write_config(self, config: Config) -> None:
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,7 @@ class Setup:
         """
         stored = started_from(config.adapter)  # a fault of it is told before a model is fetched
         device = choose_device(config.model.device)
-        folder = resolve_model(config.model.name_or_path, config.model.revision, weights=False)
+        folder = resolve_model(config.model.name_or_path, config.model.revision, weights=False, by_key=True)
         model_config = fitting_config(read_model_config(folder, config.model.trust_remote_code), stored,
                                       config.model.trust_remote_code)  # fmt: skip
         decided = resolve(config, model_config, device.type)

@@ -19,6 +19,7 @@ from qlora_tool.export.gguf.mixture import MIXTURES
 from qlora_tool.export.merge import MergedModel
 from qlora_tool.export.shards import write_shards
 from qlora_tool.export.staging import Staging
+from qlora_tool.export.types import BITSANDBYTES
 from qlora_tool.model.tokenizer_files import copy_files, copy_tokenizer, has_tokenizer
 
 
@@ -64,7 +65,6 @@ class Format:
         write: fills the staging folder, and gives what else is to be said of it, as JSON.
         nbytes: about how many bytes that takes.
         check: refuses what the format cannot hold, before anything is written.
-        has_dtype: whether the user may choose a dtype for its tensors.
         auto_dtype: whether the one that keeps most is chosen for them, where the user leaves it.
         as_model: the result as a model folder that plain transformers loads, for as long as it is held against the live
             model; None where it is none.
@@ -73,7 +73,6 @@ class Format:
     write: Write
     nbytes: Callable[[Job], int]
     check: Callable[[Job], None] = lambda job: None
-    has_dtype: bool = False
     auto_dtype: bool = False
     as_model: Callable[[Job, Staging], AbstractContextManager[Path]] | None = None
 
@@ -259,13 +258,12 @@ def _files_of(folder: Path) -> dict[str, Any]:
     return {"files": [file.name for file in files], "bytes": sum(file.stat().st_size for file in files)}
 
 
-BITSANDBYTES: tuple[ExportFormat, ...] = ("nf4", "fp4")
 FORMATS: dict[ExportFormat, Format] = {
-    "safetensors": Format(_write_safetensors, _merged_bytes, has_dtype=True, auto_dtype=True, as_model=_itself),
+    "safetensors": Format(_write_safetensors, _merged_bytes, auto_dtype=True, as_model=_itself),
     "gguf": Format(_write_gguf, _gguf_bytes, _check_gguf, as_model=_gguf_read_back),
     "gguf-adapter": Format(_write_gguf_adapter, _gguf_adapter_bytes, _check_gguf_adapter,
                            as_model=_gguf_adapter_read_back),
-    **{kind: Format(_write_requantized(kind), _requantized_bytes(kind), has_dtype=True, as_model=_itself)
+    **{kind: Format(_write_requantized(kind), _requantized_bytes(kind), as_model=_itself)
        for kind in BITSANDBYTES},
     "adapter": Format(_write_adapter(portable=False), _adapter_bytes, _check_adapter),
     "adapter-portable": Format(_write_adapter(portable=True), lambda job: 4 * _adapter_bytes(job),

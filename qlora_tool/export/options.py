@@ -8,9 +8,7 @@ from typing import get_args
 
 from qlora_tool.choices import ComputeDtype, ExportBase, ExportFormat, GgufType
 from qlora_tool.errors import UserError, did_you_mean
-from qlora_tool.export.formats import BITSANDBYTES, FORMATS
-from qlora_tool.export.gguf.mixture import MIXTURES
-from qlora_tool.export.verification import GGUF_TYPES
+from qlora_tool.export.types import BITSANDBYTES, GGUF_TYPES, MIXED, WITH_DTYPE
 
 AUTO_KEPT = 0.95  # of what training gained, where the type is chosen and the user names no share
 CHOICES = {  # of what `ExportOptions` takes
@@ -57,8 +55,18 @@ class ExportOptions:
     def has_codes(self) -> bool:
         """Whether weights become codes of few bits, in what is made or in one of the candidates."""
         return self.format in BITSANDBYTES or (
-            self.format == "gguf" and any(one.gguf_type in MIXTURES for one in self.candidates)
+            self.format == "gguf" and any(one.gguf_type in MIXED for one in self.candidates)
         )
+
+    @property
+    def merges(self) -> bool:
+        """Whether the base's weights are read for what is made."""
+        return self.with_base or self.format not in ("adapter", "adapter-portable", "gguf-adapter")
+
+    @property
+    def has_dtype(self) -> bool:
+        """Whether the user may choose a dtype for its tensors."""
+        return self.format in WITH_DTYPE
 
     @property
     def least_kept(self) -> float:
@@ -97,7 +105,7 @@ def refuse_options(options: ExportOptions) -> None:
     Raises:
         UserError: each with the cure.
     """
-    if not FORMATS[options.format].has_dtype and options.dtype != "auto":
+    if not options.has_dtype and options.dtype != "auto":
         instead = "; give --gguf-type" if options.format == "gguf" or options.with_base else ""
         raise UserError(f"--dtype {options.dtype}: --format {options.format} has dtypes of its own{instead}")
     if options.with_base and options.format != "gguf-adapter":
@@ -113,7 +121,7 @@ def refuse_options(options: ExportOptions) -> None:
     if not options.has_codes and options.calibration not in ("auto", "none"):
         raise UserError(
             f"--calibration {options.calibration}: is for merged files of few bits (--format "
-            f"{', '.join(BITSANDBYTES)}, and gguf of type {', '.join(MIXTURES)}); choose one of these, or leave it out"
+            f"{', '.join(BITSANDBYTES)}, and gguf of type {', '.join(MIXED)}); choose one of these, or leave it out"
         )
     if options.calibration not in ("auto", "none") and not (options.calibration and Path(options.calibration).exists()):
         raise UserError(f"--calibration {options.calibration}: no such file; expected auto, none or a file of rows")
@@ -124,6 +132,6 @@ def refuse_options(options: ExportOptions) -> None:
                         "it out")  # fmt: skip
     if options.min_kept is not None and not 0 < options.min_kept <= 1:
         raise UserError(f"--min-kept {options.min_kept:g}: expected a share of what training gained, above 0, at most "
-                        "1")  # fmt: skip
+                        "1, such as 0.95")  # fmt: skip
     if len(options.candidates) > 1 and not options.verify:
         raise UserError(f"{options.choosing}: what a type keeps is measured by verification; leave out --no-verify")

@@ -8,13 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_tool.adapters.as_written import LIST_NAME
 from qlora_tool.adapters.peft_reading import is_adapter
 from qlora_tool.artifacts import Artifact, changed_base
 from qlora_tool.errors import MachineError, UserError, did_you_mean
-from qlora_tool.export.staging import REPORT
-from qlora_tool.files.atomic import existing_parent, refuse_no_place
-from qlora_tool.files.reading import refuse_no_path
+from qlora_tool.files.atomic import existing_parent
 from qlora_tool.model.config_file import read_config_file
 from qlora_tool.run_folder import RunFolder
 from qlora_tool.sizes import file_size
@@ -72,26 +69,6 @@ def refuse_unmeasurable(artifact: Artifact, asked: str, rows: tuple[Sequence[Any
         gone = f"is measured on rows, and there are none: {rows[1] if rows else 'not verified'}"
     if gone:
         raise UserError(f"{asked}: what a type keeps {gone}; name a type, without --min-kept")
-
-
-def refuse_taken(output: Path, overwrite: bool) -> None:
-    """Refuse to write over anything, or with `overwrite` over anything that is neither a model nor an adapter."""
-    refuse_no_path(output, "--output-dir")
-    if not output.exists():
-        if output.is_symlink():
-            raise UserError(f"{output}: a link to a folder that is not there; remove it, or give another --output-dir")
-        refuse_no_place(output, "--output-dir")
-        return
-    if not output.is_dir():
-        raise UserError(f"{output}: a file, where --output-dir expects a folder that does not exist yet")
-    if not any(output.iterdir()):
-        return
-    if not overwrite:
-        raise UserError(f"{output}: exists; give --overwrite to replace it, or another --output-dir")
-    ours = (output / REPORT).exists() or ((output / "qlora_tool.json").exists() and is_adapter(output))
-    if not ours or (output / LIST_NAME).exists():
-        raise UserError(f"{output}: holds something other than an export, which --overwrite would delete; give another "
-                        "--output-dir")  # fmt: skip
 
 
 def refuse_inputs(output: Path, inputs: Mapping[str, Path]) -> None:

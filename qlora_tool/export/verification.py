@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qlora_tool.export.types import BITSANDBYTES, GGUF_TYPES
 from qlora_tool.export.verify import Agreement
 from qlora_tool.weights.quantized import KINDS
 
@@ -13,8 +14,6 @@ MEAN_KL = 1e-3  # from here on a mean KL is a warning: seven times what bf16's r
 ARGMAX_AGREEMENT = 0.95  # below it
 UPDATE_ERROR = 0.5  # from here on: the rounding is half as large as the update
 GAIN_KEPT = 0.9  # of what training gained; below it
-FEW_BITS = ("nf4", "fp4")
-GGUF_TYPES = ("q4_0", "iq4_nl", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "bf16", "f16")  # each finer than the last
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class Proof:
     def warnings(self) -> list[str]:
         """What is bad about the figures, each with the better choice."""
         found, faults = self.agreement, []
-        coarse = self.dtype in GGUF_TYPES[:-2] or self.dtype in FEW_BITS
+        coarse = self.dtype in GGUF_TYPES[:-2] or self.dtype in BITSANDBYTES
         gain = found.gain_kept if coarse and found else None  # what counts first of a coarse rounding
         if gain is not None and not gain >= GAIN_KEPT:
             faults.append(f"of what training gained it keeps {gain:.1%} (below {GAIN_KEPT:.0%})")

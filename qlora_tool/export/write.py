@@ -22,13 +22,13 @@ from qlora_tool.export.formats import FORMATS, Job
 from qlora_tool.export.merge import MergedModel
 from qlora_tool.export.model_card import model_card
 from qlora_tool.export.options import ExportOptions, refuse_options
+from qlora_tool.export.place import refuse_taken
 from qlora_tool.export.preflight import (
     finer_base,
     refuse_changed_base,
     refuse_full_disk,
     refuse_inputs,
     refuse_no_adapter,
-    refuse_taken,
     refuse_unmeasurable,
     refuse_unmergeable,
     warn_of_rounding_away,
@@ -197,14 +197,13 @@ def _made(
     job: Job, options: ExportOptions, staging: Staging, rows: tuple[Sequence[Example], str] | None
 ) -> tuple[dict[str, Any], Proof | None]:
     """Fill the staging folder with weights, and prove them."""
-    form = FORMATS[options.format]
     with closing(job.encoder):
         choice, written = _write(job, options, staging)
     staging.keep = True
     result = {
         "format": options.format,
-        "dtype": str(job.merged.default_dtype).removeprefix("torch.") if form.has_dtype else None,
-        "dtype_reason": choice.reason if form.has_dtype else None,
+        "dtype": str(job.merged.default_dtype).removeprefix("torch.") if options.has_dtype else None,
+        "dtype_reason": choice.reason if options.has_dtype else None,
         "base": job.merged.base,
         **written,
     }
@@ -269,7 +268,7 @@ def find_cached_base(folder: Path, quantization: Quantization) -> Checkpoint | N
 
 def _choices(job: Job, options: ExportOptions) -> list[Choice]:
     form = FORMATS[options.format]
-    if not form.has_dtype:
+    if not options.has_dtype:
         return [Choice(torch.float32, "")]  # which the format itself rounds
     if options.dtype == "auto" and not form.auto_dtype:
         return [Choice(None, "the base's own")]

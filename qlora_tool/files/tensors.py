@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import logging
 import math
 import os
 import re
@@ -28,15 +27,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlora_tool.errors import UserError, did_you_mean, printable
+from qlora_tool.errors import UserError, did_you_mean
 from qlora_tool.files.atomic import write_json
-from qlora_tool.files.reading import found_as, is_inside, parse_json, read_object, refuse_other_than_file
-from qlora_tool.once import log_once
-
-logger = logging.getLogger(__name__)
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+from qlora_tool.files.reading import parse_json, refuse_other_than_file
+from qlora_tool.files.weight_files import INDEX_NAME as INDEX_NAME
+from qlora_tool.files.weight_files import SINGLE_NAME as SINGLE_NAME
+from qlora_tool.files.weight_files import weight_files
 
 _TRIM_EVERY = 32 << 20  # bytes read
 
@@ -73,7 +69,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.files = _checkpoint_files(folder)
+        self.files = weight_files(folder)
         self._entries: dict[str, TensorEntry] = {}
         self._read_bytes = 0  # since freed memory was last given back
         for file in self.files:
@@ -107,52 +103,6 @@ def give_back_freed_memory() -> None:
     of the large ones that were read and went: for a small model, more than the model."""
     with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to do
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _checkpoint_files(folder: Path) -> list[Path]:
-    index = folder / INDEX_NAME
-    if (folder / SINGLE_NAME).exists():  # before an index, as transformers reads it
-        if index.exists():
-            log_once(logger, logging.WARNING, f"{folder}: {SINGLE_NAME} is read, as transformers does, not the shards "
-                     f"that {INDEX_NAME} names")  # fmt: skip
-        return [folder / SINGLE_NAME]
-    if index.exists():
-        names = _shard_names(index)
-        missing = [name for name in names if not (folder / name).exists()]
-        if missing:
-            raise UserError(
-                f"{folder}: {len(missing)} of {len(names)} shards are missing ({', '.join(missing[:3])}); "
-                "download the model again"
-            )
-        return [folder / name for name in names]
-    pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])
-    if pickles:
-        raise UserError(
-            f"{folder}: its weights are pickles ({pickles[0].name}), which can run code when read; convert them once: "
-            f'python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
-        )
-    raise UserError(
-        f"{folder}: no weights found; expected {SINGLE_NAME}, or shards with {INDEX_NAME}; download the model again"
-    )
-
-
-def _shard_names(index: Path) -> list[str]:
-    """The files that an index names, all of them in its folder: a link in it may lead elsewhere, a name not.
-
-    Raises:
-        UserError: no index, or a name that leads outside.
-    """
-    cure = "download the model again"
-    weight_map = read_object(index, cure).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: not an index of shards (weight_map is {found_as(weight_map)}, expected an object of "
-                        f"files by tensors); {cure}")  # fmt: skip
-    for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not is_inside(name):
-            raise UserError(f"{index}: {printable(tensor, 80)} lies in {printable(repr(name), 80)}, which is no name "
-                            f"of a file in this folder; {cure}")  # fmt: skip
-    return sorted(set(weight_map.values()))
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:

@@ -12,9 +12,10 @@ from qlora_tool.data.prompts import Prompt, prompts_from_texts, read_prompts
 from qlora_tool.errors import UserError
 from qlora_tool.inference.answer import Answer, Answers, answer
 from qlora_tool.inference.open import open_artifact
+from qlora_tool.inference.options import BASE
 from qlora_tool.inference.peak import PeakMemory
 from qlora_tool.inference.sampling import Sampling
-from qlora_tool.inference.several import BASE, Opened, Several
+from qlora_tool.inference.several import Opened, Several
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

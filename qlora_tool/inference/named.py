@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from qlora_tool.artifacts import Artifact, BaseOptions, find_artifact
+from qlora_tool.inference.options import Adapters, AnyPath, as_options
 from qlora_tool.inference.several import Several, find_several
-
-AnyPath = str | os.PathLike[str]
-Adapters = Sequence[str] | Mapping[str, AnyPath]
 
 
 def find_named(
@@ -33,7 +31,7 @@ def find_named(
     Raises:
         UserError: see `find_artifact` and `find_several`.
     """
-    given = _as_options(adapter)
+    given = as_options(adapter)
     if not given and not several:
         artifact = find_artifact(os.fspath(name), options)
         return artifact if chat_template_kwargs is None else _given(artifact, chat_template_kwargs)
@@ -46,10 +44,3 @@ def find_named(
 
 def _given(artifact: Artifact, chat_template_kwargs: Mapping[str, Any]) -> Artifact:
     return replace(artifact, chat_template_kwargs=chat_template_kwargs)
-
-
-def _as_options(adapter: Adapters) -> list[str]:
-    """Adapters as `--adapter` takes them."""
-    if isinstance(adapter, Mapping):
-        return [f"{name}={os.fspath(folder)}" for name, folder in adapter.items()]
-    return [adapter] if isinstance(adapter, str) else list(adapter)

@@ -15,8 +15,9 @@ from qlora_tool.inference.answer import Answer, Answers, answer
 from qlora_tool.inference.evaluation import evaluate_loss
 from qlora_tool.inference.likeness import token_f1
 from qlora_tool.inference.open import open_artifact
+from qlora_tool.inference.options import BASE
 from qlora_tool.inference.sampling import Sampling
-from qlora_tool.inference.several import BASE, Opened, Several
+from qlora_tool.inference.several import Opened, Several
 from qlora_tool.model.open import check_length, positions_of
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +12,10 @@ from qlora_tool.adapters.stack import Weighted, base_of_its_own
 from qlora_tool.adapters.switch import Switch
 from qlora_tool.artifacts import Artifact, BaseOptions, base_folder, changed_base, find_artifact
 from qlora_tool.build.open import open_model
-from qlora_tool.errors import OptionError, UserError, did_you_mean
+from qlora_tool.errors import OptionError, UserError
 from qlora_tool.inference.ends import answer_ends, generation_settings
 from qlora_tool.inference.open import tokenizer_folder
+from qlora_tool.inference.options import BASE, Given, checked_adapters
 from qlora_tool.model.open import open_tokenizer
 
 if TYPE_CHECKING:
@@ -25,17 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BASE = "base"  # the name by which the base answers beside its adapters
 _KEYS = ("quantization", "double_quant", "embeddings", "skip_modules")  # of the base, in which adapters must agree
-
-
-@dataclass(frozen=True)
-class Given:
-    """An adapter as an option names it: NAME=FOLDER, or NAME=FOLDER:WEIGHT."""
-
-    name: str
-    folder: str
-    weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,36 +51,6 @@ class Several:
         return replace(first, name=" + ".join(one.name for one in self.adapters.values()), stack=stack)
 
 
-def parse_adapters(given: Sequence[str]) -> list[Given]:
-    """What `--adapter` was given; a folder whose own name ends in a colon and a number is that folder.
-
-    Raises:
-        OptionError: not NAME=FOLDER, two of one name, or a weight that is no number or 0.
-    """
-    found: list[Given] = []
-    for text in given:
-        name, equals, folder = text.partition("=")
-        if not (name and equals and folder):
-            raise OptionError(f"--adapter {text}: expected NAME=FOLDER")
-        if name in (one.name for one in found):
-            raise OptionError(f"--adapter: two adapters are called {name!r}; name them apart")
-        if name == BASE:
-            raise OptionError(f"--adapter {text}: {BASE!r} is the name of the model without an adapter; choose another")
-        path, colon, number = folder.rpartition(":")
-        weight = _number(number) if colon and not Path(folder).exists() else None
-        if weight is not None and (not math.isfinite(weight) or weight == 0):
-            raise OptionError(f"--adapter {text}: expected a weight that is a finite number and not 0, found {number}")
-        found.append(Given(name, folder if weight is None else path, weight))
-    return found
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
 def find_several(name: str, given: Sequence[str], options: BaseOptions, *, weighted: bool = False) -> Several:
     """The adapters that `--adapter` names, and the run or adapter `name` before them where it is one; else it is their
     base.
@@ -102,12 +62,7 @@ def find_several(name: str, given: Sequence[str], options: BaseOptions, *, weigh
     Raises:
         UserError: an adapter that cannot be read, or one for another base, a line each.
     """
-    parsed = parse_adapters(given)
-    if not weighted and (heavy := next((one for one in parsed if one.weight is not None), None)):
-        raise OptionError(
-            f"--adapter {heavy.name}={heavy.folder}:{heavy.weight:g}: adapters answer one at a time here, without "
-            "weights; export-merged adds them up"
-        )
+    parsed = checked_adapters(given, weighted)
     first = find_artifact(name, options)
     found: dict[str, Artifact] = {}
     weights = {one.name: 1.0 if one.weight is None else one.weight for one in parsed}
@@ -146,14 +101,6 @@ def _base_name(name: str, options: BaseOptions) -> str:
 
 
 def _adapter(given: Given, options: BaseOptions, base_named: bool) -> Artifact:
-    path = Path(given.folder).expanduser()
-    if not path.is_dir():
-        siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-        missing = "a file" if path.exists() else f"no such folder{did_you_mean(path.name, siblings)}"
-        raise UserError(
-            f"--adapter {given.name}={given.folder}: {missing}; expected a "
-            "run's folder or an adapter's"
-        )
     artifact = find_artifact(given.folder, options)
     if artifact.adapter is None:
         raise UserError(

@@ -24,12 +24,14 @@ from qlora_tool.data.examples import as_examples
 from qlora_tool.data.tokenize import Example
 from qlora_tool.errors import OptionError, ToolError, UserError
 from qlora_tool.export.adapter_only import plain_config
-from qlora_tool.export.preflight import inside, refuse_taken
+from qlora_tool.export.place import refuse_taken
+from qlora_tool.export.preflight import inside
 from qlora_tool.export.rows import find_rows
 from qlora_tool.files.atomic import replacing_folder, write_json
 from qlora_tool.files.digest import sha256
 from qlora_tool.files.tensors import write_all
 from qlora_tool.inference.evaluation import evaluate_loss
+from qlora_tool.inspection.rank import too_high
 from qlora_tool.inspection.spectrum import best_factors
 from qlora_tool.inspection.updates import Inspection, Opened, adapter_of, open_adapter, update_factors
 from qlora_tool.methods import METHODS
@@ -131,8 +133,7 @@ def truncate(artifact: Artifact, found: Inspection, r: int, output: Path, data: 
     stored = adapter_of(artifact)
     highest = max(len(module.spectrum.values) for module in found.modules)
     if r >= highest:
-        lower = f"give a rank below {highest}" if highest > 1 else "there is nothing to cut"
-        raise UserError(f"--truncate {r}: {artifact.name} has updates of rank {highest} at most; {lower}")
+        raise UserError(too_high(artifact.name, r, highest))
     rows, source = _rows(artifact, data)
     opened = open_adapter(artifact)
     tensors = cut_tensors(stored, opened, r)

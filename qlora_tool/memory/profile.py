@@ -108,7 +108,7 @@ def model_config_of(config: Config) -> PreTrainedConfig:
     Raises:
         UserError: see `read_model_config` and `check_length`; or its sizes are not in the file.
     """
-    folder = resolve(config.model.name_or_path, config.model.revision, weights=False)
+    folder = resolve(config.model.name_or_path, config.model.revision, weights=False, by_key=True)
     model_config = read_model_config(folder, config.model.trust_remote_code)
     _check_sizes(folder / "config.json", model_config)
     check_length(model_config, config.data.max_length)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from qlora_tool.errors import MachineError, UserError, did_you_mean, printable
-from qlora_tool.files.reading import refuse_odd_files
+from qlora_tool.files.kinds import kind_of
+from qlora_tool.files.reading import read_object, refuse_odd_files
 from qlora_tool.model.config_file import NAME, read_config_file
 
 _FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "tokenizer*", "LICENSE*", "README.md"]
+_SET = "--set model.name_or_path="
 
 
-def resolve(name_or_path: str, revision: str | None = None, *, weights: bool = True, fetch: bool = True) -> Path:
+def resolve(
+    name_or_path: str, revision: str | None = None, *, weights: bool = True, fetch: bool = True, by_key: bool = False
+) -> Path:
     """The local folder of a model, fetched first where it has to be.
 
     Args:
@@ -19,6 +24,7 @@ def resolve(name_or_path: str, revision: str | None = None, *, weights: bool = T
         revision: a hub branch, tag or commit.
         weights: fetch the weights too, not just the configuration and the tokenizer.
         fetch: whether the hub may be asked; else what its local cache has is all there is.
+        by_key: whether a configuration names the model, so that a line may say how its key is set.
 
     Raises:
         UserError: no such folder, no such model on the hub, or a folder that holds no model.
@@ -28,30 +34,66 @@ def resolve(name_or_path: str, revision: str | None = None, *, weights: bool = T
         from qlora_tool.model.demo import demo_model_folder
 
         return demo_model_folder()
+    if (path := local_folder(name_or_path)) is not None:
+        return path
+    return _from_hub(name_or_path, revision, [*_FILES, "*.safetensors"] if weights else _FILES, fetch, by_key)
+
+
+def local_folder(name_or_path: str) -> Path | None:
+    """The folder that a name is of; None for `demo` and for hub ids. Nothing heavy is imported for it.
+
+    Raises:
+        UserError: no such folder, or one that holds no model.
+    """
     path = Path(name_or_path).expanduser()
+    if name_or_path == "demo":
+        return None
     if path.is_dir():
         if not (path / NAME).exists() and not (path / NAME).is_symlink():
-            adapter = (path / "adapter_config.json").exists() or (path / "adapter").is_dir()
-            cure = (
-                "it is an adapter or a run: set model.name_or_path to its base and adapter.init_from to this folder"
-                if adapter
-                else "download it again"
-            )
-            raise UserError(f"{path}: no config.json in it, so it is not a model folder; {cure}")
+            raise UserError(f"{path}: no config.json in it, so it is not a model folder; {_instead(path)}")
         refuse_odd_files(path, "download the model again")
         return path
     if path.exists():
-        raise UserError(f"model {name_or_path}: not a folder; expected a model folder, a hub id (owner/name), or demo")
+        found = "a model for llama.cpp, which is not trained" if kind_of(name_or_path) == "gguf" else "not a folder"
+        raise UserError(f"model {name_or_path}: {found}; expected a model folder, a hub id (owner/name), or demo")
     if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
         siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
         raise UserError(
             f"model {name_or_path}: no such folder{did_you_mean(path.name, siblings)}; expected a model folder, a hub "
             "id (owner/name), or demo"
         )
-    return _from_hub(name_or_path, revision, [*_FILES, "*.safetensors"] if weights else _FILES, fetch)
+    return None
 
 
-def _from_hub(name: str, revision: str | None, patterns: list[str], fetch: bool) -> Path:
+def _instead(path: Path) -> str:
+    """What to do about a folder without a configuration, for the end of a line."""
+    kind = kind_of(str(path))
+    if kind == "ggufs":
+        made_from = _said(path / "qlora_tool.json", "base", "name_or_path")
+        return "it holds models for llama.cpp, which are not trained; name the model that they were made from: " \
+               f"{_SET}{made_from or 'OWNER/NAME'}"  # fmt: skip
+    if kind in ("run", "adapter") or (path / "adapter").is_dir():
+        folder = path if kind == "adapter" else path / "adapter"
+        if not (folder / "adapter_config.json").exists():
+            return f"it is a run, and not finished: `qlora-tool train {path / 'config.yaml'}` goes on with it"
+        base = _said(folder / "adapter_config.json", "base_model_name_or_path")
+        return f"it is {'an adapter' if folder == path else 'a run'}: name its base, and start from its adapter: " \
+               f"{_SET}{base or 'BASE'} --set adapter.init_from={folder}"  # fmt: skip
+    return "name one that has it, or download it again"
+
+
+def _said(file: Path, *keys: str) -> str:
+    """A text in a JSON file; empty where it has none."""
+    try:
+        found: Any = read_object(file, "")
+    except UserError:
+        return ""
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, str) else ""
+
+
+def _from_hub(name: str, revision: str | None, patterns: list[str], fetch: bool, by_key: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -79,9 +121,11 @@ def _from_hub(name: str, revision: str | None, patterns: list[str], fetch: bool)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         if not fetch:
             raise UserError(f"model {name}: no such folder, and not in the hub's local cache") from error
+        others = f"name a local folder ({_SET}FOLDER), or the demo model: {_SET}demo" if by_key else \
+            "name a local folder (or demo)"  # fmt: skip
         raise MachineError(
             f"model {name}: no such folder, not in the hub's local cache, and the model hub is out of reach; connect, "
-            "or name a local folder (or demo)"
+            f"or {others}"
         ) from error
 
 

@@ -33,6 +33,7 @@ from qlora_tool.training.belonging import belongs_to, made_by
 from qlora_tool.training.best import best_so_far, metric_of, note_evaluation
 from qlora_tool.training.checkpoints import save_checkpoint
 from qlora_tool.training.finish import finish, save_trained, start_trackers
+from qlora_tool.training.going_on import checkpoint_at
 from qlora_tool.training.how_long import note_speed
 from qlora_tool.training.interrupt import Interrupted, StopRequest
 from qlora_tool.training.optimizers import LOSS_SCALE_FLOOR, make_optimizer, parameter_groups
@@ -42,7 +43,7 @@ from qlora_tool.training.prepare import choices_made, describe, prepare_data, ru
 from qlora_tool.training.processes import as_it_was, refuse_disagreement, resumed, share_out
 from qlora_tool.training.progress import DiskWaits, LiveLine, Metrics, Speed, memory_in_words, peak_memory_bytes
 from qlora_tool.training.read_late import LateNumbers, StepNumbers
-from qlora_tool.training.resume import checkpoint_at, refuse_another_run, refuse_changes
+from qlora_tool.training.resume import refuse_another_run, refuse_changes
 from qlora_tool.training.rows_note import note_rows
 from qlora_tool.training.run import Run, Watcher
 from qlora_tool.training.run_data import RunData

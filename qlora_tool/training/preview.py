@@ -108,7 +108,7 @@ def _model(config: ModelConfig, adapter: AdapterConfig) -> tuple[Path, Any]:
         logger.warning("%s: no config.json in it: rows are packed as the configuration says, and no length is checked "
                        "against the model", path)  # fmt: skip
         return path, None
-    folder = resolve_model(config.name_or_path, config.revision, weights=False)
+    folder = resolve_model(config.name_or_path, config.revision, weights=False, by_key=True)
     model_config = read_model_config(folder, config.trust_remote_code)
     if adapter.init_from:
         from qlora_tool.adapters.initial import started_from

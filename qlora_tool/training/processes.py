@@ -19,7 +19,8 @@ from qlora_tool.model.sharding import held_bytes, shard
 from qlora_tool.model.source import resolve as resolve_model
 from qlora_tool.run_folder import RunFolder, is_checkpoint
 from qlora_tool.training.checkpoints import Checkpoint
-from qlora_tool.training.resume import checkpoint_at, checkpoint_to_resume, newest_whole
+from qlora_tool.training.going_on import PASSES, checkpoint_at, checkpoint_to_resume
+from qlora_tool.training.resume import newest_whole
 
 if TYPE_CHECKING:
     from qlora_tool.adapters.attach import AdapterSet
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PASSES = "training.gradient_accumulation_steps"
 # Where things lie may differ from machine to machine; what they hold is compared.
 _PLACES = ("training.output_dir", "model.name_or_path", "data.train", "data.eval", "data.chat_template",
            "adapter.init_from")  # fmt: skip

@@ -16,6 +16,7 @@ from qlora_tool.ops.products import products_choice
 from qlora_tool.run_folder import RunFolder
 from qlora_tool.training.best import out_of_patience, take_best_along
 from qlora_tool.training.checkpoints import Checkpoint, Progress
+from qlora_tool.training.going_on import busy_folder
 from qlora_tool.training.plan import StepPlan
 from qlora_tool.training.run import Run
 from qlora_tool.world import World
@@ -35,7 +36,7 @@ def alone_in(path: Path, world: World, dry_run: bool) -> Iterator[None]:
         MachineError: the folder cannot be written.
     """
     folder = RunFolder(path)
-    busy = f"{path}: {{holder}} trains into it; wait for that run, or give another --output-dir"
+    busy = busy_folder(path)
     with contextlib.ExitStack() as held:
 
         def hold() -> None:

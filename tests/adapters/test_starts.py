@@ -259,7 +259,7 @@ def test_what_is_opened_is_the_model_of_the_last_step(base, runs, name):
     config = load_config(runs(name) / "config.yaml", {"training.max_steps": 4, "training.output_dir": str(runs(name))})
     run = train(config, resume=str(runs(name)), dry_run=True)
     from qlora_tool.training.checkpoints import Checkpoint
-    from qlora_tool.training.resume import checkpoint_at
+    from qlora_tool.training.going_on import checkpoint_at
     from qlora_tool.world import World
 
     Checkpoint.read(checkpoint_at(runs(name))).load(run.adapters, run.optimizer, World())

@@ -189,8 +189,8 @@ def test_a_broken_model_folder(here: Path):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, here / "no-tensor" / "model.safetensors", {"format": "pt"})
     expected = {
-        "no-weights": "no-weights: no weights found; expected model.safetensors, or shards with "
-        "model.safetensors.index.json; download the model again",
+        "no-weights": "no-weights: no weights in it, where model.safetensors is expected, or shards with "
+        "model.safetensors.index.json; name a folder that has them, or download the model again",
         "truncated": "truncated/model.safetensors: truncated, or not a safetensors file (incomplete metadata, file not "
         f"fully covered; {size - 1000} bytes); download it again",
         "no-shard": "no-shard: 1 of 1 shards are missing (model-00001-of-00002.safetensors); download the model again",
@@ -209,7 +209,14 @@ def test_a_model_that_is_not_there(here: Path):
     assert error(here, "generate", "./bsae", "--prompt", "hello") == line
     line = train_error(here, "model.name_or_path=owner/name", code=1)
     assert line.startswith("model owner/name: no such folder, not in the hub's local cache, and the model hub is out")
-    assert error(here, "evaluate", "owner/name", "--data", "good.jsonl", code=1) == line
+    start = line.removesuffix("name a local folder (--set model.name_or_path=FOLDER), or the demo model: --set "
+                              "model.name_or_path=demo")  # fmt: skip
+    assert start.endswith("connect, or ")
+    named = ("--set", "model.name_or_path=owner/name")
+    for command in ("preview", "profile-memory"):
+        assert error(here, command, "good.yaml", *named, code=1) == line
+    found = error(here, "evaluate", "owner/name", "--data", "good.jsonl", code=1)
+    assert found == f"{start}name a local folder (or demo)"
 
 
 def test_an_adapter_in_the_place_of_a_model(here: Path):

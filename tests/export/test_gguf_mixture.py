@@ -7,12 +7,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import gguf
 import numpy as np
 import pytest
 
-from qlora_tool.export.gguf.mixture import MIXTURES, fallbacks, tensor_types
+from qlora_tool.choices import GgufType
+from qlora_tool.export.gguf.mixture import MIXTURES, PLAIN, fallbacks, tensor_types
+from qlora_tool.export.types import GGUF_TYPES, MIXED
 
 LETTERS = {"F16": "h", "F32": "f", "Q8_0": "8", "Q6_K": "6", "Q5_K": "5", "Q4_K": "4", "Q5_1": "b", "Q5_0": "a",
            "Q4_0": "o", "IQ4_NL": "n"}  # fmt: skip
@@ -134,6 +137,11 @@ SHAPES = {"token_embd.weight": (1000, 512), "output.weight": (1000, 512), "outpu
 
 class Config:
     model_type, num_hidden_layers, num_attention_heads, num_key_value_heads = "llama", 16, 8, 2
+
+
+def test_the_names_that_options_are_checked_by():
+    assert set(MIXED) == set(MIXTURES) and {*MIXTURES, *PLAIN} == set(GGUF_TYPES)
+    assert {*GGUF_TYPES, "auto"} == set(get_args(GgufType))
 
 
 def test_the_mixture_of_the_usual_type():

@@ -275,7 +275,7 @@ def test_pickles_are_not_read_and_the_way_out_works(tmp_path):
 
 def test_a_folder_without_weights_is_told_what_was_expected(tmp_path):
     line = fault(Checkpoint, tmp_path)
-    assert line.startswith(f"{tmp_path}: no weights found")
+    assert line.startswith(f"{tmp_path}: no weights in it")
     assert "model.safetensors" in line
 
 

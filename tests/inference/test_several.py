@@ -31,7 +31,8 @@ from qlora_tool.adapters.switch import Switch
 from qlora_tool.artifacts import Artifact, BaseOptions
 from qlora_tool.build.open import open_model
 from qlora_tool.cli import main
-from qlora_tool.inference.several import BASE, Opened, find_several, parse_adapters
+from qlora_tool.inference.options import BASE, parse_adapters
+from qlora_tool.inference.several import Opened, find_several
 
 CPU = BaseOptions(**FP32)
 

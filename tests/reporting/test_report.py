@@ -190,7 +190,7 @@ def test_a_bare_and_a_broken_folder(copied: Path, tmp_path: Path):
     said = "\n".join(result.missing)
     for part in ("not finished: qlora-tool train", "no step is logged", "memory.json is not there", "cannot be read"):
         assert part in said
-    with pytest.raises(UserError, match=r"no run lies there, as it has no config\.yaml"):
+    with pytest.raises(UserError, match="nothing: no such folder; expected a run's folder"):
         report(tmp_path / "nothing")
     with pytest.raises(UserError, match="there is no folder"):
         report(copied, output=tmp_path / "no" / "page.html")

@@ -18,7 +18,7 @@ import re
 from dataclasses import dataclass
 
 from qlora_tool.config import parse_size
-from qlora_tool.errors import UserError
+from qlora_tool.errors import OptionError, UserError
 
 GB = 10**9
 MIB = 2**20
@@ -247,6 +247,22 @@ def parse_device_memory(text: str) -> Budget:
         )
     card = find_card(text)
     return Budget(card.total_bytes, card.name, card.estimated)
+
+
+def named_budget(given: str | int | None, device: str) -> Budget | None:
+    """What `--device-memory` was given, for a prediction for `device` (cuda or cpu); None where it was not given.
+
+    Raises:
+        UserError: see `parse_device_memory`; or a card is named, and the prediction is for a CPU.
+    """
+    named = f"{given}B" if isinstance(given, int) else given
+    budget = parse_device_memory(named) if named else None
+    if device == "cpu" and budget is not None and budget.name in {card.name for card in CARDS}:
+        raise OptionError(
+            f"--device-memory {budget.name}: a card, but the prediction is for a CPU; give --device cuda, or a size "
+            "such as 16GiB"
+        )
+    return budget
 
 
 def _keys(name: str) -> list[str]:
