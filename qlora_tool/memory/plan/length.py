@@ -79,13 +79,18 @@ def _next(
         if len(seen) == 1:  # the slope is another's
             guess = max(guess, round_down(fitting + max(step_of(fitting), fitting // 10), shortest, top))
         return max(guess, fitting)
-    # Between two lengths the line is too high, so the answer may lie beyond what it says; on through the two longest that
-    # fit it is too low, so nothing beyond what it says does.
     last = round_down(beyond - 1, shortest, top)
-    if (before := max((at for at in seen if at < fitting), default=None)) is not None:
-        rise = (seen[fitting] - seen[before]) / (fitting - before)
-        if rise > 0 and (found := round_down(int(fitting + (limit - seen[fitting]) / rise), shortest, top)) <= last:
-            return max(fitting, found)
+    if (bound := _bound(seen, limit, fitting)) is not None and (bound := round_down(bound, shortest, top)) <= last:
+        return max(fitting, bound)
+    # Between two lengths the line is too high, so the answer may lie beyond what it says.
     if guess <= fitting and beyond > 1.05 * fitting:
         guess = round_down((fitting + beyond) // 2, shortest, top)
     return max(fitting, min(guess, last))
+
+
+def _bound(seen: dict[int, int], limit: int, fitting: int) -> int | None:
+    """Where the line through the two longest lengths that fit leaves the limit: nothing longer fits, as lines go on too
+    low. None where there is no such line."""
+    before = max((at for at in seen if at < fitting), default=fitting)
+    rise = seen[fitting] - seen[before]
+    return None if rise <= 0 else int(fitting + (limit - seen[fitting]) * (fitting - before) / rise)

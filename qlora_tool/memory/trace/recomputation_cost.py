@@ -167,7 +167,6 @@ class _Seen:
         Args:
             layers: names, in order.
         """
-
         last = max(step for _, _, step in trace.marks)
 
         def begin(phase: str) -> int:
