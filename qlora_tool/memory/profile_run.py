@@ -105,8 +105,19 @@ class MemoryProfile(Profile):
         return self.limit.name if self.limit else ""
 
     def to_json(self) -> dict[str, Any]:
-        """What `memory.json` holds of a run, and the plan where there is one."""
-        found = self.report.to_json()
+        """What `memory.json` holds of a run, what the headline says of it, and the plan where there is one.
+
+        `change` is the options that make it fit; null where it fits, or none were found.
+        """
+        needed, usable = self.report.predicted and self.predicted.needed_bytes, self.budget_bytes
+        line = self.change_line or (self.plan and self.plan.change and self.plan.change.line)
+        found = self.report.to_json() | {
+            "fits": self.fits,
+            "needed_bytes": needed,
+            "usable_bytes": usable,
+            "left_bytes": None if needed is None or usable is None else usable - needed,
+            "change": line or None,
+        }
         return found if self.plan is None else found | {"plan": self.plan.to_json()}
 
 

@@ -81,7 +81,9 @@ def test_a_cpu_from_the_configuration_alone(here: Path):
     output = shown("--device", "cpu", "--json", "out/memory.json")
     assert sorted(path.name for path in (here / "m").iterdir()) == ["config.json"]
     written = json.loads((here / "out" / "memory.json").read_text())
-    assert list(written) == ["schema", "device", "config", "predicted", "measured"]
+    said = ["fits", "needed_bytes", "usable_bytes", "left_bytes", "change"]
+    assert list(written) == ["schema", "device", "config", "predicted", "measured", *said]
+    assert [written[key] for key in said] == [None, written["predicted"]["peak_bytes"], None, None, None]
     assert (written["schema"], written["device"], written["measured"]) == (1, "cpu", None)
     assert written["config"]["data"]["max_length"] == 32
     assert written["config"]["training"]["gradient_checkpointing"] is True
@@ -171,7 +173,11 @@ def test_a_size_to_the_byte_that_does_not_suffice(here: Path):
     peak = report["predicted"]["peak_bytes"]
     output = shown("--device", "cpu", "--device-memory", f"{peak}B")
     assert "yes, it fits: " in output and ", 0 MiB left" in " ".join(output.split())
-    output = shown("--device", "cpu", "--device-memory", f"{peak - 1000}B")
+    output = shown("--device", "cpu", "--device-memory", f"{peak - 1000}B", "--json", "memory.json")
+    written = json.loads((here / "memory.json").read_text())
+    assert (written["fits"], written["needed_bytes"], written["usable_bytes"]) == (False, peak, peak - 1000)
+    assert written["left_bytes"] == -1000
+    assert f"\nwhat to change: {written['change']} makes it fit, " in output
     assert "no, it does not fit: " in output and ", 0.0 MiB too much" in " ".join(output.split())
     assert re.search(r"\nwhat to change: --set \S.* makes it fit, in 0\.\d MiB \(estimated\)\n", output)
 
@@ -204,6 +210,7 @@ def test_a_plan(here: Path, monkeypatch: pytest.MonkeyPatch):
     written = json.loads((here / "plan.json").read_text())
     assert MemoryReport.from_json(written).predicted.peak_bytes == written["plan"]["asked"]["peak_bytes"]
     found = written["plan"]
+    assert (written["fits"], written["usable_bytes"], written["change"]) == (True, 64 * 2**20, None)
     assert (found["usable_bytes"], found["fits"], found["line"]) == (64 * 2**20, True, "--set data.max_length=64")
     assert found["longest"]["settings"] == {"data.max_length": 64} and found["longest"]["confirmed"]
     quantized = [option for option in found["options"] if option["group"] == "model.quantization"]
