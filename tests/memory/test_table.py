@@ -154,6 +154,11 @@ def test_modules_that_are_not_quantized_are_named_with_their_bytes():
     many = group_modules({f"part{i}x": 100 + i for i in range(20)})
     assert many[0] == ("part19x", 119) and len(many) == 9
     assert many[-1] == ("and 12 more", sum(range(100, 112)))
+    large = {f"part{i}x": 2**20 * (1 + i) for i in range(9)}
+    assert len(group_modules(large)) == 9
+    norm, frequencies = {"norm.weight": 8192}, {"inv_freq": 256, "original_inv_freq": 256}
+    assert group_modules({"head": 2**20, **norm, **frequencies}) == [("head", 2**20), ("and 3 more", 8704)]
+    assert group_modules({**large, **frequencies})[-2:] == [("part1x", 2**21), ("and 3 more", 2**20 + 512)]
 
 
 def test_the_base_weights_are_called_after_how_they_are_stored():

@@ -175,7 +175,8 @@ def limit(budget: int, budget_name: str) -> str:
 
 
 def group_modules(sizes: Mapping[str, int]) -> list[tuple[str, int]]:
-    """Bytes by module, the largest first: those that repeat in every layer in one line, small ones summed up.
+    """Bytes by module, the largest first: those that repeat in every layer in one line, small ones summed up (all those
+    of 0.0 MiB, unless there are no others).
 
     Args:
         sizes: e.g. `model.layers.0.input_layernorm: 8192`; 32 such become `model.layers.*.input_layernorm (32)`.
@@ -187,7 +188,9 @@ def group_modules(sizes: Mapping[str, int]) -> list[tuple[str, int]]:
         sums[pattern] += size
         counts[pattern] += 1
     order = [(f"{name} ({counts[name]})" if counts[name] > 1 else name, size) for name, size in sums.most_common()]
-    if len(order) <= _MODULES_NAMED + 1:
+    named = sum(size >= MIB / 20 for _, size in order) or len(order)
+    if named == len(order) <= _MODULES_NAMED + 1:
         return order
-    rest = order[_MODULES_NAMED:]
-    return [*order[:_MODULES_NAMED], (f"and {len(rest)} more", sum(size for _, size in rest))]
+    named = min(named, _MODULES_NAMED)
+    rest = order[named:]
+    return [*order[:named], (f"and {len(rest)} more", sum(size for _, size in rest))]
