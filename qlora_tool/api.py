@@ -101,14 +101,16 @@ def train(
         refuse_to_start(configuration, os.fspath(resume), overwrite, extend, allow_changes)
         check_data(configuration.data)
         with without_collection():
+            from qlora_tool.memory.plan.again import typed
             from qlora_tool.memory.run_report import RunMemory
             from qlora_tool.training.loop import train as run_training
             from qlora_tool.training.result import TrainResult
 
-        run = run_training(
-            configuration, resume=os.fspath(resume), extend=extend, overwrite=overwrite, dry_run=dry_run,
-            watcher=RunMemory(), allow_changes=allow_changes,
-        )  # fmt: skip
+        with typed(config, set):
+            run = run_training(
+                configuration, resume=os.fspath(resume), extend=extend, overwrite=overwrite, dry_run=dry_run,
+                watcher=RunMemory(), allow_changes=allow_changes,
+            )  # fmt: skip
     except AlreadyFinished as error:
         folder = RunFolder(Path(configuration.training.output_dir))
         if not dry_run and not error.told_elsewhere and not folder.has_ended():
@@ -239,10 +241,13 @@ def profile_memory(
     planning = count_for(1 << 30) - 1 if plan and device == "cuda" else 0
     with Workers("qlora_tool.memory.plan.options:options_of", planning, "plans") as workers:
         with without_collection():
+            from qlora_tool.memory.plan.again import typed
             from qlora_tool.memory.profile_run import NothingFits, draw, planned, profile_run
 
-        profiled = profile_run(configuration, device, _budget(configuration, device, named, plan),
-                               measure=measure, calibrate=calibrate, may_change=plan, processes=processes)  # fmt: skip
+        budget = _budget(configuration, device, named, plan)
+        with typed(config, set, device_memory):
+            profiled = profile_run(configuration, device, budget, measure=measure, calibrate=calibrate, may_change=plan,
+                                   processes=processes)  # fmt: skip
         if on_profile is not None:
             on_profile(profiled)
         _write_json(file, profiled.to_json())

@@ -101,7 +101,7 @@ def _devices() -> Iterator[tuple[str, str]]:
     if hasattr(os, "sysconf"):
         memory = f", {memory_size(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))} of memory"
     capability = torch.backends.cpu.get_cpu_capability()
-    yield "cpu", f"{platform.machine()} {capability}, {torch.get_num_threads()} threads{memory}"
+    yield "cpu", f"{platform.machine()} {capability}, {_threads(torch.get_num_threads())}{memory}"
     if not torch.cuda.is_available():
         yield "cuda", "none" if torch.version.cuda else "none (this torch is built without CUDA)"
     for index in range(torch.cuda.device_count()):
@@ -120,7 +120,11 @@ def _products() -> Iterator[tuple[str, str]]:
     yield "float32 by", f"{found.choice} ({against if found.ratio else 'this PyTorch has no oneDNN'})"
     share = f"{found.processor_share:.0%} of the processors' time was free"
     busy = f"; the machine was busy ({share}): doctor --measure measures again"
-    yield "measured", f"{found.date[:16]} UTC, {found.threads} threads{busy if found.doubtful else ''}"
+    yield "measured", f"{found.date[:16]} UTC, {_threads(found.threads)}{busy if found.doubtful else ''}"
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'' if number == 1 else 's'}"
 
 
 def _bandwidths() -> Iterator[tuple[str, str]]:
@@ -135,8 +139,7 @@ def _bandwidths() -> Iterator[tuple[str, str]]:
 
     reads = "direct reads" if found.direct else "reads by way of the page cache"
     yield row("disk", found.disk, f"{reads} in {cache_folder().absolute()}")
-    threads = f"{found.threads} thread{'s' if found.threads > 1 else ''}"
-    yield row("host", found.host, f"copies in memory by {threads}")
+    yield row("host", found.host, f"copies in memory by {_threads(found.threads)}")
     for name, figure in found.cards.items():
         yield row(name, figure, "from pinned memory")
     yield "measured", f"{found.date[:16]} UTC"

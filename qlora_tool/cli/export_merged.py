@@ -86,7 +86,8 @@ def _report(result: ExportResult) -> list[str]:
              "adapter-portable": "an adapter",
              "gguf-adapter": f"an adapter{f' and its base in {result.dtype}' if result.dtype else ''}"}  # fmt: skip
     kind = kinds.get(result.format, result.dtype)
-    lines = [f"{result.folder}: {file_size(result.bytes)} of {kind} in {len(result.files)} file(s), "
+    files = f"{len(result.files)} file{'' if len(result.files) == 1 else 's'}"
+    lines = [f"{result.folder}: {file_size(result.bytes)} of {kind} in {files}, "
              f"{result.seconds:.0f} s"]  # fmt: skip
     if result.format == "safetensors":
         lines.append(f"dtype {result.dtype}: {result.dtype_reason}")

@@ -83,7 +83,7 @@ def _show(profiled: MemoryProfile, with_plan: bool, console: Console) -> None:
         console.print(f"training.sharding: {profiled.config.training.sharding}: one process shares nothing out; give "
                       "--processes")  # fmt: skip
     if profiled.change and not with_plan:
-        console.print(f"what to change: {profiled.change}", soft_wrap=True)
+        console.print(f"what to change: {profiled.change}", soft_wrap=True, markup=False, emoji=False)
     if profiled.allocator_peak is not None and profiled.report.predicted is None:
         console.print(f"the allocator itself, without a tracer: {memory_size(profiled.allocator_peak)} at the peak")
     elif profiled.allocator_peak is not None:

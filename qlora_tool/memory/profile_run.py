@@ -15,7 +15,7 @@ from qlora_tool.config import Config, with_values
 from qlora_tool.errors import UserError
 from qlora_tool.memory.allocator.cards import Budget
 from qlora_tool.memory.plan.budget import Choice, choose_for_profile
-from qlora_tool.memory.plan.cure import cure
+from qlora_tool.memory.plan.cure import Cure, cure
 from qlora_tool.memory.plan.limit import Limit, card_of, limit_on
 from qlora_tool.memory.plan.planner import plan
 from qlora_tool.memory.plan.result import Plan
@@ -44,6 +44,7 @@ class MemoryProfile(Profile):
             None where nothing limits it.
         choice: what `gradient_checkpointing: auto` recomputes, where that was chosen to stay within the limit.
         change: what to do, in words, where the run does not stay within it; empty where a plan is to say it.
+        change_line: of that the options to copy, `--set KEY=VALUE`; empty where there are none.
         plan: what fits into that, where it was asked for.
 
     Example:
@@ -60,6 +61,7 @@ class MemoryProfile(Profile):
     limit: Limit | None = None
     choice: Choice | None = None
     change: str = ""
+    change_line: str = ""
     plan: Plan | None = None
 
     @property
@@ -103,8 +105,19 @@ class MemoryProfile(Profile):
         return self.limit.name if self.limit else ""
 
     def to_json(self) -> dict[str, Any]:
-        """What `memory.json` holds of a run, and the plan where there is one."""
-        found = self.report.to_json()
+        """What `memory.json` holds of a run, what the headline says of it, and the plan where there is one.
+
+        `change` is the options that make it fit; null where it fits, or none were found.
+        """
+        needed, usable = self.report.predicted and self.predicted.needed_bytes, self.budget_bytes
+        line = self.change_line or (self.plan and self.plan.change and self.plan.change.line)
+        found = self.report.to_json() | {
+            "fits": self.fits,
+            "needed_bytes": needed,
+            "usable_bytes": usable,
+            "left_bytes": None if needed is None or usable is None else usable - needed,
+            "change": line or None,
+        }
         return found if self.plan is None else found | {"plan": self.plan.to_json()}
 
 
@@ -170,21 +183,22 @@ def _profiled(
     profiled = MemoryProfile(**vars(found), config=config, budget=budget, limit=limit, choice=choice)
     if limit is not None and not may_change:
         refuse_small_budget(profiled, limit.bytes, limit.name)
-        profiled = replace(profiled, change=_change(profiled, limit, card))
+        cured = _cure(profiled, limit, card)
+        profiled = replace(profiled, change=cured.words, change_line=cured.line)
     if budget is not None and budget.estimated:
         profiled = replace(profiled, estimated=(*found.estimated, "what the driver keeps of the card"))
     return profiled
 
 
-def _change(profiled: MemoryProfile, limit: Limit, card: Card | None) -> str:
+def _cure(profiled: MemoryProfile, limit: Limit, card: Card | None) -> Cure:
     """What makes a run fit that does not; empty where it does, or nothing was traced to look with."""
     config, report = profiled.config, profiled.report
     if profiled.fits or report.predicted is None or "predicted" not in profiled.timelines:
-        return ""
+        return Cure("")
     model_config, dtype = model_config_of(config), compute_dtype_on(config, report.device, card)
     config = resolve(config, model_config, report.device, dtype)
     shape = BatchShape.assumed(config, model_config, report.processes)
-    given = profiled.budget.bytes // (report.processes if report.device == "cpu" else 1) if profiled.budget else None
+    given = profiled.budget.bytes if profiled.budget else None
     return cure(config, model_config, dtype, profiled.target, shape, report.predicted, limit.bytes, given)
 
 

@@ -75,9 +75,10 @@ def memory(found: Found) -> str:
         lines = [f"{name}: {memory_size(one.peak_bytes)} at the peak, in {one.peak_phase}"
                  for name, one in found.memory.breakdowns.items()]  # fmt: skip
         if len(lines) > 1:
-            lines.append("Predicted is the run's largest batch, measured one early step with a batch of its own.")
+            lines.append("Predicted is the run's largest batch, measured one early step with a batch of its own; "
+                         "loading was not measured.")  # fmt: skip
         body.append("<p>" + "<br>".join(map(escaped, lines)) + "</p>")
-        body.append(f'<div class="scrolls">{"".join(breakdown_table(found.memory, None, ""))}</div>')
+        body.append(f'<div class="scrolls">{"".join(breakdown_table(found.memory, None, "", step_alone=True))}</div>')
         body.append("<p>To explore a step, byte by byte: " + command("profile-memory", str(found.folder.config_file),
                     "--device", found.memory.device, "--plot", "memory.html") + "</p>")  # fmt: skip
     else:

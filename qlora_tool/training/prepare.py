@@ -17,7 +17,7 @@ from qlora_tool.build.setup import Setup
 from qlora_tool.config import AdapterConfig, Config, with_values
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.source import resolve as resolve_model
-from qlora_tool.sizes import memory_size
+from qlora_tool.sizes import MIB, memory_size
 from qlora_tool.training.how_long import describe_length, measured_speed
 from qlora_tool.training.run_data import RunData, read_run_data
 from qlora_tool.weights.handles import WeightHandle
@@ -38,9 +38,12 @@ def prepare_data(setup: Setup) -> tuple[RunData, Setup]:
     config = setup.config
     folder = resolve_model(config.model.name_or_path, config.model.revision, weights=False)
     data = read_run_data(config, folder, setup.model_config)
+    told = ""
     for dataset in (data.train, *data.evaluations.values()):
         for line in dataset.report.lines():
-            logger.info(line)
+            if line != told:
+                logger.info(line)
+            told = line if line.startswith("chat template: ") else told  # mostly the same for all of the data
     decided = with_values(config, {"data.train_on": data.train.report.train_on})
     return data, replace(setup, config=decided)
 
@@ -49,7 +52,8 @@ def describe(built: Built, adapter: AdapterConfig) -> list[str]:
     """What is frozen and what is trained, in bytes, for the log."""
     model, adapters = built.model, built.adapters
     plain = model.unquantized_bytes()
-    largest = ", ".join(f"{name} {memory_size(size)}" for name, size in list(plain.items())[:3])
+    named = [f"{name} {memory_size(size)}" for name, size in plain.items() if size >= MIB / 20][:3]  # not 0.0 MiB
+    largest = f" ({', '.join(named)}{', ...' if len(plain) > len(named) else ''})" if named else ""
     kind = model.quantization.kind
     if kind in ("nf4", "fp4") and model.quantization.double_quant:
         kind += " with double quantization"
@@ -61,7 +65,7 @@ def describe(built: Built, adapter: AdapterConfig) -> list[str]:
     dtype = str(trained[0].dtype).removeprefix("torch.")
     return [
         f"model: {model.config.model_type}, {kind} {memory_size(model.quantized_bytes())}; unquantized "
-        f"{memory_size(sum(plain.values()))} ({largest}{', ...' if len(plain) > 3 else ''})",
+        f"{memory_size(sum(plain.values()))}{largest}",
         f"adapter: {_method(adapter)} on {adapters.places}, {_trained(model, trained)} in {dtype}; matrix products in "
         f"{str(model.compute_dtype).removeprefix('torch.')} on {model.device}",
         *([f"adapter: starts from {adapter.init_from}"] if adapter.init_from else []),
@@ -98,7 +102,7 @@ def run_lines(run: Run, done: int) -> list[str]:
     rows = f"rows: {len(run.data.train.examples):,} examples of {sum(run.data.train.lengths):,} tokens"
     step = training.per_device_train_batch_size * training.gradient_accumulation_steps * run.world.size
     return [
-        f"{rows}, a step takes {step} rows of up to {run.config.data.max_length:,}"
+        f"{rows}, a step takes {step} row{'' if step == 1 else 's'} of up to {run.config.data.max_length:,}"
         + (f"; evaluated on: {named}" if named else ""),
         f"run: {run.plan.describe()} into {run.folder.path}",
         f"how long: {describe_length(run.plan, done, speed, bool(evaluations))}",

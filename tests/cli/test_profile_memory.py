@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from cached_traces import once
 from click.testing import CliRunner
 from tiny_models import tiny_config
 
+from qlora_tool import profile_memory
 from qlora_tool.cli import main
 from qlora_tool.memory import profile
 from qlora_tool.memory.breakdown import CATEGORIES, PHASES, MemoryReport
@@ -79,7 +81,9 @@ def test_a_cpu_from_the_configuration_alone(here: Path):
     output = shown("--device", "cpu", "--json", "out/memory.json")
     assert sorted(path.name for path in (here / "m").iterdir()) == ["config.json"]
     written = json.loads((here / "out" / "memory.json").read_text())
-    assert list(written) == ["schema", "device", "config", "predicted", "measured"]
+    said = ["fits", "needed_bytes", "usable_bytes", "left_bytes", "change"]
+    assert list(written) == ["schema", "device", "config", "predicted", "measured", *said]
+    assert [written[key] for key in said] == [None, written["predicted"]["peak_bytes"], None, None, None]
     assert (written["schema"], written["device"], written["measured"]) == (1, "cpu", None)
     assert written["config"]["data"]["max_length"] == 32
     assert written["config"]["training"]["gradient_checkpointing"] is True
@@ -169,9 +173,27 @@ def test_a_size_to_the_byte_that_does_not_suffice(here: Path):
     peak = report["predicted"]["peak_bytes"]
     output = shown("--device", "cpu", "--device-memory", f"{peak}B")
     assert "yes, it fits: " in output and ", 0 MiB left" in " ".join(output.split())
-    output = shown("--device", "cpu", "--device-memory", f"{peak - 1000}B")
+    output = shown("--device", "cpu", "--device-memory", f"{peak - 1000}B", "--json", "memory.json")
+    written = json.loads((here / "memory.json").read_text())
+    assert (written["fits"], written["needed_bytes"], written["usable_bytes"]) == (False, peak, peak - 1000)
+    assert written["left_bytes"] == -1000
+    assert f"\nwhat to change: {written['change']} makes it fit, " in output
     assert "no, it does not fit: " in output and ", 0.0 MiB too much" in " ".join(output.split())
     assert re.search(r"\nwhat to change: --set \S.* makes it fit, in 0\.\d MiB \(estimated\)\n", output)
+
+
+def test_the_command_that_looks_for_longer_has_what_was_typed(here: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("qlora_tool.memory.plan.cure.SECONDS_FOR_A_CHANGE", -1)
+    typed = ("--set", "data.max_length=48", "--set", "adapter.target_modules=[q_proj, v_proj]")
+    typed += ("--device-memory", "0.5MiB", "--device", "cpu")
+    output = shown(*typed)
+    command = f"qlora-tool profile-memory run.yaml {shlex.join(typed)}"
+    assert f"\nwhat to change: `{command} --plan` shows what fits\n" in output
+    as_mapping = {"data.max_length": 48, "adapter.target_modules": ["q_proj", "v_proj"]}
+    found = profile_memory("run.yaml", set=as_mapping, device="cpu", device_memory="0.5MiB")
+    assert found.change == f"`{command} --plan` shows what fits"
+    unnamed = profile_memory(found.config, device="cpu", device_memory="0.5MiB")  # nothing that could be typed
+    assert unnamed.change == "profile-memory with --plan for 0.5 MiB shows what fits"
 
 
 def test_a_plan(here: Path, monkeypatch: pytest.MonkeyPatch):
@@ -188,6 +210,7 @@ def test_a_plan(here: Path, monkeypatch: pytest.MonkeyPatch):
     written = json.loads((here / "plan.json").read_text())
     assert MemoryReport.from_json(written).predicted.peak_bytes == written["plan"]["asked"]["peak_bytes"]
     found = written["plan"]
+    assert (written["fits"], written["usable_bytes"], written["change"]) == (True, 64 * 2**20, None)
     assert (found["usable_bytes"], found["fits"], found["line"]) == (64 * 2**20, True, "--set data.max_length=64")
     assert found["longest"]["settings"] == {"data.max_length": 64} and found["longest"]["confirmed"]
     quantized = [option for option in found["options"] if option["group"] == "model.quantization"]

@@ -352,7 +352,7 @@ def test_a_run_that_its_budget_is_too_small_for(run: Config, tmp_path: Path, mon
     assert result.exit_code == 2
     [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "auto: this run takes at least " in line and "0.0 MiB usable (training.max_memory); `qlora" in line
-    assert line.endswith("`qlora-tool profile-memory CONFIG --plan --device cpu` shows what fits")
+    assert line.endswith(f"`qlora-tool profile-memory {tmp_path / 'run.yaml'} --device cpu --plan` shows what fits")
     assert not (tmp_path / "run").exists()
 
 

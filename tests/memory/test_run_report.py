@@ -28,6 +28,7 @@ from qlora_tool.memory.allocator import available
 from qlora_tool.memory.allocator.available import available_bytes
 from qlora_tool.memory.breakdown import CATEGORIES, MemoryReport
 from qlora_tool.memory.plan import cure as curing
+from qlora_tool.memory.plan.again import typed
 from qlora_tool.memory.run_report import RunMemory, predict_run
 from qlora_tool.memory.trace.predict import BatchShape, predict
 from qlora_tool.sizes import memory_size
@@ -134,7 +135,10 @@ def test_a_run_that_cannot_fit_is_refused_on_a_card(
     monkeypatch.setattr(curing, "SECONDS_FOR_A_CHANGE", -1)
     with pytest.raises(UserError, match=re.escape(f"this run needs {memory_size(needed)} at its peak")) as caught:
         memory.check(setup, batch(20, 12))
-    command = f"`qlora-tool profile-memory CONFIG --plan --device cuda --device-memory {needed - 1}B` shows what fits"
+    assert caught.value.lines[0].endswith(f"; profile-memory with --plan for {memory_size(needed - 1)} shows what fits")
+    with typed("my.yaml", ["adapter.r=4"]), pytest.raises(UserError) as caught:
+        memory.check(setup, batch(20, 12))
+    command = "`qlora-tool profile-memory my.yaml --set adapter.r=4 --device cuda --plan` shows what fits"
     assert caught.value.lines[0].endswith(command)
 
 
@@ -156,7 +160,8 @@ def test_one_of_several_processes_is_held_against_its_card(config: Config, monke
     held = {sharding: breakdown.at_peak["base_weights"] for sharding, breakdown in found.items()}
     assert held["fsdp"] < 0.6 * held["none"]
     monkeypatch.setattr(run_report, "available_bytes", lambda *_: found["fsdp"].needed_bytes - 1)
-    with pytest.raises(UserError, match=r"this run needs .* --processes 2` shows what fits"):
+    line = r"this run needs .* --processes 2 --plan` shows what fits"
+    with typed("my.yaml", ()), pytest.raises(UserError, match=line):
         RunMemory().check(setups["fsdp"], batch(20, 12))
 
 
@@ -211,10 +216,12 @@ def test_a_run_that_cannot_fit_in_a_cpus_memory_is_warned_about(
     monkeypatch.setattr(curing, "change_that_fits", lambda *_, **__: None)
     monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
     memory = RunMemory()
-    memory.check(Setup.of(config), batch(20, 12))
+    with typed("demo", ()):
+        memory.check(Setup.of(config), batch(20, 12))
     [warning] = {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
     assert f"this run needs {memory_size(memory.predicted.needed_bytes)} at its peak" in warning
-    assert "nothing that was tried makes it fit" in warning and "--device cpu --device-memory 1B` shows" in warning
+    assert "nothing that was tried makes it fit" in warning
+    assert "`qlora-tool profile-memory demo --device cpu --plan` shows" in warning
 
 
 def test_the_refusal_comes_before_the_weights_and_leaves_nothing(config: Config, monkeypatch: pytest.MonkeyPatch):

@@ -14,16 +14,19 @@ from tiny_runs import run_config, write_model, write_rows
 from qlora_tool.adapters.calibration import MOST_TOKENS
 from qlora_tool.build.build import Start
 from qlora_tool.build.setup import Setup
-from qlora_tool.config import Config, with_values
+from qlora_tool.config import Config, load_config, with_values
 from qlora_tool.data.batches import collate
 from qlora_tool.data.tokenize import Example
 from qlora_tool.errors import UserError
 from qlora_tool.memory import run_report
-from qlora_tool.memory.profile_run import profile_run
+from qlora_tool.memory.allocator.cards import Budget
+from qlora_tool.memory.plan import cure
+from qlora_tool.memory.profile_run import MemoryProfile, profile_run
 from qlora_tool.memory.run_report import RunMemory
 from qlora_tool.memory.trace import measure
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.predict import BatchShape, predict
+from qlora_tool.sizes import memory_size
 from qlora_tool.training.loop import train
 
 STARTS = {
@@ -94,9 +97,46 @@ def test_a_run_whose_start_does_not_fit_is_refused_with_its_cure(calibrated: Con
     resumed = memory.predicted.phase_peak_bytes  # a run that goes on makes none
     assert resumed.pop("load") < made.pop("load") and resumed == pytest.approx(made, rel=0.01)
     monkeypatch.setattr(run_report, "available_bytes", lambda *_: needed - 1)
-    with pytest.raises(UserError, match=r"calibrated is made, .*; lower adapter\.calibration_rows, or") as caught:
+    line = (r"; --set adapter\.init_lora_weights=default makes it fit, in \S+ [GM]iB \(estimated\); making "
+            r"the adapters' start \(adapter\.init_lora_weights: calibrated\) takes \S+ [GM]iB, the steps \S+ [GM]iB$")
+    with pytest.raises(UserError, match=line) as caught:
         memory.check(setup, largest, Start(ROW * 300))
     assert len(caught.value.lines) == 1
+
+
+def limited(config: Config, limit: int) -> MemoryProfile:
+    return profile_run(config, "cpu", Budget(limit, "so much", False))
+
+
+def test_where_the_start_and_the_steps_take_too_much_both_are_changed(
+    calibrated: Config, monkeypatch: pytest.MonkeyPatch
+):
+    """And what does not help a start, fewer rows of it, is not said to."""
+    config = with_values(calibrated, {"training.gradient_checkpointing": False, "data.max_length": 64})
+    peaks = profile_run(config, "cpu").predicted.phase_peak_bytes
+    steps = max(size for phase, size in peaks.items() if phase != "load")
+    assert peaks["load"] > steps
+    monkeypatch.setattr(cure, "SECONDS_FOR_A_CHANGE", 600)
+    found = limited(config, steps - 1)
+    assert found.change_line.startswith("--set adapter.init_lora_weights=default --set ")
+    assert found.change.startswith(f"{found.change_line} makes it fit, in ")
+    assert "making the adapters' start (adapter.init_lora_weights: calibrated) takes" in found.change
+    changes = [option.strip() for option in found.change_line.split("--set")[1:]]
+    assert limited(load_config(config, changes), steps - 1).fits
+    monkeypatch.setattr(cure, "SECONDS_FOR_A_CHANGE", -1)
+    late = limited(config, steps - 1)
+    looks = f"profile-memory with --plan for {memory_size(steps - 1)} shows what fits"
+    assert late.change.startswith(f"{looks}; making the adapters' start")
+    assert late.change_line == ""
+
+
+def test_a_quicker_decomposition_is_named_only_where_it_helps(calibrated: Config, monkeypatch: pytest.MonkeyPatch):
+    config = with_values(calibrated, {"adapter.init_lora_weights": "pissa", "data.max_length": 4,
+                                      "model.weights": "resident"})  # fmt: skip
+    needed = profile_run(config, "cpu").predicted.needed_bytes
+    for then, start in {needed - 1: "pissa_niter_4", needed: "default"}.items():
+        monkeypatch.setattr(cure, "needed_with", lambda *_, then=then: then)
+        assert limited(config, needed - 1).change_line == f"--set adapter.init_lora_weights={start}"
 
 
 @pytest.mark.parametrize("start", ["calibrated", pytest.param("pissa", marks=pytest.mark.slow)])

@@ -11,7 +11,7 @@ from made_timelines import CONFIG, step_report, step_timeline
 from rich.console import Console
 
 from qlora_tool.memory.breakdown import ACTIVATIONS, CATEGORIES, PHASES, Breakdown, MemoryReport
-from qlora_tool.memory.show.legend import group_modules, part_names
+from qlora_tool.memory.show.legend import Unit, difference, group_modules, part_names, report_rows
 from qlora_tool.memory.show.table import bar_cells, render_report
 from qlora_tool.sizes import memory_size
 
@@ -63,6 +63,25 @@ def test_a_prediction_beside_a_measurement():
     assert first.strip() == "predicted: 3.95 GiB at the peak, in backward"
     assert second.startswith("measured:  3.94 GiB")
     assert "reserved" not in text and "CUDA" not in text  # a CPU has neither
+
+
+def test_only_the_same_moments_are_compared():
+    """A start that is made while loading, and a step of the run, which is all that was measured."""
+    step = made(base_weights=300, saved=100)
+    start = replace(made(base_weights=300, temporaries=700), phase_peak_bytes=step.phase_peak_bytes | {"load": 1000})
+
+    def compared(predicted: Breakdown, measured: Breakdown, *, step_alone: bool) -> set[str]:
+        report = MemoryReport("cuda", CONFIG, *(replace(one, reserved_bytes=one.peak_bytes, context_bytes=5)
+                                                for one in (predicted, measured)))  # fmt: skip
+        rows = [row for section in report_rows(report, step_alone=step_alone) for row in section]
+        return {row.name for row in rows if difference(row, Unit("B", 1, 0))[0]}
+
+    phases, whole = {f"peak in {phase}" for phase in PHASES}, {"peak, allocated at once", "needed in all"}
+    device = {"reserved by the allocator", "CUDA context"}
+    assert compared(start, step, step_alone=True) == phases - {"peak in load"} | {"CUDA context"}
+    assert compared(start, step, step_alone=False) == phases | whole | device
+    assert compared(step, step, step_alone=False) > phases | whole | device | {"gradients", "temporaries"}
+    assert compared(step, step, step_alone=True) == compared(step, step, step_alone=False) - {"peak in load"}
 
 
 def test_what_is_needed_of_the_card_and_what_is_left():
@@ -135,6 +154,11 @@ def test_modules_that_are_not_quantized_are_named_with_their_bytes():
     many = group_modules({f"part{i}x": 100 + i for i in range(20)})
     assert many[0] == ("part19x", 119) and len(many) == 9
     assert many[-1] == ("and 12 more", sum(range(100, 112)))
+    large = {f"part{i}x": 2**20 * (1 + i) for i in range(9)}
+    assert len(group_modules(large)) == 9
+    norm, frequencies = {"norm.weight": 8192}, {"inv_freq": 256, "original_inv_freq": 256}
+    assert group_modules({"head": 2**20, **norm, **frequencies}) == [("head", 2**20), ("and 3 more", 8704)]
+    assert group_modules({**large, **frequencies})[-2:] == [("part1x", 2**21), ("and 3 more", 2**20 + 512)]
 
 
 def test_the_base_weights_are_called_after_how_they_are_stored():

@@ -111,6 +111,8 @@ def test_train_writes_it_with_every_section_and_number(trained: TrainResult):
     measured = json.loads((trained.folder / "memory.json").read_text())["measured"]
     (row,) = [row for row in page.rows if row[0] == "other weights"]
     assert row[2] == f"{measured['at_peak']['other_weights'] / 2**20:.1f}"
+    (row,) = [row for row in page.rows if row[0] == "peak in load"]
+    assert row[1] and row[2:] == ["", "", ""]  # a step was measured, and no loading
     assert "learning_rate: 0.01" in page.text and "torch" in page.text
     charts = [found for _, found in page.elements if found.get("role") == "img"]
     assert len(charts) == 4 and all(len(found["aria-label"]) > 40 for found in charts)

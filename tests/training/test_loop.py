@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -100,6 +101,19 @@ def test_the_logged_loss_is_the_mean_over_the_tokens_since_the_last_record(confi
         assert record["loss"] == pytest.approx(total / sum(counts[steps]), rel=1e-12)
         assert record["grad_norm"] == each[record["step"] - 1]["grad_norm"]
         assert record["learning_rate"] == each[record["step"] - 1]["learning_rate"]
+
+
+def test_what_is_said_before_a_run(config, caplog, monkeypatch):
+    """The same of all data once, one row as one, and no weight of nothing."""
+    monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
+    with caplog.at_level(logging.INFO, "qlora_tool"):
+        train(config(data__eval=0.2, training__per_device_train_batch_size=1), dry_run=True)
+    told = [record.getMessage() for record in caplog.records]
+    assert len([line for line in told if line.startswith("chat template: ")]) == 1
+    assert len([line for line in told if " tokens, " in line and " of them trained; the longest has" in line]) == 2
+    assert any("a step takes 1 row of up to 128" in line for line in told)
+    [model] = (line for line in told if line.startswith("model: "))
+    assert "lm_head.weight 0.1 MiB, ...)" in model and " 0.0 MiB" not in model.partition("; unquantized ")[2]
 
 
 def test_the_plan_sees_every_row_once_an_epoch(config):

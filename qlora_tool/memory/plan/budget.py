@@ -124,7 +124,7 @@ def choose_for_run(setup: Setup, shape: BatchShape) -> Choice | None:
         given = None if limit.name == MAX_MEMORY else free
         what = cure(with_values(config, {"training.gradient_checkpointing": True}), setup.model_config,
                     setup.compute_dtype, target, shape, error.least, limit.bytes, given)  # fmt: skip
-        raise BudgetTooSmall(error.least, error.how, str(limit), what) from None
+        raise BudgetTooSmall(error.least, error.how, str(limit), str(what)) from None
     logger.info("%s", choice)
     return choice
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from qlora_tool.adapters.calibration import start_tokens
-from qlora_tool.memory.plan.search import change_that_fits
+from qlora_tool.config import with_values
+from qlora_tool.memory.allocator.target import device_of
+from qlora_tool.memory.plan.again import typed_command
+from qlora_tool.memory.plan.changes import START
+from qlora_tool.memory.plan.result import set_line
+from qlora_tool.memory.plan.search import change_that_fits, needed_with
 from qlora_tool.sizes import memory_size
 
 if TYPE_CHECKING:
@@ -17,12 +22,24 @@ if TYPE_CHECKING:
     from qlora_tool.memory.trace.predict import BatchShape
 
 SECONDS_FOR_A_CHANGE = 5.0
-# What makes a start in less memory, by its name.
-_LESS = {
-    "pissa": "set it to pissa_niter_4 or default",
-    "loftq": "set it to default",
-    "calibrated": "lower adapter.calibration_rows, or set it to default",
-}
+# What makes nearly the same start in less memory, by its name.
+_LESS = {"pissa": "pissa_niter_4"}
+
+
+@dataclass(frozen=True)
+class Cure:
+    """What to do about a run that does not fit.
+
+    Attributes:
+        words: that, in words.
+        line: of them the options to copy, `--set KEY=VALUE`; empty where none was found.
+    """
+
+    words: str
+    line: str = ""
+
+    def __str__(self) -> str:
+        return self.words
 
 
 def cure(
@@ -34,7 +51,7 @@ def cure(
     predicted: Breakdown,
     limit_bytes: int,
     given: int | None = None,
-) -> str:
+) -> Cure:
     """The options that make a run fit, to copy, or else the command that looks for longer.
 
     Args:
@@ -42,31 +59,47 @@ def cure(
         shape: of its largest batch.
         predicted: what it takes, by a full trace.
         limit_bytes: what it may take.
-        given: bytes of the device, which the command is to be told; None where the configuration says it itself.
+        given: bytes of the device; None where the configuration says what it may take.
     """
-    if (line := _of_the_start(config, predicted, limit_bytes)) is not None:
-        return line
-    device = "cpu" if target is None else "cuda"
-    several = shape.processes if target is None else 1  # of which each was given a share
-    memory = "" if given is None else f" --device-memory {given * several}B"
-    processes = f" --processes {shape.processes}" if shape.processes > 1 else ""
-    command = f"`qlora-tool profile-memory CONFIG --plan --device {device}{memory}{processes}`"
+    drawn: dict[str, Any] = {}  # of the start, where it takes too much by itself
+    run, why, needed = (model_config, compute_dtype, target), "", predicted.needed_bytes
+    if (steps := needed_in_a_step(shape, predicted)) is not None:
+        start = getattr(config.adapter, "init_lora_weights", "default")
+        why = (f"; making the adapters' start ({START}: {start}) takes {memory_size(needed)}, the steps "
+               f"{memory_size(steps)}")  # fmt: skip
+        less = {START: _LESS.get(start, "default")}
+        if start in _LESS and (then := needed_with(less, config, *run, shape, predicted)) <= limit_bytes:
+            return _that_fits(set_line(less), then, why)
+        drawn, needed = {START: "default"}, steps
+        if steps <= limit_bytes:
+            return _that_fits(set_line(drawn), steps, why)
+        config, shape = with_values(config, drawn), replace(shape, start_tokens=None)
+    looks = _longer_look(target, shape, given)
     try:
         change = change_that_fits(config, model_config, limit_bytes, compute_dtype, target, shape, predicted,
-                                  margin=0.0, seconds=SECONDS_FOR_A_CHANGE)  # fmt: skip
+                                  needed=needed, margin=0.0, seconds=SECONDS_FOR_A_CHANGE)  # fmt: skip
     except TimeoutError:
-        return f"{command} shows what fits"
+        return Cure(f"{looks} shows what fits{why}")
     if change is None:
-        return f"nothing that was tried makes it fit; {command} shows what each takes. Take a smaller model"
-    return f"{change.line} makes it fit, in {memory_size(change.peak_bytes)} (estimated)"
+        return Cure(f"nothing that was tried makes it fit; {looks} shows what each takes. Take a smaller model{why}")
+    return _that_fits(set_line({**drawn, **change.settings}), change.peak_bytes, why)
 
 
-def _of_the_start(config: Config, predicted: Breakdown, limit_bytes: int) -> str | None:
-    """What to do where the steps themselves fit, and only making the adapters' start does not."""
-    start = getattr(config.adapter, "init_lora_weights", "default")
-    less = _LESS.get(start, "set it to default")
-    beside = predicted.needed_bytes - predicted.peak_bytes  # the CUDA context, and what its allocator keeps unused
-    steps = beside + max(size for phase, size in predicted.phase_peak_bytes.items() if phase != "load")
-    if predicted.peak_phase != "load" or start_tokens(config, ()) is None or steps > limit_bytes:
+def _longer_look(target: CudaTarget | None, shape: BatchShape, given: int | None) -> str:
+    """What looks for longer: the command, with what was typed, or else in words."""
+    command = typed_command(device_of(target).type, shape.processes)
+    if command:
+        return f"`{command} --plan`"
+    return f"profile-memory with --plan{'' if given is None else f' for {memory_size(given)}'}"
+
+
+def _that_fits(line: str, needed: int, why: str) -> Cure:
+    return Cure(f"{line} makes it fit, in {memory_size(needed)} (estimated){why}", line)
+
+
+def needed_in_a_step(shape: BatchShape, predicted: Breakdown) -> int | None:
+    """What the steps need, where making the adapters' start needs more; else None."""
+    if predicted.peak_phase != "load" or shape.start_tokens is None:
         return None
-    return f"that is while adapter.init_lora_weights: {start} is made, the steps take {memory_size(steps)}; {less}"
+    beside = predicted.needed_bytes - predicted.peak_bytes  # the CUDA context, and what its allocator keeps unused
+    return beside + max(size for phase, size in predicted.phase_peak_bytes.items() if phase != "load")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -145,4 +146,7 @@ class Plan:
 
 def set_line(settings: Mapping[str, Any]) -> str:
     """Keys and values as options of the command line."""
-    return " ".join(f"--set {key}={yaml.safe_dump(value).splitlines()[0]}" for key, value in settings.items())
+    def written(value: Any) -> str:
+        return yaml.safe_dump(value, default_flow_style=True, width=math.inf).splitlines()[0]
+
+    return " ".join(f"--set {key}={written(value)}" for key, value in settings.items())

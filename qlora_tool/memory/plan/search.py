@@ -46,6 +46,7 @@ def change_that_fits(
     shape: BatchShape,
     predicted: Breakdown,
     *,
+    needed: int | None = None,
     margin: float | None = None,
     seconds: float = math.inf,
 ) -> Change | None:
@@ -57,6 +58,7 @@ def change_that_fits(
         target: the card that it is for, with what was measured on it; None: a CPU.
         shape: the run's largest batch.
         predicted: what a full trace says of the run as it is.
+        needed: bytes that it needs, where that is known to be other than what `predicted` says.
         margin: share of the budget to keep free; by default `margin_on` it.
         seconds: how long to look for one. No estimate, of some two seconds each, begins after that.
 
@@ -66,9 +68,19 @@ def change_that_fits(
     limit = usable(budget_bytes, margin_on(device_of(target).type) if margin is None else margin)
     search = Search.of_run(config, model_config, limit, compute_dtype, target, shape)
     search.deadline = time.monotonic() + seconds
-    search.follow({}, predicted.needed_bytes, predicted.context_bytes or 0)
+    search.follow({}, predicted.needed_bytes if needed is None else needed, predicted.context_bytes or 0)
     fits, settings = search.what_fits()
     return search.change(settings, search.needed(settings), False) if fits else None
+
+
+def needed_with(
+    settings: Mapping[str, Any], config: Config, model_config, compute_dtype: torch.dtype, target: CudaTarget | None,
+    shape: BatchShape, predicted: Breakdown,
+) -> int:  # fmt: skip
+    """What the device has to give with these settings, estimated; the rest as for `change_that_fits`."""
+    search = Search.of_run(config, model_config, 0, compute_dtype, target, shape)
+    search.follow({}, predicted.needed_bytes, predicted.context_bytes or 0)
+    return search.needed(settings)
 
 
 @dataclass

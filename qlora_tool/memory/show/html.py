@@ -119,8 +119,11 @@ def _headlines(report: MemoryReport, budget: int | None, budget_name: str) -> It
         yield f"  <p>{name}: {said}{peak}</p>"
 
 
-def breakdown_table(report: MemoryReport, budget: int | None, budget_name: str) -> Iterator[str]:
-    """The breakdown's sections, each a body of one table, line by line. For the arguments see `write_html`."""
+def breakdown_table(
+    report: MemoryReport, budget: int | None, budget_name: str, *, step_alone: bool = False
+) -> Iterator[str]:
+    """The breakdown's sections, each a body of one table, line by line. For the arguments see `write_html` and
+    `report_rows`."""
     names = list(report.breakdowns)
     compared = len(names) == 2
     yield '    <table class="breakdown"><thead>'
@@ -129,7 +132,7 @@ def breakdown_table(report: MemoryReport, budget: int | None, budget_name: str) 
     unit = Unit.of(report)
     units = f"<th>{unit.name}</th>" * len(names) + f"<th>{unit.name}</th><th>%</th>" * compared
     yield f"      <tr><th></th>{units}</tr></thead>"
-    for section in report_rows(report, budget=budget, budget_name=budget_name):
+    for section in report_rows(report, budget=budget, budget_name=budget_name, step_alone=step_alone):
         yield "    <tbody>"
         yield from (f"      {_row(row, unit, compared)}" for row in section)
         yield "    </tbody>"

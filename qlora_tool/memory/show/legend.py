@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from qlora_tool.memory.breakdown import ACTIVATIONS, CATEGORIES, PHASES, Breakdown, MemoryReport
@@ -78,12 +78,16 @@ class Row:
     compared: bool = True
 
 
-def report_rows(report: MemoryReport, *, budget: int | None = None, budget_name: str = "") -> list[list[Row]]:
+def report_rows(
+    report: MemoryReport, *, budget: int | None = None, budget_name: str = "", step_alone: bool = False
+) -> list[list[Row]]:
     """The table of a report in its sections: what the peak is made of, what the device has to give, peaks of phases.
+    Only the same moments are compared: what a peak is made of where both peaks are in the same phase.
 
     Args:
         budget: bytes that the run may take; with it come that limit and what is left of it.
         budget_name: what they are, in words; see `plan.limit.Limit`.
+        step_alone: a step of a run was measured, and not the loading before it.
     """
     names = part_names(report.config)
     shown = report.breakdowns
@@ -91,18 +95,21 @@ def report_rows(report: MemoryReport, *, budget: int | None = None, budget_name:
     def row(name: str, read: Callable[[Breakdown], int | None], part_of: str = "", **kind: bool) -> Row:
         return Row(name, {key: read(breakdown) for key, breakdown in shown.items()}, part_of, **kind)
 
+    peaks_in = {breakdown.peak_phase for breakdown in shown.values()}
+    same, seen = len(peaks_in) == 1, not (step_alone and "load" in peaks_in)
     parts = []
     for category in CATEGORIES:
-        parts.append(row(names[category], lambda b, c=category: b.at_peak[c]))
+        parts.append(row(names[category], lambda b, c=category: b.at_peak[c], compared=same))
         if category == "activations":
-            parts += [row(names[kind], lambda b, k=kind: b.activations[k], "activations") for kind in ACTIVATIONS]
-    parts.append(row("peak, allocated at once", lambda b: b.peak_bytes, strong=True))
+            parts += [row(names[kind], lambda b, k=kind: b.activations[k], "activations", compared=same)
+                      for kind in ACTIVATIONS]  # fmt: skip
+    parts.append(row("peak, allocated at once", lambda b: b.peak_bytes, strong=True, compared=seen))
 
     device = []
     if any(b.reserved_bytes is not None or b.context_bytes is not None for b in shown.values()):
-        device.append(row("reserved by the allocator", lambda b: b.reserved_bytes))
+        device.append(row("reserved by the allocator", lambda b: b.reserved_bytes, compared=seen))
         device.append(row("CUDA context", lambda b: b.context_bytes))
-        device.append(row("needed in all", lambda b: b.needed_bytes, strong=True))
+        device.append(row("needed in all", lambda b: b.needed_bytes, strong=True, compared=seen))
     if budget is not None:
         device.append(row("usable" if budget_name else "limit", lambda b: budget, compared=False))
         device.append(row("left", lambda b: budget - b.needed_bytes, strong=True, compared=False))
@@ -111,6 +118,8 @@ def report_rows(report: MemoryReport, *, budget: int | None = None, budget_name:
              if any(b.elsewhere.get(key) for b in shown.values())]  # fmt: skip
 
     phases = [row(f"peak in {phase}", lambda b, p=phase: b.phase_peak_bytes[p]) for phase in PHASES]
+    if step_alone and "measured" in shown:
+        phases[0] = replace(phases[0], sizes=phases[0].sizes | {"measured": None})
     return [section for section in (parts, device, apart, phases) if section]
 
 
@@ -166,7 +175,8 @@ def limit(budget: int, budget_name: str) -> str:
 
 
 def group_modules(sizes: Mapping[str, int]) -> list[tuple[str, int]]:
-    """Bytes by module, the largest first: those that repeat in every layer in one line, small ones summed up.
+    """Bytes by module, the largest first: those that repeat in every layer in one line, small ones summed up (all those
+    of 0.0 MiB, unless there are no others).
 
     Args:
         sizes: e.g. `model.layers.0.input_layernorm: 8192`; 32 such become `model.layers.*.input_layernorm (32)`.
@@ -178,7 +188,9 @@ def group_modules(sizes: Mapping[str, int]) -> list[tuple[str, int]]:
         sums[pattern] += size
         counts[pattern] += 1
     order = [(f"{name} ({counts[name]})" if counts[name] > 1 else name, size) for name, size in sums.most_common()]
-    if len(order) <= _MODULES_NAMED + 1:
+    named = sum(size >= MIB / 20 for _, size in order) or len(order)
+    if named == len(order) <= _MODULES_NAMED + 1:
         return order
-    rest = order[_MODULES_NAMED:]
-    return [*order[:_MODULES_NAMED], (f"and {len(rest)} more", sum(size for _, size in rest))]
+    named = min(named, _MODULES_NAMED)
+    rest = order[named:]
+    return [*order[:named], (f"and {len(rest)} more", sum(size for _, size in rest))]
