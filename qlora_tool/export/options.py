@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from qlora_tool.choices import ComputeDtype, ExportBase, ExportFormat, GgufType
-from qlora_tool.errors import UserError, did_you_mean
+from qlora_tool.errors import UserError, did_you_mean, meant_share
 from qlora_tool.export.formats import BITSANDBYTES, FORMATS
 from qlora_tool.export.gguf.mixture import MIXTURES
 from qlora_tool.export.verification import GGUF_TYPES
@@ -124,6 +124,6 @@ def refuse_options(options: ExportOptions) -> None:
                         "it out")  # fmt: skip
     if options.min_kept is not None and not 0 < options.min_kept <= 1:
         raise UserError(f"--min-kept {options.min_kept:g}: expected a share of what training gained, above 0, at most "
-                        "1")  # fmt: skip
+                        f"1{meant_share(options.min_kept)}")  # fmt: skip
     if len(options.candidates) > 1 and not options.verify:
         raise UserError(f"{options.choosing}: what a type keeps is measured by verification; leave out --no-verify")

@@ -102,6 +102,15 @@ def test_a_card_gives_what_was_read_of_it():
     assert parse_device_memory("rtx-4080").estimated
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("24", "24GB"), ("24G", "24GB"), ("24g", "24GB"), ("22Gi", "22GiB"), ("24 gigs", "24GB"), ("24.5", "24.5GB")],
+)
+def test_a_size_without_its_unit_gets_it(written, meant):
+    with pytest.raises(UserError, match=rf"^'{written}' is neither a size nor a card .*; did you mean {meant}\?$"):
+        parse_device_memory(written)
+
+
 @pytest.mark.parametrize("written", ["0GB", "0", "24", "much", "-24GB", ""])
 def test_what_is_neither_size_nor_card_is_an_error(written):
     with pytest.raises(UserError, match="24GB"):
