@@ -89,7 +89,8 @@ def did_you_mean(name: str, valid: Iterable[str], given: str | None = None) -> s
     written = name if given is None else given
     others = [one for one in valid if one != written]
     plain = _plain(name)
-    close = [one for one in others if plain and _plain(one) in (plain, _ALSO_CALLED.get(plain))] or difflib.get_close_matches(name, others, n=1)
+    close = [one for one in others if plain and _plain(one) in (plain, _ALSO_CALLED.get(plain))]
+    close = close or difflib.get_close_matches(name, others, n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
@@ -99,7 +100,7 @@ def _plain(name: str) -> str:
 
 
 def meant_size(value: str | int) -> str:
-    """`; did you mean 24GB?` for a size whose unit is missing or is half a one, as `24` or `24G`; else an empty string."""
+    """`; did you mean 24GB?` for a size without its unit or with half of it, as `24` or `24G`; else an empty string."""
     found = _SIZE.fullmatch(str(value).strip())
     if found is None or isinstance(value, bool):
         return ""

@@ -67,9 +67,8 @@ def _instead(option: str, context: click.Context) -> str:
     if plain in _THE_ARGUMENT and arguments[:1] in (["config"], ["run_or_model"], ["run_or_adapter"]):
         return f"; write {_quoted(value) if value else str(arguments[0]).upper()} without it"
     keys = _known_keys()
-    if "--set" in own:
-        if said := _as_setting(plain, value, keys):
-            return said
+    if "--set" in own and (said := _as_setting(plain, value, keys)):
+        return said
     if said := _elsewhere(option, plain, value, context, keys):
         return said
     settings = {f"--{key.partition('.')[2].replace('_', '-')}": key for key in keys} if "--set" in own else {}

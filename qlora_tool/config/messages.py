@@ -85,8 +85,8 @@ def _advice(value: Any, schema: Schema) -> str:
     """What to do about it, where that can be guessed."""
     kinds = list(options_of(schema))
     is_share = any(kind.get("exclusiveMaximum") == 1 for kind in kinds)
-    is_percent = isinstance(value, str) and any(kind.get("type") == "number" for kind in kinds)
-    if (is_share or is_percent) and isinstance(value, str | int | float) and (share := meant_share(to_number(value))):
+    is_number = is_share or (isinstance(value, str) and any(kind.get("type") == "number" for kind in kinds))
+    if is_number and isinstance(value, str | int | float) and (share := meant_share(to_number(value))):
         return share
     names = [name_of(choice) for choice in choices_of(schema) or ()]
     if isinstance(value, str) and value in ("true", "false", "null") and re.search(rf"\b{value}\b", expected(schema)):
