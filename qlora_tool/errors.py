@@ -10,6 +10,7 @@ import difflib
 import re
 import unicodedata
 from collections.abc import Iterable
+from pathlib import Path
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i(?=b|$))?[a-z]*)?", re.IGNORECASE)
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
@@ -86,12 +87,21 @@ def did_you_mean(name: str, valid: Iterable[str], given: str | None = None) -> s
     Args:
         given: as it was written, which is never suggested; None: `name`.
     """
-    written = name if given is None else given
+    close = _closest(name, valid, name if given is None else given)
+    return f"; did you mean '{close}'?" if close else ""
+
+
+def did_you_mean_path(path: Path, siblings: Iterable[str]) -> str:
+    """The same of a path, as it is written, whose name is to be one of those that lie beside it."""
+    close = _closest(path.name, siblings, path.name)
+    return f"; did you mean '{path.with_name(close)}'?" if close else ""
+
+
+def _closest(name: str, valid: Iterable[str], written: str) -> str | None:
     others = [one for one in valid if one != written]
     plain = _plain(name)
-    close = [one for one in others if plain and _plain(one) in (plain, _ALSO_CALLED.get(plain))]
-    close = close or difflib.get_close_matches(name, others, n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    same = [one for one in others if plain and _plain(one) in (plain, _ALSO_CALLED.get(plain))]
+    return next(iter(same or difflib.get_close_matches(name, others, n=1)), None)
 
 
 def _plain(name: str) -> str:

@@ -58,7 +58,8 @@ def message(errors: Sequence[ErrorDetails], schema: Schema, depth: int = 1) -> s
     value, reason, advice = error["input"], _reason(error), _advised(error)
     is_name = isinstance(value, str) and any(isinstance(choice, str) for choice in choices_of(schema) or ())
     shown = f"'{shortened(value)}'" if is_name else found(value)
-    return f"expected {expected(schema)}, found {shown}{f' ({reason})' if reason else ''}{advice or _advice(value, schema)}"
+    advice = advice or _advice(value, schema)
+    return f"expected {expected(schema)}, found {shown}{f' ({reason})' if reason else ''}{advice}"
 
 
 def _of_entry(name: int | str, errors: Sequence[ErrorDetails], schema: Schema, depth: int) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from qlora_tool.config.recipes import recipe_names
-from qlora_tool.errors import UserError, did_you_mean
+from qlora_tool.errors import UserError, did_you_mean, did_you_mean_path
 from qlora_tool.files.kinds import hub_id, kind_of
 
 _START = "smollm2-cpu"  # the recipe that cures name: any other will do
 _OF_RUN = "expected a run's folder or an adapter's"
-_OF_MODEL = "expected a model folder, a hub id (owner/name), or demo"
+_OF_MODEL = "expected a run's folder, an adapter's, or a model's, a hub id (owner/name), or demo"
 
 
 def refuse_as_config(source: str) -> None:
@@ -30,6 +30,8 @@ def refuse_as_config(source: str) -> None:
         "pickle": f"pickled weights; name a recipe, and a folder of safetensors by a key: {set_model}=FOLDER",
         "run": f"a run's folder; its configuration is {Path(source) / 'config.yaml'}",
         "adapter": f"an adapter's folder; `qlora-tool recipes import {source} my-run.yaml` makes a configuration of it",
+        "model's json": f"the configuration of a model, not of a run; name a recipe, and the model's folder by a key: "
+                        f"{set_model}={Path(source).parent}",
         "model": f"a model's folder; name a recipe, and the model by a key: {set_model}={source}",
         "ggufs": "a folder of models for llama.cpp, which are not trained; name a recipe, and the model they were made "
                  f"from by a key: {set_model}=OWNER/NAME",
@@ -66,7 +68,7 @@ def refuse_as_model(name: str, *, adapter: bool = False, rows: str = "") -> None
     path = Path(name)
     if kind == "missing":
         _refuse_missing(name, adapter)
-    if adapter and kind == "model":
+    if adapter and kind in ("model", "model's json"):
         raise UserError(f"{name}: a model without an adapter; {_OF_RUN}")
     if adapter and kind in ("folder", "empty") and not any(path.glob("*/adapter_config.json")):
         raise UserError(f"{name}: neither a run nor an adapter in it; {_OF_RUN}{_runs()}")
@@ -79,6 +81,8 @@ def refuse_as_model(name: str, *, adapter: bool = False, rows: str = "") -> None
                  "exported from",
         "weights": f"weights alone; name the folder that they lie in: {path.parent}",
         "pickle": f"pickled weights; name a folder with safetensors{_runs()}",
+        "model's json": f"a file of a model; name the folder that it lies in: {path.parent}",
+        "adapter's json": f"a file of an adapter; name the folder that it lies in: {path.parent}",
         "yaml": f"a configuration; train it, and name its run's folder (training.output_dir){_runs()}",
         "empty": f"an empty folder; name the run's own{_runs()}",
         "file": f"a file; name a folder{_runs()}",
@@ -94,9 +98,11 @@ def _refuse_missing(name: str, adapter: bool) -> None:
         siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
     except OSError:
         siblings = []
+    if name == "demo" and adapter:
+        raise UserError(f"demo: a base, not an adapter; {_OF_RUN}; `qlora-tool train demo` makes a run{_runs()}")
     if name == "demo" or (not adapter and "/" in name and not path.parent.is_dir()):
         return
-    close = did_you_mean(path.name, siblings)
+    close = did_you_mean_path(Path(name), siblings)
     if name in recipe_names():
         close = f"; a recipe has this name: `qlora-tool train {name}` makes a run"
     if adapter:

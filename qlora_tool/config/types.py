@@ -67,6 +67,13 @@ def _check_bytes(size: int) -> int:
     return size
 
 
+def _no_file_of_model(name: str) -> str:
+    path = Path(name)
+    if (path.name == "config.json" or path.suffix == ".safetensors") and not path.is_dir():
+        raise Advised(f"; did you mean '{path.parent}'?")
+    return name
+
+
 def _no_percent(value: Any) -> Any:
     if isinstance(value, str) and (advice := meant_share(value)):
         raise Advised(advice)
@@ -88,6 +95,7 @@ def _one_to_list(value: Any) -> Any:
 
 
 Text = Annotated[NotEmpty, AfterValidator(_path)]
+ModelName = Annotated[Text, AfterValidator(_no_file_of_model), Field(title="a hub id, a folder or demo")]
 Pattern = Annotated[str, AfterValidator(check_pattern), Field(title="one regular expression")]
 Epochs = Annotated[float, Field(gt=0, le=MOST), AS_WRITTEN]
 _LayerNumber = Annotated[int, Field(ge=0, le=MOST), WHOLE]

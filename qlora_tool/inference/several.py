@@ -13,7 +13,7 @@ from qlora_tool.adapters.stack import Weighted, base_of_its_own
 from qlora_tool.adapters.switch import Switch
 from qlora_tool.artifacts import Artifact, BaseOptions, base_folder, changed_base, find_artifact
 from qlora_tool.build.open import open_model
-from qlora_tool.errors import OptionError, UserError, did_you_mean
+from qlora_tool.errors import OptionError, UserError, did_you_mean_path
 from qlora_tool.inference.ends import answer_ends, generation_settings
 from qlora_tool.inference.open import tokenizer_folder
 from qlora_tool.model.open import open_tokenizer
@@ -149,7 +149,8 @@ def _adapter(given: Given, options: BaseOptions, base_named: bool) -> Artifact:
     path = Path(given.folder).expanduser()
     if not path.is_dir():
         siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-        missing = "a file" if path.exists() else f"no such folder{did_you_mean(path.name, siblings)}"
+        missing = "a file" if path.exists() else f"no such folder{did_you_mean_path(Path(given.folder), siblings)}"
+        missing = "a base, not an adapter" if given.folder == "demo" else missing
         raise UserError(
             f"--adapter {given.name}={given.folder}: {missing}; expected a "
             "run's folder or an adapter's"
