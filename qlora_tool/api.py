@@ -469,6 +469,8 @@ def _refuse_together(
                           "the two out")  # fmt: skip
     if not chat and not texts and file is None:
         raise OptionError("nothing to answer: give --prompt TEXT or --prompts FILE, or --chat")
+    if not all(text.strip() for text in texts if isinstance(text, str)):
+        raise OptionError("--prompt: expected a text, found an empty one")
     if system is not None and not system.strip():
         raise OptionError("--system: expected a text, found an empty one")
 

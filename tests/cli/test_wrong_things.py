@@ -65,7 +65,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(FILES / "base", folder / "base")
     for name in ("model.gguf", "ggufs/a.gguf"):
         (folder / name).write_bytes(b"GGUF\x03\0\0\0")
-    for name in ("data.jsonl", "data.csv.gz", "weights.bin"):
+    for name in ("data.jsonl", "data.csv.gz", "fruit.xlsx", "weights.bin"):
         (folder / name).write_text('{"prompt": "a", "completion": "b"}\n')
     (folder / "run.yaml").write_text("model: {name_or_path: base}\n")
     return folder
@@ -141,6 +141,7 @@ MISTAKES = {
     },
     "generate": {
         (): "missing argument 'RUN_OR_MODEL'", ("runs/done",): "give --prompt TEXT or --prompts FILE",
+        ("runs/done", "--prompt", ""): "--prompt: expected a text, found an empty one",
         ("runs/done", "hi there"): "did you mean '--prompt \"hi there\"'?",
         ("runs/done", "hi", "there"): "did you mean '--prompt \"hi there\"'?",
         ("runs/done", "a $5 note"): "did you mean '--prompt 'a $5 note''?",
@@ -181,7 +182,15 @@ MISTAKES = {
         ("copy", "demo"): "missing argument 'FILE'", ("copy", "dmeo", "x.yaml"): "did you mean 'demo'?",
         ("copy", "demo", "run.yaml"): "exists already", ("import",): "missing argument 'FILE'",
         ("import", "nothing.yml"): "name a configuration of PEFT", ("import", "run.yaml"): "of qlora-tool already",
-        ("smollm2-cpu",): "no command 'smollm2-cpu'", ("import", "run.yaml", "--from", "axoltl"): "'Axolotl'",
+        ("smollm2-cpu",): "no command 'smollm2-cpu'; did you mean 'show smollm2-cpu'?",
+        ("show", "smolm2"): "error: no recipe 'smolm2'; did you mean 'smollm2-cpu'?",
+        ("show", "xyz"): "error: no recipe 'xyz'; `qlora-tool recipes` lists those that there are",
+        ("copy", "x.yaml", "smollm2-cpu"): "did you mean `qlora-tool recipes copy smollm2-cpu x.yaml`?",
+        ("import", "smollm2-cpu", "x.yaml"): "did you mean `qlora-tool recipes copy smollm2-cpu x.yaml`?",
+        ("import", "smollm2-cpu"): "did you mean `qlora-tool recipes show smollm2-cpu`?",
+        ("import", "data.jsonl"): "data.jsonl: a data file, not a configuration; expected a configuration of PEFT",
+        ("import", "fruit.xlsx"): "a spreadsheet, not a configuration",
+        ("import", "run.yaml", "--from", "axoltl"): "'Axolotl'",
     },
     "doctor": {
         ("--mesure",): "did you mean '--measure'?", ("--clear",): "did you mean '--clear-cache'?",
