@@ -44,7 +44,7 @@ def missing_config(source: str) -> str:
     """The line on a configuration that is not there."""
     path, names = Path(source), recipe_names()
     siblings = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-    if close := did_you_mean(path.name, siblings) or did_you_mean(path.stem, names):
+    if close := did_you_mean_path(path, siblings) or did_you_mean(path.stem, names):
         return f"{source}: neither a file nor a recipe{close}"
     if path.suffix in (".yaml", ".yml"):
         return f"{source}: no such file; `qlora-tool recipes copy {_START} {source}` writes one to start from"
