@@ -127,7 +127,7 @@ MISTAKES = {
     "export-merged": {
         (): "missing argument 'RUN_OR_ADAPTER'", ("runs/done",): "missing option '--output-dir'",
         ("runs/done", "out"): "missing option '--output-dir'; did you mean '--output-dir out'?",
-        ("runs/done", "--output", "out"): "did you mean '--output-dir'?",
+        ("runs/done", "--output", "out"): "did you mean '--output-dir out'?",
         ("runs/done", "--output-dir", "out", "--format", "ggfu"): "did you mean 'gguf'?",
         ("runs/done", "--output-dir", "out", "--gguf-type", "q4km"): "did you mean 'q4_k_m'?",
         ("runs/done", "--output-dir", "out", "--gguf-type", "Q4_K_M"): "did you mean 'q4_k_m'?",
@@ -152,7 +152,7 @@ MISTAKES = {
         ("runs/done", "--prompt", "x", "--temperature", "warm"): "'warm' is not a valid float",
         ("runs/done", "--prompt", "x", "--temperature", "-1"): "not in the range x>=0",
         ("runs/done", "--prompt", "x", "--top-p", "2"): "not in the range 0<=x<=1",
-        ("runs/done", "--prompt", "x", "--max-tokens", "9"): "did you mean '--max-new-tokens'?",
+        ("runs/done", "--prompt", "x", "--max-tokens", "9"): "did you mean '--max-new-tokens 9'?",
         ("runs/done", "--prompt", "x", "--device", "gpu"): "did you mean 'cuda'?",
         ("runs/done", "--prompt", "x", "--chat-template-kwargs", "a=1"): "expected such as",
     },
