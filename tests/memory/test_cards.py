@@ -121,7 +121,7 @@ def test_what_is_neither_size_nor_card_is_an_error(written):
     ("text", "said"),
     [
         ("0GB", r"above 0.*found '0GB'"), ("-3GB", "above 0"), ("0", "above 0"), ("0.0GiB", "above 0"),
-        ("12", "write 12GB"), ("mi300x", "only those are supported"), ("m2", "NVIDIA's cards"),
+        ("12", "did you mean 12GB"), ("mi300x", "only those are supported"), ("m2", "NVIDIA's cards"),
         ("M3 Max", "--device cpu"), ("Radeon RX 7900", "--device cpu"), ("rx-7900", "--device cpu"),
         ("Intel Arc A770", "--device cpu"),
     ],
