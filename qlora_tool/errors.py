@@ -7,8 +7,13 @@ The command line prints each line of either after `error: ` and shows no traceba
 from __future__ import annotations
 
 import difflib
+import re
 import unicodedata
 from collections.abc import Iterable
+from pathlib import Path
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i(?=b|$))?[a-z]*)?", re.IGNORECASE)
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
 
 class ToolError(Exception):
@@ -69,15 +74,59 @@ class MachineError(ToolError):
     exit_code = 1
 
 
+# Names that the valid ones are known by elsewhere, as `_plain` has them.
+_ALSO_CALLED = {
+    "gpu": "cuda", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "4bit": "nf4",
+    "8bit": "int8",
+}  # fmt: skip
+
+
 def did_you_mean(name: str, valid: Iterable[str], given: str | None = None) -> str:
     """`; did you mean 'x'?` where a valid name is close to `name`, else an empty string.
 
     Args:
         given: as it was written, which is never suggested; None: `name`.
     """
-    written = name if given is None else given
-    close = difflib.get_close_matches(name, [one for one in valid if one != written], n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    close = _closest(name, valid, name if given is None else given)
+    return f"; did you mean '{close}'?" if close else ""
+
+
+def did_you_mean_path(path: Path, siblings: Iterable[str]) -> str:
+    """The same of a path, as it is written, whose name is to be one of those that lie beside it."""
+    close = _closest(path.name, siblings, path.name)
+    return f"; did you mean '{path.with_name(close)}'?" if close else ""
+
+
+def _closest(name: str, valid: Iterable[str], written: str) -> str | None:
+    others = [one for one in valid if one != written]
+    plain = _plain(name)
+    same = [one for one in others if plain and _plain(one) in (plain, _ALSO_CALLED.get(plain))]
+    return next(iter(same or difflib.get_close_matches(name, others, n=1)), None)
+
+
+def _plain(name: str) -> str:
+    """A name without what is told apart by nobody who types it: case, and what joins its words."""
+    return re.sub(r"[-_ .]", "", name.lower())
+
+
+def meant_size(value: str | int) -> str:
+    """`; did you mean 24GB?` for a size without its unit or with half of it, as `24` or `24G`; else an empty string."""
+    found = _SIZE.fullmatch(str(value).strip())
+    if found is None or isinstance(value, bool):
+        return ""
+    number, letter, binary = found.groups()
+    if not float(number) or (letter is None and float(number) >= 1000):
+        return ""
+    return f"; did you mean {number}{(letter or 'G').upper()}{'iB' if binary else 'B'}?"
+
+
+def meant_share(value: str | float) -> str:
+    """`; did you mean 0.05?` for a share that is given in percent, as `5%` or 5; else an empty string."""
+    percent = _PERCENT.fullmatch(value.strip()) if isinstance(value, str) else None
+    number = float(percent[1]) if percent else value
+    if isinstance(number, str | bool) or not (percent or number > 1):
+        return ""
+    return f"; did you mean {number / 100:g}?" if 0 < number < 100 else ""
 
 
 LONGEST = 1500  # characters of a line that is shown

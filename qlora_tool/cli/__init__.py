@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import click
 
 from qlora_tool._version import __version__
+from qlora_tool.cli.usage import note_words, usage_lines
 from qlora_tool.errors import LONGEST, OptionError, ToolError, UserError, did_you_mean, printable
 from qlora_tool.files.reading import has_half
 from qlora_tool.training.interrupt import Interrupted
@@ -120,15 +121,21 @@ class ToolCommand(click.Command):
     Args:
         examples: shell lines, shown as they are.
         groups: titles of option groups and the parameter names that go under each; the rest go under Options.
+        second: the option that a second word is meant for, such as `--prompt`, which an error on it suggests.
     """
 
     def __init__(
-        self, *args: Any, examples: str | None = None, groups: Mapping[str, Sequence[str]] | None = None, **kwargs: Any
-    ):
+        self, *args: Any, examples: str | None = None, groups: Mapping[str, Sequence[str]] | None = None,
+        second: str | None = None, **kwargs: Any,
+    ):  # fmt: skip
         super().__init__(*args, **kwargs)
-        self.examples = examples
+        self.examples, self.second = examples, second
         self.groups = dict(groups or {}) | {OUTPUT: ("quiet", "verbose", "debug")}
         self.params += _output_options()
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        note_words(ctx, args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         from qlora_tool.files.cache import place_torchs_cache
@@ -165,6 +172,10 @@ class ExampleGroup(click.Group):
         super().__init__(*args, **settings)
         self.examples = examples
         self.params += _output_options()
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        note_words(ctx, args)
+        return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         name, valid = args[0], self.list_commands(ctx)
@@ -278,7 +289,7 @@ def describe_failure(error: BaseException, args: Sequence[str] = ()) -> tuple[li
     if isinstance(error, ToolError):
         return [] if error.told_elsewhere else [f"error: {_process()}{line}" for line in error.lines], error.exit_code
     if isinstance(error, click.ClickException):
-        return [f"error: {line}" for line in _usage_lines(error)], 2
+        return [f"error: {line}" for line in usage_lines(error)], 2
     if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as `| head` does
         return [], 1
     if isinstance(error, OSError) and not error.filename and _is_of_stdout(error):
@@ -309,28 +320,6 @@ def _process() -> str:
     """Which of several processes of a run it is that fails; empty for the first one, which talks for all."""
     rank = os.environ.get("RANK", "0")
     return "" if rank in ("", "0") else f"process {rank}: "
-
-
-def _usage_lines(error: click.ClickException) -> list[str]:
-    """What click found wrong with a command line: what was found, the closest valid name, where to look."""
-    context = getattr(error, "ctx", None)
-    if isinstance(error, click.exceptions.NoSuchOption):
-        parameters = context.command.get_params(context) if context else []
-        options = [parameter for parameter in parameters if isinstance(parameter, click.Option)]
-        known = [name for option in options for name in [*option.opts, *option.secondary_opts]]
-        message = f"no option '{error.option_name}'{did_you_mean(error.option_name, known)}"
-    elif isinstance(error, click.BadParameter) and error.param and not isinstance(error, click.MissingParameter):
-        close = ""
-        if isinstance(error.param.type, click.Choice):
-            given = error.message.split("'")
-            close = did_you_mean(given[1], map(str, error.param.type.choices)) if len(given) > 1 else ""
-        message = f"{error.param.get_error_hint(context)}: {error.message.rstrip('.')}{close}"
-    else:
-        message = error.format_message().rstrip(".")
-        message = f"{message[:1].lower()}{message[1:]}"
-    if context is None:
-        return [message]
-    return [f"{message} (in '{context.command_path}'; see '{context.command_path} --help')"]
 
 
 @click.group(

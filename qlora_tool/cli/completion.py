@@ -38,7 +38,7 @@ class Setting(click.ParamType):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         key, equals, _ = incomplete.partition("=")
-        keys = _keys()
+        keys = known_keys()
         if equals:
             found = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for value in keys.get(key, ())]
         else:
@@ -56,7 +56,7 @@ def _recipes(incomplete: str) -> list[CompletionItem]:
             if recipe.name.startswith(incomplete)]  # fmt: skip
 
 
-def _keys() -> dict[str, list[object]]:
+def known_keys() -> dict[str, list[object]]:
     """Every key as `section.key`, with its choices: from the schema that lies beside the recipes."""
     from qlora_tool.config.recipes import recipes_folder
 

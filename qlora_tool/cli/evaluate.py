@@ -20,6 +20,7 @@ _LONGEST = 600  # characters of a text that is shown
 
 @click.command(
     cls=ToolCommand,
+    second="--data",
     examples="""
     qlora-tool evaluate runs/my-model --data data/eval.jsonl
     qlora-tool evaluate runs/my-model --data eval.jsonl --adapter other=runs/other --compare-base

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 @click.command(
     cls=ToolCommand,
+    second="--output-dir",
     examples="""
     qlora-tool export-merged runs/my-model --output-dir merged/my-model
     qlora-tool export-merged runs/my-model --output-dir my-gguf --format gguf --gguf-type q4_k_m

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 @click.command(
     cls=ToolCommand,
+    second="--prompt",
     examples="""
     qlora-tool generate runs/my-model --prompt "Unpack a.tar.gz" --compare-base
     qlora-tool generate runs/my-model --chat --system "Answer in one sentence."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,8 +16,20 @@ if TYPE_CHECKING:
 TOOLS = ("PEFT", "Axolotl", "Unsloth", "LLaMA-Factory")
 
 
+class RecipesGroup(ExampleGroup):
+    """Knows a recipe in the place of a command."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args[0] not in self.commands:
+            from qlora_tool.config.recipes import recipe_names
+
+            if args[0] in recipe_names():
+                raise click.UsageError(f"no command '{args[0]}'; did you mean 'show {args[0]}'?", ctx)
+        return super().resolve_command(ctx, args)
+
+
 @click.group(
-    cls=ExampleGroup,
+    cls=RecipesGroup,
     invoke_without_command=True,
     examples="""
     qlora-tool recipes
@@ -94,10 +106,8 @@ def import_file(file: Path, output: Path | None, tool: str | None) -> None:
     """
     from qlora_tool.config.imports.converting import as_yaml, import_config
     from qlora_tool.config.recipes import write_new
-    from qlora_tool.errors import UserError
 
-    if not file.exists():
-        raise UserError(f"{file}: no such file; name a configuration of {', '.join(TOOLS)}, or an adapter's folder")
+    _refuse_no_configuration(file, output)
     output = output / f"{file.stem}.yaml" if output is not None and output.is_dir() else output
     made = import_config(file, output, tool)
     text = as_yaml(made, file.name, str(output or "my-run.yaml"))
@@ -108,6 +118,28 @@ def import_file(file: Path, output: Path | None, tool: str | None) -> None:
         return
     write_new(output, text)
     _show_import(made, file, output)
+
+
+def _refuse_no_configuration(file: Path, output: Path | None) -> None:
+    """Refuse to import what is not there, or is plainly no configuration.
+
+    Raises:
+        UserError: in one line.
+    """
+    from qlora_tool.config.recipes import recipe_names
+    from qlora_tool.errors import UserError
+    from qlora_tool.files.kinds import kind_of
+
+    expected = f"a configuration of {', '.join(TOOLS)}, or an adapter's folder"
+    if not file.exists() and str(file) in recipe_names():
+        command = f"copy {file} {output}" if output else f"show {file}"
+        raise UserError(f"{file}: a recipe of qlora-tool's own; did you mean `qlora-tool recipes {command}`?")
+    if not file.exists():
+        raise UserError(f"{file}: no such file; name {expected}")
+    if kind_of(str(file)) == "data":
+        found = "a spreadsheet" if file.suffix.lower() in (".xlsx", ".csv", ".tsv") else "a data file"
+        raise UserError(f"{file}: {found}, not a configuration; expected {expected}; to train on it: `qlora-tool train "
+                        f"smollm2-cpu --set data.train={file}`")  # fmt: skip
 
 
 def _show_import(made: Imported, file: Path, output: Path) -> None:

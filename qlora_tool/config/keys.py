@@ -15,6 +15,7 @@ from qlora_tool.config.types import (
     Epochs,
     Evaluation,
     LayerNumbers,
+    ModelName,
     ModuleNames,
     Pattern,
     Prompts,
@@ -67,7 +68,7 @@ def _other_name(name: str, key: str, schema: dict[str, Any]) -> ConfigDict:
 class ModelConfig(Keys):
     """The frozen base model: which one, and how it is held in memory."""
 
-    name_or_path: Annotated[Text, Field(title="a hub id, a folder or demo")] = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    name_or_path: ModelName = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """Hub id, local folder, or `demo` (a small model that needs no hub)."""
     revision: Annotated[Text, Field(title="a branch, tag or commit of the hub")] | None = None
     """Branch, tag or commit on the hub."""

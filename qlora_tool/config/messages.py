@@ -7,13 +7,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qlora_tool.config.schema import Schema, choices_of, expected, name_of, options_of
-from qlora_tool.errors import did_you_mean, printable
+from qlora_tool.errors import did_you_mean, meant_share, printable
 from qlora_tool.methods.keys import to_number
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 _ENTRY_NAME: Schema = {"type": "string", "title": "a name or a regular expression"}
+
+
+class Advised(ValueError):
+    """A validator's refusal, with what to do about it: `; did you mean 24GB?`."""
+
+    def __init__(self, advice: str):
+        super().__init__()
+        self.advice = advice
 
 
 def found(value: Any) -> str:
@@ -46,11 +54,12 @@ def message(errors: Sequence[ErrorDetails], schema: Schema, depth: int = 1) -> s
         names = dict.fromkeys(error["loc"][depth] for error in errors)
         return "; ".join(_of_entry(name, errors, schema, depth) for name in names)
     # The one that says why; or that of the item in a list, rather than that the list is not a text.
-    error = max(errors, key=lambda error: (bool(_reason(error)), len(error["loc"])))
-    value, reason = error["input"], _reason(error)
+    error = max(errors, key=lambda error: (bool(_reason(error) or _advised(error)), len(error["loc"])))
+    value, reason, advice = error["input"], _reason(error), _advised(error)
     is_name = isinstance(value, str) and any(isinstance(choice, str) for choice in choices_of(schema) or ())
     shown = f"'{shortened(value)}'" if is_name else found(value)
-    return f"expected {expected(schema)}, found {shown}{f' ({reason})' if reason else ''}{_advice(value, schema)}"
+    advice = advice or _advice(value, schema)
+    return f"expected {expected(schema)}, found {shown}{f' ({reason})' if reason else ''}{advice}"
 
 
 def _of_entry(name: int | str, errors: Sequence[ErrorDetails], schema: Schema, depth: int) -> str:
@@ -67,8 +76,19 @@ def _reason(error: ErrorDetails) -> str:
     return str(error["ctx"]["error"]) if error["type"] == "value_error" else ""
 
 
+def _advised(error: ErrorDetails) -> str:
+    """What a validator of ours says to do about it."""
+    raised = error["ctx"].get("error") if error["type"] == "value_error" else None
+    return raised.advice if isinstance(raised, Advised) else ""
+
+
 def _advice(value: Any, schema: Schema) -> str:
     """What to do about it, where that can be guessed."""
+    kinds = list(options_of(schema))
+    is_share = any(kind.get("exclusiveMaximum") == 1 for kind in kinds)
+    is_number = is_share or (isinstance(value, str) and any(kind.get("type") == "number" for kind in kinds))
+    if is_number and isinstance(value, str | int | float) and (share := meant_share(to_number(value))):
+        return share
     names = [name_of(choice) for choice in choices_of(schema) or ()]
     if isinstance(value, str) and value in ("true", "false", "null") and re.search(rf"\b{value}\b", expected(schema)):
         return "; write it without quotes"

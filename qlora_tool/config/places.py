@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 from qlora_tool.config.recipes import recipe_names
-from qlora_tool.errors import UserError, did_you_mean
+from qlora_tool.errors import UserError, did_you_mean, did_you_mean_path
 from qlora_tool.files.kinds import hub_id, kind_of
 
 _START = "smollm2-cpu"  # the recipe that cures name: any other will do
 _OF_RUN = "expected a run's folder or an adapter's"
 _OF_RUN_ALONE = "expected a run's folder"
-_OF_MODEL = "expected a model folder, a hub id (owner/name), or demo"
+_OF_MODEL = "expected a run's folder, an adapter's, or a model's, a hub id (owner/name), or demo"
 
 
 def refuse_as_config(source: str) -> None:
@@ -32,6 +32,8 @@ def refuse_as_config(source: str) -> None:
         "pickle": f"pickled weights; name a recipe, and a folder of safetensors by a key: {set_model}=FOLDER",
         "run": f"a run's folder; its configuration is {Path(source) / 'config.yaml'}",
         "adapter": f"an adapter's folder; `qlora-tool recipes import {source} my-run.yaml` makes a configuration of it",
+        "model's json": f"the configuration of a model, not of a run; name a recipe, and the model's folder by a key: "
+                        f"{set_model}={Path(source).parent}",
         "model": f"a model's folder; name a recipe, and the model by a key: {set_model}={source}",
         "ggufs": "a folder of models for llama.cpp, which are not trained; name a recipe, and the model they were made "
                  f"from by a key: {set_model}=OWNER/NAME",
@@ -44,7 +46,7 @@ def missing_config(source: str) -> str:
     """The line on a configuration that is not there."""
     path, names = Path(source), recipe_names()
     siblings = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-    if close := did_you_mean(path.name, siblings) or did_you_mean(path.stem, names):
+    if close := did_you_mean_path(path, siblings) or did_you_mean(path.stem, names):
         return f"{source}: neither a file nor a recipe{close}"
     if path.suffix in (".yaml", ".yml"):
         return f"{source}: no such file; `qlora-tool recipes copy {_START} {source}` writes one to start from"
@@ -69,7 +71,7 @@ def refuse_as_model(name: str, *, adapter: bool = False, rows: str = "") -> None
     if kind == "missing":
         _refuse_missing(name, adapter)
     refuse_unopenable(path.expanduser())
-    if adapter and kind == "model":
+    if adapter and kind in ("model", "model's json"):
         raise UserError(f"{name}: a model without an adapter; {_OF_RUN}")
     if adapter and kind in ("folder", "empty"):
         raise UserError(f"{name}: neither a run nor an adapter in it; {_OF_RUN}{_runs()}")
@@ -82,6 +84,8 @@ def refuse_as_model(name: str, *, adapter: bool = False, rows: str = "") -> None
                  "exported from",
         "weights": f"weights alone; name the folder that they lie in: {path.parent}",
         "pickle": f"pickled weights; name a folder with safetensors{_runs()}",
+        "model's json": f"a file of a model; name the folder that it lies in: {path.parent}",
+        "adapter's json": f"a file of an adapter; name the folder that it lies in: {path.parent}",
         "yaml": f"a configuration; train it, and name its run's folder (training.output_dir){_runs()}",
         "empty": f"an empty folder; name the run's own{_runs()}",
         "folder": f"a folder with none of these in it{_runs()}",
@@ -108,6 +112,8 @@ def refuse_unopenable(path: Path) -> None:
 
 def _refuse_missing(name: str, adapter: bool) -> None:
     """A name that is no path: a hub's id is left to those who ask the hub."""
+    if name == "demo" and adapter:
+        raise UserError(f"demo: a base, not an adapter; {_OF_RUN}; `qlora-tool train demo` makes a run{_runs()}")
     if not adapter and (name == "demo" or ("/" in name and not Path(name).expanduser().parent.is_dir())):
         return
     close = _close_to(name)
@@ -125,7 +131,7 @@ def _close_to(name: str) -> str:
         siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
     except OSError:
         return ""
-    return did_you_mean(path.name, siblings)
+    return did_you_mean_path(Path(name), siblings)
 
 
 def refuse_as_run(name: str) -> None:

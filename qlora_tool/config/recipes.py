@@ -65,7 +65,8 @@ def recipe_called(name: str) -> Recipe:
     """
     known = {recipe.name: recipe for recipe in all_recipes()}
     if name not in known:
-        raise UserError(f"no recipe '{name}' among {', '.join(known)}{did_you_mean(name, known)}")
+        close = did_you_mean(name, known) or "; `qlora-tool recipes` lists those that there are"
+        raise UserError(f"no recipe '{name}'{close}")
     return known[name]
 
 
@@ -75,8 +76,10 @@ def copy_recipe(name: str, target: Path) -> Path:
     The commands in its comments are those for the copy, and the run's folder is called by it.
 
     Raises:
-        UserError: there is no such recipe, or the file exists.
+        UserError: there is no such recipe, the two are swapped, or the file exists.
     """
+    if str(target) in recipe_names() and name not in recipe_names():
+        raise UserError(f"no recipe '{name}'; did you mean `qlora-tool recipes copy {target} {name}`?")
     recipe = recipe_called(name)
     file = target / f"{recipe.name}.yaml" if target.is_dir() else target
     return write_new(file, recipe_for(recipe, file))

@@ -20,7 +20,7 @@ from qlora_tool.data.readers.plain_text import read_text
 from qlora_tool.data.readers.rows import MOST_COLUMNS, Row
 from qlora_tool.data.readers.spreadsheet import read_spreadsheet
 from qlora_tool.data.readers.streams import COMPRESSIONS
-from qlora_tool.errors import MachineError, UserError, did_you_mean
+from qlora_tool.errors import MachineError, UserError, did_you_mean, did_you_mean_path
 from qlora_tool.files.digest import sha256
 from qlora_tool.files.hashes import kept_hash, kept_hashes
 from qlora_tool.files.reading import json_value, refuse_other_than_file
@@ -277,7 +277,7 @@ def _missing(source: str, path: Path) -> str:
         return f"{source}: no such file, and patterns are not read; name the folder, or list the files"
     if not path.parent.is_dir():
         return f"{source}: no such file; there is no folder {path.parent} either"
-    close = did_you_mean(path.name, (entry.name for entry in path.parent.iterdir()))
+    close = did_you_mean_path(Path(source), (entry.name for entry in path.parent.iterdir()))
     return f"{source}: no such file or folder{close or f' in {path.parent.absolute()}'}"
 
 

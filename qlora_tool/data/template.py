@@ -18,7 +18,7 @@ from qlora_tool.data.faults import RowFault
 from qlora_tool.data.messages import Message
 from qlora_tool.data.template_trial import CURE, MEMORY, Refusals, try_template
 from qlora_tool.data.time_limit import TimeIsUp, TooMuch, time_limit
-from qlora_tool.errors import UserError, did_you_mean
+from qlora_tool.errors import UserError, did_you_mean, did_you_mean_path
 from qlora_tool.files.reading import read_text
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def read_chat_template(path: Path) -> str:
     """
     if not path.exists() and not path.is_symlink():
         names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"data.chat_template: {path}: no such file{did_you_mean(path.name, names)}")
+        raise UserError(f"data.chat_template: {path}: no such file{did_you_mean_path(path, names)}")
     try:
         return read_text(path, "expected a Jinja file", LARGEST)
     except UserError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from qlora_tool.choices import ComputeDtype, ExportBase, ExportFormat, GgufType
-from qlora_tool.errors import UserError, did_you_mean
+from qlora_tool.errors import UserError, did_you_mean, meant_share
 from qlora_tool.export.types import BITSANDBYTES, GGUF_TYPES, MIXED, WITH_DTYPE
 
 AUTO_KEPT = 0.95  # of what training gained, where the type is chosen and the user names no share
@@ -132,6 +132,6 @@ def refuse_options(options: ExportOptions) -> None:
                         "it out")  # fmt: skip
     if options.min_kept is not None and not 0 < options.min_kept <= 1:
         raise UserError(f"--min-kept {options.min_kept:g}: expected a share of what training gained, above 0, at most "
-                        "1, such as 0.95")  # fmt: skip
+                        f"1{meant_share(options.min_kept) or ', such as 0.95'}")  # fmt: skip
     if len(options.candidates) > 1 and not options.verify:
         raise UserError(f"{options.choosing}: what a type keeps is measured by verification; leave out --no-verify")

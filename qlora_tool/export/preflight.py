@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_tool.adapters.peft_reading import is_adapter
 from qlora_tool.artifacts import Artifact, changed_base
-from qlora_tool.errors import MachineError, UserError, did_you_mean
+from qlora_tool.errors import MachineError, UserError, did_you_mean_path
 from qlora_tool.files.atomic import existing_parent
 from qlora_tool.model.config_file import read_config_file
 from qlora_tool.run_folder import RunFolder
@@ -32,7 +32,7 @@ def refuse_no_adapter(artifact: Artifact) -> None:
         found = "a model without an adapter"
     else:
         siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-        found = f"no such folder{did_you_mean(path.name, siblings)}"
+        found = f"no such folder{did_you_mean_path(path, siblings)}"
     raise UserError(f"{artifact.name}: {found}; expected a run's folder or an adapter's")
 
 

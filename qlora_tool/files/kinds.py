@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 DATA_ENDINGS = (".jsonl", ".ndjson", ".csv", ".tsv", ".xlsx", ".parquet", ".arrow", ".txt")
 _PACKED = (".gz", ".zst", ".bz2", ".xz")
+_LARGEST_JSON = 4 << 20  # bytes
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _WEB = re.compile(r"https?://", re.IGNORECASE)
 _HUB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
 
 
 def kind_of(name: str) -> str:
-    """One of: web, missing, data, gguf, weights, pickle, yaml, file; of folders: run, adapter, model, ggufs, empty,
-    folder."""
+    """One of: web, missing, data, gguf, weights, pickle, model's json, adapter's json, yaml, file; of folders: run,
+    adapter, model, ggufs, empty, folder."""
     if _WEB.match(name):
         return "web"
     path = Path(name).expanduser()
@@ -53,4 +55,16 @@ def _of_file(path: Path) -> str:
     named = Path(path.stem) if path.suffix in _PACKED else path
     if named.suffix.lower() in DATA_ENDINGS:
         return "data"
+    if path.suffix == ".json":
+        return _of_json(path)
     return "yaml" if path.suffix in (".yaml", ".yml") else "file"
+
+
+def _of_json(path: Path) -> str:
+    """Whether it is the config.json of a model, the adapter_config.json of an adapter, or another file."""
+    try:
+        content = json.loads(path.read_bytes()) if path.stat().st_size <= _LARGEST_JSON else None
+    except (ValueError, RecursionError):
+        content = None
+    kinds = {"model_type": "model's json", "architectures": "model's json", "peft_type": "adapter's json"}
+    return next((kind for key, kind in kinds.items() if isinstance(content, dict) and key in content), "file")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_tool.config.places import refuse_unopenable
-from qlora_tool.errors import OptionError, UserError, did_you_mean
+from qlora_tool.errors import OptionError, UserError, did_you_mean_path
 
 AnyPath = str | os.PathLike[str]
 Adapters = Sequence[str] | Mapping[str, AnyPath]
@@ -89,7 +89,8 @@ def checked_adapters(given: Adapters, weighted: bool = False) -> list[Given]:
         path = Path(one.folder).expanduser()
         if not path.is_dir():
             siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-            missing = "a file" if path.exists() else f"no such folder{did_you_mean(path.name, siblings)}"
+            missing = "a file" if path.exists() else f"no such folder{did_you_mean_path(Path(one.folder), siblings)}"
+            missing = "a base, not an adapter" if one.folder == "demo" else missing
             raise UserError(f"--adapter {one.name}={one.folder}: {missing}; expected a run's folder or an adapter's")
         refuse_unopenable(path)
     return parsed
@@ -110,6 +111,8 @@ def refuse_together(
                           "the two out")  # fmt: skip
     if not chat and not texts and file is None:
         raise OptionError("nothing to answer: give --prompt TEXT or --prompts FILE, or --chat")
+    if not all(text.strip() for text in texts if isinstance(text, str)):
+        raise OptionError("--prompt: expected a text, found an empty one")
     if system is not None and not system.strip():
         raise OptionError("--system: expected a text, found an empty one")
     checked_adapters(adapter)

@@ -506,6 +506,42 @@ def test_what_is_no_size(text):
         parse_size(text)
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("5", "5GB"), (12, "12GB"), (999, "999GB"), ("1.5", "1.5GB"), ("24G", "24GB"), ("24 gi", "24GiB"),
+        ("512m", "512MB"), ("5 giga", "5GB"), ("24 gibibytes", "24GiB"),
+    ],
+)  # fmt: skip
+def test_a_size_without_its_unit_gets_it(written, meant):
+    with pytest.raises(UserError, match=rf"; did you mean {meant}\?$"):
+        parse_size(written)
+    with pytest.raises(UserError, match=rf"--set training.max_memory: expected a size .*; did you mean {meant}\?$"):
+        load_config("demo", {"training.max_memory": written})
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("data.eval=5%", "0.05"), ("data.eval=5", "0.05"), ("data.eval=2.5 %", "0.025"),
+        ("adapter.lora_dropout=10%", "0.1"), ("adapter.lora_dropout=10", "0.1"), ("training.warmup_steps=3%", "0.03"),
+    ],
+)  # fmt: skip
+def test_a_share_in_percent_gets_the_share(override, meant):
+    with pytest.raises(UserError, match=rf"; did you mean {meant}\?$"):
+        load_config("demo", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [("model.device=gpu", "cuda"), ("model.compute_dtype=fp16", "float16"), ("model.quantization=4bit", "nf4"),
+     ("training.optim=adamw-8bit", "adamw_8bit"), ("data.multi_turn=One-Per-Answer", "one_per_answer")],
+)  # fmt: skip
+def test_a_choice_in_another_spelling_gets_ours(override, meant):
+    with pytest.raises(UserError, match=rf"; did you mean '{meant}'\?$"):
+        load_config("demo", [override])
+
+
 def test_the_shipped_schema_is_the_models():
     """Where this fails: `qlora-tool recipes schema > configs/config.schema.json`."""
     shipped = json.loads((recipes_folder() / "config.schema.json").read_text(encoding="utf-8"))

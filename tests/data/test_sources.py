@@ -226,7 +226,7 @@ def test_the_folder_of_a_model_an_adapter_or_a_run_is_not_read_as_data(tmp_path)
 def test_a_missing_file_is_answered_with_the_closest_name(tmp_path):
     write(tmp_path, "train.jsonl", "{}")
     assert faults(str(tmp_path / "trian.jsonl")) == [
-        f"{tmp_path}/trian.jsonl: no such file or folder; did you mean 'train.jsonl'?"
+        f"{tmp_path}/trian.jsonl: no such file or folder; did you mean '{tmp_path}/train.jsonl'?"
     ]
     assert faults(str(tmp_path / "missing" / "x.jsonl")) == [
         f"{tmp_path}/missing/x.jsonl: no such file; there is no folder {tmp_path}/missing either"
@@ -237,7 +237,7 @@ def test_a_misspelt_name_here_is_not_looked_for_on_the_hub(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "data/train.jsonl", "{}")
     assert faults("dat") == ["dat: no such file or folder; did you mean 'data'?"]
-    assert faults("data/train") == ["data/train: no such file or folder; did you mean 'train.jsonl'?"]
+    assert faults("data/train") == ["data/train: no such file or folder; did you mean 'data/train.jsonl'?"]
 
 
 def test_a_file_of_another_kind(tmp_path):

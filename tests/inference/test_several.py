@@ -240,7 +240,8 @@ def refusal(name: Path, *given: str, **options) -> str:
 
 def test_adapters_that_are_none(two_runs: Path, bases, tmp_path: Path):
     base = two_runs / "model"
-    assert "no such folder; did you mean 'sums'?" in refusal(base, f"a={two_runs / 'sumz'}")
+    assert f"no such folder; did you mean '{two_runs / 'sums'}'?" in refusal(base, f"a={two_runs / 'sumz'}")
+    assert "--adapter a=demo: a base, not an adapter; expected a run's folder" in refusal(base, "a=demo")
     assert "a model without an adapter" in refusal(base, f"a={base}")
     assert "two adapters are called 'sums'" in refusal(two_runs / "sums", f"sums={two_runs / 'other'}")
     assert "two adapters are called 'sums'" in refusal(two_runs / "sums" / "adapter", f"sums={two_runs / 'other'}")

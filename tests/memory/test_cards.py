@@ -102,6 +102,15 @@ def test_a_card_gives_what_was_read_of_it():
     assert parse_device_memory("rtx-4080").estimated
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("24", "24GB"), ("24G", "24GB"), ("24g", "24GB"), ("22Gi", "22GiB"), ("24 gigs", "24GB"), ("24.5", "24.5GB")],
+)
+def test_a_size_without_its_unit_gets_it(written, meant):
+    with pytest.raises(UserError, match=rf"^'{written}' is neither a size nor a card .*; did you mean {meant}\?$"):
+        parse_device_memory(written)
+
+
 @pytest.mark.parametrize("written", ["0GB", "0", "24", "much", "-24GB", ""])
 def test_what_is_neither_size_nor_card_is_an_error(written):
     with pytest.raises(UserError, match="24GB"):
@@ -112,7 +121,7 @@ def test_what_is_neither_size_nor_card_is_an_error(written):
     ("text", "said"),
     [
         ("0GB", r"above 0.*found '0GB'"), ("-3GB", "above 0"), ("0", "above 0"), ("0.0GiB", "above 0"),
-        ("12", "write 12GB"), ("mi300x", "only those are supported"), ("m2", "NVIDIA's cards"),
+        ("12", "did you mean 12GB"), ("mi300x", "only those are supported"), ("m2", "NVIDIA's cards"),
         ("M3 Max", "--device cpu"), ("Radeon RX 7900", "--device cpu"), ("rx-7900", "--device cpu"),
         ("Intel Arc A770", "--device cpu"),
     ],

@@ -57,7 +57,7 @@ def test_a_tracker_that_is_not_installed(config, tmp_path: Path, monkeypatch: py
 def test_a_chat_template_that_is_not_there(config, tmp_path: Path):
     (tmp_path / "short.jinja").write_text("")
     [line] = refused(config(data__chat_template=str(tmp_path / "shrot.jinja")), tmp_path)
-    assert line.endswith("shrot.jinja: no such file; did you mean 'short.jinja'?")
+    assert line.endswith(f"shrot.jinja: no such file; did you mean '{tmp_path / 'short.jinja'}'?")
 
 
 def test_all_of_them_at_once(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -18,7 +18,7 @@ import re
 from dataclasses import dataclass
 
 from qlora_tool.config import parse_size
-from qlora_tool.errors import OptionError, UserError
+from qlora_tool.errors import OptionError, UserError, meant_size
 
 GB = 10**9
 MIB = 2**20
@@ -238,14 +238,17 @@ def parse_device_memory(text: str) -> Budget:
     # Digits alone are bytes, but for short ones: 4090 is a card.
     if re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]i?B|B)|\d{6,}", text, re.IGNORECASE):
         return Budget(parse_size(text), text, False)
-    if re.fullmatch(r"\d{1,3}", text):
-        raise UserError(f"'{text}' is neither a size nor a card: write {text}GB, or a card such as rtx-4090")
     if _OTHER_MAKERS.match(text):
         raise UserError(
             f"'{text}' is not one of NVIDIA's cards, and only those are supported; elsewhere runs are on the CPU: give "
             "--device cpu"
         )
-    card = find_card(text)
+    try:
+        card = find_card(text)
+    except UserError:
+        if meant := meant_size(text):
+            raise UserError(f"'{text}' is neither a size nor a card such as rtx-4090{meant}") from None
+        raise
     return Budget(card.total_bytes, card.name, card.estimated)
 
 
