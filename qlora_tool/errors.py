@@ -87,17 +87,18 @@ def did_you_mean(name: str, valid: Iterable[str], given: str | None = None) -> s
     Args:
         given: as it was written, which is never suggested; None: `name`.
     """
-    close = _closest(name, valid, name if given is None else given)
+    close = closest(name, valid, name if given is None else given)
     return f"; did you mean '{close}'?" if close else ""
 
 
 def did_you_mean_path(path: Path, siblings: Iterable[str]) -> str:
     """The same of a path, as it is written, whose name is to be one of those that lie beside it."""
-    close = _closest(path.name, siblings, path.name)
+    close = closest(path.name, siblings, path.name)
     return f"; did you mean '{path.with_name(close)}'?" if close else ""
 
 
-def _closest(name: str, valid: Iterable[str], written: str) -> str | None:
+def closest(name: str, valid: Iterable[str], written: str) -> str | None:
+    """The valid name that is meant, other than the one that was written; None where none is close."""
     others = [one for one in valid if one != written]
     plain = _plain(name)
     same = [one for one in others if plain and _plain(one) in (plain, _ALSO_CALLED.get(plain))]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import click
 
-from qlora_tool.errors import did_you_mean, meant_share
+from qlora_tool.errors import closest, did_you_mean, meant_share
 
 WORDS = "qlora_tool.words"  # in a context's `meta`: the words that the innermost command was given
 _VALUE = "VALUE"  # in a suggestion, where none was given
@@ -35,7 +35,7 @@ def usage_lines(error: click.ClickException) -> list[str]:
     if isinstance(error, click.exceptions.NoSuchOption):
         message = f"no option '{error.option_name}'{_instead(error.option_name, context) if context else ''}"
     elif isinstance(error, click.BadParameter) and error.param and not isinstance(error, click.MissingParameter):
-        message = f"{error.param.get_error_hint(context)}: {error.message.rstrip('.')}{_closest(error)}"
+        message = f"{error.param.get_error_hint(context)}: {error.message.rstrip('.')}{_value_meant(error)}"
     else:
         message = error.format_message().rstrip(".")
         message = f"{message[:1].lower()}{message[1:]}{_of_words_left(context) if context else ''}"
@@ -44,7 +44,7 @@ def usage_lines(error: click.ClickException) -> list[str]:
     return [f"{message} (in '{context.command_path}'; see '{context.command_path} --help')"]
 
 
-def _closest(error: click.BadParameter) -> str:
+def _value_meant(error: click.BadParameter) -> str:
     """The value that was meant in the place of one that is none of an option's."""
     given = error.message.split("'")
     if len(given) < 2 or error.param is None:
@@ -134,6 +134,9 @@ def _key(name: str, keys: Mapping[str, Sequence[object]]) -> str | None:
 def _setting(key: str, value: str | None, keys: Mapping[str, Sequence[object]]) -> str:
     if list(keys.get(key, ())) == [True, False] and value not in ("true", "false"):
         value = "true"  # a flag, as other tools have it
+    choices = [choice for choice in keys.get(key, ()) if isinstance(choice, str)]
+    if value is not None and value not in choices:
+        value = closest(value.lower(), choices, value) or value
     value = _VALUE if value is None else value
     return f"; did you mean '--set {key}={_quoted(value)}'?"
 

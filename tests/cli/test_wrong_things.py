@@ -119,6 +119,8 @@ CONFIG_MISTAKES = {
 MISTAKES = {
     "train": CONFIG_MISTAKES | {("demo", "--output_dir", "x"): "did you mean '--output-dir'?",
                                 ("demo", "--device", "cpu"): "did you mean '--set model.device=cpu'?",
+                                ("demo", "--device", "gpu"): "did you mean '--set model.device=cuda'?",
+                                ("demo", "--quantization", "NF4"): "did you mean '--set model.quantization=nf4'?",
                                 ("demo", "--gpu", "24GB"): "no option '--gpu'",
                                 ("demo", "--extend", "--overwrite"): "give one of the two"},
     "preview": CONFIG_MISTAKES | {("demo", "--rows", "many"): "'many' is not a valid integer"},

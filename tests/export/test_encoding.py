@@ -227,6 +227,7 @@ def test_an_adapter_without_its_run_is_made_without_rows_and_says_so(base, adapt
         ({"format": "gguf", "gguf_type": "q8_0"}, "is for merged files of few bits"),
         ({"min_kept": 0.9}, "--min-kept 0.9: chooses between GGUF's types; set --format gguf"),
         ({"min_kept": 1.5, "format": "gguf", "calibration": "none"}, "--min-kept 1.5: expected a share"),
+        ({"min_kept": 95, "format": "gguf", "calibration": "none"}, "at most 1; did you mean 0.95?"),
         ({"gguf_type": "auto", "format": "gguf", "calibration": "none"}, "--gguf-type auto: what a type keeps"),
         ({"gguf_type": "auto"}, "--gguf-type auto: is for --format gguf"),
         ({"gguf_type": "auto", "format": "gguf-adapter", "with_base": True, "calibration": "none"},
