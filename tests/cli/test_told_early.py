@@ -20,7 +20,7 @@ EXPORT = ("export-merged", "runs/done", "--output-dir", "out")
 
 # The command, and what its one line must say.
 MISTAKES = {
-    ("report", "runs/dnoe"): "no such folder; did you mean 'done'?; expected a run's folder",
+    ("report", "runs/dnoe"): "no such folder; did you mean 'runs/done'?; expected a run's folder",
     ("report", "demo"): "`qlora-tool train demo` makes a run",
     ("report", "data.csv"): "found a data file; name the run that was trained on it; runs here: runs/",
     ("report", "merged"): "found a merged model; it was made from runs/done: `qlora-tool report runs/done`",
@@ -81,7 +81,7 @@ MISTAKES = {
     ("evaluate", "runs/done", "--data", "data.csv", "--model", "bare"): "bare: no weights in it",
     ("train", "runs/done/config.yaml", "--set", "model.name_or_path=bare"): "bare: no weights in it",
     **{(*PROFILE, *words): said for words, said in {
-        ("24",): "'24' is neither a size nor a card: write 24GB", ("0",): "expected a size above 0, such as 24GB",
+        ("24",): "'24' is neither a size nor a card such as rtx-4090; did you mean 24GB?", ("0",): "expected a size above 0, such as 24GB",
         ("-1GB",): "expected a size above 0", ("rtx-4091",): "such as rtx-4090", ("huge",): "not in the table of cards",
         ("rtx-3080",): "exists with 10 GB and 12 GB", ("m2 max",): "not one of NVIDIA's cards",
         ("rtx-4090", "--device", "cpu"): "a card, but the prediction is for a CPU",
