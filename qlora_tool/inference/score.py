@@ -168,9 +168,10 @@ def _evaluate_several(
 ) -> EvaluateResult:  # fmt: skip
     opened = Opened(several)
     asked: dict[str, dict[str, Asked]] = {}
+    told: dict[str, set[str]] = {key: set() for key in sources}
     for name in [*([BASE] if compare_base else []), *several.adapters]:
         own = _data_for(opened.artifact(name), opened.model, data, max_length)
-        asked[name] = {key: read_asked(source, own, opened.tokenizers[name], sampling is not None)
+        asked[name] = {key: read_asked(source, own, opened.tokenizers[name], sampling is not None, told[key])
                        for key, source in sources.items()}  # fmt: skip
     found: dict[str, dict[str, Score]] = {}
     for name, sets in asked.items():
@@ -226,15 +227,21 @@ class Asked:
     prompts: Sequence[Prompt]
 
 
-def read_asked(source: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase, answers: bool) -> Asked:
+def read_asked(
+    source: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase, answers: bool, told: set[str] | None = None
+) -> Asked:
     """Read a data source; see `score`.
 
     Args:
         answers: whether answers will be generated.
+        told: lines that were shown already, of the same data for another model; those of this one are added.
     """
     dataset = build_dataset(source, data, tokenizer, key="--data")
-    for line in dataset.report.lines():
+    told = set() if told is None else told
+    lines = [line for line in dataset.report.lines() if line not in told]
+    for line in lines:
         logger.info(line)
+    told.update(lines)
     return Asked(dataset, _with_answers(source, data, tokenizer) if answers else [])
 
 

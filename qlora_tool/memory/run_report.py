@@ -20,7 +20,7 @@ from qlora_tool.memory.allocator.target import device_of, target_on
 from qlora_tool.memory.breakdown import Breakdown, MemoryReport
 from qlora_tool.memory.plan.budget import BudgetTooSmall, choose_for_run
 from qlora_tool.memory.plan.cached import cached
-from qlora_tool.memory.plan.cure import cure
+from qlora_tool.memory.plan.cure import cure, needed_in_a_step
 from qlora_tool.memory.plan.limit import MAX_MEMORY, Limit, limit_on
 from qlora_tool.memory.plan.weights import place_weights
 from qlora_tool.memory.profile import Prediction
@@ -82,8 +82,10 @@ class RunMemory:
         free = available_bytes(device, self.predicted.context_bytes or 0)
         needed, target = self.predicted.needed_bytes, target_on(device.type)
         limit = limit_on(setup.config, device.type, free=free) or Limit(free)
-        logger.info("memory: %s predicted at the peak (rows of up to %d tokens); %s",
-                    memory_size(needed), shape.length, limit)  # fmt: skip
+        steps = needed_in_a_step(shape, self.predicted)
+        when = "at the peak" if steps is None else f"while the start is made, {memory_size(steps)} in a step"
+        logger.info("memory: %s predicted %s (rows of up to %d tokens); %s",
+                    memory_size(needed), when, shape.length, limit)  # fmt: skip
         if target is not None and target.calibration is None:
             logger.info("memory: estimated in it: %s", about_estimated_context(target.capability))
         if needed > free:

@@ -178,6 +178,7 @@ def test_evaluate_has_a_line_an_adapter(two_runs: Path, quiet: CliRunner, tmp_pa
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["base:", "sums:", "two:"]
+    assert result.stderr.count("chat template: ") == 1  # one set of rows, the same for all
     scores = json.loads(file.read_text())
     alone = {"sums": two_runs / "sums", "two": two_runs / "other"}
     for name, folder in alone.items():

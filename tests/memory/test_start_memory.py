@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,14 +141,19 @@ def test_a_quicker_decomposition_is_named_only_where_it_helps(calibrated: Config
 
 
 @pytest.mark.parametrize("start", ["calibrated", pytest.param("pissa", marks=pytest.mark.slow)])
-def test_a_start_that_is_kept_is_not_counted_again(calibrated: Config, start: str):
+def test_a_start_that_is_kept_is_not_counted_again(calibrated: Config, start: str, caplog: pytest.LogCaptureFixture):
     config = with_values(calibrated, {"adapter.init_lora_weights": start, "model.keep_quantized": True})
     peaks = []
     for _ in range(2):
         memory = RunMemory()
-        train(config, dry_run=True, watcher=memory)
+        with caplog.at_level(logging.INFO, "qlora_tool"):
+            train(config, dry_run=True, watcher=memory)
         peaks.append(memory.predicted.phase_peak_bytes["load"])
     assert peaks[1] < peaks[0]
+    told = [record.getMessage() for record in caplog.records if " predicted " in record.getMessage()]
+    made, kept = (line for line in told if line.startswith("memory: "))
+    assert re.match(r"memory: \S+ [GM]iB predicted while the start is made, \S+ [GM]iB in a step \(rows of", made)
+    assert re.match(r"memory: \S+ [GM]iB predicted at the peak \(rows of", kept)
 
 
 def test_profile_memory_says_what_a_start_takes(calibrated: Config):
