@@ -375,7 +375,8 @@ def test_doctor_measures_products_anew(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(speeds, "measure", lambda: found(now, 0.9))
     first = invoke("doctor").stdout
     assert "  float32 by    PyTorch (oneDNN takes 1/0.90 of PyTorch's time, ± 5%)\n" in first
-    assert f"  measured      {now[:16]} UTC, {torch.get_num_threads()} thread{'' if torch.get_num_threads() == 1 else 's'}\n" in first
+    threads = torch.get_num_threads()
+    assert f"  measured      {now[:16]} UTC, {threads} thread{'' if threads == 1 else 's'}\n" in first
     share = 0.4
     monkeypatch.setattr(speeds, "measure", lambda: found(now, 2.0))
     assert invoke("doctor").stdout == first

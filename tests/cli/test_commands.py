@@ -294,7 +294,7 @@ def test_export_reports_on_stdout_and_in_json(here: Path):
     assert (done["output_dir"], done["dtype"], done["bytes"]) == ("merged", "bfloat16", size)
     assert done["verification"]["tokens"] > 0
     first, *_, last = out.splitlines()
-    assert re.match(r"merged: [\d.]+ [kM]B of bfloat16 in 1 file\(s\), ", first)
+    assert re.match(r"merged: [\d.]+ [kM]B of bfloat16 in 1 file, ", first)
     assert last == "next: qlora-tool generate merged --prompt '...'"
     out = run("export-merged", "run", "--output-dir", "merged", "--overwrite", "--max-shard-size", "100kB")
     assert len(list((here / "merged").glob("*.safetensors"))) > 1

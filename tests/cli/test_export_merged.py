@@ -70,7 +70,7 @@ def error(here: Path, *args: str, code: int = 2) -> str:
 def test_what_is_written_is_verified_and_told(here: Path):
     out = run(*EXPORT, "--json", "done.json")
     lines = out.splitlines()
-    assert re.match(r"merged: [\d.]+ [kM]B of float16 in 1 file\(s\), ", lines[0])
+    assert re.match(r"merged: [\d.]+ [kM]B of float16 in 1 file, ", lines[0])
     assert lines[1] == "dtype float16: every value fits, and it rounds eight times finer than bfloat16"
     assert lines[2].startswith("verified against the trained model (quantized base with its adapter) on ")
     assert lines[-1] == "next: qlora-tool generate merged --prompt '...'"
@@ -87,7 +87,7 @@ def test_what_is_written_is_verified_and_told(here: Path):
 
 def test_an_adapter_for_llama_cpp_says_which_base_it_is_for(here: Path):
     lines = run(*EXPORT, "--format", "gguf-adapter").splitlines()
-    assert re.match(r"merged: [\d.]+ [kM]B of an adapter in 1 file\(s\), ", lines[0])
+    assert re.match(r"merged: [\d.]+ [kM]B of an adapter in 1 file, ", lines[0])
     assert lines[1] == "adapter.gguf: LoRA on 14 tensors of a llama, r 4, alpha 32"
     assert lines[2] == (
         f"its base: {here / 'base'} quantized to nf4, as it was trained; a GGUF file made of its own weights is "

@@ -81,7 +81,8 @@ MISTAKES = {
     ("evaluate", "runs/done", "--data", "data.csv", "--model", "bare"): "bare: no weights in it",
     ("train", "runs/done/config.yaml", "--set", "model.name_or_path=bare"): "bare: no weights in it",
     **{(*PROFILE, *words): said for words, said in {
-        ("24",): "'24' is neither a size nor a card such as rtx-4090; did you mean 24GB?", ("0",): "expected a size above 0, such as 24GB",
+        ("24",): "'24' is neither a size nor a card such as rtx-4090; did you mean 24GB?",
+        ("0",): "expected a size above 0, such as 24GB",
         ("-1GB",): "expected a size above 0", ("rtx-4091",): "such as rtx-4090", ("huge",): "not in the table of cards",
         ("rtx-3080",): "exists with 10 GB and 12 GB", ("m2 max",): "not one of NVIDIA's cards",
         ("rtx-4090", "--device", "cpu"): "a card, but the prediction is for a CPU",
