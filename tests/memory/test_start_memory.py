@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from qlora_tool.errors import UserError
 from qlora_tool.memory import run_report
 from qlora_tool.memory.allocator.cards import Budget
 from qlora_tool.memory.plan import cure
+from qlora_tool.memory.plan.again import typed, typed_command
 from qlora_tool.memory.profile_run import MemoryProfile, profile_run
 from qlora_tool.memory.run_report import RunMemory
 from qlora_tool.memory.trace import measure
@@ -163,3 +165,18 @@ def test_profile_memory_says_what_a_start_takes(calibrated: Config):
     assert profiled.start_bytes == profiled.predicted.phase_peak_bytes["load"] - loaded > 0
     drawn = with_values(calibrated, {"adapter.init_lora_weights": "default"})
     assert replace(profiled, config=drawn).start_bytes is None
+
+
+def test_what_was_given_from_python_is_typed_where_it_can_be(tmp_path):
+    given = {"model.name_or_path": tmp_path / "a model", "adapter.target_modules": ["q_proj"]}
+    with typed("my-run.yaml", given, 8_000_000_000):
+        words = shlex.split(typed_command("cuda", 2))
+    assert words == [
+        "qlora-tool", "profile-memory", "my-run.yaml", "--set", f"model.name_or_path={tmp_path / 'a model'}",
+        "--set", "adapter.target_modules=[q_proj]", "--device-memory", "8000000000B", "--device", "cuda",
+        "--processes", "2",
+    ]  # fmt: skip
+    with typed("my-run.yaml", {"data.train": [tmp_path]}):
+        assert typed_command("cuda", 1) == ""
+    with typed({"model": {}}, ()):
+        assert typed_command("cpu", 1) == ""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
+
+import yaml
 
 from qlora_tool.memory.plan.result import set_line
 
@@ -25,21 +27,30 @@ def typed(
         overrides: of its keys.
         device_memory: see `--device-memory`; None: what the device that is here has free.
     """
-    words: list[str] = []
+    words = []
     if isinstance(config, str | os.PathLike):
-        words = ["qlora-tool", "profile-memory", os.fspath(config)]
-        if isinstance(overrides, Mapping):
-            overrides = [set_line({key: value}).removeprefix("--set ") for key, value in overrides.items()]
-        for setting in [overrides] if isinstance(overrides, str) else overrides:
-            words += ["--set", setting]
-        if device_memory is not None:
-            size = f"{device_memory}B" if isinstance(device_memory, int) else device_memory
-            words += ["--device-memory", size]
+        with suppress(yaml.YAMLError):  # a value of Python's own that no option can have
+            words = _words(os.fspath(config), overrides, device_memory)
     before = _TYPED.set(tuple(words))
     try:
         yield
     finally:
         _TYPED.reset(before)
+
+
+def _words(
+    config: str, overrides: Sequence[str] | Mapping[str, Any], device_memory: str | int | None
+) -> list[str]:
+    if isinstance(overrides, Mapping):
+        plain = {key: os.fspath(value) if isinstance(value, os.PathLike) else value
+                 for key, value in overrides.items()}  # fmt: skip
+        overrides = [set_line({key: value}).removeprefix("--set ") for key, value in plain.items()]
+    words = ["qlora-tool", "profile-memory", config]
+    for setting in [overrides] if isinstance(overrides, str) else overrides:
+        words += ["--set", setting]
+    if device_memory is not None:
+        words += ["--device-memory", f"{device_memory}B" if isinstance(device_memory, int) else device_memory]
+    return words
 
 
 def typed_command(device: str, processes: int) -> str:
