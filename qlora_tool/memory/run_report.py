@@ -25,7 +25,7 @@ from qlora_tool.memory.plan.limit import MAX_MEMORY, Limit, limit_on
 from qlora_tool.memory.plan.weights import place_weights
 from qlora_tool.memory.profile import Prediction
 from qlora_tool.memory.trace.classify import timeline
-from qlora_tool.memory.trace.extrapolate import predict_deep
+from qlora_tool.memory.trace.extrapolate import forget_traces, predict_deep
 from qlora_tool.memory.trace.predict import BatchShape, TracerWatch, Untraceable
 from qlora_tool.memory.trace.small_steps import NotMeasured, estimate
 from qlora_tool.memory.trace.tracer import Tracer
@@ -70,9 +70,15 @@ class RunMemory:
             UserError: on CUDA it will not fit. On a CPU, which may swap, and where the prediction is an estimate, that
                 is a warning. Or `max_memory` is too small for any choice.
         """
-        device = setup.device
         shape = replace(BatchShape.of(batch), start_tokens=_start_tokens(setup, start),
                         processes=World.launched().size)  # fmt: skip
+        try:
+            return self._checked(setup, shape)
+        finally:
+            forget_traces()
+
+    def _checked(self, setup: Setup, shape: BatchShape) -> Decided:
+        device = setup.device
         try:
             config, recomputation = self._decide(setup, shape)
         except Untraceable as error:

@@ -128,6 +128,26 @@ def test_what_is_written_into_is_the_result():
             assert getattr(packet, overload)._schema.arguments[0].is_write, name
 
 
+@pytest.mark.parametrize("name", sorted(_ELEMENTWISE | _IN_PLACE - {"aten::normal_", "aten::uniform_"}))
+def test_tensors_with_values_are_computed_with(name):
+    """Buffers that stay real, and what is made of them; as the operator does on a CPU without a tracer."""
+    packet = getattr(ATEN, name.removeprefix("aten::"))
+    overload = packet.Tensor if "Tensor" in packet.overloads() else packet.default
+    x, other = torch.tensor([[0.5, 2.0], [3.0, 4.0]]), torch.tensor([[2.0, 0.25], [1.0, 8.0]])
+    more = {"aten::addmm_": (other, other), "aten::scatter_add_": (1, torch.zeros(2, 2, dtype=torch.int64), other),
+            "aten::fill_": (torch.tensor(7.0),)}.get(name)  # fmt: skip
+    unary = name.removeprefix("aten::") in ("exp", "exp_", "log", "neg", "silu", "zero_")
+    more = more if more is not None else () if unary else (other,)
+    expected = overload(x.clone(), *more)
+    assert torch.equal(result_on_meta(overload, (x.clone(), *more), {}), expected)
+
+
+def test_nothing_comes_out_of_meta():
+    """A copy to where values are is no result: fake tensors take over."""
+    with pytest.raises(NotImplementedError):
+        result_on_meta(ATEN.copy_.default, (torch.zeros(2), torch.empty(2, device="meta")), {})
+
+
 def test_what_is_made_without_a_device_lies_on_meta_and_a_named_device_is_kept():
     with LikeCpu():
         assert torch.zeros(2).is_meta and torch.tensor([1.0]).is_meta and torch.empty(1, device=None).is_meta

@@ -30,6 +30,7 @@ from qlora_tool.memory.breakdown import CATEGORIES, MemoryReport
 from qlora_tool.memory.plan import cure as curing
 from qlora_tool.memory.plan.again import typed
 from qlora_tool.memory.run_report import RunMemory, predict_run
+from qlora_tool.memory.trace import extrapolate
 from qlora_tool.memory.trace.predict import BatchShape, predict
 from qlora_tool.sizes import memory_size
 
@@ -123,6 +124,7 @@ def test_a_run_that_cannot_fit_is_refused_on_a_card(
     monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
     with caplog.at_level(logging.INFO, "qlora_tool"):
         memory.check(setup, batch(20, 12))
+    assert not extrapolate._trace.cache_info().currsize  # none is kept while the run goes on
     told = [record.getMessage() for record in caplog.records]
     estimate = "estimated in it: the CUDA context, 0.58 GiB (0.40 GiB to 0.84 GiB were seen"
     context = [line for line in told if estimate in line]

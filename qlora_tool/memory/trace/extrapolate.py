@@ -285,6 +285,11 @@ def _trace(case: _Case) -> Trace:
     return predict(config, model_config, case.shape, case.compute_dtype, case.recomputation, case.target)
 
 
+def forget_traces() -> None:
+    """Give back what is kept for predictions that may follow: tens of megabytes, where a process goes on to train."""
+    _trace.cache_clear()
+
+
 def predict_deep(
     config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype,
     recomputation: Recomputation | None = None, target: Target = CPU,

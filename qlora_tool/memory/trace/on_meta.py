@@ -61,13 +61,13 @@ def attention_of_cpu(
 
 def result_on_meta(func: torch._ops.OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     """What an operator makes of meta tensors. The commonest are not asked for it: their own answer is worked out in
-    Python and takes up to 0.4 ms, most of a trace.
+    Python and takes up to 0.4 ms, most of a trace. Tensors with values are computed with.
 
     Returns:
         The result, an empty tensor of the same shape, dtype and strides; an argument where that is written into.
     """
     name = func._schema.name
-    if name in _IN_PLACE:
+    if name in _IN_PLACE and args[0].is_meta:
         return args[0]
     if name in _ELEMENTWISE and not kwargs and (found := _elementwise(args)) is not None:
         return found
@@ -84,10 +84,10 @@ _ELEMENTWISE = frozenset({"aten::add", "aten::sub", "aten::mul", "aten::exp", "a
 def _elementwise(args: tuple) -> Tensor | None:
     """The result where it has the dtype, shape and strides of one of one or two tensors; None where it may not."""
     first, second = args[0], args[1] if len(args) > 1 else None
-    if not isinstance(first, Tensor) or not first.is_floating_point() or not first.is_contiguous():
+    if not isinstance(first, Tensor) or not first.is_meta or not first.is_floating_point() or not first.is_contiguous():
         return None
     if isinstance(second, Tensor):
-        if second.dtype != first.dtype or not second.is_contiguous():
+        if not second.is_meta or second.dtype != first.dtype or not second.is_contiguous():
             return None
         if second.shape != first.shape and torch.broadcast_shapes(first.shape, second.shape) != first.shape:
             return None
