@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json as _json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from qlora_tool.files.results import Read, new_file
 from qlora_tool.files.weight_files import refuse_no_weights
 from qlora_tool.inference.options import checked_adapters, refuse_together
 from qlora_tool.model.source import local_folder
+from qlora_tool.terminal import waiting
 
 if TYPE_CHECKING:
     from qlora_tool.artifacts import Artifact, BaseOptions
@@ -237,17 +239,19 @@ def profile_memory(
 
     named = named_budget(device_memory, device)
 
-    # On a card, as on a CPU each process would measure that for itself; they start while this one imports, too.
-    planning = count_for(1 << 30) - 1 if plan and device == "cuda" else 0
-    with Workers("qlora_tool.memory.plan.options:options_of", planning, "plans") as workers:
-        with without_collection():
-            from qlora_tool.memory.plan.again import typed
-            from qlora_tool.memory.profile_run import NothingFits, draw, planned, profile_run
+    # On a card, as on a CPU each process would measure that for itself; they start while this one imports, too, so that
+    # one that has imported makes an answer alone.
+    others = count_for(1 << 30) - 1 if device == "cuda" and (plan or "torch" not in sys.modules) else 0
+    with Workers("qlora_tool.memory.plan.planner:call", others if plan else min(1, others), "predicts") as workers:
+        with waiting("predicting memory"):
+            with without_collection():
+                from qlora_tool.memory.plan.again import typed
+                from qlora_tool.memory.profile_run import NothingFits, draw, planned, profile_run
 
-        budget = _budget(configuration, device, named, plan)
-        with typed(config, set, device_memory):
-            profiled = profile_run(configuration, device, budget, measure=measure, calibrate=calibrate, may_change=plan,
-                                   processes=processes)  # fmt: skip
+            budget = _budget(configuration, device, named, plan)
+            with typed(config, set, device_memory):
+                profiled = profile_run(configuration, device, budget, measure=measure, calibrate=calibrate,
+                                       may_change=plan, processes=processes, workers=workers)  # fmt: skip
         if on_profile is not None:
             on_profile(profiled)
         _write_json(file, profiled.to_json())

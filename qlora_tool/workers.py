@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from qlora_tool.collection import without_collection
 from qlora_tool.errors import MachineError, ToolError, UserError
 
 MOST = 8  # processes
@@ -161,7 +162,8 @@ def serve(place: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one decides
     receive, send = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    function, told = _function(place), ()
+    with without_collection():
+        function, told = _function(place), ()
     while True:
         try:
             kind, message = pickle.loads(_receive(receive))

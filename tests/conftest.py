@@ -37,6 +37,7 @@ def logs_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     from qlora_tool.terminal import drawn
 
     monkeypatch.setattr(terminal, "SHOWN_FROM", 3600.0)
+    monkeypatch.setattr(terminal, "WAIT_SHOWN_FROM", 3600.0)
     log = logging.getLogger("qlora_tool")
     log.handlers, log.propagate, drawn.quiet = [], True, False
     log.setLevel(logging.NOTSET)

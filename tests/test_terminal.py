@@ -17,7 +17,7 @@ from tiny_runs import run_config, write_model, write_rows
 from qlora_tool import terminal
 from qlora_tool.cli import main
 from qlora_tool.config import config_to_yaml
-from qlora_tool.terminal import clock, drawn, progress
+from qlora_tool.terminal import clock, drawn, progress, waiting
 from qlora_tool.training.progress import LiveLine
 
 
@@ -133,6 +133,51 @@ def test_a_bar_is_plain_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch
     with progress("short", 1) as bar:
         bar.advance()
     assert caplog.messages == []
+
+
+def test_a_wait_shows_how_long_it_takes_though_nothing_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setattr(terminal, "WAIT_SHOWN_FROM", 0.05)
+    monkeypatch.setattr(terminal, "SAID_EVERY", 0.05)
+    caplog.set_level(logging.INFO, "qlora_tool")
+
+    def work() -> None:
+        with waiting("predicting memory"):
+            terminal.time.sleep(0.5)  # as a long import does, and whatever else calls nothing of ours
+
+    text = on_terminal(work, 100, monkeypatch)
+    assert "\rpredicting memory 0:0" in text and screen(text) == [""] and not caplog.messages
+    work()
+    first, *others, last = caplog.messages
+    assert first == "predicting memory" and last.startswith("predicting memory: done in 0:0")
+    assert others and all(line.startswith("predicting memory: 0:0") for line in others)
+
+
+def test_a_wait_that_is_short_hushed_quiet_or_fails_is_not_said_to_be_done(monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setattr(terminal, "WAIT_SHOWN_FROM", 0.05)
+    caplog.set_level(logging.INFO, "qlora_tool")
+    with pytest.raises(KeyError), waiting("predicting memory"):
+        terminal.time.sleep(0.3)
+        raise KeyError
+    assert caplog.messages == ["predicting memory"]
+    caplog.clear()
+    with waiting("short"):
+        pass
+    with drawn.hushed(), waiting("within"), progress("of it", 1):
+        terminal.time.sleep(0.3)
+    drawn.quiet = True
+    with waiting("silent"):
+        terminal.time.sleep(0.3)
+    assert caplog.messages == []
+
+
+def test_what_is_hushed_leaves_the_line_around_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(terminal, "WAIT_SHOWN_FROM", 0.05)
+
+    def work() -> None:
+        with waiting("predicting memory"), drawn.hushed():
+            terminal.time.sleep(0.3)
+
+    assert "predicting memory 0:0" in on_terminal(work, 100, monkeypatch)
 
 
 def test_a_closed_stderr_ends_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -17,13 +17,13 @@ from qlora_tool.memory.allocator.cards import Budget
 from qlora_tool.memory.plan.budget import Choice, choose_for_profile
 from qlora_tool.memory.plan.cure import Cure, cure
 from qlora_tool.memory.plan.limit import Limit, card_of, limit_on
+from qlora_tool.memory.plan.meanwhile import helped_by
 from qlora_tool.memory.plan.planner import plan
 from qlora_tool.memory.plan.result import Plan
 from qlora_tool.memory.plan.weights import Placed, place_weights
 from qlora_tool.memory.profile import Profile, compute_dtype_on, model_config_of, profile, refuse_small_budget
 from qlora_tool.memory.trace.predict import BatchShape
 from qlora_tool.sizes import memory_size
-from qlora_tool.terminal import progress
 
 if TYPE_CHECKING:
     from qlora_tool.memory.allocator.cards import Card
@@ -141,6 +141,7 @@ def profile_run(
     calibrate: bool = False,
     may_change: bool = False,
     processes: int = 1,
+    workers: Workers | None = None,
 ) -> MemoryProfile:
     """Predict a run, and measure it too where asked for; `gradient_checkpointing: auto` is decided by the budget.
 
@@ -150,6 +151,7 @@ def profile_run(
         calibrate: first measure the card that is here, and cache what was found.
         may_change: a budget that the weights alone exceed is not a fault, as a plan may find another quantization.
         processes: that train together: each on a card like this one, or all on this CPU.
+        workers: that call `meanwhile.call`, to predict meanwhile what may be asked next; None: all is predicted here.
 
     Raises:
         UserError: the weights alone exceed the budget; and see `profile`.
@@ -159,7 +161,7 @@ def profile_run(
 
         measure_card()
     # What is measured on this machine is to be as it is in a run.
-    with progress("predicting memory", 0), nullcontext() if measure else without_collection():
+    with nullcontext() if measure else without_collection(), helped_by(workers):
         return _profiled(config, device, budget, measure=measure, may_change=may_change, processes=processes)
 
 

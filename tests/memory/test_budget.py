@@ -34,7 +34,7 @@ from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.flops import flops_of
 from qlora_tool.memory.trace.measure import measure_peak
 from qlora_tool.memory.trace.predict import BatchShape, predict
-from qlora_tool.memory.trace.recomputation_cost import Cost, Costs, shallow_model, upgrades
+from qlora_tool.memory.trace.recomputation_cost import Cost, Costs, Shallow, upgrades
 from qlora_tool.memory.trace.tracer import Call
 from qlora_tool.model.checkpointing import ALL_RECOMPUTED as ALL
 from qlora_tool.model.checkpointing import NOTHING_RECOMPUTED as NONE
@@ -57,7 +57,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_TOOL_CACHE", str(tmp_path / "cache"))
     find_out = Costs.of
 
-    def costs_of(config, model_config, shape, dtype, target=None):
+    def costs_of(config, model_config, shape, dtype, target=None, **made):
         key = config.adapter.model_dump_json(), model_config.to_json_string(), shape, target
         if key not in _costs:
             _costs[key] = find_out(config, model_config, shape, dtype, target)
@@ -238,7 +238,8 @@ def test_layers_of_several_kinds():
     assert choice.predicted.peak_bytes <= size
     assert measure_peak(*arguments, choice.recomputation) == pytest.approx(choice.predicted.peak_bytes, rel=0.02)
     for family, alike in (("deepseek_v3", [0, 1, 2, 2, 2, 2, 2]), ("gemma2", [0, 1, 2, 3, 2, 3, 2])):
-        shallow, names, choices, found = shallow_model(auto(), tiny_config(family, num_hidden_layers=7), torch.float32)
+        made = Shallow.of(auto(), tiny_config(family, num_hidden_layers=7), torch.float32)
+        shallow, names, choices, found = made.model_config, made.names, made.choices, made.alike
         assert found == alike
         assert shallow.num_hidden_layers == len(names) == len(choices) == max(alike) + 1
 
@@ -258,7 +259,7 @@ def test_the_choice_is_made_once(monkeypatch, extremes):
     size = between(extremes, 0.3)
     first = chosen(size)
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise AssertionError("chosen again")
 
     monkeypatch.setattr(Costs, "of", refuse)

@@ -71,9 +71,9 @@ def test_where_the_third_trace_says_otherwise_nothing_is_made():
 def test_a_deep_model_is_predicted_from_shallow_ones(recomputed, monkeypatch):
     depths = []
 
-    def noted(config, model_config, *run):
+    def noted(config, model_config, *run, **more):
         depths.append(model_config.num_hidden_layers)
-        return predict(config, model_config, *run)
+        return predict(config, model_config, *run, **more)
 
     monkeypatch.setattr(extrapolate, "predict", noted)
     model, config = tiny_config("llama", num_hidden_layers=21), with_values(Config(), CHECKPOINTED)
@@ -85,9 +85,12 @@ def test_a_deep_model_is_predicted_from_shallow_ones(recomputed, monkeypatch):
 
 
 def test_where_layers_differ_the_whole_model_is_traced(monkeypatch):
-    """Some recomputed and some not; too few layers; an adapter that may be another in each layer; some streamed."""
+    """Some recomputed and some not; too few layers; an adapter that may be another in each layer; some streamed. Where
+    that is worth it, a shallow one shows whether its second step is the first one again."""
     depths = []
     monkeypatch.setattr(extrapolate, "predict", lambda config, model, *run: depths.append(model.num_hidden_layers))
+    monkeypatch.setattr(extrapolate, "repeats", lambda trace: False)
+    monkeypatch.setattr(extrapolate, "_repeating", {})
     config, shape = with_values(Config(), CHECKPOINTED), BatchShape.full(1, 64)
     model = tiny_config("llama", num_hidden_layers=21)
     mixed = Recomputation((ALL_RECOMPUTED,) * 20 + (NOTHING_RECOMPUTED,))
@@ -97,7 +100,7 @@ def test_where_layers_differ_the_whole_model_is_traced(monkeypatch):
     predict_deep(one_layer, model, shape, torch.bfloat16, None, CARD)
     some_streamed = with_values(config, {"model.weights": "host", "model.resident_layers": 4})
     predict_deep(some_streamed, tiny_config("llama", num_hidden_layers=41), shape, torch.bfloat16, None, CARD)
-    assert depths == [21, 10, 21, 41]
+    assert depths == [3, 21, 3, 10, 21, 3, 41]
 
 
 @pytest.mark.parametrize("values", [
@@ -108,9 +111,9 @@ def test_where_layers_differ_the_whole_model_is_traced(monkeypatch):
 def test_streamed_layers_come_to_two_buffers_in_turn(values, layers, monkeypatch):
     depths = []
 
-    def noted(config, model_config, *run):
+    def noted(config, model_config, *run, **more):
         depths.append(model_config.num_hidden_layers)
-        return predict(config, model_config, *run)
+        return predict(config, model_config, *run, **more)
 
     monkeypatch.setattr(extrapolate, "predict", noted)
     model, config = tiny_config("llama", num_hidden_layers=layers), with_values(Config(), CHECKPOINTED | values)

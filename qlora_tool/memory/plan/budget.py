@@ -27,11 +27,12 @@ from qlora_tool.memory.breakdown import Breakdown
 from qlora_tool.memory.plan.cached import cached
 from qlora_tool.memory.plan.cure import cure
 from qlora_tool.memory.plan.limit import MAX_MEMORY, Limit, limit_on
+from qlora_tool.memory.plan.meanwhile import Meanwhile
 from qlora_tool.memory.profile import Prediction, compute_dtype_on, model_config_of
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.extrapolate import estimate_peak, predict_deep
 from qlora_tool.memory.trace.predict import BatchShape, Untraceable
-from qlora_tool.memory.trace.recomputation_cost import Cost, Costs
+from qlora_tool.memory.trace.recomputation_cost import Cost, Costs, Shallow, seen_choices
 from qlora_tool.model.checkpointing import NOTHING_RECOMPUTED, Recomputation
 from qlora_tool.sizes import memory_size
 
@@ -188,6 +189,15 @@ def choose(
     return cached(Choice, _Chooser(*run, budget_bytes, target).choose, run, target, budget_bytes)
 
 
+def full_prediction(
+    config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype, recomputation: Recomputation,
+    target: CudaTarget | None,
+) -> Prediction:  # fmt: skip
+    """What a run takes that recomputes this."""
+    run = config, model_config, shape, compute_dtype
+    return Prediction.of(predict_deep(*run, recomputation, device_of(target)), target)
+
+
 @dataclass
 class _Chooser:
     """Looks for what saves the most within the budget.
@@ -203,8 +213,11 @@ class _Chooser:
     budget_bytes: int
     target: CudaTarget | None
     error: int = 0
+    _begun: dict[Recomputation, Meanwhile[Prediction]] = field(default_factory=dict)
 
     def choose(self) -> Choice:
+        self._shallow = Shallow.of(self.config, self.model_config, self.compute_dtype)
+        self._seen = Meanwhile(seen_choices, self.config, self.shape, self.compute_dtype, self.target, self._shallow)
         if (everything_kept := self._keeping_everything()) is not None:
             return everything_kept
         best, flops = None, math.inf
@@ -246,7 +259,8 @@ class _Chooser:
         if self.config.model.quantization == "none" or not any(best.recomputation.layers):
             return best
         keeping = replace(best.recomputation, keeps_weights=True)
-        predicted = self._full_prediction(keeping)
+        begun = self._begun.get(keeping)
+        predicted = self._full_prediction(keeping) if begun is None else begun.result()
         if predicted.breakdown.needed_bytes > self.budget_bytes:
             return best
         return replace(best, recomputation=keeping, predicted=predicted.breakdown, prediction=predicted)
@@ -276,17 +290,25 @@ class _Chooser:
 
     @cached_property
     def costs(self) -> Costs:
-        return Costs.of(self.config, self.model_config, self.shape, self.compute_dtype, self.target)
+        return Costs.of(*self._run, self.target, shallow=self._shallow, seen=self._seen.result)
 
     def _predict(self, chosen: Sequence[Cost]) -> Prediction:
-        """By a full prediction; later estimates follow it."""
+        """By a full prediction; later estimates follow it. What may be asked next is begun meanwhile."""
+        for other in self._begun.values():
+            other.let_go()
+        keeping = replace(_policy(chosen), keeps_weights=True)
+        if self.config.model.quantization != "none" and chosen != self.costs.least:
+            self._begun[keeping] = Meanwhile(full_prediction, *self._run, keeping, self.target)
         found = self._full_prediction(_policy(chosen))
         self.error += found.breakdown.needed_bytes - self._estimate(chosen)
         return found
 
     def _full_prediction(self, recomputation: Recomputation) -> Prediction:
-        run = self.config, self.model_config, self.shape, self.compute_dtype
-        return Prediction.of(predict_deep(*run, recomputation, device_of(self.target)), self.target)
+        return full_prediction(*self._run, recomputation, self.target)
+
+    @property
+    def _run(self) -> tuple[Config, Any, BatchShape, torch.dtype]:
+        return self.config, self.model_config, self.shape, self.compute_dtype
 
     def _estimate(self, chosen: Sequence[Cost]) -> int:
         return self._on_device(self.costs.peak(chosen)) + self.error

@@ -12,11 +12,12 @@ from qlora_tool.build.resolve import resolve as resolve_run
 from qlora_tool.memory.allocator.available import margin_on, usable
 from qlora_tool.memory.allocator.target import device_of
 from qlora_tool.memory.plan.changes import CHECKPOINTING, LENGTH, ROWS
+from qlora_tool.memory.plan.meanwhile import call
 from qlora_tool.memory.plan.options import option_of, options_of, parts, passes_of
 from qlora_tool.memory.plan.result import Change, Option, Plan
 from qlora_tool.memory.plan.search import Search
 from qlora_tool.memory.trace.predict import BatchShape
-from qlora_tool.terminal import progress, still_going
+from qlora_tool.terminal import waiting
 from qlora_tool.workers import Workers
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def plan(
         processes: that train together, where `shape` does not say it.
         confirm: trace the answer at the model's full depth. Takes as long as a prediction.
         chosen: what `gradient_checkpointing: auto` recomputes of what was asked for, where that was chosen.
-        workers: that call `options.options_of`, to make the table; None: it is made here.
+        workers: that call `meanwhile.call`, to make the table; None: it is made here.
 
     Raises:
         UserError: the model cannot be traced as it is asked for.
@@ -96,13 +97,12 @@ def plan(
 
 def _table(search: Search, workers: Workers | None) -> list[Option]:
     """All rows of the table, in order."""
-    works = [(search, *part) for part in parts()]
+    works = [(options_of, search, *part) for part in parts()]
     found: list[Option] = []
-    with progress("planning", 0):
-        made = (options_of(*work) for work in works) if workers is None else workers.map(works)
+    with waiting("planning"):
+        made = (call(*work) for work in works) if workers is None else workers.map(works)
         for options in made:
             found += options
-            still_going()
     return found
 
 

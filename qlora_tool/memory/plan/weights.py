@@ -20,6 +20,7 @@ from qlora_tool.memory.allocator.target import device_of
 from qlora_tool.memory.breakdown import Breakdown
 from qlora_tool.memory.plan.cached import cached
 from qlora_tool.memory.plan.changes import CHECKPOINTING, RESIDENT, WEIGHTS
+from qlora_tool.memory.plan.meanwhile import Meanwhile
 from qlora_tool.memory.profile import Prediction
 from qlora_tool.memory.trace.extrapolate import predict_deep
 from qlora_tool.memory.trace.predict import BatchShape, Untraceable
@@ -98,6 +99,7 @@ def place_weights(
     layers = layer_stack(model_config, config.model.trust_remote_code, Quantization.of(config.model)).layers
     for place in ("host", "disk") if target is not None else ("disk",):
         run = _Place(config, model_config, shape, compute_dtype, target, place, layers)
+        most = Meanwhile(run.with_resident, run.most)
         try:
             least = run.with_resident(0)
             reason = run.obstacle(least.predicted, here)
@@ -106,7 +108,7 @@ def place_weights(
         if reason:
             logger.info("model.weights: auto: not %s: %s", place, reason)
         elif least.predicted.needed_bytes <= limit_bytes:
-            return run.within(limit_bytes, least)
+            return run.within(limit_bytes, least, most)
     return None
 
 
@@ -138,11 +140,20 @@ class _Place:
         # The file holds what stays on the device, too.
         return lacking_room(least.elsewhere["disk_bytes"] + least.at_peak["other_weights"])
 
-    def within(self, limit: int, least: Placed) -> Placed:
-        """As many layers resident as fit, where all of them streamed do."""
-        resident = self.layers - FEWEST_STREAMED
-        most = self.with_resident(resident) if resident > 0 else least
-        layer = max(1, (most.predicted.needed_bytes - least.predicted.needed_bytes) // max(1, resident))
+    @property
+    def most(self) -> int:
+        """Layers that can be on the device while others are streamed."""
+        return max(0, self.layers - FEWEST_STREAMED)
+
+    def within(self, limit: int, least: Placed, most: Meanwhile[Placed]) -> Placed:
+        """As many layers resident as fit, where all of them streamed do.
+
+        Args:
+            least, most: with none of them resident, and with as many as can be.
+        """
+        resident = self.most
+        more = most.result().predicted.needed_bytes if resident else least.predicted.needed_bytes
+        layer = max(1, (more - least.predicted.needed_bytes) // max(1, resident))
         resident = min((limit - least.predicted.needed_bytes) // layer, resident)
         for _ in range(CONFIRMATIONS):
             if resident < 1:

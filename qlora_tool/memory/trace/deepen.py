@@ -312,9 +312,8 @@ class Pattern:
             return module
         number, dot, rest = module[len(prefix) :].partition(".")
         period, other = self.depths[1] - self.depths[0], self.matched[span][index]
-        if other is None:  # the optimizer works in no layer: its events have the one that was there last
-            phase = self.two.spans[span][0]
-            more = {"forward": turn, "backward": times - turn}.get(phase, 0) * period
+        if other is None:
+            more = (times - turn if self.two.spans[span][0] == "backward" else turn) * period
         else:
             more = times * period if self.one.items[span][other].of.module != module else 0
         return f"{prefix}{int(number) + more}{dot}{rest}"

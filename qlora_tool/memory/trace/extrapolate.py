@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.deepen import deepened
 from qlora_tool.memory.trace.flops import flops_of_step
 from qlora_tool.memory.trace.predict import STEPS, BatchShape, predict
+from qlora_tool.memory.trace.second_step import NotRepeated, repeats, with_second_step
 from qlora_tool.model.checkpointing import ALL_RECOMPUTED, Recomputation
 from qlora_tool.model.layer_stack import LayerStack, layer_stack, with_layers
 from qlora_tool.model.slots import Quantization
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from qlora_tool.ops.declare import Target
 
 LONG_BATCH = 16384  # tokens
+WORTH_A_LOOK = 3  # times the layers of the shallowest model: both of its steps are less than one of this one
 WORTH_IT = 0.6  # of a model's layers: as many may the three shallow models have that its trace is put together from
 
 
@@ -264,6 +267,20 @@ class _Case:
         settings = json.dumps(memory_settings(config), sort_keys=True)
         return cls(_text_of(model_config), shape, compute_dtype, target, stack, depth, recomputation, settings, config)
 
+    @property
+    def shallowest(self) -> _Case:
+        """The least that is like it: the fewest layers, of which one stays on the device where some do."""
+        config = with_values(self.config, {"model.resident_layers": min(1, self.config.model.resident_layers)})
+        return _Case.of(config, self.model.model_config, self.compute_dtype, self.target, self.stack, self.shape,
+                        self.stack.traced[0])  # fmt: skip
+
+    @cached_property
+    def alike(self) -> _Case:
+        """What cases have in common that differ in their depth, in what is recomputed and in the size of the batch."""
+        shape, packed = self.shape, self.shape.segments is not None
+        one = BatchShape(1, 1, 1, shape.padded, (1,) if packed else None, shape.start_tokens and 1, shape.processes)
+        return replace(self.shallowest, shape=one, depth=0)
+
 
 @lru_cache(maxsize=1024)
 def _peaks(case: _Case, card: CudaTarget | None) -> Mapping[Moment, int]:
@@ -282,7 +299,21 @@ def _trace(case: _Case) -> Trace:
     if case.depth != case.stack.layers:
         # What an adapter to start from decides stands in the configuration; it is on layers that are not there.
         config = with_values(config, {"adapter.init_from": None})
-    return predict(config, model_config, case.shape, case.compute_dtype, case.recomputation, case.target)
+    run = config, model_config, case.shape, case.compute_dtype, case.recomputation, case.target
+    if case.depth >= WORTH_A_LOOK * case.shallowest.depth and case.alike not in _repeating:
+        _trace(case.shallowest)
+    if _repeating.get(case.alike):
+        with suppress(NotRepeated):
+            return with_second_step(predict(*run, steps=1))
+    trace = predict(*run)
+    if case.alike not in _repeating:
+        _repeating[case.alike] = repeats(trace)
+    return trace
+
+
+_repeating: dict[_Case, bool] = {}
+"""Of cases that differ in sizes alone (`_Case.alike`): whether their second step is the first one again, as the first
+trace of one of them shows."""
 
 
 def forget_traces() -> None:

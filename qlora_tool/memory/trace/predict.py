@@ -35,7 +35,7 @@ from qlora_tool.model.experts import assuming_routing, even_shares
 from qlora_tool.model.streamed_base import streamed_layer_bytes, weights_elsewhere
 from qlora_tool.ops.declare import CPU, Target, meant_for
 from qlora_tool.ops.determinism import full_determinism
-from qlora_tool.terminal import drawn, still_going
+from qlora_tool.terminal import drawn
 from qlora_tool.training.optimizers import Optimizer, make_optimizer, parameter_groups
 from qlora_tool.training.step import StepSettings, train_step
 
@@ -265,9 +265,7 @@ def predict(
         Untraceable: the model's code cannot run on fake tensors, as where it looks at values; the module is named.
     """
     with drawn.hushed(), without_collection():
-        found = _predict(config, model_config, shape, compute_dtype, recomputation, target, steps)
-    still_going()
-    return found
+        return _predict(config, model_config, shape, compute_dtype, recomputation, target, steps)
 
 
 def _predict(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -105,30 +105,23 @@ class Costs:
     @classmethod
     def of(
         cls, config: Config, model_config, shape: BatchShape, compute_dtype: torch.dtype,
-        target: CudaTarget | None = None,
-    ) -> Costs:
+        target: CudaTarget | None = None, *, shallow: Shallow | None = None,
+        seen: Callable[[], Mapping[Recomputed, Seen]] | None = None,
+    ) -> Costs:  # fmt: skip
         """
         Args:
             target: the card it is for; None: a CPU. Bytes are counted as they are asked for, whatever it allocates.
+            shallow, seen: of that model; what gives `seen_choices` of it, where another process is at it.
         """
-        shallow, names, choices, alike = shallow_model(config, model_config, compute_dtype)
-        # What an adapter to start from decides stands in the configuration; it is on layers that are not there.
-        one_batch = with_values(config, {"training.gradient_accumulation_steps": 1, "adapter.init_from": None})
-        steps_alone = replace(shape, start_tokens=None)
-        seen: dict[Recomputed, _Seen] = {}
-        for choice in dict.fromkeys([ALL_RECOMPUTED, *(choice for layer in choices for choice in layer)]):
-            policy = Recomputation(tuple(choice if choice in layer else NOTHING_RECOMPUTED for layer in choices))
-            # One step tells it, but where that makes optimizer state in the midst of backward.
-            steps = 1 if seen and not config.training.optimizer_in_backward else STEPS
-            trace = predict(one_batch, shallow, steps_alone, compute_dtype, policy, device_of(target), steps)
-            seen[choice] = _Seen.of(trace, names)
-        costs = [[Cost(choice, seen[choice].kept_bytes[number], seen[choice].flops[number]) for choice in layer]
-                 for number, layer in enumerate(choices)]  # fmt: skip
-        checkpointed = with_values(config, {"training.gradient_checkpointing": bool(costs)})
+        shallow = shallow or Shallow.of(config, model_config, compute_dtype)
+        checkpointed = with_values(config, {"training.gradient_checkpointing": bool(shallow.choices)})
         whole = estimate_peak(checkpointed, model_config, shape, compute_dtype, target, replayed=False)
-        turns = {phase: {choice: found.turns[phase] for choice, found in seen.items()} for phase in TURNS}
-        layers = [costs[number] for number in alike]
-        return cls(layers, *upgrades(layers), whole, turns, seen[ALL_RECOMPUTED].trace)
+        found = seen() if seen else seen_choices(config, shape, compute_dtype, target, shallow)
+        costs = [[Cost(choice, found[choice].kept_bytes[number], found[choice].flops[number]) for choice in layer]
+                 for number, layer in enumerate(shallow.choices)]  # fmt: skip
+        turns = {phase: {choice: one.turns[phase] for choice, one in found.items()} for phase in TURNS}
+        layers = [costs[number] for number in shallow.alike]
+        return cls(layers, *upgrades(layers), whole, turns, found[ALL_RECOMPUTED].trace)
 
     def peak(self, chosen: Sequence[Cost]) -> int:
         """The bytes allocated at the peak, estimated."""
@@ -147,22 +140,41 @@ class Costs:
         return highest
 
 
+def seen_choices(
+    config: Config, shape: BatchShape, compute_dtype: torch.dtype, target: CudaTarget | None, shallow: Shallow
+) -> dict[Recomputed, Seen]:
+    """What the shallow form of a model shows with each choice there is, from a trace of each."""
+    # What an adapter to start from decides stands in the configuration; it is on layers that are not there.
+    one_batch = with_values(config, {"training.gradient_accumulation_steps": 1, "adapter.init_from": None})
+    steps_alone = replace(shape, start_tokens=None)
+    seen: dict[Recomputed, Seen] = {}
+    for choice in dict.fromkeys([ALL_RECOMPUTED, *(choice for layer in shallow.choices for choice in layer)]):
+        policy = Recomputation(tuple(choice if choice in layer else NOTHING_RECOMPUTED for layer in shallow.choices))
+        # One step tells it, but where that makes optimizer state in the midst of backward.
+        steps = 1 if seen and not config.training.optimizer_in_backward else STEPS
+        trace = predict(one_batch, shallow.model_config, steps_alone, compute_dtype, policy, device_of(target), steps)
+        found = Seen.of(trace, shallow.names)
+        seen[choice] = found if choice == ALL_RECOMPUTED else replace(found, trace=None)
+    return seen
+
+
 @dataclass(frozen=True)
-class _Seen:
+class Seen:
     """What a shallow model showed, with the same choice for all its layers.
 
     Attributes:
+        trace: of the choice to recompute everything; None of the others.
         kept_bytes, flops: by layer; see `Cost`.
         turns: by phase; see `Costs.turns`.
     """
 
-    trace: Trace
+    trace: Trace | None
     kept_bytes: list[int]
     flops: list[int]
     turns: dict[str, int]
 
     @classmethod
-    def of(cls, trace: Trace, layers: Sequence[str]) -> _Seen:
+    def of(cls, trace: Trace, layers: Sequence[str]) -> Seen:
         """
         Args:
             layers: names, in order.
@@ -191,22 +203,37 @@ class _Seen:
         return cls(trace, [kept[n] for n in numbers], [flops[n] for n in numbers], turns)
 
 
-def shallow_model(config: Config, model_config, compute_dtype: torch.dtype) -> tuple[Any, list[str], list, list[int]]:
+@dataclass(frozen=True)
+class Shallow:
     """The first layers of a model, enough of them to have one of each kind that repeats.
 
-    Returns:
-        Its configuration, the names of its layers and the choices for each; and for every layer of the whole model the
-        number of the one that is like it.
+    Attributes:
+        model_config: its configuration.
+        names: of its layers.
+        choices: for each of them.
+        alike: for every layer of the whole model the number of the one that is like it.
     """
-    stack = layer_stack(model_config, config.model.trust_remote_code, Quantization.of(config.model),
-                        tells_layers_apart(config.adapter))  # fmt: skip
-    for depth in (min(stack.layers, stack.first + 2 * stack.period), stack.layers):
-        shallow = with_layers(model_config, depth)
-        skeleton = build_skeleton(copy.deepcopy(shallow), config.model.trust_remote_code, compute_dtype)
-        layers = decoder_layers(skeleton)
-        if stack.path and depth == len(layers):
-            second = stack.first + stack.period  # the first is unlike others: nothing below it wants a gradient
-            alike = [n if n < second else second + (n - second) % stack.period for n in range(stack.layers)]
-            break
-        alike = list(range(len(layers)))
-    return shallow, list(layers), [choices_of(layer) for layer in layers.values()], alike
+
+    model_config: Any
+    names: list[str]
+    choices: list[list[Recomputed]]
+    alike: list[int]
+
+    @classmethod
+    def of(cls, config: Config, model_config, compute_dtype: torch.dtype) -> Shallow:
+        """
+        Args:
+            model_config: of the whole model.
+        """
+        stack = layer_stack(model_config, config.model.trust_remote_code, Quantization.of(config.model),
+                            tells_layers_apart(config.adapter))  # fmt: skip
+        for depth in (min(stack.layers, stack.first + 2 * stack.period), stack.layers):
+            shallow = with_layers(model_config, depth)
+            skeleton = build_skeleton(copy.deepcopy(shallow), config.model.trust_remote_code, compute_dtype)
+            layers = decoder_layers(skeleton)
+            if stack.path and depth == len(layers):
+                second = stack.first + stack.period  # the first is unlike others: nothing below it wants a gradient
+                alike = [n if n < second else second + (n - second) % stack.period for n in range(stack.layers)]
+                break
+            alike = list(range(len(layers)))
+        return cls(shallow, list(layers), [choices_of(layer) for layer in layers.values()], alike)

@@ -51,9 +51,9 @@ NOTED = PRODUCTS | {
 (`allocator/operators.py`)."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Storage:
-    """One storage's life.
+    """One storage's life; none is equal to another, alike as they may be.
 
     Attributes:
         nbytes: its size.
@@ -208,7 +208,8 @@ class Tracer(TorchDispatchMode):
     def phase(self, name: str, step: int | None = None) -> Iterator[None]:
         """Name what is going on, meanwhile and on until the next phase begins: what follows a phase is its aftermath.
         One within another gives back to it."""
-        around = self._around
+        around, module = self._around, self._module
+        self._module = ""
         self._begin(name, self._step if step is None else step)
         self._around = self._phase, self._step
         try:
@@ -217,6 +218,7 @@ class Tracer(TorchDispatchMode):
             self._around = around
             if around is not None:
                 self._begin(*around)
+                self._module = module
 
     def finish(self) -> None:
         """The run is over: that all of it is given back now is not an event of its own."""
