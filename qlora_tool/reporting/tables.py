@@ -10,6 +10,7 @@ from typing import Any
 from qlora_tool._version import __version__
 from qlora_tool.config import config_to_yaml
 from qlora_tool.data.spans import UNICODE, visible
+from qlora_tool.inspection.table import too_early
 from qlora_tool.reporting.charts import bar, number
 from qlora_tool.reporting.escape import escaped
 from qlora_tool.reporting.found import Found
@@ -117,6 +118,8 @@ def ranks(found: Found) -> str:
     needed = "Nothing was learned: every update is 0."
     if seen.needed:
         needed = f"One rank everywhere that keeps 90 % of all updates: {seen.needed}, of r {seen.rank}."
+        if early := too_early(seen):
+            needed += f" {early[0].upper()}{early[1:]}."
     return section("ranks", title, [
         f'<div class="scrolls" tabindex="0"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody>'
         f"</table></div><p>{escaped(needed)} Effective rank: exp of the entropy of the singular values; of all: share "
