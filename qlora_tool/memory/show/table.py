@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_tool.memory.breakdown import PARTS, Breakdown, MemoryReport
+from qlora_tool.memory.plan.limit import without_limit
 from qlora_tool.memory.show.legend import (
     COLOURS,
     Unit,
@@ -49,8 +50,11 @@ def render_report(
     if not breakdowns:
         say(console, "no memory was predicted or measured")
         return
-    for name, breakdown in breakdowns.items():
-        phrases = [phrase for phrase in fit(breakdown, budget, budget_name, report.processes) if phrase]
+    for number, (name, breakdown) in enumerate(breakdowns.items()):
+        verdict, peak = fit(breakdown, budget, budget_name, report.processes)
+        if budget is None and not number:
+            verdict = without_limit(breakdown.needed_bytes, report.device)
+        phrases = [phrase for phrase in (verdict, peak) if phrase]
         say_beside(console, f"{name}:", phrases, _LABEL)
     console.print()
     console.print(_table(report, budget, budget_name))
