@@ -33,18 +33,18 @@ def file_size(size: int) -> str:
 
 
 def counted(number: int, one: str, several: str = "") -> str:
-    """A number and what it counts: `1 example`, `1,200 examples`.
+    """A number and what it counts: `1 example`, `12 examples`.
 
     Args:
         one: the noun, of one.
         several: of several; by default with an s.
 
-    >>> counted(1, "step"), counted(0, "step"), counted(1200, "process", "processes")
-    ('1 step', '0 steps', '1,200 processes')
+    >>> counted(1, "step"), counted(0, "step"), counted(12, "process", "processes")
+    ('1 step', '0 steps', '12 processes')
     """
-    return f"{number:,} {noun_of(number, one, several)}"
+    return f"{number} {noun_of(number, one, several)}"
 
 
-def noun_of(number: int, one: str, several: str = "") -> str:
+def noun_of(number: float, one: str, several: str = "") -> str:
     """What so many are called, where the number stands elsewhere, or is told otherwise; as in `counted`."""
     return one if number == 1 else several or f"{one}s"

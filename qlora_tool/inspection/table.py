@@ -19,7 +19,7 @@ def lines_of(found: Inspection) -> list[str]:
     """The screen, line by line."""
     ranks = sorted({module.r for module in found.modules})
     named = f"r {ranks[0]}" if len(ranks) == 1 else f"r {ranks[0]} to {ranks[-1]}"
-    lines = [f"{found.name}: {found.method}, {named}, on {len(found.modules)} modules of {found.base}"]
+    lines = [f"{found.name}: {found.method}, {named}, on {counted(len(found.modules), 'module')} of {found.base}"]
     if found.no_base:
         lines.append(f"|W0| is left out: {found.no_base}")
     lines += ["", *_table(found), "", *_legend(found)]

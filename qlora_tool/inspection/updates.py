@@ -284,7 +284,7 @@ def _base(artifact: Artifact) -> tuple[MergedModel | None, str | None]:
 
 def _updates(stored: StoredAdapter, opened: Opened) -> Iterable[ModuleUpdate]:
     if opened.weights is not None:
-        logger.info("reading the %d weights of the base that are adapted, for their norms", len(opened.layers))
+        logger.info("reading the base's adapted weights, %d of them, for their norms", len(opened.layers))
     for name, layer in opened.layers.items():
         weight, shape = None if opened.weights is None else opened.weights(name), opened.shapes[name]
         several = len(shape) > 2

@@ -15,7 +15,7 @@ from qlora_tool.reporting.charts import bar, number
 from qlora_tool.reporting.escape import escaped
 from qlora_tool.reporting.found import Found
 from qlora_tool.reporting.parts import command, facts, missing, section, table
-from qlora_tool.sizes import file_size, memory_size
+from qlora_tool.sizes import file_size, memory_size, noun_of
 
 LONGEST_SAMPLE = 4000  # characters
 
@@ -29,8 +29,8 @@ def summary(found: Found) -> str:
     pairs = [
         ("model", f"{config.model.name_or_path}, {config.model.quantization}"),
         ("method", ", ".join([config.adapter.method, *shape])),
-        ("steps", f"{number(last['step'])}, {number(last['epoch'])} epochs" if {"step", "epoch"} <= last.keys() else
-         number(losses[-1][0]) if losses else "none yet"),
+        ("steps", f"{number(last['step'])}, {_numbered(last['epoch'], 'epoch')}"
+         if {"step", "epoch"} <= last.keys() else number(losses[-1][0]) if losses else "none yet"),
     ]  # fmt: skip
     if losses:
         pairs.append(("training loss", f"{losses[0][1]:.4f} → {losses[-1][1]:.4f}"))
@@ -88,8 +88,12 @@ def rows(found: Found) -> str:
 def _example(example: Mapping[str, Any]) -> str:
     text = "".join(f"<mark>{shown}</mark>" if trained else shown
                    for shown, trained in ((_said(text), trained) for text, trained in example["spans"]))  # fmt: skip
-    said = f"{example['where']}: {number(example['tokens'])} tokens, {number(example['trained_tokens'])} trained"
+    said = f"{example['where']}: {_numbered(example['tokens'], 'token')}, {number(example['trained_tokens'])} trained"
     return f'<h3>{escaped(said, 300)}</h3><pre class="row">{text}</pre>'
+
+
+def _numbered(count: float, noun: str) -> str:
+    return f"{number(count)} {noun_of(count, noun)}"
 
 
 def _said(text: object) -> str:
@@ -151,7 +155,7 @@ def _proof(verification: Any) -> list[tuple[str, str]]:
         return [("verified", "no")]
     if verification.get("left_out"):
         return [("not verified", str(verification["left_out"]))]
-    told = [("verified on", f"{number(verification['tokens'])} tokens of {verification.get('rows')}")] \
+    told = [("verified on", f"{_numbered(verification['tokens'], 'token')} of {verification.get('rows')}")] \
         if verification.get("tokens") else []  # fmt: skip
     for key, name, form in _FIGURES:
         if isinstance(value := verification.get(key), int | float):
