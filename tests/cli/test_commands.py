@@ -325,7 +325,7 @@ def test_what_export_refuses(here: Path):
         ("run", *export, "--max-shard-size", "big"): "--max-shard-size: expected a size such as 24GB (10^9 bytes "
         "each), 22GiB (2^30 bytes each) or a whole number of bytes, found the text 'big'",
         ("run", *export, "--model", "gone"): "model gone: no such folder; expected a model folder, a hub id "
-        "(owner/name), or demo; it is the base of run: say with --model BASE where it is",
+        f"(owner/name), or demo; looked for {here / 'gone'}; it is the base of run: say with --model BASE where it is",
     }
     for args, line in expected.items():
         assert error(here, "export-merged", *args) == line
