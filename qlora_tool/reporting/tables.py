@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from qlora_tool._version import __version__
+from qlora_tool.adapters.calibration import start_tokens
 from qlora_tool.config import config_to_yaml
 from qlora_tool.data.spans import UNICODE, visible
 from qlora_tool.inspection.table import too_early
@@ -146,7 +147,21 @@ def exports(found: Found) -> str:
         told = [("what", ", ".join(about)), *([("size", file_size(size))] if isinstance(size, int) else []),
                 ("when", str(one.get("date", ""))), *_proof(one.get("verification"))]  # fmt: skip
         body.append(f"<h3>{escaped(folder)}</h3>{facts(told)}")
-    return section("exports", title, [*body, *earlier])
+    return section("exports", title, [*body, *_two_of_the_untuned(found), *earlier])
+
+
+def _two_of_the_untuned(found: Found) -> list[str]:
+    """Why the loss before the first step and that of the untuned model differ, where the page has both."""
+    adapter = found.config.adapter
+    start = f"init_from: {adapter.init_from}" if adapter.init_from else \
+        f"init_lora_weights: {getattr(adapter, 'init_lora_weights', '')}"  # fmt: skip
+    verified = [one.get("verification") for one in found.exports.values()]
+    shown = any(isinstance(one, Mapping) and one.get("untuned_loss") is not None for one in verified)
+    as_the_base = not adapter.init_from and start_tokens(found.config, ()) is None
+    if as_the_base or not shown or not found.untuned:
+        return []
+    return [f"<p>Untuned is the base without an adapter; the losses before the first step are those of the base with "
+            f"the adapter as it started (<code>{escaped(start)}</code>), which is another model.</p>"]  # fmt: skip
 
 
 def _proof(verification: Any) -> list[tuple[str, str]]:
