@@ -11,6 +11,7 @@ Heavy libraries are imported when a function is called and what it was given is 
 from __future__ import annotations
 
 import json as _json
+import logging
 import os
 import sys
 import time
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qlora_tool.collection import without_collection
 from qlora_tool.config import Config, ModelConfig, load_config, parse_size, with_values
+from qlora_tool.config.doubts import doubts
 from qlora_tool.config.places import refuse_as_model, refuse_as_run
 from qlora_tool.config.sources import sources_of
 from qlora_tool.errors import AlreadyFinished, OptionError, UserError
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from qlora_tool.reporting.page import ReportResult
     from qlora_tool.training.preview import PreviewResult
     from qlora_tool.training.result import TrainResult
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["evaluate", "export_merged", "generate", "inspect", "preview", "profile_memory", "report", "train"]
 
@@ -88,7 +92,7 @@ def train(
         >>> result.steps, result.adapter.name
         (4, 'adapter')
     """
-    configuration = load_config(config, _with_output_dir(set, output_dir))
+    configuration = _configuration(config, _with_output_dir(set, output_dir))
     if extend and (overwrite or os.fspath(resume) == "never"):
         other = "--overwrite" if overwrite else "--resume never"
         raise OptionError(f"--extend goes on with a run and {other} replaces it: give one of the two")
@@ -157,7 +161,7 @@ def preview(
         >>> len(found.rows), found.max_length
         (1, 64)
     """
-    configuration = load_config(config, set)
+    configuration = _configuration(config, set)
     if rows < 0:
         raise OptionError(f"--rows: expected at least 0, found {rows}")
     file = new_file("--json", json, results.PREVIEW, _read_by(config, configuration))
@@ -219,7 +223,7 @@ def profile_memory(
         >>> found.fits, found.predicted.peak_bytes < found.predicted.needed_bytes <= found.budget_bytes
         (True, True)
     """
-    configuration = load_config(config, set)
+    configuration = _configuration(config, set)
     if device not in (None, "cuda", "cpu"):
         raise UserError(f"--device: expected cuda or cpu, found {device!r}")
     if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1:
@@ -664,6 +668,14 @@ def report(run: AnyPath, *, output: AnyPath | None = None) -> ReportResult:
     from qlora_tool.reporting.page import write_report
 
     return write_report(folder, file)
+
+
+def _configuration(config: AnyConfig, overrides: Overrides) -> Config:
+    """The configuration of a command that was given one; what is likely to be a slip in it is told."""
+    found = load_config(config, overrides)
+    for doubt in doubts(found):
+        logger.warning("%s", doubt)
+    return found
 
 
 def _with_output_dir(overrides: Overrides, output_dir: AnyPath | None) -> Overrides:

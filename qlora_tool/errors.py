@@ -7,6 +7,7 @@ The command line prints each line of either after `error: ` and shows no traceba
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -95,6 +96,13 @@ def did_you_mean_path(path: Path, siblings: Iterable[str]) -> str:
     """The same of a path, as it is written, whose name is to be one of those that lie beside it."""
     close = closest(path.name, siblings, path.name)
     return f"; did you mean '{path.with_name(close)}'?" if close else ""
+
+
+def looked_for(name: str) -> str:
+    """`; looked for /home/me/base` for a path that is not written in full, which depends on the current folder, or on
+    whose home it is; else an empty string."""
+    path = os.path.abspath(os.path.expanduser(name))
+    return "" if path == os.path.normpath(name) else f"; looked for {path}"
 
 
 def closest(name: str, valid: Iterable[str], written: str) -> str | None:

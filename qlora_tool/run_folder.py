@@ -15,6 +15,7 @@ from qlora_tool.config import Config, config_to_yaml, load_config
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import disk_errors, refuse_no_place, remove_leftovers, write_text
 from qlora_tool.files.reading import is_regular, json_value, refuse_other_than_file
+from qlora_tool.sizes import noun_of
 
 logger = logging.getLogger(__name__)
 
@@ -223,10 +224,13 @@ class RunFolder:
         steps = [_logged_step(line) for line in lines]
         kept = [line for line, logged in zip(lines, steps, strict=True) if logged is not None and logged <= step]
         if broken := steps.count(None) - (bool(steps) and steps[-1] is None):  # half a line is what a power cut leaves
-            logger.warning("%s: %d lines of it are no records of a step; they are left out", self.metrics_file, broken)
+            what = noun_of(broken, "line of it is no record of a step; it is left out",
+                           "lines of it are no records of a step; they are left out")  # fmt: skip
+            logger.warning("%s: %d %s", self.metrics_file, broken, what)
         if not kept and self.holds_run() and step >= self.config().training.logging_steps:
-            logger.warning("%s: has no records of the %d steps that were done; it begins after them",
-                           self.metrics_file, step)  # fmt: skip
+            done = noun_of(step, "step that was done; it begins after that",
+                           f"{step} steps that were done; it begins after them")  # fmt: skip
+            logger.warning("%s: has no records of the %s", self.metrics_file, done)  # fmt: skip
         if lines:
             write_text(self.metrics_file, "".join(f"{line}\n" for line in kept))
 

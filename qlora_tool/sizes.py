@@ -1,4 +1,5 @@
-"""Bytes as they are told: memory in GiB, as cards and systems count it, files in GB, as disks and hubs do."""
+"""Bytes and counts as they are told: memory in GiB, as cards and systems count it, files in GB, as disks and hubs do; a
+noun in the plural but of one."""
 
 from __future__ import annotations
 
@@ -25,7 +26,25 @@ def file_size(size: int) -> str:
     ('3.00 GB', '12.5 MB', '12.5 kB', '12 bytes')
     """
     if size < 1000:
-        return f"{size} byte{'' if size == 1 else 's'}"
+        return counted(size, "byte")
     if size < MB / 10:
         return f"{size / 1000:.1f} kB"
     return f"{size / GB:.2f} GB" if size >= GB / 10 else f"{size / MB:.1f} MB"
+
+
+def counted(number: int, one: str, several: str = "") -> str:
+    """A number and what it counts: `1 example`, `12 examples`.
+
+    Args:
+        one: the noun, of one.
+        several: of several; by default with an s.
+
+    >>> counted(1, "step"), counted(0, "step"), counted(12, "process", "processes")
+    ('1 step', '0 steps', '12 processes')
+    """
+    return f"{number} {noun_of(number, one, several)}"
+
+
+def noun_of(number: float, one: str, several: str = "") -> str:
+    """What so many are called, where the number stands elsewhere, or is told otherwise; as in `counted`."""
+    return one if number == 1 else several or f"{one}s"

@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qlora_tool.errors import MachineError, ToolError, UserError
+from qlora_tool.sizes import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,8 +109,8 @@ class World:
 
         cards = torch.cuda.device_count()
         if self.local_size > cards:
-            found = f"{cards} card{'' if cards == 1 else 's'}"
-            raise UserError(f"started as {self.local_size} processes on this machine, which has {found}; start one "
+            started = counted(self.local_size, "process", "processes")
+            raise UserError(f"started as {started} on this machine, which has {counted(cards, 'card')}; start one "
                             f"process a card: --nproc_per_node {cards}")  # fmt: skip
         torch.cuda.set_device(self.local_rank)
 

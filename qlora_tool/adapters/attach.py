@@ -22,10 +22,16 @@ from qlora_tool.adapters.trained_base import train_all, train_biases, train_modu
 from qlora_tool.errors import UserError
 from qlora_tool.methods import METHODS
 from qlora_tool.methods.method import Settings
+from qlora_tool.sizes import counted, noun_of
 from qlora_tool.weights.modules import Adaptable
 
 if TYPE_CHECKING:
     from qlora_tool.config import AdapterConfig
+
+# What one of them is called, by what several are.
+_ONE = {"linear modules": "linear module", "embeddings": "embedding table", "weights of experts": "weight of experts",
+        "projections in part": "projection in part", "tensors in full": "tensor in full",
+        "biases": "bias"}  # fmt: skip
 
 
 @dataclass
@@ -82,9 +88,9 @@ class AdapterSet:
         kinds = Counter(layer.place for layer in self.layers.values())
         whole = sum(tensor.requires_grad for tensor in self.saved.values())  # others go along with what is saved
         kinds |= Counter({"tensors in full": whole, "biases": len(self.biases)})
-        counts = [f"{count} {kind}" for kind, count in kinds.items() if count]
+        counts = [counted(count, _ONE.get(kind, kind), kind) for kind, count in kinds.items() if count]
         rows = sum(len(rows.tokens) for rows in self.token_rows.values())
-        return ", ".join([*counts, *([f"rows of {rows} tokens"] if rows else [])])
+        return ", ".join([*counts, *([f"rows of {counted(rows, 'token')}"] if rows else [])])
 
     def parameters(self) -> list[nn.Parameter]:
         """Every trained parameter once, in a fixed order."""
@@ -148,8 +154,9 @@ class AdapterSet:
             if name in tensors and tensors[name].shape != own[name].shape
         ]
         if faults:
-            more = [f"{source}: and {len(faults) - 10} more tensors that do not fit"] if len(faults) > 10 else []
-            raise UserError(faults[:10] + more)
+            rest = len(faults) - 10
+            words = noun_of(rest, "more tensor that does not fit", "more tensors that do not fit")
+            raise UserError(faults[:10] + ([f"{source}: and {rest} {words}"] if rest > 0 else []))
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
 

@@ -21,6 +21,7 @@ from qlora_tool.adapters.token_rows import put_rows_on, refuse_rows
 from qlora_tool.adapters.trained_base import tie, train_parameter, trainable_names, transposed_names
 from qlora_tool.errors import UserError
 from qlora_tool.model.parameter_source import tied_names
+from qlora_tool.sizes import counted
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import FrozenEmbedding, FrozenLinear
 
@@ -156,7 +157,7 @@ def refuse_other_layers(model: nn.Module, stored: StoredAdapter) -> None:
     if count > len(expected) or set(expected[len(expected) - count :]) != stored.by_module.keys():
         raise UserError(
             f"{stored.folder}: has prompts for {', '.join(sorted(stored.by_module))}, but adapter_layers {count} means "
-            f"the top {count} of the {len(expected)} layers of this model; {cure_of_misfit(stored, model)}"
+            f"the top {count} of the {counted(len(expected), 'layer')} of this model; {cure_of_misfit(stored, model)}"
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qlora_tool.adapters.adapter import Adapter
 from qlora_tool.errors import UserError
 from qlora_tool.model.text_part import text_modules
+from qlora_tool.sizes import counted
 from qlora_tool.weights.handles import WeightHandle
 from qlora_tool.weights.modules import Adaptable, FrozenLinear
 
@@ -41,7 +42,8 @@ def find_attention(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Modu
     found = all_attention(model)
     layers = getattr(config, "adapter_layers", None) or len(found)
     if layers > len(found):
-        raise UserError(f"adapter.adapter_layers: {layers}, but the model has {len(found)} layers; set that or less")
+        raise UserError(f"adapter.adapter_layers: {layers}, but the model has {counted(len(found), 'layer')}; set that "
+                        "or less")  # fmt: skip
     return dict(list(found.items())[-layers:])
 
 

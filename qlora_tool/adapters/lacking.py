@@ -20,6 +20,7 @@ from qlora_tool.model.load import build_skeleton
 from qlora_tool.model.slots import is_linear
 from qlora_tool.model.text_part import is_outside, outside_text
 from qlora_tool.once import log_once
+from qlora_tool.sizes import counted
 from qlora_tool.weights.modules import FrozenLinear
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def started_fresh(stored: StoredAdapter, names: Sequence[str]) -> str:
 
 def _of_all(stored: StoredAdapter, names: Sequence[str]) -> str:
     count = len(names) + len(stored.by_module)
-    return f"{len(names)} of the {count} places that its configuration names, such as {names[0]}"
+    return f"{len(names)} of the {counted(count, 'place')} that its configuration names, such as {names[0]}"
 
 
 def fresh_layers(

@@ -34,6 +34,7 @@ from qlora_tool.methods import METHODS
 from qlora_tool.methods.method import Method, Settings, refuse_keys
 from qlora_tool.model.parameter_source import tied_names
 from qlora_tool.once import log_once
+from qlora_tool.sizes import counted, noun_of
 
 logger = logging.getLogger(__name__)
 
@@ -94,14 +95,18 @@ def _of_targets(file: Path, stored: StoredAdapter) -> StoredAdapter:
     if not left or stored.method.on_attention:  # prompts are on attention, whatever target_modules says
         return stored
     if len(left) == len(stored.by_module):
+        none = noun_of(len(left), "does not name the module", f"names none of the {len(left)} modules")
         raise UserError(
-            f"{file}: {CONFIG_NAME} names none of the {len(left)} modules that its tensors are for ({next(iter(left))} "
-            "…) in target_modules, or excludes them, so that PEFT reads none of them; correct it, or copy it again"
+            f"{file}: {CONFIG_NAME} {none} that its tensors are for "
+            f"({next(iter(left))} …) in target_modules, or excludes them, so that PEFT reads none of them; correct it, "
+            "or copy it again"
         )
+    count = sum(map(len, left.values()))
     log_once(
         logger, logging.WARNING,
-        f"{file}: {sum(map(len, left.values()))} tensors of {len(left)} modules ({next(iter(left))} …) are not read: "
-        f"{CONFIG_NAME} does not name them in target_modules, or excludes them, and PEFT leaves them out as well"
+        f"{file}: {counted(count, 'tensor')} of {counted(len(left), 'module')} ({next(iter(left))} …) "
+        f"{noun_of(count, 'is', 'are')} not read: {CONFIG_NAME} does not name them in target_modules, or excludes "
+        "them, and PEFT leaves them out as well"
     )
     names = {key for keys in left.values() for key in keys}
     return replace(stored, tensors={key: tensor for key, tensor in stored.tensors.items() if key not in names})
@@ -166,13 +171,14 @@ def _refuse_no_numbers(file: Path, tensors: Mapping[str, Tensor]) -> None:
                         "or save the adapter again")  # fmt: skip
     if codes := [name for name, tensor in tensors.items()
                  if not tensor.is_floating_point() or tensor.dtype.itemsize == 1]:  # fmt: skip
-        raise UserError(f"{file}: {len(codes)} of its {len(tensors)} tensors are not floating-point numbers of 16 "
-                        f"bits or more, the first "
+        numbers = noun_of(len(codes), "is not of floating-point numbers", "are not floating-point numbers")
+        raise UserError(f"{file}: {len(codes)} of its {len(tensors)} tensors {numbers} of 16 bits or more, the first "
                         f"{codes[0]} ({tensors[codes[0]].dtype}); save the adapter again in 16 or 32 bits")  # fmt: skip
     faults = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if faults:
+        hold = noun_of(len(faults), "holds", "hold")
         raise UserError(
-            f"{file}: {len(faults)} of its {len(tensors)} tensors hold values that are not finite numbers, the first "
+            f"{file}: {len(faults)} of its {len(tensors)} tensors {hold} values that are not finite numbers, the first "
             f"{faults[0]}: the training that made it diverged; take an earlier checkpoint, or train again"
         )
 

@@ -25,6 +25,7 @@ from qlora_tool.config import Config
 from qlora_tool.methods import METHODS
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.slots import Quantization
+from qlora_tool.sizes import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -159,8 +160,8 @@ def _with_adapters(
         model.module.quantized_without = "this run's adapter"
     remarks = [
         f"adapter.init_lora_weights: {getattr(config.adapter, 'init_lora_weights', '')} has nothing to start from in "
-        f"{len(left)} of {len(adapters.layers)} modules, such as {left[0]}, which are not quantized or take no part in "
-        "a layer; they start as with default"
+        f"{len(left)} of {counted(len(adapters.layers), 'module')}, such as {left[0]}, which are not quantized or take "
+        "no part in a layer; they start as with default"
     ] if left else []  # fmt: skip
     return model, adapters, remarks
 

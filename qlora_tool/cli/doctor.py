@@ -16,7 +16,7 @@ from qlora_tool._version import __version__
 from qlora_tool.cli import ToolCommand
 from qlora_tool.errors import printable
 from qlora_tool.extras import install_command
-from qlora_tool.sizes import memory_size
+from qlora_tool.sizes import counted, memory_size
 
 REQUIRED = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors")
 OPTIONAL = ("peft", "triton", "gguf")
@@ -124,7 +124,7 @@ def _products() -> Iterator[tuple[str, str]]:
 
 
 def _threads(number: int) -> str:
-    return f"{number} thread{'' if number == 1 else 's'}"
+    return counted(number, "thread")
 
 
 def _bandwidths() -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from qlora_tool.choices import DataFormat
 from qlora_tool.cli import ToolCommand
 from qlora_tool.cli.options import NewFile, adapter_option, base_options, device_options, template_option
 from qlora_tool.errors import printable
+from qlora_tool.sizes import counted
 
 if TYPE_CHECKING:
     from qlora_tool.inference.score import ScoredAnswer
@@ -80,13 +81,13 @@ def _show_answers(source: str, count: int, shown: Sequence[Mapping[str, ScoredAn
     """Some answers of a data set below the expected ones."""
     if not shown:
         return
-    click.echo(f"{source}: {len(shown)} of {count} answers, those first that are not exact")
+    click.echo(f"{source}: {len(shown)} of {counted(count, 'answer')}, those first that are not exact")
     for answers in shown:
         first = next(iter(answers.values()))
         lines = [("prompt", first.prompt), ("expected", first.expected)]
         for name, one in answers.items():
             like = "exact" if one.exact_match else f"token F1 {one.token_f1:.1%}"
-            cut = "" if one.answer.finish_reason == "stop" else f", cut off after {one.answer.tokens} tokens"
+            cut = "" if one.answer.finish_reason == "stop" else f", cut off after {counted(one.answer.tokens, 'token')}"
             lines.append((name, f"{printable(one.answer.text.strip(), _LONGEST)} ({like}{cut})"))
         width = max(len(name) for name, _ in lines) + 1
         click.echo(f"\n{first.where}")

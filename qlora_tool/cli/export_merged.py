@@ -9,7 +9,7 @@ import click
 from qlora_tool.choices import ComputeDtype, ExportBase, ExportFormat, GgufType
 from qlora_tool.cli import ToolCommand
 from qlora_tool.cli.options import NewFile, adapter_option, base_options
-from qlora_tool.sizes import file_size
+from qlora_tool.sizes import counted, file_size
 
 if TYPE_CHECKING:
     from qlora_tool.export.write import ExportResult
@@ -87,7 +87,7 @@ def _report(result: ExportResult) -> list[str]:
              "adapter-portable": "an adapter",
              "gguf-adapter": f"an adapter{f' and its base in {result.dtype}' if result.dtype else ''}"}  # fmt: skip
     kind = kinds.get(result.format, result.dtype)
-    files = f"{len(result.files)} file{'' if len(result.files) == 1 else 's'}"
+    files = counted(len(result.files), "file")
     lines = [f"{result.folder}: {file_size(result.bytes)} of {kind} in {files}, "
              f"{result.seconds:.0f} s"]  # fmt: skip
     if result.format == "safetensors":
@@ -111,8 +111,8 @@ def _of_gguf_adapter(result: ExportResult) -> list[str]:
     facts = result.facts["gguf_adapter"]
     ranks = " to ".join(str(r) for r in dict.fromkeys(facts["r"]))
     scaled = f"; scales of {facts['scaled']} of them worked into B, in fp32" if facts["scaled"] else ""
-    held = (f"{facts['file']}: LoRA on {facts['tensors']} tensors of a {facts['architecture']}, r {ranks}, alpha "
-            f"{facts['alpha']:g}{scaled}")  # fmt: skip
+    held = (f"{facts['file']}: LoRA on {counted(facts['tensors'], 'tensor')} of a {facts['architecture']}, r {ranks}, "
+            f"alpha {facts['alpha']:g}{scaled}")  # fmt: skip
     left = [f"warning: not in an adapter's file: {what}" for what in facts.get("left_to_base") or ()]
     return [held, f"its base: {facts['base']}", *left]
 
@@ -122,7 +122,8 @@ def _encoding(found: dict[str, Any]) -> str:
     made = "the nearest ones"
     if rows := found["calibration"]:
         plain = f", {found['plain_weights']} without" if found["plain_weights"] else ""
-        made = f"made with {rows['tokens']:,} tokens of {rows['rows']} ({found['calibrated_weights']} weights{plain})"
+        weights = counted(found["calibrated_weights"], "weight")
+        made = f"made with {rows['tokens']:,} tokens of {rows['rows']} ({weights}{plain})"
     others = {base: count for base, count in (found["tried_weights"] or {}).items() if base != found["started_from"]}
     but = "".join(f" ({count} of the first weights from the {base} one)" for base, count in others.items() if count)
     return f"codes start from the {found['started_from']} base with the update added{but}; {made}"

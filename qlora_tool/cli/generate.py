@@ -13,7 +13,7 @@ import click
 from qlora_tool.cli import ToolCommand
 from qlora_tool.cli.options import NewFile, adapter_option, base_options, device_options, template_option
 from qlora_tool.errors import UserError, printable
-from qlora_tool.sizes import memory_size
+from qlora_tool.sizes import counted, memory_size
 
 if TYPE_CHECKING:
     from qlora_tool.inference.generate import Effort, GenerateResult, PromptAnswer
@@ -136,9 +136,10 @@ def _show(result: GenerateResult) -> None:
 def _show_cut(result: GenerateResult, most: int) -> None:
     """How many answers did not come to their end."""
     reasons = [one.finish_reason for answer in result.answers for one in (answer.each or {"": answer.answer}).values()]
-    for reason, why in {"length": f"{most} tokens (--max-new-tokens)", "context": "the model's last position"}.items():
+    longest = f"{counted(most, 'token')} (--max-new-tokens)"
+    for reason, why in {"length": longest, "context": "the model's last position"}.items():
         if count := reasons.count(reason):
-            click.echo(f"cut off: {count} of {len(reasons)} answers, after {why}", err=True)
+            click.echo(f"cut off: {count} of {counted(len(reasons), 'answer')}, after {why}", err=True)
 
 
 def _show_several(result: GenerateResult) -> None:
@@ -169,7 +170,7 @@ def _indented(text: str, width: int = len("  tuned: ")) -> str:
 
 def _speed(name: str, effort: Effort) -> str:
     return (
-        f"{name}: {effort.seconds:.1f} s, {effort.tokens} tokens, {effort.tokens_per_second:.0f} tokens/s, "
+        f"{name}: {effort.seconds:.1f} s, {counted(effort.tokens, 'token')}, {effort.tokens_per_second:.0f} tokens/s, "
         f"peak memory {memory_size(effort.peak_bytes)}"
     )
 

@@ -59,6 +59,6 @@ def _end(name: str, result: InspectResult) -> list[str]:
         folder = result.truncation.folder
         return ["", *result.truncation.lines(), f"next: qlora-tool export-merged {folder} --output-dir {folder}-merged"]
     found = result.inspection
-    if not found.additive or not 0 < 2 * found.needed <= found.rank:
+    if found.early or not found.additive or not 0 < 2 * found.needed <= found.rank:
         return []
     return ["", f"next: qlora-tool inspect {name} --truncate {found.needed} --output-dir {name}-r{found.needed}"]

@@ -10,6 +10,7 @@ import click
 from qlora_tool.cli import ToolCommand
 from qlora_tool.cli.completion import CONFIGURATION, SETTING
 from qlora_tool.cli.options import NewFile
+from qlora_tool.sizes import counted, noun_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,14 +84,15 @@ class _Screen:
 
     def _row(self, title: str, row: PreviewRow, result: PreviewResult) -> None:
         examples = len(row.examples)
-        held = f"{examples} example{'s' if examples > 1 else ''}"
-        tokens = f"{len(row.input_ids):,} of {result.max_length:,} tokens, {row.trained_tokens:,} of them trained"
+        held = counted(examples, "example")
+        tokens = f"{len(row.input_ids):,} of {result.max_length:,} {noun_of(result.max_length, 'token')}, " \
+                 f"{row.trained_tokens:,} of them trained"  # fmt: skip
         self._print([])
         self._print([(f"{title}: {held}, {tokens}", "bold")])
         for example in row.examples[:SHOWN]:
             self._example(example)
         if examples > SHOWN:
-            more = f"{examples - SHOWN} more example{'s' if examples > SHOWN + 1 else ''} in this row"
+            more = f"{counted(examples - SHOWN, 'more example')} in this row"
             self._print([(f"{self._rule} {more}; --json FILE has all {self._rule * 10}", "dim")])
 
     @property
@@ -100,7 +102,8 @@ class _Screen:
     def _example(self, example: PreviewExample) -> None:
         from qlora_tool.data.spans import marked, visible
 
-        tokens = f"{len(example.input_ids):,} tokens, {example.trained_tokens:,} trained"
+        count = len(example.input_ids)
+        tokens = f"{count:,} {noun_of(count, 'token')}, {example.trained_tokens:,} trained"
         self._print([(f"{self._rule} {example.where}: {tokens} {self._rule * 10}", "dim")])
         if not self.coloured:
             self._print([(marked(example.spans, self.signs, self.marks).removesuffix("\n"), "")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
@@ -63,33 +64,41 @@ def profile_memory(config: str, **options: Any) -> None:
 
 
 def _show(profiled: MemoryProfile, with_plan: bool, console: Console) -> None:
+    from qlora_tool.memory.show.say import say
     from qlora_tool.memory.show.table import render_report
     from qlora_tool.sizes import memory_size
 
     render_report(profiled.report, budget=profiled.budget_bytes, budget_name=profiled.budget_name,
                   unquantized=profiled.unquantized, console=console)  # fmt: skip
-    if profiled.target is not None and profiled.target.assumed:
-        console.print(f"no card is named or here: {profiled.target} is assumed; name one, as --device-memory rtx-4090")
-    if profiled.estimated:
-        console.print(f"estimated, not measured: {', '.join(profiled.estimated)}")
-    if profiled.start_bytes is not None:
-        console.print(f"init_lora_weights: {profiled.start}: while it is made, loading takes "
-                      f"{memory_size(profiled.start_bytes)} beside what stays")  # fmt: skip
-    processes = profiled.report.processes
-    if processes > 1 and profiled.report.device == "cpu" and profiled.report.predicted is not None:
-        together = memory_size(processes * profiled.predicted.peak_bytes)
-        console.print(f"{processes} processes on one machine take {together} together")
-    if processes == 1 and profiled.config.training.sharding != "none":
-        console.print(f"training.sharding: {profiled.config.training.sharding}: one process shares nothing out; give "
-                      "--processes")  # fmt: skip
+    for line in _said(profiled):
+        say(console, line)
     if profiled.change and not with_plan:
         console.print(f"what to change: {profiled.change}", soft_wrap=True, markup=False, emoji=False)
-    if profiled.allocator_peak is not None and profiled.report.predicted is None:
-        console.print(f"the allocator itself, without a tracer: {memory_size(profiled.allocator_peak)} at the peak")
-    elif profiled.allocator_peak is not None:
-        error = profiled.predicted.peak_bytes / profiled.allocator_peak - 1
-        console.print(f"the allocator itself, without a tracer: {memory_size(profiled.allocator_peak)} at the peak; "
-                      f"predicted {error:+.2%}")  # fmt: skip
+    if profiled.allocator_peak is not None:
+        compared = "" if profiled.report.predicted is None else \
+            f"; predicted {profiled.predicted.peak_bytes / profiled.allocator_peak - 1:+.2%}"  # fmt: skip
+        say(console, "the allocator itself, without a tracer: "
+            f"{memory_size(profiled.allocator_peak)} at the peak{compared}")  # fmt: skip
+
+
+def _said(profiled: MemoryProfile) -> Iterator[str]:
+    """What else there is to know of a prediction, a line each."""
+    from qlora_tool.sizes import memory_size
+
+    if profiled.target is not None and profiled.target.assumed:
+        yield f"no card is named or here: {profiled.target} is assumed; name one, as --device-memory rtx-4090"
+    if profiled.estimated:
+        yield f"estimated, not measured: {', '.join(profiled.estimated)}"
+    if profiled.start_bytes is not None:
+        yield (f"init_lora_weights: {profiled.start}: while it is made, loading takes "
+               f"{memory_size(profiled.start_bytes)} beside what stays")  # fmt: skip
+    processes, device = profiled.report.processes, profiled.report.device
+    if processes > 1 and device == "cpu" and profiled.report.predicted is not None:
+        together = memory_size(processes * profiled.predicted.peak_bytes)
+        yield f"{processes} processes on one machine take {together} together"
+    if processes == 1 and profiled.config.training.sharding != "none":
+        yield (f"training.sharding: {profiled.config.training.sharding}: one process shares nothing out; give "
+               "--processes")  # fmt: skip
 
 
 def _show_plan(profiled: MemoryProfile | None, console: Console) -> None:

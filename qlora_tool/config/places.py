@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from qlora_tool.config.recipes import recipe_names
-from qlora_tool.errors import UserError, did_you_mean, did_you_mean_path
+from qlora_tool.errors import UserError, did_you_mean, did_you_mean_path, looked_for
 from qlora_tool.files.kinds import hub_id, kind_of
 
 _START = "smollm2-cpu"  # the recipe that cures name: any other will do
@@ -119,7 +119,7 @@ def _refuse_missing(name: str, adapter: bool) -> None:
     close = _close_to(name)
     if adapter:
         raise UserError(f"{name}: no such folder{close}; {_OF_RUN}{'' if close else _runs()}")
-    raise UserError(f"model {name}: no such folder{close}; {_OF_MODEL}{'' if close else _runs()}")
+    raise UserError(f"model {name}: no such folder{close}; {_OF_MODEL}{'' if close else _runs()}{looked_for(name)}")
 
 
 def _close_to(name: str) -> str:

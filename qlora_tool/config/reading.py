@@ -18,6 +18,7 @@ from qlora_tool.config.yaml_file import parse, parse_file, yaml_problem
 from qlora_tool.errors import UserError, did_you_mean
 from qlora_tool.files.reading import has_half
 from qlora_tool.methods.keys import Keys
+from qlora_tool.sizes import noun_of
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -105,7 +106,8 @@ class _Draft:
         UserError: there are faults; those after the first hundred are counted.
         """
         if len(self.faults) > _TOLD:
-            raise UserError([*self.faults[:_TOLD], f"{self.source}: {len(self.faults) - _TOLD:,} more faults"])
+            more = len(self.faults) - _TOLD
+            raise UserError([*self.faults[:_TOLD], f"{self.source}: {more:,} more {noun_of(more, 'fault')}"])
         if self.faults:
             raise UserError(self.faults)
 

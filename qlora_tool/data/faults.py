@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_tool.errors import UserError, did_you_mean
+from qlora_tool.sizes import counted
 
 FAULTS_SHOWN = 5
 
@@ -65,7 +66,7 @@ class RowFaults:
         more = self.count - len(self.lines)
         files = list(dict.fromkeys(_place(line)[0] for line in self.lines))
         lines = sorted(self.lines, key=lambda line: (files.index(_place(line)[0]), _place(line)[1]))
-        return [*lines, *([f"and {more} more faulty row{'s' if more > 1 else ''}"] if more else [])]
+        return [*lines, *([f"and {counted(more, 'more faulty row')}"] if more else [])]
 
 
 def _place(line: str) -> tuple[str, int]:

@@ -12,6 +12,7 @@ from qlora_tool.data.examples import Examples, as_examples
 from qlora_tool.data.labels import IGNORED
 from qlora_tool.data.report import DataReport
 from qlora_tool.data.spans import Span, in_short, spans_of
+from qlora_tool.sizes import counted, noun_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,7 +108,8 @@ class PreviewCounts:
         """The counts to read: what is counted, and the count."""
         report = self.report
         template = f"; chat template: {report.template_name()}" if report.template else ""
-        split = f", {report.split_off:,} examples of them split off for evaluation" if report.split_off else ""
+        part = f"{report.split_off:,} {noun_of(report.split_off, 'example')}"
+        split = f", {part} of them split off for evaluation" if report.split_off else ""
         lines = [
             ("format", f"{report.read_as()}{template}; trained: {report.trained_part()}"),
             ("rows", f"{report.rows:,} read, {report.kept:,} kept{split}"),
@@ -117,11 +119,13 @@ class PreviewCounts:
         if self.answers:
             lines.append(("answers a row", self._answers_in_words()))
         share = report.trained_tokens / report.tokens
-        made = f" in {report.examples:,} examples" if report.examples + report.split_off != report.kept else ""
+        whole = f"{report.examples:,} {noun_of(report.examples, 'example')}"
+        made = f" in {whole}" if report.examples + report.split_off != report.kept else ""
+        longest = f"{report.longest:,} {noun_of(report.longest, 'token')}"
         return [
             *lines,
             ("tokens", f"{report.tokens:,}{made}, {report.trained_tokens:,} of them trained ({share:.1%})"),
-            ("longest", f"{report.longest:,} tokens; data.max_length is {report.max_length:,}"),
+            ("longest", f"{longest}; data.max_length is {report.max_length:,}"),
         ]
 
     def _answers_in_words(self) -> str:
@@ -132,7 +136,7 @@ class PreviewCounts:
     @property
     def over(self) -> str:
         """Which rows these are counts of: `all 60 rows`, or `the first 2,000 rows`."""
-        rows = f"{self.report.rows:,} row{'' if self.report.rows == 1 else 's'}"
+        rows = f"{self.report.rows:,} {noun_of(self.report.rows, 'row')}"
         return f"the first {rows}" if self.report.more_rows else f"all {rows}"
 
     def as_json(self) -> dict[str, Any]:
@@ -162,5 +166,5 @@ def first_row(dataset: Dataset, row: Sequence[int], tokenizer: PreTrainedTokeniz
     """The first example of a row in one line, for the log of a run."""
     example = PreviewExample.of(dataset.examples[row[0]], tokenizer)
     others = f" ({len(row) - 1} more in its row)" if len(row) > 1 else ""
-    tokens = f"{len(example.input_ids)} tokens, {example.trained_tokens} of them trained"
+    tokens = f"{counted(len(example.input_ids), 'token')}, {example.trained_tokens} of them trained"
     return f"first example{others}: {example.where}, {tokens}: {in_short(example.spans)}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_tool.data.examples import Example
 from qlora_tool.data.faults import RowFaults
+from qlora_tool.sizes import counted
 
 
 @dataclass
@@ -124,11 +125,11 @@ class DataReport:
         """The report in sentences, warnings last."""
         unit = "document" if self.format == "text" else "row"
         examples = self.examples + self.split_off
-        made = f", {_count(examples, 'example')} made of them" if examples != self.kept else ""
+        made = f", {counted(examples, 'example')} made of them" if examples != self.kept else ""
         split = f", {self.split_off} of these split off for evaluation" if self.split_off else ""
         lines = [
-            f"{self.source}: {_count(self.rows, unit)} ({self.read_as()}), {self.kept} kept{made}{split}; "
-            f"{_count(self.tokens, 'token')}, {self.trained_tokens} of them trained; the longest has {self.longest}",
+            f"{self.source}: {counted(self.rows, unit)} ({self.read_as()}), {self.kept} kept{made}{split}; "
+            f"{counted(self.tokens, 'token')}, {self.trained_tokens} of them trained; the longest has {self.longest}",
             *self.shares(),
         ]
         if self.template is not None:
@@ -144,7 +145,7 @@ class DataReport:
         """What a mixture has of each of its sources, in sentences; empty where there is one."""
         total = sum(taken for _, taken in self.parts)
         return [
-            f"  {taken / total:.1%} {part.source}: {taken} rows out of {part.kept} ({part.read_as()})"
+            f"  {taken / total:.1%} {part.source}: {counted(taken, 'row')} out of {part.kept} ({part.read_as()})"
             for part, taken in self.parts
         ]
 
@@ -166,23 +167,25 @@ class DataReport:
                 f"{_dropped(self.dropped_truncated)}: data.max_length {self.max_length} leaves nothing of the answer"
             )
         if self.truncated:
-            lines.append(f"{_count(self.truncated, 'row')} cut at data.max_length {self.max_length}")
+            lines.append(f"{counted(self.truncated, 'row')} cut at data.max_length {self.max_length}")
         if self.rewritten:
+            made = counted(self.rewritten_examples, "example")
             lines.append(
-                f"{_count(self.rewritten, 'row')} became {self.rewritten_examples} examples, one an answer: the chat "
-                "template writes earlier turns otherwise once others follow, and each is trained as it is at inference"
+                f"{counted(self.rewritten, 'row')} became {made}, one an answer: "
+                "the chat template writes earlier turns otherwise once others follow, and each is trained as it is at "
+                "inference"
             )
         if self.context_answers:
-            lines.append(f"{_count(self.context_answers, 'answer')} not trained: marked as context")
+            lines.append(f"{counted(self.context_answers, 'answer')} not trained: marked as context")
         if self.empty_answers:
-            lines.append(f"{_count(self.empty_answers, 'answer')} not trained: empty")
+            lines.append(f"{counted(self.empty_answers, 'answer')} not trained: empty")
         for note, number in sorted(self.notes.items()):
             noun, _, sentence = note.partition(": ")
-            lines.append(f"{_count(number, noun)}: {sentence}")
+            lines.append(f"{counted(number, noun)}: {sentence}")
         if self.ends_added:
             lines.append(
                 f"the chat template ends answers with no special token: an end-of-text token was put after "
-                f"{_count(self.ends_added, 'answer')}"
+                f"{counted(self.ends_added, 'answer')}"
             )
         return lines
 
@@ -195,7 +198,7 @@ class DataReport:
             lines.append(f"columns not used: {_some(self.unused_columns)}")
         if self.faulty:
             more = f", and {self.faulty - len(self.faulty_lines)} more" if self.faulty > len(self.faulty_lines) else ""
-            lines.append(f"{_count(self.faulty, 'faulty row')} skipped: {'; '.join(self.faulty_lines)}{more}")
+            lines.append(f"{counted(self.faulty, 'faulty row')} skipped: {'; '.join(self.faulty_lines)}{more}")
         return lines
 
     def template_name(self) -> str:
@@ -213,9 +216,5 @@ def _some(names: Collection[str]) -> str:
     return f"{', '.join(list(names)[:10])}{more}"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def _dropped(number: int) -> str:
-    return f"{_count(number, 'row')} dropped"
+    return f"{counted(number, 'row')} dropped"

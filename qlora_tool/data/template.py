@@ -20,6 +20,7 @@ from qlora_tool.data.template_trial import CURE, MEMORY, Refusals, try_template
 from qlora_tool.data.time_limit import TimeIsUp, TooMuch, time_limit
 from qlora_tool.errors import UserError, did_you_mean, did_you_mean_path
 from qlora_tool.files.reading import read_text
+from qlora_tool.sizes import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -173,12 +174,12 @@ def render(
                 list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs or {}
             )
     except (TooMuch, MemoryError) as error:
-        raise UserError(f"the chat template makes more of a conversation of {len(messages)} turns than memory holds; "
-                        f"{CURE}") from error  # fmt: skip
+        raise UserError(f"the chat template makes more of a conversation of {counted(len(messages), 'turn')} than "
+                        f"memory holds; {CURE}") from error  # fmt: skip
     except TimeIsUp as error:
         raise UserError(
-            f"the chat template wrote a conversation of {len(messages)} turns for {SECONDS:g} seconds and was not done "
-            f"(an endless loop?); {CURE}"
+            f"the chat template wrote a conversation of {counted(len(messages), 'turn')} for {SECONDS:g} seconds and "
+            f"was not done (an endless loop?); {CURE}"
         ) from error
     except jinja2.TemplateSyntaxError as error:
         raise UserError(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tool.errors import UserError
+from qlora_tool.sizes import counted
 
 SECONDS = 5.0
 MEMORY = 512 << 20  # bytes: a list that doubles goes beyond it by several times before it can be stopped
@@ -54,8 +55,8 @@ class Refusals:
         self.count += 1
         self.seconds += seconds
         if self.seconds > max(PATIENCE, _SLOW * self.count):
-            raise UserError(f"the chat template failed on {self.count} conversations one after the other, and took "
-                            f"{self.seconds:.1f} seconds for it ({reason}); {CURE}")  # fmt: skip
+            raise UserError(f"the chat template failed on {counted(self.count, 'conversation')} one after the other, "
+                            f"and took {self.seconds:.1f} seconds for it ({reason}); {CURE}")  # fmt: skip
 
 
 def try_template(sources: Sequence[str], messages: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -143,13 +144,13 @@ def _try(source: str, messages: Sequence[Any], kwargs: Mapping[str, Any]) -> Non
                               check=False)  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise UserError(
-            f"the chat template was not done with a conversation of {len(messages)} turns after {SECONDS:g} seconds "
-            f"(an endless loop, or a text or number without bounds?); {CURE}"
+            f"the chat template was not done with a conversation of {counted(len(messages), 'turn')} after "
+            f"{SECONDS:g} seconds (an endless loop, or a text or number without bounds?); {CURE}"
         ) from error
     except OSError:  # no process to be had: what is left are the limits of this one
         return
     if done.stdout.strip() == b"memory" or done.returncode < 0:
         raise UserError(
-            f"the chat template makes more of a conversation of {len(messages)} turns than {MEMORY >> 20} MiB hold; "
-            f"{CURE}"
+            f"the chat template makes more of a conversation of {counted(len(messages), 'turn')} than "
+            f"{MEMORY >> 20} MiB hold; {CURE}"
         )

@@ -13,6 +13,7 @@ from qlora_tool.data.mixture import Share, mixture
 from qlora_tool.data.one_source import OneSource
 from qlora_tool.data.report import DataReport
 from qlora_tool.errors import UserError
+from qlora_tool.sizes import counted, noun_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -182,8 +183,8 @@ def _say_what_is_trained_too(evaluation: Dataset, train: Dataset) -> None:
     both = int(numpy.isin(own, as_examples(train.examples).digests).sum())
     if both:
         evaluation.report.remarks.append(
-            f"{both} of these {len(own)} examples {'is' if both == 1 else 'are'} in data.train as well: what is learnt "
-            "by heart looks good on them"
+            f"{both} of these {counted(len(own), 'example')} {noun_of(both, 'is', 'are')} in data.train as well: "
+            "what is learnt by heart looks good on them"
         )
 
 
@@ -200,15 +201,17 @@ def _split(train: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     chosen = numpy.sort(different[digests[different] <= last])
     rest = numpy.flatnonzero(digests > last)
     if not len(rest):
+        every = noun_of(len(digests), "the one example", f"all of the {len(digests)} examples")
         raise UserError(
-            f"data.eval: a fraction of {fraction} takes all of the {len(digests)} examples of {train.report.source}"
+            f"data.eval: a fraction of {fraction} takes {every} of {train.report.source}"
             f"{'' if wanted > 1 else ', for it takes one at least'}; "
             f"{'give a smaller one, or a file' if wanted > 1 else 'give a file, or data.eval=null to do without'}"
         )
     report = train.report
     evaluation = DataReport(
-        f"{report.source} ({fraction:g} of it)", report.format, report.template, report.train_on, report.max_length,
-        rows=len(chosen), kept=len(chosen), more_rows=report.more_rows, files=report.files, columns=report.columns,
+        f"{report.source} ({_percent(fraction)} of it)", report.format, report.template, report.train_on,
+        report.max_length, rows=len(chosen), kept=len(chosen), more_rows=report.more_rows, files=report.files,
+        columns=report.columns,
     )  # fmt: skip
     remaining = replace(report, split_off=len(chosen))
     parts = [Selection([examples], array("i", indices.astype("int32").tobytes())) for indices in (rest, chosen)]
@@ -216,6 +219,11 @@ def _split(train: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
         _count_tokens(each, selection)
         each.answers = 0 if report.format == "text" else int(sum(selection.answers))
     return Dataset(parts[0], remaining), Dataset(parts[1], evaluation)
+
+
+def _percent(fraction: float) -> str:
+    """A share as it is told: `5%`, `0.5%`."""
+    return f"{100 * fraction:.4g}%"
 
 
 def _count_tokens(report: DataReport, examples: Examples) -> None:

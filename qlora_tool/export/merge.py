@@ -48,6 +48,7 @@ from qlora_tool.model.slots import (
 from qlora_tool.model.taken_weights import takes_weight
 from qlora_tool.model.text_part import is_outside, outside_text
 from qlora_tool.once import log_once
+from qlora_tool.sizes import noun_of
 from qlora_tool.terminal import progress
 from qlora_tool.weights.quantized import QuantizedTensor, disk_group, from_disk
 
@@ -177,7 +178,7 @@ class MergedModel:
             cure = "" if "was resized" in faults[0] else f"; {cure_of_misfit(stored, self.skeleton, ', with --model')}"
             raise UserError(
                 f"{stored.folder}: not for the base {self.checkpoint.folder}: {len(faults)} of its {count} layers "
-                f"and tensors do not fit, the first because it {faults[0]}{cure}"
+                f"and tensors {noun_of(len(faults), 'does', 'do')} not fit, the first because it {faults[0]}{cure}"
             )
 
     def _tie(self, target: str, origin: str) -> None:

@@ -17,7 +17,7 @@ from qlora_tool.files.reading import LARGEST, is_regular, json_value
 from qlora_tool.model.config_file import read_config_file
 from qlora_tool.model.tokenizer_files import has_tokenizer
 from qlora_tool.run_folder import RunFolder
-from qlora_tool.sizes import file_size, memory_size
+from qlora_tool.sizes import counted, file_size, memory_size, noun_of
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -218,8 +218,9 @@ def _beyond_peft(artifact: Artifact, result: dict[str, Any]) -> list[str]:
         return []
     names = ", ".join(f"`{name}`" for name in found["names"][:4]) + (" …" if len(found["names"]) > 4 else "")
     said = (
-        f"The base that it was trained on differs from the one that PEFT makes of the same files: {found['weights']} "
-        f"weights ({names}; {found['unquantized_bytes'] / 1e6:,.1f} MB) were quantized to {found['kind']} too, which "
+        f"The base that it was trained on differs from the one that PEFT makes of the same files: "
+        f"{counted(found['weights'], 'weight')} ({names}; {found['unquantized_bytes'] / 1e6:,.1f} MB) "
+        f"{noun_of(found['weights'], 'was', 'were')} quantized to {found['kind']} too, which "
         "transformers with bitsandbytes leaves unquantized."
     )
     if _format(result).startswith("adapter"):
@@ -348,7 +349,7 @@ def _training(artifact: Artifact) -> list[tuple[str, Any]]:
 
 
 def _warm_up(steps: float) -> str:
-    return f"{steps:.0%} of the steps" if 0 < steps < 1 else f"{steps:g} steps"
+    return f"{steps:.0%} of the steps" if 0 < steps < 1 else f"{steps:g} {noun_of(steps, 'step')}"
 
 
 def _losses(run: Path) -> list[tuple[str, Any]]:

@@ -23,6 +23,7 @@ from qlora_tool.export.shards import write_at_once
 from qlora_tool.files.tensors import TensorSpec
 from qlora_tool.model.names import SaveGroup
 from qlora_tool.model.taken_weights import takes_weight
+from qlora_tool.sizes import counted
 from qlora_tool.weights.quantized import QuantizedTensor, disk_specs, of_known_size, quantize, to_disk
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ def write_requantized(
         "bytes": sum(spec.nbytes for spec in specs),
         "quantized_weights": len(quantized),
         "unquantized_weights": len(merged.slots) - len(quantized),
-        "left_unquantized": f"{len(left)} of {len(left) + len(quantized)} weights: {why}" if left else None,
+        "left_unquantized": f"{len(left)} of {counted(len(left) + len(quantized), 'weight')}: {why}" if left else None,
         **writer.loss.figures(),
     }
 

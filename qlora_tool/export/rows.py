@@ -21,6 +21,7 @@ from qlora_tool.inference.open import tokenizer_folder
 from qlora_tool.model.open import open_tokenizer, positions_of
 from qlora_tool.model.source import read_model_config
 from qlora_tool.once import log_once
+from qlora_tool.sizes import noun_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,9 +101,9 @@ def calibration_rows(artifact: Artifact, asked: str) -> CalibrationRows | str:
     if asked != "auto":
         found = _in_blocks(build_dataset(asked, settings, tokenizer, key="--calibration").examples, length, asked)
         if found.tokens < FEWEST_TOKENS:
-            raise UserError(f"--calibration {asked}: holds {found.tokens:,} tokens in rows of at most "
-                            f"{settings.max_length}, too few to tell what layers are given; expected {FEWEST_TOKENS:,} "
-                            "at least, or --calibration none")  # fmt: skip
+            held = f"{found.tokens:,} {noun_of(found.tokens, 'token')} in rows of at most {settings.max_length}"
+            raise UserError(f"--calibration {asked}: holds {held}, too few to tell what layers are given; expected "
+                            f"{FEWEST_TOKENS:,} at least, or --calibration none")  # fmt: skip
         return found
     assert artifact.run is not None
     try:
@@ -111,8 +112,9 @@ def calibration_rows(artifact: Artifact, asked: str) -> CalibrationRows | str:
         return f"the run's data cannot be read ({error}); give rows with --calibration FILE"
     found = _in_blocks(examples, length, source)
     if found.tokens < FEWEST_TOKENS:
-        return (f"the run's rows hold {found.tokens:,} tokens, too few to tell what layers are given "
-                f"({FEWEST_TOKENS:,} at least); give rows with --calibration FILE")  # fmt: skip
+        held = f"{found.tokens:,} {noun_of(found.tokens, 'token')}"
+        return (f"the run's rows hold {held}, too few to tell what layers are given ({FEWEST_TOKENS:,} at least); give "
+                "rows with --calibration FILE")  # fmt: skip
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from qlora_tool.export.types import BITSANDBYTES, GGUF_TYPES
 from qlora_tool.export.verify import Agreement
+from qlora_tool.sizes import counted, noun_of
 from qlora_tool.weights.quantized import KINDS
 
 MEAN_KL = 1e-3  # from here on a mean KL is a warning: seven times what bf16's rounding gives (docs/measurements/cpu.md)
@@ -78,8 +79,8 @@ class Proof:
             return [f"not verified: {self.left_out}", *kept]
         found = self.agreement
         lines = [
-            f"{'compared with' if self.warnings() else 'verified against'} {self.live} on {found.tokens:,} tokens of "
-            f"{self.rows}",
+            f"{'compared with' if self.warnings() else 'verified against'} {self.live} on {found.tokens:,} "
+            f"{noun_of(found.tokens, 'token')} of {self.rows}",
             f"  KL divergence {found.mean_kl:.2g} nats on average, {found.worst_kl:.2g} at worst (0: the same); the "
             f"same likeliest token at {found.argmax_agreement:.2%}",
         ]
@@ -96,7 +97,7 @@ class Proof:
         facts = []
         if found := self.agreement:
             facts += [
-                ("rows", f"{found.tokens:,} tokens of {self.rows}"),
+                ("rows", f"{found.tokens:,} {noun_of(found.tokens, 'token')} of {self.rows}"),
                 ("KL divergence", f"{found.mean_kl:.2g} nats on average, {found.worst_kl:.2g} at worst"),
                 ("same likeliest token", f"{found.argmax_agreement:.2%}"),
                 *((f"loss, {of}", f"{live:.4f} trained, {exported:.4f} exported")
@@ -113,7 +114,7 @@ class Proof:
 
     def _losses(self) -> list[tuple[float, float, str]]:
         found = self.agreement
-        pairs = [(found.live_loss, found.exported_loss, f"{found.trained_tokens} trained tokens"),
+        pairs = [(found.live_loss, found.exported_loss, counted(found.trained_tokens, "trained token")),
                  (found.live_loss_all, found.exported_loss_all, "every token")]  # fmt: skip
         return [pair for pair in pairs if pair[0] is not None]
 

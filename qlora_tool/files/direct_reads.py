@@ -9,6 +9,7 @@ import weakref
 from pathlib import Path
 
 from qlora_tool.errors import MachineError, UserError
+from qlora_tool.sizes import counted
 
 PAGE = 4096  # what direct reads start and end on, in the file and in memory
 
@@ -59,7 +60,8 @@ class DirectFile:
                 raise MachineError(f"{self.file}: cannot be read: {error.strerror}; the disk may be broken") from error
             if not count:
                 raise UserError(
-                    f"{self.file}: ends {needed - done} bytes early; remove it, and the next run makes it anew"
+                    f"{self.file}: ends {counted(needed - done, 'byte')} early; remove it, and the next run makes it "
+                    "anew"
                 )
             done += count
         return done

@@ -12,6 +12,7 @@ from typing import Any
 from qlora_tool.files.atomic import write_text
 from qlora_tool.files.digest import sha256
 from qlora_tool.files.reading import LARGEST, why_no_file
+from qlora_tool.sizes import counted
 
 _KEY, _BLANK = "sha256", "0" * 64
 
@@ -73,7 +74,7 @@ def first_change(folder: Path, files: Mapping[str, Any]) -> str | None:
             if not stat.S_ISREG(found.st_mode):
                 return f"{name} is no file"
             if found.st_size != listed.get("bytes"):
-                return f"{name} has {found.st_size} bytes, and had {listed.get('bytes')}"
+                return f"{name} has {counted(found.st_size, 'byte')}, and had {listed.get('bytes')}"
             digest = sha256(folder / name)
         except OSError as error:
             return f"{name}: {error.strerror}"

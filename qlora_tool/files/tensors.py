@@ -33,6 +33,7 @@ from qlora_tool.files.reading import parse_json, refuse_other_than_file
 from qlora_tool.files.weight_files import INDEX_NAME as INDEX_NAME
 from qlora_tool.files.weight_files import SINGLE_NAME as SINGLE_NAME
 from qlora_tool.files.weight_files import weight_files
+from qlora_tool.sizes import counted
 
 _TRIM_EVERY = 32 << 20  # bytes read
 
@@ -143,7 +144,8 @@ def _refusals(file: Path) -> Iterator[None]:
             ) from error
         reason = " ".join(str(error).split()).removeprefix("Error while deserializing header: ")
         raise UserError(
-            f"{file}: truncated, or not a safetensors file ({reason}; {file.stat().st_size} bytes); download it again"
+            f"{file}: truncated, or not a safetensors file ({reason}; "
+            f"{counted(file.stat().st_size, 'byte')}); download it again"
         ) from error
 
 
@@ -162,7 +164,8 @@ def read_tensor(entry: TensorEntry, device: torch.device | str = "cpu") -> Tenso
             count = stream.readinto(view[done:])
             if not count:
                 raise UserError(
-                    f"{entry.file}: ended {entry.nbytes - done} bytes early while it was read; download it again"
+                    f"{entry.file}: ended {counted(entry.nbytes - done, 'byte')} early while it was read; download it "
+                    "again"
                 )
             done += count
     return buffer.view(entry.dtype).reshape(entry.shape).to(device)

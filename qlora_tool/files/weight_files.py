@@ -9,6 +9,7 @@ from qlora_tool.errors import UserError, printable
 from qlora_tool.files.kinds import kind_of
 from qlora_tool.files.reading import found_as, is_inside, read_object
 from qlora_tool.once import log_once
+from qlora_tool.sizes import counted, noun_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +43,9 @@ def weight_files(folder: Path) -> list[Path]:
         names = _shard_names(index)
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
+            gone = f"{counted(len(names), 'shard')} {noun_of(len(missing), 'is', 'are')} missing"
             raise UserError(
-                f"{folder}: {len(missing)} of {len(names)} shards are missing ({', '.join(missing[:3])}); "
-                "download the model again"
+                f"{folder}: {len(missing)} of {gone} ({', '.join(missing[:3])}); download the model again"
             )
         return [folder / name for name in names]
     pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])

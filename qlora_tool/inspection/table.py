@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qlora_tool.inspection.updates import SHARE, Inspection, Row
+from qlora_tool.inspection.updates import SETTLED, SHARE, Inspection, Row
+from qlora_tool.sizes import counted
 
 _RANKS = 6  # powers of two in the line that says what each rank keeps, at most
 _LEGEND = (
@@ -18,7 +19,7 @@ def lines_of(found: Inspection) -> list[str]:
     """The screen, line by line."""
     ranks = sorted({module.r for module in found.modules})
     named = f"r {ranks[0]}" if len(ranks) == 1 else f"r {ranks[0]} to {ranks[-1]}"
-    lines = [f"{found.name}: {found.method}, {named}, on {len(found.modules)} modules of {found.base}"]
+    lines = [f"{found.name}: {found.method}, {named}, on {counted(len(found.modules), 'module')} of {found.base}"]
     if found.no_base:
         lines.append(f"|W0| is left out: {found.no_base}")
     lines += ["", *_table(found), "", *_legend(found)]
@@ -66,12 +67,18 @@ def _summary(found: Inspection) -> list[str]:
     if not any(module.spectrum.norm for module in found.modules):
         return ["nothing was learned: every update is 0"]
     kept = ", ".join(f"{r}: {found.kept(r):.1%}" for r in _some_ranks(found))
-    lines = [f"kept of all updates by one rank everywhere: {kept}"]
+    lines = [f"kept of all updates by one rank everywhere: {kept}", *([early] if (early := too_early(found)) else [])]
     if found.beside:
         names = ", ".join(found.beside[:3]) + (" …" if len(found.beside) > 3 else "")
-        count = len(found.beside)
-        lines.append(f"trained whole, without a rank: {count} tensor{'s' if count > 1 else ''} ({names})")
+        lines.append(f"trained whole, without a rank: {counted(len(found.beside), 'tensor')} ({names})")
     return lines
+
+
+def too_early(found: Inspection) -> str:
+    """The line on a run too short to say anything of its rank; empty where it is not."""
+    if not found.early:
+        return ""
+    return f"whether r fits: too early to tell after {counted(found.steps or 0, 'step')}; train for {SETTLED} or more"
 
 
 def _some_ranks(found: Inspection) -> Sequence[int]:

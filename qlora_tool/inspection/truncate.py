@@ -36,7 +36,7 @@ from qlora_tool.inspection.spectrum import best_factors
 from qlora_tool.inspection.updates import Inspection, Opened, adapter_of, open_adapter, update_factors
 from qlora_tool.methods import METHODS
 from qlora_tool.model.tokenizer_files import copy_tokenizer, has_tokenizer
-from qlora_tool.sizes import file_size
+from qlora_tool.sizes import file_size, noun_of
 
 _BATCH = 8  # rows of a forward pass
 
@@ -93,7 +93,7 @@ class Truncation:
             return [*lines, f"loss not measured: {self.no_losses}"]
         found = self.losses
         return [*lines, f"loss {found.before:.4f} before, {found.after:.4f} after ({found.after - found.before:+.4f}), "
-                f"on {found.tokens:,} trained tokens of {found.rows}"]  # fmt: skip
+                f"on {found.tokens:,} trained {noun_of(found.tokens, 'token')} of {found.rows}"]  # fmt: skip
 
 
 def refuse_truncation(artifact: Artifact, r: int, output: Path, overwrite: bool = False) -> None:

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 SHARE = 0.9  # of an update, Frobenius norm squared, that the suggested ranks keep
 USED, HALF = 0.8, 0.5  # of r: where 90 % need more, all of it is used; where they need no more, half of it is unused
+# Steps before which the spectrum says more of the optimizer than of the task: Adam makes the first steps of all entries
+# about equally large, which takes many directions; in a run of the demo the ranks came to rest between 20 and 30 steps.
+SETTLED = 30
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class Inspection:
         no_base: why the base's norms are not known, or None.
         beside: tensors that are trained whole (`modules_to_save`, biases), which have no rank.
         rows: of the table: by kind of module, or each module.
+        steps: after which the adapter was kept; None where that is not known, or it was trained before that run too.
     """
 
     name: str
@@ -123,6 +127,12 @@ class Inspection:
     no_base: str | None
     beside: tuple[str, ...]
     rows: tuple[Row, ...]
+    steps: int | None = None
+
+    @property
+    def early(self) -> bool:
+        """Whether the run was too short for its ranks to say anything of r."""
+        return too_early(self.steps)
 
     def kept(self, r: int) -> float:
         """Share of the squared norm of all updates together that the best rank r of each keeps."""
@@ -153,6 +163,7 @@ class Inspection:
             "base_not_at_hand": self.no_base,
             "singular_values_of": "the update" if self.additive else "s·BA, the update's low-rank part",
             "trained_whole": list(self.beside),
+            "steps": self.steps,
             "r": self.rank,
             "rank_90": self.needed,
             "kept_by_rank": {str(r): self.kept(r) for r in range(1, highest + 1)},
@@ -176,10 +187,25 @@ def inspect_adapter(artifact: Artifact, every_module: bool = False, *, with_base
     opened = open_adapter(artifact, with_base)
     with torch.no_grad():
         modules = tuple(_updates(stored, opened))
+    steps = _steps_of(artifact)
     return Inspection(
         artifact.name, stored.method.name, artifact.model.name_or_path, stored.method.additive, modules,
-        opened.no_base, tuple(sorted(stored.replaced_tensors())), _rows(modules, every_module),
+        opened.no_base, tuple(sorted(stored.replaced_tensors())), _rows(modules, every_module, too_early(steps)), steps,
     )  # fmt: skip
+
+
+def too_early(steps: int | None) -> bool:
+    """Whether so many steps are too few for a spectrum to say anything of r."""
+    return steps is not None and steps < SETTLED
+
+
+def _steps_of(artifact: Artifact) -> int | None:
+    """After how many steps an adapter was kept; None where it has others behind it that are not known."""
+    if artifact.run is not None and artifact.run.adapter.init_from:
+        return None
+    provenance = (artifact.adapter and artifact.adapter.provenance) or {}
+    steps = provenance.get("step")
+    return steps if type(steps) is int else None
 
 
 def adapter_of(artifact: Artifact) -> StoredAdapter:
@@ -258,7 +284,7 @@ def _base(artifact: Artifact) -> tuple[MergedModel | None, str | None]:
 
 def _updates(stored: StoredAdapter, opened: Opened) -> Iterable[ModuleUpdate]:
     if opened.weights is not None:
-        logger.info("reading the %d weights of the base that are adapted, for their norms", len(opened.layers))
+        logger.info("reading the base's adapted weights, %d of them, for their norms", len(opened.layers))
     for name, layer in opened.layers.items():
         weight, shape = None if opened.weights is None else opened.weights(name), opened.shapes[name]
         several = len(shape) > 2
@@ -300,13 +326,13 @@ def kind_of(name: str) -> str:
     return ".".join(parts[parts.index("*") + 1 :] if "*" in parts else parts)
 
 
-def _rows(modules: Iterable[ModuleUpdate], every_module: bool) -> tuple[Row, ...]:
+def _rows(modules: Iterable[ModuleUpdate], every_module: bool, early: bool) -> tuple[Row, ...]:
     groups: dict[str, list[ModuleUpdate]] = {}
     for module in modules:
         groups.setdefault(module.name if every_module else module.kind, []).append(module)
     short = _short_names(list(groups)) if not every_module else {}
     total = math.fsum(module.spectrum.norm ** 2 for group in groups.values() for module in group)
-    return tuple(_row(short.get(name, name), group, total) for name, group in groups.items())
+    return tuple(_row(short.get(name, name), group, total, early) for name, group in groups.items())
 
 
 def _short_names(names: list[str]) -> Mapping[str, str]:
@@ -315,7 +341,7 @@ def _short_names(names: list[str]) -> Mapping[str, str]:
     return {name: part if last.count(part) == 1 else name for name, part in zip(names, last, strict=True)}
 
 
-def _row(name: str, group: list[ModuleUpdate], total: float) -> Row:
+def _row(name: str, group: list[ModuleUpdate], total: float, early: bool) -> Row:
     ratios = [module.ratio for module in group if module.ratio is not None]
     own = math.fsum(module.spectrum.norm ** 2 for module in group)
     return Row(
@@ -323,7 +349,7 @@ def _row(name: str, group: list[ModuleUpdate], total: float) -> Row:
         _spread(ratios) if ratios else None,
         _spread([module.spectrum.effective_rank for module in group]),
         _spread([module.needed for module in group]),
-        own / total if total else 0.0, verdict(group),
+        own / total if total else 0.0, verdict(group, early),
     )  # fmt: skip
 
 
@@ -331,13 +357,13 @@ def _spread(values: list[float] | list[int]) -> tuple[float, float, float]:
     return min(values), median(values), max(values)
 
 
-def verdict(group: Iterable[ModuleUpdate]) -> str:
+def verdict(group: Iterable[ModuleUpdate], early: bool = False) -> str:
     """What the updates of a group say of their rank, in a few words; nothing where r is not the rank that they can have
-    (LoHa's is r²)."""
+    (LoHa's is r²), or it is too early to tell."""
     group = [module for module in group if module.spectrum.norm]
     if not group:
         return "no update"
-    if any(len(module.spectrum.values) > module.r for module in group):
+    if early or any(len(module.spectrum.values) > module.r for module in group):
         return ""
     small = sum(module.needed > USED * module.r for module in group)
     if small:

@@ -37,6 +37,7 @@ class Additive(Method):
     """
 
     name = "additive"
+    usual_rates = (1e-5, 1e-3)
     peft_type = LORA.peft_type
     keys = AdditiveKeys
     scales = frozenset({"additive_A", "additive_B"})

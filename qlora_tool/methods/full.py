@@ -32,6 +32,7 @@ class Full(Method):
     peft_names: ClassVar[Mapping[str, str]] = {}
     has_delta = False
     additive = False
+    usual_rates = (1e-6, 1e-4)
 
     def shapes(self, out_features: int, in_features: int, r: int) -> dict[str, tuple[int, ...]]:
         return {}

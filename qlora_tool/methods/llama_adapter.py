@@ -39,6 +39,7 @@ class LlamaAdapter(Method):
     """
 
     name = "llama_adapter"
+    usual_rates = (1e-3, 5e-2)  # prompts and a gate are trained
     peft_type = "ADAPTION_PROMPT"
     keys = LlamaAdapterKeys
     on_attention = True

@@ -35,6 +35,7 @@ class Loha(Method):
     """
 
     name = "loha"
+    usual_rates = (1e-4, 2e-2)
     peft_type = "LOHA"
     keys = LohaKeys
     peft_takes_conv1d = False

@@ -58,6 +58,7 @@ class Lokr(Method):
     """
 
     name = "lokr"
+    usual_rates = (1e-4, 2e-2)
     peft_type = "LOKR"
     keys = LokrKeys
     peft_takes_conv1d = False

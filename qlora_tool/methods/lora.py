@@ -14,6 +14,7 @@ from qlora_tool.errors import UserError
 from qlora_tool.methods import starts
 from qlora_tool.methods.keys import MOST, WHOLE, Count, Mark, MethodKeys, NotEmpty, Positive
 from qlora_tool.methods.method import Adapter, Method, PeftForm, SavedWith, Settings, refuse_keys
+from qlora_tool.sizes import noun_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,8 +134,9 @@ class Lora(Method):
     def _refuse_rank(self, out_features: int, in_features: int, settings: Settings) -> None:
         most = min(out_features, in_features)
         if settings.r > most:
+            parts = noun_of(settings.r, "largest part", f"{settings.r} largest parts")
             raise UserError(
-                f"adapter.init_lora_weights: {_start_of(settings)} takes the {settings.r} largest parts of a weight, "
+                f"adapter.init_lora_weights: {_start_of(settings)} takes the {parts} of a weight, "
                 f"but one of {out_features} x {in_features} is adapted; set adapter.r: {most} or less, or give it a "
                 "rank of its own in adapter.rank_pattern"
             )

@@ -132,6 +132,7 @@ class Method(ABC):
         shared_saved_by: PEFT's key, and the method's, that says whether it holds them.
         kept: those of `frozen` that are saved all the same, in checkpoints and with the adapter, as what they were made
             of is not there any more.
+        usual_rates: the lowest and the highest learning rate that is usual with it; one far outside is warned of.
 
     Raises:
         TypeError: a subclass is defined that lacks a part; the part is named.
@@ -157,6 +158,7 @@ class Method(ABC):
     shared_names: ClassVar[Mapping[str, str]] = {}
     shared_saved_by: ClassVar[str] = ""
     kept: ClassVar[frozenset[str]] = frozenset()
+    usual_rates: ClassVar[tuple[float, float]] = (1e-5, 2.5e-3)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

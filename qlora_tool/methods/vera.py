@@ -43,6 +43,7 @@ class Vera(Method):
     """
 
     name = "vera"
+    usual_rates = (1e-3, 5e-2)  # vectors alone are trained
     peft_type = "VERA"
     scales = frozenset({"vera_lambda_b"})
     keys = VeraKeys

@@ -27,6 +27,7 @@ from qlora_tool.model.experts import is_experts_module
 from qlora_tool.model.layout import as_now
 from qlora_tool.model.slots import is_linear
 from qlora_tool.model.text_part import text_modules
+from qlora_tool.sizes import counted
 from qlora_tool.weights.handles import KeptWeights
 from qlora_tool.weights.modules import FrozenLinear
 
@@ -69,7 +70,7 @@ class Recomputation:
             what = "everything" if ALL_RECOMPUTED in self.layers else "nothing"
             return ", ".join([f"{what} recomputed", *kept])
         first, space, rest = said[0].partition(" ")
-        return ", ".join([f"{first} of {len(self.layers)} layers{space}{rest}", *said[1:], *kept])
+        return ", ".join([f"{first} of {counted(len(self.layers), 'layer')}{space}{rest}", *said[1:], *kept])
 
 
 def _said(recomputed: Recomputed) -> str:

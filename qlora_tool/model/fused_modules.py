@@ -26,6 +26,7 @@ from qlora_tool.model.trials import AsText, attributes_of, subclass, trying, twi
 from qlora_tool.ops.norm import KINDS, WIDEST, NormKind, rms_norm, rms_norm_reference
 from qlora_tool.ops.one_pass import in_one_pass
 from qlora_tool.ops.rotary import rotary, rotary_reference
+from qlora_tool.sizes import counted
 
 ROTARY = "apply_rotary_pos_emb"
 _EPSILONS = ("variance_epsilon", "eps", "epsilon", "norm_eps")
@@ -39,7 +40,7 @@ class FusedModules:
     modules: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} in {count} modules" for name, count in self.modules.items()) or "nothing"
+        return ", ".join(f"{name} in {counted(count, 'module')}" for name, count in self.modules.items()) or "nothing"
 
 
 def fuse_modules(model: nn.Module) -> FusedModules:

@@ -15,6 +15,7 @@ from qlora_tool.files.tensors import Checkpoint, missing_names
 from qlora_tool.model.names import LoadGroup, plan_load
 from qlora_tool.model.resized import fitted
 from qlora_tool.model.stored import StoredAs, refuse_leftover_scales, stored_tensors
+from qlora_tool.sizes import noun_of
 from qlora_tool.weights.by_rows import experts_from_rows, rows_of
 from qlora_tool.weights.quantized import QuantizedTensor
 
@@ -188,8 +189,8 @@ class ParameterSource:
                 count = int((~tensor.isfinite()).sum())
                 raise UserError(
                     f"{self.checkpoint[self._stored[name].parts[0]].file}: tensor {name}: {count:,} of its "
-                    f"{tensor.numel():,} values are no finite numbers (NaN or infinite); download the model again, or "
-                    "take an earlier one: the training that made it diverged"
+                    f"{tensor.numel():,} values {noun_of(count, 'is no finite number', 'are no finite numbers')} (NaN "
+                    "or infinite); download the model again, or take an earlier one: the training that made it diverged"
                 )
 
 
@@ -217,7 +218,8 @@ def _refuse_missing(source: ParameterSource, unexpected: list[str]) -> None:
     ]  # fmt: skip
     if missing:
         raise UserError(
-            f"{source.checkpoint.folder}: {len(missing)} of the model's {len(source.shapes)} tensors are missing from "
+            f"{source.checkpoint.folder}: {len(missing)} of the model's {len(source.shapes)} tensors "
+            f"{noun_of(len(missing), 'is', 'are')} missing from "
             f"its weights: {missing_names(missing, dict.fromkeys(unexpected))}; download the model again"
         )
 

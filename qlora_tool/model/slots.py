@@ -24,6 +24,7 @@ from qlora_tool.model.experts import expert_weight_names, is_experts_module
 from qlora_tool.model.parameter_source import tied_names
 from qlora_tool.model.text_part import is_outside, outside_text
 from qlora_tool.once import log_once
+from qlora_tool.sizes import counted, noun_of
 from qlora_tool.weights.modules import FrozenEmbedding
 from qlora_tool.weights.quantized import QuantizedTensor, quantize, quantized_bytes
 
@@ -102,9 +103,10 @@ class BeyondPeft:
     def __str__(self) -> str:
         names = sorted({re.sub(r"\.\d+(?=\.)", ".*", name) for name in self.weights})
         shown = f"{', '.join(names[:2])}{' …' if len(names) > 2 else ''}"
+        count = len(self.weights)
         return (
-            f"{len(self.weights)} weights ({shown}) in {self.kind} take {self.bytes / 1e6:,.1f} MB instead of "
-            f"{self.unquantized_bytes / 1e6:,.1f} MB"
+            f"{counted(count, 'weight')} ({shown}) in {self.kind} {noun_of(count, 'takes', 'take')} "
+            f"{self.bytes / 1e6:,.1f} MB instead of {self.unquantized_bytes / 1e6:,.1f} MB"
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qlora_tool.errors import MachineError, UserError, did_you_mean, printable
+from qlora_tool.errors import MachineError, UserError, did_you_mean, did_you_mean_path, looked_for, printable
 from qlora_tool.files.kinds import kind_of
 from qlora_tool.files.reading import read_object, refuse_odd_files
 from qlora_tool.model.config_file import NAME, read_config_file
@@ -57,12 +57,21 @@ def local_folder(name_or_path: str) -> Path | None:
         found = "a model for llama.cpp, which is not trained" if kind_of(name_or_path) == "gguf" else "not a folder"
         raise UserError(f"model {name_or_path}: {found}; expected a model folder, a hub id (owner/name), or demo")
     if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
-        siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
         raise UserError(
-            f"model {name_or_path}: no such folder{did_you_mean(path.name, siblings)}; expected a model folder, a hub "
-            "id (owner/name), or demo"
+            f"model {name_or_path}: no such folder{_like_it(name_or_path)}; expected a model folder, a hub id "
+            f"(owner/name), or demo{looked_for(name_or_path)}"
         )
     return None
+
+
+def _like_it(name: str) -> str:
+    """What may be meant by the name of a folder that is not there, for a line; empty where nothing is like it."""
+    parent = Path(name).expanduser().parent
+    try:
+        siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return ""
+    return did_you_mean_path(Path(name), siblings)
 
 
 def _instead(path: Path) -> str:
@@ -103,12 +112,14 @@ def _from_hub(name: str, revision: str | None, patterns: list[str], fetch: bool,
         RevisionNotFoundError,
     )
 
+    # What looks like a hub id may be a folder that is misspelt.
+    near = f"{_like_it(name)}{looked_for(name)}" if Path(name).parent.is_dir() else ""
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=not fetch))
     except RepositoryNotFoundError as error:
         raise UserError(
             f"model {name}: the hub has no such model, or it is private (log in with `hf auth login`); "
-            "a folder would have to be written with its path, such as ./NAME"
+            f"a folder would have to be written with its path, such as ./NAME{near}"
         ) from error
     except RevisionNotFoundError as error:
         raise UserError(
@@ -116,16 +127,16 @@ def _from_hub(name: str, revision: str | None, patterns: list[str], fetch: bool,
         ) from error
     except HFValidationError as error:
         raise UserError(
-            f"model {name}: no such folder, and not a hub id (owner/name) either: {str(error).splitlines()[0]}"
+            f"model {name}: no such folder, and not a hub id (owner/name) either: {str(error).splitlines()[0]}{near}"
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         if not fetch:
-            raise UserError(f"model {name}: no such folder, and not in the hub's local cache") from error
+            raise UserError(f"model {name}: no such folder, and not in the hub's local cache{near}") from error
         others = f"name a local folder ({_SET}FOLDER), or the demo model: {_SET}demo" if by_key else \
             "name a local folder (or demo)"  # fmt: skip
         raise MachineError(
             f"model {name}: no such folder, not in the hub's local cache, and the model hub is out of reach; connect, "
-            f"or {others}"
+            f"or {others}{near}"
         ) from error
 
 

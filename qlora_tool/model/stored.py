@@ -20,6 +20,7 @@ from torch import Tensor
 from qlora_tool.errors import UserError
 from qlora_tool.files.tensors import Checkpoint, TensorEntry, missing_names
 from qlora_tool.model.origin import original_of
+from qlora_tool.sizes import counted
 from qlora_tool.weights.quantized import QuantizedTensor, disk_group, disk_shape, from_disk
 from qlora_tool.weights.scaled import FLOAT8, dequantize_mxfp4, dequantize_scaled
 
@@ -235,7 +236,7 @@ def refuse_leftover_scales(checkpoint: Checkpoint, unused: list[str], stored: St
     if found:
         method = f" (quantization_config: {stored.method})" if stored.method else " (config.json says nothing of it)"
         raise UserError(
-            f"{checkpoint.folder}: {len(found)} tensors of a quantization that cannot be read{method}: "
+            f"{checkpoint.folder}: {counted(len(found), 'tensor')} of a quantization that cannot be read{method}: "
             f"{missing_names(found, {})}; without them the weights would be wrong: {original_of(checkpoint.folder)}"
         )
 

@@ -8,13 +8,15 @@ from datetime import datetime, timezone
 from typing import Any
 
 from qlora_tool._version import __version__
+from qlora_tool.adapters.calibration import start_tokens
 from qlora_tool.config import config_to_yaml
 from qlora_tool.data.spans import UNICODE, visible
+from qlora_tool.inspection.table import too_early
 from qlora_tool.reporting.charts import bar, number
 from qlora_tool.reporting.escape import escaped
 from qlora_tool.reporting.found import Found
 from qlora_tool.reporting.parts import command, facts, missing, section, table
-from qlora_tool.sizes import file_size, memory_size
+from qlora_tool.sizes import file_size, memory_size, noun_of
 
 LONGEST_SAMPLE = 4000  # characters
 
@@ -28,8 +30,8 @@ def summary(found: Found) -> str:
     pairs = [
         ("model", f"{config.model.name_or_path}, {config.model.quantization}"),
         ("method", ", ".join([config.adapter.method, *shape])),
-        ("steps", f"{number(last['step'])}, {number(last['epoch'])} epochs" if {"step", "epoch"} <= last.keys() else
-         number(losses[-1][0]) if losses else "none yet"),
+        ("steps", f"{number(last['step'])}, {_numbered(last['epoch'], 'epoch')}"
+         if {"step", "epoch"} <= last.keys() else number(losses[-1][0]) if losses else "none yet"),
     ]  # fmt: skip
     if losses:
         pairs.append(("training loss", f"{losses[0][1]:.4f} → {losses[-1][1]:.4f}"))
@@ -87,8 +89,12 @@ def rows(found: Found) -> str:
 def _example(example: Mapping[str, Any]) -> str:
     text = "".join(f"<mark>{shown}</mark>" if trained else shown
                    for shown, trained in ((_said(text), trained) for text, trained in example["spans"]))  # fmt: skip
-    said = f"{example['where']}: {number(example['tokens'])} tokens, {number(example['trained_tokens'])} trained"
+    said = f"{example['where']}: {_numbered(example['tokens'], 'token')}, {number(example['trained_tokens'])} trained"
     return f'<h3>{escaped(said, 300)}</h3><pre class="row">{text}</pre>'
+
+
+def _numbered(count: float, noun: str) -> str:
+    return f"{number(count)} {noun_of(count, noun)}"
 
 
 def _said(text: object) -> str:
@@ -117,6 +123,8 @@ def ranks(found: Found) -> str:
     needed = "Nothing was learned: every update is 0."
     if seen.needed:
         needed = f"One rank everywhere that keeps 90 % of all updates: {seen.needed}, of r {seen.rank}."
+        if early := too_early(seen):
+            needed += f" {early[0].upper()}{early[1:]}."
     return section("ranks", title, [
         f'<div class="scrolls" tabindex="0"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody>'
         f"</table></div><p>{escaped(needed)} Effective rank: exp of the entropy of the singular values; of all: share "
@@ -139,7 +147,21 @@ def exports(found: Found) -> str:
         told = [("what", ", ".join(about)), *([("size", file_size(size))] if isinstance(size, int) else []),
                 ("when", str(one.get("date", ""))), *_proof(one.get("verification"))]  # fmt: skip
         body.append(f"<h3>{escaped(folder)}</h3>{facts(told)}")
-    return section("exports", title, [*body, *earlier])
+    return section("exports", title, [*body, *_two_of_the_untuned(found), *earlier])
+
+
+def _two_of_the_untuned(found: Found) -> list[str]:
+    """Why the loss before the first step and that of the untuned model differ, where the page has both."""
+    adapter = found.config.adapter
+    start = f"init_from: {adapter.init_from}" if adapter.init_from else \
+        f"init_lora_weights: {getattr(adapter, 'init_lora_weights', '')}"  # fmt: skip
+    verified = [one.get("verification") for one in found.exports.values()]
+    shown = any(isinstance(one, Mapping) and one.get("untuned_loss") is not None for one in verified)
+    as_the_base = not adapter.init_from and start_tokens(found.config, ()) is None
+    if as_the_base or not shown or not found.untuned:
+        return []
+    return [f"<p>Untuned is the base without an adapter; the losses before the first step are those of the base with "
+            f"the adapter as it started (<code>{escaped(start)}</code>), which is another model.</p>"]  # fmt: skip
 
 
 def _proof(verification: Any) -> list[tuple[str, str]]:
@@ -148,7 +170,7 @@ def _proof(verification: Any) -> list[tuple[str, str]]:
         return [("verified", "no")]
     if verification.get("left_out"):
         return [("not verified", str(verification["left_out"]))]
-    told = [("verified on", f"{number(verification['tokens'])} tokens of {verification.get('rows')}")] \
+    told = [("verified on", f"{_numbered(verification['tokens'], 'token')} of {verification.get('rows')}")] \
         if verification.get("tokens") else []  # fmt: skip
     for key, name, form in _FIGURES:
         if isinstance(value := verification.get(key), int | float):

@@ -16,6 +16,7 @@ from qlora_tool.config import evaluation_losses
 from qlora_tool.errors import UserError
 from qlora_tool.files.atomic import replacing_folder
 from qlora_tool.run_folder import is_checkpoint
+from qlora_tool.sizes import counted
 from qlora_tool.training.checkpoints import Best, Progress, checkpoint_tensors, read_manifest
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def describe_best(progress: Progress, config: Config) -> str | None:
         return None
     found = f"{best.metric} {best.value:.4f} after step {best.step}"
     if config.training.load_best_model_at_end:
-        return f"adapter/ is the best one: {found}, of {progress.step} steps"
+        return f"adapter/ is the best one: {found}, of {counted(progress.step, 'step')}"
     if best.step == progress.step:
         return None
     return f"adapter/ is the last step's; the best was {found} (training.load_best_model_at_end: true keeps that one)"

@@ -14,6 +14,7 @@ import torch
 from qlora_tool.files.cache import cache_folder
 from qlora_tool.ops.measured import check_date, expired, read_measured, today, write_measured
 from qlora_tool.ops.speeds import processor_kind
+from qlora_tool.sizes import counted, noun_of
 
 if TYPE_CHECKING:
     from qlora_tool.config import Config
@@ -87,21 +88,21 @@ def describe_length(plan: StepPlan, done: int, speed: MeasuredSpeed | None, eval
     """
     left = plan.total_steps - done
     tokens = sum(plan.lengths) * left / plan.steps_per_epoch
-    counted = f"{left:,} step{'' if left == 1 else 's'}, about {tokens:,.0f} tokens"
+    counted = f"{left:,} {noun_of(left, 'step')}, about {tokens:,.0f} {noun_of(round(tokens), 'token')}"
     if speed is None:
         how = ("this run measures it" if left <= 5 else "the same command with --set training.max_steps=5 "
                "--output-dir FOLDER measures it")  # fmt: skip
         return f"{counted}; hours not measured, as no such run was made here: {how}"
     without = ", evaluations not counted" if evaluates else ""
     return (f"{counted}; {in_hours(tokens / speed.tokens_per_second)} at {speed.tokens_per_second:,.0f} tokens/s, from "
-            f"{speed.steps:,} steps measured here on {speed.date[:10]}{without}")  # fmt: skip
+            f"{speed.steps:,} {noun_of(speed.steps, 'step')} measured here on {speed.date[:10]}{without}")  # fmt: skip
 
 
 def in_hours(seconds: float) -> str:
     """`2.3 hours`; less as `12 minutes`, and less than two as `45 seconds`."""
     if seconds >= 3600:
         return f"{seconds / 3600:,.1f} hours"
-    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{max(1, seconds):.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else counted(max(1, round(seconds)), "second")
 
 
 def _file() -> Path:

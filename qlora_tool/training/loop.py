@@ -29,6 +29,7 @@ from qlora_tool.model.streamed_base import disk_of
 from qlora_tool.ops.determinism import full_determinism
 from qlora_tool.ops.products import use_products
 from qlora_tool.run_folder import RunFolder
+from qlora_tool.sizes import counted
 from qlora_tool.training.belonging import belongs_to, made_by
 from qlora_tool.training.best import best_so_far, metric_of, note_evaluation
 from qlora_tool.training.checkpoints import save_checkpoint
@@ -344,7 +345,8 @@ def _evaluate(run: Run, say: Callable[[str], None]) -> dict[str, float]:
         results[name] = evaluate_loss(
             run.model, dataset, run.training.per_device_train_batch_size, run.data.pad_token_id, run.world
         )
-        say(f"step {run.progress.step}: {name} loss {results[name].loss:.4f} over {results[name].tokens} tokens")
+        over = counted(results[name].tokens, "token")
+        say(f"step {run.progress.step}: {name} loss {results[name].loss:.4f} over {over}")
     if not results:
         return {}
     first = next(iter(results.values()))

@@ -63,8 +63,9 @@ def judge(
     zero, others = _zero_updates(adapters)
     so = "as it started" if any(name.endswith(".start_B") for name in adapters.tensors()) else "0"
     if zero and not others:
+        all_of = f"all {len(zero)} adapters" if len(zero) > 1 else "the one adapter"
         return Outcome(False, (
-            f"nothing was learned: B is {so} in all {len(zero)} adapters, so that the model is the untuned one; raise "
+            f"nothing was learned: B is {so} in {all_of}, so that the model is the untuned one; raise "
             "training.learning_rate or the number of steps",
         ))  # fmt: skip
     warnings = []

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from qlora_tool.config import Config, with_values
 from qlora_tool.data.batches import EpochPlan, plan_epoch
+from qlora_tool.sizes import counted
 from qlora_tool.training.schedule import warmup_length
 
 STEPS_TO_LEARN = 100
@@ -67,7 +68,7 @@ class StepPlan:
     def describe(self) -> str:
         """The run's length in a line."""
         why = f"; {self.decided}" if self.decided else ""
-        return f"{_count(self.total_steps, 'step')} ({self.steps_per_epoch} an epoch{why})"
+        return f"{counted(self.total_steps, 'step')} ({self.steps_per_epoch} an epoch{why})"
 
     def too_short(self) -> str | None:
         """What to say of a run that is too short to learn much, with the line that mends it; None of a longer one."""
@@ -75,8 +76,8 @@ class StepPlan:
             return None
         training = self.config.training
         epochs = epochs_to_learn(self.steps_per_epoch)
-        found = f"this run has {_count(self.total_steps, 'optimizer step')}, and of fewer than {SHORT_RUN} little is " \
-                "learned"  # fmt: skip
+        found = f"this run has {counted(self.total_steps, 'optimizer step')}, and of fewer than {SHORT_RUN} little " \
+                "is learned"  # fmt: skip
         if training.max_steps != -1:
             return f"{found}: as a try that will do; else leave training.max_steps out"
         cures = [f"set training.num_train_epochs: auto (here {epochs})"]
@@ -93,18 +94,18 @@ class StepPlan:
         said, warmup = [], warmup_length(training.warmup_steps, total)
         if warmup > total:
             highest = training.learning_rate * total / warmup
-            said.append(f"training.warmup_steps: {warmup}, but this run has {_count(total, 'step')}: the learning rate "
-                        f"gets no higher than {highest:.2e} of {training.learning_rate:.2e}; set it to less, such as "
-                        "0.03, a share of all steps")  # fmt: skip
+            said.append(f"training.warmup_steps: {warmup}, but this run has {counted(total, 'step')}: the learning "
+                        f"rate gets no higher than {highest:.2e} of {training.learning_rate:.2e}; set it to less, such "
+                        "as 0.03, a share of all steps")  # fmt: skip
         before_the_end = (total - 1) // training.eval_steps if training.eval_steps else None
         if training.load_best_model_at_end and before_the_end == 0:
-            said.append(f"training.load_best_model_at_end: true, but this run has {_count(total, 'step')} and "
+            said.append(f"training.load_best_model_at_end: true, but this run has {counted(total, 'step')} and "
                         f"training.eval_steps is {training.eval_steps}: the last adapter is the only one to choose "
                         "from; lower training.eval_steps")  # fmt: skip
         patience = training.early_stopping_patience
         if patience is not None and before_the_end is not None and before_the_end <= patience:
             said.append(f"training.early_stopping_patience: {patience}, but this run has "
-                        f"{_count(before_the_end, 'evaluation')} before its end, too few to stop early; lower "
+                        f"{counted(before_the_end, 'evaluation')} before its end, too few to stop early; lower "
                         "training.eval_steps or the patience")  # fmt: skip
         return said
 
@@ -118,7 +119,8 @@ def _why(epochs: int, steps_per_epoch: int) -> str:
     chosen = f"num_train_epochs: auto is {epochs}"
     if epochs == 1:
         return f"{chosen}, as one pass has at least {STEPS_TO_LEARN} steps"
-    return f"{chosen}, as one pass has {_count(steps_per_epoch, 'step')} and a run needs some {STEPS_TO_LEARN} to learn"
+    one = counted(steps_per_epoch, "step")
+    return f"{chosen}, as one pass has {one} and a run needs some {STEPS_TO_LEARN} to learn"
 
 
 def epoch_batches(config: Config, lengths: Sequence[int], epoch: int) -> EpochPlan:
@@ -128,7 +130,3 @@ def epoch_batches(config: Config, lengths: Sequence[int], epoch: int) -> EpochPl
         packing=config.data.packing, shuffle=config.data.shuffle, seed=config.training.seed, epoch=epoch,
         group_by_length=config.training.group_by_length,
     )  # fmt: skip
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

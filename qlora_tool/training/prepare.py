@@ -17,7 +17,7 @@ from qlora_tool.build.setup import Setup
 from qlora_tool.config import AdapterConfig, Config, with_values
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.source import resolve as resolve_model
-from qlora_tool.sizes import MIB, memory_size
+from qlora_tool.sizes import MIB, counted, memory_size, noun_of
 from qlora_tool.training.how_long import describe_length, measured_speed
 from qlora_tool.training.run_data import RunData, read_run_data
 from qlora_tool.weights.handles import WeightHandle
@@ -60,7 +60,7 @@ def describe(built: Built, adapter: AdapterConfig) -> list[str]:
     if model.quantization.embeddings == "int8":
         kind += ", embeddings in int8,"
     if left := model.left_linears:
-        kind += f", {left} linear modules left as stored,"
+        kind += f", {counted(left, 'linear module')} left as stored,"
     trained = adapters.parameters()
     dtype = str(trained[0].dtype).removeprefix("torch.")
     return [
@@ -99,15 +99,16 @@ def run_lines(run: Run, done: int) -> list[str]:
     training, evaluations = run.training, run.data.evaluations
     speed = measured_speed(run.config, run.model.device, run.world.size)
     named = ", ".join(f"{name} {len(dataset.examples):,}" for name, dataset in evaluations.items())
-    rows = f"rows: {len(run.data.train.examples):,} examples of {sum(run.data.train.lengths):,} tokens"
+    count, tokens = len(run.data.train.examples), sum(run.data.train.lengths)
+    rows = f"rows: {count:,} {noun_of(count, 'example')} of {tokens:,} {noun_of(tokens, 'token')}"
     step = training.per_device_train_batch_size * training.gradient_accumulation_steps * run.world.size
     return [
-        f"{rows}, a step takes {step} row{'' if step == 1 else 's'} of up to {run.config.data.max_length:,}"
+        f"{rows}, a step takes {counted(step, 'row')} of up to {run.config.data.max_length:,}"
         + (f"; evaluated on: {named}" if named else ""),
         f"run: {run.plan.describe()} into {run.folder.path}",
         f"how long: {describe_length(run.plan, done, speed, bool(evaluations))}",
         "files there: adapter, metrics.jsonl, memory.json, report.html; a checkpoint every "
-        f"{training.save_steps} steps",
+        f"{'step' if training.save_steps == 1 else f'{training.save_steps} steps'}",
     ]
 
 

@@ -18,6 +18,7 @@ from qlora_tool.files.hashes import file_hashes
 from qlora_tool.model.sharding import held_bytes, shard
 from qlora_tool.model.source import resolve as resolve_model
 from qlora_tool.run_folder import RunFolder, is_checkpoint
+from qlora_tool.sizes import counted
 from qlora_tool.training.checkpoints import Checkpoint
 from qlora_tool.training.going_on import PASSES, checkpoint_at, checkpoint_to_resume
 from qlora_tool.training.resume import newest_whole
@@ -92,8 +93,8 @@ def share_out(model: CausalLM, adapters: AdapterSet, config: Config, world: Worl
         UserError: see `shard`.
     """
     machines = len(set(world.gather(platform.node())))
-    logger.info("processes: %d on %d machine%s, %d micro-batches a step", world.size, machines,
-                "" if machines == 1 else "s", config.training.gradient_accumulation_steps * world.size)  # fmt: skip
+    logger.info("processes: %d on %s, %d micro-batches a step", world.size, counted(machines, "machine"),
+                config.training.gradient_accumulation_steps * world.size)  # fmt: skip
     for parameter in adapters.parameters():
         world.copy_from_first(parameter.data)
     if config.training.sharding == "fsdp":

@@ -14,6 +14,7 @@ from qlora_tool.files.atomic import disk_errors
 from qlora_tool.files.lock import locked, refuse_locked
 from qlora_tool.ops.products import products_choice
 from qlora_tool.run_folder import RunFolder
+from qlora_tool.sizes import counted, noun_of
 from qlora_tool.training.best import out_of_patience, take_best_along
 from qlora_tool.training.checkpoints import Checkpoint, Progress
 from qlora_tool.training.going_on import busy_folder
@@ -70,9 +71,11 @@ def refuse_nothing_left(checkpoint: Checkpoint, plan: StepPlan) -> None:
             f"training.{'num_train_epochs' if training.max_steps == -1 else 'max_steps'}"
         )
     if out_of_patience(progress, plan.config):
+        since = progress.evaluations_since_best
         raise UserError(
-            f"--extend: {checkpoint.path}: {progress.evaluations_since_best} evaluations were no better than the best, "
-            f"and training.early_stopping_patience is {training.early_stopping_patience}; raise it, or set it to null"
+            f"--extend: {checkpoint.path}: {counted(since, 'evaluation')} {noun_of(since, 'was', 'were')} no better "
+            f"than the best, and training.early_stopping_patience is {training.early_stopping_patience}; raise it, "
+            "or set it to null"
         )
 
 
@@ -80,9 +83,10 @@ def take_over(run: Run, checkpoint: Checkpoint | None) -> None:
     """Load the checkpoint, if there is one, and clear the folder of what comes after it."""
     if checkpoint is not None:
         run.progress = checkpoint.load(run.adapters, run.optimizer, run.world)
-        if run.progress.step > run.plan.total_steps:
+        if (step := run.progress.step) > run.plan.total_steps:
             raise UserError(
-                f"{checkpoint.path}: {run.progress.step} steps were trained, but this run has {run.plan.total_steps}; "
+                f"{checkpoint.path}: {counted(step, 'step')} {noun_of(step, 'was', 'were')} trained, but this run has "
+                f"{run.plan.total_steps}; "
                 "give more training.max_steps, or resume from an earlier checkpoint"
             )
         varies = run.model.device.type != "cpu" and not run.training.full_determinism

@@ -305,7 +305,7 @@ def test_what_is_trained_in_words(folder):
                            trainable_token_indices={"lm_head": [4, 5]}, modules_to_save=["norm"])  # fmt: skip
     adapters = attach(read_tiny(folder("mixtral"), "nf4"), config, torch.float32, 0)
     assert adapters.places == (
-        "1 embeddings, 2 linear modules, 2 weights of experts, 1 tensors in full, rows of 2 tokens"
+        "1 embedding table, 2 linear modules, 2 weights of experts, 1 tensor in full, rows of 2 tokens"
     )
 
 

@@ -193,8 +193,8 @@ def test_a_broken_model_folder(here: Path):
         "model.safetensors.index.json; name a folder that has them, or download the model again",
         "truncated": "truncated/model.safetensors: truncated, or not a safetensors file (incomplete metadata, file not "
         f"fully covered; {size - 1000} bytes); download it again",
-        "no-shard": "no-shard: 1 of 1 shards are missing (model-00001-of-00002.safetensors); download the model again",
-        "no-tensor": "no-tensor: 1 of the model's 21 tensors are missing from its weights: "
+        "no-shard": "no-shard: 1 of 1 shard is missing (model-00001-of-00002.safetensors); download the model again",
+        "no-tensor": "no-tensor: 1 of the model's 21 tensors is missing from its weights: "
         "model.layers.1.mlp.up_proj.weight; download the model again",
     }
     for name, line in expected.items():
@@ -325,7 +325,7 @@ def test_what_export_refuses(here: Path):
         ("run", *export, "--max-shard-size", "big"): "--max-shard-size: expected a size such as 24GB (10^9 bytes "
         "each), 22GiB (2^30 bytes each) or a whole number of bytes, found the text 'big'",
         ("run", *export, "--model", "gone"): "model gone: no such folder; expected a model folder, a hub id "
-        "(owner/name), or demo; it is the base of run: say with --model BASE where it is",
+        f"(owner/name), or demo; looked for {here / 'gone'}; it is the base of run: say with --model BASE where it is",
     }
     for args, line in expected.items():
         assert error(here, "export-merged", *args) == line

@@ -17,8 +17,11 @@ from tiny_models import tiny_config
 
 from qlora_tool import profile_memory
 from qlora_tool.cli import main
+from qlora_tool.config import Config
 from qlora_tool.memory import profile
+from qlora_tool.memory.allocator.cards import parse_device_memory
 from qlora_tool.memory.breakdown import CATEGORIES, PHASES, MemoryReport
+from qlora_tool.memory.plan.limit import limit_on, without_limit
 from qlora_tool.ops.products import PYTORCH, use_products
 
 _predict = once(profile.predict_deep)
@@ -165,6 +168,31 @@ def test_a_card_by_the_size_it_is_sold_with(here: Path):
     assert "what the driver keeps of the card" in " ".join(output.split())  # wherever the line breaks
     assert "no card is named or here: compute capability 8.9 is assumed" in " ".join(output.split())
     assert output.count("--calibrate") == 1
+
+
+@pytest.mark.parametrize("needed", [5 * 2**30, 7 * 2**30, 70 * 2**30, 74 * 2**30])
+def test_without_a_size_the_smallest_usual_card_is_named(here: Path, needed: int):
+    """The answer to what is to be typed is a yes, and that of the next smaller card a no."""
+    said = without_limit(needed, "cuda")
+    begins = f"{needed / 2**30:.2f} GiB needed, and no size was given to hold it against: "
+    if needed == 74 * 2**30:
+        assert said == f"{begins}a card of 80 GB, the largest that is usual, has less"
+        return
+    size = {5: 6, 7: 8, 70: 80}[needed >> 30]
+    assert said == f"{begins}for a yes or no add --device-memory {size}GB (the smallest usual card that it fits)"
+    smaller = {6: 4, 8: 6, 80: 48}[size]
+    limits = [limit_on(Config(), "cuda", parse_device_memory(f"{gb}GB")).bytes for gb in (smaller, size)]
+    assert limits[0] < needed <= limits[1]
+
+
+def test_without_a_size_the_headline_says_how_to_get_an_answer(here: Path):
+    output = shown("--device", "cpu")
+    assert re.match(r"predicted: \S+ MiB needed, and no size was given to hold it against: for a yes or no add "
+                    r"--device-memory 16GiB\n \S+ MiB at the peak", output)  # fmt: skip
+    output = shown()
+    assert re.match(r"predicted: \S+ GiB needed, and no size was given .*: for a yes or no add --device-memory 6GB "
+                    r"\(the smallest usual card that it fits\)\n", output)  # fmt: skip
+    assert "no size was given" not in shown("--device-memory", "6GB")
 
 
 def test_a_size_to_the_byte_that_does_not_suffice(here: Path):

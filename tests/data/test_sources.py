@@ -153,7 +153,7 @@ def test_csv_rows_are_named_by_the_line_they_begin_on(tmp_path):
     ("content", "message"),
     [
         ("a,b\n1,2\n1,2,3\n", ", line 3: 3 cells, expected 2 (a, b)"),
-        ("a,b\n1\n", ", line 2: 1 cells, expected 2 (a, b)"),
+        ("a,b\n1\n", ", line 2: 1 cell, expected 2 (a, b)"),
         ("a,b,a\n1,2,3\n", ", line 1: the column 'a' stands twice; give each a name of its own"),
         ('a,b\n1,"2\n3\n', ", line 2: not CSV (unexpected end of data)"),
         ("a,b\n", ": the file has no rows; expected at least one"),

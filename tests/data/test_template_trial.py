@@ -34,6 +34,6 @@ def test_what_doubles_is_stopped_within_its_memory(start, sign):
     source = (f"{{% set n = namespace(x={start}) %}}{{% for i in range(60) %}}{{% set n.x = n.x {sign} n.x %}}"
               f"{{% endfor %}}{{{{ n.x|length }}}}")  # fmt: skip
     begin = time.monotonic()
-    with pytest.raises(UserError, match="makes more of a conversation of 1 turns than 512 MiB hold"):
+    with pytest.raises(UserError, match="makes more of a conversation of 1 turn than 512 MiB hold"):
         try_template([source], TURNS, {})
     assert time.monotonic() - begin < 10

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from tokenizers_for_tests import CHATML, LLAMA_2, REWRITING, WITHOUT_END, byte_level, metaspace, trained_texts
 
 from qlora_tool.config import DataConfig
 from qlora_tool.data import encoding
+from qlora_tool.data.preview import PreviewCounts
 from qlora_tool.data.tokenize import build_dataset, build_evaluation_sets
 from qlora_tool.errors import UserError
 
@@ -249,6 +251,19 @@ class TestEvaluation:
             assert made.report.examples == len(made.examples)
         assert train.report.split_off == len(evaluation.examples)
         assert f"{len(evaluation.examples)} of these split off for evaluation" in train.report.lines()[0]
+        assert evaluation.report.source == f"{source} (20% of it)"
+
+    def test_of_one_the_noun_is_in_the_singular(self, source, tmp_path):
+        """In what is said of a data set, and of what was split off it."""
+        train, sets = self.split(source, eval=0.005)
+        evaluation = sets["eval"]
+        assert len(evaluation.examples) == 1 and evaluation.report.source.endswith(" (0.5% of it)")
+        rows = dict(PreviewCounts.of(train).lines())["rows"]
+        assert rows.endswith(", 1 example of them split off for evaluation")
+        assert evaluation.report.lines()[0].startswith(f"{source} (0.5% of it): 1 row ")
+        one = write(tmp_path / "one.jsonl", {"prompt": "a b", "completion": "c d"})
+        report = replace(train.report, parts=[(self.split(one, eval=None)[0].report, 1)])
+        assert ": 1 row out of 1 (" in report.shares()[0]
 
     def test_a_fraction_takes_the_same_examples_in_any_order(self, source, tmp_path):
         with open(source) as stream:
@@ -277,7 +292,7 @@ class TestEvaluation:
 
     def test_a_fraction_leaves_something_to_train_on(self, tmp_path):
         source = write(tmp_path / "rows.jsonl", asked("a?", "b"))
-        with pytest.raises(UserError, match=r"data.eval: a fraction of 0.5 takes all of the 1 examples"):
+        with pytest.raises(UserError, match=r"data.eval: a fraction of 0.5 takes the one example of"):
             self.split(source, eval=0.5)
 
     def test_sets_by_name(self, source, tmp_path):

@@ -308,7 +308,7 @@ def test_values_that_are_no_numbers_are_refused(name, calibrated, rows, tmp_path
     tensors[name][1, 2] = float("nan")
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     artifact = artifact_of(tmp_path / "adapter", model=str(base))
-    with pytest.raises(UserError, match=f"tensor {name}: 1 of its .* values are no finite numbers"):
+    with pytest.raises(UserError, match=f"tensor {name}: 1 of its .* values is no finite number"):
         export_merged(artifact, tmp_path / "out", options(rows if calibrated else "none"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 

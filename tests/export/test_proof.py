@@ -144,7 +144,7 @@ def test_the_runs_evaluation_rows_come_first(runs, tmp_path):
     assert (len(examples), source) == (1, f"{rows} (evaluation)")
     (run / "config.yaml").write_text(text.replace("eval: null", "eval: 0.25"))
     examples, source = find_rows(artifact_of(run), None)
-    assert "0.25 of it) (evaluation)" in source
+    assert "25% of it) (evaluation)" in source
     data, tokenizer = artifact_of(run).run.data, open_tokenizer(run / "adapter")
     held_out = build_evaluation_sets(data, tokenizer, build_dataset(data.train, data, tokenizer))[1]["eval"].examples
     assert examples == held_out and len(held_out) == 3

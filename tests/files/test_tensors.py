@@ -251,7 +251,7 @@ def test_a_checkpoint_is_its_shards(tmp_path):
 def test_a_missing_shard_is_named(tmp_path):
     (sharded(tmp_path) / shard_name(1, 2)).unlink()
     line = fault(Checkpoint, tmp_path)
-    assert f"{tmp_path}: 1 of 2 shards are missing ({shard_name(1, 2)})" in line
+    assert f"{tmp_path}: 1 of 2 shards is missing ({shard_name(1, 2)})" in line
     assert "download" in line
 
 

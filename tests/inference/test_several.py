@@ -258,7 +258,7 @@ def test_adapters_that_are_none(two_runs: Path, bases, tmp_path: Path):
     save_file(tensors | {name: torch.full_like(tensors[name], float("nan"))}, broken / "adapter_model.safetensors")
     assert "remove manifest.json" in refusal(base, f"a={broken}")  # its hash is another
     (broken / "manifest.json").unlink()
-    assert f"1 of its {len(tensors)} tensors hold values that are not finite numbers" in refusal(base, f"a={broken}")
+    assert f"1 of its {len(tensors)} tensors holds values that are not finite numbers" in refusal(base, f"a={broken}")
 
 
 def _naming(adapter: Path, base: str) -> Path:

@@ -18,6 +18,7 @@ from qlora_tool.errors import UserError
 from qlora_tool.inspection.spectrum import Spectrum
 from qlora_tool.inspection.table import lines_of
 from qlora_tool.inspection.updates import (
+    SETTLED,
     ModuleUpdate,
     inspect_adapter,
     kind_of,
@@ -137,6 +138,24 @@ def update(values: tuple[float, ...], r: int) -> ModuleUpdate:
 )
 def test_what_the_ranks_say(spectra, said):
     assert verdict([update(values, 8) for values in spectra]) == said
+
+
+@pytest.mark.parametrize(
+    ("step", "early"), [(1, "1 step"), (SETTLED - 1, f"{SETTLED - 1} steps"), (SETTLED, ""), (None, "")]
+)
+def test_of_a_run_too_short_nothing_is_said_of_its_rank(base, tmp_path, step, early):
+    """But that it is too early; nor is a lower rank to be cut to named."""
+    adapter = write_adapter(tmp_path / "a", base)
+    facts = json.loads((adapter / "qlora_tool.json").read_text())
+    (adapter / "qlora_tool.json").write_text(json.dumps(facts | ({} if step is None else {"step": step})))
+    found = inspect_adapter(artifact_of(adapter))
+    lines = lines_of(found)
+    said = [line for line in lines if "too early to tell" in line]
+    line = f"whether r fits: too early to tell after {early}; train for {SETTLED} or more"
+    assert said == ([line] if early else []) and found.early is bool(early)
+    assert any("what that says of r" in line for line in lines) is not bool(early)
+    assert all(row.verdict for row in found.rows) is not bool(early)
+    assert found.as_json()["steps"] == step
 
 
 def test_kinds_are_names_without_their_layer():

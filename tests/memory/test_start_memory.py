@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_models import tiny_config
 from tiny_runs import run_config, write_model, write_rows
 
@@ -24,8 +26,9 @@ from qlora_tool.memory import run_report
 from qlora_tool.memory.allocator.cards import Budget
 from qlora_tool.memory.plan import cure
 from qlora_tool.memory.plan.again import typed, typed_command
-from qlora_tool.memory.profile_run import MemoryProfile, profile_run
+from qlora_tool.memory.profile_run import MemoryProfile, planned, profile_run
 from qlora_tool.memory.run_report import RunMemory
+from qlora_tool.memory.show.plan_table import render_plan
 from qlora_tool.memory.trace import measure
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.predict import BatchShape, predict
@@ -180,3 +183,30 @@ def test_what_was_given_from_python_is_typed_where_it_can_be(tmp_path):
         assert typed_command("cuda", 1) == ""
     with typed({"model": {}}, ()):
         assert typed_command("cpu", 1) == ""
+
+
+@pytest.mark.parametrize("start", ["calibrated", pytest.param("pissa", marks=pytest.mark.slow)])
+def test_a_plan_has_a_row_for_a_start_that_takes_less(
+    calibrated: Config, start: str, monkeypatch: pytest.MonkeyPatch
+):
+    """With what it costs, beside the other changes; a start that is drawn has none."""
+    monkeypatch.setattr("qlora_tool.memory.plan.options.BATCH_SIZES", (1,))
+    alternatives = {"savings": [{"training.tiled_mlp": True}]}
+    monkeypatch.setattr("qlora_tool.memory.plan.options.ALTERNATIVES", alternatives)
+    config = with_values(calibrated, {"adapter.init_lora_weights": start, "data.max_length": 64,
+                                      "training.gradient_checkpointing": True})  # fmt: skip
+    peaks = profile_run(config, "cpu").predicted.phase_peak_bytes
+    steps = max(size for phase, size in peaks.items() if phase != "load")
+    assert peaks["load"] > steps
+    found = planned(profile_run(config, "cpu", Budget(peaks["load"] - 1, "so much", False), may_change=True)).plan
+    others = {option.settings["adapter.init_lora_weights"]: option for option in found.options
+              if "adapter.init_lora_weights" in option.settings}  # fmt: skip
+    assert not found.fits and others["default"].fits and not others["default"].asked
+    assert others["default"].peak_bytes <= 1.01 * steps  # of pissa, B₀ and A₀ fall away too
+    stream = io.StringIO()
+    render_plan(found, Console(file=stream, width=120, no_color=True))
+    row, = (line for line in stream.getvalue().splitlines() if line.startswith("init_lora_weights=default"))
+    assert " fits " in row and row.rstrip().endswith("a start that knows nothing of the weights")
+    drawn = with_values(config, {"adapter.init_lora_weights": "default"})
+    plain = planned(profile_run(drawn, "cpu", Budget(peaks["load"], "so much", False), may_change=True)).plan
+    assert not any("adapter.init_lora_weights" in option.settings for option in plain.options)

@@ -59,8 +59,10 @@ def test_a_prediction_beside_a_measurement():
     assert row(text, "gradients") == ["0", "0", "0"]
     assert row(text, "peak, allocated at once") == ["3.95", "3.94", "+0.01", "+0.24"]
     assert row(text, "peak in backward")[:1] == ["3.95"]
-    first, second = text.splitlines()[:2]
-    assert first.strip() == "predicted: 3.95 GiB at the peak, in backward"
+    unheld, first, second = text.splitlines()[:3]
+    assert unheld == ("predicted: 3.95 GiB needed, and no size was given to hold it against: for a yes or no add "
+                      "--device-memory 16GiB")  # fmt: skip
+    assert first == "           3.95 GiB at the peak, in backward"
     assert second.startswith("measured:  3.94 GiB")
     assert "reserved" not in text and "CUDA" not in text  # a CPU has neither
 
@@ -103,6 +105,20 @@ def test_a_plan_that_does_not_fit_says_by_how_much():
     assert bars[3].index("^") == 11 + 43 - 1
 
 
+def test_what_is_needed_stands_in_one_line_where_there_is_no_terminal():
+    """On a terminal it wraps beside its name."""
+    options = {"budget": 10 * GIB, "budget_name": "95% of what a card with a very long name and more than that has"}
+    text = printed(step_report(), **options)
+    assert re.search(r"(?m)^predicted: yes, it fits: .* \(95% of what .* more than that has\), \S+ GiB left$", text)
+    assert re.search(r"(?m)^           \S+ GiB at the peak, in \w+$", text)
+    stream = io.StringIO()
+    console = Console(file=stream, width=60, no_color=True, force_terminal=True, color_system=None)
+    render_report(step_report(), console=console, **options)
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines[: lines.index("")])) <= 60 and lines[0].startswith("predicted: yes, it fits: ")
+    assert all(line.startswith((" " * 11, "predicted: ", "measured:  ")) for line in lines[: lines.index("")])
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
 def test_eighty_columns_without_colour_are_enough(encoding):
     whole = {f"base_model.model.model.layers.{i}.block_sparse_moe.experts.{i}.gate_up_proj": 10**8 for i in range(40)}
@@ -118,7 +134,8 @@ def test_eighty_columns_without_colour_are_enough(encoding):
     for shown in (report, replace(report, predicted=large, measured=large)):
         text = printed(shown, encoding=encoding, budget=10 * GIB, budget_name="some card", unquantized=whole)
         assert "\x1b" not in text and "…" not in text and "?" not in text
-        assert max(map(len, text.splitlines())) <= 80
+        lines = text.splitlines()
+        assert max(map(len, lines[lines.index("") :])) <= 80  # what stands before the table is told in sentences
         assert f"{shown.predicted.peak_bytes / GIB:.2f}" in text
 
 

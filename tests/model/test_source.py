@@ -56,7 +56,31 @@ def test_a_folder_without_a_configuration_is_no_model(tmp_path):
 def test_a_misspelt_folder_names_the_closest(tmp_path):
     (tmp_path / "smollm").mkdir()
     line = fault(UserError, resolve, str(tmp_path / "smolm"))
-    assert line.startswith(f"model {tmp_path / 'smolm'}: no such folder; did you mean 'smollm'?")
+    assert line.startswith(f"model {tmp_path / 'smolm'}: no such folder; did you mean '{tmp_path / 'smollm'}'?")
+    assert "looked for" not in line  # which the name says
+
+
+@pytest.mark.parametrize(("name", "meant"), [
+    ("./smolm", "smollm"), ("smolm", "smollm"), ("models/mien", "models/mine"), ("./models/mien", "models/mine"),
+    ("~/models/mien", "~/models/mine"), ("models/of us/mien", None), ("models/nothing like it", None),
+])  # fmt: skip
+def test_a_misspelt_folder_says_where_it_was_looked_for(tmp_path, monkeypatch, name, meant):
+    """What looks like a hub id too, where there is a folder of its owner's name."""
+    for folder in ("smollm", "models/mine"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ToolError) as raised:
+        resolve(name)
+    (line,) = raised.value.lines
+    assert line.startswith(f"model {name}: no such folder")
+    assert line.endswith(f"; looked for {tmp_path / name.removeprefix('./').removeprefix('~/')}")
+    assert "did you mean" not in line if meant is None else f"; did you mean '{meant}'?" in line
+
+
+def test_a_hubs_id_is_not_looked_for_in_words(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "looked for" not in fault(MachineError, resolve, "owner/name")
 
 
 @pytest.mark.parametrize("name", ["nope", "./no/pe", "a/b/c", "~/no-such-folder-at-all", "/no/such/folder"])

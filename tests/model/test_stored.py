@@ -113,7 +113,7 @@ def test_a_scale_that_belongs_to_nothing_is_refused(extra, method, tmp_path):
         set_quantization(folder, {"quant_method": method, "weight_block_size": [32, 32]})
     change_tensors(folder, lambda t: t.update({extra: torch.ones(4, 4)}))
     line = fault(folder, "nf4")
-    assert f"1 tensors of a quantization that cannot be read ({'quantization_config: fp8' if method else ''}" in line
+    assert f"1 tensor of a quantization that cannot be read ({'quantization_config: fp8' if method else ''}" in line
     assert extra in line
 
 

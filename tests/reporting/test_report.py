@@ -175,6 +175,11 @@ def test_an_export_is_shown_while_its_adapter_is_there(copied: Path, tmp_path: P
     found = exported.facts["verification"]
     assert f"{found['mean_kl']:.4g} nats" in page.text and f"{found['exported_loss']:.4g}" in page.text
     assert str(tmp_path / "merged") in page.text and not any("exported" in line for line in page.missing)
+    why = "those of the base with the adapter as it started (init_lora_weights: calibrated), which is another model."
+    assert f"{found['untuned_loss']:.4g}" in page.text and "Untuned is the base without" not in page.text
+    file = copied / "config.yaml"
+    file.write_text(file.read_text().replace("init_lora_weights: default", "init_lora_weights: calibrated"))
+    assert why in Page(report(copied).file).text  # both kinds of an untuned loss are on the page
     config = copied / "adapter" / "adapter_config.json"
     config.write_text(config.read_text() + "\n")
     said = "\n".join(report(copied).missing)

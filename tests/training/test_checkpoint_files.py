@@ -491,7 +491,9 @@ def test_records_that_are_none_are_counted(run, text, broken, caplog):
     metrics.write_text(text + metrics.read_text())
     train(config)
     assert [record["step"] for record in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
-    assert f"{metrics}: {broken} lines of it are no records of a step; they are left out" in caplog.messages
+    said = "1 line of it is no record of a step; it is left out" if broken == 1 else \
+        f"{broken} lines of it are no records of a step; they are left out"  # fmt: skip
+    assert f"{metrics}: {said}" in caplog.messages
 
 
 def test_records_that_are_gone_are_told(run, caplog):

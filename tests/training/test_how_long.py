@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qlora_tool.config import Config, with_values
-from qlora_tool.training.how_long import describe_length, measured_speed, note_speed
+from qlora_tool.training.how_long import MeasuredSpeed, describe_length, in_hours, measured_speed, note_speed
 
 CPU = torch.device("cpu")
 RUN = with_values(Config(), {"model.name_or_path": "a-model"})
@@ -51,6 +51,15 @@ def test_a_short_try_does_not_replace_a_long_run():
     for steps, tokens, expected in ((3, 300, 30), (30, 6000, 600), (4, 40, 600), (25, 2500, 250)):
         note_speed(RUN, CPU, 1, seen(steps, tokens, 10.0))
         assert measured_speed(RUN, CPU).tokens_per_second == expected
+
+
+def test_of_one_the_noun_is_in_the_singular():
+    plan = SimpleNamespace(total_steps=2, steps_per_epoch=1, lengths=[1])
+    line = describe_length(plan, 1, MeasuredSpeed("2026-01-02T00:00", 1.0, 1), False)
+    assert line == "1 step, about 1 token; 1 second at 1 tokens/s, from 1 step measured here on 2026-01-02"
+    assert [in_hours(seconds) for seconds in (0.1, 1.4, 2, 119, 121)] == [
+        "1 second", "1 second", "2 seconds", "119 seconds", "2 minutes"
+    ]  # fmt: skip
 
 
 def test_the_line():

@@ -14,6 +14,7 @@ from qlora_tool.data.names import is_known
 from qlora_tool.data.readers.rows import MOST_COLUMNS, Row, name_index
 from qlora_tool.data.readers.streams import Line, lines
 from qlora_tool.errors import UserError
+from qlora_tool.sizes import counted
 
 DELIMITERS = ",;\t|"
 SAMPLE = 200  # lines that are looked at
@@ -67,7 +68,7 @@ class _Table:
             cells.pop()
         if len(cells) != width:
             named = ", ".join(name for name in self.names if name)
-            self.faults.add(where, f"{len(cells)} cells, expected {width} ({named})")
+            self.faults.add(where, f"{counted(len(cells), 'cell')}, expected {width} ({named})")
         elif filled := [index for index in self.unnamed if cells[index].strip()]:
             column = f"column {filled[0] + 1}"
             self.faults.add(where, f"a cell in {column}, which has no name in the first line; give it one")

@@ -39,7 +39,10 @@ _COSTS = {
     (EMBEDDINGS, "int8"): "rounded to 8 bits",
     (IN_BACKWARD, True): "no clipping",
     (START, "default"): "a start that knows nothing of the weights",
+    (START, "pissa_niter_4"): "decomposed in 4 iterations",
 }
+LESS_START = {"pissa": "pissa_niter_4"}
+"""What makes nearly the same start in less memory, by its name."""
 
 
 def costs_of(settings: Mapping[str, Any]) -> list[str]:
@@ -139,14 +142,22 @@ def _lower_rank(asked: Asked, _settings: Settings) -> Iterator[Settings]:
         yield {RANK: rank}
 
 
-def _drawn_start(asked: Asked, _settings: Settings) -> Iterator[Settings]:
-    if start_tokens(asked.config, ()) is not None:
+def other_starts(config: Config) -> Iterator[Settings]:
+    """Starts that take less to make, where one is made of weights or data; the last is drawn."""
+    if start_tokens(config, ()) is not None:
+        start = getattr(config.adapter, "init_lora_weights", "")
+        if start in LESS_START:
+            yield {START: LESS_START[start]}
         yield {START: "default"}
+
+
+def _another_start(asked: Asked, _settings: Settings) -> Iterator[Settings]:
+    yield from other_starts(asked.config)
 
 
 CHANGES: tuple[Change, ...] = (
     _checkpointing, _optimizer, _fewer_rows, _tiled_mlp, _offloaded_boundaries, _optimizer_in_backward, _embeddings,
-    _quantization, _streamed_weights, _drawn_start, _shorter_rows, _lower_rank,
+    _quantization, _streamed_weights, _another_start, _shorter_rows, _lower_rank,
 )  # fmt: skip
 """In the order of their harm: first what costs a little speed, then what rounds weights, then what costs much speed,
 last what is learned from less."""

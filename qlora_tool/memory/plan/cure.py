@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_tool.config import with_values
 from qlora_tool.memory.allocator.target import device_of
 from qlora_tool.memory.plan.again import typed_command
-from qlora_tool.memory.plan.changes import START
+from qlora_tool.memory.plan.changes import LESS_START, START
 from qlora_tool.memory.plan.result import set_line
 from qlora_tool.memory.plan.search import change_that_fits, needed_with
 from qlora_tool.sizes import memory_size
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from qlora_tool.memory.trace.predict import BatchShape
 
 SECONDS_FOR_A_CHANGE = 5.0
-# What makes nearly the same start in less memory, by its name.
-_LESS = {"pissa": "pissa_niter_4"}
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,8 @@ def cure(
         start = getattr(config.adapter, "init_lora_weights", "default")
         why = (f"; making the adapters' start ({START}: {start}) takes {memory_size(needed)}, the steps "
                f"{memory_size(steps)}")  # fmt: skip
-        less = {START: _LESS.get(start, "default")}
-        if start in _LESS and (then := needed_with(less, config, *run, shape, predicted)) <= limit_bytes:
+        less = {START: LESS_START.get(start, "default")}
+        if start in LESS_START and (then := needed_with(less, config, *run, shape, predicted)) <= limit_bytes:
             return _that_fits(set_line(less), then, why)
         drawn, needed = {START: "default"}, steps
         if steps <= limit_bytes:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from qlora_tool.config import parse_size
 from qlora_tool.memory.allocator.available import margin_on, usable
-from qlora_tool.memory.allocator.cards import CARDS, Budget, Card
+from qlora_tool.memory.allocator.cards import CARDS, Budget, Card, estimate_total
 from qlora_tool.memory.show.legend import limit
 from qlora_tool.sizes import memory_size
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MAX_MEMORY = "training.max_memory"
 _FREE_STEP = 100_000_000  # bytes
+_USUAL_GB = (6, 8, 12, 16, 24, 32, 48, 80)  # that cards are mostly sold with
 
 
 @dataclass(frozen=True)
@@ -80,3 +81,19 @@ def limit_on(
     if config.training.max_memory is not None and left_to_it:
         limits.append(Limit(parse_size(config.training.max_memory), MAX_MEMORY))
     return min(limits, key=lambda found: found.bytes, default=None)
+
+
+def without_limit(needed: int, device: str) -> str:
+    """What to say of a run for which there is no limit: why there is no yes or no, and what gives one.
+
+    Args:
+        needed: bytes.
+        device: cuda or cpu.
+    """
+    said = f"{memory_size(needed)} needed, and no size was given to hold it against"
+    if device == "cpu":
+        return f"{said}: for a yes or no add --device-memory 16GiB"
+    size = next((gb for gb in _USUAL_GB if usable(estimate_total(gb), margin_on(device)) >= needed), None)
+    if size is None:
+        return f"{said}: a card of {_USUAL_GB[-1]} GB, the largest that is usual, has less"
+    return f"{said}: for a yes or no add --device-memory {size}GB (the smallest usual card that it fits)"

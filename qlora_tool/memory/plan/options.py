@@ -18,6 +18,7 @@ from qlora_tool.memory.plan.changes import (
     SHORTEST,
     TILED,
     WEIGHTS,
+    other_starts,
 )
 from qlora_tool.memory.plan.result import Option
 from qlora_tool.memory.plan.search import Search
@@ -80,7 +81,8 @@ def options_of(search: Search, group: str, checkpointing: bool) -> list[Option]:
     """One of `parts`, but for what the model does not allow."""
     if group == "length":
         return list(_lengths(search, checkpointing)) if search.possible({CHECKPOINTING: checkpointing}) else []
-    options = [option_of(search, group, settings) for settings in ALTERNATIVES[group] if search.possible(settings)]
+    tried = [*ALTERNATIVES[group], *(other_starts(search.config) if group == SAVINGS else ())]
+    options = [option_of(search, group, settings) for settings in tried if search.possible(settings)]
     if group == SAVINGS:  # not what is there already, or does nothing for this run
         least = search.needed({})
         return [option for option in options if option.asked or option.peak_bytes < least]

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from qlora_tool.memory.plan.changes import CHECKPOINTING, costs_of
 from qlora_tool.memory.plan.result import Change, Option, Plan
+from qlora_tool.memory.show.say import say
 from qlora_tool.sizes import memory_size
 
 _NOTE = "peak: expected; speed: tokens/s against what was asked for, by counting passes, not measured\n"
@@ -19,18 +20,18 @@ def render_plan(plan: Plan, console: Console) -> None:
     """Print whether the asked configuration fits, what else does, and last the line to copy, if there is one.
 
     Args:
-        console: where to; 80 columns are enough, and neither colour nor a terminal is needed.
+        console: where to; 80 columns are enough for the tables, and neither colour nor a terminal is needed.
     """
-    console.print(Text(_headline(plan)))
+    say(console, _headline(plan))
     console.print()
     console.print(_lengths(plan))
     console.print()
     console.print(_alternatives(plan))
-    console.print(Text(_NOTE, style="dim"))
+    say(console, _NOTE, "dim")
     if plan.faster:
-        console.print(Text(f"faster, and it fits too: {_peak(plan.faster)}:"))
+        say(console, f"faster, and it fits too: {_peak(plan.faster)}:")
         console.print(Text(f"{plan.faster.line}\n"), soft_wrap=True)
-    console.print(Text(_answer(plan)))
+    say(console, _answer(plan))
     if plan.line:
         console.print(Text(plan.line), soft_wrap=True)  # whole, so that it can be copied
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_tool.memory.breakdown import PARTS, Breakdown, MemoryReport
+from qlora_tool.memory.plan.limit import without_limit
 from qlora_tool.memory.show.legend import (
     COLOURS,
     Unit,
@@ -19,6 +20,7 @@ from qlora_tool.memory.show.legend import (
     part_names,
     report_rows,
 )
+from qlora_tool.memory.show.say import say, say_beside
 from qlora_tool.sizes import memory_size
 
 _LETTERS = dict(zip(PARTS, "BQWAGObsrTF", strict=True)) | {"unused": "u", "context": "C", "free": "."}
@@ -42,36 +44,31 @@ def render_report(
         budget_name: what to call it, e.g. the name of the card.
         unquantized: bytes of each module that is left unquantized though quantization was asked for, or that the
             prediction could not follow.
-        console: where to; 80 columns are enough, and neither colour nor a terminal is needed.
+        console: where to; 80 columns are enough for the tables, and neither colour nor a terminal is needed.
     """
     breakdowns = report.breakdowns
     if not breakdowns:
-        console.print(Text("no memory was predicted or measured"))
+        say(console, "no memory was predicted or measured")
         return
-    console.print(_headlines(report, budget, budget_name))
+    for number, (name, breakdown) in enumerate(breakdowns.items()):
+        verdict, peak = fit(breakdown, budget, budget_name, report.processes)
+        if budget is None and not number:
+            verdict = without_limit(breakdown.needed_bytes, report.device)
+        phrases = [phrase for phrase in (verdict, peak) if phrase]
+        say_beside(console, f"{name}:", phrases, _LABEL)
     console.print()
     console.print(_table(report, budget, budget_name))
     compared = "; difference: predicted less measured" if len(breakdowns) == 2 else ""
-    console.print(Text(f"on {report.device}; 1 GiB is 2^30 bytes{compared}\n", style="dim"))
+    say(console, f"on {report.device}; 1 GiB is 2^30 bytes{compared}\n", "dim")
     scale = max([budget or 0, *(breakdown.needed_bytes for breakdown in breakdowns.values())])
     bars = {name: bar_cells(breakdown, scale, console.width - _LABEL) for name, breakdown in breakdowns.items()}
     coloured = _shows_colours(console)
     console.print(_bars(bars, coloured))
-    console.print(Text(_scale_line(scale, budget, budget_name, console.width - _LABEL), style="dim"))
+    say(console, _scale_line(scale, budget, budget_name, console.width - _LABEL), "dim")
     console.print(_legend(bars, part_names(report.config), coloured, console.width))
     if unquantized:
         console.print()
         console.print(_whole_modules(unquantized))
-
-
-def _headlines(report: MemoryReport, budget: int | None, budget_name: str) -> Table:
-    lines = Table.grid(padding=(0, 1, 0, 0))
-    lines.add_column(no_wrap=True, width=_LABEL - 1)
-    lines.add_column()
-    for name, breakdown in report.breakdowns.items():
-        phrases = fit(breakdown, budget, budget_name, report.processes)
-        lines.add_row(f"{name}:", Text("\n".join(phrase for phrase in phrases if phrase)))
-    return lines
 
 
 def _table(report: MemoryReport, budget: int | None, budget_name: str) -> Table:
