@@ -263,4 +263,5 @@ class _LayerPass:
             lora_B, lora_A = weighted_fit(error / self.method.scaling(settings), moments, settings.r, generator)
             self.found[name] = {"lora_A": lora_A, "lora_B": lora_B}
         self.weights.clear()
+        self.moments.clear()
         self.hooks.clear()

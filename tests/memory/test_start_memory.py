@@ -210,3 +210,17 @@ def test_a_plan_has_a_row_for_a_start_that_takes_less(
     drawn = with_values(config, {"adapter.init_lora_weights": "default"})
     plain = planned(profile_run(drawn, "cpu", Budget(peaks["load"], "so much", False), may_change=True)).plan
     assert not any("adapter.init_lora_weights" in option.settings for option in plain.options)
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_a_start_is_made_with_one_layer_in_memory(case: str):
+    """What it takes beside what stays is the same however many layers there are."""
+    taken = []
+    for layers in (3, 9):
+        model = tiny_config("llama", num_hidden_layers=layers, hidden_size=128, intermediate_size=384)
+        config = settings(case.partition(",")[0], STARTS[case])
+        trace = predict(config, model, replace(BatchShape.full(1, 8), start_tokens=48), torch.float32)
+        line = timeline(trace)
+        loaded = int(line.totals[line.phase_spans()[0].stop - 1])
+        taken.append(line.breakdown().phase_peak_bytes["load"] - loaded)
+    assert taken[0] == taken[1] > 0
