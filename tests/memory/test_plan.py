@@ -162,6 +162,25 @@ def test_an_odd_number_of_rows_is_taken_one_at_a_time():
     assert found.settings == {"training.per_device_train_batch_size": 1, "training.gradient_accumulation_steps": 15}
 
 
+def test_rows_are_not_cut_to_less_than_half_where_two_other_changes_do():
+    """Fewer rows alone are not enough, nor is a smaller optimizer; shorter rows alone would be."""
+    config = asked(**{"adapter.r": 128, "training.optim": "adamw"})
+    fewer = {"training.per_device_train_batch_size": 1, "training.gradient_accumulation_steps": 2}
+    small = fewer | {"training.optim": "adamw_8bit"}
+    limit = measured(with_values(config, small), 256) * 102 // 100
+    for alone in (fewer, {"training.optim": "adamw_8bit"}):
+        assert measured(with_values(config, alone), 256) > limit
+    assert measured(config, 64) < limit
+    found = change(config, limit, margin=0.0)
+    assert found.settings == small
+
+
+def test_rows_are_cut_a_little_before_several_other_things_are_changed():
+    config = asked(**{"training.per_device_train_batch_size": 1, "training.optim": "adamw_8bit"})
+    found = change(config, measured(config, 200), rows=1)
+    assert found is not None and set(found.settings) == {"data.max_length"} and found.settings["data.max_length"] >= 128
+
+
 def test_a_search_stops_in_time():
     with pytest.raises(TimeoutError):
         change(asked(), MIB, seconds=-1)

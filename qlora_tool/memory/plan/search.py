@@ -18,7 +18,7 @@ from qlora_tool.config import with_values
 from qlora_tool.errors import UserError
 from qlora_tool.memory.allocator.available import margin_on, usable
 from qlora_tool.memory.allocator.target import device_of
-from qlora_tool.memory.plan.changes import CHANGES, CHECKPOINTING, LENGTH, ROWS, SHORTEST, Asked
+from qlora_tool.memory.plan.changes import CHANGES, CHECKPOINTING, LENGTH, RANK, ROWS, SHORTEST, Asked
 from qlora_tool.memory.plan.length import longest_length, step_of
 from qlora_tool.memory.plan.result import Change
 from qlora_tool.memory.plan.streaming import Rates, Streaming
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 UNBOUNDED = 131072  # tokens: how far lengths are tried where the model names no limit
 CONFIRMATIONS = 3
+LEAST_LEFT = 0.5  # of the rows' length or the rank, for less of it to be the one change that is said
 
 
 def change_that_fits(
@@ -216,11 +217,14 @@ class Search:
 
     def what_fits(self) -> tuple[bool, dict[str, Any]]:
         """The first change that makes the configuration fit: one if one is enough, else several on top of one another.
-        False where all together, which are then returned, do not."""
+        False where all together, which are then returned, do not. Rows of less than half the length, or a rank, come
+        after several changes that leave them alone."""
+        whole = {LENGTH: self.shape.length, RANK: self.config.adapter.r}
         asked = Asked(self.config, self.shape, self.compute_dtype, self.target is not None, self.longest)
         for change in CHANGES:
             for settings in change(asked, {}):
-                if self.possible(settings) and self.fits(settings):
+                cut = any(settings.get(key, size) < LEAST_LEFT * size for key, size in whole.items())
+                if not cut and self.possible(settings) and self.fits(settings):
                     return True, settings
         parts: list[dict[str, Any]] = []
         for change in CHANGES:
