@@ -354,7 +354,7 @@ def test_what_is_no_number_is_in_no_file(gguf_type, tmp_path):
         model.lm_head.weight[3, 5] = float("nan")
         model.model.layers[1].mlp.gate_proj.weight[0, 7] = float("-inf")
     model.save_pretrained(base)
-    with pytest.raises(UserError, match=r"(lm_head|layers.1.mlp.gate_proj).weight: 1 of its .* no finite numbers"):
+    with pytest.raises(UserError, match=r"(lm_head|layers.1.mlp.gate_proj).weight: 1 of its .* no finite number"):
         gguf_of(artifact, base, tmp_path / "model.gguf", gguf_type)
 
 
