@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MOST_TOKENS, LENGTH = 1 << 14, 512  # of the calibration rows, and of the blocks that they are cut into
+MOST_TOKENS = 1 << 14  # of the calibration rows
 FEWEST_TOKENS = 1024  # that tell anything of a layer's inputs
-BATCH_TOKENS = 2048  # that go through a layer together
+BATCH_TOKENS = 2048  # that go through a layer together, and of a row at most
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,9 @@ def calibration_rows(artifact: Artifact, asked: str) -> CalibrationRows | str:
         return "the adapter comes without its run, and so without rows; give some with --calibration FILE"
     settings, tokenizer = _settings(artifact)
     config = read_model_config(base_folder(artifact), artifact.model.trust_remote_code)
-    length = min(LENGTH, positions_of(config) or LENGTH)
+    length = min(BATCH_TOKENS, positions_of(config) or BATCH_TOKENS)
     if asked != "auto":
-        found = _in_blocks(build_dataset(asked, settings, tokenizer, key="--calibration").examples, length, asked)
+        found = _as_trained(build_dataset(asked, settings, tokenizer, key="--calibration").examples, length, asked)
         if found.tokens < FEWEST_TOKENS:
             held = f"{found.tokens:,} {noun_of(found.tokens, 'token')} in rows of at most {settings.max_length}"
             raise UserError(f"--calibration {asked}: holds {held}, too few to tell what layers are given; expected "
@@ -110,7 +111,7 @@ def calibration_rows(artifact: Artifact, asked: str) -> CalibrationRows | str:
         examples, source = _trained_rows(artifact, settings, tokenizer, artifact.run.training.seed)
     except ToolError as error:
         return f"the run's data cannot be read ({error}); give rows with --calibration FILE"
-    found = _in_blocks(examples, length, source)
+    found = _as_trained(examples, length, source)
     if found.tokens < FEWEST_TOKENS:
         held = f"{found.tokens:,} {noun_of(found.tokens, 'token')}"
         return (f"the run's rows hold {held}, too few to tell what layers are given ({FEWEST_TOKENS:,} at least); give "
@@ -188,18 +189,25 @@ def _called(source: str, what: str, changed: bool, why: str = "") -> str:
     return f"{source} ({what}{f': {why}' if why else ''})"
 
 
-def _in_blocks(examples: Sequence[Example], most: int, source: str) -> CalibrationRows:
-    """The first rows, their tokens one after the other, cut into blocks of one length, at most `most`: no padding,
-    whose inputs would count, and no mask, which not every family takes."""
-    tokens: list[int] = []
+def _as_trained(examples: Sequence[Example], most: int, source: str) -> CalibrationRows:
+    """The first rows, each by itself as in training, so that layers are given what they are given then: tokens one
+    after the other in blocks made codes of twice the KL (docs/export.md). Rows of one length go together: no padding,
+    whose inputs would count, and no mask, which not every family takes.
+
+    Args:
+        most: tokens of a row; what goes beyond them is left out.
+    """
+    by_length: dict[int, list[list[int]]] = defaultdict(list)
+    tokens = 0
     for index in range(len(examples)):
-        tokens += examples[index].input_ids
-        if len(tokens) >= MOST_TOKENS:
+        row = examples[index].input_ids[:most]
+        if tokens and tokens + len(row) > MOST_TOKENS:
             break
-    length = max(1, min(most, len(tokens)))
-    starts = range(0, min(len(tokens), MOST_TOKENS) - length + 1, length)
-    blocks = [Example(block, block, "calibration") for block in (tokens[start : start + length] for start in starts)]
-    each = max(1, BATCH_TOKENS // length)
-    batches = [collate([[block] for block in blocks[start : start + each]], pad_token_id=0, packing=False)
-               for start in range(0, len(blocks), each)]  # fmt: skip
-    return CalibrationRows(batches, len(blocks) * length, source)
+        by_length[len(row)].append(row)
+        tokens += len(row)
+    batches = []
+    for length, rows in sorted(by_length.items()):
+        each = max(1, BATCH_TOKENS // length)
+        batches += [collate([[Example(row, row, "calibration")] for row in rows[start : start + each]], pad_token_id=0,
+                            packing=False) for start in range(0, len(rows), each)]  # fmt: skip
+    return CalibrationRows(batches, tokens, source)

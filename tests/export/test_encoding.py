@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from tiny_adapters import artifact_of, plain_logits, write_adapter, write_chat_base, write_run
 from tiny_ggufs import CHANGES, merged_of
 
+from qlora_tool.data.examples import Example
 from qlora_tool.errors import UserError
 from qlora_tool.export import proof
 from qlora_tool.export.encoding import Calibration, Encoder, Kept, best
 from qlora_tool.export.grids.coded import coded_4bit
 from qlora_tool.export.options import ExportOptions
-from qlora_tool.export.rows import MOST_TOKENS, calibration_rows, find_rows
+from qlora_tool.export.rows import BATCH_TOKENS, MOST_TOKENS, _as_trained, calibration_rows, find_rows
 from qlora_tool.export.verify import Agreement, compare
 from qlora_tool.export.write import export_merged
 from qlora_tool.weights.quantized import disk_group, from_disk, quantize
@@ -178,9 +180,25 @@ def test_rows_of_the_run_are_those_it_trained_on(base, tmp_path):
     more = write_rows(tmp_path / "more.jsonl", 450)
     data = artifact.run.data.model_copy(update={"train": str(more)})
     found = calibration_rows(replace(artifact, run=artifact.run.model_copy(update={"data": data})), "auto")
-    assert found.tokens == MOST_TOKENS and found.source == f"{more} (changed since training)"
+    assert MOST_TOKENS - 300 < found.tokens <= MOST_TOKENS and found.source == f"{more} (changed since training)"
     assert all(batch.attention_mask is None for batch in found.batches)
     assert sum(batch.input_ids.numel() for batch in found.batches) == found.tokens
+
+
+def test_each_row_goes_through_layers_by_itself_as_in_training():
+    """Whole, from its own first token, unpadded and with no other one before it; of one too long the first tokens."""
+    lengths = random.Random(3).choices([5, 9, 700, 5000], [5, 5, 2, 1], k=40)
+    rows = [[100 * number + place % 90 for place in range(length)] for number, length in enumerate(lengths)]
+    found = _as_trained([Example(row, row, "here") for row in rows], 1000, "here")
+    given = [row for batch in found.batches for row in batch.input_ids.tolist()]
+    taken = [row[:1000] for row in rows][: len(given)]
+    assert sorted(given) == sorted(taken) and len(given) > 10
+    assert found.tokens == sum(map(len, taken)) <= MOST_TOKENS
+    assert len(given) == len(rows) or found.tokens + min(1000, lengths[len(given)]) > MOST_TOKENS
+    assert all(batch.input_ids.numel() <= BATCH_TOKENS and batch.attention_mask is None for batch in found.batches)
+    assert len(found.batches) <= 3 + found.tokens // (BATCH_TOKENS // 2)  # of rows of one length in one batch
+    long = [Example(row, row, "here") for row in [[7] * 40_000]]
+    assert _as_trained(long, 40_000, "here").tokens == 40_000  # one is taken, whatever its length
 
 
 def test_rows_that_were_edited_are_not_called_those_of_the_run(base, tmp_path, caplog):
@@ -358,7 +376,7 @@ def test_a_share_without_a_type_is_looked_for_among_all(rows, tmp_path, caplog):
     with caplog.at_level("INFO"):
         result = export_merged(artifact_of(run), tmp_path / "out", options(
             rows, format="gguf", min_kept=0.01, verify=True, verify_data=str(tmp_path / "run.jsonl")))  # fmt: skip
-    assert "the nearest ones" not in caplog.text and f"codes are made with 3,200 tokens of {rows}" in caplog.text
+    assert "the nearest ones" not in caplog.text and f"codes are made with 3,304 tokens of {rows}" in caplog.text
     assert result.dtype == "q4_0" and result.facts["encoding"]["calibrated_weights"] == 7
 
 
