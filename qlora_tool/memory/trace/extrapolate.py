@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from qlora_tool.adapters.targets import tells_layers_apart
+from qlora_tool.collection import without_collection
 from qlora_tool.config import memory_settings, with_values
 from qlora_tool.memory.allocator.target import CudaTarget, device_of
 from qlora_tool.memory.allocator.timeline import replay_on
@@ -300,7 +301,12 @@ def _trace(case: _Case) -> Trace:
         # What an adapter to start from decides stands in the configuration; it is on layers that are not there.
         config = with_values(config, {"adapter.init_from": None})
     run = config, model_config, case.shape, case.compute_dtype, case.recomputation, case.target
-    if case.depth >= WORTH_A_LOOK * case.shallowest.depth and case.alike not in _repeating:
+    with without_collection():
+        return _both_steps(case, run)
+
+
+def _both_steps(case: _Case, run: tuple) -> Trace:
+    if case.depth >= WORTH_A_LOOK * case.stack.traced[0] and case.alike not in _repeating:
         _trace(case.shallowest)
     if _repeating.get(case.alike):
         with suppress(NotRepeated):
