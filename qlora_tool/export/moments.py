@@ -40,21 +40,33 @@ class Moments:
     def __init__(self) -> None:
         self._of: dict[str, str] = {}  # module → the first one that was given the same
         self._sums: dict[str, Tensor] = {}
+        self._untold: set[str] = set()  # that were given tokens which padding cannot be told from
 
     def shared(self, modules: Sequence[str]) -> Tensor | None:
         """The moments of modules that all have the same ones, else None."""
         first = {self._of.get(module) for module in modules}
         one = next(iter(first)) if len(first) == 1 else None
-        return None if one is None else self._sums[one]
+        return None if one is None else self._sums.get(one)
 
-    def add(self, module: str, x: Tensor, seen: dict[str, weakref.ref[Tensor]]) -> None:
-        """Count an input (…, in). `seen`: those of this batch so far, by module; they are not kept alive by it."""
+    def add(self, module: str, x: Tensor, seen: dict[str, weakref.ref[Tensor]], real: Tensor | None = None) -> None:
+        """Count an input (…, in).
+
+        Args:
+            seen: those of this batch so far, by module; they are not kept alive by it.
+            real: (rows, length) bool, false where padding is, which does not count; None without any. What is not
+                given all of a batch, in that order, has no moments.
+        """
         known = self._of.get(module) or next((name for name, other in seen.items() if other() is x), module)
         self._of[module] = known
         seen[module] = weakref.ref(x)
-        if known != module:
+        if real is not None and tuple(x.shape[:-1]) not in (tuple(real.shape), (real.numel(),)):
+            self._untold.add(module)
+            self._sums.pop(module, None)
+        if known != module or module in self._untold:
             return
         flat = x.reshape(-1, x.shape[-1])
+        if real is not None:
+            flat = flat[real.flatten()]
         if module not in self._sums:
             self._sums[module] = flat.new_zeros(flat.shape[1], flat.shape[1], dtype=torch.float32)
         total = self._sums[module]
@@ -103,7 +115,7 @@ class LayerPass:
 
     Args:
         merged: the model; its values are those of `base="dequantized"`, in fp32, whatever it writes.
-        batches: of input ids alone: no padding.
+        batches: of input ids; padding is at the ends of rows, where no token before it sees it.
         trust_remote_code: whether code from the model's folder may run.
 
     Raises:
@@ -145,7 +157,9 @@ class LayerPass:
 
     def _noting(self, name: str) -> Any:
         def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._moments.add(name, inputs[0], self._seen)
+            assert self._running is not None  # a batch whose turn it is
+            mask = self._batches[self._running].attention_mask
+            self._moments.add(name, inputs[0], self._seen, None if mask is None else mask.bool())
 
         return note
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +38,8 @@ class CalibrationRows:
     """What codes are made with.
 
     Attributes:
-        batches: of input ids, without padding.
-        tokens: all of them.
+        batches: rows of like length together; padding is at their ends, where it changes nothing before it.
+        tokens: all of them, padding left out.
         source: what to call them.
     """
 
@@ -50,7 +49,8 @@ class CalibrationRows:
 
     def digest(self) -> str:
         """Of all tokens."""
-        ids = [batch.input_ids.tolist() for batch in self.batches]
+        ids = [(batch.input_ids.tolist(), None if batch.attention_mask is None else batch.attention_mask.tolist())
+               for batch in self.batches]  # fmt: skip
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
@@ -189,25 +189,33 @@ def _called(source: str, what: str, changed: bool, why: str = "") -> str:
     return f"{source} ({what}{f': {why}' if why else ''})"
 
 
+def by_length(examples: Sequence[Example], most: int) -> list[Batch]:
+    """Batches of rows, an example each, those of like length together.
+
+    Args:
+        most: tokens of a batch, padding at the ends of shorter rows with them.
+    """
+    batches: list[list[Example]] = []
+    for example in sorted(examples, key=lambda example: len(example.input_ids)):  # the longest of a batch comes last
+        if not batches or (len(batches[-1]) + 1) * len(example.input_ids) > most:
+            batches.append([])
+        batches[-1].append(example)
+    return [collate([[example] for example in batch], pad_token_id=0, packing=False) for batch in batches]
+
+
 def _as_trained(examples: Sequence[Example], most: int, source: str) -> CalibrationRows:
     """The first rows, each by itself as in training, so that layers are given what they are given then: tokens one
-    after the other in blocks made codes of twice the KL (docs/export.md). Rows of one length go together: no padding,
-    whose inputs would count, and no mask, which not every family takes.
+    after the other in blocks made codes of twice the KL (docs/export.md).
 
     Args:
         most: tokens of a row; what goes beyond them is left out.
     """
-    by_length: dict[int, list[list[int]]] = defaultdict(list)
+    chosen: list[Example] = []
     tokens = 0
     for index in range(len(examples)):
         row = examples[index].input_ids[:most]
         if tokens and tokens + len(row) > MOST_TOKENS:
             break
-        by_length[len(row)].append(row)
+        chosen.append(Example(row, row, "calibration"))
         tokens += len(row)
-    batches = []
-    for length, rows in sorted(by_length.items()):
-        each = max(1, BATCH_TOKENS // length)
-        batches += [collate([[Example(row, row, "calibration")] for row in rows[start : start + each]], pad_token_id=0,
-                            packing=False) for start in range(0, len(rows), each)]  # fmt: skip
-    return CalibrationRows(batches, tokens, source)
+    return CalibrationRows(by_length(chosen, BATCH_TOKENS), tokens, source)

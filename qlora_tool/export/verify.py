@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qlora_tool.data.batches import Batch, collate
+from qlora_tool.data.batches import Batch
 from qlora_tool.data.labels import IGNORED
+from qlora_tool.export.rows import by_length
 from qlora_tool.model.causal_lm import CausalLM, logits_transform
 from qlora_tool.terminal import progress
 
@@ -94,12 +95,7 @@ def first_examples(examples: Sequence[Example], max_tokens: int) -> list[Example
 def choose_rows(examples: Sequence[Example], max_tokens: int) -> Rows:
     """The first examples, of `max_tokens` tokens together, in batches."""
     chosen = first_examples(examples, max_tokens)
-    batches: list[list[Example]] = []
-    for example in sorted(chosen, key=lambda example: len(example.input_ids)):  # the longest of a batch comes last
-        if not batches or (len(batches[-1]) + 1) * len(example.input_ids) > BATCH_TOKENS:
-            batches.append([])
-        batches[-1].append(example)
-    collated = [collate([[example] for example in batch], pad_token_id=0, packing=False) for batch in batches]
+    collated = by_length(chosen, BATCH_TOKENS)
     targets, trained = [], []
     for batch in collated:
         following = torch.full_like(batch.input_ids, IGNORED)

@@ -21,7 +21,14 @@ from qlora_tool.export import proof
 from qlora_tool.export.encoding import Calibration, Encoder, Kept, best
 from qlora_tool.export.grids.coded import coded_4bit
 from qlora_tool.export.options import ExportOptions
-from qlora_tool.export.rows import BATCH_TOKENS, MOST_TOKENS, _as_trained, calibration_rows, find_rows
+from qlora_tool.export.rows import (
+    BATCH_TOKENS,
+    MOST_TOKENS,
+    CalibrationRows,
+    _as_trained,
+    calibration_rows,
+    find_rows,
+)
 from qlora_tool.export.verify import Agreement, compare
 from qlora_tool.export.write import export_merged
 from qlora_tool.weights.quantized import disk_group, from_disk, quantize
@@ -181,22 +188,33 @@ def test_rows_of_the_run_are_those_it_trained_on(base, tmp_path):
     data = artifact.run.data.model_copy(update={"train": str(more)})
     found = calibration_rows(replace(artifact, run=artifact.run.model_copy(update={"data": data})), "auto")
     assert MOST_TOKENS - 300 < found.tokens <= MOST_TOKENS and found.source == f"{more} (changed since training)"
-    assert all(batch.attention_mask is None for batch in found.batches)
-    assert sum(batch.input_ids.numel() for batch in found.batches) == found.tokens
+    assert sum(map(len, given_of(found))) == found.tokens
+
+
+def given_of(rows: CalibrationRows) -> list[list[int]]:
+    """Each row, without what fills it up."""
+    found = []
+    for batch in rows.batches:
+        lengths = [batch.input_ids.shape[1]] * len(batch.input_ids) if batch.attention_mask is None else \
+            batch.attention_mask.sum(1).tolist()  # fmt: skip
+        for row, length in zip(batch.input_ids.tolist(), lengths, strict=True):
+            assert not any(row[length:])
+            found.append(row[:length])
+    return found
 
 
 def test_each_row_goes_through_layers_by_itself_as_in_training():
-    """Whole, from its own first token, unpadded and with no other one before it; of one too long the first tokens."""
+    """Whole, from its own first token, with no other one before it; of one too long the first tokens."""
     lengths = random.Random(3).choices([5, 9, 700, 5000], [5, 5, 2, 1], k=40)
     rows = [[100 * number + place % 90 for place in range(length)] for number, length in enumerate(lengths)]
     found = _as_trained([Example(row, row, "here") for row in rows], 1000, "here")
-    given = [row for batch in found.batches for row in batch.input_ids.tolist()]
+    given = given_of(found)
     taken = [row[:1000] for row in rows][: len(given)]
     assert sorted(given) == sorted(taken) and len(given) > 10
     assert found.tokens == sum(map(len, taken)) <= MOST_TOKENS
     assert len(given) == len(rows) or found.tokens + min(1000, lengths[len(given)]) > MOST_TOKENS
-    assert all(batch.input_ids.numel() <= BATCH_TOKENS and batch.attention_mask is None for batch in found.batches)
-    assert len(found.batches) <= 3 + found.tokens // (BATCH_TOKENS // 2)  # of rows of one length in one batch
+    assert all(batch.input_ids.numel() <= BATCH_TOKENS for batch in found.batches)
+    assert len(found.batches) <= 3 + found.tokens // (BATCH_TOKENS // 2)  # of rows of like length
     long = [Example(row, row, "here") for row in [[7] * 40_000]]
     assert _as_trained(long, 40_000, "here").tokens == 40_000  # one is taken, whatever its length
 

@@ -14,7 +14,7 @@ from qlora_tool.data.batches import collate
 from qlora_tool.data.tokenize import Example
 from qlora_tool.errors import UserError
 from qlora_tool.export import moments
-from qlora_tool.export.moments import LayerPass
+from qlora_tool.export.moments import LayerPass, Moments
 from qlora_tool.export.options import ExportOptions
 from qlora_tool.export.write import export_merged
 from qlora_tool.model.experts import is_experts_module
@@ -31,6 +31,14 @@ def batches_of(count: int, rows: int = 2, length: int = 12) -> list:
         blocks = [torch.randint(3, 120, (length,), generator=generator).tolist() for _ in range(rows)]
         found.append(collate([[Example(block, block, "row")] for block in blocks], pad_token_id=0, packing=False))
     return found
+
+
+def padded(lengths: list[int]) -> list:
+    """A batch of rows of other lengths, padded at their ends with a token that the model knows; and each row alone."""
+    generator = torch.Generator().manual_seed(4)
+    rows = [torch.randint(3, 120, (length,), generator=generator).tolist() for length in lengths]
+    batch = collate([[Example(row, row, "row")] for row in rows], pad_token_id=5, packing=False)
+    return [batch, *(collate([[Example(row, row, "row")]], pad_token_id=5, packing=False) for row in rows)]
 
 
 @torch.no_grad()
@@ -68,6 +76,39 @@ def test_they_are_those_of_the_whole_merged_model(family, strip, tmp_path, monke
             assert float((found.double() - expected[name]).norm()) < 2e-5 * size, name
             seen.add(name)
     assert seen == {name for name in expected if any(name.startswith(f"{layer}.") for layer in walk.layers)}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_padding_does_not_count(family, tmp_path):
+    """As of each row by itself, unpadded, in the whole model."""
+    base = write_chat_base(family, tmp_path / "base")
+    artifact = artifact_of(write_adapter(tmp_path / "adapter", base))
+    export_merged(artifact, tmp_path / "merged", ExportOptions(dtype="float32"))
+    batch, *alone = padded([9, 4, 12, 12, 1])
+    assert batch.attention_mask is not None
+    expected, seen = by_hooks(tmp_path / "merged", alone), 0
+    for layer, gathered in LayerPass(merged_of(artifact, base), [batch]):
+        for name in (name for name in expected if name.startswith(f"{layer}.")):
+            found, size = gathered.shared([name]), float(expected[name].norm())
+            assert float((found.double() - expected[name]).norm()) < 2e-5 * size, name
+            seen += 1
+    assert seen > 6
+
+
+def test_what_is_not_given_all_of_a_padded_batch_has_no_moments():
+    """Neither from this batch nor from others, so that no half of them is taken for all."""
+    real, x = torch.tensor([[True, True, False], [True, True, True]]), torch.randn(2, 3, 4)
+    exact = x.flatten(0, 1)[real.flatten()]
+    gathered = Moments()
+    for whole in (x, x.flatten(0, 1)):
+        gathered.add("whole", whole, {}, real)
+        gathered.add("part", whole, {}, real)
+    for part in (x.transpose(0, 1), x.flatten(0, 1)[:4]):
+        gathered.add("part", part, {}, real)
+        gathered.add("part", x, {}, real)
+    gathered.complete()
+    assert torch.allclose(gathered.shared(["whole"]), 2 * exact.T @ exact, atol=1e-5)
+    assert gathered.shared(["part"]) is None
 
 
 def test_modules_of_one_input_share_it_and_others_do_not(tmp_path):
