@@ -30,6 +30,7 @@ from qlora_tool.model.slots import is_linear
 from qlora_tool.ops.products import matmul
 
 _CHUNK = 2048  # tokens that are brought to fp32 at a time
+_COPIED = 512  # tokens of which those that are no padding are copied at a time
 _STRIP = 512  # rows of moments, whose products begin at the diagonal: little more than half of all
 
 
@@ -65,12 +66,14 @@ class Moments:
         if known != module or module in self._untold:
             return
         flat = x.reshape(-1, x.shape[-1])
-        if real is not None:
-            flat = flat[real.flatten()]
         if module not in self._sums:
             self._sums[module] = flat.new_zeros(flat.shape[1], flat.shape[1], dtype=torch.float32)
         total = self._sums[module]
-        for part in flat.split(_CHUNK):
+        chunk = _CHUNK if real is None else _COPIED
+        for begin in range(0, len(flat), chunk):
+            part = flat[begin : begin + chunk]
+            if real is not None:
+                part = part[real.flatten()[begin : begin + chunk]]
             part = part.float()
             for first in range(0, len(total), _STRIP):  # the rest is the same: see `complete`
                 strip = slice(first, first + _STRIP)
