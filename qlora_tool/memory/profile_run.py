@@ -228,8 +228,9 @@ def planned(profiled: MemoryProfile, workers: Workers | None = None) -> MemoryPr
     assert profiled.limit is not None
     config, device = profiled.config, profiled.report.device
     dtype = compute_dtype_on(config, device, card_of(profiled.budget))
-    found = plan(config, model_config_of(config), profiled.limit.bytes, dtype, profiled.target, margin=0.0,
-                 processes=profiled.report.processes, chosen=profiled.choice, workers=workers)  # fmt: skip
+    with without_collection():
+        found = plan(config, model_config_of(config), profiled.limit.bytes, dtype, profiled.target, margin=0.0,
+                     processes=profiled.report.processes, chosen=profiled.choice, workers=workers)  # fmt: skip
     found = replace(found, budget_name=profiled.limit.name)
     profiled = replace(profiled, plan=found)
     if not found.fits and found.change is None:

@@ -59,6 +59,11 @@ def meant_for(target: Target) -> Iterator[None]:
         _meant_for.reset(before)
 
 
+def target_meant() -> Target | None:
+    """What a step is meant for that runs on other tensors; None where it is for the device that it runs on."""
+    return _meant_for.get()
+
+
 def target_of(tensor: Tensor) -> Target:
     """What a step on this tensor is meant for: what `meant_for` says, else the tensor's own device."""
     return _meant_for.get() or _target_of_device(tensor.device)

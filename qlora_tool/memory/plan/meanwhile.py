@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
+from qlora_tool.collection import without_collection
 from qlora_tool.errors import MachineError, ToolError
 from qlora_tool.workers import Workers
 
@@ -18,7 +19,8 @@ _workers: Workers | None = None
 
 def call(function: Callable[..., T], *arguments: Any) -> T:
     """What the other processes do."""
-    return function(*arguments)
+    with without_collection():
+        return function(*arguments)
 
 
 @contextmanager

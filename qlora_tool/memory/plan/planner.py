@@ -96,14 +96,13 @@ def plan(
 
 
 def _table(search: Search, workers: Workers | None) -> list[Option]:
-    """All rows of the table, in order."""
-    works = [(options_of, search, *part) for part in parts()]
-    found: list[Option] = []
+    """All rows of the table, in order. Lengths with checkpointing, the longest work and what the answer is looked up
+    in, are made here, where their traces are asked for once more: this process begins with the last."""
+    first, *others = parts()
+    works = [(options_of, search, *part) for part in (*others, first)]
     with waiting("planning"):
-        made = (call(*work) for work in works) if workers is None else workers.map(works)
-        for options in made:
-            found += options
-    return found
+        *found, lengths = [call(*work) for work in works] if workers is None else workers.map(works)
+    return [option for options in (lengths, *found) for option in options]
 
 
 def _longest(search: Search, options: Sequence[Option]) -> int:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -101,6 +102,23 @@ def _aligned(first: Sequence[Hashable], second: Sequence[Hashable]) -> list[int 
     more = len(second) - len(first)
     if more < 0:
         raise _Unlike("a shallower model has more in it")
+    begin = _in_common(zip(first, second, strict=False))
+    if begin == len(first):
+        return [*range(begin), *[None] * more]
+    end = _in_common(zip(reversed(first), reversed(second), strict=False))
+    if begin + end >= len(first):  # one stretch, as late as can be
+        return [*range(begin), *[None] * more, *range(begin, len(first))]
+    return _least_costly(first, second)
+
+
+def _in_common(pairs: Iterable[tuple[Hashable, Hashable]]) -> int:
+    """How many pairs from the first on are equal."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _least_costly(first: Sequence[Hashable], second: Sequence[Hashable]) -> list[int | None]:
+    """The same where more than one stretch is added, or something has another size."""
+    more = len(second) - len(first)
     if len(first) * (more + 1) > MOST_WORK:
         raise _Unlike("too much to compare")
     exact, sizeless = (_numbered(first, second, of) for of in (lambda token: token, _sizeless))
@@ -293,8 +311,8 @@ class Pattern:
             if id(of) in self.sizes:
                 before, after = self.sizes[id(of)]
                 size += (after - before) * times
-            born = replace(of, nbytes=size, birth=len(made.events), module=self._named(span, index, turn, times),
-                           death=None, holders=1)  # fmt: skip
+            born = of.again(nbytes=size, birth=len(made.events), module=self._named(span, index, turn, times),
+                            death=None, holders=1)  # fmt: skip
             made.storages.append(born)
             made.events.append((born, BIRTH))
             alive.born(born, self.keys[id(of)])

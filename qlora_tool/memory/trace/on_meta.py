@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +13,9 @@ from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from qlora_tool.ops.declare import target_meant
 
 
 class LikeCpu(TorchFunctionMode):
@@ -60,41 +65,115 @@ def attention_of_cpu(
 
 
 def result_on_meta(func: torch._ops.OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    """What an operator makes of meta tensors. The commonest are not asked for it: their own answer is worked out in
-    Python and takes up to 0.4 ms, most of a trace. Tensors with values are computed with.
+    """What an operator makes of meta tensors. Each is asked once for what it makes of arguments like these: its answer
+    is worked out in Python and takes up to 3 ms, and layers that are alike ask again. Tensors with values are computed
+    with.
 
     Returns:
-        The result, an empty tensor of the same shape, dtype and strides; an argument where that is written into.
+        The result, empty tensors of the same shapes, dtypes and strides; an argument where that is written into.
     """
-    name = func._schema.name
-    if name in _IN_PLACE and args[0].is_meta:
-        return args[0]
-    if name in _ELEMENTWISE and not kwargs and (found := _elementwise(args)) is not None:
-        return found
-    return func(*args, **kwargs)
+    gives = _gives(func)
+    if gives is None:
+        return func(*args, **kwargs)
+    try:
+        looks = _looks((args, tuple(kwargs.items())))
+        question = func, looks, torch.get_default_dtype(), target_meant()
+        answer = _answers.get(question)
+    except (_HasValues, TypeError):  # or it cannot be hashed
+        return func(*args, **kwargs)
+    if answer is None:
+        result = func(*args, **kwargs)
+        if len(_answers) >= MOST_ANSWERS:
+            _answers.clear()
+        if gives is NEW:
+            answer = _Results.of((args, kwargs), result)
+        else:  # known if it is left as it was
+            answer = _Results(known=_looks((args, tuple(kwargs.items()))) == looks)
+        _answers[question] = answer
+        return result
+    if not answer.known:
+        return func(*args, **kwargs)
+    if gives is NEW:
+        return answer.again()
+    return args[0] if gives is FIRST else kwargs[gives]
 
 
-_IN_PLACE = frozenset({
-    "aten::add_", "aten::addmm_", "aten::copy_", "aten::div_", "aten::exp_", "aten::fill_", "aten::mul_",
-    "aten::normal_", "aten::scatter_add_", "aten::sub_", "aten::uniform_", "aten::zero_",
-})  # fmt: skip
-_ELEMENTWISE = frozenset({"aten::add", "aten::sub", "aten::mul", "aten::exp", "aten::log", "aten::neg", "aten::silu"})
+MOST_ANSWERS = 1 << 15  # some 20 MB
+_answers: dict[Hashable, _Results] = {}
+NEW, FIRST = "new tensors", "the first argument"
 
 
-def _elementwise(args: tuple) -> Tensor | None:
-    """The result where it has the dtype, shape and strides of one of one or two tensors; None where it may not."""
-    first, second = args[0], args[1] if len(args) > 1 else None
-    if not isinstance(first, Tensor) or not first.is_meta or not first.is_floating_point() or not first.is_contiguous():
+@cache
+def _gives(func: torch._ops.OpOverload) -> str | None:
+    """What an operator gives: NEW ones alone; what it writes into, FIRST or a keyword; None: something else."""
+    schema = func._schema
+    shared = [argument for argument in schema.arguments if argument.alias_info is not None]
+    if not schema.returns or any(str(value.type) != "Tensor" for value in schema.returns):
         return None
-    if isinstance(second, Tensor):
-        if not second.is_meta or second.dtype != first.dtype or not second.is_contiguous():
-            return None
-        if second.shape != first.shape and torch.broadcast_shapes(first.shape, second.shape) != first.shape:
-            return None
-    elif isinstance(second, complex):
+    if not shared:
+        return NEW if all(value.alias_info is None for value in schema.returns) else None
+    if len(shared) > 1 or len(schema.returns) > 1 or not shared[0].alias_info.is_write:
         return None
-    found = torch.empty_like(first)
-    return found if found.stride() == first.stride() else None  # dimensions of one
+    if shared[0].kwarg_only:
+        return str(shared[0].name)
+    return FIRST if shared[0].name == schema.arguments[0].name else None
+
+
+class _HasValues(Exception):
+    """Not all that is told of a tensor is its shape, dtype and strides."""
+
+
+def _looks(argument: Any) -> Hashable:
+    """All that an answer can depend on."""
+    if isinstance(argument, Tensor):
+        if not argument.is_meta or type(argument) not in _PLAIN:
+            raise _HasValues
+        return argument.dtype, argument.shape, argument.stride()
+    if isinstance(argument, (tuple, list)):
+        return tuple([_looks(part) for part in argument])
+    return type(argument), argument  # True is 1, and 1.0
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+@dataclass(frozen=True)
+class _Results:
+    """What an operator gave, to be given again.
+
+    Attributes:
+        known: whether it can be: each new one is a meta tensor in memory of its own, just as large as it needs.
+        tensors: shape, strides and dtype of each that is new; None where there was none.
+        several: whether it gives a tuple.
+    """
+
+    known: bool
+    tensors: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype] | None, ...] = ()
+    several: bool = False
+
+    @classmethod
+    def of(cls, given: tuple, result: Any) -> _Results:
+        results = result if isinstance(result, tuple) else (result,)
+        made = [tensor for tensor in results if tensor is not None]
+        if len(_storages(made) - _storages(tree_leaves(given))) < len(made) or not all(map(_is_whole, made)):
+            return cls(known=False)
+        tensors = tuple(one if one is None else (one.shape, one.stride(), one.dtype) for one in results)
+        return cls(True, tensors, isinstance(result, tuple))
+
+    def again(self) -> Any:
+        made = [one and torch.empty_strided(one[0], one[1], dtype=one[2], device="meta") for one in self.tensors]
+        return tuple(made) if self.several else made[0]
+
+
+def _storages(values: Iterable[Any]) -> set[int]:
+    return {value.untyped_storage()._cdata for value in values if isinstance(value, Tensor)}
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a new tensor with this shape, dtype and these strides takes the same memory."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    size = (last + 1) * tensor.itemsize if tensor.numel() else 0
+    return tensor.is_meta and type(tensor) is Tensor and tensor.untyped_storage().nbytes() == size
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -41,7 +41,7 @@ def with_second_step(trace: Trace) -> Trace:
     now: dict[int, Storage] = {}  # by id of a storage of the first step, the one that it is in the second
     for made, sign in trace.events[:begin]:  # for the step, before it begins
         if sign > 0 and made.died_in_step == 1 and made.death is not None:
-            again = now[id(made)] = replace(made, birth=len(trace.events), phase="optimizer", step=1, death=None)
+            again = now[id(made)] = made.again(birth=len(trace.events), phase="optimizer", step=1, death=None)
             _add(trace, again)
     for index in range(begin, end + 1):
         while marks and marks[0][0] == index:
@@ -54,7 +54,7 @@ def with_second_step(trace: Trace) -> Trace:
             break
         storage, sign = trace.events[index]
         if sign > 0 and id(storage) not in stays:
-            again = now[id(storage)] = replace(storage, birth=len(trace.events), step=2, death=None)
+            again = now[id(storage)] = storage.again(birth=len(trace.events), step=2, death=None)
             _add(trace, again)
         elif sign < 0:
             again = now[id(storage)]
@@ -73,7 +73,7 @@ def _without_second_step(trace: Trace) -> Trace:
     end = next(event for event, _, step in trace.marks if step == 2)
     while end and trace.events[end - 1][1] > 0 and trace.events[end - 1][0].category != "optimizer_state":
         end -= 1  # made for the second, before it begins
-    copies = {id(storage): replace(storage) for storage in trace.storages if storage.birth < end}
+    copies = {id(storage): storage.again() for storage in trace.storages if storage.birth < end}
     for copy in copies.values():
         if copy.death is not None and copy.death >= end:
             copy.death = None
