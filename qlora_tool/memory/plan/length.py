@@ -77,7 +77,7 @@ def _next(
         return min(guess, round_down(beyond - 1, shortest, top))
     if beyond is None:
         if len(seen) == 1:  # the slope is another's
-            guess = max(guess, round_down(fitting + max(step_of(fitting), fitting // 10), shortest, top))
+            guess = max(guess, round_down(fitting + step_of(fitting), shortest, top))
         return max(guess, fitting)
     last = round_down(beyond - 1, shortest, top)
     if (bound := _bound(seen, limit, fitting)) is not None and (bound := round_down(bound, shortest, top)) <= last:

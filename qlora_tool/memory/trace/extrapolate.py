@@ -117,9 +117,13 @@ def estimate_peak(
         found = _by_phase(_peaks_at_depth(make, shape, card))
         streamed, flops = _work_at_depth(make, shape)
     else:
-        shorter = [max(64, LONG_BATCH * share // 4 // shape.rows // 64 * 64) for share in (2, 3, 4)]
+        alike = make(shape, stack.traced[0]).alike
+        shares = (3, 4) if alike in _straight else (2, 3, 4)
+        shorter = [max(64, LONG_BATCH * share // 4 // shape.rows // 64 * 64) for share in shares]
         shapes = [resized(shape, shape.rows, length) for length in shorter]
         points = [(shape.length, _peaks_at_depth(make, shape, None)) for shape in shapes]
+        if not _bends(points):
+            _straight.add(alike)
         found = _by_phase(_lengthen(points, shape.length))
         if card is not None:  # its allocator rounds, which no line follows; most of what it adds is the weights' share
             here, there = _by_phase(points[-1][1]), _by_phase(_peaks_at_depth(make, shapes[-1], card))
@@ -203,16 +207,31 @@ def _along_line(places: tuple[int, ...], peaks: tuple[Mapping[Moment, int], ...]
     return found
 
 
+_straight: set[_Case] = set()
+"""Of cases that differ in sizes alone (`_Case.alike`), those whose peaks lay on lines: two lengths tell as much."""
+
+
 def _lengthen(points: list[tuple[int, Mapping[Moment, int]]], length: int) -> dict[Moment, int]:
-    """Each peak at a greater length: on the line through the two longest of three lengths, or on the parabola through
-    all three where they do not lie on one line (masks of length × length)."""
-    (s0, p0), (s1, p1), (s2, p2) = points
+    """Each peak at a greater length: on the line through the two longest lengths, or on the parabola through all three
+    where they do not lie on one line (masks of length × length)."""
+    (s1, p1), (s2, p2) = points[-2:]
     found = _along_line((s1, s2), (p1, p2), length)
+    for moment, bend in _bends(points).items():
+        found[moment] += round(bend * (length - s1) * (length - s2))  # Newton's form
+    return found
+
+
+def _bends(points: list[tuple[int, Mapping[Moment, int]]]) -> dict[Moment, float]:
+    """Of the peaks at three lengths, if so many are known, those that do not lie on a line, and by how much."""
+    if len(points) < 3:
+        return {}
+    (s0, p0), (s1, p1), (s2, p2) = points
+    found = {}
     for moment in p0.keys() & p1.keys() & p2.keys():
         slope = (p2[moment] - p1[moment]) / (s2 - s1)
         bend = (slope - (p1[moment] - p0[moment]) / (s1 - s0)) / (s2 - s0)
         if bend * (s2 - s0) ** 2 > 1e-3 * p2[moment]:
-            found[moment] += round(bend * (length - s1) * (length - s2))  # Newton's form
+            found[moment] = bend
     return found
 
 
