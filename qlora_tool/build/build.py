@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from qlora_tool.adapters.adapter import Adapter
 from qlora_tool.adapters.attach import AdapterSet, attach
 from qlora_tool.adapters.attach_stored import attach_stored
-from qlora_tool.adapters.calibration import calibrated, reads_data
+from qlora_tool.adapters.calibration import calibrated, is_kept, reads_data
 from qlora_tool.adapters.fusion import tile_mlps
 from qlora_tool.adapters.initial import refuse_other_places
 from qlora_tool.adapters.lacking import started_fresh
@@ -37,6 +38,8 @@ from qlora_tool.build.open import open_base
 from qlora_tool.build.placement import SAME_ON_CPU, on_card
 from qlora_tool.build.tensors import Tensors
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Built:
@@ -58,10 +61,12 @@ class Start:
     Attributes:
         examples: of the training data.
         checkpoint: the tensors of the checkpoint that the run goes on from, by their names in it.
+        dry: nothing is trained, so that what takes a pass through the data is not made.
     """
 
     examples: Sequence[Example] = ()
     checkpoint: Mapping[str, Tensor] | None = None
+    dry: bool = False
 
 
 def build(
@@ -150,16 +155,24 @@ def _with_adapters(
     prepare = taken_out(made, start.checkpoint) if made and start.checkpoint is not None else made
     model = open_base(config.model, model_config, tensors, device, compute_dtype, prepare)
     known, left = (made.tensors, made.not_reached()) if made else ({}, [])
+    later = False
     if tensors.makes_starts and reads_data(config.adapter) and start.checkpoint is None:
         read = tensors.unquantized(model_config, device)
-        known, left = calibrated(model, config, start.examples, read, keep=tensors.has_values)
+        kept = config.model.keep_quantized and tensors.has_values
+        later = start.dry and not (kept and is_kept(model, device, config, start.examples))
+        if not later:
+            known, left = calibrated(model, config, start.examples, read, keep=tensors.has_values)
     elif start.checkpoint is not None:
         left = []  # said when the run began
     adapters = attach(model.module, config.adapter, compute_dtype, config.training.seed, known)
     if (start_facts(config.adapter) or {}).get("taken_out_of_base"):
         model.module.quantized_without = "this run's adapter"
+    asked = getattr(config.adapter, "init_lora_weights", "")
+    if later:
+        logger.info("adapter.init_lora_weights: %s is made from the data when training begins, not in a dry run", asked)
+        return model, adapters, []
     remarks = [
-        f"adapter.init_lora_weights: {getattr(config.adapter, 'init_lora_weights', '')} has nothing to start from in "
+        f"adapter.init_lora_weights: {asked} has nothing to start from in "
         f"{len(left)} of {counted(len(adapters.layers), 'module')}, such as {left[0]}, which are not quantized or take "
         "no part in a layer; they start as with default"
     ] if left else []  # fmt: skip

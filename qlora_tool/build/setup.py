@@ -92,15 +92,19 @@ def _refuse_misfit(config: Config, model_config: Any) -> None:
     Raises:
         UserError: see `build`.
     """
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            if config.model.skip_modules and not isinstance(config.model.skip_modules, str):
-                refuse_unknown_names("model.skip_modules", config.model.skip_modules, build_skeleton(model_config))
-            build(config, model_config, Random(), device=torch.device("cpu"), compute_dtype=torch.float32)
-    except ToolError:
-        raise
-    except Exception as error:  # what an unknown architecture's code raises: it may run on real tensors
-        logger.debug("%s cannot be built without weights: %s", model_config.model_type, error)
+    for mode, device in ((torch.device("meta"), "meta"), (FakeTensorMode(allow_non_fake_inputs=True), "cpu")):
+        try:
+            with mode:
+                if config.model.skip_modules and not isinstance(config.model.skip_modules, str):
+                    refuse_unknown_names("model.skip_modules", config.model.skip_modules, build_skeleton(model_config))
+                build(config, model_config, Random(), device=torch.device(device), compute_dtype=torch.float32)
+            return
+        except Exception as error:  # what an unknown architecture's code raises: it may run on real tensors
+            if device == "meta":
+                continue  # fake tensors show it too, or have no trouble with it, in more time
+            if isinstance(error, ToolError):
+                raise
+            logger.debug("%s cannot be built without weights: %s", model_config.model_type, error)
 
 
 def can_be_kept(config: Config, model_config: Any) -> bool:

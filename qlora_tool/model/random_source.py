@@ -25,10 +25,11 @@ class RandomSource:
 
     def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype):
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+        tensors = model.state_dict(keep_vars=True)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in tied}
         self.names = list(self.shapes)
         self._device, self._dtype = device, dtype
-        self._integers = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
+        self._integers = {name for name, tensor in tensors.items() if not tensor.is_floating_point()}
 
     @classmethod
     def of(cls, model_config: Any) -> Callable[[PreTrainedModel, torch.device], RandomSource]:

@@ -123,7 +123,7 @@ def _train(
             refuse_nothing_left(checkpoint, plan)
     largest = _largest_batch(plan, data, setup.padding_free)
     samples = world.each(partial(read_samples, config, data, setup.model_config, largest.tokens))
-    start = Start(data.train.examples, None if checkpoint is None else checkpoint.tensors)
+    start = Start(data.train.examples, None if checkpoint is None else checkpoint.tensors, dry_run)
     recomputation = None
     if watcher is not None:
         decided = world.on_main(lambda: watcher.check(setup, largest, start))

@@ -21,7 +21,10 @@ from tiny_runs import adapter_bytes, comparable, read_metrics, run_config, write
 from torch import nn
 from transformers import AutoTokenizer
 
+from qlora_tool.adapters.calibration import calibrated
+from qlora_tool.build import build
 from qlora_tool.build.setup import Setup
+from qlora_tool.build.tensors import FromFiles
 from qlora_tool.config import load_config
 from qlora_tool.errors import MachineError, UserError
 from qlora_tool.files import tensors
@@ -153,6 +156,32 @@ def test_a_dry_run_writes_nothing(config, tmp_path):
     run = train(config(), dry_run=True)
     assert run.plan.total_steps == 6
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_makes_no_start_from_the_data(config, monkeypatch, caplog):
+    """And says so; one that is kept from an earlier run is read. What cannot be made is refused all the same."""
+    monkeypatch.setattr(logging.getLogger("qlora_tool"), "propagate", True)
+    made = []
+    monkeypatch.setattr(build, "calibrated", lambda *args, **to: made.append(args) or calibrated(*args, **to))
+    wanted = {"adapter__init_lora_weights": "calibrated", "model__quantization": "nf4", "model__keep_quantized": True}
+    for times in (0, 1):
+        with caplog.at_level(logging.INFO, "qlora_tool"):
+            caplog.clear()
+            drawn = train(config(**wanted), dry_run=True, overwrite=bool(times))
+        said = [record.getMessage() for record in caplog.records if "when training begins" in record.getMessage()]
+        assert len(made) == times * 2 and len(said) == 1 - times
+        b = [tensor for name, tensor in drawn.adapters.tensors().items() if "lora_B" in name]
+        assert b and all(bool(tensor.any()) is bool(times) for tensor in b)
+        if not times:
+            train(config(**wanted))
+            assert len(made) == 1
+    monkeypatch.setattr(FromFiles, "unquantized", lambda *_: refuse())
+    with pytest.raises(UserError, match="quantized already"):
+        train(config(**wanted), dry_run=True, overwrite=True)
+
+
+def refuse() -> None:
+    raise UserError("quantized already")
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
