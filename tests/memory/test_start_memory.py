@@ -149,10 +149,10 @@ def test_a_quicker_decomposition_is_named_only_where_it_helps(calibrated: Config
 def test_a_start_that_is_kept_is_not_counted_again(calibrated: Config, start: str, caplog: pytest.LogCaptureFixture):
     config = with_values(calibrated, {"adapter.init_lora_weights": start, "model.keep_quantized": True})
     peaks = []
-    for _ in range(2):
+    for dry_run in (False, True):  # which makes none
         memory = RunMemory()
         with caplog.at_level(logging.INFO, "qlora_tool"):
-            train(config, dry_run=True, watcher=memory)
+            train(config, dry_run=dry_run, overwrite=True, watcher=memory)
         peaks.append(memory.predicted.phase_peak_bytes["load"])
     assert peaks[1] < peaks[0]
     told = [record.getMessage() for record in caplog.records if " predicted " in record.getMessage()]
