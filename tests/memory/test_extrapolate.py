@@ -135,22 +135,24 @@ def test_long_batches_are_drawn_out_of_shorter_ones(monkeypatch, segments):
     assert found.peak_bytes == pytest.approx(whole, rel=2e-3)
 
 
-@pytest.mark.parametrize(("family", "segments", "traces"), [("llama", False, [3, 2]), ("gemma2", True, [3, 3])])
+@pytest.mark.parametrize(("family", "segments", "traces"),
+                         [("llama", False, [3, 2, 3]), ("gemma2", True, [3, 3, 3])])  # fmt: skip
 def test_what_lies_on_a_line_is_told_by_two_lengths_from_then_on(monkeypatch, family, segments, traces):
-    """And is the same as three tell; masks of length x length lie on none."""
+    """And is the same as three tell; masks of length x length lie on none, and fewer rows are longer ones."""
     monkeypatch.setattr(extrapolate, "LONG_BATCH", 8192)
-    monkeypatch.setattr(extrapolate, "_straight", set())
+    monkeypatch.setattr(extrapolate, "_straight", {})
     seen = []
     monkeypatch.setattr(extrapolate, "predict", lambda *args, **to: seen.append(args[2].length) or predict(*args, **to))
     model_config = made(family, num_hidden_layers=1, max_position_embeddings=8192, vocab_size=700)
-    found = []
-    for rows, length in ((2, 6000), (4, 3000)):
+    found = {}
+    for (rows, length), lengths in zip(((2, 6000), (4, 3000), (1, 12000)), traces, strict=True):
         seen.clear()
         shape = BatchShape(rows, length, rows * length, segments=(length,) if segments else None)
-        found.append(estimate_peak(settings(), model_config, shape, torch.float32, None))
-        assert len(seen) == traces[len(found) - 1]
-    extrapolate._straight.clear()
-    assert estimate_peak(settings(), model_config, shape, torch.float32, None) == found[-1]
+        found[shape] = estimate_peak(settings(), model_config, shape, torch.float32, None)
+        assert len(seen) == lengths
+    for shape, estimate in found.items():
+        extrapolate._straight.clear()
+        assert estimate_peak(settings(), model_config, shape, torch.float32, None) == estimate
 
 
 def test_what_is_asked_twice_is_traced_once(monkeypatch):

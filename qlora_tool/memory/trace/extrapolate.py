@@ -29,6 +29,7 @@ from qlora_tool.memory.breakdown import PHASES
 from qlora_tool.memory.trace.classify import timeline
 from qlora_tool.memory.trace.deepen import deepened
 from qlora_tool.memory.trace.flops import flops_of_step
+from qlora_tool.memory.trace.on_meta import forget_answers
 from qlora_tool.memory.trace.predict import STEPS, BatchShape, predict
 from qlora_tool.memory.trace.second_step import NotRepeated, repeats, with_second_step
 from qlora_tool.model.checkpointing import ALL_RECOMPUTED, Recomputation
@@ -118,12 +119,12 @@ def estimate_peak(
         streamed, flops = _work_at_depth(make, shape)
     else:
         alike = make(shape, stack.traced[0]).alike
-        shares = (3, 4) if alike in _straight else (2, 3, 4)
+        shares = (3, 4) if shape.rows >= _straight.get(alike, math.inf) else (2, 3, 4)
         shorter = [max(64, LONG_BATCH * share // 4 // shape.rows // 64 * 64) for share in shares]
         shapes = [resized(shape, shape.rows, length) for length in shorter]
         points = [(shape.length, _peaks_at_depth(make, shape, None)) for shape in shapes]
-        if not _bends(points):
-            _straight.add(alike)
+        if len(points) == 3 and not _bends(points):
+            _straight[alike] = shape.rows
         found = _by_phase(_lengthen(points, shape.length))
         if card is not None:  # its allocator rounds, which no line follows; most of what it adds is the weights' share
             here, there = _by_phase(points[-1][1]), _by_phase(_peaks_at_depth(make, shapes[-1], card))
@@ -207,8 +208,9 @@ def _along_line(places: tuple[int, ...], peaks: tuple[Mapping[Moment, int], ...]
     return found
 
 
-_straight: set[_Case] = set()
-"""Of cases that differ in sizes alone (`_Case.alike`), those whose peaks lay on lines: two lengths tell as much."""
+_straight: dict[_Case, int] = {}
+"""Of cases that differ in sizes alone (`_Case.alike`), those whose peaks lay on lines, and in batches of how many rows:
+two lengths tell as much of as many rows or more, as masks of length × length are smaller there."""
 
 
 def _lengthen(points: list[tuple[int, Mapping[Moment, int]]], length: int) -> dict[Moment, int]:
@@ -344,6 +346,7 @@ trace of one of them shows."""
 def forget_traces() -> None:
     """Give back what is kept for predictions that may follow: tens of megabytes, where a process goes on to train."""
     _trace.cache_clear()
+    forget_answers()
 
 
 def predict_deep(

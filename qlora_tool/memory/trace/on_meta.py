@@ -103,6 +103,11 @@ _answers: dict[Hashable, _Results] = {}
 NEW, FIRST = "new tensors", "the first argument"
 
 
+def forget_answers() -> None:
+    """Give back what is kept of answers."""
+    _answers.clear()
+
+
 @cache
 def _gives(func: torch._ops.OpOverload) -> str | None:
     """What an operator gives: NEW ones alone; what it writes into, FIRST or a keyword; None: something else."""
