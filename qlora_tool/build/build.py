@@ -155,24 +155,21 @@ def _with_adapters(
     prepare = taken_out(made, start.checkpoint) if made and start.checkpoint is not None else made
     model = open_base(config.model, model_config, tensors, device, compute_dtype, prepare)
     known, left = (made.tensors, made.not_reached()) if made else ({}, [])
-    later = False
     if tensors.makes_starts and reads_data(config.adapter) and start.checkpoint is None:
         read = tensors.unquantized(model_config, device)
         kept = config.model.keep_quantized and tensors.has_values
-        later = start.dry and not (kept and is_kept(model, device, config, start.examples))
-        if not later:
+        if start.dry and not (kept and is_kept(model, device, config, start.examples)):
+            logger.info("adapter.init_lora_weights: calibrated is made from the data when training begins, not in a "
+                        "dry run")  # fmt: skip
+        else:
             known, left = calibrated(model, config, start.examples, read, keep=tensors.has_values)
     elif start.checkpoint is not None:
         left = []  # said when the run began
     adapters = attach(model.module, config.adapter, compute_dtype, config.training.seed, known)
     if (start_facts(config.adapter) or {}).get("taken_out_of_base"):
         model.module.quantized_without = "this run's adapter"
-    asked = getattr(config.adapter, "init_lora_weights", "")
-    if later:
-        logger.info("adapter.init_lora_weights: %s is made from the data when training begins, not in a dry run", asked)
-        return model, adapters, []
     remarks = [
-        f"adapter.init_lora_weights: {asked} has nothing to start from in "
+        f"adapter.init_lora_weights: {getattr(config.adapter, 'init_lora_weights', '')} has nothing to start from in "
         f"{len(left)} of {counted(len(adapters.layers), 'module')}, such as {left[0]}, which are not quantized or take "
         "no part in a layer; they start as with default"
     ] if left else []  # fmt: skip
