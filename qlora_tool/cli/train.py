@@ -47,7 +47,7 @@ def train(config: str, **options: Any) -> None:
     if not is_main:
         return
     if not result.finished:
-        click.echo("dry run: everything is in order; nothing was written")
+        click.echo("dry run: everything is in order; nothing of the run was written")
     elif not result.learned:
         click.echo(f"adapter: {result.adapter}, which learned nothing: see the warning")
         _show_report(result.report)

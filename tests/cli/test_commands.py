@@ -108,7 +108,7 @@ def train_error(here: Path, *settings: str, code: int = 2) -> str:
 
 
 def test_training_tells_what_comes_next(here: Path):
-    assert run("train", "good.yaml", "--dry-run") == "dry run: everything is in order; nothing was written\n"
+    assert run("train", "good.yaml", "--dry-run") == "dry run: everything is in order; nothing of the run was written\n"
     assert not (here / "new").exists()
     out = run("train", "good.yaml", "--output-dir", "mine")
     assert out.splitlines() == ["adapter: mine/adapter", "report: mine/report.html",
