@@ -157,37 +157,35 @@ class Encoder:
         """
         self.calibrated += moments is not None
         self.plain += moments is None
-        made: dict[str, tuple[Callable[[Tensor], Form], Tensor]] = {}
+        made: dict[str, Coded[Form]] = {}
         kept = {base: Kept() for base in starts}
         for base in kept:
-            finish, values = self._coded(code(starts.pop(base), None if moments is None else moments.diagonal()),
-                                         trained, update, moments, kept[base] if len(kept) > 1 else None)  # fmt: skip
+            made[base] = code(starts.pop(base), None if moments is None else moments.diagonal())
+            self._move(made[base], trained, update, moments, kept[base] if len(kept) > 1 else None)
             self._kept[base].join(kept[base])
-            made[base] = finish, values
         taken = best(kept, self._weights)
         if len(kept) > 1:
             self._tried[taken] += 1
-        finish, values = made.pop(taken)
+        chosen = made.pop(taken)
         made.clear()
-        return finish(values)
+        return chosen.finished()
 
-    def _coded(
+    def _move(
         self, coded: Coded[Form], trained: Tensor, update: Tensor | None, moments: Tensor | None, kept: Kept | None
-    ) -> tuple[Callable[[Tensor], Form], Tensor]:
-        """What finishes a weight on the grid, and its values; `kept`, if given, counts what they keep of the update."""
-        values = coded.values
+    ) -> None:
+        """Bring a weight on the grid to where it stays; `kept`, if given, counts what its values keep of the update."""
         if update is not None and kept is not None:
             # By what is missing before it is made up for, which the other rows of a task miss in part all the same.
-            judged = values
+            judged = coded
             if moments is not None:
-                judged = descend(trained, moments, coded.grid, values.clone(), SWEEPS, self._slopes)
-            kept.add(judged, trained.reshape_as(judged), update.reshape_as(judged), moments)
+                judged = coded.copy()
+                descend(trained, moments, judged.grid, judged.values, SWEEPS, self._slopes)
+            kept.add(judged.values, trained.reshape_as(judged.values), update.reshape_as(judged.values), moments)
             del judged
         if moments is not None and update is not None:
-            descend_keeping(trained, update, moments, coded.grid, values, SWEEPS, self._slopes)
+            descend_keeping(trained, update, moments, coded.grid, coded.values, SWEEPS, self._slopes)
         elif moments is not None:
-            descend(trained, moments, coded.grid, values, SWEEPS, self._slopes)
-        return coded.finish, values
+            descend(trained, moments, coded.grid, coded.values, SWEEPS, self._slopes)
 
     def close(self) -> None:
         if self.calibration is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import gguf
@@ -10,20 +11,25 @@ import torch
 
 from qlora_tool.export.grids import descent
 from qlora_tool.export.grids.block_types import BLOCK_TYPES
-from qlora_tool.export.grids.coded import coded_4bit, coded_blocks
+from qlora_tool.export.grids.coded import Coded, coded_4bit, coded_blocks
 from qlora_tool.export.grids.descent import BLOCK, damped, weighted_error
+from qlora_tool.export.grids.grid import Grid
 from qlora_tool.weights.quantized import quantize
 
 KINDS = [("nf4", False), ("nf4", True), ("fp4", True), *((name, False) for name in BLOCK_TYPES)]
 IDS = [f"{kind}{'-double' if double else ''}" for kind, double in KINDS]
 
 
-def descend(target, moments, grid, start, sweeps):
-    return descent.descend(target, moments, grid, start.clone(), sweeps)
+def descend(target, moments, on, sweeps):
+    moved = on.copy()
+    descent.descend(target, moments, moved.grid, moved.values, sweeps)
+    return moved
 
 
-def descend_keeping(trained, update, moments, grid, start, sweeps):
-    return descent.descend_keeping(trained, update, moments, grid, start.clone(), sweeps)
+def descend_keeping(trained, update, moments, on, sweeps):
+    moved = on.copy()
+    descent.descend_keeping(trained, update, moments, moved.grid, moved.values, sweeps)
+    return moved
 
 
 def a_matrix(out: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -57,34 +63,57 @@ def test_what_is_finished_is_decoded_to_the_values_that_were_chosen(kind, double
     weight = a_matrix(9, 512)
     weight[2], weight[3, :300] = 0, 0
     on = coded(kind, double, weight)
-    torch.testing.assert_close(decoded(kind, on.finish(on.values), weight.shape), on.values, rtol=0, atol=0)
-    moved = descend(a_matrix(9, 512, seed=1), moments_of(512), on.grid, on.values, 1)
-    assert (moved != on.values).any()
-    torch.testing.assert_close(decoded(kind, on.finish(moved), weight.shape), moved, rtol=0, atol=0)
+    torch.testing.assert_close(decoded(kind, on.finished(), weight.shape), on.values, rtol=0, atol=0)
+    moved = descend(a_matrix(9, 512, seed=1), moments_of(512), on, 1)
+    assert (moved.values != on.values).any()
+    assert (moved.grid.scales is None) == (on.grid.b is not None) == bool((moved.grid.a == on.grid.a).all())
+    torch.testing.assert_close(decoded(kind, moved.finished(), weight.shape), moved.values, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(5, 100), (3, 33), (7, 64), (2, 1)])
 def test_blocks_of_four_bits_may_straddle_rows(shape):
     """bitsandbytes cuts a flat matrix: with rows of another length than its blocks', two rows share a scale."""
     on = coded_4bit(quantize(a_matrix(*shape), "nf4", True))
-    moved = descend(a_matrix(*shape, seed=1), moments_of(shape[1]), on.grid, on.values, 2)
-    torch.testing.assert_close(on.finish(moved).dequantize(), moved, rtol=0, atol=0)
+    moved = descend(a_matrix(*shape, seed=1), moments_of(shape[1]), on, 2)
+    torch.testing.assert_close(moved.finished().dequantize(), moved.values, rtol=0, atol=0)
 
 
-def by_hand(target, moments, values_of, start, sweeps):
-    """Column by column in fp64, the slope anew for each, every value of the grid tried."""
-    chosen = start.double()
-    for _ in range(sweeps):
-        for k in range(chosen.shape[1]):
-            slope = (chosen - target.double()) @ moments.double()[:, k]
-            wanted = chosen[:, k] - slope / moments.double()[k, k]
-            values = values_of(k).double()  # (out, levels)
-            nearest = (values - wanted.unsqueeze(1)).abs().argmin(1, keepdim=True)
-            chosen[:, k] = values.gather(1, nearest).squeeze(1)
+def scales_by_hand(grid, run) -> torch.Tensor | None:
+    """Every value that the scales of a run may have, (out, values) fp64; None where any number of a dtype is one."""
+    if grid.scales.factors is None:
+        return None
+    return grid.scales.factors.double() * grid.scales.unit[:, run, None].double() + grid.scales.offset
+
+
+def by_hand(target, moments, on, sweeps):
+    """Column by column in fp64, the slope anew for each, every value of the grid tried; before the columns of a run
+    every value of its scales, levels held."""
+    chosen, a, target, moments = on.values.double(), on.grid.a.double(), target.double(), moments.double()
+    levels, width = on.grid.levels.double(), on.grid.width
+    every = a.repeat_interleave(width, 1).unsqueeze(-1) * levels
+    index = (chosen.unsqueeze(-1) - every).abs().argmin(-1)  # used where there is no b
+    for k in [*range(chosen.shape[1])] * sweeps:
+        run = k // width
+        if k % width == 0 and on.grid.scales is not None:
+            columns = slice(k, k + width)
+            part = levels[index[:, columns]]
+            slope = ((chosen - target) @ moments[:, columns] * part).sum(1)
+            wanted = a[:, run] - slope / ((part @ moments[columns, columns]) * part).sum(1)
+            may_be = scales_by_hand(on.grid, run)
+            a[:, run] = wanted.to(on.grid.scales.dtype).double() if may_be is None else may_be.gather(
+                1, (may_be - wanted.unsqueeze(1)).abs().argmin(1, keepdim=True)).squeeze(1)  # fmt: skip
+            chosen[:, columns] = part * a[:, run, None]
+        wanted = chosen[:, k] - (chosen - target) @ moments[:, k] / moments[k, k]
+        values = a[:, run, None] * levels
+        if on.grid.b is not None:
+            values = values + on.grid.b[:, run, None].double()
+        index[:, k] = (values - wanted.unsqueeze(1)).abs().argmin(1)
+        chosen[:, k] = values.gather(1, index[:, k, None]).squeeze(1)
     return chosen
 
 
-@pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("Q4_K", False), ("IQ4_NL", False), ("Q6_K", False)])
+@pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("nf4", False), ("Q4_K", False), ("IQ4_NL", False),
+                                              ("Q6_K", False)])  # fmt: skip
 def test_the_codes_are_those_of_the_plain_loop(kind, double):
     """Over more columns than a block has. Where two values are as near, rounding decides: a few may differ, and the
     error that is left is the same."""
@@ -92,14 +121,7 @@ def test_the_codes_are_those_of_the_plain_loop(kind, double):
     assert columns > BLOCK
     target, moments = a_matrix(16, columns), moments_of(columns)
     on = coded(kind, double, target)
-
-    def values_of(k: int) -> torch.Tensor:
-        index = torch.arange(len(on.grid.levels)).expand(16, -1)
-        part = on.grid.a[:, k // on.grid.width, None] * on.grid.levels[index]
-        return part if on.grid.b is None else part + on.grid.b[:, k // on.grid.width, None]
-
-    expected = by_hand(target, moments, values_of, on.values, 2)
-    found = descend(target, moments, on.grid, on.values, 2)
+    expected, found = by_hand(target, moments, on, 2), descend(target, moments, on, 2).values
     assert (found.double() - expected).abs().gt(1e-6).float().mean() < 0.01
     assert weighted_error(found - target, moments) == pytest.approx(
         weighted_error(expected.float() - target, moments), rel=0.01
@@ -110,11 +132,11 @@ def test_the_codes_are_those_of_the_plain_loop(kind, double):
 def test_no_sweep_makes_it_worse_and_the_first_makes_it_better(kind, double):
     target, moments = a_matrix(32, 256), moments_of(256)
     on = coded(kind, double, target)
-    values, before = on.values, weighted_error(on.values - target, moments)
+    before = weighted_error(on.values - target, moments)
     errors = [before]
     for _ in range(3):
-        values = descend(target, moments, on.grid, values, 1)
-        errors.append(weighted_error(values - target, moments))
+        on = descend(target, moments, on, 1)
+        errors.append(weighted_error(on.values - target, moments))
     assert all(later <= earlier * (1 + 1e-5) for earlier, later in pairwise(errors))
     assert errors[1] < before
 
@@ -133,9 +155,9 @@ def test_an_update_from_the_grid_is_kept_better_than_by_the_nearest_products(kin
     update = torch.outer(torch.randn(64, generator=torch.Generator().manual_seed(3)), a_matrix(1, 256, seed=4)[0])
     update *= (base - weight).norm() / 4 / update.norm()
     on = coded(kind, double, base + update)
-    plain = descend(base + update, moments, on.grid, on.values, 3)
-    kept = descend_keeping(base + update, update, moments, on.grid, on.values, 3)
-    shares = [share_kept(values, base, update, moments) for values in (plain, kept)]
+    plain = descend(base + update, moments, on, 3)
+    kept = descend_keeping(base + update, update, moments, on, 3)
+    shares = [share_kept(moved.values, base, update, moments) for moved in (plain, kept)]
     assert abs(1 - shares[1]) < abs(1 - shares[0])
 
 
@@ -143,13 +165,14 @@ def test_what_is_missing_is_added_before_the_next_sweep():
     base, moments = coded_4bit(quantize(a_matrix(64, 64), "nf4", False)).values, moments_of(64)
     update = 0.05 * torch.outer(a_matrix(1, 64, seed=2)[0], a_matrix(1, 64, seed=4)[0])
     on = coded_4bit(quantize(base + update, "nf4", False))
-    expected, gain = on.values, 1.0
+    expected, gain = on, 1.0
     for _ in range(3):
-        expected = descend(base + gain * update, moments, on.grid, expected, 1)
-        gain += 1 - share_kept(expected, base, update, moments)
-    found = descend_keeping(base + update, update, moments, on.grid, on.values, 3)
-    assert (found - expected).abs().gt(1e-6).float().mean() < 0.01  # where two values are as near, rounding decides
-    assert not torch.equal(found, descend(base + update, moments, on.grid, on.values, 3))
+        expected = descend(base + gain * update, moments, expected, 1)
+        gain += 1 - share_kept(expected.values, base, update, moments)
+    found = descend_keeping(base + update, update, moments, on, 3).values
+    # Where two values are as near, rounding decides.
+    assert (found - expected.values).abs().gt(1e-6).float().mean() < 0.01
+    assert not torch.equal(found, descend(base + update, moments, on, 3).values)
 
 
 def test_of_an_update_far_below_the_steps_nothing_is_added():
@@ -157,15 +180,15 @@ def test_of_an_update_far_below_the_steps_nothing_is_added():
     weight, moments = a_matrix(64, 256), moments_of(256)
     on = coded_4bit(quantize(weight, "nf4", False))
     update = 1e-3 * (on.values - weight).norm() * a_matrix(64, 256, seed=5) / a_matrix(64, 256, seed=5).norm()
-    found = descend_keeping(weight, update, moments, on.grid, on.values, 3)
-    torch.testing.assert_close(found, descend(weight, moments, on.grid, on.values, 3), rtol=0, atol=0)
+    found = descend_keeping(weight, update, moments, on, 3)
+    torch.testing.assert_close(found.values, descend(weight, moments, on, 3).values, rtol=0, atol=0)
 
 
 def test_without_an_update_nothing_is_added():
     base, moments = a_matrix(8, 64), moments_of(64)
     on = coded_4bit(quantize(base, "nf4", False))
-    found = descend_keeping(base, torch.zeros_like(base), moments, on.grid, on.values, 3)
-    torch.testing.assert_close(found, descend(base, moments, on.grid, on.values, 3), rtol=0, atol=0)
+    found = descend_keeping(base, torch.zeros_like(base), moments, on, 3)
+    torch.testing.assert_close(found.values, descend(base, moments, on, 3).values, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (1, 1), (5, 20), (4096, 4096), (11008, 4096), (4096, 11008), (3, 1 << 25)])
@@ -210,22 +233,21 @@ def test_an_updates_product_with_the_moments_is_that_of_its_few_directions(rank,
 @pytest.mark.parametrize("shape", [(4096, 256), (2048, 300), (2047, 256), (3, 256)])
 def test_parts_of_rows_come_out_alike_on_one_core_and_on_several(shape):
     target, moments = a_matrix(*shape), moments_of(shape[1])
-    grid = coded_4bit(quantize(a_matrix(*shape, seed=1), "nf4", False)).grid if shape[1] % 64 == 0 else descent.Grid(
+    grid = coded_4bit(quantize(a_matrix(*shape, seed=1), "nf4", True)).grid if shape[1] % 64 == 0 else Grid(
         torch.arange(16.0), True, torch.full((shape[0], 1), 0.01), torch.full((shape[0], 1), -0.08), shape[1])
-    start = grid.values(torch.zeros(shape, dtype=torch.uint8))
+    on = Coded(grid, grid.values(torch.zeros(shape, dtype=torch.uint8)), None)
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(descend(target, moments, grid, start, 2))
+            found.append(descend(target, moments, on, 2).values)
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0, atol=0)
-    first = descend(target[:5], moments, descent.Grid(grid.levels, grid.uniform, grid.a[:5],
-                                                      None if grid.b is None else grid.b[:5], grid.width), start[:5], 2)
-    changed = (first - found[0][:5]).abs() > 1e-6  # products of other sizes: a tie may fall otherwise
+    first = descend(target[:5], moments, Coded(grid.of_rows(slice(5)), on.values[:5], None), 2)
+    changed = (first.values - found[0][:5]).abs() > 1e-6  # products of other sizes: a tie may fall otherwise
     assert changed.float().mean() < 0.01
 
 
@@ -236,16 +258,17 @@ def test_slopes_in_bf16_lead_as_low(kind, double):
     target, moments = a_matrix(64, 512), moments_of(512)
     target[:, 7] *= 30
     on = coded(kind, double, target)
-    exact, coarse = on.values.clone(), on.values.clone()
-    descent.descend(target, moments, on.grid, exact, 3)
-    descent.descend(target, moments, on.grid, coarse, 3, torch.bfloat16)
-    left = [weighted_error(values - target, moments) for values in (on.values, exact, coarse)]
+    exact, coarse = on.copy(), on.copy()
+    descent.descend(target, moments, exact.grid, exact.values, 3)
+    descent.descend(target, moments, coarse.grid, coarse.values, 3, torch.bfloat16)
+    left = [weighted_error(one.values - target, moments) for one in (on, exact, coarse)]
     assert left[1] < 0.97 * left[0] and left[2] == pytest.approx(left[1], rel=0.01)
-    torch.testing.assert_close(decoded(kind, on.finish(coarse), target.shape), coarse, rtol=0, atol=0)
+    torch.testing.assert_close(decoded(kind, coarse.finished(), target.shape), coarse.values, rtol=0, atol=0)
     update = a_matrix(64, 8, 3) @ a_matrix(8, 512, 4)
-    one, other = (descent.descend_keeping(target, update, moments, on.grid, on.values.clone(), 3, dtype)
-                  for dtype in (torch.float32, torch.bfloat16))
-    ends = [weighted_error(values - target, moments) for values in (one, other)]
+    exact, coarse = on.copy(), on.copy()
+    for one, dtype in ((exact, torch.float32), (coarse, torch.bfloat16)):
+        descent.descend_keeping(target, update, moments, one.grid, one.values, 3, dtype)
+    ends = [weighted_error(one.values - target, moments) for one in (exact, coarse)]
     assert ends[1] == pytest.approx(ends[0], rel=0.01)
 
 
@@ -254,8 +277,9 @@ def test_with_inputs_that_do_not_hang_together_codes_are_the_nearest():
     target = a_matrix(8, 128)
     on = coded_4bit(quantize(target, "nf4", False))
     away = coded_4bit(quantize(-target, "nf4", False)).values
-    found = descend(target, torch.diag(torch.rand(128) + 0.1), on.grid, away, 1)
-    torch.testing.assert_close(found, on.values, rtol=0, atol=0)
+    fixed = Coded(replace(on.grid, scales=None), away, None)
+    found = descend(target, torch.diag(torch.rand(128) + 0.1), fixed, 1)
+    torch.testing.assert_close(found.values, on.values, rtol=0, atol=0)
 
 
 def test_columns_that_never_saw_an_input_stay_numbers():
@@ -265,4 +289,4 @@ def test_columns_that_never_saw_an_input_stay_numbers():
     target = a_matrix(4, 64)
     on = coded_4bit(quantize(target, "nf4", True))
     for known in (damped(moments), dead):
-        assert descend(target, known, on.grid, on.values, 2).isfinite().all()
+        assert descend(target, known, on, 2).values.isfinite().all()

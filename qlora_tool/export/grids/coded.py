@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from qlora_tool.export.grids.block_types import Blocks, BlockType
-from qlora_tool.export.grids.descent import Grid
 from qlora_tool.export.grids.fit import fit, index_of, joined, nearest
-from qlora_tool.ops.quantization import code_values
+from qlora_tool.export.grids.grid import Grid, Scales
+from qlora_tool.ops.quantization import NESTED_BLOCK_SIZE, code_values
 from qlora_tool.weights.quantized import QuantizedTensor
 
 AT_A_TIME = 1 << 22  # weights; bounds what is held beside a matrix
@@ -28,12 +28,20 @@ class Coded(Generic[Form]):
     Attributes:
         grid: its values, scales and all.
         values: where its weights lie, fp32.
-        finish: other values of the same grid → what a file holds.
+        form: a grid with scales that these may be and values that lie on it → what a file holds.
     """
 
     grid: Grid
     values: Tensor
-    finish: Callable[[Tensor], Form]
+    form: Callable[[Grid, Tensor], Form]
+
+    def copy(self) -> Coded[Form]:
+        """One whose values and scales may change by themselves."""
+        return replace(self, grid=self.grid.copy(), values=self.values.clone())
+
+    def finished(self) -> Form:
+        """What a file holds."""
+        return self.form(self.grid, self.values)
 
 
 def coded_blocks(kind: BlockType, weight: Tensor, importance: Tensor | None = None) -> Coded[Tensor]:
@@ -51,19 +59,36 @@ def coded_blocks(kind: BlockType, weight: Tensor, importance: Tensor | None = No
     out, width = len(weight), kind.weights // kind.sub_blocks
     a, b = (part.reshape(out, -1) for part in kind.coefficients(blocks))
     levels = torch.tensor(kind.levels, dtype=torch.float32)
-    grid = Grid(levels, kind.uniform, a, b if kind.affine else None, width)
+    grid = Grid(levels, kind.uniform, a, b if kind.affine else None, width, _scales_of(kind, blocks, out))
 
-    def finish(values: Tensor) -> Tensor:
-        index = torch.empty(values.shape, dtype=torch.uint8)
+    def form(grid: Grid, values: Tensor) -> Tensor:
+        a, index = grid.a, torch.empty(values.shape, dtype=torch.uint8)
         step = max(1, AT_A_TIME // values.shape[1])
         for first in range(0, out, step):
             part = slice(first, first + step)
             away = values[part].unflatten(1, (-1, width)) - b[part].unsqueeze(-1)
             scale = a[part].unsqueeze(-1)
             index[part] = index_of(kind, nearest(kind, torch.where(scale == 0, 0, away / scale))).flatten(1)
-        return packed(kind, replace(blocks, index=index.view(-1, kind.weights)), out)
+        made = replace(blocks, index=index.view(-1, kind.weights))
+        if grid.scales is not None and grid.scales.factors is None:
+            made = replace(made, d=a.reshape(-1).half())
+        elif grid.scales is not None:
+            whole = grid.scales.factors[grid.scales.index(a)]
+            made = replace(made, scales=whole.to(torch.int16).view(-1, kind.sub_blocks))
+        return packed(kind, made, out)
 
-    return Coded(grid, kind.values(blocks).view_as(weight), finish)
+    return Coded(grid, kind.values(blocks).view_as(weight), form)
+
+
+def _scales_of(kind: BlockType, blocks: Blocks, out: int) -> Scales | None:
+    """What a may be with the d that a block has; None where there is a b, which changes with it."""
+    if kind.affine:
+        return None
+    if kind.steps is None:
+        return Scales(dtype=torch.float16)
+    least, most = kind.steps
+    unit = blocks.d.float().unsqueeze(-1).expand(-1, kind.sub_blocks).reshape(out, -1)
+    return Scales(unit, 0.0, torch.arange(least, most + 1, dtype=torch.float32))
 
 
 def fitted(kind: BlockType, weight: Tensor, importance: Tensor | None = None) -> Blocks:
@@ -93,7 +118,7 @@ def coded_4bit(weight: QuantizedTensor) -> Coded[QuantizedTensor]:
     """A matrix in bitsandbytes' 4 bits, with the scales that it has.
 
     Returns:
-        Finished it is a `QuantizedTensor` with the same scales.
+        Finished it is a `QuantizedTensor` with the same scales of scales.
     """
     columns = weight.shape[1]
     width = math.gcd(columns, weight.block_size)  # of a row, within one block whatever row it is
@@ -101,15 +126,28 @@ def coded_4bit(weight: QuantizedTensor) -> Coded[QuantizedTensor]:
     levels, order = table.sort()
     one = int(table.argmax())  # the code of 1
     ones = torch.full_like(weight.codes, one << 4 | one)
-    scales = replace(weight, codes=ones, dtype=torch.float32).dequantize()[:, ::width]
-    grid = Grid(levels, False, scales.contiguous(), None, width)
+    a = replace(weight, codes=ones, dtype=torch.float32).dequantize()[:, ::width]
+    scales = _nested_scales(weight) if width == weight.block_size else None
+    grid = Grid(levels, False, a.contiguous(), None, width, scales)
 
-    def finish(values: Tensor) -> QuantizedTensor:
-        scale = scales.unsqueeze(-1)
+    def form(grid: Grid, values: Tensor) -> QuantizedTensor:
+        scale = grid.a.unsqueeze(-1)
         share = torch.where(scale == 0, 0, values.unflatten(1, (-1, width)) / scale).flatten()
         code = order[torch.bucketize(share, (levels[1:] + levels[:-1]) / 2)].to(torch.uint8)
         if len(code) % 2:
             code = torch.cat([code, code.new_zeros(1)])
-        return replace(weight, codes=code[0::2] << 4 | code[1::2])
+        made = replace(weight, codes=code[0::2] << 4 | code[1::2])
+        if scales is None:
+            return made
+        return replace(made, scales=scales.index(grid.a).flatten().to(torch.uint8) if made.double_quant
+                       else grid.a.flatten())  # fmt: skip
 
-    return Coded(grid, weight.dequantize(torch.float32), finish)
+    return Coded(grid, weight.dequantize(torch.float32), form)
+
+
+def _nested_scales(weight: QuantizedTensor) -> Scales:
+    """What the scales of 4 bits may be: quantized twice, those with the same scales of their own."""
+    if weight.nested_scales is None or weight.nested_offset is None:
+        return Scales()
+    unit = weight.nested_scales.repeat_interleave(NESTED_BLOCK_SIZE)[: weight.scales.numel()]
+    return Scales(unit.view(weight.shape[0], -1), float(weight.nested_offset), code_values("nested", weight.device))

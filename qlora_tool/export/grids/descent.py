@@ -1,10 +1,11 @@
 """The codes of a matrix whose products come nearest to those of another one: coordinate descent, column by column.
 
 What is made small is ‖(Q − W)X‖² = tr((Q − W)·H·(Q − W)ᵀ), H being the second moments of the inputs X, over all Q whose
-weights lie on a grid with fixed scales. With all other columns held, the best column k is Q_k − G_k / H_kk, G = (Q −
-W)·H, each of its weights brought to the nearest value of its own: a square's least on a grid is the value nearest to
-its least. So no step makes the sum larger. Columns go in blocks, within which G is brought up to date by products of
-their own; between blocks it is made anew.
+weights lie on a grid. With all other columns held, the best column k is Q_k − G_k / H_kk, G = (Q − W)·H, each of its
+weights brought to the nearest value of its own: a square's least on a grid is the value nearest to its least. Scales
+are coordinates too: before the columns that share a scale a, a − ⟨G, L⟩ / ⟨L·H, L⟩, L being these columns' levels, is
+its best, brought to the nearest value that a file can hold. So no step makes the sum larger. Columns go in blocks,
+within which G is brought up to date by products of their own; between blocks it is made anew.
 
 Source: the order of updates is that of GPTQ (Frantar et al. 2022, arXiv 2210.17323); going over all columns again from
 a start, as CDQuant (Nair, Suggala 2024, arXiv 2406.17542) and QuantEase (Behdin et al. 2023, arXiv 2309.01885) do.
@@ -14,12 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from qlora_tool.export.grids.grid import Grid
 from qlora_tool.export.grids.threads import on_every_core
 from qlora_tool.ops.products import matmul
 
@@ -32,67 +33,6 @@ FEW_ROWS = 512  # that tell how large the error of all of them is
 AT_A_TIME = 11 << 20  # weights of a part: bounds what each core holds beside the matrix
 MOST_ROWS = 2048  # of a part: of more the columns leave a core's cache
 WORTH_PARTS = 2048  # rows; of fewer a column takes as long as its operations take to be called, whatever its length
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The values that the weights of a matrix (out, in) may take: a·level + b, a and b being those of `width` weights.
-
-    Attributes:
-        levels: ascending, fp32.
-        uniform: whether they are whole numbers one after the other.
-        a, b: (out, in / width) fp32; b is None where it is 0.
-        width: weights of a row that share them.
-    """
-
-    levels: Tensor
-    uniform: bool
-    a: Tensor
-    b: Tensor | None
-    width: int
-
-    @cached_property
-    def ends(self) -> tuple[float, float]:
-        """The least and the largest level."""
-        return float(self.levels[0]), float(self.levels[-1])
-
-    @cached_property
-    def between(self) -> Tensor:
-        """Half-way between each level and the next one."""
-        return (self.levels[1:] + self.levels[:-1]) / 2
-
-    def values(self, index: Tensor) -> Tensor:
-        """What indices (out, in) of levels stand for, fp32."""
-        found = self.levels[index.int()].unflatten(1, (-1, self.width)) * self.a.unsqueeze(-1)
-        if self.b is not None:
-            found += self.b.unsqueeze(-1)
-        return found.flatten(1)
-
-    def columns(self, index: int) -> _Columns:
-        """The values of the columns that share a and b, the index-th of such runs."""
-        a, b = (None if part is None else part[:, index].contiguous() for part in (self.a, self.b))
-        return _Columns(self, a, b)
-
-
-@dataclass
-class _Columns:
-    grid: Grid
-    a: Tensor  # (out,) each
-    b: Tensor | None
-
-    def __post_init__(self) -> None:
-        self.inverse = torch.where(self.a == 0, 0, 1 / self.a)
-        self.offset = None if self.b is None else -self.b * self.inverse
-
-    def nearest(self, values: Tensor) -> Tensor:
-        """The value of the grid nearest to each of a column's."""
-        b, offset = self.b, self.offset
-        found = values.mul_(self.inverse) if offset is None else torch.addcmul(offset, values, self.inverse)
-        if self.grid.uniform:
-            found = found.round_().clamp_(*self.grid.ends)
-        else:
-            found = self.grid.levels[torch.bucketize(found, self.grid.between, out_int32=True)]
-        return found.mul_(self.a) if b is None else torch.addcmul(b, found, self.a)
 
 
 def damped(moments: Tensor) -> Tensor:
@@ -141,7 +81,7 @@ def _descend(
     """`descend` towards W + more · Δ, some rows at a time: each has its least by itself."""
 
     def work(part: slice) -> None:
-        own = replace(grid, a=grid.a[part], b=None if grid.b is None else grid.b[part])
+        own = grid.of_rows(part)
 
         def target(columns: slice) -> Tensor:
             if update is None or not more:
@@ -241,7 +181,8 @@ def _sweep(
 ) -> None:
     """Once over all columns: `chosen` Q and `difference` Q - W, (in, out) each, are changed in place; `target` gives W
     of some columns, and the dtype of the difference is that of the products that G is made by."""
-    width, inverse = grid.width, 1 / moments.diagonal().unsqueeze(1)
+    width, diagonal = grid.width, moments.diagonal().unsqueeze(1)
+    inverse = 1 / diagonal
     for begin in range(0, len(chosen), BLOCK):
         end = min(begin + BLOCK, len(chosen))
         # G, (columns, out), each column by its H_kk.
@@ -250,11 +191,19 @@ def _sweep(
         own_moments = moments[begin:end, begin:end] * inverse[begin:end]
         for first in range(begin, end, INNER):
             last = min(first + INNER, end)
+            if width >= INNER and first % width == 0:
+                at = first - begin
+                _rescale(grid, first // width, chosen[first : first + width], slope[at:], own_moments[at:, at:],
+                         diagonal[first : first + width])  # fmt: skip
             before = chosen[first:last].clone()
             own = slope[first - begin : last - begin]
             inner = own_moments[first - begin : last - begin, first - begin : last - begin].T.contiguous()
             both = zip(chosen[first:last].unbind(), own.unbind(), strict=True)
             for k, (row, its_slope) in enumerate(both, first):
+                if width < INNER and k % width == 0:
+                    rest = slice(k - begin, last - begin)
+                    _rescale(grid, k // width, chosen[k : k + width], slope[rest], own_moments[rest, rest],
+                             diagonal[k : k + width])  # fmt: skip
                 if k == first or k % width == 0:
                     columns = grid.columns(k // width)
                 best = columns.nearest(row - its_slope)
@@ -266,3 +215,26 @@ def _sweep(
             difference[first:last] = chosen[first:last] - target(slice(first, last))
             if last < end:
                 slope[last - begin :].addmm_(own_moments[last - begin :, first - begin : last - begin], changes)
+
+
+def _rescale(grid: Grid, index: int, run: Tensor, slope: Tensor, moments: Tensor, diagonal: Tensor) -> None:
+    """Give the columns of a run their best scale.
+
+    Args:
+        index: of the run.
+        run: its values, (width, out); changed in place, as the grid's a is.
+        slope: of its columns and those that follow in a block, each by its H_kk, (columns, out); brought up to date.
+        moments: of these columns, each row by its H_kk, (columns, columns).
+        diagonal: H_kk of the run, (width, 1).
+    """
+    if grid.scales is None:
+        return
+    width, a = len(run), grid.a[:, index].clone()
+    levels = grid.nearest_levels(run, a)
+    along = (levels * slope[:width] * diagonal).sum(0)  # half the sum's slope, a step of all levels at once
+    curvature = (levels * (moments[:width, :width] @ levels) * diagonal).sum(0)
+    best = grid.scales.nearest(a - torch.where(curvature > 0, along / curvature, 0), index)
+    best = torch.where(best.sign() == a.sign(), best, a)  # no level moves to the other side of 0
+    slope.addmm_(moments[:, :width], (best - a) * levels)
+    torch.mul(levels, best, out=run)
+    grid.a[:, index] = best
