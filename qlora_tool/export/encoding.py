@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qlora_tool.export.grids.coded import Coded
-from qlora_tool.export.grids.descent import descend, descend_keeping
+from qlora_tool.export.grids.descent import descend, descend_keeping, fit_scales
 from qlora_tool.export.merge import MergedModel
 from qlora_tool.export.moments import LayerPass, Moments
 from qlora_tool.export.rows import CalibrationRows
@@ -174,6 +174,8 @@ class Encoder:
         self, coded: Coded[Form], trained: Tensor, update: Tensor | None, moments: Tensor | None, kept: Kept | None
     ) -> None:
         """Bring a weight on the grid to where it stays; `kept`, if given, counts what its values keep of the update."""
+        if moments is not None:
+            fit_scales(trained, moments, coded.grid, coded.values, self._slopes)
         if update is not None and kept is not None:
             # By what is missing before it is made up for, which the other rows of a task miss in part all the same.
             judged = coded

@@ -30,6 +30,7 @@ BLOCK, INNER = 256, 32  # columns
 FEW_DIRECTIONS = 40, 136  # that the updates of ranks up to 32 and 128 are looked for in
 LEFT_OUT = 1e-5  # of an update's squares: what fp32 loses where a small one is the difference of two large matrices
 FEW_ROWS = 512  # that tell how large the error of all of them is
+Sweep = Callable[[Tensor, Tensor, Callable[[slice], Tensor], Tensor, Grid], None]
 AT_A_TIME = 11 << 20  # weights of a part: bounds what each core holds beside the matrix
 MOST_ROWS = 2048  # of a part: of more the columns leave a core's cache
 WORTH_PARTS = 2048  # rows; of fewer a column takes as long as its operations take to be called, whatever its length
@@ -64,6 +65,15 @@ def descend(
     return values
 
 
+def fit_scales(
+    target: Tensor, moments: Tensor, grid: Grid, values: Tensor, slopes: torch.dtype = torch.float32
+) -> None:
+    """Give values on a grid the scales by which they come nearest to a target, levels held; see `descend`. It goes
+    before the first sweep: codes that move first make up for scales that are wrong, and both stay so."""
+    if grid.scales is not None:
+        _descend(target, None, 0.0, moments, grid, values, 1, slopes, _sweep_scales)
+
+
 def _parts(matrix: Tensor) -> list[slice]:
     """Rows of about one number, whatever the number of cores: an even one, where that pays."""
     rows = min(MOST_ROWS, max(1, AT_A_TIME // matrix.shape[1]))
@@ -76,7 +86,7 @@ def _parts(matrix: Tensor) -> list[slice]:
 
 def _descend(
     trained: Tensor, update: Tensor | None, more: float, moments: Tensor, grid: Grid, values: Tensor, sweeps: int,
-    slopes: torch.dtype,
+    slopes: torch.dtype, over: Sweep | None = None,
 ) -> None:
     """`descend` towards W + more · Δ, some rows at a time: each has its least by itself."""
 
@@ -94,7 +104,7 @@ def _descend(
             columns = slice(first, first + BLOCK)
             difference[columns] = chosen[columns] - target(columns)
         for _ in range(sweeps):
-            _sweep(chosen, difference, target, moments, own)
+            (over or _sweep)(chosen, difference, target, moments, own)
         values[part] = chosen.T
 
     on_every_core(work, _parts(values))
@@ -215,6 +225,21 @@ def _sweep(
             difference[first:last] = chosen[first:last] - target(slice(first, last))
             if last < end:
                 slope[last - begin :].addmm_(own_moments[last - begin :, first - begin : last - begin], changes)
+
+
+def _sweep_scales(
+    chosen: Tensor, difference: Tensor, target: Callable[[slice], Tensor], moments: Tensor, grid: Grid
+) -> None:
+    """The same over scales alone."""
+    diagonal = moments.diagonal().unsqueeze(1)
+    for begin in range(0, len(chosen), BLOCK):
+        block = slice(begin, min(begin + BLOCK, len(chosen)))
+        slope = matmul(moments[block].to(difference.dtype), difference).float() / diagonal[block]
+        own_moments = moments[block, block] / diagonal[block]
+        for k in range(begin, block.stop, grid.width):
+            run, rest = slice(k, k + grid.width), slice(k - begin, None)
+            _rescale(grid, k // grid.width, chosen[run], slope[rest], own_moments[rest, rest], diagonal[run])
+        difference[block] = chosen[block] - target(block)
 
 
 def _rescale(grid: Grid, index: int, run: Tensor, slope: Tensor, moments: Tensor, diagonal: Tensor) -> None:
