@@ -167,7 +167,7 @@ def _separator_line(head: list[Line]) -> tuple[str, list[Line]]:
 
 
 def _refuse_title(file: Path, head: list[Line], sample: list[str], delimiters: str, *, ended: bool) -> None:
-    """See `refuse_title`. A title alone on its line has no delimiter, and the lines below would be read as one column."""
+    """See `refuse_title`. A title alone on its line has no delimiter, and what is below would be read as one column."""
     filled = [index for index, text in enumerate(sample) if text.strip()][:2]
     if len(filled) < 2 or any(map(sample[filled[0]].count, delimiters)):
         return
