@@ -172,6 +172,14 @@ def test_a_data_file_without_an_answer(here: Path):
     assert line.startswith("--data: nothing to learn from: mute.jsonl: 3 rows")
 
 
+def test_the_limit_of_a_rows_tokens_is_named_as_it_was_typed(here: Path):
+    line = error(here, "evaluate", "run", "--data", "good.jsonl", "--max-length", "2", *CPU)
+    assert ": --max-length 2 leaves nothing of the answer" in line and "data.max_length" not in line
+    assert line.endswith("each row needs an answer that begins within --max-length")
+    line = train_error(here, "data.max_length=2")
+    assert ": data.max_length 2 leaves nothing of the answer" in line and "--max-length" not in line
+
+
 def test_a_broken_model_folder(here: Path):
     def changed(name: str) -> Path:
         shutil.copytree(here / "base", here / name)
