@@ -490,7 +490,7 @@ def evaluate(
     max_length: int | None = None,
     generate: bool = False,
     show: int | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     batch_size: int = 16,
     adapter: Adapters = (),
     compare_base: bool = False,
@@ -511,7 +511,7 @@ def evaluate(
         max_length: tokens of a row at most; None: the run's, else 2048.
         generate: also generate answers, greedily: the share of exact matches, and how like they are (token F1).
         show: how many of them the result's `shown` gives of each set; None: 3. All of them are in its scores.
-        max_new_tokens: of an answer at most.
+        max_new_tokens: of an answer at most; None: 256.
         batch_size: rows at a time.
         adapter: adapters on one base, each of which is scored; see `generate`.
         compare_base: score the base alone, too.
@@ -537,8 +537,10 @@ def evaluate(
     if show is not None and (show < 0 or not generate):
         raise OptionError(f"--show: expected at least 0, found {show}" if show < 0 else
                           "--show is of answers, and none are generated: give --generate too")  # fmt: skip
+    if max_new_tokens is not None and not generate:
+        raise OptionError("--max-new-tokens is of answers, and none are generated: give --generate too")
     settings = with_values(Config(), {"data.format": format, **({"data.max_length": max_length} if max_length else {})})
-    sampling = Sampling(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    sampling = Sampling(256 if max_new_tokens is None else max_new_tokens, batch_size=batch_size)
     checked_adapters(adapter)
     from qlora_tool.data.check import check_sources, named_sources
 

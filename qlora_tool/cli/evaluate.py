@@ -40,8 +40,8 @@ _LONGEST = 600  # characters of a text that is shown
               help="Also generate answers, greedily: how many are exact, how like they are (token F1).")  # fmt: skip
 @click.option("--show", type=click.IntRange(min=0), metavar="N",
               help="With --generate: so many answers beside the expected ones, wrong ones first; else 3.")  # fmt: skip
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True,
-              help="Of an answer at most.")  # fmt: skip
+@click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N",
+              help="With --generate: of an answer at most; else 256.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Rows at a time.")
 @adapter_option("Another adapter for the same base; repeatable. Each is scored, and the base is read once.")
 @click.option("--compare-base", is_flag=True, help="Score the base alone, and show its answers, too.")

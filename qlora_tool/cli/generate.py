@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=click.FloatRange(min=0, max=1), default=1.0, show_default=True, help="Nucleus sampling.")
 @click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="0: all tokens.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling, above temperature 0.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Prompts at a time.")
 @template_option
 @base_options

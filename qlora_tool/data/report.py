@@ -11,6 +11,8 @@ from qlora_tool.data.examples import Example
 from qlora_tool.data.faults import RowFaults
 from qlora_tool.sizes import counted
 
+LIMIT = "data.max_length"
+
 
 @dataclass
 class DataReport:
@@ -121,8 +123,12 @@ class DataReport:
         self.faulty, self.faulty_lines = faults.count, faults.shown()[: len(faults.lines)]
         self.remarks = list(faults.remarks)
 
-    def lines(self) -> list[str]:
-        """The report in sentences, warnings last."""
+    def lines(self, limit: str = LIMIT) -> list[str]:
+        """The report in sentences, warnings last.
+
+        Args:
+            limit: what `data.max_length` is called, where an option stands in its place.
+        """
         unit = "document" if self.format == "text" else "row"
         examples = self.examples + self.split_off
         made = f", {counted(examples, 'example')} made of them" if examples != self.kept else ""
@@ -134,7 +140,7 @@ class DataReport:
         ]
         if self.template is not None:
             lines.append(f"chat template: {self.template_name()}; trained: {self.trained_part()}")
-        return lines + self.warnings()
+        return [line.replace(LIMIT, limit) for line in lines + self.warnings()]
 
     def read_as(self) -> str:
         """The format, and which columns are read under other names: `prompt_completion: Question as prompt, …`."""

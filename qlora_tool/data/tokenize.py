@@ -11,7 +11,7 @@ from qlora_tool.config.sources import DataSource, sources_of, told
 from qlora_tool.data.examples import Example, Examples, Selection, as_examples
 from qlora_tool.data.mixture import Share, mixture
 from qlora_tool.data.one_source import OneSource
-from qlora_tool.data.report import DataReport
+from qlora_tool.data.report import LIMIT, DataReport
 from qlora_tool.errors import UserError
 from qlora_tool.sizes import counted, noun_of
 
@@ -53,6 +53,7 @@ def build_dataset(
     key: str = "data.train",
     first: int | None = None,
     seed: int = 0,
+    limit: str = LIMIT,
 ) -> Dataset:
     """Read, format and tokenize a data source, or several as a mixture.
 
@@ -66,6 +67,7 @@ def build_dataset(
         first: read no more rows of a source than this; `DataReport.more_rows` says whether there are more. Nothing is
             kept then, and files are not hashed. Of what is kept already, there are all rows.
         seed: draws the rows of a mixture's sources of which not all are taken.
+        limit: what errors call `data.max_length`.
 
     Raises:
         UserError: the source is missing or broken, rows do not have the format, the template refuses them, or nothing
@@ -81,8 +83,8 @@ def build_dataset(
     dataset = built[0] if len(built) == 1 and _is_whole(sources[0]) else _mixed(sources, built, seed)
     if not dataset.report.trained_tokens:
         raise UserError(
-            f"{key}: nothing to learn from: {'; '.join(dataset.report.lines())}; each row needs an answer that begins "
-            "within data.max_length"
+            f"{key}: nothing to learn from: {'; '.join(dataset.report.lines(limit))}; each row needs an answer that "
+            f"begins within {limit}"
         )
     return dataset
 

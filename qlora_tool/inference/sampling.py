@@ -19,7 +19,7 @@ class Sampling:
         batch_size: prompts at a time.
 
     Raises:
-        UserError: a value that is out of range, or a restriction of sampling where nothing is sampled.
+        UserError: a value that is out of range, or a restriction or a seed of sampling where nothing is sampled.
     """
 
     max_new_tokens: int = 256
@@ -41,6 +41,8 @@ class Sampling:
             raise UserError(faults)
         if not self.temperature and (self.top_p < 1 or self.top_k):
             raise OptionError("--top-p and --top-k restrict sampling, and --temperature 0 takes no samples; raise it")
+        if not self.temperature and self.seed:
+            raise OptionError("--seed is of sampling, and --temperature 0 takes no samples; raise that")
 
     def arguments(self) -> dict[str, object]:
         """As `generate` of transformers takes them."""

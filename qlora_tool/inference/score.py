@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_tool.config import DataConfig
 from qlora_tool.data.prompts import Prompt, read_prompts
+from qlora_tool.data.report import LIMIT
 from qlora_tool.data.tokenize import Dataset, build_dataset
 from qlora_tool.errors import UserError
 from qlora_tool.inference.answer import Answer, Answers, answer
@@ -157,7 +158,7 @@ def evaluate(
     model, tokenizer = open_artifact(artifact)
     data = _data_for(artifact, model, data, max_length)
     return EvaluateResult({
-        name: score(model, tokenizer, source, data, sampling=sampling, batch_size=batch_size)
+        name: score(model, tokenizer, source, data, sampling=sampling, batch_size=batch_size, limit=_limit(max_length))
         for name, source in sources.items()
     })  # fmt: skip
 
@@ -171,7 +172,8 @@ def _evaluate_several(
     told: dict[str, set[str]] = {key: set() for key in sources}
     for name in [*([BASE] if compare_base else []), *several.adapters]:
         own = _data_for(opened.artifact(name), opened.model, data, max_length)
-        asked[name] = {key: read_asked(source, own, opened.tokenizers[name], sampling is not None, told[key])
+        asked[name] = {key: read_asked(source, own, opened.tokenizers[name], sampling is not None, told[key],
+                                       _limit(max_length))
                        for key, source in sources.items()}  # fmt: skip
     found: dict[str, dict[str, Score]] = {}
     for name, sets in asked.items():
@@ -179,6 +181,11 @@ def _evaluate_several(
         found[name] = {key: score_asked(model, tokenizer, one, sampling, batch_size, ends=opened.ends[name])
                        for key, one in sets.items()}  # fmt: skip
     return EvaluateResult(found[next(iter(several.adapters))], found)
+
+
+def _limit(max_length: int | None) -> str:
+    """What the limit of a row's tokens is called: by the option where that was given."""
+    return "--max-length" if max_length else LIMIT
 
 
 def _data_for(artifact: Artifact, model: CausalLM, data: DataConfig, max_length: int | None) -> DataConfig:
@@ -203,6 +210,7 @@ def score(
     sampling: Sampling | None = None,
     batch_size: int = 8,
     done: Callable[[int], None] = lambda count: None,
+    limit: str = LIMIT,
 ) -> Score:
     """Score a model on a data source.
 
@@ -211,12 +219,13 @@ def score(
         sampling: generate answers too and count the exact matches; None leaves that out.
         batch_size: rows of a forward pass.
         done: told how many answers are generated.
+        limit: what `data.max_length` is called.
 
     Raises:
         UserError: see `build_dataset`; and with `sampling`, no row has an answer.
     """
-    return score_asked(model, tokenizer, read_asked(source, data, tokenizer, sampling is not None), sampling,
-                       batch_size, done)  # fmt: skip
+    asked = read_asked(source, data, tokenizer, sampling is not None, limit=limit)
+    return score_asked(model, tokenizer, asked, sampling, batch_size, done)
 
 
 @dataclass(frozen=True)
@@ -228,17 +237,19 @@ class Asked:
 
 
 def read_asked(
-    source: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase, answers: bool, told: set[str] | None = None
-) -> Asked:
+    source: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase, answers: bool, told: set[str] | None = None,
+    limit: str = LIMIT,
+) -> Asked:  # fmt: skip
     """Read a data source; see `score`.
 
     Args:
         answers: whether answers will be generated.
         told: lines that were shown already, of the same data for another model; those of this one are added.
+        limit: what `data.max_length` is called.
     """
-    dataset = build_dataset(source, data, tokenizer, key="--data")
+    dataset = build_dataset(source, data, tokenizer, key="--data", limit=limit)
     told = set() if told is None else told
-    lines = [line for line in dataset.report.lines() if line not in told]
+    lines = [line for line in dataset.report.lines(limit) if line not in told]
     for line in lines:
         logger.info(line)
     told.update(lines)

@@ -110,7 +110,10 @@ def describe_best(progress: Progress, config: Config) -> str | None:
         return None
     found = f"{best.metric} {best.value:.4f} after step {best.step}"
     if config.training.load_best_model_at_end:
-        return f"adapter/ is the best one: {found}, of {counted(progress.step, 'step')}"
+        before = (progress.untuned or {}).get(best.metric)
+        worse = "" if before is None or best.value < before else \
+            f"; that is no better than the {before:.4f} before the first step"  # fmt: skip
+        return f"adapter/ is the best one: {found}, of {counted(progress.step, 'step')}{worse}"
     if best.step == progress.step:
         return None
     return f"adapter/ is the last step's; the best was {found} (training.load_best_model_at_end: true keeps that one)"

@@ -17,6 +17,7 @@ from qlora_tool.data.batches import Batch
 from qlora_tool.model.causal_lm import CausalLM
 
 SAMPLED_TOKENS = 2048
+DIVERGED = 1.05  # times the loss before the first step; a rate that is too low, or few steps, raise it less
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,12 @@ def judge(
         return Outcome(True, tuple(warnings))
     loss = again()
     if not loss < before["loss"]:
+        rose = not loss <= DIVERGED * before["loss"]
         warnings.append(
             f"nothing was learned: the loss on training rows is {loss:.4f}, not below the {before['loss']:.4f} before "
-            "the first step; change training.learning_rate, or train for longer"
-        )
+            "the first step" + (": training.learning_rate is too high; divide it by five" if rose else
+                                "; change training.learning_rate, or train for longer")
+        )  # fmt: skip
         return Outcome(False, tuple(warnings))  # nothing was learned that could carry over
     names = [name for name in after if name in before]
     for name in names if len(names) == 1 else [name for name in names if name != "eval_loss"]:  # the first set's again

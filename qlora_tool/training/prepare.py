@@ -14,7 +14,7 @@ from qlora_tool._version import __version__
 from qlora_tool.adapters.starts import start_facts
 from qlora_tool.build.build import Built
 from qlora_tool.build.setup import Setup
-from qlora_tool.config import AdapterConfig, Config, with_values
+from qlora_tool.config import AdapterConfig, Config, TrainingConfig, with_values
 from qlora_tool.model.causal_lm import CausalLM
 from qlora_tool.model.source import resolve as resolve_model
 from qlora_tool.sizes import MIB, counted, memory_size, noun_of
@@ -107,9 +107,20 @@ def run_lines(run: Run, done: int) -> list[str]:
         + (f"; evaluated on: {named}" if named else ""),
         f"run: {run.plan.describe()} into {run.folder.path}",
         f"how long: {describe_length(run.plan, done, speed, bool(evaluations))}",
-        "files there: adapter, metrics.jsonl, memory.json, report.html; a checkpoint every "
-        f"{'step' if training.save_steps == 1 else f'{training.save_steps} steps'}",
+        "files there: adapter, metrics.jsonl, memory.json, report.html; a checkpoint "
+        + _when_saved(training, run.plan.total_steps, bool(evaluations)),
     ]
+
+
+def _when_saved(training: TrainingConfig, total: int, evaluated: bool) -> str:
+    """After which steps there are checkpoints, as the loop saves them."""
+    every = training.save_steps
+    if every == 1:
+        return "every step"
+    said = ["after the last step"] if every >= total else [f"every {every} steps", "after the last one"]
+    if training.load_best_model_at_end and evaluated:
+        said.append("after every evaluation that is the best so far")
+    return " and ".join(said) if len(said) < 3 else f"{', '.join(said[:-1])} and {said[-1]}"
 
 
 def choices_made(given: Config, decided: Config) -> list[str]:

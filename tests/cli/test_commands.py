@@ -172,6 +172,14 @@ def test_a_data_file_without_an_answer(here: Path):
     assert line.startswith("--data: nothing to learn from: mute.jsonl: 3 rows")
 
 
+def test_the_limit_of_a_rows_tokens_is_named_as_it_was_typed(here: Path):
+    line = error(here, "evaluate", "run", "--data", "good.jsonl", "--max-length", "2", *CPU)
+    assert ": --max-length 2 leaves nothing of the answer" in line and "data.max_length" not in line
+    assert line.endswith("each row needs an answer that begins within --max-length")
+    line = train_error(here, "data.max_length=2")
+    assert ": data.max_length 2 leaves nothing of the answer" in line and "--max-length" not in line
+
+
 def test_a_broken_model_folder(here: Path):
     def changed(name: str) -> Path:
         shutil.copytree(here / "base", here / name)
@@ -402,6 +410,8 @@ def test_what_generate_refuses(here: Path):
     assert error(here, "generate", "run") == f"nothing to answer: give --prompt TEXT or --prompts FILE, or --chat{tail}"
     line = error(here, "generate", "run", "--prompt", "a", "--top-p", "0.9")
     assert line == f"--top-p and --top-k restrict sampling, and --temperature 0 takes no samples; raise it{tail}"
+    line = error(here, "generate", "run", "--prompt", "a", "--seed", "3")
+    assert line == f"--seed is of sampling, and --temperature 0 takes no samples; raise that{tail}"
     line = error(here, "generate", "base", "--prompt", "a", "--compare-base")
     assert line == "--compare-base: base does not say what it was made from; give a run or an adapter"
     line = error(here, "generate", "run", "--prompt", "hi " * 100, *CPU)
@@ -492,6 +502,8 @@ def test_what_evaluate_refuses(here: Path):
     assert line == "text.txt: --generate compares answers, and no row has one; leave it out to get the loss"
     line = error(here, "evaluate", "run", "--data", "good.jsonl", "--show", "2")
     assert line.startswith("--show is of answers, and none are generated: give --generate too")
+    line = error(here, "evaluate", "run", "--data", "good.jsonl", "--max-new-tokens", "256")
+    assert line.startswith("--max-new-tokens is of answers, and none are generated: give --generate too")
     assert error(here, "evaluate", "run").startswith("missing option '--data'")
     line = error(here, "evaluate", "run", "--data", "good.jsonl", "--json", "base")
     assert line.startswith("'--json': File 'base' is a directory")

@@ -288,6 +288,50 @@ def test_what_has_no_counterpart_is_listed_with_the_reason(tool, keys, why):
     assert why in [reason for _, _, reason in made.left]
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (AXOLOTL + "rl: dpo\n", "rl = dpo: not done here: preferences and rewards are not trained here"),
+        (AXOLOTL.replace("qlora", "ia3"),
+         "adapter = ia3: not done here: the methods here are those of docs/methods.md"),
+        (LLAMA_FACTORY.replace("sft", "dpo"),
+         "stage = dpo: not done here: supervised fine-tuning (sft) and training on plain text (pt) are done here"),
+        (LLAMA_FACTORY.replace("finetuning_type: lora", "finetuning_type: freeze"),
+         "finetuning_type = freeze: not done here: of its methods here: lora, full"),
+        (STUDIO + "training_type: cpt\n", "training_type = cpt: not done here: of its methods here: lora, full"),
+        (json.dumps({**PEFT, "peft_type": "IA3"}), "peft_type = IA3: not done here: of its methods here: lora, loha, "
+         "lokr, vera, llama_adapter"),
+        (NOTEBOOK + "DPOTrainer(model)\n", "DPOTrainer: not done here: supervised fine-tuning by the methods of "
+         "docs/methods.md is"),
+    ],
+)  # fmt: skip
+def test_another_kind_of_training_is_refused(tmp_path: Path, text: str, line: str):
+    """Not turned into one of ours with a line among others that says so."""
+    file, ours = tmp_path / ("a.py" if "import" in text else "a.yaml"), tmp_path / "ours.yaml"
+    file.write_text(text)
+    result = CliRunner().invoke(main, ["recipes", "import", str(file), str(ours)])
+    assert (result.exit_code, result.stdout, ours.exists()) == (2, "", False)
+    place = ", line 10" if "import" in text else ""
+    assert result.stderr == f"error: {file}{place}: {line}\n"
+
+
+def test_what_stands_in_the_place_of_a_value_that_is_none_here(tmp_path: Path):
+    text = LLAMA_FACTORY.replace("quantization_bit: 4", "quantization_bit: 3").replace("cosine", "rex")
+    made, config = imported(tmp_path, "l.yaml", text + "optim: lion_8bit\n")
+    assert (config.model.quantization, config.training.optim, config.training.lr_scheduler_type) == (
+        "nf4", "adamw", "cosine")  # fmt: skip
+    assert [line for line in made.left_lines() if "template" not in line] == [
+        "not taken over: quantization_bit = 3: 4 bits (nf4, fp4) and 8 (int8) are there; model.quantization: nf4 (the "
+        "default) is in its place",
+        "not taken over: lr_scheduler_type = rex: the schedules here: constant, linear, cosine; "
+        "training.lr_scheduler_type: cosine (the default) is in its place",
+        "not taken over: optim = lion_8bit: the optimizers here: adamw, adamw_8bit, paged_adamw_8bit; training.optim: "
+        "adamw (the default) is in its place",
+    ]
+    _, config = imported(tmp_path, "pt.yaml", LLAMA_FACTORY.replace("sft", "pt"))
+    assert config.data.format == "text"
+
+
 def test_two_keys_that_say_otherwise_are_told():
     known = next(known for known in FORMATS if known.name == "Unsloth")
     made = converted(known, {"random_state": 1, "seed": 2}, {})
@@ -302,7 +346,8 @@ def test_what_our_own_checks_refuse_is_listed(tmp_path: Path):
     assert config.training.max_grad_norm == 1.0
     lines = [line for line in made.left_lines() if "early_stopping" in line or "max_grad_norm" in line]
     assert lines == [
-        "not taken over: max_grad_norm = -1: expected a number of at least 0, found -1",
+        "not taken over: max_grad_norm = -1: expected a number of at least 0, found -1; training.max_grad_norm: 1.0 "
+        "(the default) is in its place",
         "not taken over: early_stopping_patience = 3: 3, but the only evaluation is at the end; set "
         "training.eval_steps, or leave it out",
     ]

@@ -221,6 +221,65 @@ class TestSpreadsheet:
             "FILE, row 3: a cell in column C, which has no name in the first row; give it one",
         ]
 
+    def merge(self, path, rows, *ranges) -> str:
+        book = openpyxl.Workbook()
+        for row in rows:
+            book.active.append(row)
+        for name in ranges:
+            book.active.merge_cells(name)
+        book.save(path)
+        return str(path)
+
+    @pytest.mark.parametrize(
+        ("ranges", "found"),
+        [
+            (["A2:A3"], "row 3: the cell in column A is merged (A2:A3)"),
+            (["A2:A3", "B4:B5"], "row 3: the cell in column A is merged (A2:A3, one of 2 merged ranges)"),
+            (["B1:B2"], "row 2: the cell in column B is merged (B1:B2)"),  # a head of two rows
+            (["A4:B4"], "row 4: the cell in column B is merged (A4:B4)"),
+            (["A4:B5"], "row 4: the cell in column B is merged (A4:B5)"),
+        ],
+    )
+    def test_values_of_merged_cells_are_not_read_as_empty(self, tmp_path, ranges, found):
+        rows = [["question", "answer"], *([name, name.upper()] for name in "abcd")]
+        source = self.merge(tmp_path / "rows.xlsx", rows, *ranges)
+        line = (
+            f"FILE, {found}, and the file has the value of merged cells in the first one only; unmerge them in Excel, "
+            "and fill the value into every cell"
+        )
+        assert faults(source) == [line]
+        with pytest.raises(UserError):  # the file's fault and not the row's, so it is not skipped either
+            list(read_rows(source, RowFaults(skip=True)))
+
+    def test_merged_cells_that_hide_nothing(self, tmp_path):
+        rows = [["question", "answer", None, None], ["a", "b"], [None, "c"], ["d", "e"]]
+        source = self.merge(tmp_path / "rows.xlsx", rows, "A3:A4", "A5:B7", "C2:D3", "F1:G1")
+        rows = [{"question": "a", "answer": "b"}, {"question": "", "answer": "c"}, {"question": "", "answer": "e"}]
+        assert fields(source) == rows
+
+    def test_a_title_above_the_names(self, tmp_path):
+        rows = [["question", "answer", "by"], *([name] * 3 for name in "abcdefg")]
+        tail = (
+            ": one cell is filled (Tickets 2026), and 3 in the row below; it looks like a title: delete it, so that "
+            "the names of the columns are in the first row"
+        )
+        for title in (["Tickets 2026"], [None, "Tickets 2026", None]):
+            given = [title, [], *rows]
+            assert faults(self.save(tmp_path / "rows.xlsx", given)) == [f"FILE, row 1{tail}"]
+        assert faults(self.merge(tmp_path / "rows.xlsx", [["Tickets 2026"], *rows], "A1:C1")) == [f"FILE, row 1{tail}"]
+        lines = [";".join(row) for row in rows]
+        for title in ("Tickets 2026", '"Tickets 2026"', "Tickets 2026;;", "Tickets 2026\n"):
+            text = "\n".join([title, *lines])
+            for delimiter in ";,\t":
+                assert faults(write(tmp_path / "rows.csv", text.replace(";", delimiter))) == [f"FILE, line 1{tail}"]
+
+    def test_what_is_no_title(self, tmp_path):
+        assert fields(write(tmp_path / "rows.csv", "Notes 2026\nnot, here\nor, there\n")) == [
+            {"Notes 2026": "not, here"}, {"Notes 2026": "or, there"},
+        ]  # fmt: skip
+        (line,) = faults(self.save(tmp_path / "rows.xlsx", [["text"], ["a", "beside"], ["b"]]))
+        assert line == "FILE, row 2: a cell in column B, which has no name in the first row; give it one"
+
     def test_another_file_by_that_name(self, tmp_path):
         (line,) = faults(write(tmp_path / "rows.xlsx", "question;answer\n"))
         assert line.startswith("FILE: not an .xlsx file, or one with a password (")

@@ -102,7 +102,36 @@ def test_of_equal_losses_the_first_is_kept_and_no_number_is_never_the_best(confi
     losses.are(5, float("nan"), 4, 3, 3, float("nan"), 3)
     train(config(**BEST | ALL))
     assert_adapter_is_of_step(tmp_path / "run", 3, tmp_path / "run")
-    assert "adapter/ is the best one: eval_loss 3.0000 after step 3, of 6 steps" in caplog.text
+    assert "adapter/ is the best one: eval_loss 3.0000 after step 3, of 6 steps\n" in caplog.text
+
+
+def test_the_best_that_is_worse_than_the_untuned_model_is_said_to_be(config, tmp_path, losses, caplog):
+    caplog.set_level(logging.INFO, "qlora_tool")
+    losses.are(2, 5, 4, 3, 4, 5, 6)
+    train(config(**BEST | ALL))
+    assert (
+        "adapter/ is the best one: eval_loss 3.0000 after step 3, of 6 steps; that is no better than the 2.0000 before "
+        "the first step\n"
+    ) in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("every", "best", "said", "steps"),
+    [
+        (1, True, "every step", [1, 2, 3, 4, 5, 6]),
+        (4, False, "every 4 steps and after the last one", [4, 6]),
+        (50, False, "after the last step", [6]),
+        (50, True, "after the last step and after every evaluation that is the best so far", [3, 6]),
+        (4, True, "every 4 steps, after the last one and after every evaluation that is the best so far", [3, 4, 6]),
+    ],
+)
+def test_when_checkpoints_are_made_is_said(config, tmp_path, losses, caplog, every, best, said, steps):
+    caplog.set_level(logging.INFO, "qlora_tool")
+    losses.are(7, 6, 5, 4, 5, 6, 7)
+    train(config(**BEST | ALL | {"training__save_steps": every, "training__load_best_model_at_end": best,
+                                 "training__save_total_limit": 9, "training__eval_steps": 3}))  # fmt: skip
+    assert f"; a checkpoint {said}\n" in caplog.text
+    assert checkpoints(tmp_path / "run") == steps
 
 
 def test_the_last_adapter_is_said_to_be_worse_than_the_best(config, tmp_path, losses, caplog):

@@ -71,6 +71,9 @@ def test_a_loss_that_does_not_fall(config, monkeypatch, after):
     result = result_of(config(training__max_steps=1, **PLAIN))
     assert result.learned is False
     assert f"the loss on training rows is {after:.4f}, not below the 2.0000 before" in result.warnings[0]
+    cure = "; change training.learning_rate, or train for longer" if after == 2 else \
+        ": training.learning_rate is too high; divide it by five"  # fmt: skip
+    assert result.warnings[0].endswith(f"the first step{cure}")
 
 
 def test_what_does_not_carry_over_to_the_evaluation_rows(config, monkeypatch):

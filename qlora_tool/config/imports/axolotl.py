@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlora_tool.config.imports.formats import OMIT, Format, Given, Left, NotTaken, Taken
+from qlora_tool.config.imports.formats import OMIT, Format, Given, Left, NotDone, NotTaken, Taken
 from qlora_tool.config.imports.values import (
     ATTENTION,
     CHECKPOINTING,
@@ -27,7 +27,7 @@ from qlora_tool.config.imports.values import (
 def _method(value: Any, given: Given) -> Any:
     known = {"lora": "lora", "qlora": "lora", "llama-adapter": "llama_adapter", "": "full"}
     if value not in known:
-        raise NotTaken("the methods here are those of docs/methods.md")
+        raise NotDone("the methods here are those of docs/methods.md")
     return known[value]
 
 
@@ -46,7 +46,7 @@ def _bf16(value: Any, given: Given) -> Any:
 _DISTRIBUTED = Left("several processes run under torchrun; training.sharding: fsdp shares the base out")
 _TOKENIZER = Left("the model's own tokenizer is read")
 _KERNELS = Left("fused operations run by themselves")
-_OTHER_TRAINING = Left("preferences and rewards are not trained here")
+_OTHER_TRAINING = Left("preferences and rewards are not trained here", refused=True)
 _RUNS = Left("metrics go to metrics.jsonl; wandb takes its own settings from the environment")
 
 AXOLOTL = Format(

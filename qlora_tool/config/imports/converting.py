@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from qlora_tool.config.imports.formats import OMIT, Format, Given, NotTaken, Taken
+from qlora_tool.config.imports.formats import OMIT, Format, Given, NotDone, NotTaken, Taken
 from qlora_tool.config.imports.reading import Expression, read_foreign
-from qlora_tool.config.keys import SECTIONS
+from qlora_tool.config.keys import SECTIONS, Config
 from qlora_tool.config.messages import shortened
 from qlora_tool.config.reading import load_config
 from qlora_tool.errors import UserError, did_you_mean
@@ -29,6 +29,8 @@ class Imported:
         taken: each of their keys that was taken over, with ours and its value.
         assumed: those among them that the file leaves to the tool's own defaults.
         left: what was not taken over: key, value, why.
+        missed: those of the left that have a counterpart here, by key, but not their value.
+        refused: those of the left that ask for another kind of training.
     """
 
     tool: str
@@ -36,6 +38,8 @@ class Imported:
     taken: list[tuple[str, str, Any]] = field(default_factory=list)
     assumed: frozenset[str] = frozenset()
     left: list[tuple[str, Any, str]] = field(default_factory=list)
+    missed: dict[str, str] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
 
     def left_lines(self) -> list[str]:
         """What was not taken over, a line each."""
@@ -51,10 +55,13 @@ def import_config(file: Path, output: Path | None = None, tool: str | None = Non
         tool: whose it is, where its keys do not tell.
 
     Raises:
-        UserError: it cannot be read, or is of no tool that is known.
+        UserError: it cannot be read, is of no tool that is known, or asks for training that is not done here.
     """
     known, found, defaults = read_foreign(file, tool)
     made = converted(known, found, defaults)
+    if made.refused:
+        raise UserError([f"{file}: {key} = {shown(value)}: not done here: {why}"
+                         for key, value, why in made.left if key in made.refused])  # fmt: skip
     if output is not None and "output_dir" not in made.values["training"]:
         made.values["training"]["output_dir"] = f"runs/{output.stem}"
     return _checked(made)
@@ -75,10 +82,13 @@ def converted(known: Format, found: Mapping[str, Any], defaults: Mapping[str, An
             given.leave(key, value, f"no key of {known.name}'s that is known here{close}")
         elif isinstance(value, Expression):
             given.leave(key, value, "worked out by the program; set it by hand")
+            if isinstance(entry, Taken):
+                made.missed[key] = entry.ours
         elif isinstance(entry, Taken):
             _take(made, given, key, value, entry)
         elif not any(value == neutral and type(value) is type(neutral) for neutral in entry.neutral):
             given.leave(key, value, entry.why)
+            made.refused.extend([key] if entry.refused else [])
     return made
 
 
@@ -99,9 +109,12 @@ def _take(made: Imported, given: Given, key: str, value: Any, entry: Taken) -> N
         turned = entry.convert(value, given) if entry.convert else value
     except NotTaken as reason:
         given.leave(key, value, str(reason))
+        made.missed[key] = entry.ours
+        made.refused.extend([key] if isinstance(reason, NotDone) else [])
         return
     except (TypeError, ValueError, AttributeError):
         given.leave(key, value, f"not a value that {entry.ours} can have")
+        made.missed[key] = entry.ours
         return
     if turned is OMIT:
         return
@@ -125,8 +138,7 @@ def _checked(made: Imported) -> Imported:
     """The same without what a check of the whole refuses, which is listed."""
     for _ in range(len(SECTIONS) * 20):
         try:
-            load_config(made.values)
-            return made
+            return replace(made, left=_with_defaults(made, load_config(made.values)))
         except UserError as error:
             for line in error.lines:
                 key, _, why = line.removeprefix("configuration: ").partition(": ")
@@ -137,7 +149,20 @@ def _checked(made: Imported) -> Imported:
                 theirs = next((key for key, ours, _ in made.taken if ours == f"{section}.{name}"), f"{section}.{name}")
                 made.taken[:] = [entry for entry in made.taken if entry[1] != f"{section}.{name}"]
                 made.left.append((theirs, value, why))
+                made.missed[theirs] = f"{section}.{name}"
     raise AssertionError("each round takes a key away")
+
+
+def _with_defaults(made: Imported, config: Config) -> list[tuple[str, Any, str]]:
+    """What was not taken over, with what stands in the place of a value that is none here."""
+    lines = []
+    for key, value, why in made.left:
+        section, _, name = made.missed.get(key, "").partition(".")
+        default = getattr(getattr(config, section), name, None) if section else None
+        if default is not None and name not in made.values[section]:
+            why += f"; {section}.{name}: {shown(default)} (the default) is in its place"
+        lines.append((key, value, why))
+    return lines
 
 
 def as_yaml(made: Imported, source: str, name: str) -> str:

@@ -11,6 +11,10 @@ class NotTaken(Exception):
     """A value that has no counterpart here; its text says why."""
 
 
+class NotDone(NotTaken):
+    """A value that asks for another kind of training: nothing is made of the file."""
+
+
 @dataclass
 class Given:
     """What a file holds.
@@ -59,10 +63,12 @@ class Left:
     Attributes:
         why: what happens here instead.
         neutral: values beside null that ask for nothing, and are passed over.
+        refused: whether any other asks for another kind of training, so that nothing is made of the file.
     """
 
     why: str
     neutral: tuple[Any, ...] = (False, "", 0)
+    refused: bool = False
 
 
 @dataclass(frozen=True)

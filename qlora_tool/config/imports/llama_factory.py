@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlora_tool.config.imports.formats import OMIT, Format, Given, Left, NotTaken, Taken
+from qlora_tool.config.imports.formats import OMIT, Format, Given, Left, NotDone, NotTaken, Taken
 from qlora_tool.config.imports.values import (
     ATTENTION,
     TRAINER,
@@ -12,8 +12,8 @@ from qlora_tool.config.imports.values import (
     dtype,
     evaluation,
     listed,
+    method,
     named_data,
-    one_of,
     targets,
     yes_as,
 )
@@ -26,6 +26,13 @@ def _bits(value: Any, given: Given) -> Any:
     if given.get("quantization_method") not in (None, "bnb", "bitsandbytes", "BNB"):
         raise NotTaken("bitsandbytes' quantizations are there: nf4, fp4, int8")
     return kinds[value]
+
+
+def _stage(value: Any, given: Given) -> Any:
+    stages = {"sft": OMIT, "pt": "text"}
+    if value not in stages:
+        raise NotDone("supervised fine-tuning (sft) and training on plain text (pt) are done here")
+    return stages[value]
 
 
 def _first(value: Any, given: Given) -> Any:
@@ -54,8 +61,7 @@ LLAMA_FACTORY = Format(
         "infer_dtype": Taken("model.compute_dtype", dtype),
         "pure_bf16": Taken("model.compute_dtype", yes_as("bfloat16"), "true: bfloat16"),
         "adapter_name_or_path": Taken("adapter.init_from", _first),
-        "finetuning_type": Taken("adapter.method", one_of({"lora": "lora", "full": "full"}, "of its methods"),
-                                 "lora, full"),
+        "finetuning_type": Taken("adapter.method", method({"lora": "lora", "full": "full"}), "lora, full"),
         "lora_rank": Taken("adapter.r"),
         "lora_alpha": Taken("adapter.lora_alpha"),
         "lora_dropout": Taken("adapter.lora_dropout"),
@@ -69,7 +75,7 @@ LLAMA_FACTORY = Format(
         "pissa_iter": Left("PiSSA by a full decomposition; init_lora_weights: pissa_niter_N takes N steps"),
         "pissa_convert": Left("adapters are saved as plain LoRA", (True, False)),
         "create_new_adapter": Left("adapter.init_from starts from an existing adapter, and goes on with it"),
-        "stage": Left("only supervised fine-tuning (sft) is done here; of plain text with data.format: text", ("sft",)),
+        "stage": Taken("data.format", _stage, "pt: text; sft: left out"),
         "dataset": Taken("data.train", named_data, "paths and hub ids; names of its own list are listed"),
         "eval_dataset": Taken("data.eval", named_data, "as dataset"),
         "val_size": Taken("data.eval", evaluation, "a share; 0: left out"),

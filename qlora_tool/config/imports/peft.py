@@ -11,7 +11,7 @@ from qlora_tool.config.imports.values import (
     dtype,
     layers,
     listed,
-    one_of,
+    method,
     quantization,
     start,
     targets,
@@ -47,7 +47,7 @@ PEFT = Format(
                      "fan_in_fan_out", "layers_pattern", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"}),
     keys={
         **TRAINER,
-        "peft_type": Taken("adapter.method", one_of(_METHODS, "of its methods"),
+        "peft_type": Taken("adapter.method", method(_METHODS),
                            "LORA, LOHA, LOKR, VERA; ADAPTION_PROMPT: llama_adapter"),
         "base_model_name_or_path": Taken("model.name_or_path", _of_base),
         "revision": Taken("model.revision"),

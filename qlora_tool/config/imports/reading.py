@@ -19,6 +19,11 @@ from qlora_tool.files.reading import json_value, read_text
 FORMATS = (PEFT, AXOLOTL, UNSLOTH, LLAMA_FACTORY)
 _CURE = ("expected a configuration of PEFT (adapter_config.json), Axolotl, Unsloth or LLaMA-Factory: .yaml, .json, .py "
          "or .ipynb")  # fmt: skip
+_OTHER_CALLS = (
+    "IA3Config", "AdaLoraConfig", "OFTConfig", "BOFTConfig", "PrefixTuningConfig", "PromptTuningConfig",
+    "PromptEncoderConfig", "DPOTrainer", "DPOConfig", "ORPOTrainer", "ORPOConfig", "KTOTrainer", "KTOConfig",
+    "CPOTrainer", "CPOConfig", "GRPOTrainer", "GRPOConfig", "PPOTrainer", "PPOConfig", "RewardTrainer", "RewardConfig",
+)  # fmt: skip
 _FEWEST = 2  # keys of a tool's own that tell its files
 
 
@@ -83,6 +88,11 @@ def _of_program(file: Path, tool: str | None) -> tuple[Format, dict[str, Any], M
     constants = dict(_constants(tree))
     found: dict[str, Any] = {}
     for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and _called(node) in _OTHER_CALLS:
+            raise UserError(
+                f"{file}, line {node.lineno}: {_called(node)}: not done here: supervised fine-tuning by the methods of "
+                "docs/methods.md is"
+            )
         if isinstance(node, ast.Call) and (call := _called(node)) in known.calls:
             found |= dict(_arguments(node, call, known, constants))
         elif isinstance(node, ast.Call) and _called(node) == "train_on_responses_only":

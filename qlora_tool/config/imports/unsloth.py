@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from qlora_tool.config.imports.formats import OMIT, Format, Given, Left, Taken
+from qlora_tool.config.imports.formats import OMIT, Format, Left, Taken
 from qlora_tool.config.imports.values import (
     TRAINER,
     TRAINER_DEFAULTS,
     dtype,
     listed,
+    method,
     named_data,
     quantization,
     schedule,
@@ -18,11 +17,7 @@ from qlora_tool.config.imports.values import (
     yes_as,
 )
 
-
-def _method(value: Any, given: Given) -> Any:
-    return {"lora": "lora", "qlora": "lora", "full": "full", "full_finetune": "full"}.get(value, OMIT)
-
-
+_METHODS = {"lora": "lora", "qlora": "lora", "full": "full", "full_finetune": "full"}
 _VISION = Left("the text part alone is trained", (True, False))
 _GROUPS = Left("adapter.target_modules and exclude_modules name the modules", (True,))
 
@@ -40,7 +35,7 @@ UNSLOTH = Format(
         "load_in_8bit": Taken("model.quantization", quantization, "true: int8; neither of the two: none"),
         "load_in_16bit": Left("model.quantization: none"),
         "dtype": Taken("model.compute_dtype", dtype, "torch.bfloat16: bfloat16"),
-        "training_type": Taken("adapter.method", _method, "lora, full"),
+        "training_type": Taken("adapter.method", method(_METHODS), "lora, full"),
         "full_finetuning": Taken("adapter.method", yes_as("full"), "true: full"),
         "r": Taken("adapter.r"),
         "lora_r": Taken("adapter.r"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_tool.config.imports.formats import OMIT, Convert, Given, Left, NotTaken, Taken
+from qlora_tool.config.imports.formats import OMIT, Convert, Given, Left, NotDone, NotTaken, Taken
 from qlora_tool.methods.keys import to_number
 
 _OPTIMIZERS = {
@@ -19,15 +19,20 @@ _DATA_ENDINGS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".arrow"
 _STARTS = {True: "default", "gaussian": "gaussian", "pissa": "pissa", "loftq": "loftq"}
 
 
-def one_of(names: Mapping[str, str], what: str) -> Convert:
+def one_of(names: Mapping[str, str], what: str, fault: type[NotTaken] = NotTaken) -> Convert:
     """By name; what is not among them is not taken."""
 
     def convert(value: Any, given: Given) -> Any:
         if value not in names:
-            raise NotTaken(f"{what} here: {', '.join(dict.fromkeys(names.values()))}")
+            raise fault(f"{what} here: {', '.join(dict.fromkeys(names.values()))}")
         return names[value]
 
     return convert
+
+
+def method(names: Mapping[str, str]) -> Convert:
+    """A method by its name; with another one the file asks for something else."""
+    return one_of(names, "of its methods", NotDone)
 
 
 optimizer = one_of(_OPTIMIZERS, "the optimizers")

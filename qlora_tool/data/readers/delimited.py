@@ -11,7 +11,7 @@ from typing import Any
 
 from qlora_tool.data.faults import RowFaults
 from qlora_tool.data.names import is_known
-from qlora_tool.data.readers.rows import MOST_COLUMNS, Row, name_index
+from qlora_tool.data.readers.rows import MOST_COLUMNS, Row, name_index, refuse_title
 from qlora_tool.data.readers.streams import Line, lines
 from qlora_tool.errors import UserError
 from qlora_tool.sizes import counted
@@ -39,6 +39,7 @@ def read_delimited(file: Path, faults: RowFaults) -> Iterator[Row]:
     ended = len(head) < SAMPLE
     separator, head = _separator_line(head)
     sample = [_parsable(line.text) for line in head]
+    _refuse_title(file, head, sample, separator or DELIMITERS, ended=ended)
     form = _form(sample, separator or DELIMITERS, ended=ended)
     if form["quotechar"] != '"' and (opened := [line.number for line in head if _opens_a_quote(line.text, form)]):
         faults.remark(f"{file}: quotes are read as part of the text, for one is left open (line {opened[0]})")
@@ -55,6 +56,7 @@ class _Table:
         self.file, self.faults = file, faults
         self.names: list[str] = []
         self.unnamed: list[int] = []  # columns without a name, which have to be empty
+        self.head = ""  # where the names stand, until a record below them is seen
 
     def row(self, line: int, cells: list[str]) -> Row | None:
         where = f"{self.file}, line {line}"
@@ -63,6 +65,9 @@ class _Table:
         if not self.names:
             self._head(where, cells)
             return None
+        if self.head:
+            refuse_title(self.head, self.names, cells)
+            self.head = ""
         width = len(self.names)
         while len(cells) > width and not cells[-1].strip():
             cells.pop()
@@ -79,7 +84,7 @@ class _Table:
     def _head(self, where: str, cells: list[str]) -> None:
         while not cells[-1].strip():
             cells.pop()
-        self.names = name_index(cells)
+        self.names, self.head = name_index(cells), where
         cells = self.names
         self.unnamed = [index for index, name in enumerate(cells) if not name.strip()]
         given = [name for name in cells if name.strip()]
@@ -159,6 +164,18 @@ def _separator_line(head: list[Line]) -> tuple[str, list[Line]]:
     if text[:4].lower() == "sep=" and len(text) == 5:
         return text[4], head[1:]
     return "", head
+
+
+def _refuse_title(file: Path, head: list[Line], sample: list[str], delimiters: str, *, ended: bool) -> None:
+    """See `refuse_title`. A title alone on its line has no delimiter, and what is below would be read as one column."""
+    filled = [index for index, text in enumerate(sample) if text.strip()][:2]
+    if len(filled) < 2 or any(map(sample[filled[0]].count, delimiters)):
+        return
+    below = sample[filled[1] :]
+    form = _form(below, delimiters, ended=ended)
+    if all(_merit(below, form, ended=ended)[:2]):  # known names, and several cells
+        title = sample[filled[0]].strip().strip('"')
+        refuse_title(f"{file}, line {head[filled[0]].number}", [title], next(csv.reader(below, **form)))
 
 
 def _form(sample: list[str], delimiters: str, *, ended: bool) -> dict[str, Any]:

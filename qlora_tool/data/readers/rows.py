@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_tool.data.faults import RowFault
+from qlora_tool.data.names import is_known
+from qlora_tool.errors import UserError, printable
 
 MOST_COLUMNS = 10_000
 LONGEST = 128 << 20  # bytes or characters of a line, and of what a packed file unpacks to without a row
@@ -24,6 +26,26 @@ def name_index(names: list[str]) -> list[str]:
     """The names of a table's columns, with pandas' names for first ones that have none: it writes its index so."""
     first = next((place for place, name in enumerate(names) if name.strip()), 0)
     return [f"Unnamed: {place}" if place < first else name for place, name in enumerate(names)]
+
+
+def refuse_title(where: str, names: list[str], below: list[str]) -> None:
+    """Refuse a title that stands where the names of a table's columns are expected.
+
+    Args:
+        where: the place of `names`.
+        names: the first row that is not empty, by `name_index`.
+        below: the next one.
+
+    Raises:
+        UserError: one cell of `names` is filled, with no known name, and several of the row below.
+    """
+    given = [name for place, name in enumerate(names) if name.strip() and name != f"Unnamed: {place}"]
+    filled = sum(bool(cell.strip()) for cell in below)
+    if len(given) == 1 and filled > 1 and not is_known(given[0]):
+        raise UserError(
+            f"{where}: one cell is filled ({printable(given[0].strip(), 60)}), and {filled} in the row below; it looks "
+            "like a title: delete it, so that the names of the columns are in the first row"
+        )
 
 
 def fields_of(value: Any) -> dict[str, Any]:

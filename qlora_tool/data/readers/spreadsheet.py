@@ -10,9 +10,12 @@ from typing import Any
 
 from qlora_tool.data.faults import RowFaults
 from qlora_tool.data.readers.damaged import decoded, decoding
-from qlora_tool.data.readers.rows import Row, name_index
+from qlora_tool.data.readers.merged import MergedCells
+from qlora_tool.data.readers.rows import Row, name_index, refuse_title
 from qlora_tool.data.readers.spreadsheet_archive import Archive
 from qlora_tool.errors import UserError, did_you_mean
+
+_DAMAGED = "damaged", "open it in Excel and save it again, or as .csv"
 
 
 def read_spreadsheet(file: Path, faults: RowFaults, sheet: str | None = None) -> Iterator[Row]:
@@ -22,7 +25,8 @@ def read_spreadsheet(file: Path, faults: RowFaults, sheet: str | None = None) ->
         sheet: the sheet to read; None: the only one that has rows.
 
     Raises:
-        UserError: no .xlsx file, several sheets with rows, or two columns of one name.
+        UserError: no .xlsx file, several sheets with rows, two columns of one name, a title above the names, or a value
+            in merged cells.
     """
     with contextlib.ExitStack() as opened:
         with decoding(file, "not an .xlsx file, or one with a password", "save it as .xlsx without one, or as .csv"):
@@ -30,7 +34,9 @@ def read_spreadsheet(file: Path, faults: RowFaults, sheet: str | None = None) ->
         name = _sheet(file, computed, sheet)
         # The formulas are there in the second one only, their results in the first.
         both = zip(_cells(file, computed[name]), _cells(file, written[name]), strict=False)
-        yield from _rows(file, name if len(computed.sheetnames) > 1 else None, both, faults)
+        with decoding(file, *_DAMAGED):
+            merged = MergedCells(computed[name])
+        yield from _rows(file, name if len(computed.sheetnames) > 1 else None, both, merged, faults)
 
 
 @contextlib.contextmanager
@@ -49,7 +55,7 @@ def _open(file: Path, *, data_only: bool) -> Iterator[Any]:
 
 
 def _cells(file: Path, sheet: Any) -> Iterator[Any]:
-    return decoded(sheet.iter_rows(), file, "damaged", "open it in Excel and save it again, or as .csv")
+    return decoded(sheet.iter_rows(), file, *_DAMAGED)
 
 
 def _sheet(file: Path, book: Any, wanted: str | None) -> str:
@@ -76,19 +82,27 @@ def _has_rows(file: Path, sheet: Any) -> bool:
     return next(filled, None) is not None
 
 
-def _rows(file: Path, sheet: str | None, pairs: Iterable[tuple[Any, Any]], faults: RowFaults) -> Iterator[Row]:
+def _rows(
+    file: Path, sheet: str | None, pairs: Iterable[tuple[Any, Any]], merged: MergedCells, faults: RowFaults
+) -> Iterator[Row]:
     place = f"{file}, sheet '{sheet}'" if sheet else str(file)
     names: list[str] = []
+    head = ""  # where the names stand, until a row below them is seen
     formulas = 0
     for number, (cells, sources) in enumerate(pairs, start=1):
         texts = [_text(cell.value) for cell in cells]
         where = f"{place}, row {number}"
+        merged.reach(number, texts)
         computed = [index for index, cell in enumerate(sources) if cell.data_type == "f"]
         if not any(text.strip() for text in texts) and not computed:
             continue
         if not names:
-            names = _names(where, texts)
+            names, head = _names(where, texts), where
             continue
+        if head:
+            refuse_title(head, names, texts)
+            head = ""
+        merged.refuse(where, names)
         texts += [""] * (len(names) - len(texts))
         if fault := _fault(names, texts, cells, computed):
             faults.add(where, fault)

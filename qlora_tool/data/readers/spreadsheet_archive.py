@@ -28,6 +28,13 @@ class Archive(zipfile.ZipFile):
         """A part, to be read."""
         return _Part(super().open(name, *args, **options), self.file)
 
+    def merged_cells(self, name: str) -> list[str]:
+        """The ranges of a sheet that are merged, such as A2:A4. They stand behind its rows, so all of it is read."""
+        with self.open(name) as part:
+            while part.read(1 << 20):
+                pass
+            return list(part.merged)
+
 
 class _Part(io.RawIOBase):
     """The bytes of a part of XML, each looked at before it is given out."""
@@ -40,6 +47,7 @@ class _Part(io.RawIOBase):
         self.parser.StartDoctypeDeclHandler = self._doctype
         self.rows = self.strings = 0
         self.nbytes = self.elements = self.cells = 0  # since the last row
+        self.merged: list[str] = []
 
     def readable(self) -> bool:
         return True
@@ -75,7 +83,9 @@ class _Part(io.RawIOBase):
             if self.strings > MOST_STRINGS:
                 self._refuse(f"more than {MOST_STRINGS:,} texts")
             self.nbytes = self.elements = 0
-        elif self.elements > MOST_ELEMENTS:
+        elif kind == "mergeCell":
+            self.merged.append(attributes.get("ref", ""))
+        if self.elements > MOST_ELEMENTS:
             self._refuse(f"more than {MOST_ELEMENTS:,} elements without a row")
 
     def _doctype(self, *_: Any) -> NoReturn:
