@@ -267,9 +267,19 @@ def profile_memory(
             profiled = planned(profiled, workers)
         except NothingFits as error:
             _write_json(file, error.profile.to_json())
+            _draw_plan(picture, error.profile)
             raise
     _write_json(file, profiled.to_json())
+    _draw_plan(picture, profiled)
     return profiled
+
+
+def _draw_plan(picture: Path | None, profiled: MemoryProfile) -> None:
+    """Draw a page anew, now with the plan; a picture has none."""
+    if picture is not None and picture.suffix == ".html":
+        from qlora_tool.memory.profile_run import draw
+
+        draw(picture, profiled)
 
 
 def _budget(config: Config, device: str, named: Budget | None, plan: bool) -> Budget | None:
