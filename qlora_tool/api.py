@@ -24,6 +24,7 @@ from qlora_tool.collection import without_collection
 from qlora_tool.config import Config, ModelConfig, load_config, parse_size, with_values
 from qlora_tool.config.doubts import doubts
 from qlora_tool.config.places import refuse_as_model, refuse_as_run
+from qlora_tool.config.recipes import refuse_no_data
 from qlora_tool.config.sources import sources_of
 from qlora_tool.errors import AlreadyFinished, OptionError, UserError
 from qlora_tool.files import results
@@ -97,6 +98,7 @@ def train(
         other = "--overwrite" if overwrite else "--resume never"
         raise OptionError(f"--extend goes on with a run and {other} replaces it: give one of the two")
     started = time.perf_counter()
+    _refuse_no_data(config, configuration)
     local_folder(configuration.model.name_or_path)
     refuse_no_weights(configuration.model.name_or_path)
     from qlora_tool.data.check import check_data
@@ -165,6 +167,7 @@ def preview(
     if rows < 0:
         raise OptionError(f"--rows: expected at least 0, found {rows}")
     file = new_file("--json", json, results.PREVIEW, _read_by(config, configuration))
+    _refuse_no_data(config, configuration)
     if not (Path(configuration.model.name_or_path).expanduser() / "tokenizer_config.json").exists():
         local_folder(configuration.model.name_or_path)  # a tokenizer alone will do
     from qlora_tool.data.check import check_data
@@ -686,6 +689,13 @@ def _configuration(config: AnyConfig, overrides: Overrides) -> Config:
     for doubt in doubts(found):
         logger.warning("%s", doubt)
     return found
+
+
+def _refuse_no_data(config: AnyConfig, read: Config) -> None:
+    """Where a recipe was named whose data are not there, refuse it with what to type."""
+    if isinstance(config, str):
+        given = {"train": read.data.train, "eval": read.data.eval}
+        refuse_no_data(config, {key: source for key, source in given.items() if isinstance(source, str)})
 
 
 def _with_output_dir(overrides: Overrides, output_dir: AnyPath | None) -> Overrides:
