@@ -125,8 +125,12 @@ def answer(plan: Plan) -> str:
     if plan.change:
         costs = "".join(f"; {cost}" for cost in _costs(plan.change, plan))
         return f"this makes it fit: {_peak(plan.change)}{costs}:"
+    models = f"the model's own limit, its max_position_embeddings of {plan.positions}"
     if plan.longest:
-        return f"nothing has to change; the longest rows that fit: {_peak(plan.longest)}:"
+        bound = f"as long as {models}, allows" if plan.at_the_models_limit else "that fit"
+        return f"nothing has to change; the longest rows {bound}: {_peak(plan.longest)}:"
+    if plan.at_the_models_limit:
+        return f"nothing has to change; rows of {plan.asked.length} tokens reach {models}: memory bounds no row"
     if plan.fits:
         return "nothing has to change, and no longer row fits"
     weights = f"; the weights alone take {memory_size(plan.weights_bytes)}" * (plan.weights_bytes > plan.usable_bytes)
