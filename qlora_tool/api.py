@@ -24,6 +24,7 @@ from qlora_tool.collection import without_collection
 from qlora_tool.config import Config, ModelConfig, load_config, parse_size, with_values
 from qlora_tool.config.doubts import doubts
 from qlora_tool.config.places import refuse_as_model, refuse_as_run
+from qlora_tool.config.recipes import refuse_no_data
 from qlora_tool.config.sources import sources_of
 from qlora_tool.errors import AlreadyFinished, OptionError, UserError
 from qlora_tool.files import results
@@ -97,6 +98,7 @@ def train(
         other = "--overwrite" if overwrite else "--resume never"
         raise OptionError(f"--extend goes on with a run and {other} replaces it: give one of the two")
     started = time.perf_counter()
+    _refuse_no_data(config, configuration)
     local_folder(configuration.model.name_or_path)
     refuse_no_weights(configuration.model.name_or_path)
     from qlora_tool.data.check import check_data
@@ -165,6 +167,7 @@ def preview(
     if rows < 0:
         raise OptionError(f"--rows: expected at least 0, found {rows}")
     file = new_file("--json", json, results.PREVIEW, _read_by(config, configuration))
+    _refuse_no_data(config, configuration)
     if not (Path(configuration.model.name_or_path).expanduser() / "tokenizer_config.json").exists():
         local_folder(configuration.model.name_or_path)  # a tokenizer alone will do
     from qlora_tool.data.check import check_data
@@ -267,9 +270,19 @@ def profile_memory(
             profiled = planned(profiled, workers)
         except NothingFits as error:
             _write_json(file, error.profile.to_json())
+            _draw_plan(picture, error.profile)
             raise
     _write_json(file, profiled.to_json())
+    _draw_plan(picture, profiled)
     return profiled
+
+
+def _draw_plan(picture: Path | None, profiled: MemoryProfile) -> None:
+    """Draw a page anew, now with the plan; a picture has none."""
+    if picture is not None and picture.suffix == ".html":
+        from qlora_tool.memory.profile_run import draw
+
+        draw(picture, profiled)
 
 
 def _budget(config: Config, device: str, named: Budget | None, plan: bool) -> Budget | None:
@@ -678,6 +691,13 @@ def _configuration(config: AnyConfig, overrides: Overrides) -> Config:
     for doubt in doubts(found):
         logger.warning("%s", doubt)
     return found
+
+
+def _refuse_no_data(config: AnyConfig, read: Config) -> None:
+    """Where a recipe was named whose data are not there, refuse it with what to type."""
+    if isinstance(config, str):
+        given = {"train": read.data.train, "eval": read.data.eval}
+        refuse_no_data(config, {key: source for key, source in given.items() if isinstance(source, str)})
 
 
 def _with_output_dir(overrides: Overrides, output_dir: AnyPath | None) -> Overrides:

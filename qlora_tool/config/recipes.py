@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,11 @@ class Recipe:
     def description(self) -> str:
         """The first line's comment."""
         return self.text.split("\n", 1)[0].lstrip("#").strip()
+
+    @property
+    def data_commands(self) -> list[str]:
+        """Of its first comments' commands those that make its data."""
+        return re.findall(r"(?m)^#   (tools/make .*-data .*\S)", self.text)
 
     @property
     def card_gb(self) -> int | None:
@@ -114,3 +120,29 @@ def write_new(file: Path, text: str) -> Path:
 def find_recipe(name: str) -> Path | None:
     """The file of the recipe called `name`, or None."""
     return next((recipe.path for recipe in all_recipes() if recipe.name == name), None)
+
+
+def refuse_no_data(name: str, given: Mapping[str, str]) -> None:
+    """Refuse a recipe whose own data are not there, with what to type. A data set on the hub is looked for later.
+
+    Args:
+        name: what was given as a configuration; a file that is called so goes before the recipe.
+        given: of `data.train` and `data.eval` what the configuration has, as far as each is one source.
+
+    Raises:
+        UserError: in one line.
+    """
+    if Path(name).is_file() or (path := find_recipe(name)) is None:
+        return
+    recipe = Recipe(name, path)
+    gone = {key: source for key, source in given.items()
+            if re.search(rf"(?m)^  {key}: {re.escape(source)}(\s|$)", recipe.text)
+            and Path(source).suffix and not Path(source).exists()}  # fmt: skip
+    if not gone:
+        return
+    own = " ".join(f"--set data.{key}={'YOUR_FILE' if key == 'train' else 'null'}" for key in gone)
+    made = " and ".join(f"`{line}`" for line in recipe.data_commands
+                         if any(line.endswith(f" {source}") for source in gone.values()))  # fmt: skip
+    instead = f", or make them in a checkout of the source with {made}" if made else ""
+    raise UserError(f"{', '.join(gone.values())}: no such file, and the recipe {name} brings no data; name yours: "
+                    f"{own}{instead}")  # fmt: skip

@@ -8,9 +8,11 @@ from typing import get_args
 
 from qlora_tool.choices import ComputeDtype, ExportBase, ExportFormat, GgufType
 from qlora_tool.errors import UserError, did_you_mean, meant_share
-from qlora_tool.export.types import BITSANDBYTES, GGUF_TYPES, MIXED, WITH_DTYPE
+from qlora_tool.export.types import ADAPTER_ALONE, BITSANDBYTES, GGUF_TYPES, MIXED, WITH_DTYPE
+from qlora_tool.sizes import file_size
 
 AUTO_KEPT = 0.95  # of what training gained, where the type is chosen and the user names no share
+SHARD_SIZE = 5 * 10**9
 CHOICES = {  # of what `ExportOptions` takes
     "base": get_args(ExportBase), "dtype": get_args(ComputeDtype), "format": get_args(ExportFormat),
     "gguf_type": get_args(GgufType),
@@ -41,7 +43,7 @@ class ExportOptions:
 
     base: str = "auto"
     dtype: str = "auto"
-    max_shard_size: int = 5 * 10**9
+    max_shard_size: int = SHARD_SIZE
     overwrite: bool = False
     format: str = "safetensors"
     gguf_type: str = "f16"
@@ -118,6 +120,7 @@ def refuse_options(options: ExportOptions) -> None:
         raise UserError(
             f"--gguf-type {options.gguf_type}: is for --format gguf, not {options.format}; give both, or none"
         )
+    _refuse_without_effect(options)
     if not options.has_codes and options.calibration not in ("auto", "none"):
         raise UserError(
             f"--calibration {options.calibration}: is for merged files of few bits (--format "
@@ -135,3 +138,22 @@ def refuse_options(options: ExportOptions) -> None:
                         f"1{meant_share(options.min_kept) or ', such as 0.95'}")  # fmt: skip
     if len(options.candidates) > 1 and not options.verify:
         raise UserError(f"{options.choosing}: what a type keeps is measured by verification; leave out --no-verify")
+
+
+def _refuse_without_effect(options: ExportOptions) -> None:
+    """Refuse what the format has no use for: left alone, it would be ignored in silence."""
+    form, alone = options.format, options.format in ADAPTER_ALONE
+    if alone and options.base != "auto":
+        raise UserError(f"--base {options.base}: --format {form} writes the adapter alone, merged onto no base; leave "
+                        "it out, or choose --format safetensors, gguf, nf4 or fp4")  # fmt: skip
+    if options.max_shard_size != SHARD_SIZE and form not in WITH_DTYPE:
+        raise UserError(
+            f"--max-shard-size {file_size(options.max_shard_size)}: --format {form} writes no shards; leave it out, or "
+            f"choose --format {', '.join(WITH_DTYPE[:-1])} or {WITH_DTYPE[-1]}"
+        )
+    if options.verify_data is not None and alone:
+        raise UserError(f"--verify-data {options.verify_data}: --format {form} writes the adapter that was trained, "
+                        "and nothing is compared; leave it out, or choose a format that merges")  # fmt: skip
+    if options.verify_data is not None and not options.verify:
+        raise UserError(f"--verify-data {options.verify_data}: nothing is verified with --no-verify; leave one of them "
+                        "out")  # fmt: skip

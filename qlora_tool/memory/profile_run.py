@@ -248,6 +248,7 @@ def draw(file: Path, profiled: MemoryProfile) -> None:
         UserError: neither a prediction nor a measurement can be drawn.
     """
     from qlora_tool.memory.show.html import write_html
+    from qlora_tool.memory.show.plan_page import plan_section
     from qlora_tool.memory.show.plot import write_png
 
     if not profiled.timelines:
@@ -256,6 +257,7 @@ def draw(file: Path, profiled: MemoryProfile) -> None:
     if file.suffix == ".png":
         write_png(file, profiled.timelines, profiled.report, budget=limits[0], budget_name=limits[1], title=title)
     else:
+        found = plan_section(profiled.plan) if profiled.plan else ()
         write_html(file, profiled.timelines, profiled.report, budget=limits[0], budget_name=limits[1], title=title,
-                   unquantized=profiled.unquantized)  # fmt: skip
+                   unquantized=profiled.unquantized, plan=found)  # fmt: skip
 

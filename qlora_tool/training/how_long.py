@@ -78,21 +78,25 @@ def note_speed(config: Config, device: torch.device, processes: int, speed: Spee
     write_measured(_file(), known | {key: found})
 
 
-def describe_length(plan: StepPlan, done: int, speed: MeasuredSpeed | None, evaluates: bool) -> str:
+def describe_length(
+    plan: StepPlan, done: int, speed: MeasuredSpeed | None, evaluates: bool, dry_run: bool = False
+) -> str:
     """Tokens and hours of what is left of a run, in a line.
 
     Args:
         done: steps that lie behind.
         speed: of a run like it; None: not measured.
         evaluates: whether there are evaluations, which are not counted.
+        dry_run: whether this one takes no step, and so measures nothing.
     """
     left = plan.total_steps - done
     tokens = sum(plan.lengths) * left / plan.steps_per_epoch
     counted = f"{left:,} {noun_of(left, 'step')}, about {tokens:,.0f} {noun_of(round(tokens), 'token')}"
     if speed is None:
-        how = ("this run measures it" if left <= 5 else "the same command with --set training.max_steps=5 "
-               "--output-dir FOLDER measures it")  # fmt: skip
-        return f"{counted}; hours not measured, as no such run was made here: {how}"
+        how = "with --set training.max_steps=5 --output-dir FOLDER" * (left > 5)
+        how = " and ".join(filter(None, (how, "without --dry-run" * dry_run)))
+        by = f"the same command {how}" if how else "this run"
+        return f"{counted}; hours not measured, as no such run was made here: {by} measures it"
     without = ", evaluations not counted" if evaluates else ""
     return (f"{counted}; {in_hours(tokens / speed.tokens_per_second)} at {speed.tokens_per_second:,.0f} tokens/s, from "
             f"{speed.steps:,} {noun_of(speed.steps, 'step')} measured here on {speed.date[:10]}{without}")  # fmt: skip

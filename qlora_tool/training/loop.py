@@ -150,7 +150,7 @@ def _train(
     optimizer = make_optimizer(config.training, parameter_groups(adapters))
     run = Run(config, folder, data, model, adapters, optimizer, plan, setup.padding_free, world=world,
               samples=samples)  # fmt: skip
-    for line in run_lines(run, 0 if checkpoint is None else checkpoint.progress.step):
+    for line in run_lines(run, 0 if checkpoint is None else checkpoint.progress.step, dry_run):
         logger.info(line)
     logger.info(first_row(data.train, next(plan.steps(0))[0][0], data.tokenizer))
     for warning in [plan.too_short(), *plan.without_effect()]:

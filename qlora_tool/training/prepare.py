@@ -90,11 +90,12 @@ def _trained(model: CausalLM, trained: Sequence[Tensor]) -> str:
     return f"{number / 1e6:.2f} M of {every / 1e6:,.1f} M weights trained ({number / every:.2%})"
 
 
-def run_lines(run: Run, done: int) -> list[str]:
+def run_lines(run: Run, done: int, dry_run: bool = False) -> list[str]:
     """How much is trained on, for how long, and where it goes, for the log.
 
     Args:
         done: steps that lie behind.
+        dry_run: whether it stops before the first step.
     """
     training, evaluations = run.training, run.data.evaluations
     speed = measured_speed(run.config, run.model.device, run.world.size)
@@ -106,7 +107,7 @@ def run_lines(run: Run, done: int) -> list[str]:
         f"{rows}, a step takes {counted(step, 'row')} of up to {run.config.data.max_length:,}"
         + (f"; evaluated on: {named}" if named else ""),
         f"run: {run.plan.describe()} into {run.folder.path}",
-        f"how long: {describe_length(run.plan, done, speed, bool(evaluations))}",
+        f"how long: {describe_length(run.plan, done, speed, bool(evaluations), dry_run)}",
         "files there: adapter, metrics.jsonl, memory.json, report.html; a checkpoint "
         + _when_saved(training, run.plan.total_steps, bool(evaluations)),
     ]

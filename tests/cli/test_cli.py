@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from qlora_tool.cli import COMMANDS, ToolCommand, main
 from qlora_tool.config import load_config
-from qlora_tool.config.recipes import find_recipe
+from qlora_tool.config.recipes import find_recipe, recipe_names
 from qlora_tool.errors import MachineError, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -303,6 +303,16 @@ def test_option_groups_and_examples_stand_in_the_help(command):
     assert lines[sampling + 1].split() == ["--top-p", "TEXT", "Nucleus."]
     assert lines[options + 1].split() == ["--prompt", "TEXT", "What", "to", "say."]
     assert lines[-3:] == ["Examples:", "  a  b", "  c"]
+
+
+def test_a_recipe_without_its_data_says_what_to_type(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [name for name in recipe_names() if Path(load_config(name).data.train).suffix]  # else it is on the hub
+    assert len(names) > 15
+    for name in names:
+        for command in ("train", "preview"):
+            result = invoke(command, name)
+            assert result.exit_code == 2 and "--set data.train=YOUR_FILE" in result.stderr.splitlines()[-1]
 
 
 def test_recipes_are_listed_shown_and_copied(tmp_path: Path):

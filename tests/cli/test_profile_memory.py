@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -229,7 +230,7 @@ def test_a_plan(here: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("qlora_tool.memory.plan.options.BATCH_SIZES", (4,))
     int8 = {"model.quantization": "int8"}
     monkeypatch.setattr("qlora_tool.memory.plan.options.ALTERNATIVES", {"model.quantization": [int8]})
-    output = shown("--device", "cpu", "--device-memory", "64MiB", "--plan", "--json", "plan.json")
+    output = shown("--device", "cpu", "--device-memory", "64MiB", "--plan", "--json", "plan.json", "--plot", "p.html")
     plan = output[output.index("plan for 64.0 MiB on cpu") :]
     assert "asked for: 2 x 32 tokens take" in plan and "it fits" in plan
     assert re.search(r"quantization=nf4 \S+ MiB fits 1.00 asked for", plan)
@@ -243,6 +244,12 @@ def test_a_plan(here: Path, monkeypatch: pytest.MonkeyPatch):
     assert found["longest"]["settings"] == {"data.max_length": 64} and found["longest"]["confirmed"]
     quantized = [option for option in found["options"] if option["group"] == "model.quantization"]
     assert [option["settings"]["model.quantization"] for option in quantized] == ["nf4", "int8"]
+    page = unescape(re.sub(r"<[^>]*>", " ", (here / "p.html").read_text())).partition(" Plan ")[2]
+    words = " ".join(page.split())
+    for line in filter(None, plan.splitlines()):  # all that the terminal says; a note stands below its setting there
+        setting, _, note = line.rpartition(" asked for")
+        assert (f"{setting.split()[0]} {'asked for'} {' '.join(setting.split()[1:])}" if setting and not note
+                else " ".join(line.split())) in words  # fmt: skip
 
 
 def test_one_limit_by_one_name(here: Path, monkeypatch: pytest.MonkeyPatch):
@@ -293,8 +300,9 @@ def test_a_plan_that_cannot_fit(here: Path, monkeypatch: pytest.MonkeyPatch):
     change_config(num_hidden_layers=1)
     monkeypatch.setattr("qlora_tool.memory.plan.options.BATCH_SIZES", ())
     monkeypatch.setattr("qlora_tool.memory.plan.options.ALTERNATIVES", {})
-    result = run("--device", "cpu", "--device-memory", "50KiB", "--plan", "--json", "plan.json")
+    result = run("--device", "cpu", "--device-memory", "50KiB", "--plan", "--json", "plan.json", "--plot", "p.html")
     assert result.exit_code == 2
+    assert "nothing makes it fit" in (here / "p.html").read_text()
     assert "nothing makes it fit" in result.stdout and "the weights alone take 0.1 MiB" in result.stdout
     assert "error: --device-memory: the smallest configuration that was tried takes" in result.stderr
     found = json.loads((here / "plan.json").read_text())["plan"]

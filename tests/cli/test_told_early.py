@@ -56,6 +56,10 @@ MISTAKES = {
     ("inspect", "runs/done", "--truncate", "2", "--output-dir", "out"): "of rank 2 at most; give a rank below 2",
     ("inspect", "adapter", "--truncate", "9", "--output-dir", "out"): "adapter has updates of rank 2 at most",
     ("inspect", "runs/done", "--truncate", "1", "--output-dir", "full"): "full: exists; give --overwrite to replace it",
+    **{(command, "demo"): "name yours: --set data.train=YOUR_FILE --set data.eval=null, or make them in a checkout of "
+       "the source with `tools/make demo-data --seed 1 --rows 480 demo/train.jsonl` and `tools/make demo-data "
+       for command in ("train", "preview")},
+    ("preview", "demo", "--set", "data.train=my.jsonl", "--set", "data.eval=null"): "my.jsonl: no such file or folder",
     TRAIN: "runs/done: holds this run, finished; give --overwrite to run it again, another --output-dir, or --extend",
     (*TRAIN, "--resume", "never"): "runs/done: holds a run; give --overwrite to replace it, or another --output-dir",
     (*TRAIN, "--set", "adapter.r=4"): "runs/done: holds another run (adapter.r: 2 there, 4 here)",

@@ -268,6 +268,16 @@ def test_an_adapter_without_its_run_is_made_without_rows_and_says_so(base, adapt
         ({"gguf_type": "auto"}, "--gguf-type auto: is for --format gguf"),
         ({"gguf_type": "auto", "format": "gguf-adapter", "with_base": True, "calibration": "none"},
          "--gguf-type auto: is for --format gguf, not gguf-adapter"),
+        *(({"format": form, "calibration": "auto"} | change, said)
+          for form in ("adapter", "adapter-portable") for change, said in [
+            ({"base": "original"}, f"--base original: --format {form} writes the adapter alone, merged onto no base; "),
+            ({"base": "dequantized"}, "--base dequantized: "),
+            ({"verify": True, "verify_data": __file__}, f": --format {form} writes the adapter that was trained, and "),
+        ]),
+        *(({"format": form, "calibration": "auto", "max_shard_size": 30_000},
+           f"--max-shard-size 30.0 kB: --format {form} writes no shards; leave it out, or choose --format safetensors, "
+           "nf4 or fp4") for form in ("gguf", "gguf-adapter", "adapter", "adapter-portable")),
+        ({"verify_data": __file__}, ": nothing is verified with --no-verify; leave one of them out"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(changes, said, adapter, rows, tmp_path):

@@ -2,8 +2,18 @@
 
 import pytest
 
+from qlora_tool.config import Config
 from qlora_tool.errors import UserError
-from qlora_tool.memory.allocator.cards import CARDS, GIB, MIB, estimate_total, find_card, parse_device_memory
+from qlora_tool.memory.allocator.cards import (
+    CARDS,
+    GIB,
+    MIB,
+    estimate_total,
+    find_card,
+    named_budget,
+    parse_device_memory,
+)
+from qlora_tool.memory.plan.limit import limit_on
 
 # Data-centre cards whose GDDR memory keeps a sixteenth for ECC.
 WITH_ECC = {"t4", "l4", "l40s", "a10", "a10g", "a40"}
@@ -109,6 +119,14 @@ def test_a_card_gives_what_was_read_of_it():
 def test_a_size_without_its_unit_gets_it(written, meant):
     with pytest.raises(UserError, match=rf"^'{written}' is neither a size nor a card .*; did you mean {meant}\?$"):
         parse_device_memory(written)
+
+
+def test_a_size_for_a_cpu_is_no_cards():
+    """16 * 10^9 bytes are 14.90 GiB; a card of 16 GB has 16 GiB less what its driver keeps."""
+    found = named_budget("16GB", "cpu")
+    assert (found.bytes, found.estimated) == (16 * 10**9, False) and "card" not in found.name
+    assert str(limit_on(Config(), "cpu", found)) == "the limit is 14.90 GiB"
+    assert named_budget("16GB", "cuda").name == "a card of 16 GB"
 
 
 @pytest.mark.parametrize("written", ["0GB", "0", "24", "much", "-24GB", ""])

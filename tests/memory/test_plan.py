@@ -226,6 +226,16 @@ def printed(found: Plan) -> str:
     return stream.getvalue()
 
 
+def test_where_the_model_bounds_the_rows_its_limit_is_named(roomy):
+    bound = replace(roomy, positions=roomy.longest.settings["data.max_length"])
+    named = "the model's own limit, its max_position_embeddings of"
+    assert f"nothing has to change; the longest rows as long as {named} {bound.positions}, allows: " in printed(bound)
+    most = replace(bound, longest=None, asked=replace(roomy.asked, length=256), positions=256)
+    assert f"nothing has to change; rows of 256 tokens reach {named} 256: memory bounds no row" in printed(most)
+    assert "nothing has to change, and no longer row fits" in printed(replace(most, positions=2048))
+    assert roomy.positions == 2048 and named not in printed(roomy)  # there memory does
+
+
 def tables_of(lines: list[str]) -> list[str]:
     """But for the sentences before and after, which are not wrapped where there is no terminal."""
     return lines[lines.index("") : next(at for at, line in enumerate(lines) if line.startswith("peak: expected"))]

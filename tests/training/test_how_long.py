@@ -62,6 +62,17 @@ def test_of_one_the_noun_is_in_the_singular():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("steps", "dry_run", "how"), [
+    (5, False, "this run measures it"), (5, True, "the same command without --dry-run measures it"),
+    (6, False, "the same command with --set training.max_steps=5 --output-dir FOLDER measures it"),
+    (6, True, "the same command with --set training.max_steps=5 --output-dir FOLDER and without --dry-run measures it"),
+])  # fmt: skip
+def test_how_to_measure_what_was_not_measured(steps, dry_run, how):
+    plan = SimpleNamespace(total_steps=steps, steps_per_epoch=4, lengths=[100] * 6)
+    assert describe_length(plan, 0, None, False, dry_run).endswith(f"; hours not measured, as no such run was made "
+                                                                   f"here: {how}")  # fmt: skip
+
+
 def test_the_line():
     """600 tokens in the 4 steps of an epoch: the 30 steps that are left have 4,500."""
     plan = SimpleNamespace(total_steps=40, steps_per_epoch=4, lengths=[100] * 6)

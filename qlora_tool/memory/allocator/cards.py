@@ -220,11 +220,15 @@ _OTHER_MAKERS = re.compile(
 )
 
 
-def parse_device_memory(text: str) -> Budget:
+def parse_device_memory(text: str, device: str = "cuda") -> Budget:
     """What `--device-memory` means: a card by name, or a size.
 
     A whole number of GB is what a card is sold with: `24GB` is 24 GiB less what a driver keeps (`estimate_total`). All
-    other sizes are exact: `22GiB` is 22 * 2^30 bytes, `23.5GB` is 23.5 * 10^9, `24081MiB`, or a number of bytes.
+    other sizes, and all for a CPU, are exact: `22GiB` is 22 * 2^30 bytes, `23.5GB` is 23.5 * 10^9, `24081MiB`, or a
+    number of bytes.
+
+    Args:
+        device: cuda or cpu.
 
     Raises:
         UserError: it is neither.
@@ -232,7 +236,7 @@ def parse_device_memory(text: str) -> Budget:
     text = text.strip()
     if re.fullmatch(r"-.*|0+(\.0+)?\s*([KMGT]?i?B)?", text, re.IGNORECASE):
         raise UserError(f"expected a size above 0, such as 24GB, or a card such as rtx-4090, found '{text}'")
-    if sold := re.fullmatch(r"(\d+)\s*GB", text, re.IGNORECASE):
+    if device != "cpu" and (sold := re.fullmatch(r"(\d+)\s*GB", text, re.IGNORECASE)):
         gib = int(sold[1])
         return Budget(estimate_total(gib), f"a card of {gib} GB", True)
     # Digits alone are bytes, but for short ones: 4090 is a card.
@@ -259,7 +263,7 @@ def named_budget(given: str | int | None, device: str) -> Budget | None:
         UserError: see `parse_device_memory`; or a card is named, and the prediction is for a CPU.
     """
     named = f"{given}B" if isinstance(given, int) else given
-    budget = parse_device_memory(named) if named else None
+    budget = parse_device_memory(named, device) if named else None
     if device == "cpu" and budget is not None and budget.name in {card.name for card in CARDS}:
         raise OptionError(
             f"--device-memory {budget.name}: a card, but the prediction is for a CPU; give --device cuda, or a size "

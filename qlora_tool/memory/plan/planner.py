@@ -17,6 +17,7 @@ from qlora_tool.memory.plan.options import option_of, options_of, parts, passes_
 from qlora_tool.memory.plan.result import Change, Option, Plan
 from qlora_tool.memory.plan.search import Search
 from qlora_tool.memory.trace.predict import BatchShape
+from qlora_tool.model.open import positions_of
 from qlora_tool.terminal import waiting
 from qlora_tool.workers import Workers
 
@@ -92,6 +93,7 @@ def plan(
     return Plan(
         target, budget_bytes, margin, asked, tuple(_as_known(search, option, known) for option in options), longest,
         faster, change, smallest, search.weights(settings), recomputation=str(chosen.recomputation) if chosen else "",
+        positions=positions_of(model_config),
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import yaml
 
 from qlora_tool.memory.allocator.available import usable
 from qlora_tool.memory.allocator.target import device_of
+from qlora_tool.memory.plan.changes import LENGTH
 from qlora_tool.memory.plan.streaming import Streaming
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class Plan:
         smallest_bytes: what the least of all configurations takes, where there is no such change.
         weights_bytes: what the weights take alone, adapters and their masters included: of what was asked for where it
             fits, of `change`, or of the least.
+        positions: how many the model has (`max_position_embeddings`), which no row is longer than; None: no limit.
     """
 
     target: CudaTarget | None
@@ -99,6 +101,7 @@ class Plan:
     weights_bytes: int = 0
     budget_name: str = ""
     recomputation: str = ""
+    positions: int | None = None
 
     @property
     def device(self) -> str:
@@ -119,6 +122,12 @@ class Plan:
         empty where nothing is to be changed or nothing helps."""
         answer = self.change or self.longest
         return answer.line if answer else ""
+
+    @property
+    def at_the_models_limit(self) -> bool:
+        """Whether rows as long as the model allows fit, so that not memory bounds them."""
+        longest = self.longest.settings.get(LENGTH) if self.longest else self.asked.length
+        return self.fits and self.positions is not None and longest >= self.positions
 
     @property
     def misses_by(self) -> int:

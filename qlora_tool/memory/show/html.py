@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ def write_html(
     budget_name: str = "",
     unquantized: Mapping[str, int] | None = None,
     title: str = "",
+    plan: Iterable[str] = (),
 ) -> None:
     """Write the page: the timelines as a stacked area that answers to the pointer, the breakdown, the configuration.
 
@@ -54,6 +55,7 @@ def write_html(
         budget_name: what to call it, e.g. the name of the card.
         unquantized: bytes of each module that is left unquantized though quantization was asked for.
         title: of the page, e.g. the name of the model.
+        plan: the section of a plan, line by line; see `plan_page.plan_section`.
     """
     names = part_names(report.config)
     data = {
@@ -72,6 +74,7 @@ def write_html(
         "style": style.strip(),
         "headlines": "\n".join(_headlines(report, budget, budget_name)),
         "table": "\n".join(breakdown_table(report, budget, budget_name)),
+        "plan": "\n".join(plan),
         "modules": "\n".join(_modules(unquantized or {})),
         "config": html.escape(yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True).strip()),
         "data": _inside_script(data),

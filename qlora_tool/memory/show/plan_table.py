@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +14,8 @@ from qlora_tool.memory.plan.result import Change, Option, Plan
 from qlora_tool.memory.show.say import say
 from qlora_tool.sizes import memory_size
 
-_NOTE = "peak: expected; speed: tokens/s against what was asked for, by counting passes, not measured\n"
+NOTE = "peak: expected; speed: tokens/s against what was asked for, by counting passes, not measured"
+LENGTH_HEADINGS = ("the longest rows that fit", "rows", "tokens a row", "peak", "speed")
 
 
 def render_plan(plan: Plan, console: Console) -> None:
@@ -22,21 +24,22 @@ def render_plan(plan: Plan, console: Console) -> None:
     Args:
         console: where to; 80 columns are enough for the tables, and neither colour nor a terminal is needed.
     """
-    say(console, _headline(plan))
+    say(console, headline(plan))
     console.print()
     console.print(_lengths(plan))
     console.print()
     console.print(_alternatives(plan))
-    say(console, _NOTE, "dim")
+    say(console, f"{NOTE}\n", "dim")
     if plan.faster:
-        say(console, f"faster, and it fits too: {_peak(plan.faster)}:")
+        say(console, faster(plan.faster))
         console.print(Text(f"{plan.faster.line}\n"), soft_wrap=True)
-    say(console, _answer(plan))
+    say(console, answer(plan))
     if plan.line:
         console.print(Text(plan.line), soft_wrap=True)  # whole, so that it can be copied
 
 
-def _headline(plan: Plan) -> str:
+def headline(plan: Plan) -> str:
+    """Two lines: for what the plan is, and whether what was asked for fits."""
     asked, free = plan.asked, plan.usable_bytes - plan.asked.peak_bytes
     kept = f", {plan.margin:.0%} of it kept free" if plan.margin else ""
     named = f", {plan.budget_name}" if plan.budget_name else ""
@@ -63,7 +66,14 @@ def _plain_table(*headings: str) -> Table:
 
 
 def _lengths(plan: Plan) -> Table:
-    table = _plain_table("the longest rows that fit", "rows", "tokens a row", "peak", "speed")
+    table = _plain_table(*LENGTH_HEADINGS)
+    for name, *cells in length_rows(plan):
+        table.add_row(Text(name), *cells, style="" if cells[-1] else "dim")
+    return table
+
+
+def length_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
+    """The cells under `LENGTH_HEADINGS`; the last is empty where none fit."""
     before = None
     for option in plan.options:
         if option.group != "length":
@@ -74,35 +84,53 @@ def _lengths(plan: Plan) -> Table:
         length = str(option.length) if option.length else "none fit"
         speed = f"{option.speed:.2f}" if option.length else ""
         peak = memory_size(option.peak_bytes) if option.length else ""
-        style = "" if option.length else "dim"
-        table.add_row(Text(name), str(option.rows), length, peak, speed, style=style)
-    return table
+        yield name, str(option.rows), length, peak, speed
 
 
 def _alternatives(plan: Plan) -> Table:
-    how = ", everything recomputed" if plan.recomputation else ""
-    table = _plain_table(f"with {_batch(plan.asked)}{how}", "peak", "", "speed")
+    table = _plain_table(*alternative_headings(plan))
     table.add_column("")  # notes, which take several lines where there is no room for them on one
+    for setting, *cells in alternative_rows(plan):
+        table.add_row(Text(setting), *cells)
+    return table
+
+
+def alternative_headings(plan: Plan) -> tuple[str, ...]:
+    """Of the columns but the last, of notes, which has none."""
+    how = ", everything recomputed" if plan.recomputation else ""
+    return f"with {_batch(plan.asked)}{how}", "peak", "", "speed"
+
+
+def alternative_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
+    """The cells under `alternative_headings`, and a note."""
     for option in plan.options:
         if option.group == "length":
             continue
         fits = "fits" if option.fits else "too much"
-        cells = (_setting(option.settings), memory_size(option.peak_bytes), fits, f"{option.speed:.2f}")
         note = "asked for" if option.asked else "; ".join(_costs(option, plan))
-        table.add_row(Text(cells[0]), *cells[1:], note)
-    return table
+        yield _setting(option.settings), memory_size(option.peak_bytes), fits, f"{option.speed:.2f}", note
 
 
 def _setting(settings: dict[str, Any]) -> str:
     return ", ".join(f"{key.partition('.')[2]}={str(value).lower()}" for key, value in settings.items())
 
 
-def _answer(plan: Plan) -> str:
+def faster(change: Change) -> str:
+    """What stands before its line to copy."""
+    return f"faster, and it fits too: {_peak(change)}:"
+
+
+def answer(plan: Plan) -> str:
+    """What is to be changed, before the line to copy, where there is one."""
     if plan.change:
         costs = "".join(f"; {cost}" for cost in _costs(plan.change, plan))
         return f"this makes it fit: {_peak(plan.change)}{costs}:"
+    models = f"the model's own limit, its max_position_embeddings of {plan.positions}"
     if plan.longest:
-        return f"nothing has to change; the longest rows that fit: {_peak(plan.longest)}:"
+        bound = f"as long as {models}, allows" if plan.at_the_models_limit else "that fit"
+        return f"nothing has to change; the longest rows {bound}: {_peak(plan.longest)}:"
+    if plan.at_the_models_limit:
+        return f"nothing has to change; rows of {plan.asked.length} tokens reach {models}: memory bounds no row"
     if plan.fits:
         return "nothing has to change, and no longer row fits"
     weights = f"; the weights alone take {memory_size(plan.weights_bytes)}" * (plan.weights_bytes > plan.usable_bytes)
