@@ -150,8 +150,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
                 if file.is_file():
                     sync(file)
             sync(temporary)
-            if os.path.lexists(path) and not path.is_dir():
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+            _refuse_other(path)
             _move_folder(temporary, path, previous)
             shutil.rmtree(previous, ignore_errors=True)
         except BaseException:
@@ -159,6 +158,17 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             if previous.exists() and not path.exists():
                 os.replace(previous, path)
             raise
+
+
+def _refuse_other(path: Path) -> None:
+    """Refuse a place where something lies that is no folder. It is looked at once: another process may be moving a
+    folder away."""
+    try:
+        other = not stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        other = path.is_symlink()  # to nothing
+    if other:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 
 def _move_folder(source: Path, path: Path, previous: Path) -> None:

@@ -71,6 +71,28 @@ def test_two_processes_write_one_folder_and_one_of_them_stays(tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def test_a_folder_that_another_process_moves_away_while_it_is_looked_at_is_not_in_the_way(tmp_path, monkeypatch):
+    """It is there for the first look at its place, and for the second it is not, for a moment."""
+    path, away = tmp_path / "base", tmp_path / "away"
+    path.mkdir()
+
+    def moving(look):
+        def looked(place, *args, **kwargs):
+            found = look(place, *args, **kwargs)
+            if os.fspath(place) == os.fspath(path):
+                monkeypatch.undo()
+                os.rename(path, away)
+            return found
+        return looked
+
+    with replacing_folder(path) as temporary:
+        (temporary / "it").write_text("new")
+        monkeypatch.setattr(os.path, "lexists", moving(os.path.lexists))
+        monkeypatch.setattr(os, "stat", moving(os.stat))
+        monkeypatch.setattr(os, "lstat", moving(os.lstat))
+    assert (path / "it").read_text() == "new" and away.exists()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_a_killed_process_left_goes_with_the_next_write_and_nothing_else_does(tmp_path, kind):
