@@ -201,7 +201,7 @@ def _sweep(
         own_moments = moments[begin:end, begin:end] * inverse[begin:end]
         for first in range(begin, end, INNER):
             last = min(first + INNER, end)
-            if width >= INNER and first % width == 0:
+            if first % width == 0:
                 at = first - begin
                 _rescale(grid, first // width, chosen[first : first + width], slope[at:], own_moments[at:, at:],
                          diagonal[first : first + width])  # fmt: skip
@@ -210,10 +210,6 @@ def _sweep(
             inner = own_moments[first - begin : last - begin, first - begin : last - begin].T.contiguous()
             both = zip(chosen[first:last].unbind(), own.unbind(), strict=True)
             for k, (row, its_slope) in enumerate(both, first):
-                if width < INNER and k % width == 0:
-                    rest = slice(k - begin, last - begin)
-                    _rescale(grid, k // width, chosen[k : k + width], slope[rest], own_moments[rest, rest],
-                             diagonal[k : k + width])  # fmt: skip
                 if k == first or k % width == 0:
                     columns = grid.columns(k // width)
                 best = columns.nearest(row - its_slope)
